@@ -1,0 +1,7 @@
+"""`python -m beingvl COMMAND …`, the same as the console script `beingvl`."""
+
+import sys
+
+from beingvl.cli import main
+
+sys.exit(main())

@@ -1,0 +1,181 @@
+"""Manifests: the small JSON file that makes a folder an artefact.
+
+Every folder that a step writes carries a `manifest.json`, **written last**. It holds the format version, the beingvl version,
+the command, counts, a hash of every file, and the *lineage*: the fingerprints of what the artefact was made with (`vqgan`,
+`vbpe`, `vocab`, …), inherited from step to step. A folder without a manifest is incomplete and never used. Two inputs whose
+lineages name the same thing with different hashes contradict each other and are refused.
+
+    write_atomically(path, bytes)       a file appears whole or not at all
+    write_manifest(folder, …)           the commit marker
+    read_manifest(folder, kind)         refuses the incomplete, the wrong kind, the newer format
+    verify_folder(folder)               re-hashes every file
+    join_lineages({name: lineage, …})   refuses inputs that contradict each other
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from beingvl import __version__
+from beingvl.errors import InputError
+
+MANIFEST_FILE = "manifest.json"
+FORMAT_VERSION = 1
+
+# What makes each kind of artefact, for messages that say what to run.
+MADE_BY = {
+    "vqgan": "beingvl train-vq",
+    "vq_codes": "beingvl encode-images",
+    "vbpe": "beingvl train-vbpe",
+    "jsonl": "beingvl tokenize",
+    "shards": "beingvl build-shards",
+    "model": "beingvl convert (or a finished training stage)",
+    "checkpoint": "beingvl train",
+}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` holds. `files` maps a relative path to its size in bytes and its hash."""
+
+    kind: str
+    command: str
+    counts: dict[str, int | float]
+    lineage: dict[str, str]
+    files: dict[str, dict[str, int | str]]
+    details: dict = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    beingvl_version: str = __version__
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of all files' hashes: equal content, equal hash, whenever and wherever it was made."""
+        listing = "".join(f"{name} {entry['hash']}\n" for name, entry in sorted(self.files.items()))
+        return hash_bytes(listing.encode())
+
+
+def hash_bytes(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return "sha256:" + digest.hexdigest()
+
+
+def write_atomically(path: Path | str, data: bytes | str) -> None:
+    """Write to a temporary neighbour, flush to disk, rename: a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_json(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_manifest(
+    folder: Path | str,
+    kind: str,
+    counts: Mapping[str, int | float],
+    lineage: Mapping[str, str],
+    details: Mapping | None = None,
+    known_hashes: Mapping[str, str] | None = None,
+) -> Manifest:
+    """Hash every file below `folder` and write the manifest; call it last.
+
+    `known_hashes` (relative path -> hash) spares reading files whose hash the writer already computed.
+    """
+    folder = Path(folder)
+    known = known_hashes or {}
+    files: dict[str, dict[str, int | str]] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and path.name != MANIFEST_FILE and not path.name.endswith(".tmp"):
+            files[name] = {"bytes": path.stat().st_size, "hash": known.get(name) or hash_file(path)}
+    manifest = Manifest(kind, shlex.join(sys.argv), dict(counts), dict(lineage), files, dict(details or {}))
+    write_atomically(folder / MANIFEST_FILE, to_json(asdict(manifest)))
+    return manifest
+
+
+def read_manifest(folder: Path | str, kind: str | Iterable[str] | None = None) -> Manifest:
+    """The manifest of a finished folder. Raises InputError when it is missing, damaged, of another kind or of a newer format."""
+    path = Path(folder) / MANIFEST_FILE
+    kinds = [kind] if isinstance(kind, str) else list(kind or [])
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder} is not a folder{_hint(kinds)}")
+    if not path.is_file():
+        raise InputError(f"{folder} has no {MANIFEST_FILE}, so it is incomplete{_hint(kinds)}")
+    try:
+        fields = json.loads(path.read_text())
+        manifest = Manifest(**fields)
+    except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a beingvl manifest ({error}); make the folder again") from error
+    if manifest.format_version > FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format version {manifest.format_version}, this beingvl {__version__} reads up to {FORMAT_VERSION}: update beingvl"
+        )
+    if kinds and manifest.kind not in kinds:
+        raise InputError(f"{folder} holds {manifest.kind!r}, expected {' or '.join(map(repr, kinds))}{_hint(kinds)}")
+    return manifest
+
+
+def is_complete(folder: Path | str) -> bool:
+    return (Path(folder) / MANIFEST_FILE).is_file()
+
+
+def _hint(kinds: list[str]) -> str:
+    commands = " or ".join(f"`{MADE_BY[kind]}`" for kind in kinds if kind in MADE_BY)
+    return f"; make it with {commands}" if commands else ""
+
+
+def verify_folder(folder: Path | str) -> Manifest:
+    """Re-hash every file of a finished folder. Raises InputError that names the first missing or changed file."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"{path} is missing although {MANIFEST_FILE} lists it; make the folder again")
+        if path.stat().st_size != entry["bytes"]:
+            raise InputError(
+                f"{path} has {path.stat().st_size} bytes, {MANIFEST_FILE} says {entry['bytes']}; it changed or was cut off"
+            )
+        if hash_file(path) != entry["hash"]:
+            raise InputError(f"{path} does not have the hash that {MANIFEST_FILE} says; it changed after it was written")
+    return manifest
+
+
+def join_lineages(lineages: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Union of the lineages of several inputs (name of the input -> its lineage).
+
+    Raises InputError that names the two inputs when they were made with different things.
+    """
+    joined: dict[str, str] = {}
+    origin: dict[str, str] = {}
+    for name, lineage in lineages.items():
+        for key, value in lineage.items():
+            if joined.setdefault(key, value) != value:
+                raise InputError(
+                    f"{origin[key]} and {name} do not match: they were made with different {key} "
+                    f"({joined[key][:19]}… and {value[:19]}…); make one of them again with the other's {key}"
+                )
+            origin.setdefault(key, name)
+    return joined

@@ -1,0 +1,163 @@
+"""The vocabulary layout: the only owner of id ranges.
+
+    [ text 0 … num_text-1 | 5 specials | num_vq VQ codes | num_merges vBPE ids ]
+      base model's own      \\________ the new "visual" rows ________________/
+
+For Llama-3.1 (128,256 text ids), 8192 codes and 8192 merges that is 144,645 ids, 16,389 of them new. A model folder carries
+its layout in `vocab_layout.json`; every size in the program comes from there.
+
+Two id spaces exist. *Image ids* are what vBPE speaks: 0 … num_vq-1 are codes, num_vq + r is the merge of rank r.
+*Token ids* are what the language model reads: image id i is token id `first_image_id + i`, because codes and merges are
+adjacent. Only this file converts between the two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beingvl.errors import InputError
+
+LAYOUT_FILE = "vocab_layout.json"
+SPECIAL_TOKENS = ("<pad>", "<reserved08706>", "<eoss>", "<image>", "<racm3:break>")
+TOKEN_KINDS = ("text", "special", "vq", "vbpe")
+
+
+@dataclass(frozen=True)
+class VocabLayout:
+    """Sizes and text special ids; everything else follows.
+
+    Llama-3.1: `VocabLayout(num_text=128256, num_vq=8192, num_merges=8192, bos_id=128000, eos_id=128001)`.
+    """
+
+    num_text: int
+    num_vq: int
+    num_merges: int
+    bos_id: int
+    eos_id: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_text", "num_vq"):
+            if getattr(self, name) < 1:
+                raise InputError(f"vocabulary layout: {name} is {getattr(self, name)}, expected at least 1")
+        if self.num_merges < 0:
+            raise InputError(f"vocabulary layout: num_merges is {self.num_merges}, expected 0 or more")
+        for name in ("bos_id", "eos_id"):
+            if not 0 <= getattr(self, name) < self.num_text:
+                raise InputError(f"vocabulary layout: {name} {getattr(self, name)} is not a text id (0 … {self.num_text - 1})")
+
+    # ---- the five specials, in their fixed order ----
+    @property
+    def pad_id(self) -> int:
+        return self.num_text
+
+    @property
+    def sep_id(self) -> int:
+        return self.num_text + 1
+
+    @property
+    def eoi_id(self) -> int:
+        """End of image, `<eoss>`."""
+        return self.num_text + 2
+
+    @property
+    def image_placeholder_id(self) -> int:
+        return self.num_text + 3
+
+    @property
+    def boi_id(self) -> int:
+        """Begin of image, `<racm3:break>`."""
+        return self.num_text + 4
+
+    # ---- ranges ----
+    @property
+    def first_image_id(self) -> int:
+        """Token id of VQ code 0."""
+        return self.num_text + len(SPECIAL_TOKENS)
+
+    @property
+    def first_vbpe_id(self) -> int:
+        """Token id of the vBPE merge of rank 0."""
+        return self.first_image_id + self.num_vq
+
+    @property
+    def size(self) -> int:
+        """Number of token ids in all, i.e. rows of the embedding matrix."""
+        return self.first_vbpe_id + self.num_merges
+
+    @property
+    def num_visual(self) -> int:
+        """Number of new rows: specials, codes and merges."""
+        return self.size - self.num_text
+
+    # ---- conversions ----
+    def image_to_token_ids(self, image_ids: np.ndarray) -> np.ndarray:
+        """Image ids `[n]` (codes, or codes and merges) to token ids `[n]` int32. Raises InputError outside the layout."""
+        image_ids = np.asarray(image_ids)
+        if image_ids.size and not 0 <= image_ids.min() <= image_ids.max() < self.num_vq + self.num_merges:
+            raise InputError(
+                f"image ids {image_ids.min()} … {image_ids.max()} do not fit a vocabulary of {self.num_vq} codes and "
+                f"{self.num_merges} merges: the vBPE or VQ-GAN is not the one this vocabulary was made for"
+            )
+        return (image_ids + self.first_image_id).astype(np.int32)
+
+    def token_to_image_ids(self, token_ids: np.ndarray) -> np.ndarray:
+        """The inverse of `image_to_token_ids`. Raises InputError for a token that is not an image token."""
+        token_ids = np.asarray(token_ids)
+        if token_ids.size and not self.first_image_id <= token_ids.min() <= token_ids.max() < self.size:
+            raise InputError(
+                f"token ids {token_ids.min()} … {token_ids.max()} are not all image tokens ({self.first_image_id} … {self.size - 1})"
+            )
+        return (token_ids - self.first_image_id).astype(np.int32)
+
+    def is_image_token(self, token_ids: np.ndarray) -> np.ndarray:
+        """Boolean mask of the VQ and vBPE tokens."""
+        return (token_ids >= self.first_image_id) & (token_ids < self.size)
+
+    def token_kinds(self, token_ids: np.ndarray) -> np.ndarray:
+        """Index into TOKEN_KINDS for every token id, uint8 of the same shape."""
+        borders = [self.num_text, self.first_image_id, self.first_vbpe_id]
+        return np.searchsorted(borders, token_ids, side="right").astype(np.uint8)
+
+    def new_tokens(self) -> list[str]:
+        """Texts of the `num_visual` new tokens in id order, to add to the base model's tokenizer."""
+        codes = [vq_token_text(code) for code in range(self.num_vq)]
+        merges = [f"<vbpe{rank:05d}>" for rank in range(self.num_merges)]
+        return [*SPECIAL_TOKENS, *codes, *merges]
+
+    # ---- on disk ----
+    def fingerprint(self) -> str:
+        """Hash that two artefacts must share to be used together."""
+        return "sha256:" + hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Any, source: str = "vocabulary layout") -> VocabLayout:
+        expected = set(cls.__dataclass_fields__)
+        if not isinstance(fields, dict) or set(fields) != expected:
+            found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
+            raise InputError(f"{source}: found {found}, expected exactly the keys {sorted(expected)}")
+        return cls(**fields)
+
+    @classmethod
+    def load(cls, model_folder: Path | str) -> VocabLayout:
+        """Read `vocab_layout.json` of a Being-VL model folder."""
+        path = Path(model_folder) / LAYOUT_FILE
+        if not path.is_file():
+            raise InputError(
+                f"{model_folder} has no {LAYOUT_FILE}: it is not a Being-VL model folder; make one with `beingvl convert`"
+            )
+        return cls.from_dict(json.loads(path.read_text()), str(path))
+
+
+def vq_token_text(code: int) -> str:
+    """Published token text of a VQ code: six decimal digits written A–J, e.g. 10 -> IMGIMGAAAABAZ."""
+    digits = "".join(chr(ord("A") + int(digit)) for digit in f"{code:06d}")
+    return f"IMGIMG{digits}Z"

@@ -1,0 +1,42 @@
+"""Metadata and loose lower bounds, for users who bring their own torch; `requirements.lock` pins what the scripts install."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+version = next(
+    line.split('"')[1]
+    for line in Path(__file__).with_name("beingvl").joinpath("__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="beingvl",
+    version=version,
+    description="DeepSpeed-native training framework for Being-VL",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["beingvl", "beingvl.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.17",
+        "transformers>=5.0",
+        "tokenizers>=0.22",
+        "safetensors>=0.5",
+        "numpy>=1.26",
+        "numba>=0.61",
+        "pyarrow>=17",
+        "pillow>=10",
+        "tensorboard>=2.16",
+        "matplotlib>=3.8",
+        "tqdm>=4.66",
+        "psutil>=5.9",
+    ],
+    extras_require={
+        "quickstart": ["scikit-learn>=1.4"],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "scikit-learn>=1.4"],
+    },
+    entry_points={"console_scripts": ["beingvl=beingvl.cli:main"]},
+)
