@@ -129,9 +129,8 @@ def read_manifest(folder: Path | str, kind: str | Iterable[str] | None = None) -
     except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a beingvl manifest ({error}); make the folder again") from error
     if manifest.format_version > FORMAT_VERSION:
-        raise InputError(
-            f"{path} has format version {manifest.format_version}, this beingvl {__version__} reads up to {FORMAT_VERSION}: update beingvl"
-        )
+        found = f"has format version {manifest.format_version}, this beingvl {__version__} reads up to {FORMAT_VERSION}"
+        raise InputError(f"{path} {found}: update beingvl")
     if kinds and manifest.kind not in kinds:
         raise InputError(f"{folder} holds {manifest.kind!r}, expected {' or '.join(map(repr, kinds))}{_hint(kinds)}")
     return manifest

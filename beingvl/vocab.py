@@ -110,9 +110,8 @@ class VocabLayout:
         """The inverse of `image_to_token_ids`. Raises InputError for a token that is not an image token."""
         token_ids = np.asarray(token_ids)
         if token_ids.size and not self.first_image_id <= token_ids.min() <= token_ids.max() < self.size:
-            raise InputError(
-                f"token ids {token_ids.min()} … {token_ids.max()} are not all image tokens ({self.first_image_id} … {self.size - 1})"
-            )
+            found = f"token ids {token_ids.min()} … {token_ids.max()}"
+            raise InputError(f"{found} are not all image tokens ({self.first_image_id} … {self.size - 1})")
         return (token_ids - self.first_image_id).astype(np.int32)
 
     def is_image_token(self, token_ids: np.ndarray) -> np.ndarray:
