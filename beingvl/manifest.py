@@ -6,10 +6,12 @@ the command, counts, a hash of every file, and the *lineage*: the fingerprints o
 lineages name the same thing with different hashes contradict each other and are refused.
 
     write_atomically(path, bytes)       a file appears whole or not at all
+    start_folder(folder)                from here on it is incomplete
     write_manifest(folder, …)           the commit marker
     read_manifest(folder, kind)         refuses the incomplete, the wrong kind, the newer format
     verify_folder(folder)               re-hashes every file
     join_lineages({name: lineage, …})   refuses inputs that contradict each other
+    already_made(folder, kind, request) a step started again reuses what it finished
 """
 
 from __future__ import annotations
@@ -136,8 +138,38 @@ def read_manifest(folder: Path | str, kind: str | Iterable[str] | None = None) -
     return manifest
 
 
+def start_folder(folder: Path | str) -> Path:
+    """Make `folder` ready to be written: from here on it is incomplete; what an older manifest listed is removed."""
+    folder = Path(folder)
+    if is_complete(folder):
+        listed = read_manifest(folder).files
+        (folder / MANIFEST_FILE).unlink()
+        for name in listed:
+            (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def is_complete(folder: Path | str) -> bool:
     return (Path(folder) / MANIFEST_FILE).is_file()
+
+
+def already_made(folder: Path | str, kind: str, request: Mapping, overwrite: bool = False) -> bool:
+    """True when `folder` was finished by the same request (options and input hashes, kept in the manifest's details).
+
+    Raises InputError when it was finished by another request, unless `overwrite` is given.
+    """
+    if overwrite or not is_complete(folder):
+        return False
+    made_by = read_manifest(folder, kind).details.get("request", {})
+    different = [key for key in {**made_by, **request} if made_by.get(key) != request.get(key)]
+    if different:
+        raise InputError(
+            f"{folder} is finished, but with another {different[0]} (found {made_by.get(different[0])!r}, asked for "
+            f"{request.get(different[0])!r}); choose another folder or add --overwrite"
+        )
+    print(f"{folder} is finished already, with the same inputs: reused")
+    return True
 
 
 def _hint(kinds: list[str]) -> str:

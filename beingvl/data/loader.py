@@ -1,0 +1,133 @@
+"""The loader: from (step, rank, micro step) to one packed micro-batch, as a pure function.
+
+    1. Mixture.draw          k-th sample of the global order      [num_samples]
+    2. plan_packing          samples -> sequences                 [num_sequences]
+    3. step s                takes sequences s*B … (s+1)*B - 1,   B = sequences_per_step
+    4. TrainingData.micro_batch   this rank's share of one micro step, concatenated into one row
+
+B does not depend on the number of ranks, so neither does what a step sees. There is no iterator state: a resumed run asks for
+the next step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from beingvl.data.arrow_shards import Sample, ShardReader
+from beingvl.data.mixture import Mixture
+from beingvl.data.packing import plan_packing, plan_unpacked
+from beingvl.vocab import VocabLayout
+
+IGNORED = -100
+LOSS_ON = ("response", "text", "all")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples laid end to end in one row of `num_tokens`.
+
+    input_ids, target_ids, position_ids: `[num_tokens]` int64. `target_ids` are already shifted: `target_ids[i]` is what follows
+    `input_ids[i]`, or IGNORED. cu_seqlens: `[num_documents + 1]` int32, where documents start and end.
+    source_of_token: `[num_tokens]` uint8, index into the mixture's sources.
+    """
+
+    input_ids: np.ndarray
+    target_ids: np.ndarray
+    position_ids: np.ndarray
+    cu_seqlens: np.ndarray
+    source_of_token: np.ndarray
+    sample_ids: tuple[str, ...]
+
+    @property
+    def num_target_tokens(self) -> int:
+        return int((self.target_ids != IGNORED).sum())
+
+
+class TrainingData:
+    """What a stage trains on: shards in mixture order, packed, cut into optimizer steps."""
+
+    def __init__(
+        self,
+        shards: ShardReader,
+        mixture: Mixture,
+        num_samples: int,
+        sequence_length: int,
+        sequences_per_step: int,
+        loss_on: str = "response",
+        packing: bool = True,
+    ) -> None:
+        self.shards = shards
+        self.mixture = mixture
+        self.sequences_per_step = sequences_per_step
+        self._loss_on = loss_on
+        self._drawn = mixture.draw(0, num_samples)
+        lengths = shards.lengths[self._drawn]
+        self.plan = plan_packing(lengths, sequence_length) if packing else plan_unpacked(lengths, sequence_length)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps; the last one may hold fewer sequences."""
+        return -(-self.plan.num_sequences // self.sequences_per_step)
+
+    def sequence_numbers(self, step: int, micro_step: int, rank: int, num_ranks: int, micro_batch_size: int) -> range:
+        """The sequences of one micro step of one rank; shorter or empty at the very end of the run."""
+        start = step * self.sequences_per_step + (micro_step * num_ranks + rank) * micro_batch_size
+        end = min(start + micro_batch_size, self.plan.num_sequences)
+        return range(start, max(start, end))
+
+    def micro_batch(self, step: int, micro_step: int, rank: int, num_ranks: int, micro_batch_size: int) -> MicroBatch:
+        """Collate the samples of one micro step of one rank. Steps count from 0."""
+        numbers = self.sequence_numbers(step, micro_step, rank, num_ranks, micro_batch_size)
+        positions = [position for number in numbers for position in self.plan.sequence(number)]
+        indices = [int(self._drawn[position]) for position in positions]
+        sources = [int(self.shards.source_of[index]) for index in indices]
+        return collate([self.shards[index] for index in indices], sources, self.shards.layout, self._loss_on)
+
+    def realised_shares(self) -> dict[str, float]:
+        """Share of every source among the samples of the whole run."""
+        counts = np.bincount(self.shards.source_of[self._drawn], minlength=len(self.shards.sources))
+        return {name: float(count / max(1, counts.sum())) for name, count in zip(self.shards.sources, counts, strict=True)}
+
+
+def collate(samples: list[Sample], sources: list[int], layout: VocabLayout, loss_on: str = "response") -> MicroBatch:
+    """Lay samples end to end. No sample at all becomes one padding token without a target, so that every rank takes part."""
+    if not samples:
+        nothing = np.zeros(1, np.int64)
+        return MicroBatch(
+            input_ids=nothing + layout.pad_id,
+            target_ids=nothing + IGNORED,
+            position_ids=nothing,
+            cu_seqlens=np.array([0, 1], np.int32),
+            source_of_token=np.zeros(1, np.uint8),
+            sample_ids=(),
+        )
+    lengths = [len(sample.input_ids) for sample in samples]
+    return MicroBatch(
+        input_ids=np.concatenate([sample.input_ids for sample in samples]).astype(np.int64),
+        target_ids=np.concatenate([shifted_targets(sample, layout, loss_on) for sample in samples]),
+        position_ids=np.concatenate([np.arange(length) for length in lengths]),
+        cu_seqlens=np.cumsum([0, *lengths], dtype=np.int32),
+        source_of_token=np.repeat(np.array(sources, np.uint8), lengths),
+        sample_ids=tuple(sample.id for sample in samples),
+    )
+
+
+def shifted_targets(sample: Sample, layout: VocabLayout, loss_on: str = "response") -> np.ndarray:
+    """`[length]` int64: the next token where it is a target, else IGNORED; the last position never has one.
+
+    `response`: the target spans. `text`: every token that is not an image token. `all`: every token.
+    """
+    ids = sample.input_ids
+    if loss_on == "response":
+        is_target = np.zeros(len(ids), bool)
+        for start, end in sample.target_spans:
+            is_target[start:end] = True
+    elif loss_on == "text":
+        is_target = ~layout.is_image_token(ids)
+    else:
+        is_target = np.ones(len(ids), bool)
+    targets = np.full(len(ids), IGNORED, np.int64)
+    targets[:-1] = np.where(is_target[1:], ids[1:], IGNORED)
+    return targets
