@@ -1,9 +1,9 @@
 """The mixture: which sample is the k-th of the global order, as a pure function of (source sizes, weights, seed, k).
 
-Draws come in blocks of 1000. A block holds an exact quota of every source, shuffled; the j-th draw from a source walks
+Draws come in blocks of 100. A block holds an exact quota of every source, shuffled; the j-th draw from a source walks
 through a seeded permutation of that source, a new permutation for every pass, so nothing repeats within a pass.
 
-    weights 80 / 20, block 0:  quotas 800 and 200  ->  slots shuffled:  0 0 1 0 0 0 1 0 …
+    weights 80 / 20, block 0:  quotas 80 and 20  ->  slots shuffled:  0 0 1 0 0 0 1 0 …
     source 1, its 3rd draw  ->  permutation(seed, source 1, pass 0)[2]
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from beingvl.errors import InputError
 
-BLOCK = 1000
+BLOCK = 100
 
 
 class Mixture:

@@ -1,0 +1,87 @@
+"""Block-diagonal causal attention over samples laid end to end, registered as transformers attention `beingvl_packed`.
+
+Attention never crosses a sample. The borders arrive as `cu_seq_lens_q`, an int32 tensor of document starts with the total at
+the end, handed through the model's forward as a keyword argument. transformers builds no mask for an attention it does not
+know, so there is nothing that could let samples leak into each other.
+
+    CPU  per-document scaled_dot_product_attention (flex_attention has no CPU backward)
+    GPU  torch.nn.attention.varlen.varlen_attn where this torch has it (bf16/fp16), else the CPU path
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+ATTENTION_NAME = "beingvl_packed"
+
+
+def register() -> str:
+    """Make `attn_implementation="beingvl_packed"` known to transformers; returns the name."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, packed_attention)
+    return ATTENTION_NAME
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one packed row.
+
+    Args:
+        query: `[1, num_heads, num_tokens, head_dim]`; key and value: `[1, num_kv_heads, num_tokens, head_dim]`.
+        attention_mask: must be None; the documents come from `cu_seq_lens_q` `[num_documents + 1]` int32.
+
+    Returns:
+        `[1, num_tokens, num_heads, head_dim]` and None for the attention weights.
+    """
+    assert cu_seq_lens_q is not None and attention_mask is None, "packed attention takes document borders and no mask"
+    assert query.shape[0] == 1, "packed samples lie end to end in one row"
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.nn.attention, "varlen"):
+        return _varlen(query, key, value, cu_seq_lens_q, scaling), None
+    borders = cu_seq_lens_q.tolist()
+    documents = [
+        F.scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            dropout_p=dropout,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        for start, end in itertools.pairwise(borders)
+    ]
+    return torch.cat(documents, dim=2).transpose(1, 2), None
+
+
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [num_tokens, heads, head_dim]
+    longest = int(cu_seqlens.diff().max())
+    out = varlen_attn(
+        *rows,
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),  # causal
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.unsqueeze(0)

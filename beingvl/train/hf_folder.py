@@ -1,0 +1,58 @@
+"""From a checkpoint back to a stock Hugging Face folder: the stage's start model with the trained tensors in place.
+
+Frozen tensors come from the start model byte for byte (whole files are hard-linked where they can be); trained ones are the
+checkpoint's float32 weights in the start model's dtype. Text and visual rows become one matrix again. Tensors are streamed,
+so memory holds one of them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from beingvl.errors import InputError
+from beingvl.manifest import Manifest, read_manifest, start_folder, write_manifest
+from beingvl.model.extended_vocab import stored_slice
+from beingvl.model.weight_files import WeightFolder, rewrite_weights
+from beingvl.train.checkpoint import CheckpointState, read_master, read_state
+from beingvl.vocab import VocabLayout
+
+
+def write_hf_folder(start_model: Path, checkpoint: Path, target: Path, link: bool = True) -> Manifest:
+    """Write `target`. Raises InputError when the checkpoint was not trained from `start_model`."""
+    manifest = read_manifest(start_model, "model")
+    state = read_state(checkpoint)
+    if state.identity["start_model"] != manifest.content_hash:
+        raise InputError(f"{checkpoint} was not trained from {start_model}: its start model has another hash; give the right one")
+    layout = VocabLayout.load(start_model)
+    weights = WeightFolder(start_model)
+    start_folder(target)
+    weight_files = {*weights.files, weights.index_file}
+    for name in manifest.files:
+        if name not in weight_files:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(start_model / name, target / name)
+    hashes = rewrite_weights(weights, target, _trained_tensors(weights, checkpoint, state, layout), link=link)
+    counts = {**manifest.counts, "step": state.step}
+    details = {"identity": state.identity}
+    return write_manifest(target, "model", counts, state.identity["lineage"], details, known_hashes=hashes)
+
+
+def _trained_tensors(
+    weights: WeightFolder, checkpoint: Path, state: CheckpointState, layout: VocabLayout
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Stored tensor name -> function that gives the tensor with its trained rows in place."""
+    trained_parts: dict[str, list[str]] = {}
+    for name in state.parameters:
+        trained_parts.setdefault(stored_slice(name, layout.num_text)[0], []).append(name)
+
+    def assemble(stored_name: str) -> torch.Tensor:
+        tensor = weights[stored_name].clone()
+        for name in trained_parts[stored_name]:
+            tensor[stored_slice(name, layout.num_text)[1]] = read_master(checkpoint, state, name).to(tensor.dtype)
+        return tensor
+
+    return {stored_name: lambda stored_name=stored_name: assemble(stored_name) for stored_name in trained_parts}  # type: ignore[misc]

@@ -1,0 +1,250 @@
+"""A stage's JSON: DeepSpeed's own keys plus one block "beingvl", validated strictly before anything is built.
+
+    load_stage_config(path, overrides) -> StageConfig(deepspeed=dict, beingvl=BeingVLBlock)
+
+An unknown key anywhere is an error with "did you mean"; DeepSpeed itself accepts unknown top-level keys silently. Some of its
+defaults hurt silently, so they must be written: gradient_clipping (defaults to 1.0), train_batch_size (must not depend on the
+number of ranks). `scheduler` is refused: the learning rate is a pure function of the step (beingvl.schedule).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from beingvl.errors import InputError
+from beingvl.model.param_groups import Rule
+
+# DeepSpeed keys that a stage may use. None: any value (DeepSpeed checks it itself); a set: the allowed keys inside.
+# Source: https://www.deepspeed.ai/docs/config-json/ and deepspeed/runtime/constants.py of 0.19.
+DEEPSPEED_KEYS: dict[str, set[str] | None] = {
+    "train_batch_size": None,
+    "train_micro_batch_size_per_gpu": None,
+    "optimizer": {"type", "params"},
+    "gradient_clipping": None,
+    "bf16": {"enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads", "bf16_optimizer_states"},
+    "zero_optimization": None,
+    "zero_allow_untested_optimizer": None,
+    "zero_force_ds_cpu_optimizer": None,
+    "communication_data_type": None,
+    "prescale_gradients": None,
+    "gradient_predivide_factor": None,
+    "steps_per_print": None,
+    "wall_clock_breakdown": None,
+    "memory_breakdown": None,
+    "dump_state": None,
+    "aio": {"block_size", "queue_depth", "intra_op_parallelism", "thread_count", "single_submit", "overlap_events", "use_gds"},
+    "compile": None,
+    "comms_logger": {"enabled", "verbose", "prof_all", "prof_ops", "debug"},
+    "flops_profiler": {"enabled", "profile_step", "module_depth", "top_modules", "detailed", "output_file"},
+    "timers": {"throughput"},
+    "seed": None,
+}
+REFUSED_KEYS = {
+    "scheduler": "the learning rate is a pure function of the step: use beingvl.schedule and beingvl.warmup_ratio",
+    "gradient_accumulation_steps": "it follows from train_batch_size, the micro-batch size and the number of ranks; remove it",
+    "fp16": "loss scaling makes steps depend on history: use bf16 or neither",
+    "tensorboard": "metrics are beingvl's own: beingvl.tensorboard",
+    "data_efficiency": "the data order is beingvl's own: beingvl.mixture",
+    "activation_checkpointing": "it is beingvl's own: beingvl.activation_checkpointing",
+}
+OPTIMIZER_PARAMS = {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "fused"}
+REQUIRED_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "optimizer",
+    "gradient_clipping",
+    "zero_optimization",
+    "beingvl",
+)
+
+
+@dataclass(frozen=True)
+class BeingVLBlock:
+    """The block "beingvl" of a stage's JSON.
+
+    mixture: source -> share. mixture_by: shares of `samples` or of `tokens`. epochs: passes over all samples of the drawn
+    sources together. max_steps: stop earlier. loss_on: `response`, `text` or `all`. schedule: `cosine` or `constant`, after a
+    linear warm-up over warmup_ratio of the steps, down to min_lr_ratio of the peak. trainable: the freezer's rules.
+    checkpoint_every_steps: 0 means only at the end. keep_last: how many checkpoints stay. loss_chunk_tokens: target tokens
+    whose logits exist at a time. stall_timeout_seconds: when a collective gives up on a rank.
+    """
+
+    epochs: float
+    sequence_length: int
+    mixture: dict[str, float]
+    trainable: tuple[Rule, ...]
+    mixture_by: str = "samples"
+    max_steps: int | None = None
+    loss_on: str = "response"
+    packing: bool = True
+    seed: int = 0
+    schedule: str = "cosine"
+    warmup_ratio: float = 0.03
+    min_lr_ratio: float = 0.0
+    activation_checkpointing: bool = True
+    loss_chunk_tokens: int = 1024
+    checkpoint_every_steps: int = 500
+    keep_last: int = 2
+    log_every_steps: int = 1
+    tensorboard: bool = True
+    max_skipped_steps: int = 5
+    stall_timeout_seconds: int = 600
+
+
+CHOICES = {
+    "mixture_by": ("samples", "tokens"),
+    "loss_on": ("response", "text", "all"),
+    "schedule": ("cosine", "constant"),
+}
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A validated stage. `deepspeed` holds DeepSpeed's keys only; `source` names the file for messages."""
+
+    deepspeed: dict[str, Any]
+    beingvl: BeingVLBlock
+    source: str = field(compare=False)
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.deepspeed["train_batch_size"]
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.deepspeed["train_micro_batch_size_per_gpu"]
+
+    @property
+    def learning_rate(self) -> float:
+        return self.deepspeed["optimizer"]["params"]["lr"]
+
+    @property
+    def weight_decay(self) -> float:
+        return self.deepspeed["optimizer"]["params"].get("weight_decay", 0.0)
+
+    @property
+    def zero_stage(self) -> int:
+        return self.deepspeed["zero_optimization"].get("stage", 0)
+
+    @property
+    def is_bf16(self) -> bool:
+        return bool(self.deepspeed.get("bf16", {}).get("enabled", False))
+
+    def accumulation_steps(self, num_ranks: int) -> int:
+        """Micro steps in an optimizer step. Raises InputError when the batch does not divide."""
+        per_micro_step = self.micro_batch_size * num_ranks
+        if self.sequences_per_step % per_micro_step:
+            raise InputError(
+                f"{self.source}: train_batch_size {self.sequences_per_step} is not a multiple of "
+                f"{self.micro_batch_size} (micro-batch) x {num_ranks} (ranks) = {per_micro_step}; change one of them"
+            )
+        return self.sequences_per_step // per_micro_step
+
+
+def load_stage_config(path: Path | str, overrides: Sequence[str] = ()) -> StageConfig:
+    """Read, override (`beingvl.epochs=1`) and validate. Raises InputError that names file and key."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; stage configurations are in ds_configs/")
+    try:
+        fields = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(fields).__name__}")
+    for override in overrides:
+        apply_override(fields, override)
+    return parse_stage_config(fields, str(path))
+
+
+def apply_override(fields: dict, override: str) -> None:
+    """Set `a.b.c=value` in nested dicts; the value is JSON, or text when it is not."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {override!r}: expected KEY=VALUE, for example beingvl.epochs=1")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *parents, last = key.split(".")
+    for parent in parents:
+        fields = fields.setdefault(parent, {})
+        if not isinstance(fields, dict):
+            raise InputError(f"--set {override!r}: {parent!r} is not an object")
+    fields[last] = value
+
+
+def parse_stage_config(fields: Mapping[str, Any], source: str) -> StageConfig:
+    """Validate a stage's JSON object; every complaint names `source`."""
+    for key, reason in REFUSED_KEYS.items():
+        if key in fields:
+            raise InputError(f"{source}: {key!r} is not for a beingvl stage: {reason}")
+    _check_known(fields, {*DEEPSPEED_KEYS, "beingvl"}, source, "")
+    for key in REQUIRED_KEYS:
+        if key not in fields:
+            raise InputError(f"{source}: {key!r} is missing; write it out, DeepSpeed's default for it is not safe here")
+    for key, allowed in DEEPSPEED_KEYS.items():
+        if allowed and key in fields:
+            _check_known(fields[key], allowed, source, f"{key}.")
+    _check_known(fields["optimizer"].get("params", {}), OPTIMIZER_PARAMS, source, "optimizer.params.")
+    if fields["optimizer"].get("type") not in ("Adam", "AdamW") or "lr" not in fields["optimizer"].get("params", {}):
+        raise InputError(f"{source}: optimizer must be of type Adam or AdamW with params.lr")
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
+        if not isinstance(fields[key], int) or fields[key] < 1:
+            raise InputError(f"{source}: {key} is {fields[key]!r}, expected an integer of at least 1")
+    deepspeed = {key: value for key, value in fields.items() if key != "beingvl"}
+    return StageConfig(deepspeed, _parse_block(fields["beingvl"], source), source)
+
+
+def _parse_block(block: Any, source: str) -> BeingVLBlock:
+    known = {entry.name: entry for entry in dataclasses.fields(BeingVLBlock)}
+    _check_known(block, set(known), source, "beingvl.")
+    for name, entry in known.items():
+        if entry.default is dataclasses.MISSING and name not in block:
+            raise InputError(f"{source}: beingvl.{name} is missing")
+    for name, value in block.items():
+        _check_type(name, value, str(known[name].type), source)
+    for name, choices in CHOICES.items():
+        if block.get(name, choices[0]) not in choices:
+            raise InputError(f"{source}: beingvl.{name} is {block[name]!r}, expected one of {list(choices)}")
+    rules = []
+    for rule in block["trainable"]:
+        _check_known(rule, {entry.name for entry in dataclasses.fields(Rule)}, source, "beingvl.trainable[].")
+        if not isinstance(rule.get("match"), str):
+            raise InputError(f"{source}: a rule of beingvl.trainable has no 'match': {rule}")
+        rules.append(Rule(**rule))
+    return BeingVLBlock(**{**block, "trainable": tuple(rules)})
+
+
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "float": ((int, float), "a number"),
+    "int": ((int,), "a whole number"),
+    "int | None": ((int, type(None)), "a whole number or null"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "a text"),
+    "dict[str, float]": ((dict,), "an object of source -> share"),
+    "tuple[Rule, ...]": ((list,), "a list of rules"),
+}
+
+
+def _check_type(name: str, value: Any, annotation: str, source: str) -> None:
+    types, description = _TYPES[annotation]
+    is_wrong_bool = isinstance(value, bool) and bool not in types
+    if not isinstance(value, types) or is_wrong_bool or (isinstance(value, (int, float)) and value < 0):
+        raise InputError(f"{source}: beingvl.{name} is {value!r}, expected {description}, not negative")
+
+
+def _check_known(fields: Any, known: set[str], source: str, prefix: str) -> None:
+    if not isinstance(fields, Mapping):
+        raise InputError(f"{source}: {prefix.rstrip('.') or 'the file'} is {fields!r}, expected an object")
+    for key in fields:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+            raise InputError(f"{source}: unknown key {prefix}{key}; {hint}")

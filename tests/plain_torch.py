@@ -1,0 +1,66 @@
+"""The oracle for the training engine: one process, no DeepSpeed, no packing, whole logits, stock transformers model.
+
+It shares the data order with the engine (which samples a step sees) and nothing of what the engine computes.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from beingvl.data.arrow_shards import ShardReader
+from beingvl.data.loader import shifted_targets
+from beingvl.train.stage_config import StageConfig
+from beingvl.train.train_stage import build_data
+
+
+def train_plain(
+    model_folder: Path, shards_folder: Path, config: StageConfig, trained_rows: slice | None = None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of all steps and the final weights. `trained_rows` trains only those rows of embedding and head."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="eager")
+    shards = ShardReader(shards_folder)
+    data = build_data(config, shards)
+    by_id = {shards[index].id: shards[index] for index in range(len(shards))}
+    matrices = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    trained = list(model.parameters()) if trained_rows is None else matrices
+    start = [matrix.detach().clone() for matrix in matrices]
+    settings = config.deepspeed["optimizer"]["params"]
+    optimizer = torch.optim.AdamW(
+        trained, lr=settings["lr"], betas=settings["betas"], eps=settings["eps"], weight_decay=settings["weight_decay"]
+    )
+    losses = []
+    for step in range(data.num_steps):
+        batch = data.micro_batch(step, 0, 0, 1, config.sequences_per_step)
+        samples = [by_id[name] for name in batch.sample_ids]  # a step may hold a sample twice
+        loss_sum, count = torch.zeros(()), 0
+        for sample in samples:
+            logits = model(torch.from_numpy(sample.input_ids.astype("int64"))[None]).logits[0]
+            targets = torch.from_numpy(shifted_targets(sample, shards.layout))
+            loss_sum = loss_sum + torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+            count += int((targets >= 0).sum())
+        optimizer.zero_grad()
+        (loss_sum / count).backward()
+        if trained_rows is not None:
+            for matrix in matrices:
+                matrix.grad[: trained_rows.start] = 0
+        torch.nn.utils.clip_grad_norm_(trained, config.deepspeed["gradient_clipping"])
+        optimizer.param_groups[0]["lr"] = plain_learning_rate(step, data.num_steps, config)
+        optimizer.step()
+        if trained_rows is not None:  # weight decay moved the frozen rows: put them back
+            with torch.no_grad():
+                for matrix, original in zip(matrices, start, strict=True):
+                    matrix[: trained_rows.start] = original[: trained_rows.start]
+        losses.append(float(loss_sum.detach() / count))
+    return losses, {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def plain_learning_rate(step: int, num_steps: int, config: StageConfig) -> float:
+    """Cosine after warm-up, written down a second time."""
+    num_warmup = math.ceil(num_steps * config.beingvl.warmup_ratio)
+    if step < num_warmup:
+        return config.learning_rate * (step + 1) / num_warmup
+    return config.learning_rate * (1 + math.cos(math.pi * (step - num_warmup) / (num_steps - num_warmup))) / 2

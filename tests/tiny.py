@@ -1,0 +1,91 @@
+"""Tiny real artefacts for tests: a random Being-VL model folder and shards of random samples, made in milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from beingvl.data.arrow_shards import Sample, ShardWriter
+from beingvl.manifest import to_json, write_manifest
+from beingvl.vocab import LAYOUT_FILE, SPECIAL_TOKENS, VocabLayout
+
+LAYOUT = VocabLayout(num_text=258, num_vq=16, num_merges=8, bos_id=256, eos_id=257)
+
+
+def write_model(folder: Path, layout: VocabLayout = LAYOUT, num_layers: int = 4, hidden_size: int = 32, seed: int = 0) -> Path:
+    """A random LLaMA with the layout's vocabulary and a byte tokenizer, as a finished Being-VL model folder."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=layout.size,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=layout.bos_id,
+        eos_token_id=layout.eos_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    write_tokenizer(folder, layout)
+    (folder / LAYOUT_FILE).write_text(to_json(layout.to_dict()))
+    write_manifest(folder, "model", {"parameters": 0}, {"vocab": layout.fingerprint()})
+    return folder
+
+
+def write_tokenizer(folder: Path, layout: VocabLayout) -> None:
+    """One id a byte, then bos and eos, then the new tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", *SPECIAL_TOKENS])
+    tokenizer.add_tokens(layout.new_tokens()[len(SPECIAL_TOKENS) :])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>", pad_token=SPECIAL_TOKENS[0]
+    )
+    wrapped.save_pretrained(folder)
+
+
+def write_shards(folder: Path, num_samples: int = 60, layout: VocabLayout = LAYOUT, seed: int = 0) -> Path:
+    """Random samples of 5 … 40 tokens in two sources; the last third of each sample is its target."""
+    random = np.random.default_rng(seed)
+    writer = ShardWriter(folder, layout, rows_per_shard=32)
+    for number in range(num_samples):
+        length = int(random.integers(5, 40))
+        writer.add(
+            Sample(
+                id=f"sample-{number}",
+                image="",
+                category=("foundation", "reasoning")[number % 3 == 0],
+                input_ids=random.integers(0, layout.size, length).astype(np.int32),
+                target_spans=np.array([[length - length // 3, length]], np.int32),
+            )
+        )
+    writer.finish({"vocab": layout.fingerprint()}, {})
+    return folder
+
+
+def stage_fields(**block: object) -> dict:
+    """A stage JSON for two CPU ranks: ZeRO-3, fp32, everything trained, 4 sequences a step."""
+    return {
+        "train_batch_size": 4,
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "torch_adam": True}},
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 3},
+        "beingvl": {
+            "epochs": 1,
+            "sequence_length": 64,
+            "mixture": {"foundation": 0.7, "reasoning": 0.3},
+            "trainable": [{"match": ".*"}],
+            "checkpoint_every_steps": 3,
+            "tensorboard": False,
+            **block,
+        },
+    }
