@@ -17,10 +17,14 @@ lies that many cells earlier. BORDER cells surround every image, so no kernel ev
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numba
 import numpy as np
+
+from beingvl.errors import InputError
 
 SPAN = 8192  # steps per row; |dx| <= MAX_SIDE + 1 stays below half of it
 BORDER = -(1 << 30)
@@ -53,20 +57,20 @@ class Tables(NamedTuple):
 
 
 @_kernel
-def step_offset(step, stride):
+def step_offset(step: int, stride: int) -> int:
     """Distance in board cells of a step."""
     dy = (step + SPAN // 2) >> 13
     return dy * stride + step - dy * SPAN
 
 
 @_kernel
-def pair_key(a, b, step):
-    return (np.int64(a) << 44) | (np.int64(b) << 24) | np.int64(step)
+def pair_key(a: int, b: int, step: int) -> int:
+    return (a << 44) | (b << 24) | step
 
 
 @_kernel
-def hash_slot(key, mask):
-    mixed = key * np.int64(-7046029254386353131)  # 2**64 / golden ratio
+def hash_slot(key: int, mask: int) -> int:
+    mixed = key * -7046029254386353131  # 2**64 / golden ratio
     return (mixed ^ (mixed >> 29)) & mask
 
 
@@ -74,7 +78,9 @@ def hash_slot(key, mask):
 
 
 @_kernel
-def unite_cells(cells, codes, a_start, a_end, b_start, b_end, step, out):
+def unite_cells(
+    cells: np.ndarray, codes: np.ndarray, a_start: int, a_end: int, b_start: int, b_end: int, step: int, out: int
+) -> bool:
     """Write the sorted union of token a's cells and token b's cells moved by `step` at `out`; False when they overlap."""
     i, j = a_start, b_start
     while i < a_end or j < b_end:
@@ -93,13 +99,13 @@ def unite_cells(cells, codes, a_start, a_end, b_start, b_end, step, out):
 
 
 @_kernel
-def list_edges(cells, start, end, edges, out):
+def list_edges(cells: np.ndarray, start: int, end: int, edges: np.ndarray, out: int) -> int:
     """Write the sorted steps of all cells that touch a token at `out`; returns the end. At most 2 x cells + 2.
 
     The cells above, left, right and below are four sorted lists; this merges them and leaves out the token's own cells.
     """
     above, left, right, below, own = start, start, start, start, start
-    beyond = np.int64(1) << 40
+    beyond = 1 << 40
     while below < end:
         up = cells[above] - SPAN if above < end else beyond
         west = cells[left] - 1 if left < end else beyond
@@ -119,7 +125,7 @@ def list_edges(cells, start, end, edges, out):
 
 
 @_kernel
-def touches(edges, edge_start, edge_end, cells, start, end, step):
+def touches(edges: np.ndarray, edge_start: int, edge_end: int, cells: np.ndarray, start: int, end: int, step: int) -> bool:
     """Whether a token's cells, moved by `step`, meet the (sorted) edges of another."""
     i = edge_start
     for j in range(start, end):
@@ -131,7 +137,16 @@ def touches(edges, edge_start, edge_end, cells, start, end, step):
 
 
 @_kernel
-def build_shapes(num_codes, merges, cell_start, edge_start, edge_end, cells, codes, edges):
+def build_shapes(
+    num_codes: int,
+    merges: np.ndarray,
+    cell_start: np.ndarray,
+    edge_start: np.ndarray,
+    edge_end: np.ndarray,
+    cells: np.ndarray,
+    codes: np.ndarray,
+    edges: np.ndarray,
+) -> tuple[int, int]:
     """Fill the shapes of all ids. Returns (status, rank): SHAPES_OVERLAP or SHAPES_APART with the rank of the first bad merge."""
     for code in range(num_codes):
         cells[code] = 0
@@ -150,7 +165,7 @@ def build_shapes(num_codes, merges, cell_start, edge_start, edge_end, cells, cod
 
 
 @_kernel
-def fill_slots(merges, slot_keys, slot_ranks):
+def fill_slots(merges: np.ndarray, slot_keys: np.ndarray, slot_ranks: np.ndarray) -> int:
     """Insert every merge into the hash table. Returns the rank of a merge that is there twice, or -1."""
     mask = len(slot_keys) - 1
     for rank in range(len(merges)):
@@ -166,7 +181,7 @@ def fill_slots(merges, slot_keys, slot_ranks):
 
 
 @_kernel
-def find_rank(slot_keys, slot_ranks, key):
+def find_rank(slot_keys: np.ndarray, slot_ranks: np.ndarray, key: int) -> int:
     """Rank of the merge with this key, or -1."""
     mask = len(slot_keys) - 1
     slot = hash_slot(key, mask)
@@ -177,11 +192,11 @@ def find_rank(slot_keys, slot_ranks, key):
     return -1
 
 
-# ---- the encoder ----
+# ---- heaps of int64, smallest first ----
 
 
 @_kernel
-def sift_up(heap, at):
+def sift_up(heap: np.ndarray, at: int) -> None:
     item = heap[at]
     while at > 0:
         parent = (at - 1) >> 1
@@ -193,7 +208,7 @@ def sift_up(heap, at):
 
 
 @_kernel
-def sift_down(heap, at, size):
+def sift_down(heap: np.ndarray, at: int, size: int) -> None:
     item = heap[at]
     child = 2 * at + 1
     while child < size:
@@ -208,7 +223,26 @@ def sift_down(heap, at, size):
 
 
 @_kernel
-def join_tokens(board, anchor, other, cells, start, end, stride):
+def heapify(heap: np.ndarray, size: int) -> None:
+    for at in range(size // 2 - 1, -1, -1):
+        sift_down(heap, at, size)
+
+
+# ---- the board ----
+
+
+@_kernel
+def place_images(board: np.ndarray, stride: int, grids: np.ndarray, origins: np.ndarray) -> None:
+    """Write code grids [N, H, W] int32 with their upper left cells at `origins` [N]."""
+    for image in range(len(grids)):
+        for y in range(grids.shape[1]):
+            row = origins[image] + y * stride
+            for x in range(grids.shape[2]):
+                board[row + x] = grids[image, y, x]
+
+
+@_kernel
+def join_tokens(board: np.ndarray, anchor: int, other: int, cells: np.ndarray, start: int, end: int, stride: int) -> None:
     """Hand the cells `cells[start:end]` of the token at `other` to the token at the earlier `anchor`."""
     for i in range(start, end):
         cell = other + step_offset(cells[i], stride)
@@ -216,48 +250,40 @@ def join_tokens(board, anchor, other, cells, start, end, stride):
 
 
 @_kernel
-def step_between(anchor, column, later, stride):
-    """The step from `anchor`, which stands in board column `column`, to a later anchor."""
-    distance = later - anchor
-    dy = (column + distance) // stride
-    return distance - dy * stride + dy * SPAN
+def step_after(column: int, distance: int, stride: int) -> int:
+    """The step from an anchor in board column `column` to the anchor `distance` cells later."""
+    reach = column + distance
+    if reach < stride:
+        return distance
+    dy = 1 if reach < 2 * stride else reach // stride
+    return distance + dy * (SPAN - stride)
 
 
 @_kernel
-def encode_images(grids, tables, ids, lengths):
-    """Encode `grids` [N, H, W] int32 into `ids` (flat, at least N x H x W long) and `lengths` [N]; returns the number of ids.
+def step_before(column: int, distance: int, stride: int) -> int:
+    """The step to an anchor in board column `column` from the anchor `distance` cells earlier."""
+    reach = stride - 1 - column + distance
+    if reach < stride:
+        return distance
+    dy = 1 if reach < 2 * stride else reach // stride
+    return distance + dy * (SPAN - stride)
 
-    One heap per image holds (rank, anchor of a) of every pair that is a merge; taking the smallest first applies the merges in
-    rank order and each of them in raster order. A new token only makes pairs of higher rank, so nothing is ever too late.
-    """
+
+# ---- the encoder ----
+
+
+@_kernel
+def encode_images(grids: np.ndarray, tables: Tables, ids: np.ndarray, lengths: np.ndarray) -> int:
+    """Encode `grids` [N, H, W] int32 into `ids` (flat, at least N x H x W long) and `lengths` [N]; returns the number of ids."""
     num_images, height, width = grids.shape
     stride = width + 1
-    board = np.empty((height + 2) * stride + 1, np.int32)
+    board = np.full((height + 2) * stride + 1, BORDER, np.int32)
+    origins = np.full(1, stride, np.int64)
     heap = np.empty(2 * height * width + 64, np.int64)
     written = 0
     for image in range(num_images):
-        board[:] = BORDER
-        for y in range(height):
-            for x in range(width):
-                board[(y + 1) * stride + x] = grids[image, y, x]
-        size = 0
-        for cell in range(stride, (height + 1) * stride):
-            if board[cell] < 0:
-                continue
-            for step, other in ((1, board[cell + 1]), (SPAN, board[cell + stride])):
-                if other >= 0:
-                    rank = find_rank(tables.slot_keys, tables.slot_ranks, pair_key(board[cell], other, step))
-                    if rank >= 0:
-                        heap[size] = (np.int64(rank) << 32) | cell
-                        size += 1
-        for at in range(size // 2 - 1, -1, -1):
-            sift_down(heap, at, size)
-        while size:
-            item = heap[0]
-            size -= 1
-            heap[0] = heap[size]
-            sift_down(heap, 0, size)
-            heap, size = apply_merge(board, tables, stride, item >> 32, item & 0xFFFFFFFF, heap, size)
+        place_images(board, stride, grids[image : image + 1], origins)
+        heap = encode_region(board, stride, stride, height, width, tables, heap)
         first = written
         for cell in range(stride, (height + 1) * stride):
             if board[cell] >= 0:
@@ -268,7 +294,49 @@ def encode_images(grids, tables, ids, lengths):
 
 
 @_kernel
-def apply_merge(board, tables, stride, rank, anchor, heap, size):
+def encode_board(
+    board: np.ndarray, stride: int, origins: np.ndarray, heights: np.ndarray, widths: np.ndarray, tables: Tables
+) -> None:
+    """Encode images in place, each where it stands on a board of codes."""
+    heap = np.empty(1024, np.int64)
+    for image in range(len(origins)):
+        heap = encode_region(board, stride, origins[image], heights[image], widths[image], tables, heap)
+
+
+@_kernel
+def encode_region(
+    board: np.ndarray, stride: int, origin: int, height: int, width: int, tables: Tables, heap: np.ndarray
+) -> np.ndarray:
+    """Apply all merges to one image of a board. Returns the heap, which may have grown.
+
+    The heap holds (rank, anchor of a) of every pair that is a merge; taking the smallest first applies the merges in rank order
+    and each of them in raster order. A new token only makes pairs of higher rank, so nothing is ever too late.
+    """
+    if len(heap) < 2 * height * width:
+        heap = np.empty(2 * height * width, np.int64)
+    size = 0
+    for y in range(height):
+        for cell in range(origin + y * stride, origin + y * stride + width):
+            for step, other in ((1, board[cell + 1]), (SPAN, board[cell + stride])):
+                if other >= 0:
+                    rank = find_rank(tables.slot_keys, tables.slot_ranks, pair_key(board[cell], other, step))
+                    if rank >= 0:
+                        heap[size] = (rank << 32) | cell
+                        size += 1
+    heapify(heap, size)
+    while size:
+        item = heap[0]
+        size -= 1
+        heap[0] = heap[size]
+        sift_down(heap, 0, size)
+        heap, size = apply_merge(board, tables, stride, item >> 32, item & 0xFFFFFFFF, heap, size)
+    return heap
+
+
+@_kernel
+def apply_merge(
+    board: np.ndarray, tables: Tables, stride: int, rank: int, anchor: int, heap: np.ndarray, size: int
+) -> tuple[np.ndarray, int]:
     """Merge at `anchor` if both tokens are still there, and push the new token's own pairs. Returns the heap and its size."""
     a, b, step = tables.merges[rank]
     other = anchor + step_offset(step, stride)
@@ -290,14 +358,12 @@ def apply_merge(board, tables, stride, rank, anchor, heap, size):
         if board[neighbour] < 0:
             neighbour += board[neighbour]
         if neighbour > anchor:
-            earlier = anchor
-            key = pair_key(new, board[neighbour], step_between(anchor, column, neighbour, stride))
+            key = pair_key(new, board[neighbour], step_after(column, neighbour - anchor, stride))
         else:
-            earlier = neighbour
-            key = pair_key(board[neighbour], new, step_between(neighbour, neighbour % stride, anchor, stride))
+            key = pair_key(board[neighbour], new, step_before(column, anchor - neighbour, stride))
         found = find_rank(tables.slot_keys, tables.slot_ranks, key)
         if found >= 0:  # a neighbour that touches twice is pushed twice; the second one finds the tokens gone
-            heap[size] = (np.int64(found) << 32) | earlier
+            heap[size] = (found << 32) | min(anchor, neighbour)
             sift_up(heap, size)
             size += 1
     return heap, size
@@ -309,7 +375,7 @@ STREAM_FINE, STREAM_UNKNOWN_ID, STREAM_OUTSIDE, STREAM_OVERLAP, STREAM_TOO_LONG,
 
 
 @_kernel
-def decode_stream(ids, tables, grid):
+def decode_stream(ids: np.ndarray, tables: Tables, grid: np.ndarray) -> tuple[int, int]:
     """Fill `grid` [H, W] int32, which comes in as all -1. Returns (status, position in `ids`)."""
     height, width = grid.shape
     flat = grid.ravel()
@@ -336,3 +402,771 @@ def decode_stream(ids, tables, grid):
         if flat[left] < 0:
             return STREAM_TOO_SHORT, len(ids)
     return STREAM_FINE, -1
+
+
+# ---- the trainer ----
+#
+# After the round that makes token y, the count of a pair that contains y only falls: every new pair contains the newest token. So
+#
+#   - a round writes the occurrences of its pairs once, grouped by pair, at the end of `places`: a *record* is one pair and its
+#     slice of `places`; nothing is ever inserted later;
+#   - no count is kept up to date. A record's count is an upper bound, exact while neither of its tokens has been merged away since
+#     (`changed`), and made exact by re-reading its own slice (`recount`), which happens only to records that might win;
+#   - a pair below `min_count` when it is written can never win and is not kept.
+#
+# One round, on the board above (`7 8 / 7 5`, pairs (7,8,0,1) (7,7,1,0) (7,5,0,1) (8,5,1,0), all with count 1):
+#   choose     the record with the highest priority, here (7,8,0,1)
+#   merge      each of its places in raster order: the board becomes `9 -1 / 7 5`, changed[7] = changed[8] = this round
+#   collect    the pairs of every new 9, each neighbour once: (9,7,1,0) (9,5,1,1)
+#   write      their records; (7,7,1,0) and (8,5,1,0) are stale now, which is found out when and if they come up
+
+NUM_RECORDS, NUM_PLACES, HEAP_SIZE, FLOOR, ROUND, POOL_SIZE, LARGEST, NUM_CELLS, NUM_TOKENS, NUM_COUNTERS = range(10)
+LEARNT, NOTHING_LEFT, SHAPES_FULL, POOL_FULL = 0, 1, 2, 3
+SEEN = 1 << 29  # marks an anchor whose pair with the current token is already collected
+RECORD, FIRST, SECOND, COUNT, EXACT_AT = range(5)  # columns of the pool
+GROUP_BITS = 24  # key >> 24 is the pair of tokens without their offset
+
+
+class State(NamedTuple):
+    """Everything the trainer holds, as arrays that the kernels change in place. B board cells, at most 2 B live pairs."""
+
+    stride: int
+    num_codes: int
+    alpha: float
+    sigma: float
+    min_count: int
+    board: np.ndarray  # int32 [B]
+    places: np.ndarray  # int32: anchors of a, grouped by record
+    keys: np.ndarray  # int64, a record's pair
+    starts: np.ndarray  # int64, where its places start
+    counts: np.ndarray  # int32, how many there are
+    exact_at: np.ndarray  # int32, the round whose board `counts` is exact for
+    heap: np.ndarray  # int32 record numbers, largest count first
+    pool: np.ndarray  # int32 [P, 5]: copies of the candidates' fields, side by side for fast scans
+    consistencies: np.ndarray  # float64 [P]: S of a pool entry; -1 = not computed yet
+    changed: np.ndarray  # int32 [V]: last round that merged the token away
+    cell_start: np.ndarray  # int64 [V + 1]
+    cells: np.ndarray  # int32 steps
+    codes: np.ndarray  # int32
+    merges: np.ndarray  # int32 [R, 4]: a, b, step, number of replacements
+    counters: np.ndarray  # int64 [NUM_COUNTERS]
+
+
+# ---- records ----
+
+
+@_kernel
+def recount(state: State, record: int) -> int:
+    """Drop the places of a record whose tokens are gone; its count is exact afterwards and returned."""
+    board, places = state.board, state.places
+    a, b = state.keys[record] >> 44, (state.keys[record] >> GROUP_BITS) & 0xFFFFF
+    offset = step_offset(state.keys[record] & 0xFFFFFF, state.stride)
+    start = state.starts[record]
+    kept = start
+    for i in range(start, start + state.counts[record]):
+        place = places[i]
+        if board[place] == a and board[place + offset] == b:
+            places[kept] = place
+            kept += 1
+    state.counts[record] = kept - start
+    state.exact_at[record] = state.counters[ROUND]
+    return kept - start
+
+
+@_kernel
+def is_exact(state: State, record: int) -> bool:
+    a, b = state.keys[record] >> 44, (state.keys[record] >> GROUP_BITS) & 0xFFFFF
+    return max(state.changed[a], state.changed[b]) <= state.exact_at[record]
+
+
+@_kernel
+def is_before(state: State, record: int, other: int) -> bool:
+    """Heap order: higher count, then smaller (a, b, dy, dx)."""
+    counts = state.counts
+    return counts[record] > counts[other] or (counts[record] == counts[other] and state.keys[record] < state.keys[other])
+
+
+@_kernel
+def push_record(state: State, record: int) -> None:
+    heap = state.heap
+    at = state.counters[HEAP_SIZE]
+    state.counters[HEAP_SIZE] = at + 1
+    while at > 0:
+        parent = (at - 1) >> 1
+        if not is_before(state, record, heap[parent]):
+            break
+        heap[at] = heap[parent]
+        at = parent
+    heap[at] = record
+
+
+@_kernel
+def sink_record(state: State) -> None:
+    """Restore the heap after its top record's count fell."""
+    heap, size = state.heap, state.counters[HEAP_SIZE]
+    record = heap[0]
+    at, child = 0, 1
+    while child < size:
+        if child + 1 < size and is_before(state, heap[child + 1], heap[child]):
+            child += 1
+        if not is_before(state, heap[child], record):
+            break
+        heap[at] = heap[child]
+        at = child
+        child = 2 * at + 1
+    heap[at] = record
+
+
+@_kernel
+def pop_record(state: State) -> None:
+    state.counters[HEAP_SIZE] -= 1
+    state.heap[0] = state.heap[state.counters[HEAP_SIZE]]
+    if state.counters[HEAP_SIZE] > 1:
+        sink_record(state)
+
+
+@_kernel
+def lower_floor(state: State) -> None:
+    """Let the next records into the heap. It holds those with `counts >= floor` that are not in the pool; most never come up."""
+    counters = state.counters
+    old = counters[FLOOR]
+    new = max(state.min_count, old * 3 // 4)
+    for record in range(counters[NUM_RECORDS]):
+        if new <= state.counts[record] < old:
+            push_record(state, record)
+    counters[FLOOR] = new
+
+
+@_kernel
+def compact(state: State) -> None:
+    """Recount every record and close the gaps. A record goes when no offset of its pair can win any more."""
+    counters = state.counters
+    num_records = counters[NUM_RECORDS]
+    kept_records, kept_places = 0, 0
+    first = 0
+    while first < num_records:
+        last, alive = first, False
+        while last < num_records and state.keys[last] >> GROUP_BITS == state.keys[first] >> GROUP_BITS:
+            alive |= recount(state, last) >= state.min_count
+            last += 1
+        for record in range(first, last if alive else first):
+            start, count = state.starts[record], state.counts[record]
+            for i in range(count):
+                state.places[kept_places + i] = state.places[start + i]
+            state.keys[kept_records] = state.keys[record]
+            state.starts[kept_records] = kept_places
+            state.counts[kept_records] = count
+            state.exact_at[kept_records] = counters[ROUND]
+            kept_places += count
+            kept_records += 1
+        first = last
+    counters[NUM_RECORDS], counters[NUM_PLACES] = kept_records, kept_places
+    counters[HEAP_SIZE] = counters[POOL_SIZE] = 0
+    for record in range(kept_records):
+        if state.counts[record] >= counters[FLOOR]:
+            push_record(state, record)
+
+
+# ---- choose ----
+
+
+@_kernel
+def choose_by_count(state: State) -> int:
+    """The record with the highest count (ties: smallest pair), out of the heap; -1 when none reaches min_count."""
+    counters = state.counters
+    while True:
+        if counters[HEAP_SIZE] == 0:
+            if counters[FLOOR] <= state.min_count:
+                return -1
+            lower_floor(state)
+            continue
+        top = state.heap[0]
+        if is_exact(state, top):
+            counters[LARGEST] = state.counts[top]
+            pop_record(state)
+            return top
+        if recount(state, top) >= counters[FLOOR]:
+            sink_record(state)
+        else:
+            pop_record(state)
+
+
+@_kernel
+def is_fresh(state: State, at: int) -> bool:
+    """Whether the count of a pool entry is exact."""
+    entry = state.pool[at]
+    return max(state.changed[entry[FIRST]], state.changed[entry[SECOND]]) <= entry[EXACT_AT]
+
+
+@_kernel
+def refresh(state: State, at: int) -> int:
+    """Make the count of a pool entry exact and return it; its S is forgotten when it was not."""
+    entry = state.pool[at]
+    if not is_fresh(state, at):
+        entry[COUNT] = recount(state, entry[RECORD])
+        entry[EXACT_AT] = state.counters[ROUND]
+        state.consistencies[at] = -1.0
+    return entry[COUNT]
+
+
+@_kernel
+def fill_pool(state: State) -> int:
+    """Move every record that may win into the pool, and return the largest count of all records.
+
+    P <= count / largest + alpha, and the record with the largest count has P >= 1, so only records with
+    count / largest + alpha >= 1 may win. Returns 0 when no record reaches min_count, -1 when the pool is full.
+    """
+    counters = state.counters
+    largest = 0
+    at = 0
+    while at < counters[POOL_SIZE]:
+        if state.pool[at, COUNT] > largest and refresh(state, at) < counters[FLOOR]:
+            leave_pool(state, at)  # at once: `lower_floor` takes what is below the floor for outside
+        else:
+            largest = max(largest, state.pool[at, COUNT])
+            at += 1
+    while True:
+        while counters[HEAP_SIZE] and (largest == 0 or state.counts[state.heap[0]] / largest + state.alpha >= 1.0):
+            at, record = counters[POOL_SIZE], state.heap[0]
+            if at == len(state.pool):
+                return -1
+            entry = state.pool[at]
+            entry[RECORD] = record
+            entry[FIRST], entry[SECOND] = state.keys[record] >> 44, (state.keys[record] >> GROUP_BITS) & 0xFFFFF
+            entry[COUNT], entry[EXACT_AT] = state.counts[record], state.exact_at[record]
+            state.consistencies[at] = -1.0
+            counters[POOL_SIZE] += 1
+            pop_record(state)
+            if entry[COUNT] > largest:
+                largest = max(largest, refresh(state, at))
+                if entry[COUNT] < counters[FLOOR]:
+                    leave_pool(state, at)
+        if counters[FLOOR] <= state.min_count or (largest and (counters[FLOOR] - 1) / largest + state.alpha < 1.0):
+            return largest if largest >= state.min_count else 0
+        lower_floor(state)
+
+
+@_kernel
+def measure_consistency(state: State, record: int) -> float:
+    """S of a record's pair of tokens, from the exact counts of all its offsets, which are its neighbours among the records.
+
+    The arithmetic is that of `vbpe.spatial_consistency`, operation by operation. Counts of records in the heap must not change
+    there, so only those below the floor are kept.
+    """
+    group = state.keys[record] >> GROUP_BITS
+    first, last = record, record + 1
+    while first > 0 and state.keys[first - 1] >> GROUP_BITS == group:
+        first -= 1
+    while last < state.counters[NUM_RECORDS] and state.keys[last] >> GROUP_BITS == group:
+        last += 1
+    if last - first == 1:
+        return 1.0
+    exact = np.empty(last - first, np.int64)
+    total, sum_y, sum_x = 0, 0, 0
+    for i in range(first, last):
+        count = count_places(state, i)
+        exact[i - first] = count
+        step = state.keys[i] & 0xFFFFFF
+        dy = (step + SPAN // 2) >> 13
+        total += count
+        sum_y += dy * count
+        sum_x += (step - dy * SPAN) * count
+    mean_y, mean_x = sum_y / total, sum_x / total
+    consistency = 0.0
+    for i in range(first, last):
+        if exact[i - first]:
+            step = state.keys[i] & 0xFFFFFF
+            dy = (step + SPAN // 2) >> 13
+            dx = step - dy * SPAN
+            squared_distance = (dy - mean_y) * (dy - mean_y) + (dx - mean_x) * (dx - mean_x)
+            consistency += exact[i - first] * math.exp(-squared_distance / (2.0 * state.sigma * state.sigma))
+    return math.floor(consistency / total * 2.0**30 + 0.5) / 2.0**30
+
+
+@_kernel
+def count_places(state: State, record: int) -> int:
+    if is_exact(state, record):
+        return state.counts[record]
+    if state.counts[record] < state.counters[FLOOR]:
+        return recount(state, record)
+    a, b = state.keys[record] >> 44, (state.keys[record] >> GROUP_BITS) & 0xFFFFF
+    offset = step_offset(state.keys[record] & 0xFFFFFF, state.stride)
+    start, count = state.starts[record], 0
+    for i in range(start, start + state.counts[record]):
+        place = state.places[i]
+        count += state.board[place] == a and state.board[place + offset] == b
+    return count
+
+
+@_kernel
+def choose_by_priority(state: State) -> int:
+    """The record with the highest P = count / largest + alpha S, out of the pool; -1: nothing left, -2: the pool is full.
+
+    Entries whose S is known come first; the others are measured only while `count / largest + alpha` could still win.
+    """
+    largest = fill_pool(state)
+    if largest <= 0:
+        return -1 if largest == 0 else -2
+    pool, consistencies, counters = state.pool, state.consistencies, state.counters
+    counters[LARGEST] = largest
+    best, best_priority = -1, -1.0
+    for measured in (True, False):
+        at = 0
+        while at < counters[POOL_SIZE]:
+            entry = pool[at]
+            if (is_fresh(state, at) and consistencies[at] >= 0.0) != measured:
+                at += 1
+                continue
+            worth_it = entry[COUNT] / largest + state.alpha >= best_priority
+            if worth_it and not measured:
+                refresh(state, at)
+                consistencies[at] = measure_consistency(state, entry[RECORD]) if entry[COUNT] else 0.0
+            if entry[COUNT] < state.min_count or entry[COUNT] / largest + state.alpha < 1.0:
+                leave_pool(state, at)
+                best = at if best == counters[POOL_SIZE] else best  # the last entry moved here
+                continue
+            if worth_it:
+                priority = entry[COUNT] / largest + state.alpha * consistencies[at]
+                if priority > best_priority or (
+                    priority == best_priority and is_before(state, entry[RECORD], pool[best, RECORD])
+                ):
+                    best, best_priority = at, priority
+            at += 1
+    record = pool[best, RECORD]
+    counters[POOL_SIZE] -= 1
+    pool[best] = pool[counters[POOL_SIZE]]
+    consistencies[best] = consistencies[counters[POOL_SIZE]]
+    return record
+
+
+@_kernel
+def leave_pool(state: State, at: int) -> None:
+    """Put a pool entry back into the heap, or below its floor; the last entry takes its place."""
+    record = state.pool[at, RECORD]
+    last = state.counters[POOL_SIZE] - 1
+    state.counters[POOL_SIZE] = last
+    state.pool[at] = state.pool[last]
+    state.consistencies[at] = state.consistencies[last]
+    if state.counts[record] >= state.counters[FLOOR]:
+        push_record(state, record)
+
+
+# ---- collect and write ----
+
+
+class Found(NamedTuple):
+    """The pairs of one token while they are collected: a small hash table and one (pair, place) per occurrence."""
+
+    slots: np.ndarray  # int32 [power of two]: index of a pair; -1 = free
+    keys: np.ndarray  # int64 [pairs]
+    slot_of: np.ndarray  # int32 [pairs]
+    tallies: np.ndarray  # int64 [pairs]: occurrences; while writing: 1 + where the next one goes in `places`, or negative
+    pair_of: np.ndarray  # int32 [occurrences]
+    places: np.ndarray  # int32 [occurrences]
+    totals: np.ndarray  # int64: pairs, occurrences
+
+
+@_kernel
+def make_found(num_pairs: int, num_places: int) -> Found:
+    return Found(
+        np.full(4 * num_pairs, -1, np.int32),
+        np.empty(num_pairs, np.int64),
+        np.empty(num_pairs, np.int32),
+        np.empty(num_pairs, np.int64),
+        np.empty(num_places, np.int32),
+        np.empty(num_places, np.int32),
+        np.zeros(2, np.int64),
+    )
+
+
+@_kernel
+def more_pairs(found: Found) -> Found:
+    """The same pairs in twice the room."""
+    larger = make_found(2 * len(found.keys), 0)
+    for pair in range(found.totals[0]):
+        slot = find_slot(larger, found.keys[pair])
+        larger.slots[slot] = pair
+        larger.slot_of[pair] = slot
+        larger.keys[pair] = found.keys[pair]
+        larger.tallies[pair] = found.tallies[pair]
+    return Found(larger.slots, larger.keys, larger.slot_of, larger.tallies, found.pair_of, found.places, found.totals)
+
+
+@_kernel
+def find_slot(found: Found, key: int) -> int:
+    """Slot of a pair, or the free slot where it belongs."""
+    mask = len(found.slots) - 1
+    slot = hash_slot(key, mask)
+    while found.slots[slot] >= 0 and found.keys[found.slots[slot]] != key:
+        slot = (slot + 1) & mask
+    return slot
+
+
+@_kernel
+def collect(
+    board: np.ndarray, stride: int, anchors: np.ndarray, token: int, edges: np.ndarray, forward_only: bool, found: Found
+) -> Found:
+    """Find the pairs of every instance of `token`, which stand at `anchors`; each neighbour counts once.
+
+    `forward_only` takes those pairs in which it has the earlier anchor. A pair of two such tokens is taken from its earlier one.
+    """
+    offsets = np.empty(len(edges), np.int64)
+    num_offsets = 0
+    for i in range(len(edges)):
+        if not forward_only or edges[i] > 0:  # what touches from before the anchor belongs to an earlier anchor
+            offsets[num_offsets] = step_offset(edges[i], stride)
+            num_offsets += 1
+    if len(found.places) < len(anchors) * num_offsets:
+        room = 2 * len(anchors) * num_offsets
+        found = Found(
+            found.slots,
+            found.keys,
+            found.slot_of,
+            found.tallies,
+            np.empty(room, np.int32),
+            np.empty(room, np.int32),
+            found.totals,
+        )
+    seen = np.empty(num_offsets, np.int64)
+    num_places = 0
+    for anchor in anchors:
+        column = anchor % stride
+        num_seen = 0
+        for i in range(num_offsets):
+            neighbour = anchor + offsets[i]
+            other = board[neighbour]
+            if other < 0:
+                if other == BORDER:
+                    continue
+                neighbour += other
+                other = board[neighbour]
+            if other & SEEN or (neighbour < anchor and (forward_only or other == token)):
+                continue
+            board[neighbour] = other | SEEN
+            seen[num_seen] = neighbour
+            num_seen += 1
+            if neighbour > anchor:
+                key = pair_key(token, other, step_after(column, neighbour - anchor, stride))
+            else:
+                key = pair_key(other, token, step_before(column, anchor - neighbour, stride))
+            slot = find_slot(found, key)
+            pair = found.slots[slot]
+            if pair < 0:
+                pair = found.totals[0]
+                if pair == len(found.keys):
+                    found = more_pairs(found)
+                    slot = find_slot(found, key)
+                found.slots[slot] = pair
+                found.keys[pair] = key
+                found.slot_of[pair] = slot
+                found.tallies[pair] = 0
+                found.totals[0] += 1
+            found.tallies[pair] += 1
+            found.pair_of[num_places] = pair
+            found.places[num_places] = min(anchor, neighbour)
+            num_places += 1
+        for i in range(num_seen):
+            board[seen[i]] &= ~SEEN
+    found.totals[1] = num_places
+    return found
+
+
+@_kernel
+def write_records(state: State, found: Found) -> None:
+    """Make records of the pairs that may win one day, in the order of their keys, and empty `found`.
+
+    With alpha, rarer offsets of the same two tokens are kept too: S counts them.
+    """
+    counters = state.counters
+    num_pairs = found.totals[0]
+    order = np.empty(num_pairs, np.int64)
+    size = 0
+    for pair in range(num_pairs):
+        if found.tallies[pair] >= state.min_count:
+            order[size] = found.keys[pair]
+            size += 1
+    if state.alpha > 0.0 and size:
+        frequent = np.sort(order[:size])
+        for pair in range(num_pairs):
+            if found.tallies[pair] < state.min_count:
+                group = found.keys[pair] >> GROUP_BITS
+                at = np.searchsorted(frequent, group << GROUP_BITS)
+                if at < len(frequent) and frequent[at] >> GROUP_BITS == group:
+                    order[size] = found.keys[pair]
+                    size += 1
+    for pair in range(num_pairs):
+        found.tallies[pair] = -found.tallies[pair]
+    for key in np.sort(order[:size]):
+        pair = found.slots[find_slot(found, key)]
+        record, start = counters[NUM_RECORDS], counters[NUM_PLACES]
+        count = -found.tallies[pair]
+        state.keys[record] = key
+        state.starts[record] = start
+        state.counts[record] = count
+        state.exact_at[record] = counters[ROUND]
+        found.tallies[pair] = start + 1
+        counters[NUM_RECORDS] = record + 1
+        counters[NUM_PLACES] = start + count
+        if count >= counters[FLOOR]:
+            push_record(state, record)
+    for i in range(found.totals[1]):
+        pair = found.pair_of[i]
+        if found.tallies[pair] > 0:
+            state.places[found.tallies[pair] - 1] = found.places[i]
+            found.tallies[pair] += 1
+    for pair in range(num_pairs):
+        found.slots[found.slot_of[pair]] = -1
+    found.totals[:] = 0
+
+
+# ---- the rounds ----
+
+
+@_kernel
+def shape_edges(state: State, token: int) -> np.ndarray:
+    start, end = state.cell_start[token], state.cell_start[token + 1]
+    edges = np.empty(2 * (end - start) + 2, np.int32)
+    return edges[: list_edges(state.cells, start, end, edges, 0)]
+
+
+@_kernel
+def index_board(state: State) -> None:
+    """Write the records of all pairs on the board, token by token, and open the heap."""
+    board, counters = state.board, state.counters
+    num_ids = state.num_codes + counters[ROUND]
+    bounds = np.zeros(num_ids + 1, np.int64)
+    for cell in range(len(board)):
+        if board[cell] >= 0:
+            bounds[board[cell] + 1] += 1
+    bounds = np.cumsum(bounds)
+    anchors = np.empty(bounds[-1], np.int32)
+    counters[NUM_TOKENS] = bounds[-1]
+    ends = bounds.copy()
+    for cell in range(len(board)):
+        if board[cell] >= 0:
+            anchors[ends[board[cell]]] = cell
+            ends[board[cell]] += 1
+    found = make_found(1 << 12, 1 << 16)
+    counters[FLOOR] = 1 << 40  # nothing goes into the heap yet
+    for token in range(num_ids):
+        instances = anchors[bounds[token] : bounds[token + 1]]
+        if len(instances):
+            found = collect(board, state.stride, instances, token, shape_edges(state, token), True, found)
+            write_records(state, found)
+    largest = 0
+    for record in range(counters[NUM_RECORDS]):
+        largest = max(largest, state.counts[record])
+    counters[FLOOR] = max(largest + 1, state.min_count)
+
+
+@_kernel
+def merge_places(state: State, record: int, new: int) -> np.ndarray:
+    """Merge every occurrence of a record, in raster order, and return the anchors of the new tokens.
+
+    Only a pair of equal tokens can overlap itself (`a a a`): then the later occurrence finds its token gone.
+    """
+    board, stride, counters = state.board, state.stride, state.counters
+    key = state.keys[record]
+    a, b, step = key >> 44, (key >> GROUP_BITS) & 0xFFFFF, key & 0xFFFFFF
+    offset = step_offset(step, stride)
+    start, count = state.starts[record], state.counts[record]
+    merged = 0
+    for i in range(start, start + count):
+        anchor = state.places[i]
+        if a == b and (board[anchor] != a or board[anchor + offset] != b):
+            continue
+        board[anchor] = new
+        join_tokens(board, anchor, anchor + offset, state.cells, state.cell_start[b], state.cell_start[b + 1], stride)
+        state.places[start + merged] = anchor
+        merged += 1
+    state.counts[record] = 0
+    state.changed[a] = state.changed[b] = counters[ROUND] + 1
+    merge = state.merges[counters[ROUND]]
+    merge[0], merge[1], merge[2], merge[3] = a, b, step, merged
+    counters[NUM_TOKENS] -= merged
+    return state.places[start : start + merged].copy()
+
+
+@_kernel
+def learn(state: State, until: int) -> int:
+    """Learn merges until there are `until`. Returns LEARNT, NOTHING_LEFT, or what has to grow before the next call."""
+    counters = state.counters
+    found = make_found(1 << 12, 1 << 16)
+    while counters[ROUND] < until:
+        if counters[NUM_CELLS] * 3 > len(state.cells):  # the new token has at most twice the cells of all others
+            return SHAPES_FULL
+        record = choose_by_count(state) if state.alpha == 0.0 else choose_by_priority(state)
+        if record < 0:
+            return NOTHING_LEFT if record == -1 else POOL_FULL
+        new = state.num_codes + counters[ROUND]
+        anchors = merge_places(state, record, new)
+        counters[ROUND] += 1
+        a, b, step = state.merges[counters[ROUND] - 1, :3]
+        starts = state.cell_start
+        starts[new + 1] = starts[new] + starts[a + 1] - starts[a] + starts[b + 1] - starts[b]
+        unite_cells(state.cells, state.codes, starts[a], starts[a + 1], starts[b], starts[b + 1], step, starts[new])
+        counters[NUM_CELLS] = starts[new + 1]
+        found = collect(state.board, state.stride, anchors, new, shape_edges(state, new), False, found)
+        if counters[NUM_PLACES] + found.totals[1] > len(state.places) or counters[NUM_RECORDS] + found.totals[0] > len(
+            state.keys
+        ):
+            compact(state)
+        write_records(state, found)
+    return LEARNT
+
+
+# ---- the trainer as Python sees it ----
+
+
+def plan_board(sizes: np.ndarray) -> tuple[int, int, np.ndarray]:
+    """Where images of `sizes` [N, 2] (height, width) stand: (stride, board cells, origins int64 [N] of their upper left cells).
+
+    Images of one size stand below each other. A mixture fills shelves from the highest to the lowest image.
+    """
+    heights, widths = sizes[:, 0].astype(np.int64), sizes[:, 1].astype(np.int64)
+    if (sizes == sizes[0]).all():
+        stride = int(widths[0]) + 1
+        tops = 1 + np.arange(len(sizes)) * (heights[0] + 1)
+        return stride, int(tops[-1] + heights[0] + 1) * stride + 1, tops * stride
+    stride = 8 * (int(widths.max()) + 1)
+    origins = np.empty(len(sizes), np.int64)
+    top, left, shelf = 1, 0, 0
+    for image in np.lexsort((widths, -heights)):
+        if left + widths[image] + 1 > stride:
+            top, left, shelf = top + shelf + 1, 0, 0
+        origins[image] = top * stride + left
+        left += int(widths[image]) + 1
+        shelf = max(shelf, int(heights[image]))
+    return stride, (top + shelf + 1) * stride + 1, origins
+
+
+class Trainer:
+    """Learns merges from `corpora`, a list of code arrays [N, H, W] (int types, memory maps welcome, sizes may differ).
+
+    `learnt` are merges to begin with (their shapes and hash table), from an earlier run on the same images.
+    """
+
+    def __init__(
+        self,
+        corpora: Sequence[np.ndarray],
+        num_codes: int,
+        alpha: float,
+        sigma: float,
+        min_count: int,
+        learnt: Tables | None = None,
+    ) -> None:
+        self.sizes = np.concatenate([np.tile(corpus.shape[1:], (len(corpus), 1)) for corpus in corpora])
+        stride, num_cells, self.origins = plan_board(self.sizes)
+        if num_cells >= 1 << 31:
+            raise InputError(
+                f"{len(self.sizes)} images need a board of {num_cells} cells, expected below 2**31: use fewer images"
+            )
+        board = np.full(num_cells, BORDER, np.int32)
+        first = 0
+        for corpus in corpora:
+            for start in range(0, len(corpus), 1024):
+                chunk = np.ascontiguousarray(corpus[start : start + 1024], np.int32)
+                place_images(board, stride, chunk, self.origins[first : first + len(chunk)])
+                first += len(chunk)
+        self.num_cells = int(self.sizes.prod(axis=1).sum())
+        self._state = _new_state(board, stride, self.num_cells, num_codes, alpha, sigma, min_count, learnt)
+        if learnt is not None and len(learnt.merges):
+            encode_board(board, stride, self.origins, self.sizes[:, 0].copy(), self.sizes[:, 1].copy(), learnt)
+        index_board(self._state)
+
+    def learn(self, until: int) -> bool:
+        """Learn until there are `until` merges; False when no pair was left that occurs `min_count` times."""
+        state = self._state
+        more = until + 1 + state.num_codes - len(state.cell_start) + 1
+        if more > 0:
+            more = max(more, len(state.cell_start) // 2)
+            self._state = state = state._replace(
+                cell_start=_longer(state.cell_start, more),
+                changed=_longer(state.changed, more),
+                merges=_longer(state.merges, more),
+            )
+        while (status := learn(state, until)) in (SHAPES_FULL, POOL_FULL):
+            if status == SHAPES_FULL:
+                more = 3 * len(state.cells)
+                state = state._replace(cells=_longer(state.cells, more), codes=_longer(state.codes, more))
+            else:
+                more = len(state.pool)
+                state = state._replace(pool=_longer(state.pool, more), consistencies=_longer(state.consistencies, more))
+            self._state = state
+        return status == LEARNT
+
+    @property
+    def num_merges(self) -> int:
+        return int(self._state.counters[ROUND])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the images have now, all together."""
+        return int(self._state.counters[NUM_TOKENS])
+
+    @property
+    def best_count(self) -> int:
+        """Largest count of the last round."""
+        return int(self._state.counters[LARGEST])
+
+    @property
+    def merges(self) -> np.ndarray:
+        """int32 [R, 4]: a, b, dy, dx."""
+        a, b, step, _ = self._state.merges[: self.num_merges].T
+        dy = (step + SPAN // 2) // SPAN
+        return np.column_stack([a, b, dy, step - dy * SPAN])
+
+    def stream(self, image: int) -> np.ndarray:
+        """Image ids of one image as the trainer has it now, int32 [n]."""
+        stride, (height, width) = self._state.stride, self.sizes[image]
+        rows = self.origins[image] + stride * np.arange(height)[:, None]
+        cells = self._state.board[(rows + np.arange(width)).ravel()]
+        return cells[cells >= 0]
+
+
+def _new_state(
+    board: np.ndarray,
+    stride: int,
+    num_cells: int,
+    num_codes: int,
+    alpha: float,
+    sigma: float,
+    min_count: int,
+    learnt: Tables | None,
+) -> State:
+    """Room for all records there can ever be: pages that are never touched cost nothing."""
+    room = 5 * num_cells // 2 + 1024
+    num_learnt = len(learnt.merges) if learnt is not None else 0
+    counters = np.zeros(NUM_COUNTERS, np.int64)
+    counters[ROUND] = num_learnt
+    state = State(
+        stride=stride,
+        num_codes=num_codes,
+        alpha=float(alpha),
+        sigma=float(sigma),
+        min_count=min_count,
+        board=board,
+        places=np.empty(room, np.int32),
+        keys=np.empty(room, np.int64),
+        starts=np.empty(room, np.int64),
+        counts=np.empty(room, np.int32),
+        exact_at=np.empty(room, np.int32),
+        heap=np.empty(room, np.int32),
+        pool=np.empty((1024, 5), np.int32),
+        consistencies=np.empty(1024, np.float64),
+        changed=np.zeros(num_codes + num_learnt, np.int32),
+        cell_start=np.arange(num_codes + 1) if learnt is None else learnt.cell_start.copy(),
+        cells=np.zeros(num_codes, np.int32) if learnt is None else learnt.cells.copy(),
+        codes=np.arange(num_codes, dtype=np.int32) if learnt is None else learnt.codes.copy(),
+        merges=np.zeros((num_learnt, 4), np.int32),
+        counters=counters,
+    )
+    if learnt is not None:
+        state.merges[:, :3] = learnt.merges
+    counters[NUM_CELLS] = len(state.cells)
+    return state
+
+
+def _longer(array: np.ndarray, more: int) -> np.ndarray:
+    """A copy with room for `more` entries, filled with zeros."""
+    return np.concatenate([array, np.zeros((more, *array.shape[1:]), array.dtype)])
