@@ -186,8 +186,8 @@ def rewrite_weights(
     if target.resolve() == weights.folder.resolve():
         raise InputError(f"{target} is both source and target; weights are never changed in place, give another folder")
     plans = _plan_files(weights, replace, drop)
-    target.mkdir(parents=True, exist_ok=True)
     check_disk_space(target, sum(plan.bytes_to_write(target, link, keep_finished) for plan in plans))
+    target.mkdir(parents=True, exist_ok=True)
 
     hashes: dict[str, str] = {}
     total = sum(plan.num_bytes for plan in plans)
@@ -199,10 +199,20 @@ def rewrite_weights(
     return hashes
 
 
+def bytes_to_write(
+    weights: WeightFolder,
+    target: Path,
+    replace: Mapping[str, NewTensor | Callable[[], torch.Tensor]],
+    link: bool = True,
+    drop: Collection[str] = (),
+) -> int:
+    """Bytes that `rewrite_weights` with these arguments puts on the disk of `target`."""
+    return sum(plan.bytes_to_write(target, link, keep_finished=False) for plan in _plan_files(weights, replace, drop))
+
+
 def check_disk_space(folder: Path, num_bytes: int) -> None:
     """Raises InputError when the file system of `folder` has less than `num_bytes` free."""
-    existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_existing_parent(folder)).free
     if num_bytes > free:
         raise InputError(
             f"{folder}: {num_bytes / 1e9:.1f} GB are to be written, but the disk has {free / 1e9:.1f} GB free; "
@@ -323,7 +333,7 @@ class _FilePlan:
     def bytes_to_write(self, target: Path, link: bool, keep_finished: bool) -> int:
         if keep_finished and self.is_finished(target):
             return 0
-        if self.unchanged and link and self.unchanged.stat().st_dev == target.stat().st_dev:
+        if self.unchanged and link and self.unchanged.stat().st_dev == _existing_parent(target).stat().st_dev:
             return 0
         return self.num_bytes
 
@@ -461,6 +471,10 @@ def _write_index(target: Path, plans: list[_FilePlan]) -> str:
     text = to_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     write_atomically(target / INDEX_FILE, text)
     return hash_file(target / INDEX_FILE)
+
+
+def _existing_parent(folder: Path) -> Path:
+    return next(path for path in [folder, *folder.absolute().parents] if path.exists())
 
 
 def _itemsize(tensor: StoredTensor | NewTensor) -> int:

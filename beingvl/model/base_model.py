@@ -1,0 +1,144 @@
+"""The language model a conversion starts from: its config, where its embeddings are, how many text ids it has.
+
+Nothing is loaded: transformers builds the model on the meta device, which says what the input embedding and the output head
+are called, whatever the architecture; shapes come from the weight files' headers.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beingvl.errors import InputError
+from beingvl.model.weight_files import WeightFolder
+
+_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A causal language model on disk.
+
+    `input_name` and `output_name` are the tensors with one row per token id; `output_bias_name` is the head's bias where it
+    has one. `stored_output_name` is the tensor that holds the head's values: the input embedding when the two are tied.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    weights: WeightFolder
+    input_name: str
+    output_name: str
+    stored_output_name: str
+    output_bias_name: str | None
+    num_text: int
+    hidden_size: int
+
+    @property
+    def is_tied(self) -> bool:
+        return self.stored_output_name != self.output_name
+
+    @classmethod
+    def open(cls, folder: Path | str) -> BaseModel:
+        """Raises InputError for a folder that is no causal language model, or whose weights do not fit its config."""
+        folder = Path(folder)
+        config = read_json(folder / "config.json", "a Hugging Face model folder")
+        weights = WeightFolder(folder)
+        model = _empty_model(folder)
+        input_name = _module_parameter(model, model.get_input_embeddings(), "weight")
+        head = model.get_output_embeddings()
+        output_name = _module_parameter(model, head, "weight")
+        if input_name is None or output_name is None:
+            raise InputError(f"{folder}: {type(model).__name__} has no input embedding or no output head to extend")
+        bias_name = _module_parameter(model, head, "bias") if getattr(head, "bias", None) is not None else None
+
+        tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+        stored_output = output_name if output_name in weights else input_name
+        if input_name not in weights or (output_name not in weights and not tied):
+            missing = input_name if input_name not in weights else output_name
+            raise InputError(f"{folder}: the weights have no {missing!r}; is config.json theirs?")
+        _check_shapes(folder, weights, input_name, stored_output, model)
+        num_text, hidden_size = weights.shape(input_name)
+        return cls(folder, config, weights, input_name, output_name, stored_output, bias_name, num_text, hidden_size)
+
+    def fingerprint(self) -> str:
+        """Hash of config, tensor names and shapes, and the first bytes of every tensor: cheap, and other weights differ."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name in sorted(self.weights):
+            stored = self.weights.tensors[name]
+            digest.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
+            sample = self.weights[name].reshape(-1)[: _SAMPLE_BYTES // 8].contiguous()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+        return "sha256:" + digest.hexdigest()
+
+    def special_id(self, name: str, fallback: int | None) -> int | None:
+        """`bos_token_id` or `eos_token_id` of config.json (the first of a list), else `fallback`."""
+        value = _text_config(self.config).get(name, self.config.get(name))
+        value = value[0] if isinstance(value, list) and value else value
+        return value if isinstance(value, int) else fallback
+
+    def extended_config(self, num_rows: int, dtype: torch.dtype | None) -> dict[str, Any]:
+        """config.json for a vocabulary of `num_rows` rows and an untied head; every other key survives."""
+        config = copy.deepcopy(self.config)
+        for fields in (config, _text_config(config)):
+            if fields is _text_config(config) or "vocab_size" in fields:
+                fields["vocab_size"] = num_rows
+            if fields is config or "tie_word_embeddings" in fields:
+                fields["tie_word_embeddings"] = False
+        if dtype is not None:
+            dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+            config.update(dict.fromkeys(dtype_keys, str(dtype).removeprefix("torch.")))
+        return config
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"{path.parent} has no {path.name}, so it is not {what}")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); download it again") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{path} holds {type(fields).__name__}, expected a JSON object")
+    return fields
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of config.json that describes the language model: all of it, or `text_config`."""
+    text_config = config.get("text_config")
+    return text_config if isinstance(text_config, dict) and "vocab_size" not in config else config
+
+
+def _empty_model(folder: Path) -> Any:
+    """The model without weights, on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise InputError(f"{folder / 'config.json'} is not a causal language model that transformers knows ({error})") from error
+
+
+def _module_parameter(model: Any, module: Any, attribute: str) -> str | None:
+    """Full name of `module.attribute` inside `model`."""
+    for name, candidate in model.named_modules():
+        if candidate is module:
+            return f"{name}.{attribute}"
+    return None
+
+
+def _check_shapes(folder: Path, weights: WeightFolder, input_name: str, output_name: str, model: Any) -> None:
+    expected = tuple(model.get_input_embeddings().weight.shape)
+    for name in (input_name, output_name):
+        if weights.shape(name) != expected:
+            raise InputError(
+                f"{folder}: {name!r} is {list(weights.shape(name))}, config.json says {list(expected)} "
+                f"(vocab_size x hidden_size); the config and the weights are not of the same model"
+            )

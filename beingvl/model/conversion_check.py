@@ -1,0 +1,170 @@
+"""`--verify_loading`: load a converted model with unmodified transformers and compare it with the one it was made from.
+
+Every check returns (what differs or "", what was seen); the table shows all of them, and one difference fails the whole.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beingvl.errors import InputError
+from beingvl.manifest import verify_folder
+from beingvl.model.base_model import BaseModel, read_json
+from beingvl.model.tokenizer_files import check_same_text_tokens, check_token_ids, find_tokenizer_file, load_tokenizer
+from beingvl.model.weight_files import WeightFolder
+from beingvl.vocab import VocabLayout
+
+PROMPTS = (
+    "What is",
+    "The quick brown fox jumps over 13 lazy dogs.",
+    "Überprüfung: 3 × 4 = 12",
+    "def add(a, b):\n    return a + b",
+)
+_ROWS = 4096
+
+
+class Difference(Exception):  # noqa: N818
+    """What a check found to differ, as one clause."""
+
+
+def verify_conversion(base: BaseModel, result: Path, vq_path: Path | None) -> bool:
+    """Print the table of checks; True when nothing differs."""
+    layout = VocabLayout.load(result)
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("files as in the manifest", lambda: f"{len(verify_folder(result).files)} files re-hashed"),
+        ("tensors beside the rows", lambda: _check_tensors(base, result)),
+        ("rows of text ids", lambda: _check_text_rows(base, result)),
+        ("new rows", lambda: _check_new_rows(base, result, layout)),
+        ("tokenizer", lambda: _check_tokenizer(base, result, layout)),
+        ("text logits", lambda: _check_logits(base, result)),
+        ("generation config", lambda: _check_generation_config(result, layout)),
+        ("image codes", lambda: _check_images(result, vq_path)),
+    ]
+    print(f"\n{'check':<26} {'result':<10} seen")
+    passed = True
+    for name, check in checks:
+        try:
+            outcome, seen = "equal", check()
+        except (Difference, InputError) as difference:
+            outcome, seen, passed = "DIFFERENT", str(difference), False
+        print(f"{name:<26} {outcome:<10} {seen}", flush=True)
+    print(f"{result}: {'everything as in' if passed else 'DIFFERS from'} {base.folder}")
+    return passed
+
+
+def _check_tensors(base: BaseModel, result: Path) -> str:
+    """Names, shapes and bytes of every tensor that conversion leaves alone (after the cast, where dtypes differ)."""
+    weights = WeightFolder(result)
+    grown = {base.input_name, base.output_name, base.output_bias_name}
+    expected, found = {*base.weights, base.output_name}, set(weights)
+    if expected != found:
+        raise Difference(f"names: {sorted(expected ^ found)[:3]} are in one of the two only")
+    for name in expected - grown:
+        ours, theirs = weights[name], base.weights[name]
+        if ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours.dtype)):
+            raise Difference(f"{name} is not the base model's")
+    return f"{len(expected - grown)} tensors"
+
+
+def _check_text_rows(base: BaseModel, result: Path) -> str:
+    weights = WeightFolder(result)
+    for name, stored in [(base.input_name, base.input_name), (base.output_name, base.stored_output_name)]:
+        for start in range(0, base.num_text, _ROWS):
+            stop = min(start + _ROWS, base.num_text)
+            ours = weights[name][start:stop]
+            if not torch.equal(ours, base.weights[stored][start:stop].to(ours.dtype)):
+                raise Difference(f"{name} differs between rows {start} and {stop}")
+    return f"2 x {base.num_text} rows"
+
+
+def _check_new_rows(base: BaseModel, result: Path, layout: VocabLayout) -> str:
+    weights = WeightFolder(result)
+    spreads = []
+    for name in (base.input_name, base.output_name):
+        if weights.shape(name)[0] < layout.size:
+            raise Difference(f"{name} has {weights.shape(name)[0]} rows, the layout has {layout.size} ids")
+        rows = weights[name][layout.num_text : layout.size]
+        if not all(torch.isfinite(block).all() for block in rows.split(_ROWS)):
+            raise Difference(f"{name} has new rows that are not finite")
+        spreads.append(float(rows[:_ROWS].float().std()))
+    return f"2 x {layout.num_visual} rows, finite, std {spreads[0]:.4g} and {spreads[1]:.4g}"
+
+
+def _check_tokenizer(base: BaseModel, result: Path, layout: VocabLayout) -> str:
+    started = time.perf_counter()
+    tokenizer = load_tokenizer(result)
+    seconds = time.perf_counter() - started
+    check_token_ids(tokenizer, layout, str(result))
+    if find_tokenizer_file(base.folder):
+        own = load_tokenizer(base.folder)
+        check_same_text_tokens(tokenizer, own, str(result))
+        for prompt in PROMPTS:
+            if tokenizer(prompt)["input_ids"] != own(prompt)["input_ids"]:
+                raise Difference(f"{prompt!r} is encoded otherwise than by {base.folder}")
+    return f"{len(tokenizer)} tokens, loaded in {seconds:.1f} s"
+
+
+def _check_logits(base: BaseModel, result: Path) -> str:
+    """Logits of every text id on fixed prompts, from both models loaded one after the other by transformers."""
+    tokenizer = load_tokenizer(result)
+    prompts = [torch.tensor([tokenizer(prompt)["input_ids"]]) for prompt in PROMPTS]
+    ours, dtype = _text_logits(result, prompts, base.num_text, None)
+    theirs, _ = _text_logits(base.folder, prompts, base.num_text, dtype)
+    difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    if not all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):
+        raise Difference(f"the largest difference is {difference:.3g}")
+    return f"{len(prompts)} prompts x {base.num_text} ids, {str(dtype).removeprefix('torch.')}, difference {difference:.1g}"
+
+
+@torch.inference_mode()
+def _text_logits(
+    folder: Path, prompts: list[torch.Tensor], num_text: int, dtype: torch.dtype | None
+) -> tuple[list[torch.Tensor], torch.dtype]:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    logits = [model(input_ids=prompt, use_cache=False).logits[0, :, :num_text].float() for prompt in prompts]
+    dtype = model.dtype
+    del model
+    gc.collect()
+    return logits, dtype
+
+
+def _check_generation_config(result: Path, layout: VocabLayout) -> str:
+    config = read_json(result / "generation_config.json", "a model folder")
+    eos = config.get("eos_token_id")
+    if layout.eos_id not in (eos if isinstance(eos, list) else [eos]):
+        raise Difference(f"eos_token_id is {eos}, the layout says {layout.eos_id}")
+    return f"stops at {eos}, pads with {config.get('pad_token_id')}"
+
+
+def _check_images(result: Path, vq_path: Path | None) -> str:
+    """Encode a test picture with both VQ-GANs, decode it again, and take the codes through vBPE and back."""
+    if vq_path is None:
+        return "no VQ-GAN was given"
+    import numpy as np
+
+    from beingvl.tokenizer.vbpe import VisualBPE
+    from beingvl.tokenizer.vqgan import VQGAN
+
+    ours, theirs = VQGAN.load(result / "vqgan"), VQGAN.load(vq_path)
+    side = ours.image_size
+    ramp = torch.linspace(-1, 1, side)
+    waves = torch.stack([ramp.expand(side, side), ramp.expand(side, side).T, torch.sin(9 * ramp[:, None] * ramp)])[None]
+    codes = ours.encode(waves)
+    if ours.fingerprint() != theirs.fingerprint() or not np.array_equal(codes, theirs.encode(waves)):
+        raise Difference(f"{result / 'vqgan'} is not {vq_path}")
+    seen = f"{codes.shape[1]} x {codes.shape[2]} codes, {len(np.unique(codes))} different"
+    if (result / "vbpe.json").is_file():
+        vbpe = VisualBPE.load(result)
+        ids = vbpe.encode(codes[0])
+        if not np.array_equal(vbpe.decode(ids, *codes.shape[1:]), codes[0]):
+            raise Difference("vBPE does not give the codes back")
+        seen += f", {len(ids)} vBPE tokens and back"
+    return seen + (f", decoded to {ours.decode(codes).shape[1:]}" if ours.has_decoder else ", no decoder to try")

@@ -1,0 +1,156 @@
+"""Tokenizers of model folders: load whatever a base model has, add the visual tokens, check the ids.
+
+A base model brings tokenizer.json, a sentencepiece `tokenizer.model` (Llama-2) or a tiktoken `tokenizer.model` (Llama-3 as
+first published). The result is always one tokenizer.json that stock transformers loads. The new tokens are *added* tokens:
+written into the vocabulary proper they would shift every special id, and one `add_tokens` call costs little at loading
+(docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from beingvl.errors import InputError
+from beingvl.vocab import SPECIAL_TOKENS, VocabLayout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Llama 3.1's names for the 256 ids behind the byte-pair ranks; further ones are <|reserved_special_token_N|>.
+LLAMA3_SPECIALS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_2|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    *(f"<|reserved_special_token_{number}|>" for number in range(3, 248)),
+)
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
+
+
+def find_tokenizer_file(folder: Path) -> Path | None:
+    return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder. Raises InputError when there is none or it cannot be read."""
+    from transformers import AutoTokenizer
+
+    folder = Path(folder)
+    path = find_tokenizer_file(folder)
+    if path is None:
+        raise InputError(f"{folder} has no tokenizer: expected one of {', '.join(TOKENIZER_FILES)}")
+    if path.name == "tokenizer.model":
+        ranks = read_tiktoken_ranks(path)
+        if ranks:
+            return _from_tiktoken(ranks)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent)
+    except ImportError as error:
+        raise InputError(f"{path} needs another package ({error}); `pip install sentencepiece protobuf`") from error
+    except Exception as error:  # transformers and tokenizers raise bare exceptions for damaged files
+        raise InputError(f"{path} cannot be read as a tokenizer ({type(error).__name__}: {error})") from error
+    if not tokenizer.is_fast:
+        raise InputError(f"{path} gives a slow tokenizer ({type(tokenizer).__name__}), expected one with a tokenizer.json")
+    return tokenizer
+
+
+def read_tiktoken_ranks(path: Path) -> dict[bytes, int]:
+    """Ranks of a tiktoken file (lines `base64 rank`); empty when it is another format, such as sentencepiece."""
+    ranks = {}
+    try:
+        for line in path.read_bytes().splitlines():
+            text, rank = line.split()
+            ranks[base64.b64decode(text, validate=True)] = int(rank)
+    except (ValueError, binascii.Error):
+        return {}
+    return ranks
+
+
+def _from_tiktoken(ranks: dict[bytes, int]) -> PreTrainedTokenizerFast:
+    """Llama-3's fast tokenizer: byte-pair ranks, its split pattern, its specials, the begin token in front."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    class Converter(TikTokenConverter):
+        @staticmethod
+        def load_tiktoken_bpe(_: str) -> dict[bytes, int]:
+            return ranks
+
+    bos, eos = LLAMA3_SPECIALS[:2]
+    tokenizer = Converter("", pattern=LLAMA3_PATTERN, extra_special_tokens=LLAMA3_SPECIALS).converted()
+    template = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token=eos,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, layout: VocabLayout, source: str) -> None:
+    """Add the layout's tokens, in place, behind the text ids.
+
+    An embedding with more rows than the tokenizer has tokens (Qwen2) gets named fillers for the gap. Raises InputError when
+    the tokenizer already has one of the new tokens or more tokens than the embedding has rows.
+    """
+    from tokenizers import AddedToken
+
+    gap = range(len(tokenizer), layout.num_text)
+    new_tokens = layout.new_tokens()
+    known = tokenizer.get_vocab()
+    for token_id, token in enumerate(new_tokens, start=layout.num_text):
+        if token in known:
+            raise InputError(
+                f"{source}: {token!r} is already token {known[token]} of the base model, expected it to become {token_id}; "
+                f"this base model's vocabulary cannot be extended with Being-VL's names"
+            )
+    if len(tokenizer) > layout.num_text:
+        raise InputError(
+            f"{source} has {len(tokenizer)} tokens, but the embedding has {layout.num_text} rows; "
+            f"give the tokenizer that belongs to the weights"
+        )
+    fillers = [AddedToken(f"<|unused_{token_id}|>", special=True, normalized=False) for token_id in gap]
+    num_specials = len(SPECIAL_TOKENS)
+    specials = [AddedToken(token, special=True, normalized=False) for token in new_tokens[:num_specials]]
+    tokenizer.add_tokens([*fillers, *specials, *(AddedToken(token, normalized=False) for token in new_tokens[num_specials:])])
+    tokenizer.pad_token = SPECIAL_TOKENS[0]
+
+
+def check_token_ids(tokenizer: PreTrainedTokenizerFast, layout: VocabLayout, source: str) -> None:
+    """Every new token has the id that the layout says. Raises InputError that shows the first that has not."""
+    for token_id, token in enumerate(layout.new_tokens(), start=layout.num_text):
+        found = tokenizer.convert_ids_to_tokens(token_id) if token_id < len(tokenizer) else None
+        if found != token:
+            raise InputError(
+                f"{source}: token id {token_id} is {found!r}, the layout ({layout.num_text} text ids, {layout.num_vq} codes, "
+                f"{layout.num_merges} merges) expects {token!r}; give the tokenizer made for this vocabulary, or none"
+            )
+
+
+def check_same_text_tokens(tokenizer: PreTrainedTokenizerFast, base: PreTrainedTokenizerFast, source: str) -> None:
+    """Both tokenizers agree on every id of `base`. Raises InputError that shows the first that differs."""
+    for token_id in range(len(base)):
+        found, expected = tokenizer.convert_ids_to_tokens(token_id), base.convert_ids_to_tokens(token_id)
+        if found != expected:
+            raise InputError(
+                f"{source}: token id {token_id} is {found!r}, the base model's tokenizer says {expected!r}; "
+                f"give the tokenizer made for this base model, or none"
+            )

@@ -1,0 +1,10 @@
+"""The training guide's name for `beingvl convert`; also runs as a script from the repository root, without installation."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from beingvl.cli import main
+
+    sys.exit(main(["convert", *sys.argv[1:]]))
