@@ -107,13 +107,12 @@ def build_engine(model_folder: Path, layout: VocabLayout, config: StageConfig, r
     if config.zero_stage != 3:
         raise InputError(f"{config.source}: zero_optimization.stage is {config.zero_stage}, beingvl trains with stage 3")
     accumulation_steps = config.accumulation_steps(ranks.num_ranks)
-    dtype = torch.bfloat16 if config.is_bf16 else torch.float32
     deepspeed_config = {**config.deepspeed, "gradient_accumulation_steps": accumulation_steps}
     block = config.beingvl
 
     model_config = AutoConfig.from_pretrained(model_folder)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
-    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config, dtype=dtype):
+    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config):  # with dtype= given, it takes 16 bits whatever is given
         model = build_packed_model(
             model_class,
             model_config,
@@ -129,6 +128,7 @@ def build_engine(model_folder: Path, layout: VocabLayout, config: StageConfig, r
         parameters[planned.name].requires_grad_(planned.rule.train)
     groups = _optimizer_groups(plan, parameters, config)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=deepspeed_config)
+    _restore_rotary_buffers(model, model_config, ranks.device)
     return TrainingEngine(engine, model, parameters, plan, config, ranks, accumulation_steps)
 
 
@@ -147,6 +147,14 @@ def _load_partitions(parameters: Mapping[str, Any], weights: WeightFolder, layou
         mine = stored.reshape(-1)[start : start + partition.numel()]
         partition.data.zero_()
         partition.data[: mine.numel()].copy_(mine)
+
+
+def _restore_rotary_buffers(model: torch.nn.Module, model_config: Any, device: torch.device) -> None:
+    """Rotary frequencies in float32 again: in a bf16 run DeepSpeed casts buffers too, and positions would be wrong by 0.1 %."""
+    for module in model.modules():
+        if "inv_freq" in dict(module.named_buffers(recurse=False)):
+            for name, buffer in type(module)(model_config).named_buffers():
+                setattr(module, name, buffer.to(device))
 
 
 def _optimizer_groups(plan: list[PlannedParameter], parameters: Mapping[str, Any], config: StageConfig) -> list[dict[str, Any]]:
