@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -74,6 +75,9 @@ def start_distributed(stall_timeout_seconds: int) -> Ranks:
         "MASTER_PORT": "29500",
     }.items():
         os.environ.setdefault(name, value)
+    # On CPU ranks DeepSpeed compiles a shared-memory op that only its inference calls: no compiler, no minute, no lock files.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls, not ours
     local_rank = int(os.environ["LOCAL_RANK"])
     accelerator = get_accelerator()
     accelerator.set_device(local_rank)

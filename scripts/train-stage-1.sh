@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Stage 1: embedding alignment, new rows only.
+#   bash scripts/train-stage-1.sh <master_node_id> [more arguments for the trainer]
+# <master_node_id> selects hostfiles/hostfile-<id>; 0 is this machine alone. Every path can be set from the environment.
+set -euo pipefail
+
+DATA_PATH="${DATA_PATH:-/path/to/your/workspace/data/tokenized/pt/pretrain_data_vbpe.jsonl}"
+OUTPUT_DIR="${OUTPUT_DIR:-/path/to/your/workspace/models/beingvl/stage-1}"
+LOG_DIR="${LOG_DIR:-/path/to/your/workspace/logs/stage-1}"
+MODEL_PATH="${MODEL_PATH:-/path/to/your/workspace/models/beingvl/base}"
+DS_CONFIG="${DS_CONFIG:-$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../ds_configs/stage1.json}"
+
+STAGE=1
+MODEL_HINT="make it with \`beingvl convert\`, or set MODEL_PATH"
+MASTER_NODE_ID="${1:-}"
+shift || true
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/launch_stage.sh"
