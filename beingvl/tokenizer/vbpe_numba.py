@@ -610,40 +610,43 @@ def refresh(state: State, at: int) -> int:
 
 
 @_kernel
-def fill_pool(state: State) -> int:
-    """Move every record that may win into the pool, and return the largest count of all records.
-
-    P <= count / largest + alpha, and the record with the largest count has P >= 1, so only records with
-    count / largest + alpha >= 1 may win. Returns 0 when no record reaches min_count, -1 when the pool is full.
-    """
-    counters = state.counters
+def find_largest(state: State) -> int:
+    """The largest count of all records, which is then in the pool; 0 when none reaches min_count, -1 when the pool is full."""
+    counters, pool = state.counters, state.pool
     largest = 0
     at = 0
     while at < counters[POOL_SIZE]:
-        if state.pool[at, COUNT] > largest and refresh(state, at) < counters[FLOOR]:
+        if pool[at, COUNT] > largest and refresh(state, at) < counters[FLOOR]:
             leave_pool(state, at)  # at once: `lower_floor` takes what is below the floor for outside
         else:
-            largest = max(largest, state.pool[at, COUNT])
+            largest = max(largest, pool[at, COUNT])
             at += 1
     while True:
-        while counters[HEAP_SIZE] and (largest == 0 or state.counts[state.heap[0]] / largest + state.alpha >= 1.0):
-            at, record = counters[POOL_SIZE], state.heap[0]
-            if at == len(state.pool):
+        while counters[HEAP_SIZE] and state.counts[state.heap[0]] > largest:
+            at = counters[POOL_SIZE]
+            if at == len(pool):
                 return -1
-            entry = state.pool[at]
-            entry[RECORD] = record
-            entry[FIRST], entry[SECOND] = state.keys[record] >> 44, (state.keys[record] >> GROUP_BITS) & 0xFFFFF
-            entry[COUNT], entry[EXACT_AT] = state.counts[record], state.exact_at[record]
-            state.consistencies[at] = -1.0
-            counters[POOL_SIZE] += 1
-            pop_record(state)
-            if entry[COUNT] > largest:
-                largest = max(largest, refresh(state, at))
-                if entry[COUNT] < counters[FLOOR]:
-                    leave_pool(state, at)
-        if counters[FLOOR] <= state.min_count or (largest and (counters[FLOOR] - 1) / largest + state.alpha < 1.0):
-            return largest if largest >= state.min_count else 0
+            enter_pool(state)
+            if refresh(state, at) < counters[FLOOR]:
+                leave_pool(state, at)
+            else:
+                largest = max(largest, pool[at, COUNT])
+        if counters[FLOOR] <= max(state.min_count, largest + 1):
+            return largest
         lower_floor(state)
+
+
+@_kernel
+def enter_pool(state: State) -> None:
+    """Move the top of the heap into the pool."""
+    at, record = state.counters[POOL_SIZE], state.heap[0]
+    entry = state.pool[at]
+    entry[RECORD] = record
+    entry[FIRST], entry[SECOND] = state.keys[record] >> 44, (state.keys[record] >> GROUP_BITS) & 0xFFFFF
+    entry[COUNT], entry[EXACT_AT] = state.counts[record], state.exact_at[record]
+    state.consistencies[at] = -1.0
+    state.counters[POOL_SIZE] = at + 1
+    pop_record(state)
 
 
 @_kernel
@@ -702,36 +705,47 @@ def count_places(state: State, record: int) -> int:
 def choose_by_priority(state: State) -> int:
     """The record with the highest P = count / largest + alpha S, out of the pool; -1: nothing left, -2: the pool is full.
 
-    Entries whose S is known come first; the others are measured only while `count / largest + alpha` could still win.
+    No P is above its bound, count / largest + alpha. So the pool holds what the bound of the best does not rule out; S is measured
+    where it is not known only while the bound may still win; the rest stays in the heap, which is sorted by count, thus by bound.
     """
-    largest = fill_pool(state)
+    largest = find_largest(state)
     if largest <= 0:
         return -1 if largest == 0 else -2
-    pool, consistencies, counters = state.pool, state.consistencies, state.counters
+    pool, consistencies, counters, alpha = state.pool, state.consistencies, state.counters, state.alpha
     counters[LARGEST] = largest
     best, best_priority = -1, -1.0
-    for measured in (True, False):
-        at = 0
-        while at < counters[POOL_SIZE]:
-            entry = pool[at]
-            if (is_fresh(state, at) and consistencies[at] >= 0.0) != measured:
-                at += 1
+    for at in range(counters[POOL_SIZE]):
+        if consistencies[at] >= 0.0 and is_fresh(state, at):
+            priority = pool[at, COUNT] / largest + alpha * consistencies[at]
+            if priority > best_priority or (priority == best_priority and is_before(state, pool[at, RECORD], pool[best, RECORD])):
+                best, best_priority = at, priority
+    at = 0
+    while True:
+        if at == counters[POOL_SIZE]:
+            if counters[HEAP_SIZE] and state.counts[state.heap[0]] / largest + alpha >= best_priority:
+                if at == len(pool):
+                    return -2
+                enter_pool(state)
+            elif counters[FLOOR] > state.min_count and (counters[FLOOR] - 1) / largest + alpha >= best_priority:
+                lower_floor(state)
                 continue
-            worth_it = entry[COUNT] / largest + state.alpha >= best_priority
-            if worth_it and not measured:
-                refresh(state, at)
-                consistencies[at] = measure_consistency(state, entry[RECORD]) if entry[COUNT] else 0.0
-            if entry[COUNT] < state.min_count or entry[COUNT] / largest + state.alpha < 1.0:
-                leave_pool(state, at)
-                best = at if best == counters[POOL_SIZE] else best  # the last entry moved here
-                continue
-            if worth_it:
-                priority = entry[COUNT] / largest + state.alpha * consistencies[at]
+            else:
+                break
+        may_win = pool[at, COUNT] / largest + alpha >= best_priority
+        if may_win and (consistencies[at] < 0.0 or not is_fresh(state, at)):
+            may_win = refresh(state, at) >= counters[FLOOR]
+            if may_win:
+                consistencies[at] = measure_consistency(state, pool[at, RECORD])
+                priority = pool[at, COUNT] / largest + alpha * consistencies[at]
                 if priority > best_priority or (
-                    priority == best_priority and is_before(state, entry[RECORD], pool[best, RECORD])
+                    priority == best_priority and is_before(state, pool[at, RECORD], pool[best, RECORD])
                 ):
                     best, best_priority = at, priority
+        if may_win:
             at += 1
+        else:
+            leave_pool(state, at)
+            best = at if best == counters[POOL_SIZE] else best  # the last entry moved here
     record = pool[best, RECORD]
     counters[POOL_SIZE] -= 1
     pool[best] = pool[counters[POOL_SIZE]]
@@ -755,41 +769,35 @@ def leave_pool(state: State, at: int) -> None:
 
 
 class Found(NamedTuple):
-    """The pairs of one token while they are collected: a small hash table and one (pair, place) per occurrence."""
+    """Scratch for the pairs of one token: a small hash table that numbers and counts them."""
 
-    slots: np.ndarray  # int32 [power of two]: index of a pair; -1 = free
+    slots: np.ndarray  # int32 [power of two]: number of a pair; -1 = free
     keys: np.ndarray  # int64 [pairs]
     slot_of: np.ndarray  # int32 [pairs]
     tallies: np.ndarray  # int64 [pairs]: occurrences; while writing: 1 + where the next one goes in `places`, or negative
-    pair_of: np.ndarray  # int32 [occurrences]
-    places: np.ndarray  # int32 [occurrences]
-    totals: np.ndarray  # int64: pairs, occurrences
 
 
 @_kernel
-def make_found(num_pairs: int, num_places: int) -> Found:
+def make_found(num_pairs: int) -> Found:
     return Found(
         np.full(4 * num_pairs, -1, np.int32),
         np.empty(num_pairs, np.int64),
         np.empty(num_pairs, np.int32),
         np.empty(num_pairs, np.int64),
-        np.empty(num_places, np.int32),
-        np.empty(num_places, np.int32),
-        np.zeros(2, np.int64),
     )
 
 
 @_kernel
 def more_pairs(found: Found) -> Found:
     """The same pairs in twice the room."""
-    larger = make_found(2 * len(found.keys), 0)
-    for pair in range(found.totals[0]):
+    larger = make_found(2 * len(found.keys))
+    for pair in range(len(found.keys)):
         slot = find_slot(larger, found.keys[pair])
         larger.slots[slot] = pair
         larger.slot_of[pair] = slot
         larger.keys[pair] = found.keys[pair]
         larger.tallies[pair] = found.tallies[pair]
-    return Found(larger.slots, larger.keys, larger.slot_of, larger.tallies, found.pair_of, found.places, found.totals)
+    return larger
 
 
 @_kernel
@@ -803,82 +811,82 @@ def find_slot(found: Found, key: int) -> int:
 
 
 @_kernel
-def collect(
-    board: np.ndarray, stride: int, anchors: np.ndarray, token: int, edges: np.ndarray, forward_only: bool, found: Found
-) -> Found:
-    """Find the pairs of every instance of `token`, which stand at `anchors`; each neighbour counts once.
-
-    `forward_only` takes those pairs in which it has the earlier anchor. A pair of two such tokens is taken from its earlier one.
-    """
-    offsets = np.empty(len(edges), np.int64)
-    num_offsets = 0
-    for i in range(len(edges)):
-        if not forward_only or edges[i] > 0:  # what touches from before the anchor belongs to an earlier anchor
-            offsets[num_offsets] = step_offset(edges[i], stride)
-            num_offsets += 1
-    if len(found.places) < len(anchors) * num_offsets:
-        room = 2 * len(anchors) * num_offsets
-        found = Found(
-            found.slots,
-            found.keys,
-            found.slot_of,
-            found.tallies,
-            np.empty(room, np.int32),
-            np.empty(room, np.int32),
-            found.totals,
-        )
-    seen = np.empty(num_offsets, np.int64)
-    num_places = 0
-    for anchor in anchors:
-        column = anchor % stride
-        num_seen = 0
-        for i in range(num_offsets):
-            neighbour = anchor + offsets[i]
-            other = board[neighbour]
-            if other < 0:
-                if other == BORDER:
-                    continue
-                neighbour += other
-                other = board[neighbour]
-            if other & SEEN or (neighbour < anchor and (forward_only or other == token)):
+def list_neighbours(board: np.ndarray, anchor: int, offsets: np.ndarray, start: int, end: int, neighbours: np.ndarray) -> int:
+    """Write the anchors of the tokens that cover the cells at `offsets[start:end]`, each once; returns how many."""
+    size = 0
+    for i in range(start, end):
+        neighbour = anchor + offsets[i]
+        token = board[neighbour]
+        if token < 0:
+            if token == BORDER:
                 continue
-            board[neighbour] = other | SEEN
-            seen[num_seen] = neighbour
-            num_seen += 1
-            if neighbour > anchor:
-                key = pair_key(token, other, step_after(column, neighbour - anchor, stride))
-            else:
-                key = pair_key(other, token, step_before(column, anchor - neighbour, stride))
-            slot = find_slot(found, key)
-            pair = found.slots[slot]
-            if pair < 0:
-                pair = found.totals[0]
-                if pair == len(found.keys):
-                    found = more_pairs(found)
-                    slot = find_slot(found, key)
-                found.slots[slot] = pair
-                found.keys[pair] = key
-                found.slot_of[pair] = slot
-                found.tallies[pair] = 0
-                found.totals[0] += 1
-            found.tallies[pair] += 1
-            found.pair_of[num_places] = pair
-            found.places[num_places] = min(anchor, neighbour)
-            num_places += 1
-        for i in range(num_seen):
-            board[seen[i]] &= ~SEEN
-    found.totals[1] = num_places
-    return found
+            neighbour += token
+            token = board[neighbour]
+        if not token & SEEN:
+            board[neighbour] = token | SEEN
+            neighbours[size] = neighbour
+            size += 1
+    for i in range(size):
+        board[neighbours[i]] &= ~SEEN
+    return size
 
 
 @_kernel
-def write_records(state: State, found: Found) -> None:
-    """Make records of the pairs that may win one day, in the order of their keys, and empty `found`.
+def collect(
+    board: np.ndarray, stride: int, anchors: np.ndarray, token: int, offsets: np.ndarray, keys: np.ndarray, places: np.ndarray
+) -> int:
+    """Write the pair and the place of every pair of `token`, whose instances stand at `anchors`; returns how many.
+
+    A pair of two such tokens is taken from the earlier one.
+    """
+    neighbours = np.empty(len(offsets), np.int64)
+    size = 0
+    for anchor in anchors:
+        column = anchor % stride
+        for i in range(list_neighbours(board, anchor, offsets, 0, len(offsets), neighbours)):
+            neighbour = neighbours[i]
+            other = board[neighbour]
+            if neighbour > anchor:
+                keys[size] = pair_key(token, other, step_after(column, neighbour - anchor, stride))
+                places[size] = anchor
+                size += 1
+            elif other != token:
+                keys[size] = pair_key(other, token, step_before(column, anchor - neighbour, stride))
+                places[size] = neighbour
+                size += 1
+    return size
+
+
+@_kernel
+def tally(keys: np.ndarray, found: Found, pair_of: np.ndarray) -> tuple[Found, int]:
+    """Number the different keys in order of appearance and count them; `pair_of` [len(keys)] gets their numbers."""
+    num_pairs = 0
+    for i in range(len(keys)):
+        slot = find_slot(found, keys[i])
+        pair = found.slots[slot]
+        if pair < 0:
+            if num_pairs == len(found.keys):
+                found = more_pairs(found)
+                slot = find_slot(found, keys[i])
+            pair = num_pairs
+            num_pairs += 1
+            found.slots[slot] = pair
+            found.keys[pair] = keys[i]
+            found.slot_of[pair] = slot
+            found.tallies[pair] = 0
+        found.tallies[pair] += 1
+        pair_of[i] = pair
+    return found, num_pairs
+
+
+@_kernel
+def write_records(state: State, keys: np.ndarray, places: np.ndarray, found: Found, pair_of: np.ndarray) -> Found:
+    """Make records of the pairs that may win one day, in the order of their keys. `found` comes and leaves empty.
 
     With alpha, rarer offsets of the same two tokens are kept too: S counts them.
     """
     counters = state.counters
-    num_pairs = found.totals[0]
+    found, num_pairs = tally(keys, found, pair_of)
     order = np.empty(num_pairs, np.int64)
     size = 0
     for pair in range(num_pairs):
@@ -909,50 +917,74 @@ def write_records(state: State, found: Found) -> None:
         counters[NUM_PLACES] = start + count
         if count >= counters[FLOOR]:
             push_record(state, record)
-    for i in range(found.totals[1]):
-        pair = found.pair_of[i]
+    for i in range(len(keys)):
+        pair = pair_of[i]
         if found.tallies[pair] > 0:
-            state.places[found.tallies[pair] - 1] = found.places[i]
+            state.places[found.tallies[pair] - 1] = places[i]
             found.tallies[pair] += 1
     for pair in range(num_pairs):
         found.slots[found.slot_of[pair]] = -1
-    found.totals[:] = 0
+    return found
 
 
 # ---- the rounds ----
 
 
 @_kernel
-def shape_edges(state: State, token: int) -> np.ndarray:
+def edge_offsets(state: State, token: int) -> np.ndarray:
+    """Board distances from a token's anchor to all cells that touch it, ascending."""
     start, end = state.cell_start[token], state.cell_start[token + 1]
-    edges = np.empty(2 * (end - start) + 2, np.int32)
-    return edges[: list_edges(state.cells, start, end, edges, 0)]
+    edges = np.empty(2 * (end - start) + 2, np.int64)
+    edges = edges[: list_edges(state.cells, start, end, edges, 0)]
+    for i in range(len(edges)):
+        edges[i] = step_offset(edges[i], state.stride)
+    return edges
 
 
 @_kernel
 def index_board(state: State) -> None:
-    """Write the records of all pairs on the board, token by token, and open the heap."""
-    board, counters = state.board, state.counters
+    """Write the records of all pairs on the board and open the heap.
+
+    The pairs are dealt out to their first tokens in one walk over the board, so that only this walk reads it; then each token's
+    share is counted by itself, in cache.
+    """
+    board, counters, stride = state.board, state.counters, state.stride
     num_ids = state.num_codes + counters[ROUND]
-    bounds = np.zeros(num_ids + 1, np.int64)
-    for cell in range(len(board)):
-        if board[cell] >= 0:
-            bounds[board[cell] + 1] += 1
-    bounds = np.cumsum(bounds)
-    anchors = np.empty(bounds[-1], np.int32)
-    counters[NUM_TOKENS] = bounds[-1]
-    ends = bounds.copy()
-    for cell in range(len(board)):
-        if board[cell] >= 0:
-            anchors[ends[board[cell]]] = cell
-            ends[board[cell]] += 1
-    found = make_found(1 << 12, 1 << 16)
+    offset_start = np.zeros(num_ids + 1, np.int64)
+    offsets = np.empty(2 * counters[NUM_CELLS] + 2 * num_ids, np.int64)
+    for token in range(num_ids):
+        end = offset_start[token]
+        for offset in edge_offsets(state, token):
+            if offset > 0:  # what touches from before the anchor belongs to an earlier anchor
+                offsets[end] = offset
+                end += 1
+        offset_start[token + 1] = end
+    neighbours = np.empty(len(offsets), np.int64)
+    starts = np.zeros(num_ids + 1, np.int64)
+    for token in board:
+        if token >= 0:
+            counters[NUM_TOKENS] += 1
+            starts[token + 1] += offset_start[token + 1] - offset_start[token]
+    starts = np.cumsum(starts)
+    ends = starts[:-1].copy()
+    keys = np.empty(starts[-1], np.int64)
+    places = np.empty(starts[-1], np.int32)
+    for anchor in range(len(board)):
+        token = board[anchor]
+        if token >= 0:
+            column, at = anchor % stride, ends[token]
+            for i in range(list_neighbours(board, anchor, offsets, offset_start[token], offset_start[token + 1], neighbours)):
+                if neighbours[i] > anchor:
+                    keys[at] = pair_key(token, board[neighbours[i]], step_after(column, neighbours[i] - anchor, stride))
+                    places[at] = anchor
+                    at += 1
+            ends[token] = at
+    found = make_found(1 << 12)
+    pair_of = np.empty(np.max(ends - starts[:-1]), np.int32)
     counters[FLOOR] = 1 << 40  # nothing goes into the heap yet
     for token in range(num_ids):
-        instances = anchors[bounds[token] : bounds[token + 1]]
-        if len(instances):
-            found = collect(board, state.stride, instances, token, shape_edges(state, token), True, found)
-            write_records(state, found)
+        start, end = starts[token], ends[token]
+        found = write_records(state, keys[start:end], places[start:end], found, pair_of)
     largest = 0
     for record in range(counters[NUM_RECORDS]):
         largest = max(largest, state.counts[record])
@@ -991,7 +1023,8 @@ def merge_places(state: State, record: int, new: int) -> np.ndarray:
 def learn(state: State, until: int) -> int:
     """Learn merges until there are `until`. Returns LEARNT, NOTHING_LEFT, or what has to grow before the next call."""
     counters = state.counters
-    found = make_found(1 << 12, 1 << 16)
+    found = make_found(1 << 12)
+    keys, places, pair_of = np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.int32)
     while counters[ROUND] < until:
         if counters[NUM_CELLS] * 3 > len(state.cells):  # the new token has at most twice the cells of all others
             return SHAPES_FULL
@@ -1006,12 +1039,14 @@ def learn(state: State, until: int) -> int:
         starts[new + 1] = starts[new] + starts[a + 1] - starts[a] + starts[b + 1] - starts[b]
         unite_cells(state.cells, state.codes, starts[a], starts[a + 1], starts[b], starts[b + 1], step, starts[new])
         counters[NUM_CELLS] = starts[new + 1]
-        found = collect(state.board, state.stride, anchors, new, shape_edges(state, new), False, found)
-        if counters[NUM_PLACES] + found.totals[1] > len(state.places) or counters[NUM_RECORDS] + found.totals[0] > len(
-            state.keys
-        ):
+        offsets = edge_offsets(state, new)
+        if len(keys) < len(anchors) * len(offsets):
+            room = 2 * len(anchors) * len(offsets)
+            keys, places, pair_of = np.empty(room, np.int64), np.empty(room, np.int32), np.empty(room, np.int32)
+        size = collect(state.board, state.stride, anchors, new, offsets, keys, places)
+        if max(counters[NUM_PLACES], counters[NUM_RECORDS]) + size > len(state.places):
             compact(state)
-        write_records(state, found)
+        found = write_records(state, keys[:size], places[:size], found, pair_of)
     return LEARNT
 
 
