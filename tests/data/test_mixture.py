@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beingvl.data.mixture import BLOCK, Mixture
+from beingvl.errors import InputError
+
+SOURCE_OF = np.repeat([0, 1, 2], [70, 20, 10]).astype(np.uint8)
+NAMES = ["a", "b", "c"]
+
+
+def mixture(weights=None, seed=0) -> Mixture:
+    return Mixture(SOURCE_OF, NAMES, weights or {"a": 0.5, "b": 0.3, "c": 0.2}, seed)
+
+
+@given(st.integers(0, 2000), st.integers(0, 500))
+def test_the_order_is_a_function_of_the_position(start: int, length: int) -> None:
+    whole = mixture().draw(0, 2500)
+    assert mixture().draw(start, start + length).tolist() == whole[start : start + length].tolist()
+
+
+def test_shares_are_exact_in_every_block() -> None:
+    drawn = SOURCE_OF[mixture().draw(0, 10 * BLOCK)].reshape(10, BLOCK)
+    for block in drawn:
+        assert np.bincount(block).tolist() == [50, 30, 20]
+
+
+def test_uneven_weights_are_exact_in_the_long_run() -> None:
+    drawn = SOURCE_OF[mixture({"a": 1, "b": 1, "c": 1}).draw(0, 30 * BLOCK)]
+    assert np.ptp(np.bincount(drawn)) <= 2
+
+
+def test_nothing_repeats_within_a_pass() -> None:
+    order = mixture().draw(0, 1000)
+    of_c = order[SOURCE_OF[order] == 2]
+    for start in range(0, len(of_c) - 10, 10):
+        assert sorted(of_c[start : start + 10]) == list(range(90, 100))
+    assert of_c[:10].tolist() != of_c[10:20].tolist()
+
+
+def test_seed_and_missing_sources() -> None:
+    assert mixture(seed=1).draw(0, 50).tolist() != mixture(seed=2).draw(0, 50).tolist()
+    only = mixture({"b": 1, "c": 0})
+    assert set(SOURCE_OF[only.draw(0, 200)]) == {1}
+    assert only.num_samples == 20
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"), [({"x": 1}, "'x'"), ({"a": 0}, "at least one above 0"), ({"a": -1, "b": 1}, "negative")]
+)
+def test_bad_weights(weights, message) -> None:
+    with pytest.raises(InputError, match=message):
+        Mixture(SOURCE_OF, NAMES, weights, 0)

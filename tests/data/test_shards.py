@@ -1,0 +1,188 @@
+"""Arrow shards, JSONL -> shards, and the loader's batches."""
+
+import json
+
+import numpy as np
+import pytest
+
+from beingvl import cli
+from beingvl.data.arrow_shards import Sample, ShardReader, ShardWriter
+from beingvl.data.loader import IGNORED, TrainingData, collate, shifted_targets
+from beingvl.data.mixture import Mixture
+from beingvl.errors import InputError
+from tests.tiny import LAYOUT, write_model, write_shards
+
+
+def sample(ids, spans, name="s", category="foundation") -> Sample:
+    return Sample(name, "", category, np.array(ids, np.int32), np.array(spans, np.int32).reshape(-1, 2))
+
+
+def test_what_was_written_is_read(tmp_path) -> None:
+    random = np.random.default_rng(0)
+    written = []
+    writer = ShardWriter(tmp_path, LAYOUT, rows_per_shard=7)
+    for number in range(20):
+        ids = random.integers(0, LAYOUT.size, random.integers(3, 30))
+        written.append(sample(ids, [(1, 2), (2, len(ids))], f"id {number} é", "abc"[number % 3]))
+        writer.add(written[-1])
+    writer.finish({"vocab": LAYOUT.fingerprint()}, {})
+    reader = ShardReader(tmp_path)
+    assert len(reader) == 20 and reader.layout == LAYOUT
+    for expected, index in zip(written, range(20), strict=True):
+        found = reader[index]
+        assert (found.id, found.category) == (expected.id, expected.category)
+        assert found.input_ids.tolist() == expected.input_ids.tolist()
+        assert found.target_spans.tolist() == expected.target_spans.tolist()
+    assert reader.lengths.tolist() == [len(entry.input_ids) for entry in written]
+    assert [reader.sources[source] for source in reader.source_of] == [entry.category for entry in written]
+
+
+def test_samples_are_views_into_the_memory_map(tmp_path) -> None:
+    reader = ShardReader(write_shards(tmp_path))
+    assert not reader[0].input_ids.flags.owndata
+
+
+@pytest.mark.parametrize(
+    ("ids", "spans", "message"),
+    [
+        ([], [], "no tokens"),
+        ([1, LAYOUT.size], [], f"has id {LAYOUT.size}"),
+        ([-1, 2], [], "vocabulary"),
+        ([1, 2], [(1, 3)], "target_spans"),
+        ([1, 2], [(0, 1)], "target_spans"),
+        ([1, 2, 3], [(1, 3), (2, 3)], "overlapping"),
+    ],
+)
+def test_impossible_samples_are_refused(tmp_path, ids, spans, message) -> None:
+    with pytest.raises(InputError, match=message):
+        ShardWriter(tmp_path, LAYOUT).add(sample(ids, spans))
+
+
+def test_no_sample_at_all(tmp_path) -> None:
+    with pytest.raises(InputError, match="no sample"):
+        ShardWriter(tmp_path, LAYOUT).finish({}, {})
+
+
+def test_damaged_shards_are_refused(tmp_path) -> None:
+    write_shards(tmp_path)
+    path = tmp_path / "shard-00001.arrow"
+    data = path.read_bytes()
+    path.write_bytes(data[:-10])
+    with pytest.raises(InputError, match="build the shards again"):
+        ShardReader(tmp_path)
+    path.write_bytes(b"x" * len(data))
+    with pytest.raises(InputError, match="not a readable Arrow file"):
+        ShardReader(tmp_path)
+    path.unlink()
+    with pytest.raises(InputError, match="no such file"):
+        ShardReader(tmp_path)
+
+
+def test_fewer_samples_than_the_manifest_says(tmp_path) -> None:
+    write_shards(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["counts"]["samples"] = 61
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="holds 60 samples, its manifest says 61"):
+        ShardReader(tmp_path)
+
+
+# ---- JSONL -> shards ----
+
+ROW = {"id": 7, "category": "foundation", "token_0": [256, 262], "token_image": [263, 264], "token_1": [260, 5, 259, 6, 257]}
+
+
+def build_shards(tmp_path, rows, *more: str) -> int:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    write_model(tmp_path / "base")
+    return cli.main(["build-shards", "--jsonl_path", str(path), "--output_path", str(tmp_path / "shards"), *more])
+
+
+def test_rows_with_and_without_target_spans_and_merged_image(tmp_path) -> None:
+    rows = [ROW, {**ROW, "token_image_new": [279], "target_spans": [[7, 8]]}]
+    assert build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base")) == 0
+    reader = ShardReader(tmp_path / "shards")
+    assert reader[0].input_ids.tolist() == [256, 262, 263, 264, 260, 5, 259, 6, 257]
+    assert reader[0].target_spans.tolist() == [[4, 9]]  # a published row: its targets are token_1
+    assert reader[1].input_ids.tolist() == [256, 262, 279, 260, 5, 259, 6, 257]
+    assert reader[1].target_spans.tolist() == [[7, 8]]
+    assert reader[0].id == "7"
+    assert build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base")) == 0  # reused
+    assert build_shards(tmp_path, rows[:1], "--model_path", str(tmp_path / "base")) == 2  # another input, no --overwrite
+    assert build_shards(tmp_path, rows[:1], "--model_path", str(tmp_path / "base"), "--overwrite") == 0
+    assert len(ShardReader(tmp_path / "shards")) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{not json", "line 2: not a token row"),
+        ({"id": 1, "token_0": []}, "missing field 'token_1'"),
+        ({**ROW, "token_1": [2**40]}, "32-bit"),
+        ({**ROW, "token_1": [100000]}, "vocabulary"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, capsys, row, message) -> None:
+    assert build_shards(tmp_path, [ROW, row], "--model_path", str(tmp_path / "base")) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "shards" / "manifest.json").exists()
+
+
+def test_unknown_vocabulary_and_missing_file(tmp_path, capsys) -> None:
+    assert build_shards(tmp_path, [ROW]) == 2
+    assert "--model_path" in capsys.readouterr().err
+    command = ["build-shards", "--jsonl_path", str(tmp_path / "none.jsonl"), "--output_path", str(tmp_path / "x")]
+    assert cli.main([*command, "--model_path", str(tmp_path / "base")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+# ---- batches ----
+
+
+def test_targets_are_shifted_and_never_cross_a_sample() -> None:
+    one, two = sample([10, 11, 12], [(1, 3)]), sample([20, 21], [(1, 2)])
+    batch = collate([one, two], [0, 1], LAYOUT)
+    assert batch.input_ids.tolist() == [10, 11, 12, 20, 21]
+    assert batch.target_ids.tolist() == [11, 12, IGNORED, 21, IGNORED]
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5]
+    assert batch.source_of_token.tolist() == [0, 0, 0, 1, 1]
+    assert batch.num_target_tokens == 3
+
+
+def test_loss_on() -> None:
+    one = sample([LAYOUT.bos_id, 270, 5, 6], [(3, 4)])
+    assert shifted_targets(one, LAYOUT, "response").tolist() == [IGNORED, IGNORED, 6, IGNORED]
+    assert shifted_targets(one, LAYOUT, "text").tolist() == [IGNORED, 5, 6, IGNORED]
+    assert shifted_targets(one, LAYOUT, "all").tolist() == [270, 5, 6, IGNORED]
+
+
+def test_no_sample_is_one_padding_token_without_a_target() -> None:
+    batch = collate([], [], LAYOUT)
+    assert batch.input_ids.tolist() == [LAYOUT.pad_id] and batch.num_target_tokens == 0
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_a_step_sees_the_same_samples_on_any_number_of_ranks(tmp_path, num_ranks) -> None:
+    shards = ShardReader(write_shards(tmp_path))
+    mixture = Mixture(shards.source_of, shards.sources, {"foundation": 0.7, "reasoning": 0.3}, 0)
+    data = TrainingData(shards, mixture, 60, 64, sequences_per_step=6)
+    assert data.num_steps >= 4
+    for step in range(data.num_steps):
+        alone = data.micro_batch(step, 0, 0, 1, 6)
+        together = [
+            name
+            for micro_step in range(6 // num_ranks)
+            for rank in range(num_ranks)
+            for name in data.micro_batch(step, micro_step, rank, num_ranks, 1).sample_ids
+        ]
+        assert together == list(alone.sample_ids)
+
+
+def test_a_run_sees_exactly_its_samples(tmp_path) -> None:
+    shards = ShardReader(write_shards(tmp_path))
+    mixture = Mixture(shards.source_of, shards.sources, {"foundation": 1}, 0)
+    data = TrainingData(shards, mixture, mixture.num_samples, 64, sequences_per_step=4)
+    seen = [name for step in range(data.num_steps) for name in data.micro_batch(step, 0, 0, 1, 4).sample_ids]
+    assert sorted(seen) == sorted(shards[index].id for index in range(60) if shards[index].category == "foundation")

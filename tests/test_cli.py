@@ -1,0 +1,62 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from beingvl import cli
+
+HEAVY = ("torch", "transformers", "numba", "deepspeed", "pyarrow", "PIL", "matplotlib")
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_help_of_every_command_is_instant_and_imports_nothing_heavy(command: str) -> None:
+    code = f"""
+import sys
+from beingvl.cli import main
+try:
+    main([{command!r}, "--help"])
+finally:
+    heavy = [name for name in {HEAVY} if name in sys.modules]
+    assert not heavy, heavy
+"""
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: beingvl {command}" in done.stdout
+    assert time.perf_counter() - started < 5
+
+
+def test_overview_and_version(capsys) -> None:
+    assert cli.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in cli.COMMANDS)
+    assert cli.main(["--version"]) == 0
+
+
+def test_unknown_command_suggests_the_near_one(capsys) -> None:
+    assert cli.main(["trian"]) == 2
+    assert "did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_dashes_and_underscores_are_the_same() -> None:
+    assert cli._underscored("--like-this=a-b") == "--like_this=a-b"
+    assert cli._underscored("--like-this") == "--like_this"
+    assert cli._underscored("a-b") == "a-b"
+
+
+def test_wrong_input_is_one_sentence_and_exit_code_2(tmp_path, capsys) -> None:
+    assert cli.main(["verify", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "manifest.json" in error and "Traceback" not in error
+    with pytest.raises(ValueError, match="incomplete"):
+        cli.main(["verify", str(tmp_path), "--debug"])
+
+
+def test_a_defect_keeps_its_traceback_in_a_file(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("beingvl.manifest.verify_folder", lambda path: 1 / 0)
+    assert cli.main(["verify", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    saved = error.split("the traceback is in ")[1].split(" ")[0]
+    assert "ZeroDivisionError" in Path(saved).read_text()

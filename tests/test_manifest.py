@@ -1,0 +1,98 @@
+import json
+
+import pytest
+
+from beingvl import manifest
+from beingvl.errors import InputError
+from beingvl.manifest import (
+    MANIFEST_FILE,
+    already_made,
+    join_lineages,
+    read_manifest,
+    start_folder,
+    verify_folder,
+    write_manifest,
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.bin").write_bytes(b"12345")
+    write_manifest(tmp_path, "shards", {"samples": 3}, {"vocab": "sha256:aa"}, {"request": {"n": 1}})
+    return tmp_path
+
+
+def test_round_trip_and_verification(folder) -> None:
+    read = verify_folder(folder)
+    assert (read.kind, read.counts, read.lineage) == ("shards", {"samples": 3}, {"vocab": "sha256:aa"})
+    assert read.files["sub/a.bin"]["bytes"] == 5
+
+
+def test_content_hash_depends_on_content_only(folder) -> None:
+    before = read_manifest(folder).content_hash
+    write_manifest(folder, "shards", {"samples": 4}, {})
+    assert read_manifest(folder).content_hash == before
+    (folder / "sub" / "a.bin").write_bytes(b"12346")
+    write_manifest(folder, "shards", {"samples": 4}, {})
+    assert read_manifest(folder).content_hash != before
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(b"1234"), "4 bytes"),
+        (lambda path: path.write_bytes(b"12346"), "changed after"),
+        (lambda path: path.unlink(), "is missing"),
+    ],
+)
+def test_verify_finds_damage(folder, damage, message) -> None:
+    damage(folder / "sub" / "a.bin")
+    with pytest.raises(InputError, match=message):
+        verify_folder(folder)
+
+
+def test_incomplete_wrong_kind_newer_and_damaged_manifests_are_refused(folder, tmp_path_factory) -> None:
+    with pytest.raises(InputError, match="incomplete; make it with `beingvl build-shards`"):
+        read_manifest(tmp_path_factory.mktemp("empty"), "shards")
+    with pytest.raises(InputError, match="is not a folder"):
+        read_manifest(folder / "nothing", "shards")
+    with pytest.raises(InputError, match="holds 'shards', expected 'model'"):
+        read_manifest(folder, "model")
+    fields = json.loads((folder / MANIFEST_FILE).read_text())
+    (folder / MANIFEST_FILE).write_text(json.dumps({**fields, "format_version": 99}))
+    with pytest.raises(InputError, match="update beingvl"):
+        read_manifest(folder)
+    (folder / MANIFEST_FILE).write_text("{")
+    with pytest.raises(InputError, match="not a beingvl manifest"):
+        read_manifest(folder)
+
+
+def test_a_started_folder_is_incomplete_and_empty(folder) -> None:
+    start_folder(folder)
+    assert not manifest.is_complete(folder)
+    assert not (folder / "sub" / "a.bin").exists()
+
+
+def test_already_made(folder) -> None:
+    assert already_made(folder, "shards", {"n": 1})
+    assert not already_made(folder, "shards", {"n": 1}, overwrite=True)
+    assert not already_made(folder / "other", "shards", {"n": 1})
+    with pytest.raises(InputError, match="another n"):
+        already_made(folder, "shards", {"n": 2})
+
+
+def test_join_lineages_names_the_two_that_contradict_each_other() -> None:
+    assert join_lineages({"a": {"vq": "1"}, "b": {"vq": "1", "vbpe": "2"}}) == {"vq": "1", "vbpe": "2"}
+    with pytest.raises(InputError, match="a and c do not match: they were made with different vq"):
+        join_lineages({"a": {"vq": "1"}, "b": {"vbpe": "2"}, "c": {"vq": "3"}})
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "x.json"
+    manifest.write_atomically(path, "old")
+    monkeypatch.setattr(manifest.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        manifest.write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
