@@ -15,8 +15,9 @@ Two twins live here and in `vbpe_numba.py`:
     train_reference, encode_reference, decode_reference     short, recount everything, obviously right: the oracle of the tests
     VisualBPE.encode / decode / encode_batch                the same results, bit for bit, from compiled kernels
 
-Learning takes, in every round, the candidate with the highest priority `P = F + alpha * S` (arXiv 2506.23639): F is its count divided
-by the largest count of the round, S the spatial consistency of its two tokens. Ties: higher count, then smaller (a, b, dy, dx).
+Learning takes, in every round, the candidate with the highest priority `P = F + alpha * S` (arXiv 2506.23639): F is its count
+divided by the largest count of the round, S the spatial consistency of its two tokens (`spatial_consistency`). Ties: higher
+count, then smaller (a, b, dy, dx).
 """
 
 from __future__ import annotations
@@ -25,17 +26,20 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from beingvl.errors import InputError
 from beingvl.manifest import write_atomically
+
+if TYPE_CHECKING:
+    from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
 
 Merge = tuple[int, int, int, int]
 Cell = tuple[int, int]
@@ -213,29 +217,26 @@ class VisualBPE:
     # ---- encode and decode ----
 
     def encode(self, grid: np.ndarray) -> np.ndarray:
-        """Codes `[H, W]` (any integer type) to image ids `[n]` int32. Raises InputError for anything but a grid of known codes."""
+        """Codes `[H, W]`, any integer type, to image ids `[n]` int32. Raises InputError for all but grids of known codes."""
         return self.encode_batch(np.asarray(grid)[None], num_threads=1)[0]
 
     def encode_batch(self, grids: np.ndarray, num_threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Codes `[N, H, W]` to (image ids of all images, int32 flat; offsets int64 `[N + 1]`): image n is ids[offsets[n]:offsets[n+1]].
+        """Codes `[N, H, W]` to (image ids, int32 flat; offsets, int64 `[N + 1]`): image n is ids[offsets[n]:offsets[n+1]].
 
         The kernels release the GIL; `num_threads` of them run at once.
         """
+        from beingvl.tokenizer import vbpe_numba as fast
+
         grids = checked_grids(grids, self.num_codes, self.source)
-        size = max(1, min(256, -(-len(grids) // num_threads)))
-        chunks = [grids[start : start + size] for start in range(0, len(grids), size)]
-        if num_threads == 1 or len(chunks) <= 1:
-            parts = [self._encode_chunk(chunk) for chunk in chunks]
-        else:
-            self._tables  # built once, before the threads ask for it
-            with ThreadPoolExecutor(num_threads) as pool:
-                parts = list(pool.map(self._encode_chunk, chunks))
-        offsets = np.zeros(len(grids) + 1, np.int64)
-        np.cumsum(np.concatenate([lengths for _, lengths in parts] or [offsets[:0]]), out=offsets[1:])
-        return np.concatenate([ids for ids, _ in parts] or [np.zeros(0, np.int32)]), offsets
+        tables = self._tables  # built once, before the threads ask for it
+
+        def encode_chunk(chunk: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -> int:
+            return fast.encode_images(chunk, tables, ids, lengths)
+
+        return encode_in_chunks(encode_chunk, grids, num_threads)
 
     def decode(self, ids: np.ndarray, height: int, width: int) -> np.ndarray:
-        """Image ids `[n]` to codes `[height, width]` uint16. Raises InputError that names the position of the first id that cannot be."""
+        """Image ids `[n]` to codes `[height, width]` uint16. Raises InputError that names the position of the first wrong id."""
         from beingvl.tokenizer import vbpe_numba as fast
 
         ids = np.asarray(ids)
@@ -274,14 +275,6 @@ class VisualBPE:
         """Number of cells of every id, int64 `[num_ids]`."""
         return np.diff(self._tables.cell_start)
 
-    def _encode_chunk(self, grids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        from beingvl.tokenizer import vbpe_numba as fast
-
-        ids = np.empty(grids.size, np.int32)
-        lengths = np.empty(len(grids), np.int64)
-        written = fast.encode_images(np.ascontiguousarray(grids, np.int32), self._tables, ids, lengths)
-        return ids[:written].copy(), lengths
-
     @cached_property
     def _tables(self) -> Any:
         return _build_tables(self.num_codes, self.merges, self.source)
@@ -290,29 +283,23 @@ class VisualBPE:
 
     def save(self, path: Path | str) -> None:
         """Write `vbpe.json`: one merge per line, so that two vocabularies can be compared with diff."""
-        head = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "kind": self.kind,
-            "num_codes": self.num_codes,
-            "num_merges": self.num_merges,
-            "fingerprint": self.fingerprint(),
-            "grid": list(self.grid) if self.grid else None,
-            "lineage": self.lineage,
-            "parameters": self.parameters,
-        }
-        lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
-        merges = ",\n".join(f"    {json.dumps(merge)}" for merge in self.merges.tolist())
-        write_atomically(path, "\n".join(["{", *lines, '  "merges": [', *([merges] if merges else []), "  ]", "}"]) + "\n")
+        write_atomically(path, write_vbpe_json(self))
 
     @staticmethod
-    def load(path: Path | str) -> VisualBPE:
-        """Read a `vbpe.json` or the folder it lies in. Raises InputError for anything else or a damaged one."""
+    def load(path: Path | str) -> VisualBPE | LegacyVisualBPE:
+        """Read a `vbpe.json`, the folder it lies in, or a published `.pkl`. Raises InputError for anything else or a damaged one.
+
+        Published vocabularies, pickled or imported, come back as `LegacyVisualBPE`: it encodes, but cannot decode.
+        """
         path = Path(path)
         if path.is_dir():
             path = path / VBPE_FILE
         if not path.is_file():
             raise InputError(f"{path} does not exist; make it with `beingvl train-vbpe`")
+        if path.suffix == ".pkl":
+            from beingvl.tokenizer.vbpe_legacy import import_published
+
+            return import_published(path)
         try:
             fields = json.loads(path.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -320,24 +307,71 @@ class VisualBPE:
         return _from_fields(fields, str(path))
 
 
-def _from_fields(fields: Any, source: str) -> VisualBPE:
+def write_vbpe_json(vbpe: VisualBPE | LegacyVisualBPE) -> str:
+    """The text of `vbpe.json`, with one merge per line."""
+    head = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "kind": vbpe.kind,
+        "num_codes": vbpe.num_codes,
+        "num_merges": vbpe.num_merges,
+        "fingerprint": vbpe.fingerprint(),
+        "grid": list(vbpe.grid) if vbpe.grid else None,
+        "lineage": vbpe.lineage,
+        "parameters": vbpe.parameters,
+    }
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+    merges = ",\n".join(f"    {json.dumps(merge)}" for merge in vbpe.merges.tolist())
+    return "\n".join(["{", *lines, '  "merges": [', *([merges] if merges else []), "  ]", "}"]) + "\n"
+
+
+def _from_fields(fields: Any, source: str) -> VisualBPE | LegacyVisualBPE:
+    from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
+
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise InputError(f'{source} is not a vBPE vocabulary: it has no "format": "{FORMAT}"; make one with `beingvl train-vbpe`')
     version = fields.get("format_version")
     if version != FORMAT_VERSION:
         raise InputError(f"{source} has format version {version}, this beingvl reads {FORMAT_VERSION}: update beingvl")
     try:
-        num_codes, merges, grid = int(fields["num_codes"]), fields["merges"], fields["grid"]
+        kinds: dict[str, type[VisualBPE | LegacyVisualBPE]] = {"2d": VisualBPE, "legacy": LegacyVisualBPE}
+        kind, num_codes, merges, grid = kinds[fields["kind"]], int(fields["num_codes"]), fields["merges"], fields["grid"]
         lineage, parameters = dict(fields["lineage"]), dict(fields["parameters"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{source} is damaged: {type(error).__name__} {error}; make it again") from error
-    vbpe = VisualBPE(num_codes, merges, lineage, parameters, tuple(grid) if grid else None, source)
+    vbpe = kind(num_codes, merges, lineage, parameters, tuple(grid) if grid else None, source)
     if vbpe.fingerprint() != fields.get("fingerprint"):
         raise InputError(f"{source} does not have the fingerprint it says; it changed after it was written")
     return vbpe
 
 
-# ---- checks ----
+# ---- checks and chunks ----
+
+
+def encode_in_chunks(
+    encode_chunk: Callable[[np.ndarray, np.ndarray, np.ndarray], int], grids: np.ndarray, num_threads: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Run `encode_chunk(grids int32 [n, H, W], ids, lengths) -> number of ids` over all grids, `num_threads` at once.
+
+    Returns (image ids flat int32, offsets int64 [N + 1]).
+    """
+
+    def encode(start: int) -> tuple[np.ndarray, np.ndarray]:
+        chunk = np.ascontiguousarray(grids[start : start + size], np.int32)
+        ids, lengths = np.empty(chunk.size, np.int32), np.empty(len(chunk), np.int64)
+        return ids[: encode_chunk(chunk, ids, lengths)].copy(), lengths
+
+    size = max(1, min(256, -(-len(grids) // max(1, num_threads))))
+    starts = range(0, len(grids), size)
+    if num_threads > 1 and len(starts) > 1:
+        with ThreadPoolExecutor(num_threads) as pool:
+            parts = list(pool.map(encode, starts))
+    else:
+        parts = [encode(start) for start in starts]
+    offsets = np.zeros(len(grids) + 1, np.int64)
+    if parts:
+        np.cumsum(np.concatenate([lengths for _, lengths in parts]), out=offsets[1:])
+    return np.concatenate([ids for ids, _ in parts] or [np.zeros(0, np.int32)]), offsets
 
 
 def checked_grids(grids: np.ndarray, num_codes: int, source: str) -> np.ndarray:

@@ -1,10 +1,10 @@
 """The fast twin of `vbpe.py`, compiled with numba. Same rules, same results bit for bit; only the data structures differ.
 
-**Displacements** are one integer: `step = dy * SPAN + dx`. Sorting steps sorts (dy, dx) in raster order, and a pair of tokens is one
-int64 key `a << 44 | b << 24 | step` whose order is that of (a, b, dy, dx).
+**Displacements** are one integer: `step = dy * SPAN + dx`. Sorting steps sorts (dy, dx) in raster order, and a pair of tokens is
+one int64 key `a << 44 | b << 24 | step` whose order is that of (a, b, dy, dx).
 
-**The board** is one int32 per cell. A cell >= 0 is the anchor of a token and holds its id. A cell < 0 belongs to a token whose anchor
-lies that many cells earlier. BORDER cells surround every image, so no kernel ever compares coordinates with a width:
+**The board** is one int32 per cell. A cell >= 0 is the anchor of a token and holds its id. A cell < 0 belongs to a token whose
+anchor lies that many cells earlier. BORDER cells surround every image, so no kernel ever compares coordinates with a width:
 
     codes        board (stride 3)            after merging (7, 8, 0, 1) -> 9
                  #  #  #                     #  #  #
@@ -404,14 +404,83 @@ def decode_stream(ids: np.ndarray, tables: Tables, grid: np.ndarray) -> tuple[in
     return STREAM_FINE, -1
 
 
+# ---- published vocabularies ----
+
+
+@_kernel
+def encode_legacy_images(grids: np.ndarray, num_codes: int, merges: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -> int:
+    """The fast twin of `vbpe_legacy.encode_legacy_reference` for `grids` [N, H, W] int32; returns the number of ids.
+
+    `present` counts the ids of an image: a merge whose tokens are not there is passed over without reading the stream.
+    """
+    num_images, height, width = grids.shape
+    present = np.zeros(num_codes + len(merges), np.int64)
+    written = 0
+    for image in range(num_images):
+        stream = ids[written : written + height * width]
+        size = flatten_first(grids[image], num_codes, merges, stream)
+        present[:] = 0
+        for i in range(size):
+            present[stream[i]] += 1
+        for rank in range(1, len(merges)):
+            first, second = merges[rank]
+            if present[first] and present[second]:
+                merged = replace_pairs(stream, size, first, second, num_codes + rank)
+                present[first] -= size - merged
+                present[second] -= size - merged
+                present[num_codes + rank] += size - merged
+                size = merged
+        lengths[image] = size
+        written += size
+    return written
+
+
+@_kernel
+def flatten_first(grid: np.ndarray, num_codes: int, merges: np.ndarray, stream: np.ndarray) -> int:
+    """The first merge, on the grid: right neighbour, else lower one. Writes the flat stream and returns its length."""
+    height, width = grid.shape
+    gone = np.zeros((height, width), np.bool_)
+    first, second = (merges[0, 0], merges[0, 1]) if len(merges) else (-1, -1)
+    size = 0
+    for y in range(height):
+        for x in range(width):
+            if gone[y, x]:
+                continue
+            stream[size] = grid[y, x]
+            if grid[y, x] == first:
+                if x + 1 < width and not gone[y, x + 1] and grid[y, x + 1] == second:
+                    gone[y, x + 1] = True
+                    stream[size] = num_codes
+                elif y + 1 < height and not gone[y + 1, x] and grid[y + 1, x] == second:
+                    gone[y + 1, x] = True
+                    stream[size] = num_codes
+            size += 1
+    return size
+
+
+@_kernel
+def replace_pairs(stream: np.ndarray, size: int, first: int, second: int, new: int) -> int:
+    """Replace (first, second) by `new` from left to right, in place; returns the new length."""
+    read, write = 0, 0
+    while read < size:
+        if stream[read] == first and read + 1 < size and stream[read + 1] == second:
+            stream[write] = new
+            read += 2
+        else:
+            stream[write] = stream[read]
+            read += 1
+        write += 1
+    return write
+
+
 # ---- the trainer ----
 #
 # After the round that makes token y, the count of a pair that contains y only falls: every new pair contains the newest token. So
 #
 #   - a round writes the occurrences of its pairs once, grouped by pair, at the end of `places`: a *record* is one pair and its
 #     slice of `places`; nothing is ever inserted later;
-#   - no count is kept up to date. A record's count is an upper bound, exact while neither of its tokens has been merged away since
-#     (`changed`), and made exact by re-reading its own slice (`recount`), which happens only to records that might win;
+#   - no count is kept up to date. A record's count is an upper bound, exact while neither of its tokens has been merged away
+#     since (`changed`), and made exact by re-reading its own slice (`recount`), which happens only to records that might win;
 #   - a pair below `min_count` when it is written can never win and is not kept.
 #
 # One round, on the board above (`7 8 / 7 5`, pairs (7,8,0,1) (7,7,1,0) (7,5,0,1) (8,5,1,0), all with count 1):
