@@ -16,18 +16,19 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig, JanusVQVAE, JanusVQVAEConfig
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
 
 from beingvl.errors import InputError
-from beingvl.manifest import Manifest, start_folder, write_manifest
+from beingvl.manifest import Manifest, start_folder, write_atomically, write_manifest
 
 CLASSES = {"chameleon_vqgan": (ChameleonVQVAE, ChameleonVQVAEConfig), "janus_vqgan": (JanusVQVAE, JanusVQVAEConfig)}
 PREPROCESSING_FIELDS = (
@@ -44,6 +45,8 @@ PREPROCESSING_FIELDS = (
     "image_std",
 )
 MAX_CODES = 1 << 16
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for damaged files, depending on the format."""
 
 
 class VQGAN:
@@ -83,13 +86,19 @@ class VQGAN:
         return cls(model, processor, device, dtype, str(folder))
 
     def save(
-        self, folder: Path | str, counts: Mapping[str, int | float] | None = None, details: Mapping[str, Any] | None = None
+        self,
+        folder: Path | str,
+        counts: Mapping[str, int | float] | None = None,
+        details: Mapping[str, Any] | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> Manifest:
-        """Write a stock folder and its manifest; `counts` and `details` are added to the manifest's own."""
+        """Write a stock folder and its manifest; `counts` and `details` go into the manifest, `files` beside the weights."""
         assert self._dtype == torch.float32, "a VQ-GAN loaded in another dtype has lost the bits it would save"
         folder = start_folder(folder)
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+        for name, data in (files or {}).items():
+            write_atomically(folder / name, data)
         own = {"num_codes": self.num_codes, "grid": list(self.grid), "image_size": self.image_size}
         return write_manifest(folder, "vqgan", counts or {}, {"vqgan": self._fingerprint}, {**own, **(details or {})})
 
@@ -115,10 +124,8 @@ class VQGAN:
 
     def preprocess(self, images: Sequence[Image.Image | Path | str]) -> torch.Tensor:
         """Images to pixels `[N, 3, H, W]` float32; transparency becomes white. Raises InputError for an unreadable image."""
-        opened = [image if isinstance(image, Image.Image) else read_image(image) for image in images]
-        if not opened:
-            return torch.empty(0, 3, self.image_size, self.image_size)
-        return self.processor(opened, return_tensors="pt")["pixel_values"].float()
+        pixels = [to_pixels(self.processor, image if isinstance(image, Image.Image) else read_image(image)) for image in images]
+        return torch.stack(pixels) if pixels else torch.empty(0, 3, self.image_size, self.image_size)
 
     @torch.inference_mode()
     def encode(self, pixel_values: torch.Tensor) -> np.ndarray:
@@ -136,7 +143,7 @@ class VQGAN:
         """Codes `[N, h, w]` to images `[N, H, W, 3]` uint8. Raises InputError without a decoder."""
         if not self.has_decoder:
             raise InputError(f"{self.source} has no decoder ({type(self.model).__name__}): codes cannot be turned into pixels")
-        if codes.shape[1:] != self.grid or codes.size and int(codes.max()) >= self.num_codes:
+        if codes.shape[1:] != self.grid or int(codes.max(initial=0)) >= self.num_codes:
             found = f"codes of shape {codes.shape} up to {int(codes.max(initial=0))}"
             raise InputError(f"{self.source}: {found}, expected [N, {self.grid[0]}, {self.grid[1]}] below {self.num_codes}")
         flat = torch.from_numpy(codes.astype(np.int64)).view(len(codes), -1).to(self._device)
@@ -154,14 +161,29 @@ class VQGAN:
         return pixels.round().clamp(0, 255).to(torch.uint8).numpy()
 
 
-def read_image(path: Path | str, data: bytes | None = None) -> Image.Image:
-    """Open and decode an image file, or its bytes `data`. Raises InputError when it is missing, damaged or not an image."""
+def read_image(path: Path | str) -> Image.Image:
+    """Open and decode an image file. Raises InputError when it is missing, damaged or not an image."""
     try:
-        image = Image.open(path if data is None else io.BytesIO(data))
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    return decode_image(data, path)
+
+
+def decode_image(data: bytes, name: Path | str) -> Image.Image:
+    """The bytes of an image file, decoded. Raises InputError, with `name` in it, when they are damaged or not an image."""
+    try:
+        image = Image.open(io.BytesIO(data))
         image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
+    except UNREADABLE as error:
+        reason = "it is in no known format" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+        raise InputError(f"{name} cannot be read as an image ({reason})") from error
     return image
+
+
+def to_pixels(processor: ChameleonImageProcessorPil, image: Image.Image) -> torch.Tensor:
+    """One image to pixels `[3, H, W]` float32."""
+    return processor(image, return_tensors="pt")["pixel_values"][0].float()
 
 
 def make_processor(image_size: int) -> ChameleonImageProcessorPil:
@@ -202,7 +224,9 @@ def _load_weights(model: ChameleonVQVAE | JanusVQVAE, folder: Path) -> None:
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in weights]
     if missing:
-        raise InputError(f"{path} lacks {len(missing)} of {len(wanted)} weights, the first is {missing[0]}; is config.json its own?")
+        raise InputError(
+            f"{path} lacks {len(missing)} of {len(wanted)} weights, the first is {missing[0]}; is config.json its own?"
+        )
     for name, parameter in wanted.items():
         if weights[name].shape != parameter.shape:
             found, expected = tuple(weights[name].shape), tuple(parameter.shape)
