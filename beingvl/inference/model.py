@@ -1,0 +1,309 @@
+"""A trained Being-VL as one object: prompts and images in, answers out.
+
+    model = BeingVL("stage-3/final", "vbpe.json").load_model("bfloat16")
+    model.generate_with_vbpe(["Which digit is this?"], ["a.png"], max_new_tokens=16)      -> ["seven"]
+
+    images ──img2tok──> token ids ──tokenize (the chat template)──> prompt ids ──answer_token_sequences──> answers
+                            └──tok2img──> pictures
+
+The chat template is `beingvl.data.conversation.build_sequence`, the one that training data is made with. Generation is
+transformers' own. Prompts of different lengths share a batch by padding on the left: the attention mask hides the padding and
+positions count from each prompt's own first token, so a batch gives the answers that its prompts give alone:
+
+    <pad> <pad>  bos  hi  sep │ yes eos <pad>
+      -     -     0    1   2  │  3   4
+    bos   boi    IMG eoi  sep │ no  way eos
+     0     1      2    3   4  │  5   6   7
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from beingvl.data.conversation import TextEncoder, Turn, build_sequence
+from beingvl.errors import InputError
+from beingvl.manifest import join_lineages, read_manifest
+from beingvl.tokenizer.vbpe import VBPE_FILE, VisualBPE
+from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
+from beingvl.tokenizer.vqgan import VQGAN
+from beingvl.vocab import VocabLayout
+
+DTYPES = ("float32", "bfloat16", "float16")
+VQGAN_FOLDER = "vqgan"
+REPLACEMENT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+
+Prompt = str | Sequence[Turn]
+"""A question, or a chat: (question, answer) pairs whose last answer is None."""
+
+
+class BeingVL:
+    """A model folder and a vBPE vocabulary. Text and image tokens work at once; weights are read by `load_model`.
+
+    Raises InputError for a folder that is not a finished Being-VL model, or a vBPE of another model.
+    """
+
+    def __init__(self, model_path: Path | str, vbpe_path: Path | str | None = None) -> None:
+        """Without `vbpe_path` the vbpe.json inside the model folder is used, where there is one."""
+        self.model_path = Path(model_path)
+        self.layout = VocabLayout.load(model_path)
+        self.manifest = read_manifest(model_path, "model")
+        self.encoder = TextEncoder(model_path, self.layout)
+        own = self.model_path / VBPE_FILE
+        path = vbpe_path or (own if own.is_file() else None)
+        self.vbpe = self._load_vbpe(Path(path)) if path else None
+        self._model: Any = None
+
+    # ---- loading ----
+
+    def load_model(self, torch_dtype: str = "float32", device: str | torch.device | None = None) -> BeingVL:
+        """Read the weights, onto the accelerator where there is one; returns self."""
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        if torch_dtype not in DTYPES:
+            raise InputError(f"torch_dtype is {torch_dtype!r}, expected one of {list(DTYPES)}")
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=getattr(torch, torch_dtype))
+        if model.get_input_embeddings().num_embeddings < self.layout.size:
+            found = f"{model.get_input_embeddings().num_embeddings} rows"
+            raise InputError(f"{self.model_path}: the embedding has {found}, its vocabulary {self.layout.size} ids")
+        # The base model's own generation defaults (another stop token, sampling) must not reach our answers.
+        model.generation_config = GenerationConfig()
+        self._model = model.to(target).eval().requires_grad_(False)
+        return self
+
+    @property
+    def model(self) -> Any:
+        """The transformers model; loaded with the defaults on first use."""
+        if self._model is None:
+            self.load_model()
+        return self._model
+
+    @cached_property
+    def vqgan(self) -> VQGAN:
+        """The VQ-GAN inside the model folder. Raises InputError when it is missing or not the one the model was trained with."""
+        folder = self.model_path / VQGAN_FOLDER
+        if not folder.is_dir():
+            raise InputError(f"{self.model_path} has no {VQGAN_FOLDER}/, so it reads no images; convert with --being_vq_path")
+        vqgan = VQGAN.load(folder)
+        join_lineages({str(self.model_path): self.manifest.lineage, str(folder): {"vqgan": vqgan.fingerprint()}})
+        return vqgan
+
+    def _load_vbpe(self, path: Path) -> VisualBPE | LegacyVisualBPE:
+        vbpe = VisualBPE.load(path)
+        join_lineages({str(self.model_path): self.manifest.lineage, str(path): {**vbpe.lineage, "vbpe": vbpe.fingerprint()}})
+        if vbpe.num_codes != self.layout.num_vq or vbpe.num_merges > self.layout.num_merges:
+            found = f"{path} has {vbpe.num_codes} codes and {vbpe.num_merges} merges"
+            raise InputError(f"{found}, the model's vocabulary has {self.layout.num_vq} and {self.layout.num_merges}")
+        return vbpe
+
+    # ---- images and text to token ids ----
+
+    def img2codes(self, images: Sequence[Any], batch_size: int = 64) -> np.ndarray:
+        """Images (paths or PIL images) to VQ codes `[N, h, w]` uint16."""
+        parts = [
+            self.vqgan.encode(self.vqgan.preprocess(images[start : start + batch_size]))
+            for start in range(0, len(images), batch_size)
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, *self.vqgan.grid), np.uint16)
+
+    def codes2tok(self, codes: np.ndarray, with_vbpe: bool = True) -> list[np.ndarray]:
+        """VQ codes `[N, h, w]` to one array of token ids `[n]` int32 per image. Raises InputError without a vBPE."""
+        if not with_vbpe:
+            return [self.layout.image_to_token_ids(grid.ravel()) for grid in codes]
+        if self.vbpe is None:
+            raise InputError(f"{self.model_path} has no {VBPE_FILE} inside: give vbpe_path, or generate without vBPE")
+        ids, offsets = self.vbpe.encode_batch(codes)
+        token_ids = self.layout.image_to_token_ids(ids)
+        return [token_ids[start:end] for start, end in pairwise(offsets.tolist())]
+
+    def img2tok(self, images: Sequence[Any], with_vbpe: bool = True) -> list[np.ndarray]:
+        """Images (paths or PIL images) to one array of token ids `[n]` int32 per image."""
+        return self.codes2tok(self.img2codes(images), with_vbpe)
+
+    def tok2img(self, token_ids: Sequence[np.ndarray | Sequence[int]]) -> list[np.ndarray]:
+        """The inverse, up to the VQ-GAN's loss: one array of token ids per image, merged or not, to pictures `[H, W, 3]` uint8.
+
+        Raises InputError for a stream that no image has, or a VQ-GAN without decoder.
+        """
+        codes = [self._tok2codes(np.asarray(ids)) for ids in token_ids]
+        return list(self.vqgan.decode(np.stack(codes))) if codes else []
+
+    def _tok2codes(self, token_ids: np.ndarray) -> np.ndarray:
+        ids = self.layout.token_to_image_ids(token_ids)
+        plain = VisualBPE(self.layout.num_vq, np.zeros((0, 4), np.int32))
+        has_merges = ids.size and ids.max() >= self.layout.num_vq
+        return (self.vbpe if self.vbpe and has_merges else plain).decode(ids, *self.vqgan.grid)
+
+    def tokenize(self, prompt: Prompt, image: Any = None, with_vbpe: bool = True) -> list[int]:
+        """One prompt with its image, its list of images or None to the ids that the model continues."""
+        images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+        return self.tokenize_with_tokens(prompt, self.img2tok(images, with_vbpe) if images else [])
+
+    def tokenize_with_tokens(self, prompt: Prompt, images: Sequence[np.ndarray]) -> list[int]:
+        """The same for images that are token ids already."""
+        turns: list[Turn] = [(prompt, None)] if isinstance(prompt, str) else list(prompt)
+        if not turns or any(not question.strip() for question, _ in turns):
+            raise InputError("a prompt is empty; ask something")
+        if turns[-1][1] is not None or any(answer is None for _, answer in turns[:-1]):
+            raise InputError("a chat must have an answer to every question but the last")
+        return build_sequence(turns, images, self.encoder, self.layout).input_ids
+
+    # ---- answers ----
+
+    def generate_with_vbpe(
+        self, prompts: Sequence[Prompt], images: Sequence[Any] | None = None, max_new_tokens: int = 128, **options: Any
+    ) -> list[str]:
+        """Answers to `prompts`, only the answers. `images` holds one entry a prompt: an image, a list of images, or None.
+
+        `options` are those of `answer_token_sequences`.
+        """
+        return self._answer(prompts, images, True, max_new_tokens, options)
+
+    def generate(
+        self, prompts: Sequence[Prompt], images: Sequence[Any] | None = None, max_new_tokens: int = 128, **options: Any
+    ) -> list[str]:
+        """The same with plain VQ codes, for a model that was trained on them."""
+        return self._answer(prompts, images, False, max_new_tokens, options)
+
+    def _answer(
+        self, prompts: Sequence[Prompt], images: Sequence[Any] | None, with_vbpe: bool, max_new_tokens: int, options: dict
+    ) -> list[str]:
+        if isinstance(prompts, str):
+            raise InputError("prompts is one string, expected a list of prompts")
+        images = [None] * len(prompts) if images is None else images
+        if len(images) != len(prompts):
+            raise InputError(f"{len(prompts)} prompts and {len(images)} images; expected one entry (or None) per prompt")
+        sequences = [self.tokenize(prompt, image, with_vbpe) for prompt, image in zip(prompts, images, strict=True)]
+        return self.answer_token_sequences(sequences, max_new_tokens, **options)
+
+    def answer_token_sequences(
+        self,
+        sequences: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        on_text: Callable[[str], None] | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """Answers to prompts that are token ids already, in the order given.
+
+        `on_text` hears each new piece of text while it is made (one prompt only); `options` are those of
+        `continue_token_sequences`.
+        """
+        if on_text and len(sequences) != 1:
+            raise InputError(f"on_text streams one answer, found {len(sequences)} prompts")
+        streamer = TextStreamer(self.decode_answer, on_text) if on_text else None
+        answers = self.continue_token_sequences(sequences, max_new_tokens, streamer=streamer, **options)
+        return [self.decode_answer(ids) for ids in answers]
+
+    def continue_token_sequences(
+        self,
+        sequences: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        batch_size: int = 64,
+        on_batch: Callable[[int], None] | None = None,
+        streamer: TextStreamer | None = None,
+    ) -> list[list[int]]:
+        """New token ids of every prompt, up to its eos (left out) or `max_new_tokens`.
+
+        Prompts of like length share a batch; a batch ends when all its answers have. `on_batch` hears the number of prompts
+        of every finished batch.
+        """
+        self._check_request(sequences, max_new_tokens, temperature, batch_size)
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if do_sample else {"do_sample": False}
+        answers: list[list[int]] = [[]] * len(sequences)
+        order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            rows = self._continue_batch([sequences[index] for index in batch], max_new_tokens, sampling, streamer)
+            for index, row in zip(batch, rows, strict=True):
+                answers[index] = self._until_eos(row)
+            if on_batch:
+                on_batch(len(batch))
+        return answers
+
+    def _check_request(
+        self, sequences: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, batch_size: int
+    ) -> None:
+        for name, value in (("max_new_tokens", max_new_tokens), ("temperature", temperature), ("batch_size", batch_size)):
+            if not value > 0:
+                raise InputError(f"{name} is {value}, expected more than 0")
+        longest = max(map(len, sequences), default=0)
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        if context and longest + max_new_tokens > context:
+            raise InputError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the model's context of {context}; "
+                f"shorten the prompt, use fewer images or lower max_new_tokens"
+            )
+
+    @torch.inference_mode()
+    def _continue_batch(
+        self, sequences: Sequence[Sequence[int]], max_new_tokens: int, sampling: dict, streamer: TextStreamer | None
+    ) -> list[list[int]]:
+        """New token ids of every prompt, up to the longest answer's end; a shorter answer is followed by padding."""
+        width = max(map(len, sequences))
+        input_ids = torch.full((len(sequences), width), self.layout.pad_id)
+        attention_mask = torch.zeros((len(sequences), width), dtype=torch.long)
+        for row, ids in enumerate(sequences):
+            input_ids[row, width - len(ids) :] = torch.tensor(ids)
+            attention_mask[row, width - len(ids) :] = 1
+        num_rows = self.model.get_input_embeddings().num_embeddings
+        padding_rows = list(range(self.layout.size, num_rows))  # of a vocabulary rounded up; they are no token
+        out = self.model.generate(
+            input_ids=input_ids.to(self.model.device),
+            attention_mask=attention_mask.to(self.model.device),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.layout.eos_id,
+            pad_token_id=self.layout.pad_id,
+            suppress_tokens=padding_rows or None,
+            streamer=streamer,
+            **sampling,
+        )
+        return out[:, width:].tolist()
+
+    def _until_eos(self, token_ids: list[int]) -> list[int]:
+        return token_ids[: token_ids.index(self.layout.eos_id)] if self.layout.eos_id in token_ids else token_ids
+
+    def decode_answer(self, token_ids: Sequence[int]) -> str:
+        """The text of an answer's ids; image tokens and specials in it are left out."""
+        return self._tokenizer.decode([token for token in token_ids if token < self.layout.num_text]).strip()
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(self.model_path / "tokenizer.json"))
+
+
+class TextStreamer:
+    """Hands on the text of one answer piece by piece, as transformers' `generate` makes it."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], on_text: Callable[[str], None]) -> None:
+        self._decode = decode
+        self._on_text = on_text
+        self._ids: list[int] | None = None
+        self._num_shown = 0
+
+    def put(self, token_ids: torch.Tensor) -> None:
+        if self._ids is None:  # the prompt comes first
+            self._ids = []
+            return
+        self._ids.extend(token_ids.flatten().tolist())
+        text = self._decode(self._ids)
+        if not text.endswith(REPLACEMENT_CHARACTER):  # half a character: its other bytes are still to come
+            self._show(text)
+
+    def end(self) -> None:
+        self._show(self._decode(self._ids or []))
+
+    def _show(self, text: str) -> None:
+        if len(text) > self._num_shown:
+            self._on_text(text[self._num_shown :])
+            self._num_shown = len(text)
