@@ -21,6 +21,7 @@ from beingvl.errors import InputError
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from transformers import PreTrainedTokenizerFast
 
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     from beingvl.model.new_rows import VisualVocabulary
     from beingvl.model.weight_files import NewTensor
     from beingvl.tokenizer.vbpe import VisualBPE
+    from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
     from beingvl.tokenizer.vqgan import VQGAN
+
+    AnyVBPE = VisualBPE | LegacyVisualBPE
 
 INIT_METHODS = ("he", "mean", "mean_cov", "codebook", "zero")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -53,8 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the new rows")
     add("--torch_dtype", choices=DTYPES, default="auto", help="dtype of the weights; auto: the base model's")
     add("--pad_vocab_multiple", type=int, default=1, help="rows are rounded up to a multiple of this with zero rows")
-    add("--link", action="store_true", default=True, help="hard-link unchanged files where the file system can (default)")
-    add("--no_link", dest="link", action="store_false", help="copy unchanged files")
+    linking = parser.add_mutually_exclusive_group()
+    linking.add_argument("--link", action="store_true", help="hard-link unchanged files where the file system can; the default")
+    linking.add_argument("--no_link", action="store_true", help="copy unchanged files")
     add("--overwrite", action="store_true", help="replace what another conversion wrote into --output_path")
     add("--verify_loading", action="store_true", help="load the result and compare it with the base; exit code 1 if it differs")
 
@@ -67,7 +72,7 @@ class Conversion:
     layout: VocabLayout
     tokenizer: PreTrainedTokenizerFast
     vqgan: VQGAN | None
-    vbpe: VisualBPE | None
+    vbpe: AnyVBPE | None
     num_rows: int
     dtype: torch.dtype | None
 
@@ -152,7 +157,7 @@ def _load_vqgan(folder: Path | None) -> VQGAN | None:
     return VQGAN.load(folder)
 
 
-def _check_vbpe_belongs_to(vbpe: VisualBPE | None, vqgan: VQGAN | None, args: argparse.Namespace) -> None:
+def _check_vbpe_belongs_to(vbpe: AnyVBPE | None, vqgan: VQGAN | None, args: argparse.Namespace) -> None:
     from beingvl.manifest import join_lineages
 
     if vbpe is None or vqgan is None:
@@ -178,7 +183,7 @@ def _make_layout(
     base: BaseModel,
     tokenizer: PreTrainedTokenizerFast | None,
     vqgan: VQGAN | None,
-    vbpe: VisualBPE | None,
+    vbpe: AnyVBPE | None,
 ) -> VocabLayout:
     num_vq = vqgan.num_codes if vqgan else vbpe.num_codes if vbpe else DEFAULT_CODES
     bos_id = base.special_id("bos_token_id", tokenizer.bos_token_id if tokenizer else None)
@@ -242,13 +247,20 @@ def _check_tokenizer_folder(folder: Path, base: BaseModel, layout: VocabLayout) 
         )
 
 
-def _visual_vocabulary(vqgan: VQGAN | None, vbpe: VisualBPE | None) -> VisualVocabulary | None:
+def _visual_vocabulary(vqgan: VQGAN | None, vbpe: AnyVBPE | None) -> VisualVocabulary | None:
     from beingvl.model.new_rows import VisualVocabulary
 
-    if vqgan is None:
-        return None
-    merges = range(vbpe.num_codes, vbpe.num_codes + vbpe.num_merges) if vbpe else range(0)
-    return VisualVocabulary(vqgan.codebook, [vbpe.cells(image_id)[2] for image_id in merges] if vbpe else [])
+    return None if vqgan is None else VisualVocabulary(vqgan.codebook, _codes_of_merges(vbpe) if vbpe else [])
+
+
+def _codes_of_merges(vbpe: AnyVBPE) -> list[np.ndarray]:
+    """The codes that each merge covers, one entry a cell; a legacy token has no fixed shape, but its codes are known too."""
+    import numpy as np
+
+    codes = [np.array([code]) for code in range(vbpe.num_codes)]
+    for a, b, *_ in vbpe.merges.tolist():
+        codes.append(np.concatenate([codes[a], codes[b]]))
+    return codes[vbpe.num_codes :]
 
 
 def make_request(args: argparse.Namespace, conversion: Conversion) -> dict[str, Any]:
@@ -279,9 +291,9 @@ def write_base(args: argparse.Namespace, conversion: Conversion, request: Mappin
     if base.is_tied:
         print(f"{args.llama_path} ties head and embedding: the result has both, so that their new rows can be trained apart")
     replace = replaced_tensors(conversion, args.init, args.seed)
-    num_bytes = bytes_to_write(base.weights, target, replace, link=args.link) + _bytes_beside_weights(args.being_vq_path)
+    num_bytes = bytes_to_write(base.weights, target, replace, link=not args.no_link) + _bytes_beside_weights(args.being_vq_path)
     resuming = _start_target(target, request, args.overwrite, num_bytes)
-    hashes = rewrite_weights(base.weights, target, replace, link=args.link, keep_finished=resuming)
+    hashes = rewrite_weights(base.weights, target, replace, link=not args.no_link, keep_finished=resuming)
 
     write_atomically(target / "config.json", to_json(base.extended_config(conversion.num_rows, conversion.dtype)))
     write_atomically(target / "generation_config.json", to_json(generation_config(base, layout)))

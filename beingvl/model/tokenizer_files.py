@@ -136,8 +136,9 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, layout: VocabLayout, so
 
 def check_token_ids(tokenizer: PreTrainedTokenizerFast, layout: VocabLayout, source: str) -> None:
     """Every new token has the id that the layout says. Raises InputError that shows the first that has not."""
+    num_tokens = len(tokenizer)  # counted anew at every call
     for token_id, token in enumerate(layout.new_tokens(), start=layout.num_text):
-        found = tokenizer.convert_ids_to_tokens(token_id) if token_id < len(tokenizer) else None
+        found = tokenizer.convert_ids_to_tokens(token_id) if token_id < num_tokens else None
         if found != token:
             raise InputError(
                 f"{source}: token id {token_id} is {found!r}, the layout ({layout.num_text} text ids, {layout.num_vq} codes, "

@@ -1,0 +1,559 @@
+"""The converter: every layout and family, old rows to the bit, stock loading, refusals that leave nothing half-written."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from beingvl.cli import main
+from beingvl.manifest import hash_file, read_manifest, verify_folder
+from beingvl.model import convert_llama
+from beingvl.model.new_rows import VisualVocabulary, make_rows
+from beingvl.model.weight_files import WeightFolder
+from beingvl.tokenizer.vbpe import VisualBPE
+from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
+from beingvl.tokenizer.vqgan import VQGAN
+from beingvl.vocab import LAYOUT_FILE, VocabLayout
+from tests.model.small_models import (
+    LLAMA3_ROPE,
+    NUM_CODES,
+    TEXTS,
+    llama3_tokenizer_file,
+    write_base_model,
+    write_vbpe,
+    write_vqgan,
+)
+
+FAMILIES = ["llama", "llama3", "tied", "mistral", "qwen2", "gemma2", "phi", "gpt2"]
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def vq(tmp_path_factory):
+    return write_vqgan(tmp_path_factory.mktemp("vq") / "vq")
+
+
+@pytest.fixture(scope="module")
+def vbpe_file(tmp_path_factory, vq):
+    path = tmp_path_factory.mktemp("vbpe") / "vbpe.json"
+    write_vbpe(path, vq)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_base_model(tmp_path_factory.mktemp("llama") / "llama", "llama3", "sharded", torch.bfloat16)
+
+
+def convert(*arguments: object) -> int:
+    return main(["convert", *(str(argument) for argument in arguments)])
+
+
+@pytest.fixture(autouse=True)
+def few_codes(request, monkeypatch):
+    """Without --being_vq_path the layout has 8192 codes; the tests make do with 16, unless they ask for `full_size`."""
+    if "full_size" not in request.fixturenames:
+        monkeypatch.setattr(convert_llama, "DEFAULT_CODES", NUM_CODES)
+
+
+@pytest.fixture
+def full_size():
+    """Leaves the default numbers of codes and merges as they are."""
+
+
+def refused(capsys, message: str, *arguments: object) -> None:
+    """The command ends with exit code 2 and one line that contains `message`."""
+    capsys.readouterr()
+    assert convert(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error, error
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): hash_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def text_logits(folder: Path, num_text: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    with torch.no_grad():
+        return [model(torch.tensor([tokenizer(text)["input_ids"]])).logits[..., :num_text] for text in TEXTS[:3]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_keeps_its_text_logits_to_the_bit(tmp_path, family, vq):
+    base = write_base_model(tmp_path / "llama", family)
+    before = snapshot(base)
+    assert convert("--llama_path", base, "--being_vq_path", vq, "--num_merges", 8, "--output_path", tmp_path / "base") == 0
+    assert snapshot(base) == before
+    layout = VocabLayout.load(tmp_path / "base")
+    assert layout.num_text == (320 if family == "qwen2" else 300) and layout.size == layout.num_text + 5 + NUM_CODES + 8
+    for ours, theirs in zip(text_logits(tmp_path / "base", layout.num_text), text_logits(base, layout.num_text), strict=True):
+        assert torch.equal(ours, theirs)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert model.config.vocab_size == layout.size and not model.config.tie_word_embeddings
+    assert model.get_input_embeddings().weight.data_ptr() != model.get_output_embeddings().weight.data_ptr()
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "base")) == layout.size
+
+
+@pytest.mark.parametrize("weights_layout", ["single", "sharded", "bin", "sharded_bin"])
+@pytest.mark.parametrize("family", ["llama", "tied"])
+def test_every_weight_layout_gives_the_same_tensors(tmp_path, family, weights_layout):
+    base = write_base_model(tmp_path / "llama", family, weights_layout)
+    reference = write_base_model(tmp_path / "reference", family)
+    for source, target in ((base, tmp_path / "base"), (reference, tmp_path / "expected")):
+        assert convert("--llama_path", source, "--num_merges", 0, "--output_path", target) == 0
+    ours, theirs = WeightFolder(tmp_path / "base"), WeightFolder(tmp_path / "expected")
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not list((tmp_path / "base").glob("*.bin*"))
+
+
+def test_old_rows_new_rows_and_everything_around_them(tmp_path, llama, vq, vbpe_file, capsys):
+    (llama / "LICENSE.txt").write_text("the base model's licence")
+    arguments = ["--llama_path", llama, "--being_vq_path", vq, "--vbpe", vbpe_file, "--output_path", tmp_path / "base"]
+    assert convert(*arguments, "--verify_loading") == 0
+    shown = capsys.readouterr().out
+    assert "DIFFERENT" not in shown and "text logits                equal" in shown and "vBPE tokens and back" in shown
+
+    base = tmp_path / "base"
+    layout = VocabLayout.load(base)
+    assert layout == VocabLayout(300, NUM_CODES, 3, 298, 299)
+    ours, theirs = WeightFolder(base), WeightFolder(llama)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert ours[name].dtype == torch.bfloat16 and torch.equal(ours[name][:300], theirs[name])
+        assert ours[name][300:].float().std().item() == pytest.approx((2 / 32) ** 0.5, rel=0.1)
+    assert not torch.equal(ours["model.embed_tokens.weight"][300:], ours["lm_head.weight"][300:])
+
+    config = json.loads((base / "config.json").read_text())
+    expected = json.loads((llama / "config.json").read_text()) | {"vocab_size": layout.size, "tie_word_embeddings": False}
+    assert config == expected and config["rope_parameters"] == LLAMA3_ROPE
+    generation = json.loads((base / "generation_config.json").read_text())
+    assert (generation["bos_token_id"], generation["eos_token_id"], generation["pad_token_id"]) == (298, 299, 300)
+
+    manifest = read_manifest(base, "model")
+    vqgan = VQGAN.load(base / "vqgan")
+    assert manifest.lineage["vocab"] == layout.fingerprint() and manifest.lineage["vqgan"] == vqgan.fingerprint()
+    assert set(manifest.lineage) == {"vocab", "vqgan", "vbpe"} and vqgan.has_decoder
+    assert manifest.counts == {"text_rows": 300, "new_rows": layout.num_visual, "rows": layout.size}
+    verify_folder(base)
+    verify_folder(base / "vqgan")
+    assert (base / "LICENSE.txt").read_text() == "the base model's licence"
+    (llama / "LICENSE.txt").unlink()
+
+
+def test_shards_without_embedding_or_head_are_links_unless_copies_are_asked_for(tmp_path, llama):
+    for option, count in (("--link", 1), ("--no_link", 0)):
+        target = tmp_path / option
+        assert convert("--llama_path", llama, "--num_merges", 0, "--output_path", target, option) == 0
+        linked = [path for path in target.glob("*.safetensors") if (llama / path.name).samefile(path)]
+        changed = WeightFolder(llama)
+        rewritten = {changed.tensors[name].file.name for name in ("model.embed_tokens.weight", "lm_head.weight")}
+        assert {path.name for path in linked} == (set(changed.files) - rewritten if count else set())
+
+
+def new_row_bytes(folder: Path) -> bytes:
+    weights = WeightFolder(folder)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    return b"".join(weights[name][300:].contiguous().view(torch.uint8).numpy().tobytes() for name in names)
+
+
+def test_new_rows_are_the_same_bytes_on_every_machine(tmp_path, llama):
+    for dtype, expected in (
+        ("bfloat16", "0ec54af11d2137f3"),
+        ("float32", "23f7bbb1037a1560"),
+    ):
+        target = tmp_path / dtype
+        assert convert("--llama_path", llama, "--num_merges", 50, "--output_path", target, "--torch_dtype", dtype) == 0
+        assert hashlib.sha256(new_row_bytes(target)).hexdigest()[:16] == expected
+    assert convert("--llama_path", llama, "--num_merges", 50, "--output_path", tmp_path / "other", "--seed", 1) == 0
+    assert new_row_bytes(tmp_path / "other") != new_row_bytes(tmp_path / "bfloat16")
+
+
+@pytest.mark.parametrize("method", ["mean", "mean_cov", "codebook", "zero"])
+def test_init_reaches_the_rows_on_disk(tmp_path, llama, vq, vbpe_file, method):
+    arguments = ["--llama_path", llama, "--being_vq_path", vq, "--vbpe", vbpe_file, "--init", method]
+    assert convert(*arguments, "--torch_dtype", "float32", "--output_path", tmp_path / "base") == 0
+    source = WeightFolder(llama)
+    visual = VisualVocabulary(
+        VQGAN.load(vq).codebook, [VisualBPE.load(vbpe_file).cells(NUM_CODES + rank)[2] for rank in range(3)]
+    )
+    for stream, name in enumerate(["model.embed_tokens.weight", "lm_head.weight"]):
+        expected = np.concatenate(list(make_rows(method, source[name], VocabLayout.load(tmp_path / "base"), 0, stream, visual)))
+        assert torch.equal(WeightFolder(tmp_path / "base")[name][300:], torch.from_numpy(expected).float())
+
+
+def test_a_legacy_vbpe_converts_too(tmp_path, llama, vq, capsys):
+    LegacyVisualBPE(NUM_CODES, np.array([[1, 2], [16, 3]])).save(tmp_path / "vbpe.json")
+    arguments = ["--llama_path", llama, "--being_vq_path", vq, "--vbpe", tmp_path / "vbpe.json", "--init", "codebook"]
+    assert convert(*arguments, "--output_path", tmp_path / "base", "--verify_loading") == 0
+    shown = capsys.readouterr().out
+    assert "vBPE tokens" in shown and "and back" not in shown
+    assert VocabLayout.load(tmp_path / "base").num_merges == 2
+
+
+def test_torch_dtype_casts_every_tensor(tmp_path, llama):
+    assert convert("--llama_path", llama, "--num_merges", 0, "--output_path", tmp_path / "base", "--torch_dtype", "float32") == 0
+    ours, theirs = WeightFolder(tmp_path / "base"), WeightFolder(llama)
+    for name in theirs:
+        assert ours[name].dtype == torch.float32
+        assert torch.equal(ours[name][: len(theirs[name])], theirs[name].float())
+    assert json.loads((tmp_path / "base" / "config.json").read_text())["dtype"] == "float32"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "base").dtype == torch.float32
+
+
+def test_pad_vocab_multiple_adds_zero_rows_behind_the_layout(tmp_path, llama):
+    target = tmp_path / "base"
+    arguments = ["--llama_path", llama, "--num_merges", 0, "--output_path", target, "--pad_vocab_multiple", 64]
+    assert convert(*arguments, "--verify_loading") == 0
+    size = VocabLayout.load(target).size
+    weights = WeightFolder(target)
+    rows = -(-size // 64) * 64
+    assert weights.shape("lm_head.weight")[0] == json.loads((target / "config.json").read_text())["vocab_size"] == rows
+    assert weights["lm_head.weight"][size:].count_nonzero() == 0 and rows > size
+
+
+@pytest.mark.parametrize("how", ["--num_merges 40", "--extended_vocab_size 361 --vocab_size 300"])
+def test_the_number_of_merges(tmp_path, llama, vq, how):
+    assert convert("--llama_path", llama, "--being_vq_path", vq, "--output_path", tmp_path / "base", *how.split()) == 0
+    assert VocabLayout.load(tmp_path / "base").num_merges == 40
+
+
+def test_default_sizes_without_vqgan_and_vbpe(tmp_path, llama, full_size):
+    assert convert("--llama_path", llama, "--output_path", tmp_path / "base") == 0
+    assert VocabLayout.load(tmp_path / "base").num_visual == 16389
+
+
+# ---- tokenizers ----
+
+
+def test_the_real_llama3_tokenizer(tmp_path, full_size):
+    """Section 3 of the design: `What is` is 3923 374, new ids 128256 … 144644, whatever kind of file the tokenizer comes in."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        bos_token_id=128000,
+        eos_token_id=[128001, 128008, 128009],
+    )
+    base = tmp_path / "llama"
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(base)
+    shutil.copyfile(llama3_tokenizer_file(), base / "tokenizer.model")
+    assert convert("--llama_path", base, "--output_path", tmp_path / "base", "--verify_loading") == 0
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    layout = VocabLayout.load(tmp_path / "base")
+    assert layout == VocabLayout(128256, 8192, 8192, 128000, 128001) and len(tokenizer) == 144645
+    assert tokenizer("What is")["input_ids"] == [128000, 3923, 374]
+    assert tokenizer.convert_tokens_to_ids(layout.new_tokens()) == list(range(128256, 144645))
+    assert tokenizer.convert_ids_to_tokens([128256, 128261, 128271, 144644]) == [
+        "<pad>",
+        "IMGIMGAAAAAAZ",
+        "IMGIMGAAAABAZ",
+        "<vbpe08191>",
+    ]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (128000, 128001, 128256)
+    for text in ("I'm 12345 — naïve  façade\n\n\tif x:", "日本語のテキスト 🙂"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    generation = json.loads((tmp_path / "base" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [128001, 128008, 128009]
+    assert tokenizer("<image>hi IMGIMGAAAAAAZ")["input_ids"][1:3] == [128259, 6151]
+
+    # the converted folder's tokenizer may be given to a base without one
+    (base / "tokenizer.model").unlink()
+    given = ["--being_tokenizer_config_path", tmp_path / "base", "--output_path", tmp_path / "again"]
+    assert convert("--llama_path", base, *given) == 0
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again.get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_sentencepiece_tokenizer(tmp_path):
+    import sentencepiece
+
+    base = write_base_model(tmp_path / "llama", "llama")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).unlink()
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(TEXTS * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(base / "tokenizer"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    config = json.loads((base / "config.json").read_text()) | {"bos_token_id": 1, "eos_token_id": 2}
+    (base / "config.json").write_text(json.dumps(config))
+    assert convert("--llama_path", base, "--num_merges", 4, "--output_path", tmp_path / "base", "--verify_loading") == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    reference = sentencepiece.SentencePieceProcessor(str(base / "tokenizer.model"))
+    for text in TEXTS[:3]:
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == reference.encode(text)
+    layout = VocabLayout.load(tmp_path / "base")
+    assert (layout.bos_id, layout.eos_id) == (1, 2)
+    assert tokenizer.convert_tokens_to_ids(layout.new_tokens()) == list(range(300, layout.size))
+
+
+def test_a_given_tokenizer_must_be_the_layouts(tmp_path, llama, vq, capsys):
+    assert convert("--llama_path", llama, "--being_vq_path", vq, "--num_merges", 8, "--output_path", tmp_path / "base") == 0
+    given = tmp_path / "given"
+    given.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tmp_path / "base" / name, given / name)
+    arguments = ["--llama_path", llama, "--being_vq_path", vq, "--being_tokenizer_config_path", given]
+    assert convert(*arguments, "--num_merges", 8, "--output_path", tmp_path / "fits") == 0
+    out = ["--output_path", tmp_path / "never"]
+    refused(capsys, "token id 329 is None", *arguments, "--num_merges", 9, *out)
+
+    fields = json.loads((given / "tokenizer.json").read_text())
+    next(token for token in fields["added_tokens"] if token["id"] == 307)["content"] = "IMGIMGWRONG"
+    (given / "tokenizer.json").write_text(json.dumps(fields))
+    refused(capsys, "token id 307 is 'IMGIMGWRONG', the layout", *arguments, "--num_merges", 8, *out)
+
+    shutil.copyfile(tmp_path / "base" / "tokenizer.json", given / "tokenizer.json")
+    text = (given / "tokenizer.json").read_text()
+    (given / "tokenizer.json").write_text(text.replace('"<|end|>"', '"<|other|>"'))
+    refused(capsys, "token id 299 is '<|other|>', the base model's tokenizer says '<|end|>'", *arguments, "--num_merges", 8, *out)
+
+    shutil.copyfile(tmp_path / "base" / "tokenizer.json", given / "tokenizer.json")
+    (given / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 4096}))
+    refused(capsys, f"has hidden_size 4096, {llama} has 32", *arguments, "--num_merges", 8, *out)
+    (given / "config.json").unlink()
+    (given / LAYOUT_FILE).write_text(json.dumps(VocabLayout(300, NUM_CODES, 7, 298, 299).to_dict()))
+    refused(capsys, "'num_merges': 7", *arguments, "--num_merges", 8, *out)
+    (given / LAYOUT_FILE).unlink()
+    (given / "tokenizer.json").unlink()
+    refused(capsys, "has no tokenizer", *arguments, *out)
+    assert not (tmp_path / "never").exists()
+
+
+# ---- bad input ----
+
+
+def test_refusals_leave_no_target(tmp_path, llama, vq, vbpe_file, capsys):
+    target = tmp_path / "never"
+    out = ["--output_path", target]
+    refused(capsys, "--llama_path", "--llama_path", tmp_path / "missing", *out)
+    refused(capsys, "has 300 text ids", "--llama_path", llama, "--vocab_size", 128256, *out)
+    refused(capsys, "already make 321", "--llama_path", llama, "--extended_vocab_size", 310, *out)
+    refused(capsys, "contradictory", "--llama_path", llama, "--vbpe", vbpe_file, "--num_merges", 8, *out)
+    refused(capsys, "--pad_vocab_multiple is 0", "--llama_path", llama, "--pad_vocab_multiple", 0, *out)
+    refused(capsys, "--seed is -1", "--llama_path", llama, "--seed", -1, *out)
+    refused(capsys, "needs --being_vq_path", "--llama_path", llama, "--init", "codebook", *out)
+    refused(capsys, "needs --vbpe", "--llama_path", llama, "--being_vq_path", vq, "--init", "codebook", *out)
+    other = write_vqgan(tmp_path / "other_vq", seed=1)
+    refused(capsys, "different vqgan", "--llama_path", llama, "--being_vq_path", other, "--vbpe", vbpe_file, *out)
+    assert not target.exists()
+
+
+def test_a_vbpe_for_another_number_of_codes_is_refused(tmp_path, llama, vq, capsys):
+    changed = tmp_path / "vbpe.json"
+    VisualBPE(15, np.zeros((0, 4), np.int32)).save(changed)
+    arguments = ["--llama_path", llama, "--being_vq_path", vq, "--vbpe", changed, "--output_path", tmp_path / "never"]
+    refused(capsys, "is for 15 codes", *arguments)
+
+
+def test_targets_that_would_harm_are_refused(tmp_path, capsys):
+    base = write_base_model(tmp_path / "llama")
+    before = snapshot(base)
+    for target in (base, base / "inside", tmp_path, base / ".." / "llama"):
+        refused(capsys, "lie in each other", "--llama_path", base, "--output_path", target, "--overwrite")
+    (tmp_path / "file").write_text("mine")
+    refused(capsys, "is a file", "--llama_path", base, "--num_merges", 0, "--output_path", tmp_path / "file", "--overwrite")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    refused(capsys, "exists and holds files", "--llama_path", base, "--num_merges", 0, "--output_path", tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"] and snapshot(base) == before
+    assert convert("--llama_path", base, "--num_merges", 0, "--output_path", tmp_path / "full", "--overwrite") == 0
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+
+
+def test_a_finished_target_is_reused_by_the_same_request_and_refused_to_others(tmp_path, llama, capsys):
+    arguments = ["--llama_path", llama, "--num_merges", 0, "--output_path", tmp_path / "base"]
+    assert convert(*arguments) == 0
+    before = (tmp_path / "base" / "manifest.json").stat().st_mtime_ns
+    assert convert(*arguments) == 0
+    assert (tmp_path / "base" / "manifest.json").stat().st_mtime_ns == before
+    refused(capsys, "another seed", *arguments, "--seed", 5)
+    assert convert(*arguments, "--seed", 5, "--overwrite") == 0
+    verify_folder(tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("no config", "has no config.json"),
+        ("config is no JSON", "is not valid JSON"),
+        ("config is a list", "expected a JSON object"),
+        ("unknown architecture", "not a causal language model that transformers knows"),
+        ("vocab_size", "the config and the weights are not of the same model"),
+        ("truncated shard", "was cut off"),
+        ("untied without head", "the weights have no 'lm_head.weight'"),
+        ("no tokenizer", "has no tokenizer"),
+        ("broken tokenizer", "cannot be read as a tokenizer"),
+        ("longer tokenizer", "but the embedding has 300 rows"),
+        ("taken name", "'<image>' is already token 5"),
+        ("no eos", "has no eos_token_id"),
+        ("hidden_size", "the config and the weights are not of the same model"),
+    ],
+)
+def test_a_damaged_base_is_named_and_nothing_is_written(tmp_path, damage, message, capsys):
+    base = write_base_model(tmp_path / "llama", "tied" if damage == "untied without head" else "llama")
+    config = json.loads((base / "config.json").read_text())
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    if damage == "no config":
+        (base / "config.json").unlink()
+    elif damage == "config is no JSON":
+        (base / "config.json").write_text("{")
+    elif damage == "config is a list":
+        (base / "config.json").write_text("[]")
+    elif damage == "truncated shard":
+        os.truncate(base / "model.safetensors", 3000)
+    elif damage == "no tokenizer":
+        (base / "tokenizer.json").unlink()
+    elif damage == "broken tokenizer":
+        (base / "tokenizer.json").write_text('{"version": "1.0"')
+    else:
+        changes = {
+            "unknown architecture": {"model_type": "blip-9"},
+            "vocab_size": {"vocab_size": 301},
+            "hidden_size": {"hidden_size": 64},
+            "untied without head": {"tie_word_embeddings": False},
+            "no eos": {"eos_token_id": None},
+        }
+        (base / "config.json").write_text(json.dumps(config | changes.get(damage, {})))
+        extra = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        if damage == "longer tokenizer":
+            tokenizer["added_tokens"].append({"id": 300, "content": "<extra>", **extra})
+        elif damage == "taken name":
+            name = next(token for token, index in tokenizer["model"]["vocab"].items() if index == 5)
+            tokenizer["model"]["vocab"]["<image>"] = tokenizer["model"]["vocab"].pop(name)
+            tokenizer["added_tokens"].insert(0, {"id": 5, "content": "<image>", **extra})
+        elif damage == "no eos":
+            settings = json.loads((base / "tokenizer_config.json").read_text())
+            settings.pop("eos_token")
+            (base / "tokenizer_config.json").write_text(json.dumps(settings))
+        (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused(capsys, message, "--llama_path", base, "--output_path", tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_the_disk_is_checked_before_writing(tmp_path, llama, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    refused(
+        capsys, "GB are to be written, but the disk has 0.0 GB free", "--llama_path", llama, "--output_path", tmp_path / "never"
+    )
+    assert not (tmp_path / "never").exists()
+
+
+def test_killed_half_way_it_is_incomplete_and_the_same_command_finishes_it(tmp_path, llama, vq, vbpe_file, capsys):
+    arguments = ["--llama_path", llama, "--being_vq_path", vq, "--vbpe", vbpe_file, "--output_path", tmp_path / "base"]
+    script = """
+        import os, sys
+        import beingvl.model.convert_llama as convert_llama
+        from beingvl.cli import main
+        convert_llama.generation_config = lambda *_: os._exit(9)
+        main(["convert", *sys.argv[1:]])
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)])
+    assert killed.returncode == 9
+    assert not (tmp_path / "base" / "manifest.json").exists()
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "base").glob("*.safetensors")}
+    assert convert(*arguments, "--verify_loading") == 0
+    assert "finishing it" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "base").glob("*.safetensors")} == written
+    verify_folder(tmp_path / "base")
+    assert not list((tmp_path / "base").glob("*.tmp"))
+
+
+def test_an_interrupted_run_is_started_over_by_another_request(tmp_path, llama):
+    target = tmp_path / "base"
+    target.mkdir()
+    (target / ".convert.tmp").write_text("{}")
+    (target / "model.safetensors").write_bytes(b"half")
+    assert convert("--llama_path", llama, "--num_merges", 0, "--output_path", target) == 0
+    verify_folder(target)
+    assert not (target / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("what", ["text row", "layer", "name", "new row", "tokenizer", "eos", "vqgan"])
+def test_verify_loading_finds_a_difference(tmp_path, vq, what, capsys):
+    base = write_base_model(tmp_path / "llama")
+    arguments = ["--llama_path", base, "--being_vq_path", vq, "--num_merges", 0, "--output_path", tmp_path / "base"]
+    assert convert(*arguments) == 0
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    if what == "text row":
+        tensors["lm_head.weight"][7, 3] += 1
+    elif what == "layer":
+        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    elif what == "name":
+        tensors["model.extra"] = torch.zeros(1)
+    elif what == "new row":
+        tensors["lm_head.weight"][-1, 0] = torch.nan
+    elif what == "tokenizer":
+        text = (tmp_path / "base" / "tokenizer.json").read_text()
+        (tmp_path / "base" / "tokenizer.json").write_text(text.replace("<eoss>", "<eosx>"))
+    elif what == "eos":
+        (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": 3}')
+    elif what == "vqgan":
+        shutil.rmtree(tmp_path / "base" / "vqgan")
+        write_vqgan(tmp_path / "base" / "vqgan", seed=1)
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert convert(*arguments, "--verify_loading") == 1
+    rows = [line for line in capsys.readouterr().out.splitlines() if " DIFFERENT " in line]
+    named = {
+        "text row": ["files", "rows of text ids", "text logits"],
+        "layer": ["files", "tensors", "text logits"],
+        "name": ["files", "tensors"],
+        "new row": ["files", "new rows"],
+        "tokenizer": ["files", "tokenizer"],
+        "eos": ["files", "generation config"],
+        "vqgan": ["files", "image codes"],
+    }[what]
+    assert len(rows) == len(named) and all(row.startswith(name) for row, name in zip(rows, named, strict=True)), rows
+
+
+# ---- the guide's command ----
+
+
+def test_the_guides_command_word_for_word(tmp_path, llama, vq, vbpe_file):
+    assert convert("--llama_path", llama, "--being_vq_path", vq, "--vbpe", vbpe_file, "--output_path", tmp_path / "first") == 0
+    command = f"""python beingvl/utils/convert_llama_to_being.py \\
+        --llama_path {llama} \\
+        --being_tokenizer_config_path {tmp_path / "first"} \\
+        --being_vq_path {vq} \\
+        --output_path {tmp_path / "base"} \\
+        --verify_loading --num_merges 3"""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "text logits                equal" in done.stdout
+    ours, first = WeightFolder(tmp_path / "base"), WeightFolder(tmp_path / "first")
+    assert all(torch.equal(ours[name], first[name]) for name in first)
+
+
+def test_the_guides_script_needs_no_installation():
+    """With -S, site-packages is a plain folder: its .pth files do not count, so an installed beingvl is not found."""
+    command = [sys.executable, "-S", "beingvl/utils/convert_llama_to_being.py", "--help"]
+    environment = {"PYTHONPATH": str(Path(np.__file__).parents[1]), "PATH": os.environ["PATH"]}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "--being_vq_path" in done.stdout, done.stderr
