@@ -228,7 +228,7 @@ class VisualBPE:
         from beingvl.tokenizer import vbpe_numba as fast
 
         grids = checked_grids(grids, self.num_codes, self.source)
-        tables = self._tables  # built once, before the threads ask for it
+        tables = self.tables  # built once, before the threads ask for it
 
         def encode_chunk(chunk: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -> int:
             return fast.encode_images(chunk, tables, ids, lengths)
@@ -246,7 +246,7 @@ class VisualBPE:
         grid = np.full((height, width), -1, np.int32)
         # Ids beyond int32 become -1, which is as unknown as they are.
         known = np.where((ids >= 0) & (ids < self.num_ids), ids, -1).astype(np.int32)
-        status, position = fast.decode_stream(known, self._tables, grid)
+        status, position = fast.decode_stream(known, self.tables, grid)
         if status != fast.STREAM_FINE:
             found = int(ids[position]) if position < len(ids) else None
             reason = {
@@ -265,7 +265,7 @@ class VisualBPE:
 
         if not 0 <= image_id < self.num_ids:
             raise InputError(f"image id {image_id} is unknown, expected 0 … {self.num_ids - 1}")
-        tables = self._tables
+        tables = self.tables
         part = slice(int(tables.cell_start[image_id]), int(tables.cell_start[image_id + 1]))
         dy = (tables.cells[part] + fast.SPAN // 2) // fast.SPAN
         return dy, tables.cells[part] - dy * fast.SPAN, tables.codes[part]
@@ -273,10 +273,10 @@ class VisualBPE:
     @property
     def sizes(self) -> np.ndarray:
         """Number of cells of every id, int64 `[num_ids]`."""
-        return np.diff(self._tables.cell_start)
+        return np.diff(self.tables.cell_start)
 
     @cached_property
-    def _tables(self) -> Any:
+    def tables(self) -> Any:
         return _build_tables(self.num_codes, self.merges, self.source)
 
     # ---- on disk ----

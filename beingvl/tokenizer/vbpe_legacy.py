@@ -30,10 +30,21 @@ from beingvl.manifest import write_atomically
 from beingvl.tokenizer.vbpe import MAX_CODES, MAX_IDS, checked_grids, encode_in_chunks, write_vbpe_json
 
 # Everything that a pickled list of tuples of integers needs, in any protocol; nothing that imports, calls or builds an object.
-_HARMLESS_OPCODES = frozenset(
-    "PROTO FRAME STOP MARK EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 INT BININT BININT1 BININT2 LONG LONG1 "
-    "PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET".split()
-)
+_HARMLESS_OPCODES = {"PROTO", "FRAME", "STOP", "MARK", "EMPTY_LIST", "LIST", "APPEND", "APPENDS"}
+_HARMLESS_OPCODES |= {
+    "EMPTY_TUPLE",
+    "TUPLE",
+    "TUPLE1",
+    "TUPLE2",
+    "TUPLE3",
+    "INT",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG",
+    "LONG1",
+}
+_HARMLESS_OPCODES |= {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"}
 
 
 class _Refusing(pickle.Unpickler):
@@ -42,7 +53,10 @@ class _Refusing(pickle.Unpickler):
 
 
 def read_published_pickle(path: Path | str) -> list[tuple[int, int, int]]:
-    """(token1, token2, new_token) in rank order. Raises InputError, before anything is executed, for more than lists, tuples and ints."""
+    """(token1, token2, new_token) in rank order.
+
+    Raises InputError for anything but lists, tuples and integers, before any of it is executed.
+    """
     path = Path(path)
     data = path.read_bytes()
     try:
@@ -57,8 +71,10 @@ def read_published_pickle(path: Path | str) -> list[tuple[int, int, int]]:
         raise
     except Exception as error:  # unpickling damaged bytes raises almost anything
         raise InputError(f"{path} is not a readable pickle ({type(error).__name__}: {error})") from error
+    if not isinstance(content, list):
+        raise InputError(f"{path} holds one {type(content).__name__}, expected a list of ((token1, token2), new_token)")
     merges = []
-    for rank, entry in enumerate(content if isinstance(content, list) else [content]):
+    for rank, entry in enumerate(content):
         match entry:
             case ((int() as first, int() as second), int() as new):
                 merges.append((first, second, new))

@@ -774,8 +774,8 @@ def count_places(state: State, record: int) -> int:
 def choose_by_priority(state: State) -> int:
     """The record with the highest P = count / largest + alpha S, out of the pool; -1: nothing left, -2: the pool is full.
 
-    No P is above its bound, count / largest + alpha. So the pool holds what the bound of the best does not rule out; S is measured
-    where it is not known only while the bound may still win; the rest stays in the heap, which is sorted by count, thus by bound.
+    No P is above its bound, count / largest + alpha. So the pool holds what the bound of the best does not rule out; an unknown S
+    is measured only while its bound may still win; the rest stays in the heap, which is sorted by count, thus by bound.
     """
     largest = find_largest(state)
     if largest <= 0:
