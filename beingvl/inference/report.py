@@ -1,0 +1,36 @@
+"""Pictures and summary of a run.
+
+beingvl report quickstart runs/quickstart      accuracy after each stage, examples, loss curves: summary.json, PNG, HTML
+beingvl report vbpe vbpe.json …                what a vBPE vocabulary learnt
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+KINDS = {
+    "quickstart": ("beingvl.inference.report_quickstart", "what the whole line did, on held-out images"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    for kind, (module_name, description) in KINDS.items():
+        module = importlib.import_module(module_name)
+        sub = kinds.add_parser(kind, help=description, description=module.__doc__, formatter_class=parser.formatter_class)
+        module.add_arguments(sub)
+        # The command's own --debug is known before KIND only; this one leaves its value alone when it is not given.
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+
+
+def run(args: argparse.Namespace) -> int | None:
+    return importlib.import_module(KINDS[args.kind][0]).run(args)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from beingvl.cli import main
+
+    sys.exit(main(["report", *sys.argv[1:]]))
