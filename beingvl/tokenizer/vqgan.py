@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image, UnidentifiedImageError
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig, JanusVQVAE, JanusVQVAEConfig
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
@@ -80,7 +81,10 @@ class VQGAN:
             found, expected = fields.get("model_type"), " or ".join(CLASSES)
             raise InputError(f"{folder / 'config.json'}: model_type is {found!r}, expected {expected}")
         model_class, config_class = CLASSES[fields["model_type"]]
-        model = model_class(config_class.from_dict(fields))
+        try:
+            model = model_class(config_class.from_dict(fields))
+        except (TypeError, ValueError, StrictDataclassError) as error:
+            raise InputError(f"{folder / 'config.json'} is not usable ({' '.join(str(error).split())})") from error
         _load_weights(model, folder)
         processor = _load_processor(folder, model)
         return cls(model, processor, device, dtype, str(folder))
@@ -130,9 +134,9 @@ class VQGAN:
     @torch.inference_mode()
     def encode(self, pixel_values: torch.Tensor) -> np.ndarray:
         """Pixels `[N, 3, H, W]` to codes `[N, h, w]` uint16."""
-        expected = (3, self.image_size, self.image_size)
-        if tuple(pixel_values.shape[1:]) != expected:
-            raise InputError(f"{self.source}: pixels have shape {tuple(pixel_values.shape)}, expected [N, {expected}]")
+        side = self.image_size
+        if tuple(pixel_values.shape[1:]) != (3, side, side):
+            raise InputError(f"{self.source}: pixels have shape {list(pixel_values.shape)}, expected [N, 3, {side}, {side}]")
         pixels = pixel_values.to(device=self._device, dtype=self._dtype)
         latents = self.model.quant_conv(self.model.encoder(pixels))
         _, _, indices = self.model.quantize(latents.float())

@@ -1,0 +1,170 @@
+"""encode-images: the rows are the VQ-GAN's codes in key order, however computed; what cannot be read is accounted for."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import JanusVQVAE, JanusVQVAEConfig
+
+from beingvl.cli import main
+from beingvl.errors import InputError
+from beingvl.manifest import MANIFEST_FILE, read_manifest, verify_folder
+from beingvl.tokenizer.vq_codes import CODES_FILE, REJECTED_FILE, CodeFolder, CodeWriter
+from beingvl.tokenizer.vqgan import VQGAN, make_processor
+
+KEYS = ["b/2.png", "a.png", "b/10.JPG", "z z/ü.png", "b/1.png"]
+
+
+def save_vqgan(folder, seed):
+    torch.manual_seed(seed)
+    sizes = {"embed_dim": 4, "num_embeddings": 32, "latent_channels": 8, "base_channels": 32, "num_res_blocks": 0}
+    model = JanusVQVAE(JanusVQVAEConfig(**sizes, channel_multiplier=[1, 1], num_patches=8, initializer_range=0.2))
+    VQGAN(model, make_processor(16)).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vq_path(tmp_path_factory):
+    return save_vqgan(tmp_path_factory.mktemp("vq") / "vqgan", seed=0)
+
+
+@pytest.fixture
+def image_path(tmp_path):
+    rng = np.random.default_rng(0)
+    for key in KEYS:
+        path = tmp_path / "images" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
+    (tmp_path / "images" / "notes.txt").write_text("not an image")
+    (tmp_path / "images" / ".hidden.png").write_text("not an image")
+    return tmp_path / "images"
+
+
+def encode(image_path, vq_path, output, **options):
+    words = [f"--{name}={value}" for name, value in options.items() if value is not True]
+    flags = [f"--{name}" for name, value in options.items() if value is True]
+    paths = [f"--image_path={image_path}", f"--vq_path={vq_path}", f"--output_path={output}"]
+    return main(["encode-images", *paths, *words, *flags])
+
+
+def test_each_row_is_the_image_of_its_key(image_path, vq_path, tmp_path):
+    assert encode(image_path, vq_path, tmp_path / "codes") == 0
+    folder, vqgan = CodeFolder(tmp_path / "codes"), VQGAN.load(vq_path)
+    assert folder.keys == sorted(KEYS)
+    assert folder.codes.shape == (5, 8, 8) and folder.codes.dtype == np.uint16 and isinstance(folder.codes, np.memmap)
+    assert len(np.unique(folder.codes)) > 4
+    for key in KEYS:
+        expected = vqgan.encode(vqgan.preprocess([image_path / key]))[0]
+        np.testing.assert_array_equal(folder.codes[folder.row(key)], expected)
+    manifest = verify_folder(tmp_path / "codes")
+    assert manifest.lineage == {"vqgan": vqgan.fingerprint()} and manifest.counts == {"images": 5, "rejected": 0}
+    assert (folder.num_codes, folder.grid) == (32, (8, 8))
+
+
+def test_batches_and_workers_do_not_change_a_bit(image_path, vq_path, tmp_path):
+    hashes = set()
+    for number, options in enumerate([{"batch_size": 1}, {"batch_size": 2, "num_workers": 2}, {"batch_size": 64}]):
+        output = tmp_path / f"codes-{number}"
+        assert encode(image_path, vq_path, output, **options) == 0
+        hashes.add((read_manifest(output).content_hash, read_manifest(output).details["request"]["images"]))
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_only_the_images_that_a_json_names(image_path, vq_path, tmp_path, lines):
+    rows = [{"image": "b/2.png"}, {"conversations": []}, {"image": ["a.png", "b/2.png"]}]
+    text = "\n".join(map(json.dumps, rows)) + "\n" if lines else json.dumps(rows)
+    (tmp_path / "rows.json").write_text(text)
+    assert encode(image_path, vq_path, tmp_path / "codes", json_path=tmp_path / "rows.json") == 0
+    assert CodeFolder(tmp_path / "codes").keys == ["a.png", "b/2.png"]
+
+
+def test_unreadable_images_are_rejected_with_reasons(image_path, vq_path, tmp_path):
+    (image_path / "b/1.png").write_bytes(b"no image")
+    names = ["a.png", "b/1.png", "gone.png", "../images/a.png", str(image_path / "a.png")]
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": name} for name in names]))
+    options = {"json_path": tmp_path / "rows.json", "max_rejected": 0.8, "batch_size": 2}
+    assert encode(image_path, vq_path, tmp_path / "codes", **options) == 0
+    folder = CodeFolder(tmp_path / "codes")
+    assert folder.keys == ["a.png"] and folder.manifest.counts == {"images": 1, "rejected": 4}
+    for name, reason in zip(names[1:], ["no known format", "No such file", "leaves", "leaves"], strict=True):
+        with pytest.raises(InputError, match=f"was rejected when .*{reason}"):
+            folder.row(name)
+    with pytest.raises(InputError, match=r"has no codes of other\.png"):
+        folder.row("other.png")
+
+
+def test_too_many_unreadable_images_stop_the_run(image_path, vq_path, tmp_path, capsys):
+    (image_path / "b/1.png").write_bytes(b"no image")
+    assert encode(image_path, vq_path, tmp_path / "codes", max_rejected=0.19) == 2
+    assert "1 of 5 images rejected so far, --max_rejected is 0.19; the last: b/1.png cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "codes" / MANIFEST_FILE).exists()
+    with pytest.raises(InputError, match="incomplete"):
+        CodeFolder(tmp_path / "codes")
+    assert json.loads((tmp_path / "codes" / REJECTED_FILE).read_text())["key"] == "b/1.png"
+    assert encode(image_path, vq_path, tmp_path / "codes", max_rejected=0.2) == 0
+    assert read_manifest(tmp_path / "codes").counts == {"images": 4, "rejected": 1}
+
+
+def test_no_readable_image_at_all(tmp_path):
+    with pytest.raises(InputError, match="none of the 1 images could be read"), CodeWriter(tmp_path, 1, (2, 2), 1.0) as writer:
+        writer.reject("a.png", "broken")
+        writer.finish({}, {})
+
+
+def test_a_finished_output_is_reused_refused_or_replaced(image_path, vq_path, tmp_path, capsys):
+    output = tmp_path / "codes"
+    assert encode(image_path, vq_path, output) == 0
+    before = (output / MANIFEST_FILE).stat().st_mtime_ns
+    assert encode(image_path, vq_path, output, batch_size=2) == 0
+    assert "reused" in capsys.readouterr().out and (output / MANIFEST_FILE).stat().st_mtime_ns == before
+
+    other_vq = save_vqgan(tmp_path / "other", seed=1)
+    assert encode(image_path, other_vq, output) == 2
+    assert "with another vqgan" in capsys.readouterr().err
+    Image.new("RGB", (20, 24)).save(image_path / "a.png")
+    assert encode(image_path, vq_path, output) == 2
+    assert "with another images" in capsys.readouterr().err
+    assert (output / MANIFEST_FILE).stat().st_mtime_ns == before
+    assert encode(image_path, other_vq, output, overwrite=True) == 0
+    assert read_manifest(output).lineage == {"vqgan": VQGAN.load(other_vq).fingerprint()}
+
+
+WRONG_JSON = {
+    "neither a JSON array nor JSONL": "{",
+    "row 2: expected an object": '[{"image": "a.png"}, 7]',
+    "row 1: expected an object whose": '{"image": 7}',
+    "row 1: expected an object whose `image`": '[{"image": ["a.png", 7]}]',
+    "names no images": '[{"conversations": []}]',
+}
+
+
+@pytest.mark.parametrize("message", WRONG_JSON)
+def test_a_wrong_json_is_refused(image_path, vq_path, tmp_path, capsys, message):
+    (tmp_path / "rows.json").write_text(WRONG_JSON[message])
+    assert encode(image_path, vq_path, tmp_path / "codes", json_path=tmp_path / "rows.json") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_options_are_refused(image_path, vq_path, tmp_path, capsys):
+    for options, message in [
+        ({"batch_size": 0}, "--batch_size is 0, expected at least 1"),
+        ({"num_workers": -1}, "--num_workers is -1, expected at least 0"),
+        ({"max_rejected": -0.1}, "--max_rejected is -0.1, expected at least 0"),
+    ]:
+        assert encode(image_path, vq_path, tmp_path / "codes", **options) == 2
+        assert message in capsys.readouterr().err
+    assert encode(tmp_path / "nowhere", vq_path, tmp_path / "codes") == 2
+    assert "nowhere is not a folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert encode(tmp_path / "empty", vq_path, tmp_path / "codes") == 2
+    assert "has no images" in capsys.readouterr().err
+
+
+def test_damaged_codes_are_named(image_path, vq_path, tmp_path):
+    assert encode(image_path, vq_path, tmp_path / "codes") == 0
+    (tmp_path / "codes" / CODES_FILE).write_bytes(b"\x93NUMPY")
+    with pytest.raises(InputError, match="damaged"):
+        CodeFolder(tmp_path / "codes")
