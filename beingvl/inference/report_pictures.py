@@ -143,7 +143,7 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def draw_accuracy(axes: Axes, accuracy: Mapping[str, Mapping[str, float]], chance: Mapping[str, float]) -> None:
-    set_title(axes, "Accuracy on held-out images, after each stage")
+    set_title(axes, "Test accuracy after each stage")
     axes.set_ylabel("share of right answers (%)")
     positions = np.arange(len(accuracy))
     for (question, by_chance), colour in zip(chance.items(), QUESTION_COLOURS, strict=False):

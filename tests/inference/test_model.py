@@ -1,0 +1,258 @@
+"""Answers do not depend on the batch, equal a plain greedy loop, stop at eos; prompts are what training saw; refusals."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import beingvl
+from beingvl.data.conversation import TextEncoder, build_sequence
+from beingvl.errors import InputError
+from beingvl.inference.model import BeingVL
+from beingvl.manifest import read_manifest, write_manifest
+from beingvl.tokenizer.vbpe import VisualBPE
+from tests.model.small_models import NUM_CODES, write_vqgan
+from tests.tiny import LAYOUT
+
+QUESTION = "Which digit is this?"
+PHI = "\N{GREEK SMALL LETTER PHI}"
+
+
+@pytest.fixture(scope="module")
+def model(run_folder: Path) -> BeingVL:
+    return strengthen(BeingVL(run_folder / "stage-3" / "final", run_folder / "vbpe").load_model(device="cpu"))
+
+
+def strengthen(model: BeingVL) -> BeingVL:
+    """Larger weights: freshly initialised ones hardly attend, so that a wrong mask or position would change no answer."""
+    for parameter in model.model.parameters():
+        if parameter.dim() == 2:
+            parameter.data *= 8
+    return model
+
+
+@pytest.fixture(scope="module")
+def images(run_folder: Path) -> list[Path]:
+    return sorted((run_folder / "data" / "images" / "test").glob("*.png"))
+
+
+@pytest.fixture
+def copied_model(run_folder: Path, tmp_path: Path) -> Path:
+    """A model folder that a test may change."""
+    return Path(shutil.copytree(run_folder / "stage-3" / "final", tmp_path / "model"))
+
+
+def random_prompts(count: int, longest: int = 60) -> list[list[int]]:
+    random = np.random.default_rng(0)
+    return [random.integers(0, LAYOUT.size, random.integers(2, longest)).tolist() for _ in range(count)]
+
+
+def greedy_loop(model: BeingVL, prompt: list[int], max_new_tokens: int) -> list[int]:
+    """The whole sequence again for every token: no cache, no mask, no padding."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + max_new_tokens:
+        with torch.no_grad():
+            token = int(model.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if token == LAYOUT.eos_id:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+# ---- answers ----
+
+
+def test_batched_answers_equal_single_ones_and_a_plain_loop(model: BeingVL) -> None:
+    prompts = random_prompts(24)
+    expected = [greedy_loop(model, prompt, 12) for prompt in prompts]
+    assert model.continue_token_sequences(prompts, 12, batch_size=24) == expected
+    assert model.continue_token_sequences(prompts, 12, batch_size=7) == expected
+    assert model.continue_token_sequences(prompts, 12, batch_size=1) == expected
+    lengths = {len(answer) for answer in expected}
+    assert 12 in lengths and min(lengths) < 12, "the prompts should reach both ends: eos and the limit"
+
+
+def test_answers_of_images_chats_and_text_in_one_call_equal_single_ones(model: BeingVL, images: list[Path]) -> None:
+    prompts = [QUESTION, "hi", [("one", "1"), ("two", None)], "left <image> right <image>, same?"]
+    pictures = [images[0], None, Image.open(images[1]), [images[2], images[3]]]
+    for method in (model.generate_with_vbpe, model.generate):
+        together = method(prompts, pictures, max_new_tokens=8)
+        alone = [method([prompt], [picture], max_new_tokens=8)[0] for prompt, picture in zip(prompts, pictures, strict=True)]
+        assert together == alone
+    assert model.generate_with_vbpe(["hi"], max_new_tokens=8) == model.generate(["hi"], [None], max_new_tokens=8)
+
+
+def test_a_prompt_is_the_beginning_of_the_training_sample(run_folder: Path, model: BeingVL, images: list[Path]) -> None:
+    folder = run_folder / "stage-3" / "final"
+    tokens = model.img2tok([images[0]])
+    sample = build_sequence([(QUESTION, "one")], tokens, TextEncoder(folder, LAYOUT), LAYOUT)
+    prompt = model.tokenize(f"<image>\n{QUESTION}", images[0])
+    assert sample.input_ids[: len(prompt)] == prompt
+    assert sample.target_spans[0][0] == len(prompt)
+
+
+def test_model_is_frozen_and_in_evaluation_mode(model: BeingVL) -> None:
+    assert not model.model.training
+    assert not any(parameter.requires_grad for parameter in model.model.parameters())
+
+
+def test_rows_behind_the_vocabulary_are_never_answers(copied_model: Path, run_folder: Path) -> None:
+    model = BeingVL(copied_model, run_folder / "vbpe").load_model(device="cpu")
+    model.model.resize_token_embeddings(LAYOUT.size + 6)
+    head = model.model.get_output_embeddings().weight
+    head.data[LAYOUT.size :] = 100 * torch.randn(6, head.shape[1])  # one of them is nearly always the likeliest
+    answers = model.continue_token_sequences(random_prompts(8), 4)
+    assert all(token < LAYOUT.size for answer in answers for token in answer)
+
+
+def test_sampling_is_a_function_of_the_seed(model: BeingVL) -> None:
+    answers = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        answers.append(model.continue_token_sequences(random_prompts(4), 8, do_sample=True, temperature=2.0))
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_the_base_models_generation_defaults_do_not_reach_answers(copied_model: Path, model: BeingVL) -> None:
+    defaults = {"do_sample": True, "temperature": 9.0, "eos_token_id": 65, "max_length": 3}
+    (copied_model / "generation_config.json").write_text(json.dumps(defaults))
+    other = strengthen(BeingVL(copied_model).load_model(device="cpu"))
+    prompts = random_prompts(6)
+    assert other.continue_token_sequences(prompts, 8) == model.continue_token_sequences(prompts, 8)
+
+
+def test_streamed_pieces_make_up_the_answer(model: BeingVL) -> None:
+    pieces: list[str] = []
+    answer = model.answer_token_sequences(random_prompts(1), 10, on_text=pieces.append)[0]
+    assert "".join(pieces) == answer and len(pieces) > 1
+
+
+def test_streaming_waits_for_the_second_half_of_a_character(model: BeingVL) -> None:
+    from beingvl.inference.model import TextStreamer
+
+    pieces: list[str] = []
+    streamer = TextStreamer(model.decode_answer, pieces.append)
+    first, second = model.encoder.plain(PHI)
+    streamer.put(torch.tensor([[1, 2, 3]]))
+    for token in (first, second):
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert pieces == [PHI]
+
+
+def test_progress_counts_prompts(model: BeingVL) -> None:
+    seen: list[int] = []
+    model.answer_token_sequences(random_prompts(5), 2, batch_size=2, on_batch=seen.append)
+    assert seen == [2, 2, 1]
+
+
+def test_no_prompts_no_answers(model: BeingVL) -> None:
+    assert model.generate_with_vbpe([], [], max_new_tokens=4) == []
+    assert model.img2tok([]) == [] and model.tok2img([]) == []
+
+
+# ---- images ----
+
+
+def test_pictures_come_back_from_tokens(model: BeingVL, images: list[Path]) -> None:
+    codes = model.img2codes(images)
+    pictures = np.stack(model.tok2img(model.img2tok(images)))
+    assert pictures.dtype == np.uint8 and (pictures == model.vqgan.decode(codes)).all()
+    assert (np.stack(model.tok2img(model.img2tok(images, with_vbpe=False))) == pictures).all()
+    assert sum(map(len, model.img2tok(images))) <= codes.size
+
+
+def test_a_stream_that_no_image_has_is_refused(model: BeingVL) -> None:
+    with pytest.raises(InputError, match="not all image tokens"):
+        model.tok2img([[1, 2]])
+    with pytest.raises(InputError, match="invalid image stream"):
+        model.tok2img([[LAYOUT.first_image_id]])
+
+
+# ---- refusals ----
+
+
+def test_folders_that_are_no_model_are_refused(tmp_path: Path, copied_model: Path) -> None:
+    with pytest.raises(InputError, match=r"vocab_layout.json: it is not a Being-VL model"):
+        BeingVL(tmp_path)
+    (copied_model / "manifest.json").unlink()
+    with pytest.raises(InputError, match="incomplete"):
+        BeingVL(copied_model)
+
+
+def test_another_vbpe_is_refused(run_folder: Path, copied_model: Path, tmp_path: Path) -> None:
+    VisualBPE(NUM_CODES, np.array([[1, 1, 0, 1]])).save(tmp_path / "vbpe.json")
+    with pytest.raises(InputError, match="different vbpe"):
+        BeingVL(copied_model, tmp_path / "vbpe.json")
+    lineage = {"vocab": read_manifest(copied_model).lineage["vocab"]}
+    write_manifest(copied_model, "model", {}, lineage)
+    VisualBPE(NUM_CODES + 1, np.array([[1, 1, 0, 1]])).save(tmp_path / "vbpe.json")
+    with pytest.raises(InputError, match=f"has {NUM_CODES + 1} codes and 1 merges"):
+        BeingVL(copied_model, tmp_path / "vbpe.json")
+
+
+def test_the_vbpe_inside_the_model_folder_is_the_default(run_folder: Path, copied_model: Path, images: list[Path]) -> None:
+    with pytest.raises(InputError, match="give vbpe_path"):
+        BeingVL(copied_model).img2tok(images[:1])
+    shutil.copy(run_folder / "vbpe" / "vbpe.json", copied_model)
+    assert BeingVL(copied_model).vbpe == VisualBPE.load(run_folder / "vbpe")
+
+
+def test_missing_or_other_vqgan_is_refused(copied_model: Path) -> None:
+    shutil.rmtree(copied_model / "vqgan")
+    with pytest.raises(InputError, match="has no vqgan/"):
+        BeingVL(copied_model).vqgan  # noqa: B018
+    write_vqgan(copied_model / "vqgan", seed=5)
+    with pytest.raises(InputError, match="different vqgan"):
+        BeingVL(copied_model).vqgan  # noqa: B018
+
+
+def test_what_cannot_be_asked_is_refused(model: BeingVL, images: list[Path], tmp_path: Path) -> None:
+    no_image = tmp_path / "a.png"
+    no_image.write_text("no image")
+    for arguments, message in [
+        (([" "],), "a prompt is empty"),
+        (([[]],), "a prompt is empty"),
+        (([[("hi", "ho")]],), "an answer to every question but the last"),
+        (([[("hi", None), ("ho", None)]],), "an answer to every question but the last"),
+        (("hi",), "prompts is one string"),
+        ((["hi"], [None, None]), "1 prompts and 2 images"),
+        ((["hi"], [no_image]), "cannot be read as an image"),
+        ((["hi"], [[images[0], images[1]]]), "2 images were given for 0 <image> placeholders"),
+        ((["<image> hi"],), "more <image> placeholders than images"),
+        ((["IMGIMGAAAAAAZ"],), "spells the reserved token"),
+        ((["long " * 200],), "do not fit the model's context of 512"),
+        ((["hi"], None, 0), "max_new_tokens is 0"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            model.generate_with_vbpe(*arguments)
+    with pytest.raises(InputError, match="temperature is 0"):
+        model.generate(["hi"], do_sample=True, temperature=0)
+    with pytest.raises(InputError, match="streams one answer, found 2"):
+        model.generate(["hi", "ho"], on_text=print)
+
+
+def test_unknown_dtype_and_short_embeddings_are_refused(copied_model: Path) -> None:
+    with pytest.raises(InputError, match="torch_dtype is 'float8'"):
+        BeingVL(copied_model).load_model("float8")
+    longer = LAYOUT.to_dict() | {"num_merges": LAYOUT.num_merges + 1}
+    (copied_model / "vocab_layout.json").write_text(json.dumps(longer))
+    with pytest.raises(InputError, match=f"has {LAYOUT.size} rows, its vocabulary {LAYOUT.size + 1} ids"):
+        BeingVL(copied_model).load_model(device="cpu")
+
+
+# ---- the package ----
+
+
+def test_import_beingvl_loads_no_torch_and_still_has_the_class() -> None:
+    assert beingvl.BeingVL is BeingVL
+    script = "import sys, beingvl; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'BeingVLM'"):
+        beingvl.BeingVLM  # noqa: B018

@@ -1,0 +1,109 @@
+"""The report says what the evaluations say, draws every token once, needs no second file; refusals."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from beingvl.cli import main
+from beingvl.inference.report_pictures import running_mean, token_borders
+from beingvl.inference.report_quickstart import Example, choose_examples, read_run, token_owners
+from beingvl.manifest import verify_folder
+from beingvl.tokenizer.vbpe import VisualBPE
+from tests.inference.small_run import QUESTIONS, STAGES, overwrite_summary
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def copied_run(run_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run_folder, tmp_path / "run"))
+
+
+def test_report_of_a_run(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "report"
+    assert main(["report", "quickstart", str(run_folder), f"--output-path={output}", "--wall_seconds=61.5"]) == 0
+    summary = json.loads((output / "summary.json").read_text())
+    scores = {stage: json.loads((run_folder / "eval" / stage / "summary.json").read_text()) for stage in STAGES}
+    assert summary["test_accuracy_mean"] == scores["stage-3"]["accuracy_mean"]
+    assert list(summary["test_accuracy"]) == list(STAGES)
+    for stage in STAGES:
+        questions = scores[stage]["questions"]
+        assert summary["test_accuracy"][stage] == {text: questions[text]["accuracy"] for text in QUESTIONS}
+    assert summary["chance"] == {text: 1 / len(answers) for text, answers in QUESTIONS.items()}
+    assert summary["wall_seconds"] == 61.5
+    assert summary["peak_memory_bytes"] == 3008  # the last step of stage 3
+    codes = np.load(run_folder / "vq_codes" / "test" / "codes.npy")
+    tokens = [len(VisualBPE.load(run_folder / "vbpe").encode(grid)) for grid in codes]
+    assert summary["vbpe_compression"] == codes.size / sum(tokens)
+    for name in ("contact_sheet.png", "training.png"):
+        assert (output / name).read_bytes().startswith(PNG)
+    verify_folder(output)
+    printed = capsys.readouterr().out
+    assert "stage-3" in printed and sum(line.startswith("  test/") for line in printed.splitlines()) == 10
+
+
+def test_page_needs_no_second_file_and_trusts_no_text(run_folder: Path, copied_run: Path) -> None:
+    path = copied_run / "eval" / "stage-3" / "predictions.jsonl"
+    rows = [json.loads(line) | {"prediction": "<script>alert(1)</script>"} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["report", "quickstart", str(copied_run), "--peak_memory_bytes=5"]) == 0
+    html = (copied_run / "report" / "index.html").read_text()
+    assert "<script" not in html and "&lt;script&gt;" in html
+    assert html.count("src='data:image/png;base64,") == html.count("src=") == 2
+    assert "http" not in html and "href" not in html
+    assert json.loads((copied_run / "report" / "summary.json").read_text())["peak_memory_bytes"] == 5
+
+
+def test_examples_do_not_depend_on_answers(run_folder: Path) -> None:
+    examples = choose_examples(read_run(run_folder))
+    assert len({example.key for example in examples}) == 10
+    assert {example.question for example in examples} == set(QUESTIONS)
+    assert all(example.reconstruction.shape == (16, 16, 3) for example in examples)
+
+
+def test_owners_and_borders_of_a_grid_drawn_by_hand() -> None:
+    # merge 16 = (1 2) side by side, 17 = 3 above 3:   1 2 3     tokens  0 0 1
+    #                                                  5 6 3             2 3 1
+    vbpe = VisualBPE(16, np.array([[1, 2, 0, 1], [3, 3, 1, 0]]))
+    owners = token_owners(vbpe, np.array([[1, 2, 3], [5, 6, 3]], np.uint16))
+    assert owners.tolist() == [[0, 0, 1], [2, 3, 1]]
+    picture = np.zeros((4, 6, 3), np.uint8)
+    example = Example("q", "t", "a", True, "k", picture, picture, owners)
+    segments = {tuple(map(tuple, segment)) for segment in token_borders(example)}
+    frame = 2 * (3 + 2)
+    inside = {
+        ((3.5, -0.5), (3.5, 1.5)),  # between tokens 0 and 1
+        ((1.5, 1.5), (1.5, 3.5)),  # 2 and 3
+        ((3.5, 1.5), (3.5, 3.5)),  # 3 and 1
+        ((-0.5, 1.5), (1.5, 1.5)),  # 0 and 2
+        ((1.5, 1.5), (3.5, 1.5)),  # 0 and 3
+    }
+    assert inside <= segments and len(segments) == frame + len(inside)
+
+
+def test_running_mean() -> None:
+    assert running_mean(np.arange(8.0)).tolist() == list(range(8))
+    values = np.where(np.arange(80) == 40, 5.0, 0.0)
+    assert running_mean(values)[[36, 38, 40, 42, 44]].tolist() == [0, 1, 1, 1, 0]
+
+
+def test_a_run_without_early_evaluations_is_reported(copied_run: Path) -> None:
+    for stage in STAGES[:-1]:
+        shutil.rmtree(copied_run / "eval" / stage)
+    shutil.rmtree(copied_run / "stage-1")
+    assert main(["report", "quickstart", str(copied_run)]) == 0
+    assert list(json.loads((copied_run / "report" / "summary.json").read_text())["test_accuracy"]) == ["stage-3"]
+
+
+def test_refusals(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "quickstart", str(copied_run / "nowhere")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+    overwrite_summary(copied_run / "eval" / "base", questions={"Another?": {"accuracy": 1}})
+    assert main(["report", "quickstart", str(copied_run)]) == 2
+    assert "base and stage-3 were asked different questions" in capsys.readouterr().err
+    (copied_run / "eval" / "stage-3" / "manifest.json").unlink()
+    assert main(["report", "quickstart", str(copied_run)]) == 2
+    assert "stage-3 is not a finished evaluation" in capsys.readouterr().err
