@@ -66,7 +66,7 @@ def render(
 ) -> np.ndarray:
     """A scan `[8, 8]` with values 0 … 16 as an image `[image_size, image_size]` uint8; `shift` in pixels of the scan.
 
-    Bilinear, through one affine map, so that an augmented image is as sharp as the others.
+    Bilinear, through one affine map, so that an augmented image is as sharp as the others; around the scan is black.
     """
     from scipy.ndimage import affine_transform
 
@@ -75,7 +75,7 @@ def render(
     to_scan = rotation * (len(scan) / image_size / scale)
     centre_of_image = (image_size - 1) / 2
     offset = (len(scan) - 1) / 2 - to_scan @ np.full(2, centre_of_image) - np.asarray(shift)
-    image = affine_transform(scan, to_scan, offset, output_shape=(image_size, image_size), order=1)
+    image = affine_transform(scan, to_scan, offset, output_shape=(image_size, image_size), order=1, mode="grid-constant")
     return np.round(image * (255 / 16)).clip(0, 255).astype(np.uint8)
 
 
