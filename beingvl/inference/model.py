@@ -18,7 +18,9 @@ positions count from each prompt's own first token, so a batch gives the answers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -69,7 +71,8 @@ class BeingVL:
         if torch_dtype not in DTYPES:
             raise InputError(f"torch_dtype is {torch_dtype!r}, expected one of {list(DTYPES)}")
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=getattr(torch, torch_dtype))
+        with quiet_without_terminal():
+            model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=getattr(torch, torch_dtype))
         if model.get_input_embeddings().num_embeddings < self.layout.size:
             found = f"{model.get_input_embeddings().num_embeddings} rows"
             raise InputError(f"{self.model_path}: the embedding has {found}, its vocabulary {self.layout.size} ids")
@@ -280,6 +283,21 @@ class BeingVL:
         from tokenizers import Tokenizer
 
         return Tokenizer.from_file(str(self.model_path / "tokenizer.json"))
+
+
+@contextmanager
+def quiet_without_terminal() -> Iterator[None]:
+    """No progress bar of transformers in log files."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 class TextStreamer:

@@ -34,6 +34,8 @@ tr.total td { font-weight: 600; border-bottom: none }
 img { width: 100%; height: auto; border-radius: 6px; background: #fff }
 """
 
+VARIANT_NAMES = {"vbpe": "vBPE tokens", "raw": "plain codes"}
+
 
 def page(summary: Mapping[str, Any], examples: Sequence[Example], sheet: bytes, curves: bytes) -> str:
     """HTML text; `sheet` and `curves` are PNG bytes."""
@@ -59,6 +61,9 @@ def facts(summary: Mapping[str, Any]) -> str:
         "chance": f"{sum(summary['chance'].values()) / len(summary['chance']):.1%}",
         "codes per token": f"{summary['vbpe_compression']:.2f}",
     }
+    for variant, value in summary["test_accuracy_mean_of_variant"].items():
+        if variant != summary["variant"]:
+            values[f"the same, trained on {VARIANT_NAMES[variant]}"] = f"{value:.1%}"
     if summary["wall_seconds"]:
         minutes, seconds = divmod(round(summary["wall_seconds"]), 60)
         values["wall time"] = f"{minutes} min {seconds:02d} s"

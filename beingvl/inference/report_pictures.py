@@ -64,7 +64,7 @@ def show_pictures(axes: Sequence[Axes], example: Example, with_titles: bool) -> 
     axes[2].imshow(example.reconstruction)
     axes[2].add_collection(LineCollection(token_borders(example), colors=BORDER, linewidths=0.9, capstyle="projecting"))
     if with_titles:
-        for picture, title in zip(axes, ("image", "after the VQ-GAN", "vBPE tokens"), strict=True):
+        for picture, title in zip(axes, ("image", "after the VQ-GAN", "its tokens"), strict=True):
             picture.set_title(title, size=9, color=GREY, pad=4)
 
 

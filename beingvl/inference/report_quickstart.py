@@ -4,7 +4,7 @@ Reads the pieces of RUN_FOLDER
 
     data/{images,test.json}  vqgan/  vq_codes/test/  vbpe/vbpe.json  stage-N/metrics.jsonl  eval/{base,stage-1,stage-2,stage-3}/
 
-and writes into --output_path
+(the stages and eval/ from --stages_path, where they lie elsewhere: a run on plain codes keeps them in raw/) and writes
 
     summary.json         accuracy per question after each stage, chance, compression, time, memory
     contact_sheet.png    image, reconstruction, token borders, question, answer and truth of ten test images
@@ -32,19 +32,25 @@ if TYPE_CHECKING:
 STAGES = ("stage-1", "stage-2", "stage-3")
 EVALUATIONS = ("base", *STAGES)
 NUM_EXAMPLES = 10
+RAW_FOLDER = "raw"
+"""Where a run keeps the stages that it trained on plain codes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run_folder", type=Path, help="folder of the run")
-    add("--output_path", type=Path, help="folder to write; default: RUN_FOLDER/report")
+    add("--stages_path", type=Path, help="folder with stage-N/ and eval/; default: RUN_FOLDER")
+    add("--output_path", type=Path, help="folder to write; default: report/ beside the stages")
     add("--wall_seconds", type=float, help="seconds the whole run took, for the summary")
     add("--peak_memory_bytes", type=int, help="of the whole run; default: the largest in the stages' metrics, which are rank 0's")
 
 
 @dataclass(frozen=True)
 class Run:
-    """The pieces of a run. `evaluations` and `metrics` hold those stages that are there; stage 3's evaluation always is."""
+    """The pieces of a run. `evaluations` and `metrics` hold those stages that are there; stage 3's evaluation always is.
+
+    `mean_of_variant` is the mean accuracy after stage 3 with vBPE and with plain codes, as far as both were trained.
+    """
 
     folder: Path
     evaluations: dict[str, dict[str, Any]]
@@ -52,6 +58,7 @@ class Run:
     metrics: dict[str, list[dict[str, Any]]]
     codes: CodeFolder
     vbpe: VisualBPE | LegacyVisualBPE
+    mean_of_variant: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -76,12 +83,13 @@ def run(args: argparse.Namespace) -> None:
     from beingvl.inference.report_pictures import contact_sheet, training_curves
     from beingvl.manifest import start_folder, to_json, write_atomically, write_manifest
 
-    pieces = read_run(args.run_folder)
+    stages = args.stages_path or args.run_folder
+    pieces = read_run(args.run_folder, stages)
     summary = summarize(pieces, args.wall_seconds, args.peak_memory_bytes)
     examples = choose_examples(pieces)
     sheet = contact_sheet(examples)
     curves = training_curves(pieces.metrics, summary["test_accuracy"], summary["chance"])
-    folder = start_folder(args.output_path or args.run_folder / "report")
+    folder = start_folder(args.output_path or stages / "report")
     write_atomically(folder / "summary.json", to_json(summary))
     write_atomically(folder / "contact_sheet.png", sheet)
     write_atomically(folder / "training.png", curves)
@@ -95,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
 # ---- reading ----
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, stages: Path) -> Run:
     """Raises InputError that names the piece which is missing."""
     from beingvl.errors import InputError
     from beingvl.inference.evaluate import read_predictions, read_summary
@@ -107,19 +115,21 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; make the run with `bash scripts/quickstart.sh`")
     last = STAGES[-1]
-    evaluations = {name: read_summary(folder / "eval" / name) for name in EVALUATIONS if is_complete(folder / "eval" / name)}
+    evaluations = {name: read_summary(stages / "eval" / name) for name in EVALUATIONS if is_complete(stages / "eval" / name)}
     if last not in evaluations:
-        raise InputError(f"{folder / 'eval' / last} is not a finished evaluation; make it with `beingvl evaluate`")
+        raise InputError(f"{stages / 'eval' / last} is not a finished evaluation; make it with `beingvl evaluate`")
     for name, evaluation in evaluations.items():
         if set(evaluation["questions"]) != set(evaluations[last]["questions"]):
-            raise InputError(f"{folder / 'eval'}: {name} and {last} were asked different questions; evaluate both on one JSON")
+            raise InputError(f"{stages / 'eval'}: {name} and {last} were asked different questions; evaluate both on one JSON")
+    finals = [read_summary(path / "eval" / last) for path in (folder, folder / RAW_FOLDER) if is_complete(path / "eval" / last)]
     return Run(
         folder=folder,
         evaluations=evaluations,
-        predictions=read_predictions(folder / "eval" / last),
-        metrics={name: read_metrics(folder / name) for name in STAGES if (folder / name / METRICS_FILE).is_file()},
+        predictions=read_predictions(stages / "eval" / last),
+        metrics={name: read_metrics(stages / name) for name in STAGES if (stages / name / METRICS_FILE).is_file()},
         codes=CodeFolder(folder / "vq_codes" / "test"),
         vbpe=VisualBPE.load(folder / "vbpe"),
+        mean_of_variant={final["variant"]: final["accuracy_mean"] for final in [*finals, evaluations[last]]},
     )
 
 
@@ -140,6 +150,7 @@ def summarize(pieces: Run, wall_seconds: float | None, peak_memory_bytes: int | 
         "chance": {question: entry["chance"] for question, entry in last["questions"].items()},
         "majority": {question: entry["majority"] for question, entry in last["questions"].items()},
         "variant": last["variant"],
+        "test_accuracy_mean_of_variant": pieces.mean_of_variant,
         "test_questions": last["rows"],
         "test_images": len(pieces.codes.codes),
         "vbpe_compression": pieces.codes.codes.size / len(ids),
@@ -170,6 +181,7 @@ def choose_examples(pieces: Run) -> list[Example]:
 
 
 def make_examples(pieces: Run, rows: list[dict[str, Any]]) -> list[Example]:
+    import numpy as np
     from matplotlib.image import imread
 
     from beingvl.tokenizer.vqgan import VQGAN
@@ -178,6 +190,7 @@ def make_examples(pieces: Run, rows: list[dict[str, Any]]) -> list[Example]:
         return []
     grids = pieces.codes.codes[[pieces.codes.row(row["image"]) for row in rows]]
     pictures = VQGAN.load(pieces.folder / "vqgan").decode(grids)
+    is_raw = pieces.evaluations[STAGES[-1]]["variant"] == "raw"
     return [
         Example(
             question=row["question"],
@@ -187,7 +200,7 @@ def make_examples(pieces: Run, rows: list[dict[str, Any]]) -> list[Example]:
             key=row["image"],
             image=imread(pieces.folder / "data" / "images" / row["image"]),
             reconstruction=picture,
-            owners=token_owners(pieces.vbpe, grid),
+            owners=np.arange(grid.size).reshape(grid.shape) if is_raw else token_owners(pieces.vbpe, grid),
         )
         for row, grid, picture in zip(rows, grids, pictures, strict=True)
     ]
@@ -218,6 +231,9 @@ def print_accuracy(summary: dict[str, Any]) -> None:
         print(f"  {question:<{width}}  {chance[question]:7.3f}{columns}")
     print(f"  {'mean':<{width}}  {mean(chance):7.3f}" + "".join(f"  {mean(accuracy[name]):7.3f}" for name in accuracy))
     print(f"\nvBPE: {summary['vbpe_compression']:.2f} codes per token on the test images")
+    if len(summary["test_accuracy_mean_of_variant"]) > 1:
+        variants = summary["test_accuracy_mean_of_variant"].items()
+        print("Mean accuracy after stage 3: " + ", ".join(f"{name} {value:.3f}" for name, value in variants))
 
 
 def print_examples(examples: list[Example]) -> None:

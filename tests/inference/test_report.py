@@ -12,7 +12,7 @@ from beingvl.inference.report_pictures import running_mean, token_borders
 from beingvl.inference.report_quickstart import Example, choose_examples, read_run, token_owners
 from beingvl.manifest import verify_folder
 from beingvl.tokenizer.vbpe import VisualBPE
-from tests.inference.small_run import QUESTIONS, STAGES, overwrite_summary
+from tests.inference.small_run import QUESTIONS, STAGES, evaluate, overwrite_summary
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -58,7 +58,7 @@ def test_page_needs_no_second_file_and_trusts_no_text(run_folder: Path, copied_r
 
 
 def test_examples_do_not_depend_on_answers(run_folder: Path) -> None:
-    examples = choose_examples(read_run(run_folder))
+    examples = choose_examples(read_run(run_folder, run_folder))
     assert len({example.key for example in examples}) == 10
     assert {example.question for example in examples} == set(QUESTIONS)
     assert all(example.reconstruction.shape == (16, 16, 3) for example in examples)
@@ -96,6 +96,22 @@ def test_a_run_without_early_evaluations_is_reported(copied_run: Path) -> None:
     shutil.rmtree(copied_run / "stage-1")
     assert main(["report", "quickstart", str(copied_run)]) == 0
     assert list(json.loads((copied_run / "report" / "summary.json").read_text())["test_accuracy"]) == ["stage-3"]
+
+
+def test_stages_on_plain_codes_beside_those_with_vbpe(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = copied_run / "raw"
+    json_path = copied_run / "data" / "test.json"
+    assert evaluate(copied_run / "stage-3" / "final", copied_run, json_path, raw / "eval" / "stage-3", "--raw") == 0
+    overwrite_summary(raw / "eval" / "stage-3", accuracy_mean=0.75)
+    assert main(["report", "quickstart", str(copied_run), f"--stages_path={raw}"]) == 0
+    summary = json.loads((raw / "report" / "summary.json").read_text())
+    assert summary["variant"] == "raw" and summary["test_accuracy_mean"] == 0.75
+    vbpe_mean = json.loads((copied_run / "eval" / "stage-3" / "summary.json").read_text())["accuracy_mean"]
+    assert summary["test_accuracy_mean_of_variant"] == {"vbpe": vbpe_mean, "raw": 0.75}
+    assert "raw 0.750" in capsys.readouterr().out
+    assert "the same, trained on vBPE tokens" in (raw / "report" / "index.html").read_text()
+    example = choose_examples(read_run(copied_run, raw))[0]
+    assert len(np.unique(example.owners)) == example.owners.size
 
 
 def test_refusals(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
