@@ -38,7 +38,7 @@ DEEPSPEED_KEYS: dict[str, set[str] | None] = {
     "wall_clock_breakdown": None,
     "memory_breakdown": None,
     "dump_state": None,
-    "aio": {"block_size", "queue_depth", "intra_op_parallelism", "thread_count", "single_submit", "overlap_events", "use_gds"},
+    "aio": {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"},
     "compile": None,
     "comms_logger": {"enabled", "verbose", "prof_all", "prof_ops", "debug"},
     "flops_profiler": {"enabled", "profile_step", "module_depth", "top_modules", "detailed", "output_file"},

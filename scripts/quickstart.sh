@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# From nothing to a trained Being-VL on this machine, no GPU needed: installs into .venv, runs the whole line on real images
+# (scikit-learn's handwritten digits), and shows answers about images the model has never seen.
+#   bash scripts/quickstart.sh [--install_only | --raw]     --raw feeds VQ codes without vBPE, for comparison
+# Started again it reuses every finished step. RUN chooses the folder, SEED the seed, NUM_RANKS the number of CPU ranks.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+case "${1:-}" in
+--install_only) exit 0 ;;
+--raw) VARIANT=base ;;
+'') VARIANT=vbpe ;;
+*) echo "usage: bash scripts/quickstart.sh [--install_only | --raw]" >&2 && exit 2 ;;
+esac
+
+SEED="${SEED:-0}"
+RUN="${RUN:-runs/quickstart}"
+export NUM_RANKS="${NUM_RANKS:-2}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
+export DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM_MININTERVAL=1 PYTHONWARNINGS=ignore
+STARTED=$(date +%s)
+say() { printf '\n== %3d s  %s\n' "$(($(date +%s) - STARTED))" "$*"; }
+
+say "real images: handwritten digits as PNG files and LLaVA JSON"
+python scripts/make_digits_dataset.py --output_dir "$RUN/data" --seed "$SEED"
+
+say "VQ-GAN: images to 8 x 8 codes out of 64, and back"
+beingvl train-vq --image_path "$RUN/data/images/train" --output_path "$RUN/vqgan" --seed "$SEED"
+
+for SPLIT in train validation test; do
+    say "[1] encode-images: $SPLIT"
+    beingvl encode-images --image_path "$RUN/data/images" --json_path "$RUN/data/$SPLIT.json" --vq_path "$RUN/vqgan" \
+        --output_path "$RUN/vq_codes/$SPLIT"
+done
+
+say "[2] train-vbpe: 128 merges"
+beingvl train-vbpe --data_path "$RUN/vq_codes/train" --output_path "$RUN/vbpe" --num_merges 128
+
+say "a small text LLaMA stands in for Llama-3.1-8B"
+python scripts/make_text_llama.py --texts "$RUN/data/texts.txt" --output_path "$RUN/llama" --seed "$SEED"
+
+say "[5] convert: LLaMA + VQ-GAN + vBPE -> Being-VL base"
+beingvl convert --llama_path "$RUN/llama" --being_vq_path "$RUN/vqgan" --vbpe "$RUN/vbpe" --output_path "$RUN/base" \
+    --init codebook --seed "$SEED" --verify_loading
+
+say "[3] tokenize"
+beingvl tokenize --mode sft --json_path "$RUN/data/train.json" --vq_codes "$RUN/vq_codes/train" --vbpe_path "$RUN/vbpe" \
+    --model_path "$RUN/base" --output_dir "$RUN/tokenized" --dataset_name digits
+
+say "[4] build-shards"
+beingvl build-shards --jsonl_path "$RUN/tokenized/digits_$VARIANT.jsonl" --output_path "$RUN/shards-$VARIANT"
+
+evaluate() { # model folder, output folder
+    beingvl evaluate --model "$1" --vbpe_path "$RUN/vbpe" --json_path "$RUN/data/test.json" --vq_codes "$RUN/vq_codes/test" \
+        --output_path "$2" $([ "$VARIANT" = base ] && echo --raw)
+}
+
+[ "$VARIANT" = vbpe ] && STAGES="$RUN" || STAGES="$RUN/raw"
+evaluate "$RUN/base" "$STAGES/eval/base"
+for STAGE in 1 2 3; do
+    say "[6] stage $STAGE of 3: deepspeed, ZeRO-3, $NUM_RANKS CPU ranks"
+    [ "$STAGE" = 1 ] && export MODEL_PATH="$RUN/base" || unset MODEL_PATH
+    DATA_PATH="$RUN/shards-$VARIANT" OUTPUT_DIR="$STAGES/stage-$STAGE" LOG_DIR="$STAGES/logs/stage-$STAGE" OMP_NUM_THREADS='' \
+        DS_CONFIG="ds_configs/quickstart-stage$STAGE.json" bash "scripts/train-stage-$STAGE.sh" 0
+    say "[7] evaluate stage $STAGE on images it has never seen"
+    evaluate "$STAGES/stage-$STAGE/final" "$STAGES/eval/stage-$STAGE"
+done
+
+say "report"
+beingvl report quickstart "$RUN" --output_path "$STAGES/report" --wall_seconds "$(($(date +%s) - STARTED))"

@@ -1,0 +1,146 @@
+"""LLaVA JSON + image codes -> JSONL rows, through the command line."""
+
+import json
+
+import numpy as np
+import pytest
+
+from beingvl import cli
+from beingvl.data.arrow_shards import ShardReader
+from beingvl.data.tokenize_dataset import read_rows
+from beingvl.errors import InputError
+from beingvl.manifest import read_manifest, write_manifest
+from beingvl.tokenizer.vbpe import VisualBPE
+from tests.tiny import LAYOUT, write_model
+
+VQGAN = {"vqgan": "sha256:" + "1" * 64}
+
+
+def row(number: int, **fields: object) -> dict:
+    turns = [{"from": "human", "value": "<image>\nhi"}, {"from": "gpt", "value": "yes"}]
+    return {"id": f"r{number}", "image": f"{number % 4}.png", "category": "perception", "conversations": turns, **fields}
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """A model folder, codes of four images and a vBPE, all of one VQ-GAN."""
+    write_model(tmp_path / "base")
+    write_manifest(tmp_path / "base", "model", {}, {"vocab": LAYOUT.fingerprint(), **VQGAN})
+    codes = np.random.default_rng(0).integers(0, 4, (4, 4, 4)).astype(np.uint16)
+    folder = tmp_path / "vq_codes"
+    folder.mkdir()
+    np.save(folder / "codes.npy", codes)
+    (folder / "keys.jsonl").write_text("".join(json.dumps(f"{n}.png") + "\n" for n in range(4)))
+    (folder / "rejected.jsonl").write_text("")
+    write_manifest(folder, "vq_codes", {"images": 4}, VQGAN, {"num_codes": LAYOUT.num_vq, "grid": [4, 4]})
+    assert (
+        cli.main(["train-vbpe", "--data_path", str(folder), "--output_path", str(tmp_path / "vbpe.json"), "--num_merges", "5"])
+        == 0
+    )
+    return tmp_path
+
+
+def tokenize(inputs, rows: list, *more: str) -> int:
+    (inputs / "data.json").write_text(json.dumps(rows))
+    command = ["tokenize", "--json_path", str(inputs / "data.json"), "--model_path", str(inputs / "base"), "--dataset_name", "d"]
+    command += [
+        "--vq_codes",
+        str(inputs / "vq_codes"),
+        "--vbpe_path",
+        str(inputs / "vbpe.json"),
+        "--output_dir",
+        str(inputs / "out"),
+    ]
+    return cli.main([*command, *more])
+
+
+def read(inputs, variant: str) -> list[dict]:
+    return [json.loads(line) for line in (inputs / "out" / f"d_{variant}.jsonl").read_text().splitlines()]
+
+
+def test_both_files_hold_the_published_fields_and_decode_to_the_codes(inputs) -> None:
+    assert tokenize(inputs, [row(n) for n in range(6)]) == 0
+    base, merged = read(inputs, "base"), read(inputs, "vbpe")
+    codes, vbpe = np.load(inputs / "vq_codes" / "codes.npy"), VisualBPE.load(inputs / "vbpe.json")
+    for number, (raw, new) in enumerate(zip(base, merged, strict=True)):
+        assert list(raw) == ["id", "image", "category", "conversations", "token_0", "token_image", "token_1", "target_spans"]
+        assert LAYOUT.token_to_image_ids(np.array(raw["token_image"])).tolist() == codes[number % 4].ravel().tolist()
+        grid = vbpe.decode(LAYOUT.token_to_image_ids(np.array(new["token_image_new"])), 4, 4)
+        assert grid.tolist() == codes[number % 4].tolist()
+        for out, image in ((raw, raw["token_image"]), (new, new["token_image_new"])):
+            start, end = out["target_spans"][0]
+            assert [*out["token_0"], *image, *out["token_1"]][start:end] == out["token_1"][-4:]  # y e s eos
+    lineage = read_manifest(inputs / "out", "jsonl").lineage
+    assert lineage == {"vocab": LAYOUT.fingerprint(), **VQGAN, "vbpe": vbpe.fingerprint()}
+
+
+def test_the_way_to_shards_and_reuse(inputs, capsys) -> None:
+    assert (
+        tokenize(
+            inputs, [row(0), row(1, image=None, category=None, conversations=row(0)["conversations"])], "--max_rejected", "1"
+        )
+        == 0
+    )
+    assert (
+        tokenize(
+            inputs, [row(0), row(1, image=None, category=None, conversations=row(0)["conversations"])], "--max_rejected", "1"
+        )
+        == 0
+    )
+    assert "reused" in capsys.readouterr().out
+    command = ["build-shards", "--jsonl_path", str(inputs / "out" / "d_vbpe.jsonl"), "--output_path", str(inputs / "shards")]
+    assert cli.main(command) == 0
+    assert ShardReader(inputs / "shards").manifest.lineage == read_manifest(inputs / "out").lineage
+
+
+def test_malformed_rows_are_listed_and_too_many_fail(inputs, capsys) -> None:
+    bad = [row(1, image="none.png"), row(2, conversations=[]), row(3, image=["0.png", "1.png"])]
+    assert tokenize(inputs, [row(0), *bad], "--max_rejected", "0.8") == 0
+    rejected = [json.loads(line) for line in (inputs / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [entry["index"] for entry in rejected] == [1, 2, 3]
+    assert "none.png" in rejected[0]["reason"] and "empty" in rejected[1]["reason"] and "placeholders" in rejected[2]["reason"]
+    assert tokenize(inputs, [row(0), *bad], "--overwrite") == 2
+    assert "3 of 4 rows" in capsys.readouterr().err
+    assert not (inputs / "out" / "manifest.json").exists()
+
+
+def test_max_length(inputs) -> None:
+    assert tokenize(inputs, [row(0)], "--max_length", "5", "--max_rejected", "1") == 0
+    assert read(inputs, "base") == []
+
+
+def test_inputs_that_contradict_each_other_are_refused(inputs, capsys) -> None:
+    write_manifest(inputs / "vq_codes", "vq_codes", {}, {"vqgan": "sha256:" + "2" * 64}, {"num_codes": 16, "grid": [4, 4]})
+    assert tokenize(inputs, [row(0)]) == 2
+    assert "do not match: they were made with different vqgan" in capsys.readouterr().err
+
+
+def test_a_vbpe_too_large_for_the_vocabulary(inputs, capsys) -> None:
+    folder = inputs / "vq_codes"
+    assert (
+        cli.main(["train-vbpe", "--data_path", str(folder), "--output_path", str(inputs / "vbpe.json"), "--num_merges", "9"]) == 0
+    )
+    assert tokenize(inputs, [row(0)]) == 2
+    assert "9 merges, the model's vocabulary has room for 16 and 8" in capsys.readouterr().err
+
+
+def test_reading_rows(tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": 1}\n{"id": 2}\n')
+    assert read_rows(path) == [{"id": 1}, {"id": 2}]
+    for text, message in (
+        ('{"id": 1}\n{', "line 2"),
+        ("[{]", "not valid JSON"),
+        ("[]", "non-empty list"),
+        ("[1]", "list of objects"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_rows(path)
+
+
+def test_images_without_codes_or_folder(inputs, capsys) -> None:
+    (inputs / "data.json").write_text(json.dumps([row(0)]))
+    command = ["tokenize", "--json_path", str(inputs / "data.json"), "--model_path", str(inputs / "base")]
+    assert cli.main([*command, "--output_dir", str(inputs / "out")]) == 2
+    assert "--image_path" in capsys.readouterr().err

@@ -1,0 +1,70 @@
+"""Start training through the real `deepspeed` launcher on CPU ranks, and reach its processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+ENVIRONMENT = {
+    **os.environ,
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+}
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def start(num_ranks: int, config: Path, model: Path, data: Path, output: Path, *overrides: str) -> subprocess.Popen:
+    """Start one stage; standard output and error end up in OUTPUT.log."""
+    command = ["deepspeed", "--num_gpus", str(num_ranks), "--master_port", str(free_port())]
+    command += ["--module", "beingvl.train.train_stage", "--deepspeed_config", str(config), "--model", str(model)]
+    command += ["--data", str(data), "--output", str(output)]
+    if overrides:
+        command += ["--set", *overrides]
+    with open(f"{output}.log", "a") as log:
+        return subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
+
+
+def run(num_ranks: int, config: Path, model: Path, data: Path, output: Path, *overrides: str) -> int:
+    """Run one stage to its end; returns the launcher's exit code."""
+    return start(num_ranks, config, model, data, output, *overrides).wait(timeout=300)
+
+
+def log_of(output: Path) -> str:
+    return Path(f"{output}.log").read_text()
+
+
+def rank_processes(launcher: subprocess.Popen) -> dict[int, psutil.Process]:
+    """Rank -> its process. Signals go to ranks: DeepSpeed's runner answers a signal with pkill on every host."""
+    found = {}
+    for child in psutil.Process(launcher.pid).children(recursive=True):
+        for word in child.cmdline():
+            if word.startswith("--local_rank="):
+                found[int(word.split("=")[1])] = child
+    return found
+
+
+def wait_for_step(launcher: subprocess.Popen, output: Path, step: int, seconds: float = 120) -> None:
+    """Return as soon as metrics.jsonl holds `step`."""
+    deadline = time.monotonic() + seconds
+    path = output / "metrics.jsonl"
+    while not (
+        path.is_file()
+        and any(json.loads(line)["step"] >= step for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
+    ):
+        assert launcher.poll() is None, f"the run ended before step {step}: {log_of(output)[-3000:]}"
+        assert time.monotonic() < deadline, f"step {step} was not reached in {seconds} s: {log_of(output)[-3000:]}"
+        time.sleep(0.005)

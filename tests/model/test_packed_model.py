@@ -1,0 +1,102 @@
+"""Split rows, packed attention and the loss head against the stock transformers model."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+
+from beingvl.data.arrow_shards import Sample
+from beingvl.data.loader import IGNORED, MicroBatch, collate, shifted_targets
+from beingvl.model.extended_vocab import PackedCausalLM, build_packed_model, stored_slice
+from beingvl.model.weight_files import WeightFolder
+from tests.tiny import LAYOUT, write_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def packed_model(folder, chunk: int = 1024, activation_checkpointing: bool = False) -> PackedCausalLM:
+    config = AutoConfig.from_pretrained(folder)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model = build_packed_model(model_class, config, LAYOUT.num_text, LAYOUT.num_visual, chunk, activation_checkpointing)
+    weights = WeightFolder(folder)
+    for name, parameter in model.causal_lm.named_parameters():
+        stored, rows = stored_slice(name, LAYOUT.num_text)
+        parameter.data = weights[stored][rows].clone()
+    return model.train()
+
+
+def samples() -> list[Sample]:
+    random = np.random.default_rng(0)
+    return [
+        Sample(str(length), "", "a", random.integers(0, LAYOUT.size, length).astype(np.int32), np.array([[1, length]], np.int32))
+        for length in (9, 1, 30, 17, 2)
+    ]
+
+
+def losses_of(model: PackedCausalLM, batch: MicroBatch) -> torch.Tensor:
+    positions = np.flatnonzero(batch.target_ids != IGNORED)
+    return model(
+        input_ids=torch.from_numpy(batch.input_ids)[None],
+        position_ids=torch.from_numpy(batch.position_ids)[None],
+        cu_seqlens=torch.from_numpy(batch.cu_seqlens),
+        target_positions=torch.from_numpy(positions),
+        target_ids=torch.from_numpy(batch.target_ids[positions]),
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1024])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_packed_losses_and_gradients_equal_each_sample_alone_in_the_stock_model(folder, chunk, activation_checkpointing) -> None:
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = packed_model(folder, chunk, activation_checkpointing)
+    expected = []
+    for sample in samples():
+        logits = stock(torch.from_numpy(sample.input_ids.astype(np.int64))[None]).logits[0]
+        targets = torch.from_numpy(shifted_targets(sample, LAYOUT))
+        expected.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none")[targets != IGNORED])
+    found = losses_of(model, collate(samples(), [0] * 5, LAYOUT))
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-6)
+
+    torch.cat(expected).sum().backward()
+    found.sum().backward()
+    stock_gradients = {name: parameter.grad for name, parameter in stock.named_parameters()}
+    for name, parameter in model.causal_lm.named_parameters():
+        stored, rows = stored_slice(name, LAYOUT.num_text)
+        torch.testing.assert_close(parameter.grad, stock_gradients[stored][rows], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_sample_does_not_see_its_neighbours(folder) -> None:
+    model = packed_model(folder)
+    first, *others = samples()
+    alone = losses_of(model, collate([first], [0], LAYOUT))
+    packed = losses_of(model, collate([others[1], first, others[2]], [0, 0, 0], LAYOUT))
+    start = 29
+    torch.testing.assert_close(packed[start : start + len(alone)], alone, rtol=1e-6, atol=1e-6)
+
+
+def test_no_target_still_reaches_every_parameter(folder) -> None:
+    model = packed_model(folder)
+    losses = losses_of(model, collate([], [], LAYOUT))
+    assert losses.shape == (0,)
+    losses.sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_full_logits_never_exist(folder, monkeypatch) -> None:
+    """At most `loss_chunk_tokens` rows of logits are made at a time, forward and backward."""
+    rows = []
+    original = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(
+        torch.nn.functional, "cross_entropy", lambda logits, *a, **k: rows.append(len(logits)) or original(logits, *a, **k)
+    )
+    losses_of(packed_model(folder, chunk=8), collate(samples(), [0] * 5, LAYOUT)).sum().backward()
+    assert max(rows) == 8 and sum(rows) == 2 * (8 + 0 + 29 + 16 + 1)
+
+
+def test_stored_slice() -> None:
+    assert stored_slice("model.embed_tokens.text_rows", 10) == ("model.embed_tokens.weight", slice(0, 10))
+    assert stored_slice("lm_head.visual_rows", 10) == ("lm_head.weight", slice(10, None))
+    assert stored_slice("model.norm.weight", 10) == ("model.norm.weight", slice(None))

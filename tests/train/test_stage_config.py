@@ -1,0 +1,121 @@
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from beingvl.errors import InputError
+from beingvl.train.stage_config import DEEPSPEED_KEYS, load_stage_config, parse_stage_config
+from tests.tiny import stage_fields
+
+CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_configuration_is_valid(path: Path) -> None:
+    config = load_stage_config(path)
+    assert config.zero_stage == 3
+    assert config.sequences_per_step % config.micro_batch_size == 0
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_deepspeed_itself_accepts_every_shipped_configuration(path: Path) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    DeepSpeedConfig({**load_stage_config(path).deepspeed, "gradient_accumulation_steps": 1, "train_batch_size": 1})
+
+
+def test_the_published_recipe() -> None:
+    stages = [load_stage_config(path) for path in CONFIGS if path.stem in ("stage1", "stage2", "stage3")]
+    assert [stage.learning_rate for stage in stages] == [1e-3, 3e-5, 5e-5]
+    assert [stage.beingvl.epochs for stage in stages] == [2, 3, 3]
+    assert [stage.accumulation_steps(8) for stage in stages] == [2, 4, 4]
+    assert [stage.beingvl.warmup_ratio for stage in stages] == [0.03] * 3
+    assert [list(stage.beingvl.mixture.values()) for stage in stages] == [
+        [0.8, 0.2],
+        [0.4, 0.3, 0.2, 0.1],
+        [0.15, 0.15, 0.3, 0.4],
+    ]
+
+
+def test_our_list_of_deepspeed_keys_is_deepspeeds() -> None:
+    """Every key we let through is spelt somewhere in DeepSpeed's configuration code, which accepts a typo silently."""
+    import deepspeed.runtime
+
+    root = Path(deepspeed.runtime.__file__).parents[1]
+    files = [path for pattern in ("*config*.py", "*constants.py") for path in root.rglob(pattern)]
+    source = "".join(path.read_text() for path in files)
+    for key, inside in DEEPSPEED_KEYS.items():
+        assert key in source, key
+        for name in inside or ():
+            assert name in source, f"{key}.{name}"
+
+
+def broken(path: str, value: object) -> dict:
+    fields = copy.deepcopy(stage_fields())
+    *parents, last = path.split(".")
+    target = fields
+    for parent in parents:
+        target = target[parent]
+    if value is None:
+        del target[last]
+    else:
+        target[last] = value
+    return fields
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("gradient_cliping", 1.0, "unknown key gradient_cliping; did you mean gradient_clipping"),
+        ("beingvl.epoch", 1, "unknown key beingvl.epoch; did you mean beingvl.epochs"),
+        ("optimizer.params.beta", 1, "did you mean optimizer.params.betas"),
+        ("bf16", {"enable": True}, "did you mean bf16.enabled"),
+        ("gradient_clipping", None, "'gradient_clipping' is missing"),
+        ("beingvl.mixture", None, "beingvl.mixture is missing"),
+        ("scheduler", {}, "pure function of the step"),
+        ("gradient_accumulation_steps", 2, "remove it"),
+        ("fp16", {"enabled": True}, "use bf16"),
+        ("optimizer.type", "Lion", "Adam or AdamW"),
+        ("train_batch_size", "auto", "expected an integer"),
+        ("beingvl.epochs", "two", "expected a number"),
+        ("beingvl.epochs", -1, "not negative"),
+        ("beingvl.sequence_length", True, "expected a whole number"),
+        ("beingvl.loss_on", "answers", "expected one of"),
+        ("beingvl.trainable", [{"train": True}], "no 'match'"),
+        ("beingvl.trainable", [{"match": "x", "lr": 1}], r"unknown key beingvl.trainable\[\].lr"),
+        ("beingvl", [], "expected an object"),
+    ],
+)
+def test_mistakes_are_named(path: str, value: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_stage_config(broken(path, value), "stage.json")
+
+
+def test_overrides(tmp_path) -> None:
+    path = tmp_path / "stage.json"
+    path.write_text(json.dumps(stage_fields()))
+    config = load_stage_config(path, ["beingvl.epochs=0.5", "optimizer.params.lr=0.1", "beingvl.loss_on=all"])
+    assert (config.beingvl.epochs, config.learning_rate, config.beingvl.loss_on) == (0.5, 0.1, "all")
+    with pytest.raises(InputError, match="KEY=VALUE"):
+        load_stage_config(path, ["beingvl.epochs"])
+    with pytest.raises(InputError, match="not an object"):
+        load_stage_config(path, ["gradient_clipping.x=1"])
+
+
+def test_missing_and_damaged_files(tmp_path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        load_stage_config(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        load_stage_config(tmp_path / "bad.json")
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(InputError, match="expected a JSON object"):
+        load_stage_config(tmp_path / "bad.json")
+
+
+def test_a_batch_that_does_not_divide() -> None:
+    config = parse_stage_config(stage_fields(), "stage.json")
+    assert config.accumulation_steps(2) == 2
+    with pytest.raises(InputError, match=r"4 is not a multiple of 1 \(micro-batch\) x 3 \(ranks\)"):
+        config.accumulation_steps(3)

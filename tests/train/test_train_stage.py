@@ -1,0 +1,202 @@
+"""The training engine under the real launcher: exact against plain torch, frozen to the bit, resumable to the bit."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from beingvl import cli
+from beingvl.model.weight_files import WeightFolder
+from beingvl.train.checkpoint import complete_checkpoints
+from beingvl.train.metrics import read_metrics
+from beingvl.train.stage_config import load_stage_config
+from tests.launcher import ENVIRONMENT, log_of, rank_processes, run, start, wait_for_step
+from tests.plain_torch import train_plain
+from tests.tiny import LAYOUT, stage_fields, write_model, write_shards
+
+ROWS_ONLY = [{"match": "visual_rows"}, {"match": ".*", "train": False}]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stage")
+    write_model(folder / "base")
+    write_shards(folder / "shards")
+    (folder / "rows.json").write_text(json.dumps(stage_fields(trainable=ROWS_ONLY)))
+    (folder / "all.json").write_text(json.dumps(stage_fields(epochs=4)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_run(work) -> Path:
+    """The uninterrupted run of everything on two ranks."""
+    output = work / "all"
+    assert run(2, work / "all.json", work / "base", work / "shards", output) == 0, log_of(output)
+    return output
+
+
+def losses(output: Path) -> list[float]:
+    lines = read_metrics(output)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return dict(WeightFolder(output / "final"))
+
+
+def assert_same_bytes(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_rows_only_equals_plain_torch_and_leaves_the_rest_to_the_bit(work) -> None:
+    output = work / "rows"
+    assert run(2, work / "rows.json", work / "base", work / "shards", output) == 0, log_of(output)
+    rows = slice(LAYOUT.num_text, None)
+    plain_losses, plain_weights = train_plain(work / "base", work / "shards", load_stage_config(work / "rows.json"), rows)
+    assert losses(output) == pytest.approx(plain_losses, rel=1e-5)
+    start_weights = dict(WeightFolder(work / "base"))
+    for name, tensor in weights(output).items():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            torch.testing.assert_close(tensor, plain_weights[name], rtol=1e-4, atol=1e-5)
+            assert torch.equal(tensor[: LAYOUT.num_text], start_weights[name][: LAYOUT.num_text])
+            assert not torch.equal(tensor[rows], start_weights[name][rows])
+        else:  # weight decay is 0.1 in this run
+            assert torch.equal(tensor, start_weights[name]), name
+    assert "visual_rows  yes" in (output / "plan.txt").read_text()
+
+
+def test_everything_equals_plain_torch(work, whole_run) -> None:
+    plain_losses, plain_weights = train_plain(work / "base", work / "shards", load_stage_config(work / "all.json"))
+    assert losses(whole_run) == pytest.approx(plain_losses, rel=1e-4)
+    for name, tensor in weights(whole_run).items():
+        torch.testing.assert_close(tensor, plain_weights[name], rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_final_is_a_stock_hugging_face_folder(whole_run) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(whole_run / "final")
+    assert model.get_input_embeddings().weight.shape[0] == LAYOUT.size
+    assert AutoTokenizer.from_pretrained(whole_run / "final").convert_tokens_to_ids("<eoss>") == LAYOUT.eoi_id
+    assert cli.main(["verify", str(whole_run / "final")]) == 0
+
+
+def test_a_finished_stage_is_left_alone_and_another_run_is_refused(work, whole_run) -> None:
+    before = (whole_run / "final" / "manifest.json").read_text()
+    assert run(2, work / "all.json", work / "base", work / "shards", whole_run) == 0
+    assert "finished already" in log_of(whole_run)
+    assert run(2, work / "all.json", work / "base", work / "shards", whole_run, "beingvl.seed=1") == 2
+    assert "its seed is 0, this run's is 1" in log_of(whole_run)
+    assert (whole_run / "final" / "manifest.json").read_text() == before
+
+
+def test_old_checkpoints_are_deleted(whole_run) -> None:
+    assert [path.name for path in complete_checkpoints(whole_run)] == [
+        path.name for path in sorted((whole_run / "checkpoints").iterdir())
+    ]
+    assert len(complete_checkpoints(whole_run)) == 2
+
+
+def test_a_stopped_and_a_killed_run_continue_to_the_same_bytes(work, whole_run) -> None:
+    output = work / "interrupted"
+    launcher = start(2, work / "all.json", work / "base", work / "shards", output)
+    wait_for_step(launcher, output, 4)
+    rank_processes(launcher)[1].send_signal(signal.SIGTERM)  # one rank's signal stops all
+    assert launcher.wait(timeout=120) == 85, log_of(output)
+    assert "stopped by a signal" in log_of(output)
+    shutil.copytree(output, work / "continued_alone")
+
+    launcher = start(2, work / "all.json", work / "base", work / "shards", output)
+    wait_for_step(launcher, output, len(read_metrics(work / "continued_alone")) + 4)
+    for process in rank_processes(launcher).values():
+        process.kill()
+    assert launcher.wait(timeout=120) != 0
+
+    assert run(2, work / "all.json", work / "base", work / "shards", output) == 0, log_of(output)
+    assert "resumed from" in log_of(output)
+    assert losses(output) == losses(whole_run)
+    assert_same_bytes(weights(output), weights(whole_run))
+
+
+def test_another_number_of_ranks_continues_the_run(work, whole_run) -> None:
+    """Runs after the test above: two ranks' checkpoint, continued by one rank without a launcher."""
+    output = work / "continued_alone"
+    command = [sys.executable, "-m", "beingvl", "train", "--deepspeed-config", work / "all.json", "--model", work / "base"]
+    done = subprocess.run(
+        [*command, "--data", work / "shards", "--output", output], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(output) == pytest.approx(losses(whole_run), rel=1e-4)
+
+
+def test_a_stage_folder_serves_as_start_model_and_export_equals_final(work, whole_run) -> None:
+    exported = work / "exported"
+    command = ["export", "--model", str(work / "base"), "--checkpoint", str(whole_run), "--output_path", str(exported)]
+    assert cli.main(command) == 0
+    assert_same_bytes(dict(WeightFolder(exported)), weights(whole_run))
+    assert cli.main(command) == 2  # finished already
+    assert cli.main([*command[:2], str(exported), *command[3:-1], str(work / "other")]) == 2  # not its start model
+    next_stage = work / "next"
+    assert run(2, work / "rows.json", whole_run, work / "shards", next_stage, "beingvl.max_steps=1") == 0, log_of(next_stage)
+
+
+def test_bf16_keeps_rotary_frequencies_and_masters_in_float32(work) -> None:
+    code = f"""
+import torch
+from pathlib import Path
+from beingvl.train.engine import build_engine, start_distributed
+from beingvl.train.stage_config import load_stage_config
+from beingvl.vocab import VocabLayout
+ranks = start_distributed(60)
+base = Path({str(work / "base")!r})
+config = load_stage_config({str(work / "all.json")!r}, ["bf16.enabled=true"])
+engine = build_engine(base, VocabLayout.load(base), config, ranks)
+rotary = engine._model.causal_lm.model.rotary_emb
+assert rotary.inv_freq.dtype == torch.float32
+assert torch.equal(rotary.inv_freq, 1 / 10000 ** (torch.arange(0, 8, 2) / 8)), rotary.inv_freq
+assert engine._parameters["model.norm.weight"].ds_tensor.dtype == torch.bfloat16
+print("fine")
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert "fine" in done.stdout, done.stderr
+
+
+def test_bf16_run_stays_near_float32(work, whole_run) -> None:
+    output = work / "bf16"
+    assert run(2, work / "all.json", work / "base", work / "shards", output, "bf16.enabled=true", "beingvl.max_steps=3") == 0, (
+        log_of(output)
+    )
+    assert losses(output) == pytest.approx(losses(whole_run)[:3], rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nowhere"], "nowhere is not a folder; make it with `beingvl convert"),
+        (["--data", "nowhere"], "make it with `beingvl build-shards`"),
+        (["--set", "beingvl.mixture.perception=1"], "the shards hold ['foundation', 'reasoning']"),
+        (["--set", "zero_optimization.stage=2"], "beingvl trains with stage 3"),
+        (["--set", "beingvl.sequence_length=10"], "raise beingvl.sequence_length"),
+    ],
+)
+def test_wrong_input_is_one_sentence(work, tmp_path, arguments, message) -> None:
+    given = {
+        "--deepspeed_config": work / "all.json",
+        "--model": work / "base",
+        "--data": work / "shards",
+        "--output": tmp_path / "x",
+    }
+    command = [sys.executable, "-m", "beingvl", "train", *[str(word) for pair in given.items() for word in pair], *arguments]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    error = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(error) == 1 and message in error[0], done.stderr
+    assert "Traceback" not in done.stderr
