@@ -158,3 +158,11 @@ def read_batches(folder: Path, keys: list[str], vqgan: VQGAN, batch_size: int, n
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     reader = ImageReader(folder, batches, vqgan.processor)
     yield from DataLoader(reader, batch_size=None, num_workers=num_workers)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from beingvl.cli import main
+
+    sys.exit(main(["encode-images", *sys.argv[1:]]))

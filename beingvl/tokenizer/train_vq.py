@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embed_dim", type=int, default=4, help="length of a code vector")
     parser.add_argument("--base_channels", type=int, default=64, help="channels, a multiple of 32")
     parser.add_argument("--num_res_blocks", type=int, default=0, help="further residual blocks per resolution")
-    parser.add_argument("--steps", type=int, default=500, help="optimizer steps, half of them before there are codes")
-    parser.add_argument("--batch_size", type=int, default=32, help="images per step")
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps, half of them before there are codes")
+    parser.add_argument("--batch_size", type=int, default=16, help="images per step")
     parser.add_argument("--learning_rate", type=float, default=5e-3, help="at its peak; warm-up, then cosine, in each half")
     parser.add_argument("--max_images", type=int, default=20_000, help="use at most so many images, drawn with the seed")
     parser.add_argument("--seed", type=int, default=0, help="of initialisation, batches and clusters")
@@ -163,7 +163,7 @@ def train_steps(
     import torch
     from tqdm import tqdm
 
-    model.train().to(memory_format=torch.channels_last)
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     num_steps = args.steps // 2
     progress = tqdm(range(num_steps), desc="with codes" if with_codes else "auto-encoder", unit="step", disable=None)
@@ -171,7 +171,7 @@ def train_steps(
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * learning_rate_factor(step, num_steps)
         batch = pixels[torch.randint(len(pixels), (args.batch_size,), generator=generator)]
-        batch = batch.to(args.device, memory_format=torch.channels_last)
+        batch = batch.to(args.device)
         hidden, quantisation_loss = encode_latents(model, batch), torch.zeros((), device=args.device)
         if with_codes:
             hidden, quantisation_loss = quantise(model, hidden)
@@ -273,3 +273,11 @@ def picture(vqgan: VQGAN, pixels: torch.Tensor) -> bytes:
     file = io.BytesIO()
     image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(file, "PNG")
     return file.getvalue()
+
+
+if __name__ == "__main__":
+    import sys
+
+    from beingvl.cli import main
+
+    sys.exit(main(["train-vq", *sys.argv[1:]]))
