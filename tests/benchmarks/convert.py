@@ -5,8 +5,8 @@
 
 Each step runs after `sync` and its time ends with another `sync`, so that every writer pays for its bytes; `cp -r` is timed
 before and after the conversions and the mean counts, because disks and neighbours are noisy. The last line is one JSON object:
-`time_ratio_copy` (conversion with copies / cp), `link_seconds`, `peak_private_bytes` (USS, sampled every 20 ms),
-`max_abs_diff` (over all tensors of the source).
+`time_ratio_copy` (conversion with copies / cp), `link_seconds`, `peak_private_bytes` (USS, sampled every 100 ms: a sample walks
+the page tables, and more of them would slow the conversion), `max_abs_diff` (over all tensors of the source).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def make_checkpoint(folder: Path, size: str) -> int:
     }
     (folder / "config.json").write_text(json.dumps(config))
     shutil.copyfile(llama3_tokenizer_file(), folder / "tokenizer.model")
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     shards = list(shards_of(dict(tensor_shapes(config)), SHARD_BYTES[size]))
     for number, shapes in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
@@ -177,7 +177,7 @@ def convert(source: Path, target: Path, option: str) -> dict[str, float]:
                 peak = max(peak, process.memory_full_info().uss)
             except psutil.NoSuchProcess:
                 break
-            time.sleep(0.02)
+            time.sleep(0.1)
         assert process.wait() == 0, "the conversion failed"
 
     return {"seconds": timed(work), "peak_private_bytes": peak}

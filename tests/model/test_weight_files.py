@@ -126,6 +126,46 @@ def test_writing_to_a_read_tensor_does_not_reach_the_file(tmp_path):
     assert torch.equal(WeightFolder(source)["embed"], tensors()["embed"])
 
 
+def test_released_rows_are_read_again(tmp_path):
+    weights = WeightFolder(write_folder(tmp_path / "source", "sharded"))
+    embed = weights["embed"]
+    weights.release()
+    assert torch.equal(embed, tensors()["embed"])
+
+
+def test_memory_holds_one_tensor_at_a_time(tmp_path):
+    """40 tensors of 8 MB pass through a process whose private memory grows by less than 100 MB, torch's own buffers included."""
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file(
+        {f"layer{number}": torch.full((2 << 20,), number, dtype=torch.float32) for number in range(40)},
+        source / "model.safetensors",
+    )
+    script = f"""
+        import psutil, threading, time
+        from beingvl.model.weight_files import WeightFolder, rewrite_weights
+        process, peak, running = psutil.Process(), 0, True
+        def watch():
+            global peak
+            while running:
+                peak = max(peak, process.memory_full_info().uss)
+                time.sleep(0.002)
+        weights = WeightFolder({str(source)!r})
+        replace = {{name: lambda name=name: weights[name] * 2 for name in list(weights)[::2]}}
+        before = process.memory_full_info().uss
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        rewrite_weights(weights, {str(tmp_path / "target")!r}, replace)
+        running = False
+        watcher.join()
+        print((peak - before) >> 20)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100
+    assert torch.equal(WeightFolder(tmp_path / "target")["layer2"], torch.full((2 << 20,), 4.0))
+
+
 def test_a_killed_run_leaves_only_whole_files_and_can_be_finished(tmp_path):
     source = write_folder(tmp_path / "source", "sharded")
     script = f"""
