@@ -8,7 +8,8 @@ Steps, in order:
   5. OUTPUT_PATH         predictions.jsonl, summary.json, manifest.json last
 
 `chance` of a question is one over the number of its distinct reference answers; `majority` is the share of the most frequent
-one: what a model that never looks at the image can reach. A finished evaluation with the same inputs is reused.
+one: what a model that never looks at the image can reach. A finished evaluation with the same inputs is reused, an
+interrupted one continued: answers are kept in predictions.jsonl.tmp, batch by batch.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Question:
 
 def run(args: argparse.Namespace) -> None:
     from beingvl.inference.model import BeingVL
-    from beingvl.manifest import already_made, hash_file, join_lineages
+    from beingvl.manifest import already_made, hash_file, join_lineages, start_folder
 
     questions = read_questions(args.json_path, args.limit)
     model = BeingVL(args.model, args.vbpe_path)
@@ -90,10 +91,12 @@ def run(args: argparse.Namespace) -> None:
         return
     model.load_model(args.torch_dtype, args.device)
     prompts = tokenize_questions(questions, model, image_tokens(questions, model, codes, args.image_path, with_vbpe))
-    predictions, seconds = answer(model, prompts, args)
+    partial = PartialAnswers(start_folder(args.output_path), request)
+    predictions, seconds = answer(model, prompts, partial, args)
     summary = summarize(questions, predictions)
     summary = {"name": args.name or args.output_path.name, "variant": "raw" if args.raw else "vbpe", **summary}
     write_evaluation(args.output_path, questions, predictions, summary, lineage, {"request": request, "seconds": seconds})
+    partial.path.unlink()
     print_table(summary)
     print(f"{args.output_path}: {len(questions)} questions answered in {seconds:.1f} s")
 
@@ -171,16 +174,50 @@ def tokenize_questions(questions: Sequence[Question], model: BeingVL, tokens: di
     return [model.tokenize_with_tokens(question.prompt, [tokens[key] for key in question.images]) for question in questions]
 
 
-def answer(model: BeingVL, prompts: list[list[int]], args: argparse.Namespace) -> tuple[list[str], float]:
-    """Greedy answers, and the seconds they took."""
+class PartialAnswers:
+    """Answers so far, on disk: the first line is the request, then a line an answer. Those of another request are dropped."""
+
+    def __init__(self, folder: Path, request: dict[str, Any]) -> None:
+        self.path = folder / f"{PREDICTIONS_FILE}.tmp"
+        self.answers: dict[int, str] = {}
+        head = json.dumps(request)
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        if not lines or lines[0] != head:
+            self.path.write_text(head + "\n", encoding="utf-8")
+            return
+        for line in lines[1:]:
+            try:
+                index, text = json.loads(line)
+            except ValueError:  # the line that the interruption cut off
+                continue
+            self.answers[index] = text
+
+    def add(self, indices: Sequence[int], answers: Sequence[str]) -> None:
+        self.answers.update(zip(indices, answers, strict=True))
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join("\n" + json.dumps(pair) for pair in zip(indices, answers, strict=True)))
+
+
+def answer(
+    model: BeingVL, prompts: list[list[int]], partial: PartialAnswers, args: argparse.Namespace
+) -> tuple[list[str], float]:
+    """Greedy answers to all prompts, and the seconds that those not in `partial` yet took."""
     import time
 
     from tqdm import tqdm
 
     started = time.perf_counter()
-    with tqdm(total=len(prompts), desc="evaluate", unit="question", disable=None) as bar:
-        answers = model.answer_token_sequences(prompts, args.max_new_tokens, batch_size=args.batch_size, on_batch=bar.update)
-    return answers, time.perf_counter() - started
+    missing = [index for index in range(len(prompts)) if index not in partial.answers]
+    with tqdm(total=len(prompts), initial=len(partial.answers), desc="evaluate", unit="question", disable=None) as bar:
+
+        def keep(batch: list[int], token_ids: list[list[int]]) -> None:
+            partial.add([missing[index] for index in batch], [model.decode_answer(ids) for ids in token_ids])
+            bar.update(len(batch))
+
+        model.continue_token_sequences(
+            [prompts[index] for index in missing], args.max_new_tokens, batch_size=args.batch_size, on_batch=keep
+        )
+    return [partial.answers[index] for index in range(len(prompts))], time.perf_counter() - started
 
 
 # ---- scoring ----
@@ -227,7 +264,8 @@ def write_evaluation(
     lineage: dict[str, str],
     details: dict[str, Any],
 ) -> None:
-    from beingvl.manifest import start_folder, to_json, write_atomically, write_manifest
+    """Into a folder that `start_folder` made."""
+    from beingvl.manifest import to_json, write_atomically, write_manifest
 
     lines = [
         json.dumps(
@@ -243,7 +281,6 @@ def write_evaluation(
         )
         for question, prediction in zip(questions, predictions, strict=True)
     ]
-    folder = start_folder(folder)
     write_atomically(folder / PREDICTIONS_FILE, "\n".join(lines) + "\n")
     write_atomically(folder / SUMMARY_FILE, to_json(summary))
     write_manifest(folder, KIND, {"rows": summary["rows"], "correct": summary["correct"]}, lineage, details)
@@ -262,7 +299,8 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
     from beingvl.manifest import read_manifest
 
     read_manifest(folder, KIND)
-    return [json.loads(line) for line in (folder / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()]
+    with open(folder / PREDICTIONS_FILE, encoding="utf-8") as file:  # str.splitlines would also break at U+2028 in an answer
+        return [json.loads(line) for line in file]
 
 
 def print_table(summary: dict[str, Any]) -> None:

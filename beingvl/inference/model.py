@@ -211,13 +211,13 @@ class BeingVL:
         do_sample: bool = False,
         temperature: float = 1.0,
         batch_size: int = 64,
-        on_batch: Callable[[int], None] | None = None,
+        on_batch: Callable[[list[int], list[list[int]]], None] | None = None,
         streamer: TextStreamer | None = None,
     ) -> list[list[int]]:
         """New token ids of every prompt, up to its eos (left out) or `max_new_tokens`.
 
-        Prompts of like length share a batch; a batch ends when all its answers have. `on_batch` hears the number of prompts
-        of every finished batch.
+        Prompts of like length share a batch; a batch ends when all its answers have. `on_batch` hears which prompts (indices
+        into `sequences`) a finished batch held, and their new token ids.
         """
         self._check_request(sequences, max_new_tokens, temperature, batch_size)
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if do_sample else {"do_sample": False}
@@ -229,7 +229,7 @@ class BeingVL:
             for index, row in zip(batch, rows, strict=True):
                 answers[index] = self._until_eos(row)
             if on_batch:
-                on_batch(len(batch))
+                on_batch(batch, [answers[index] for index in batch])
         return answers
 
     def _check_request(

@@ -2,11 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from beingvl.cli import main
-from beingvl.inference.evaluate import Question, is_correct, read_predictions, read_summary, summarize
+from beingvl.inference.evaluate import (
+    PartialAnswers,
+    Question,
+    is_correct,
+    read_predictions,
+    read_summary,
+    summarize,
+    write_evaluation,
+)
 from beingvl.inference.model import BeingVL
 from beingvl.manifest import read_manifest
 from tests.inference.small_run import QUESTIONS, evaluate
@@ -26,6 +35,13 @@ def test_scores_by_hand() -> None:
     assert (summary["rows"], summary["correct"]) == (5, 3)
     assert summary["accuracy"] == 3 / 5 and summary["accuracy_mean"] == 0.375
     assert not is_correct("one.", "one")
+
+
+def test_predictions_hold_any_text(tmp_path: Path) -> None:
+    texts = ["a\nb", "\u2028", "\x85\x1c", '"', "\N{GREEK SMALL LETTER PHI}"]
+    questions = [question(number, WHICH, "one") for number in range(len(texts))]
+    write_evaluation(tmp_path, questions, texts, {"name": "x", **summarize(questions, texts)}, {}, {})
+    assert [row["prediction"] for row in read_predictions(tmp_path)] == texts
 
 
 def test_predictions_are_the_models_answers_in_the_order_of_the_file(run_folder: Path) -> None:
@@ -110,6 +126,39 @@ def test_a_finished_evaluation_is_reused_and_another_request_refused(
     manifest = read_manifest(output, "evaluation")
     assert manifest.counts["rows"] == 6
     assert {"vqgan", "vocab", "vbpe"} <= set(manifest.lineage)
+
+
+def test_an_interrupted_evaluation_is_continued(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in its third batch, with half a line on disk: the same command answers what is missing, nothing twice."""
+    arguments = command(run_folder, tmp_path / "eval", f"--vq_codes={run_folder / 'vq_codes' / 'test'}", "--batch_size=5")
+    answer_batch = BeingVL._continue_batch
+    sizes: list[int] = []
+
+    def interrupted(self: BeingVL, sequences: list[list[int]], *more: Any) -> list[list[int]]:
+        if len(sizes) == 2:
+            raise KeyboardInterrupt
+        sizes.append(len(sequences))
+        return answer_batch(self, sequences, *more)
+
+    monkeypatch.setattr(BeingVL, "_continue_batch", interrupted)
+    assert main(arguments) == 130
+    partial = tmp_path / "eval" / "predictions.jsonl.tmp"
+    assert not (tmp_path / "eval" / "manifest.json").exists()
+    partial.write_text(partial.read_text() + '\n[23, "cut o')
+    sizes = []
+    monkeypatch.setattr(
+        BeingVL, "_continue_batch", lambda self, s, *more: (sizes.append(len(s)), answer_batch(self, s, *more))[1]
+    )
+    assert main(arguments) == 0
+    assert sum(sizes) == 24 - 10 and not partial.exists()
+    assert read_predictions(tmp_path / "eval") == read_predictions(run_folder / "eval" / "stage-1")
+
+
+def test_answers_of_another_request_are_not_continued(tmp_path: Path) -> None:
+    first = PartialAnswers(tmp_path, {"limit": 1})
+    first.add([0, 4], ["yes", "no\n"])
+    assert PartialAnswers(tmp_path, {"limit": 1}).answers == {0: "yes", 4: "no\n"}
+    assert PartialAnswers(tmp_path, {"limit": 2}).answers == {}
 
 
 def test_text_only_rows(run_folder: Path, tmp_path: Path) -> None:

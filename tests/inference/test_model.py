@@ -146,10 +146,16 @@ def test_streaming_waits_for_the_second_half_of_a_character(model: BeingVL) -> N
     assert pieces == [PHI]
 
 
-def test_progress_counts_prompts(model: BeingVL) -> None:
-    seen: list[int] = []
-    model.answer_token_sequences(random_prompts(5), 2, batch_size=2, on_batch=seen.append)
-    assert seen == [2, 2, 1]
+def test_every_finished_batch_is_told(model: BeingVL) -> None:
+    told: dict[int, list[int]] = {}
+    sizes: list[int] = []
+
+    def on_batch(indices: list[int], answers: list[list[int]]) -> None:
+        told.update(zip(indices, answers, strict=True))
+        sizes.append(len(indices))
+
+    answers = model.continue_token_sequences(random_prompts(5), 2, batch_size=2, on_batch=on_batch)
+    assert sizes == [2, 2, 1] and [told[index] for index in range(5)] == answers
 
 
 def test_no_prompts_no_answers(model: BeingVL) -> None:

@@ -1,0 +1,87 @@
+"""Answers per second of BeingVL against plain transformers `generate`, on one random small model; one JSON line last.
+
+    python -m tests.benchmarks.generate [--prompts 512] [--repeats 3]
+
+Both get the same prompts in the same order and the same batch size; plain transformers pads each batch on the left as its
+documentation says. `generation_ratio` is ours / plain (above 1: ours is faster), the median over repeats taken in turn;
+`batch_equal` says whether batched and single answers are the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from beingvl.inference.model import BeingVL
+from beingvl.vocab import VocabLayout
+from tests.tiny import write_model
+
+LAYOUT = VocabLayout(num_text=512, num_vq=64, num_merges=128, bos_id=256, eos_id=257)
+MAX_NEW_TOKENS, BATCH_SIZE = 16, 64
+
+
+def make_prompts(count: int) -> list[list[int]]:
+    """Random ids; lengths as of the quickstart's prompts, in random order."""
+    random = np.random.default_rng(0)
+    return [random.integers(0, LAYOUT.size, random.integers(40, 100)).tolist() for _ in range(count)]
+
+
+@torch.inference_mode()
+def plain_transformers(model: BeingVL, prompts: list[list[int]]) -> list[list[int]]:
+    """New tokens of every prompt, batch after batch, up to eos."""
+    answers: list[list[int]] = []
+    for start in range(0, len(prompts), BATCH_SIZE):
+        batch = prompts[start : start + BATCH_SIZE]
+        width = max(map(len, batch))
+        input_ids = torch.tensor([[LAYOUT.pad_id] * (width - len(ids)) + ids for ids in batch])
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch])
+        out = model.model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            max_new_tokens=MAX_NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=LAYOUT.eos_id,
+            pad_token_id=LAYOUT.pad_id,
+        )
+        rows = out[:, width:].tolist()
+        answers += [row[: row.index(LAYOUT.eos_id)] if LAYOUT.eos_id in row else row for row in rows]
+    return answers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_model(Path(folder) / "model", LAYOUT, num_layers=4, hidden_size=128)
+        model = BeingVL(path).load_model(device="cpu")
+    for parameter in model.model.parameters():  # freshly initialised weights hardly attend: `batch_equal` would say little
+        if parameter.dim() == 2:
+            parameter.data *= 8
+    prompts = make_prompts(args.prompts)
+    model.continue_token_sequences(prompts[:BATCH_SIZE], MAX_NEW_TOKENS)  # warm-up
+    ratios = []
+    for _ in range(args.repeats):
+        started = time.perf_counter()
+        ours = model.continue_token_sequences(prompts, MAX_NEW_TOKENS, batch_size=BATCH_SIZE)
+        between = time.perf_counter()
+        plain = plain_transformers(model, prompts)
+        seconds, plain_seconds = between - started, time.perf_counter() - between
+        ratios.append(plain_seconds / seconds)
+        print(f"ours {len(prompts) / seconds:.0f}, plain transformers {len(prompts) / plain_seconds:.0f} answers per second")
+        assert ours == plain, "both must give the same answers"
+    single = model.continue_token_sequences(prompts[:BATCH_SIZE], MAX_NEW_TOKENS, batch_size=1)
+    equal = single == ours[:BATCH_SIZE]
+    print(json.dumps({"generation_ratio": round(statistics.median(ratios), 3), "batch_equal": equal}))
+
+
+if __name__ == "__main__":
+    main()
