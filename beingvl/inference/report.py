@@ -11,6 +11,7 @@ import importlib
 
 KINDS = {
     "quickstart": ("beingvl.inference.report_quickstart", "what the whole line did, on held-out images"),
+    "vbpe": ("beingvl.tokenizer.report_vbpe", "what a vBPE vocabulary learnt"),
 }
 
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from beingvl.tokenizer.vbpe import VisualBPE
-    from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
     from beingvl.tokenizer.vq_codes import CodeFolder
 
 STAGES = ("stage-1", "stage-2", "stage-3")
@@ -57,7 +56,7 @@ class Run:
     predictions: list[dict[str, Any]]
     metrics: dict[str, list[dict[str, Any]]]
     codes: CodeFolder
-    vbpe: VisualBPE | LegacyVisualBPE
+    vbpe: VisualBPE
     mean_of_variant: dict[str, float]
 
 
@@ -121,6 +120,9 @@ def read_run(folder: Path, stages: Path) -> Run:
     for name, evaluation in evaluations.items():
         if set(evaluation["questions"]) != set(evaluations[last]["questions"]):
             raise InputError(f"{stages / 'eval'}: {name} and {last} were asked different questions; evaluate both on one JSON")
+    vbpe = VisualBPE.load(folder / "vbpe")
+    if not isinstance(vbpe, VisualBPE):
+        raise InputError(f"{folder / 'vbpe'} is a published vocabulary, which gives no token its cells; use `beingvl train-vbpe`")
     finals = [read_summary(path / "eval" / last) for path in (folder, folder / RAW_FOLDER) if is_complete(path / "eval" / last)]
     return Run(
         folder=folder,
@@ -128,7 +130,7 @@ def read_run(folder: Path, stages: Path) -> Run:
         predictions=read_predictions(stages / "eval" / last),
         metrics={name: read_metrics(stages / name) for name in STAGES if (stages / name / METRICS_FILE).is_file()},
         codes=CodeFolder(folder / "vq_codes" / "test"),
-        vbpe=VisualBPE.load(folder / "vbpe"),
+        vbpe=vbpe,
         mean_of_variant={final["variant"]: final["accuracy_mean"] for final in [*finals, evaluations[last]]},
     )
 
@@ -181,7 +183,6 @@ def choose_examples(pieces: Run) -> list[Example]:
 
 
 def make_examples(pieces: Run, rows: list[dict[str, Any]]) -> list[Example]:
-    import numpy as np
     from matplotlib.image import imread
 
     from beingvl.tokenizer.vqgan import VQGAN
@@ -190,7 +191,6 @@ def make_examples(pieces: Run, rows: list[dict[str, Any]]) -> list[Example]:
         return []
     grids = pieces.codes.codes[[pieces.codes.row(row["image"]) for row in rows]]
     pictures = VQGAN.load(pieces.folder / "vqgan").decode(grids)
-    is_raw = pieces.evaluations[STAGES[-1]]["variant"] == "raw"
     return [
         Example(
             question=row["question"],
@@ -200,22 +200,21 @@ def make_examples(pieces: Run, rows: list[dict[str, Any]]) -> list[Example]:
             key=row["image"],
             image=imread(pieces.folder / "data" / "images" / row["image"]),
             reconstruction=picture,
-            owners=np.arange(grid.size).reshape(grid.shape) if is_raw else token_owners(pieces.vbpe, grid),
+            owners=token_owners(pieces, grid),
         )
         for row, grid, picture in zip(rows, grids, pictures, strict=True)
     ]
 
 
-def token_owners(vbpe: VisualBPE | LegacyVisualBPE, codes: np.ndarray) -> np.ndarray:
-    """Codes `[h, w]` to the number of the token that covers each cell, `[h, w]` int32, tokens counted in stream order."""
+def token_owners(pieces: Run, codes: np.ndarray) -> np.ndarray:
+    """Codes `[h, w]` to the position in the stream of the token that covers each cell, `[h, w]` int."""
     import numpy as np
 
-    owners = np.full(codes.shape, -1, np.int32)
-    for number, image_id in enumerate(vbpe.encode(codes)):
-        y, x = divmod(int(np.argmax(owners.ravel() < 0)), codes.shape[1])
-        dy, dx, _ = vbpe.cells(int(image_id))
-        owners[y + dy, x + dx] = number
-    return owners
+    from beingvl.tokenizer.report_vbpe import owners
+
+    if pieces.evaluations[STAGES[-1]]["variant"] == "raw":
+        return np.arange(codes.size).reshape(codes.shape)
+    return owners(pieces.vbpe, pieces.vbpe.encode(codes), *codes.shape)
 
 
 # ---- printing ----

@@ -9,9 +9,11 @@ import pytest
 
 from beingvl.cli import main
 from beingvl.inference.report_pictures import running_mean, token_borders
-from beingvl.inference.report_quickstart import Example, choose_examples, read_run, token_owners
+from beingvl.inference.report_quickstart import Example, choose_examples, read_run
 from beingvl.manifest import verify_folder
+from beingvl.tokenizer import report_vbpe
 from beingvl.tokenizer.vbpe import VisualBPE
+from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
 from tests.inference.small_run import QUESTIONS, STAGES, evaluate, overwrite_summary
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -68,7 +70,7 @@ def test_owners_and_borders_of_a_grid_drawn_by_hand() -> None:
     # merge 16 = (1 2) side by side, 17 = 3 above 3:   1 2 3     tokens  0 0 1
     #                                                  5 6 3             2 3 1
     vbpe = VisualBPE(16, np.array([[1, 2, 0, 1], [3, 3, 1, 0]]))
-    owners = token_owners(vbpe, np.array([[1, 2, 3], [5, 6, 3]], np.uint16))
+    owners = report_vbpe.owners(vbpe, vbpe.encode(np.array([[1, 2, 3], [5, 6, 3]])), 2, 3)
     assert owners.tolist() == [[0, 0, 1], [2, 3, 1]]
     picture = np.zeros((4, 6, 3), np.uint8)
     example = Example("q", "t", "a", True, "k", picture, picture, owners)
@@ -114,9 +116,22 @@ def test_stages_on_plain_codes_beside_those_with_vbpe(copied_run: Path, capsys: 
     assert len(np.unique(example.owners)) == example.owners.size
 
 
+@pytest.mark.parametrize("kind", ["quickstart", "vbpe"])
+def test_every_kind_explains_itself(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["report", kind, "--help"])
+    assert stop.value.code == 0 and f"beingvl report {kind}" in capsys.readouterr().out
+
+
 def test_refusals(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "quickstart", str(copied_run / "nowhere")]) == 2
     assert "is not a folder" in capsys.readouterr().err
+    path = copied_run / "vbpe" / "vbpe.json"
+    own = path.read_bytes()
+    LegacyVisualBPE(16, np.array([[1, 2]])).save(path)
+    assert main(["report", "quickstart", str(copied_run)]) == 2
+    assert "is a published vocabulary" in capsys.readouterr().err
+    path.write_bytes(own)
     overwrite_summary(copied_run / "eval" / "base", questions={"Another?": {"accuracy": 1}})
     assert main(["report", "quickstart", str(copied_run)]) == 2
     assert "base and stage-3 were asked different questions" in capsys.readouterr().err
