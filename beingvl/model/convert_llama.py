@@ -224,6 +224,7 @@ def _make_tokenizer(
     folder = given_path if given_path.is_dir() else given_path.parent
     _check_tokenizer_folder(folder, base, layout)
     tokenizer = tokenizer_files.load_tokenizer(folder)
+    tokenizer_files.add_missing_merges(tokenizer, layout)
     tokenizer_files.check_token_ids(tokenizer, layout, str(given_path))
     if own is not None:
         tokenizer_files.check_same_text_tokens(tokenizer, own, str(given_path))

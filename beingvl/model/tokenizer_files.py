@@ -57,7 +57,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
         if ranks:
             return _from_tiktoken(ranks)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False)
     except ImportError as error:
         raise InputError(f"{path} needs another package ({error}); `pip install sentencepiece protobuf`") from error
     except Exception as error:  # transformers and tokenizers raise bare exceptions for damaged files
@@ -132,6 +132,15 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, layout: VocabLayout, so
     specials = [AddedToken(token, special=True, normalized=False) for token in new_tokens[:num_specials]]
     tokenizer.add_tokens([*fillers, *specials, *(AddedToken(token, normalized=False) for token in new_tokens[num_specials:])])
     tokenizer.pad_token = SPECIAL_TOKENS[0]
+
+
+def add_missing_merges(tokenizer: PreTrainedTokenizerFast, layout: VocabLayout) -> None:
+    """A tokenizer that ends with the last VQ code, made before there was a vBPE, gets the merges' tokens."""
+    from tokenizers import AddedToken
+
+    if len(tokenizer) == layout.first_vbpe_id:
+        merges = layout.new_tokens()[layout.first_vbpe_id - layout.num_text :]
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in merges])
 
 
 def check_token_ids(tokenizer: PreTrainedTokenizerFast, layout: VocabLayout, source: str) -> None:

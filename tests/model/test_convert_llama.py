@@ -309,6 +309,17 @@ def test_a_sentencepiece_tokenizer(tmp_path):
     assert tokenizer.convert_tokens_to_ids(layout.new_tokens()) == list(range(300, layout.size))
 
 
+def test_a_given_tokenizer_without_merges_gets_them(tmp_path, llama, vq):
+    arguments = ["--llama_path", llama, "--being_vq_path", vq]
+    assert convert(*arguments, "--num_merges", 0, "--output_path", tmp_path / "codes") == 0
+    (tmp_path / "codes" / LAYOUT_FILE).unlink()
+    arguments += ["--being_tokenizer_config_path", tmp_path / "codes" / "tokenizer_config.json", "--num_merges", 8]
+    assert convert(*arguments, "--output_path", tmp_path / "base") == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    layout = VocabLayout.load(tmp_path / "base")
+    assert tokenizer.convert_tokens_to_ids(layout.new_tokens()) == list(range(300, layout.size))
+
+
 def test_a_given_tokenizer_must_be_the_layouts(tmp_path, llama, vq, capsys):
     assert convert("--llama_path", llama, "--being_vq_path", vq, "--num_merges", 8, "--output_path", tmp_path / "base") == 0
     given = tmp_path / "given"
