@@ -132,7 +132,7 @@ def draw_losses(axes: Axes, metrics: Mapping[str, Sequence[Mapping[str, Any]]]) 
         first_step = int(steps[-1])
         if stage != list(metrics)[-1]:
             axes.axvline(first_step, color=GREY, linewidth=0.8, linestyle=":")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])  # room for the stages' names
     axes.margins(x=0.01)
 
 
@@ -152,5 +152,5 @@ def draw_accuracy(axes: Axes, accuracy: Mapping[str, Mapping[str, float]], chanc
         axes.axhline(100 * by_chance, color=colour, linewidth=0.9, linestyle="--", alpha=0.6)
     axes.set_xticks(positions, list(accuracy))
     axes.set_ylim(-3, 103)
-    legend = axes.legend(fontsize=9, loc="lower right", title="dashed: chance", title_fontsize=9, alignment="left")
+    legend = axes.legend(fontsize=9, loc="upper left", title="dashed: chance", title_fontsize=9, alignment="left")
     legend.get_frame().set(edgecolor="none", alpha=1)
