@@ -195,11 +195,18 @@ def rewrite_weights(
     check_disk_space(target, sum(plan.bytes_to_write(target, link, keep_finished) for plan in plans))
     target.mkdir(parents=True, exist_ok=True)
 
-    hashes: dict[str, str] = {}
     total = sum(plan.num_bytes for plan in plans)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None) as progress:
-        for plan in plans:
-            hashes[plan.name] = _write_file(plan, target, link, keep_finished, progress.update)
+    # Unchanged files need no tensor of the caller's: they are linked, copied and hashed beside the others.
+    with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None) as progress, ThreadPoolExecutor(2) as pool:
+        background = {
+            plan.name: pool.submit(_write_file, plan, target, link, keep_finished, progress.update)
+            for plan in plans
+            if plan.unchanged
+        }
+        hashes = {
+            plan.name: _write_file(plan, target, link, keep_finished, progress.update) for plan in plans if not plan.unchanged
+        }
+        hashes |= {name: written.result() for name, written in background.items()}
     if len(plans) > 1:
         hashes[INDEX_FILE] = _write_index(target, plans)
     return hashes
