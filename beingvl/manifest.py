@@ -33,6 +33,7 @@ FORMAT_VERSION = 1
 
 # What makes each kind of artefact, for messages that say what to run.
 MADE_BY = {
+    "dataset": "python scripts/make_digits_dataset.py",
     "vqgan": "beingvl train-vq",
     "vq_codes": "beingvl encode-images",
     "vbpe": "beingvl train-vbpe",
@@ -40,6 +41,7 @@ MADE_BY = {
     "shards": "beingvl build-shards",
     "model": "beingvl convert (or a finished training stage)",
     "checkpoint": "beingvl train",
+    "evaluation": "beingvl evaluate",
 }
 
 

@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from beingvl.data.conversation import TextEncoder, TokenizedSample
     from beingvl.tokenizer.vbpe import VisualBPE
+    from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
     from beingvl.tokenizer.vq_codes import CodeFolder
     from beingvl.vocab import VocabLayout
 
@@ -93,7 +94,7 @@ def read_rows(path: Path) -> list[dict]:
             raise InputError(f"{path} is not valid JSON ({error})") from error
     else:
         rows = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.rstrip("\n").split("\n"), 1):  # splitlines would also cut at U+2028 inside a text
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
@@ -117,7 +118,7 @@ class RowTokenizer:
         encoder: TextEncoder,
         layout: VocabLayout,
         codes: CodeFolder | None,
-        vbpe: VisualBPE | None,
+        vbpe: VisualBPE | LegacyVisualBPE | None,
         template: str,
         default_category: str,
     ) -> None:
@@ -183,7 +184,7 @@ def _open_codes(args: argparse.Namespace, rows: list[dict]) -> CodeFolder | None
     return CodeFolder(folder)
 
 
-def _open_vbpe(path: Path, layout: VocabLayout) -> VisualBPE:
+def _open_vbpe(path: Path, layout: VocabLayout) -> VisualBPE | LegacyVisualBPE:
     from beingvl.errors import InputError
     from beingvl.tokenizer.vbpe import VisualBPE
 
@@ -194,7 +195,9 @@ def _open_vbpe(path: Path, layout: VocabLayout) -> VisualBPE:
     return vbpe
 
 
-def _lineages(args: argparse.Namespace, codes: CodeFolder | None, vbpe: VisualBPE | None) -> dict[str, dict[str, str]]:
+def _lineages(
+    args: argparse.Namespace, codes: CodeFolder | None, vbpe: VisualBPE | LegacyVisualBPE | None
+) -> dict[str, dict[str, str]]:
     from beingvl.manifest import read_manifest
 
     lineages = {str(args.model_path): read_manifest(args.model_path, "model").lineage}
