@@ -192,42 +192,6 @@ def find_rank(slot_keys: np.ndarray, slot_ranks: np.ndarray, key: int) -> int:
     return -1
 
 
-# ---- heaps of int64, smallest first ----
-
-
-@_kernel
-def sift_up(heap: np.ndarray, at: int) -> None:
-    item = heap[at]
-    while at > 0:
-        parent = (at - 1) >> 1
-        if heap[parent] <= item:
-            break
-        heap[at] = heap[parent]
-        at = parent
-    heap[at] = item
-
-
-@_kernel
-def sift_down(heap: np.ndarray, at: int, size: int) -> None:
-    item = heap[at]
-    child = 2 * at + 1
-    while child < size:
-        if child + 1 < size and heap[child + 1] < heap[child]:
-            child += 1
-        if heap[child] >= item:
-            break
-        heap[at] = heap[child]
-        at = child
-        child = 2 * at + 1
-    heap[at] = item
-
-
-@_kernel
-def heapify(heap: np.ndarray, size: int) -> None:
-    for at in range(size // 2 - 1, -1, -1):
-        sift_down(heap, at, size)
-
-
 # ---- the board ----
 
 
@@ -279,11 +243,16 @@ def encode_images(grids: np.ndarray, tables: Tables, ids: np.ndarray, lengths: n
     stride = width + 1
     board = np.full((height + 2) * stride + 1, BORDER, np.int32)
     origins = np.full(1, stride, np.int64)
-    heap = np.empty(2 * height * width + 64, np.int64)
+    heads = np.full(len(tables.merges), -1, np.int32)
+    room = 2 * height * width + 64
+    links, places = np.empty(room, np.int32), np.empty(room, np.int32)
     written = 0
     for image in range(num_images):
         place_images(board, stride, grids[image : image + 1], origins)
-        heap = encode_region(board, stride, stride, height, width, tables, heap)
+        while not encode_board(board, stride, height, tables, heads, links, places):
+            room *= 2
+            links, places = np.empty(room, np.int32), np.empty(room, np.int32)
+            place_images(board, stride, grids[image : image + 1], origins)
         first = written
         for cell in range(stride, (height + 1) * stride):
             if board[cell] >= 0:
@@ -295,78 +264,100 @@ def encode_images(grids: np.ndarray, tables: Tables, ids: np.ndarray, lengths: n
 
 @_kernel
 def encode_board(
-    board: np.ndarray, stride: int, origins: np.ndarray, heights: np.ndarray, widths: np.ndarray, tables: Tables
-) -> None:
-    """Encode images in place, each where it stands on a board of codes."""
-    heap = np.empty(1024, np.int64)
-    for image in range(len(origins)):
-        heap = encode_region(board, stride, origins[image], heights[image], widths[image], tables, heap)
+    board: np.ndarray, stride: int, height: int, tables: Tables, heads: np.ndarray, links: np.ndarray, places: np.ndarray
+) -> bool:
+    """Apply all merges to a board of one image; False, with `heads` empty again, when `links` and `places` are too short.
 
-
-@_kernel
-def encode_region(
-    board: np.ndarray, stride: int, origin: int, height: int, width: int, tables: Tables, heap: np.ndarray
-) -> np.ndarray:
-    """Apply all merges to one image of a board. Returns the heap, which may have grown.
-
-    The heap holds (rank, anchor of a) of every pair that is a merge; taking the smallest first applies the merges in rank order
-    and each of them in raster order. A new token only makes pairs of higher rank, so nothing is ever too late.
+    Places where a merge may apply wait in one linked list per rank: `heads[rank]` is its last entry (-1: none), `links` leads
+    from an entry to the one before it, `places` holds its anchor. A new token only makes pairs of higher rank, so one walk over
+    the ranks applies every merge to all its places; only a merge of equal tokens, which can overlap itself, needs raster order.
     """
-    if len(heap) < 2 * height * width:
-        heap = np.empty(2 * height * width, np.int64)
+    # Arrays are unpacked once: a field of a tuple costs an atomic reference count wherever it is read.
+    merges, cell_start, cells = tables.merges, tables.cell_start, tables.cells
+    edge_start, edge_end, edges = tables.edge_start, tables.edge_end, tables.edges
+    slot_keys, slot_ranks = tables.slot_keys, tables.slot_ranks
     size = 0
-    for y in range(height):
-        for cell in range(origin + y * stride, origin + y * stride + width):
-            for step, other in ((1, board[cell + 1]), (SPAN, board[cell + stride])):
+    for cell in range(stride, (height + 1) * stride):
+        token = board[cell]
+        if token >= 0:
+            for down in range(2):
+                other = board[cell + stride] if down else board[cell + 1]
                 if other >= 0:
-                    rank = find_rank(tables.slot_keys, tables.slot_ranks, pair_key(board[cell], other, step))
-                    if rank >= 0:
-                        heap[size] = (rank << 32) | cell
+                    found = find_rank(slot_keys, slot_ranks, pair_key(token, other, SPAN if down else 1))
+                    if found >= 0:
+                        links[size], places[size], heads[found] = heads[found], cell, size
                         size += 1
-    heapify(heap, size)
-    while size:
-        item = heap[0]
-        size -= 1
-        heap[0] = heap[size]
-        sift_down(heap, 0, size)
-        heap, size = apply_merge(board, tables, stride, item >> 32, item & 0xFFFFFFFF, heap, size)
-    return heap
+    for rank in range(len(merges)):
+        entry = heads[rank]
+        if entry < 0:
+            continue
+        heads[rank] = -1
+        a, b, new = merges[rank, 0], merges[rank, 1], tables.num_codes + rank
+        offset = step_offset(merges[rank, 2], stride)
+        if a == b:
+            entry = sort_places(entry, links, places)
+        first, last = edge_start[new], edge_end[new]
+        while entry >= 0:
+            anchor, entry = places[entry], links[entry]
+            if board[anchor] != a or board[anchor + offset] != b:
+                continue
+            if size + last - first > len(links):
+                heads[:] = -1
+                return False
+            board[anchor] = new
+            join_tokens(board, anchor, anchor + offset, cells, cell_start[b], cell_start[b + 1], stride)
+            column = anchor % stride
+            for i in range(first, last):
+                neighbour = anchor + step_offset(edges[i], stride)
+                other = board[neighbour]
+                if other < 0:
+                    if other == BORDER:
+                        continue
+                    neighbour += other
+                    other = board[neighbour]
+                if neighbour > anchor:
+                    key = pair_key(new, other, step_after(column, neighbour - anchor, stride))
+                else:
+                    key = pair_key(other, new, step_before(column, anchor - neighbour, stride))
+                found = find_rank(slot_keys, slot_ranks, key)
+                if found >= 0:  # a neighbour that touches twice is added twice; the second one finds the tokens gone
+                    links[size], places[size], heads[found] = heads[found], min(anchor, neighbour), size
+                    size += 1
+    return True
 
 
 @_kernel
-def apply_merge(
-    board: np.ndarray, tables: Tables, stride: int, rank: int, anchor: int, heap: np.ndarray, size: int
-) -> tuple[np.ndarray, int]:
-    """Merge at `anchor` if both tokens are still there, and push the new token's own pairs. Returns the heap and its size."""
-    a, b, step = tables.merges[rank]
-    other = anchor + step_offset(step, stride)
-    if board[anchor] != a or board[other] != b:
-        return heap, size
-    new = tables.num_codes + rank
-    board[anchor] = new
-    join_tokens(board, anchor, other, tables.cells, tables.cell_start[b], tables.cell_start[b + 1], stride)
-    first, last = tables.edge_start[new], tables.edge_end[new]
-    if size + last - first > len(heap):
-        larger = np.empty(2 * (size + last - first), np.int64)
-        larger[:size] = heap[:size]
-        heap = larger
-    column = anchor % stride
-    for i in range(first, last):
-        neighbour = anchor + step_offset(tables.edges[i], stride)
-        if board[neighbour] == BORDER:
-            continue
-        if board[neighbour] < 0:
-            neighbour += board[neighbour]
-        if neighbour > anchor:
-            key = pair_key(new, board[neighbour], step_after(column, neighbour - anchor, stride))
+def sort_places(entry: int, links: np.ndarray, places: np.ndarray) -> int:
+    """Relink a list so that its places ascend; returns its first entry. Insertion: a list is nearly sorted, the largest first."""
+    first = -1
+    while entry >= 0:
+        before = links[entry]
+        if first < 0 or places[entry] <= places[first]:
+            links[entry], first = first, entry
         else:
-            key = pair_key(board[neighbour], new, step_before(column, anchor - neighbour, stride))
-        found = find_rank(tables.slot_keys, tables.slot_ranks, key)
-        if found >= 0:  # a neighbour that touches twice is pushed twice; the second one finds the tokens gone
-            heap[size] = (found << 32) | min(anchor, neighbour)
-            sift_up(heap, size)
-            size += 1
-    return heap, size
+            at = first
+            while links[at] >= 0 and places[links[at]] < places[entry]:
+                at = links[at]
+            links[entry], links[at] = links[at], entry
+        entry = before
+    return first
+
+
+@_kernel
+def paint_streams(
+    board: np.ndarray, stride: int, origins: np.ndarray, size: tuple[int, int], ids: np.ndarray, tables: Tables
+) -> None:
+    """Turn images of codes on a board, all of `size` (height, width), into the tokens of their streams."""
+    cells, cell_start = tables.cells, tables.cell_start
+    at = 0
+    for image in range(len(origins)):
+        for y in range(size[0]):
+            for cell in range(origins[image] + y * stride, origins[image] + y * stride + size[1]):
+                if board[cell] >= 0:  # not yet part of an earlier token
+                    token = ids[at]
+                    at += 1
+                    board[cell] = token
+                    join_tokens(board, cell, cell, cells, cell_start[token] + 1, cell_start[token + 1], stride)
 
 
 # ---- the decoder ----
@@ -549,20 +540,19 @@ def is_exact(state: State, record: int) -> bool:
 
 
 @_kernel
-def is_before(state: State, record: int, other: int) -> bool:
+def is_before(counts: np.ndarray, keys: np.ndarray, record: int, other: int) -> bool:
     """Heap order: higher count, then smaller (a, b, dy, dx)."""
-    counts = state.counts
-    return counts[record] > counts[other] or (counts[record] == counts[other] and state.keys[record] < state.keys[other])
+    return counts[record] > counts[other] or (counts[record] == counts[other] and keys[record] < keys[other])
 
 
 @_kernel
 def push_record(state: State, record: int) -> None:
-    heap = state.heap
+    heap, counts, keys = state.heap, state.counts, state.keys
     at = state.counters[HEAP_SIZE]
     state.counters[HEAP_SIZE] = at + 1
     while at > 0:
         parent = (at - 1) >> 1
-        if not is_before(state, record, heap[parent]):
+        if not is_before(counts, keys, record, heap[parent]):
             break
         heap[at] = heap[parent]
         at = parent
@@ -572,13 +562,13 @@ def push_record(state: State, record: int) -> None:
 @_kernel
 def sink_record(state: State) -> None:
     """Restore the heap after its top record's count fell."""
-    heap, size = state.heap, state.counters[HEAP_SIZE]
+    heap, counts, keys, size = state.heap, state.counts, state.keys, state.counters[HEAP_SIZE]
     record = heap[0]
     at, child = 0, 1
     while child < size:
-        if child + 1 < size and is_before(state, heap[child + 1], heap[child]):
+        if child + 1 < size and is_before(counts, keys, heap[child + 1], heap[child]):
             child += 1
-        if not is_before(state, heap[child], record):
+        if not is_before(counts, keys, heap[child], record):
             break
         heap[at] = heap[child]
         at = child
@@ -597,11 +587,11 @@ def pop_record(state: State) -> None:
 @_kernel
 def lower_floor(state: State) -> None:
     """Let the next records into the heap. It holds those with `counts >= floor` that are not in the pool; most never come up."""
-    counters = state.counters
+    counters, counts = state.counters, state.counts
     old = counters[FLOOR]
     new = max(state.min_count, old * 3 // 4)
     for record in range(counters[NUM_RECORDS]):
-        if new <= state.counts[record] < old:
+        if new <= counts[record] < old:
             push_record(state, record)
     counters[FLOOR] = new
 
@@ -661,21 +651,20 @@ def choose_by_count(state: State) -> int:
 
 
 @_kernel
-def is_fresh(state: State, at: int) -> bool:
+def is_fresh(pool: np.ndarray, changed: np.ndarray, at: int) -> bool:
     """Whether the count of a pool entry is exact."""
-    entry = state.pool[at]
-    return max(state.changed[entry[FIRST]], state.changed[entry[SECOND]]) <= entry[EXACT_AT]
+    return max(changed[pool[at, FIRST]], changed[pool[at, SECOND]]) <= pool[at, EXACT_AT]
 
 
 @_kernel
 def refresh(state: State, at: int) -> int:
     """Make the count of a pool entry exact and return it; its S is forgotten when it was not."""
-    entry = state.pool[at]
-    if not is_fresh(state, at):
-        entry[COUNT] = recount(state, entry[RECORD])
-        entry[EXACT_AT] = state.counters[ROUND]
+    pool = state.pool
+    if not is_fresh(pool, state.changed, at):
+        pool[at, COUNT] = recount(state, pool[at, RECORD])
+        pool[at, EXACT_AT] = state.counters[ROUND]
         state.consistencies[at] = -1.0
-    return entry[COUNT]
+    return pool[at, COUNT]
 
 
 @_kernel
@@ -708,11 +697,10 @@ def find_largest(state: State) -> int:
 @_kernel
 def enter_pool(state: State) -> None:
     """Move the top of the heap into the pool."""
-    at, record = state.counters[POOL_SIZE], state.heap[0]
-    entry = state.pool[at]
-    entry[RECORD] = record
-    entry[FIRST], entry[SECOND] = state.keys[record] >> 44, (state.keys[record] >> GROUP_BITS) & 0xFFFFF
-    entry[COUNT], entry[EXACT_AT] = state.counts[record], state.exact_at[record]
+    pool, at, record = state.pool, state.counters[POOL_SIZE], state.heap[0]
+    pool[at, RECORD] = record
+    pool[at, FIRST], pool[at, SECOND] = state.keys[record] >> 44, (state.keys[record] >> GROUP_BITS) & 0xFFFFF
+    pool[at, COUNT], pool[at, EXACT_AT] = state.counts[record], state.exact_at[record]
     state.consistencies[at] = -1.0
     state.counters[POOL_SIZE] = at + 1
     pop_record(state)
@@ -781,13 +769,14 @@ def choose_by_priority(state: State) -> int:
     if largest <= 0:
         return -1 if largest == 0 else -2
     pool, consistencies, counters, alpha = state.pool, state.consistencies, state.counters, state.alpha
+    changed, counts, keys = state.changed, state.counts, state.keys
     counters[LARGEST] = largest
     best, best_priority = -1, -1.0
     for at in range(counters[POOL_SIZE]):
-        if consistencies[at] >= 0.0 and is_fresh(state, at):
+        if consistencies[at] >= 0.0 and is_fresh(pool, changed, at):
             priority = pool[at, COUNT] / largest + alpha * consistencies[at]
-            if priority > best_priority or (priority == best_priority and is_before(state, pool[at, RECORD], pool[best, RECORD])):
-                best, best_priority = at, priority
+            if priority > best_priority or (priority == best_priority and is_before(counts, keys, pool[at, RECORD], best)):
+                best, best_priority = pool[at, RECORD], priority
     at = 0
     while True:
         if at == counters[POOL_SIZE]:
@@ -801,25 +790,24 @@ def choose_by_priority(state: State) -> int:
             else:
                 break
         may_win = pool[at, COUNT] / largest + alpha >= best_priority
-        if may_win and (consistencies[at] < 0.0 or not is_fresh(state, at)):
+        if may_win and (consistencies[at] < 0.0 or not is_fresh(pool, changed, at)):
             may_win = refresh(state, at) >= counters[FLOOR]
             if may_win:
                 consistencies[at] = measure_consistency(state, pool[at, RECORD])
                 priority = pool[at, COUNT] / largest + alpha * consistencies[at]
-                if priority > best_priority or (
-                    priority == best_priority and is_before(state, pool[at, RECORD], pool[best, RECORD])
-                ):
-                    best, best_priority = at, priority
+                if priority > best_priority or (priority == best_priority and is_before(counts, keys, pool[at, RECORD], best)):
+                    best, best_priority = pool[at, RECORD], priority
         if may_win:
             at += 1
         else:
             leave_pool(state, at)
-            best = at if best == counters[POOL_SIZE] else best  # the last entry moved here
-    record = pool[best, RECORD]
+    at = 0
+    while pool[at, RECORD] != best:
+        at += 1
     counters[POOL_SIZE] -= 1
-    pool[best] = pool[counters[POOL_SIZE]]
-    consistencies[best] = consistencies[counters[POOL_SIZE]]
-    return record
+    pool[at] = pool[counters[POOL_SIZE]]
+    consistencies[at] = consistencies[counters[POOL_SIZE]]
+    return best
 
 
 @_kernel
@@ -857,24 +845,11 @@ def make_found(num_pairs: int) -> Found:
 
 
 @_kernel
-def more_pairs(found: Found) -> Found:
-    """The same pairs in twice the room."""
-    larger = make_found(2 * len(found.keys))
-    for pair in range(len(found.keys)):
-        slot = find_slot(larger, found.keys[pair])
-        larger.slots[slot] = pair
-        larger.slot_of[pair] = slot
-        larger.keys[pair] = found.keys[pair]
-        larger.tallies[pair] = found.tallies[pair]
-    return larger
-
-
-@_kernel
-def find_slot(found: Found, key: int) -> int:
+def find_slot(slots: np.ndarray, keys: np.ndarray, key: int) -> int:
     """Slot of a pair, or the free slot where it belongs."""
-    mask = len(found.slots) - 1
+    mask = len(slots) - 1
     slot = hash_slot(key, mask)
-    while found.slots[slot] >= 0 and found.keys[found.slots[slot]] != key:
+    while slots[slot] >= 0 and keys[slots[slot]] != key:
         slot = (slot + 1) & mask
     return slot
 
@@ -927,25 +902,31 @@ def collect(
 
 
 @_kernel
-def tally(keys: np.ndarray, found: Found, pair_of: np.ndarray) -> tuple[Found, int]:
-    """Number the different keys in order of appearance and count them; `pair_of` [len(keys)] gets their numbers."""
+def tally(
+    keys: np.ndarray, slots: np.ndarray, found_keys: np.ndarray, slot_of: np.ndarray, tallies: np.ndarray, pair_of: np.ndarray
+) -> int:
+    """Number the different keys in order of appearance and count them; `pair_of` [len(keys)] gets their numbers.
+
+    Returns how many there are, or -1, with empty slots, when there is no room for them.
+    """
     num_pairs = 0
     for i in range(len(keys)):
-        slot = find_slot(found, keys[i])
-        pair = found.slots[slot]
+        key = keys[i]
+        slot = find_slot(slots, found_keys, key)
+        pair = slots[slot]
         if pair < 0:
-            if num_pairs == len(found.keys):
-                found = more_pairs(found)
-                slot = find_slot(found, keys[i])
+            if num_pairs == len(found_keys):
+                slots[:] = -1
+                return -1
             pair = num_pairs
             num_pairs += 1
-            found.slots[slot] = pair
-            found.keys[pair] = keys[i]
-            found.slot_of[pair] = slot
-            found.tallies[pair] = 0
-        found.tallies[pair] += 1
+            slots[slot] = pair
+            found_keys[pair] = key
+            slot_of[pair] = slot
+            tallies[pair] = 0
+        tallies[pair] += 1
         pair_of[i] = pair
-    return found, num_pairs
+    return num_pairs
 
 
 @_kernel
@@ -954,45 +935,50 @@ def write_records(state: State, keys: np.ndarray, places: np.ndarray, found: Fou
 
     With alpha, rarer offsets of the same two tokens are kept too: S counts them.
     """
-    counters = state.counters
-    found, num_pairs = tally(keys, found, pair_of)
+    counters, state_places = state.counters, state.places
+    num_pairs = tally(keys, found.slots, found.keys, found.slot_of, found.tallies, pair_of)
+    while num_pairs < 0:
+        found = make_found(2 * len(found.keys))
+        num_pairs = tally(keys, found.slots, found.keys, found.slot_of, found.tallies, pair_of)
+    tallies, found_keys, slots = found.tallies, found.keys, found.slots
     order = np.empty(num_pairs, np.int64)
     size = 0
     for pair in range(num_pairs):
-        if found.tallies[pair] >= state.min_count:
-            order[size] = found.keys[pair]
+        if tallies[pair] >= state.min_count:
+            order[size] = found_keys[pair]
             size += 1
     if state.alpha > 0.0 and size:
         frequent = np.sort(order[:size])
         for pair in range(num_pairs):
-            if found.tallies[pair] < state.min_count:
-                group = found.keys[pair] >> GROUP_BITS
+            if tallies[pair] < state.min_count:
+                group = found_keys[pair] >> GROUP_BITS
                 at = np.searchsorted(frequent, group << GROUP_BITS)
                 if at < len(frequent) and frequent[at] >> GROUP_BITS == group:
-                    order[size] = found.keys[pair]
+                    order[size] = found_keys[pair]
                     size += 1
     for pair in range(num_pairs):
-        found.tallies[pair] = -found.tallies[pair]
+        tallies[pair] = -tallies[pair]
     for key in np.sort(order[:size]):
-        pair = found.slots[find_slot(found, key)]
+        pair = slots[find_slot(slots, found_keys, key)]
         record, start = counters[NUM_RECORDS], counters[NUM_PLACES]
-        count = -found.tallies[pair]
+        count = -tallies[pair]
         state.keys[record] = key
         state.starts[record] = start
         state.counts[record] = count
         state.exact_at[record] = counters[ROUND]
-        found.tallies[pair] = start + 1
+        tallies[pair] = start + 1
         counters[NUM_RECORDS] = record + 1
         counters[NUM_PLACES] = start + count
         if count >= counters[FLOOR]:
             push_record(state, record)
     for i in range(len(keys)):
         pair = pair_of[i]
-        if found.tallies[pair] > 0:
-            state.places[found.tallies[pair] - 1] = places[i]
-            found.tallies[pair] += 1
+        if tallies[pair] > 0:
+            state_places[tallies[pair] - 1] = places[i]
+            tallies[pair] += 1
+    slots_used = found.slot_of
     for pair in range(num_pairs):
-        found.slots[found.slot_of[pair]] = -1
+        slots[slots_used[pair]] = -1
     return found
 
 
@@ -1170,12 +1156,15 @@ class Trainer:
         for corpus in corpora:
             for start in range(0, len(corpus), 1024):
                 chunk = np.ascontiguousarray(corpus[start : start + 1024], np.int32)
-                place_images(board, stride, chunk, self.origins[first : first + len(chunk)])
+                origins = self.origins[first : first + len(chunk)]
+                place_images(board, stride, chunk, origins)
+                if learnt is not None:
+                    ids, lengths = np.empty(chunk.size, np.int32), np.empty(len(chunk), np.int64)
+                    encode_images(chunk, learnt, ids, lengths)
+                    paint_streams(board, stride, origins, chunk.shape[1:], ids, learnt)
                 first += len(chunk)
         self.num_cells = int(self.sizes.prod(axis=1).sum())
         self._state = _new_state(board, stride, self.num_cells, num_codes, alpha, sigma, min_count, learnt)
-        if learnt is not None and len(learnt.merges):
-            encode_board(board, stride, self.origins, self.sizes[:, 0].copy(), self.sizes[:, 1].copy(), learnt)
         index_board(self._state)
 
     def learn(self, until: int) -> bool:

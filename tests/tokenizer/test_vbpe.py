@@ -22,7 +22,7 @@ from beingvl.tokenizer.vbpe import (
     spatial_consistency,
     train_reference,
 )
-from beingvl.tokenizer.vbpe_numba import Trainer, compact, plan_board
+from beingvl.tokenizer.vbpe_numba import BORDER, Trainer, compact, encode_board, place_images, plan_board
 
 EXAMPLE = VisualBPE(9, np.array([[7, 8, 0, 1], [9, 7, 1, 0]]))  # the grid in the module docstring
 
@@ -147,6 +147,34 @@ def test_larger_grids_with_big_tokens_and_compaction():
         assert [tuple(merge) for merge in trainer.merges.tolist()] == merges
         assert [trainer.stream(image).tolist() for image in range(5)] == streams
         assert VisualBPE(7, merges).sizes.max() >= 20
+
+
+def test_thousands_of_equal_candidates():
+    """All pairs occur once: the pool of candidates has to grow, and ties decide everything."""
+    grid = np.random.default_rng(0).permutation(1600).reshape(40, 40)
+    merges, streams = train_reference([grid], 1600, 4, 0.3, 1.0, 1)
+    trainer = Trainer([grid[None]], 1600, 0.3, 1.0, 1)
+    assert trainer.learn(4)
+    assert [tuple(merge) for merge in trainer.merges.tolist()] == merges
+    assert trainer.stream(0).tolist() == streams[0]
+    assert trainer.learn(1599) and trainer.num_tokens == 1 and not trainer.learn(1600)
+    vbpe = VisualBPE(1600, trainer.merges)
+    assert vbpe.encode(grid).tolist() == [3198]
+    assert np.array_equal(vbpe.decode([3198], 40, 40), grid)
+
+
+def test_encoding_outgrows_its_first_room():
+    grid = np.zeros((40, 40), int)
+    trainer = Trainer([grid[None]], 1, 0.0, 1.0, 1)
+    trainer.learn(1000)
+    vbpe = VisualBPE(1, trainer.merges)
+    links, places = np.empty(3200, np.int32), np.empty(3200, np.int32)
+    board = np.full(42 * 41 + 1, BORDER, np.int32)
+    place_images(board, 41, grid[None].astype(np.int32), np.array([41]))
+    heads = np.full(vbpe.num_merges, -1, np.int32)
+    assert not encode_board(board, 41, 40, vbpe.tables, heads, links, places)
+    assert (heads == -1).all()
+    assert vbpe.encode(grid).tolist() == trainer.stream(0).tolist() == encode_reference(grid, 1, vbpe.merges.tolist())
 
 
 def test_one_all_equal_image_of_many_cells():
