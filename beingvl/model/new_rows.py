@@ -19,7 +19,7 @@ from beingvl.errors import InputError
 from beingvl.vocab import SPECIAL_TOKENS, VocabLayout
 
 METHODS = ("he", "mean", "mean_cov", "codebook", "zero")
-_BLOCK_ROWS = 1024
+_BLOCK_ROWS = 128  # a few MB: larger arrays come from the kernel page by page, every time
 # transformers' resize_token_embeddings(mean_resizing=True) scales the covariance so, to stay close to the mean.
 _COVARIANCE_SCALE = 1e-9
 

@@ -5,7 +5,7 @@
 
 Each step runs after `sync` and its time ends with another `sync`, so that every writer pays for its bytes; `cp -r` is timed
 before and after the conversions and the mean counts, because disks and neighbours are noisy. The last line is one JSON object:
-`time_ratio_copy` (conversion with copies / cp), `link_seconds`, `peak_private_bytes` (USS, sampled every 100 ms: a sample walks
+`time_ratio_copy` (conversion with copies / cp), `link_seconds`, `peak_private_bytes` (USS, sampled every 200 ms: a sample walks
 the page tables, and more of them would slow the conversion), `max_abs_diff` (over all tensors of the source).
 `cpu_seconds` are the processor's, of the conversion with copies and of the one with links: on a busy machine they tell more.
 """
@@ -180,7 +180,7 @@ def convert(source: Path, target: Path, option: str) -> dict[str, float]:
                 peak = max(peak, process.memory_full_info().uss)
             except psutil.NoSuchProcess:
                 break
-            time.sleep(0.1)
+            time.sleep(0.2)
         assert process.wait() == 0, "the conversion failed"
 
     used = children_cpu_seconds()
