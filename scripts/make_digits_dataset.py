@@ -80,9 +80,9 @@ def render(
 
 
 def augmented(scan: np.ndarray, image_size: int, rng: np.random.Generator) -> np.ndarray:
-    """A variant that a human reads as the same digit: up to 12 degrees, 10 % in size, three quarters of a scan pixel."""
-    shift = tuple(rng.uniform(-0.75, 0.75, size=2))
-    return render(scan, image_size, rng.uniform(-12, 12), rng.uniform(0.9, 1.1), shift)
+    """A variant that a human reads as the same digit: up to 10 degrees, 10 % in size, half a scan pixel."""
+    shift = tuple(rng.uniform(-0.5, 0.5, size=2))
+    return render(scan, image_size, rng.uniform(-10, 10), rng.uniform(0.9, 1.1), shift)
 
 
 def write_images(scans: np.ndarray, folder: Path, parts: dict[str, np.ndarray], args: argparse.Namespace) -> dict[str, list]:
@@ -119,15 +119,17 @@ def conversation(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def training_rows(key: str, digit: int, rng: np.random.Generator) -> list[dict]:
-    """One row per category for one image: a caption, the name, one yes-or-no question, a conversation of two or three turns."""
+    """One row per category for one image: a caption, the name, a yes-or-no question, a conversation of three turns.
+
+    The conversation names the digit first; its yes-or-no turns can build on that. A reasoning row has only the image to go by.
+    """
     request, caption = CAPTIONS[rng.integers(len(CAPTIONS))]
-    yes_or_no = (EVEN, GREATER)[rng.integers(2)]
-    questions = [list(INSTRUCTIONS)[n] for n in rng.permutation(3)[: rng.integers(2, 4)]]
+    yes_or_no = [(EVEN, GREATER)[n] for n in rng.permutation(2)]
     turns_of_category = {
         "foundation": [(request, caption.format(word=WORDS[digit]))],
         "perception": [(WHICH, WORDS[digit])],
-        "reasoning": [(yes_or_no, answer(yes_or_no, digit))],
-        "instruction": [(INSTRUCTIONS[q][rng.integers(len(INSTRUCTIONS[q]))], answer(q, digit)) for q in questions],
+        "reasoning": [(yes_or_no[0], answer(yes_or_no[0], digit))],
+        "instruction": [(INSTRUCTIONS[q][rng.integers(len(INSTRUCTIONS[q]))], answer(q, digit)) for q in (WHICH, *yes_or_no)],
     }
     return [
         {"id": f"{Path(key).stem}-{category}", "image": key, "category": category, "conversations": conversation(turns)}

@@ -103,6 +103,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers:
         num_hidden_layers=num_layers,
         num_attention_heads=hidden_size // 32,
         max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # sequences here are short
+        initializer_range=hidden_size**-0.5,  # LLaMA's 0.02 suits a hidden size of thousands
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

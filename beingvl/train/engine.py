@@ -121,7 +121,7 @@ def build_engine(model_folder: Path, layout: VocabLayout, config: StageConfig, r
             model_class,
             model_config,
             layout.num_text,
-            layout.num_visual,
+            model_config.vocab_size - layout.num_text,  # more than layout.num_visual when the converter padded the rows
             block.loss_chunk_tokens,
             block.activation_checkpointing,
         )
