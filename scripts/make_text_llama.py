@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from beingvl.errors import InputError
-from beingvl.manifest import is_complete, write_manifest
+from beingvl.manifest import already_made, hash_file, write_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +48,10 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--vocab_size is {args.vocab_size}, expected at least {NUM_BYTES + 2} (256 bytes, begin, end)")
     if args.hidden_size % 32 or args.hidden_size < 32:
         raise InputError(f"--hidden_size is {args.hidden_size}, expected a multiple of 32")
-    if is_complete(args.output_path) and not args.overwrite:
-        raise InputError(f"{args.output_path} is already finished; give --overwrite to make it again")
+    request = {name: value for name, value in sorted(vars(args).items()) if name not in ("texts", "output_path", "overwrite")}
+    request["texts"] = hash_file(args.texts)
+    if already_made(args.output_path, "model", request, args.overwrite):
+        return
     shutil.rmtree(args.output_path, ignore_errors=True)
 
     tokenizer = train_tokenizer(lines, args.vocab_size)
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     model.generation_config.bos_token_id, model.generation_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     model.save_pretrained(args.output_path)
     tokenizer.save_pretrained(args.output_path)
-    write_manifest(args.output_path, "model", {"parameters": num_parameters, "loss": round(loss, 4)}, lineage={})
+    write_manifest(args.output_path, "model", {"parameters": num_parameters, "loss": round(loss, 4)}, {}, {"request": request})
 
 
 def read_lines(path: Path) -> list[str]:

@@ -23,19 +23,19 @@ say "real images: handwritten digits as PNG files and LLaVA JSON"
 python scripts/make_digits_dataset.py --output_dir "$RUN/data" --seed "$SEED"
 
 say "VQ-GAN: images to 8 x 8 codes out of 64, and back"
-beingvl train-vq --image_path "$RUN/data/images/train" --output_path "$RUN/vqgan" --seed "$SEED"
+beingvl train-vq --image_path "$RUN/data/images/train" --validation_path "$RUN/data/images/validation" --output_path "$RUN/vqgan" --seed "$SEED"
 
-for SPLIT in train validation test; do
+for SPLIT in train test; do
     say "[1] encode-images: $SPLIT"
     beingvl encode-images --image_path "$RUN/data/images" --json_path "$RUN/data/$SPLIT.json" --vq_path "$RUN/vqgan" \
         --output_path "$RUN/vq_codes/$SPLIT"
 done
 
-say "[2] train-vbpe: 128 merges"
-beingvl train-vbpe --data_path "$RUN/vq_codes/train" --output_path "$RUN/vbpe" --num_merges 128
+say "[2] train-vbpe: 32 merges"
+beingvl train-vbpe --data_path "$RUN/vq_codes/train" --output_path "$RUN/vbpe" --num_merges 32
 
 say "a small text LLaMA stands in for Llama-3.1-8B"
-python scripts/make_text_llama.py --texts "$RUN/data/texts.txt" --output_path "$RUN/llama" --seed "$SEED"
+python scripts/make_text_llama.py --texts "$RUN/data/texts.txt" --output_path "$RUN/llama" --vocab_size 448 --steps 60 --seed "$SEED"
 
 say "[5] convert: LLaMA + VQ-GAN + vBPE -> Being-VL base"
 beingvl convert --llama_path "$RUN/llama" --being_vq_path "$RUN/vqgan" --vbpe "$RUN/vbpe" --output_path "$RUN/base" \

@@ -5,6 +5,19 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
 
+compile_kernels() { # the first call of the vBPE kernels takes half a minute; numba keeps the result on disk
+    local folder
+    folder="$(mktemp -d)"
+    .venv/bin/python -c "import numpy; numpy.save('$folder/codes.npy', numpy.arange(512).reshape(8, 8, 8).astype('uint16') % 5)"
+    .venv/bin/beingvl train-vbpe --data_path "$folder/codes.npy" --output_path "$folder/vbpe.json" --num_merges 4
+    .venv/bin/python -c "
+import numpy
+from beingvl.tokenizer.vbpe import VisualBPE
+vbpe, grid = VisualBPE.load('$folder/vbpe.json'), numpy.load('$folder/codes.npy')[0]
+assert (vbpe.decode(vbpe.encode(grid), 8, 8) == grid).all()"
+    rm -r "$folder"
+}
+
 if [ -z "${PYTHON:-}" ]; then
     for candidate in python3 python3.12 python3.11 python3.10; do
         if supported "$candidate"; then PYTHON=$candidate; break; fi
@@ -22,6 +35,7 @@ if [ "$(cat .venv/.beingvl-setup 2>/dev/null)" != "$wanted" ]; then
     "$PYTHON" -m venv .venv
     .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off --quiet -r requirements.lock
     .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
+    compile_kernels > /dev/null
     echo "$wanted" > .venv/.beingvl-setup
 fi
 

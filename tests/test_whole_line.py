@@ -50,20 +50,11 @@ def test_1_data_vqgan_codes_and_vbpe(work) -> None:
 def test_2_the_guides_converter_command(work) -> None:
     script = [sys.executable, "scripts/make_text_llama.py", "--texts", work / "data/texts.txt", "--output_path", work / "llama"]
     must([*script, "--steps", 3])
-    beingvl(
-        "convert",
-        "--llama_path",
-        work / "llama",
-        "--being_vq_path",
-        work / "being-vq",
-        "--num_merges",
-        16,
-        "--output_path",
-        work / "first",
-    )
-    words = ["--llama_path", work / "llama", "--being_tokenizer_config_path", work / "first", "--being_vq_path", work / "being-vq"]
-    output = ["--output_path", work / "models/beingvl/base", "--extended_vocab_size", 16, "--verify_loading"]
-    must([sys.executable, "beingvl/utils/convert_llama_to_being.py", *words, *output])
+    inputs = ["--llama_path", work / "llama", "--being_vq_path", work / "being-vq"]
+    beingvl("convert", *inputs, "--num_merges", 16, "--output_path", work / "first")
+    words = [*inputs, "--being_tokenizer_config_path", work / "first", "--output_path", work / "models/beingvl/base"]
+    words += ["--num_merges", 16, "--verify_loading"]
+    must([sys.executable, "beingvl/utils/convert_llama_to_being.py", *words])
     assert (work / "models/beingvl/base/model.safetensors").read_bytes() == (work / "first/model.safetensors").read_bytes()
 
 

@@ -76,7 +76,10 @@ def stage_fields(**block: object) -> dict:
     return {
         "train_batch_size": 4,
         "train_micro_batch_size_per_gpu": 1,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "torch_adam": True}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "torch_adam": True},
+        },
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": 3},
         "beingvl": {
