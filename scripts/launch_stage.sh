@@ -19,7 +19,7 @@ mkdir -p "$OUTPUT_DIR" "$LOG_DIR"
 cp "$0" "$DS_CONFIG" "$OUTPUT_DIR/"
 
 if [ "$MASTER_NODE_ID" = 0 ]; then # this machine alone, no ssh
-    GPUS="$(nvidia-smi --list-gpus 2>/dev/null | wc -l)"
+    GPUS="$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)"
     if [ "$GPUS" = 0 ]; then
         export DS_ACCELERATOR=cpu
         NUM_RANKS="${NUM_RANKS:-2}"
