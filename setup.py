@@ -36,7 +36,15 @@ setup(
     ],
     extras_require={
         "quickstart": ["scikit-learn>=1.4"],
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "scikit-learn>=1.4", "llama-models", "sentencepiece"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "scikit-learn>=1.4",
+            "llama-models",
+            "sentencepiece",
+        ],
         "benchmark": ["scikit-learn>=1.4", "scikit-image>=0.22"],
     },
     entry_points={"console_scripts": ["beingvl=beingvl.cli:main"]},

@@ -31,8 +31,8 @@ for SPLIT in train test; do
         --output_path "$RUN/vq_codes/$SPLIT"
 done
 
-say "[2] train-vbpe: 32 merges"
-beingvl train-vbpe --data_path "$RUN/vq_codes/train" --output_path "$RUN/vbpe" --num_merges 32
+say "[2] train-vbpe: 16 merges"
+beingvl train-vbpe --data_path "$RUN/vq_codes/train" --output_path "$RUN/vbpe" --num_merges 16
 
 say "a small text LLaMA stands in for Llama-3.1-8B"
 python scripts/make_text_llama.py --texts "$RUN/data/texts.txt" --output_path "$RUN/llama" --vocab_size 448 --steps 60 --seed "$SEED"
@@ -54,7 +54,6 @@ evaluate() { # model folder, output folder
 }
 
 [ "$VARIANT" = vbpe ] && STAGES="$RUN" || STAGES="$RUN/raw"
-evaluate "$RUN/base" "$STAGES/eval/base"
 for STAGE in 1 2 3; do
     say "[6] stage $STAGE of 3: deepspeed, ZeRO-3, $NUM_RANKS CPU ranks"
     [ "$STAGE" = 1 ] && export MODEL_PATH="$RUN/base" || unset MODEL_PATH
