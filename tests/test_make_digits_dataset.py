@@ -76,11 +76,12 @@ def test_training_has_all_categories_and_longer_conversations(folder):
     assert Counter(row["category"] for row in training) == dict.fromkeys(
         ("foundation", "perception", "reasoning", "instruction"), num_images
     )
-    lengths = Counter(len(row["conversations"]) // 2 for row in training if row["category"] == "instruction")
-    assert set(lengths) == {2, 3} and min(lengths.values()) > 0.4 * num_images
+    conversations = [row["conversations"] for row in training if row["category"] == "instruction"]
+    assert {len(turns) for turns in conversations} == {6}
+    assert all(turns[1]["value"] in digits.WORDS for turns in conversations)  # the digit is named first
     assert len({row["id"] for row in training}) == len(training)
-    questions = {row["conversations"][0]["value"] for row in training if row["category"] == "instruction"}
-    assert "<image>\nAnswer with yes or no: is it even?" in questions
+    assert {turns[0]["value"] for turns in conversations} == {f"<image>\n{text}" for text in digits.INSTRUCTIONS[digits.WHICH]}
+    assert "Answer with yes or no: is it even?" in {turns[2]["value"] for turns in conversations}
 
 
 @pytest.mark.parametrize("part", ["validation", "test"])
