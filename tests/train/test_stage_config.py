@@ -22,7 +22,9 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
 def test_deepspeed_itself_accepts_every_shipped_configuration(path: Path) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    DeepSpeedConfig({**load_stage_config(path).deepspeed, "gradient_accumulation_steps": 1, "train_batch_size": 1})
+    config = load_stage_config(path)
+    one_rank = {"gradient_accumulation_steps": 1, "train_batch_size": config.micro_batch_size}
+    DeepSpeedConfig({**config.deepspeed, **one_rank})
 
 
 def test_the_published_recipe() -> None:
