@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,4 +56,4 @@ def _trained_tensors(
             tensor[stored_slice(name, layout.num_text)[1]] = read_master(checkpoint, state, name).to(tensor.dtype)
         return tensor
 
-    return {stored_name: lambda stored_name=stored_name: assemble(stored_name) for stored_name in trained_parts}  # type: ignore[misc]
+    return {stored_name: partial(assemble, stored_name) for stored_name in trained_parts}
