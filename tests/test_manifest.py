@@ -29,6 +29,20 @@ def test_round_trip_and_verification(folder) -> None:
     assert read.files["sub/a.bin"]["bytes"] == 5
 
 
+def test_a_sampled_hash_finds_other_content_and_another_size(folder, tmp_path) -> None:
+    big = tmp_path / "big.bin"
+    big.write_bytes(bytes(range(256)) * 100_000)
+    write_manifest(folder, "shards", {}, {}, known_hashes={"big.bin": manifest.hash_sample(big)})
+    assert str(read_manifest(folder).files["big.bin"]["hash"]).startswith("sampled-sha256:")
+    verify_folder(folder)
+    big.write_bytes(bytes(range(1, 256)) + bytes(1) + bytes(range(256)) * 99_999)  # the first piece differs
+    with pytest.raises(InputError, match="does not have the hash"):
+        verify_folder(folder)
+    with pytest.raises(InputError, match="bytes"):
+        big.write_bytes(b"short")
+        verify_folder(folder)
+
+
 def test_content_hash_depends_on_content_only(folder) -> None:
     before = read_manifest(folder).content_hash
     write_manifest(folder, "shards", {"samples": 4}, {})

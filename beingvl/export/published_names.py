@@ -35,6 +35,12 @@ PUBLISHED_KIND = "published_model"
 PUBLISHED_LAYOUT = VocabLayout(num_text=128_256, num_vq=8192, num_merges=8192, bos_id=128_000, eos_id=128_001)
 
 
+def is_published(folder: Path | str) -> bool:
+    """True when the folder's config.json holds a VQ-GAN's, as in the published form."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and VQ_CONFIG_KEY in read_json(path, "a model folder")
+
+
 def write_published(model_folder: Path | str, target: Path | str, link: bool = True) -> Manifest:
     """Write the published form of a Being-VL model folder (a base or a stage's final/).
 

@@ -41,7 +41,7 @@ class ExtendedEmbedding(nn.Module):
 
 
 class ExtendedHead(nn.Module):
-    """The output head over two row blocks. `forward` returns the loss of every target token."""
+    """The output head over two row blocks. `forward` returns the loss of every target token, or logits where none is given."""
 
     def __init__(self, num_text: int, num_visual: int, hidden_size: int, loss_chunk_tokens: int) -> None:
         super().__init__()
@@ -49,8 +49,10 @@ class ExtendedHead(nn.Module):
         self.text_rows = nn.Parameter(torch.empty(num_text, hidden_size))
         self.visual_rows = nn.Parameter(torch.empty(num_visual, hidden_size))
 
-    def forward(self, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
-        """`hidden` `[num_targets, hidden_size]`, `target_ids` `[num_targets]` -> `[num_targets]` float32 losses (nats)."""
+    def forward(self, hidden: torch.Tensor, target_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """`hidden` `[n, hidden_size]`, `target_ids` `[n]` -> `[n]` float32 losses (nats), or logits `[n, vocabulary]`."""
+        if target_ids is None:
+            return _logits(hidden, self.text_rows, self.visual_rows)
         chunks = zip(hidden.split(self.loss_chunk_tokens), target_ids.split(self.loss_chunk_tokens), strict=True)
         losses = [
             checkpoint(_token_losses, rows, targets, self.text_rows, self.visual_rows, use_reentrant=False)
@@ -58,16 +60,15 @@ class ExtendedHead(nn.Module):
         ]
         return torch.cat(losses)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[n, hidden_size]` -> `[n, vocabulary]`, for probes; not for whole batches."""
-        return torch.cat([hidden @ self.text_rows.T, hidden @ self.visual_rows.T], dim=-1)
-
 
 def _token_losses(
     hidden: torch.Tensor, target_ids: torch.Tensor, text_rows: torch.Tensor, visual_rows: torch.Tensor
 ) -> torch.Tensor:
-    logits = torch.cat([F.linear(hidden, text_rows), F.linear(hidden, visual_rows)], dim=-1)
-    return F.cross_entropy(logits.float(), target_ids, reduction="none")
+    return F.cross_entropy(_logits(hidden, text_rows, visual_rows).float(), target_ids, reduction="none")
+
+
+def _logits(hidden: torch.Tensor, text_rows: torch.Tensor, visual_rows: torch.Tensor) -> torch.Tensor:
+    return torch.cat([F.linear(hidden, text_rows), F.linear(hidden, visual_rows)], dim=-1)
 
 
 class PackedCausalLM(nn.Module):
@@ -87,9 +88,9 @@ class PackedCausalLM(nn.Module):
         position_ids: torch.Tensor,
         cu_seqlens: torch.Tensor,
         target_positions: torch.Tensor,
-        target_ids: torch.Tensor,
+        target_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Losses `[num_targets]` float32 of one packed row.
+        """Losses `[num_targets]` float32 of one packed row; without `target_ids` the logits `[num_targets, vocabulary]`.
 
         Args:
             input_ids, position_ids: `[1, num_tokens]`.

@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 from beingvl.errors import InputError
-from beingvl.manifest import hash_file, to_json, write_atomically
+from beingvl.manifest import hash_file, hash_sample, is_complete, read_manifest, to_json, write_atomically
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -395,10 +395,11 @@ def _write_file(plan: _FilePlan, target: Path, link: bool, keep_finished: bool, 
     path = target / plan.name
     if keep_finished and plan.is_finished(target):
         report(plan.num_bytes)
-        return hash_file(path)
+        is_link = plan.unchanged and plan.unchanged.samefile(path)
+        return _hash_without_reading(plan.weights.folder, path) if is_link else hash_file(path)
     if plan.unchanged and link and _try_link(plan.unchanged, path):
         report(plan.num_bytes)
-        return hash_file(path)
+        return _hash_without_reading(plan.weights.folder, path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
@@ -425,6 +426,12 @@ def _try_link(source: Path, path: Path) -> bool:
         return False
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _hash_without_reading(folder: Path, path: Path) -> str:
+    """The hash that the folder's manifest lists for a weight file, else that of a sample of it."""
+    listed = read_manifest(folder).files.get(path.name) if is_complete(folder) else None
+    return str(listed["hash"]) if listed and listed["bytes"] == path.stat().st_size else hash_sample(path)
 
 
 class _HashedOutput:

@@ -2,6 +2,7 @@
 
     checkpoints/step-00000120/
         rank-00000-of-00002.safetensors    this rank's slices: NAME.master, NAME.exp_avg, NAME.exp_avg_sq (float32)
+        probe.safetensors                  one sample and the logits the model had for it (train/probe.py)
         state.json                         step, applied steps, run identity, shapes and slice sizes
         manifest.json                      commit marker, written last, by rank 0, when every rank has written
 
@@ -66,8 +67,12 @@ def write_checkpoint(
     tensors: Mapping[str, torch.Tensor],
     rank: int,
     gather: Callable[[Any], list[Any]],
+    write_more: Callable[[Path], None],
 ) -> None:
-    """Write one checkpoint, all ranks together. `gather` hands every rank's value to all (and is the barrier)."""
+    """Write one checkpoint, all ranks together. `gather` hands every rank's value to all (and is the barrier).
+
+    Rank 0 calls `write_more` with the folder for what belongs to it beside the slices.
+    """
     if rank == 0:
         start_folder(folder)
     gather(None)
@@ -77,6 +82,7 @@ def write_checkpoint(
     temporary.replace(path)
     hashes = dict(gather((path.name, hash_file(path))))
     if rank == 0:
+        write_more(folder)
         write_atomically(folder / STATE_FILE, to_json(asdict(state)))
         lineage = state.identity["lineage"]
         write_manifest(folder, "checkpoint", {"step": state.step, "ranks": state.num_ranks}, lineage, known_hashes=hashes)

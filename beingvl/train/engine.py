@@ -213,6 +213,20 @@ class TrainingEngine:
             target_ids=self._tensor(batch.target_ids[positions]),
         )
 
+    @torch.no_grad()
+    def logits(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits `[p, vocabulary]` float32 of one sample `[n]` at some positions, on every rank; all ranks call together."""
+        device = self.ranks.device
+        self._engine.eval()
+        logits = self._engine(
+            input_ids=input_ids.to(device)[None],
+            position_ids=torch.arange(len(input_ids), device=device)[None],
+            cu_seqlens=torch.tensor([0, len(input_ids)], dtype=torch.int32, device=device),
+            target_positions=positions.to(device),
+        )
+        self._engine.train()
+        return logits.float()
+
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.ranks.device, non_blocking=True)
 
@@ -231,6 +245,11 @@ class TrainingEngine:
         return StepResult(bool(self._engine.was_step_applied()), float(norm if norm is not None else 0.0))
 
     # ---- what checkpoints need ----
+    @property
+    def dtype(self) -> torch.dtype:
+        """What forward passes compute in."""
+        return torch.bfloat16 if self._config.is_bf16 else torch.float32
+
     @property
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         return {planned.name: planned.shape for planned in self.plan if planned.rule.train}

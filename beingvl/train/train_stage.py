@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from beingvl.manifest import Manifest
     from beingvl.train.engine import Ranks, TrainingEngine
     from beingvl.train.loop import Progress
+    from beingvl.train.probe import Probe
     from beingvl.train.stage_config import StageConfig
 
 EXIT_REQUEUE = 85
@@ -122,6 +123,7 @@ def _train(
     from beingvl.train.engine import build_engine
     from beingvl.train.loop import num_steps_of, train
     from beingvl.train.metrics import MetricsWriter
+    from beingvl.train.probe import Probe
 
     args.output.mkdir(parents=True, exist_ok=True)
     data = build_data(config, shards)
@@ -130,8 +132,9 @@ def _train(
         plan = format_plan(engine.plan, config.beingvl.trainable)
         (args.output / "plan.txt").write_text(plan + "\n")
         print(f"{plan}\n{_describe(data, config, engine)}", flush=True)
-    progress = _resume(args.output, engine, identity)
-    save = _saver(args.output, engine, identity, config.beingvl.keep_last)
+    probe = Probe.of_shards(shards)
+    progress = _resume(args.output, engine, identity, probe)
+    save = _saver(args.output, engine, identity, probe, config.beingvl.keep_last)
     num_steps = num_steps_of(data, config)
     with MetricsWriter(args.output, ranks.rank, progress.step, num_steps, config.beingvl.tensorboard, args.log_dir) as metrics:
         finished = train(engine, data, config, progress, metrics, save, stop_requested)
@@ -170,8 +173,8 @@ def _describe(data: TrainingData, config: StageConfig, engine: TrainingEngine) -
     )
 
 
-def _resume(output: Path, engine: TrainingEngine, identity: dict[str, Any]) -> Progress:
-    """Restore the newest complete checkpoint, if there is one."""
+def _resume(output: Path, engine: TrainingEngine, identity: dict[str, Any], probe: Probe) -> Progress:
+    """Restore the newest complete checkpoint, if there is one, and see that the model answers its probe as before."""
     from beingvl.train.checkpoint import check_identity, complete_checkpoints, read_local_state, read_state
     from beingvl.train.loop import Progress
 
@@ -182,15 +185,29 @@ def _resume(output: Path, engine: TrainingEngine, identity: dict[str, Any]) -> P
     check_identity(checkpoints[-1], state.identity, identity)
     slices = {name: engine.partition_numel(name) for name in engine.trained_shapes}
     engine.load_local_state(read_local_state(checkpoints[-1], state, engine.ranks.rank, slices), state.num_applied_steps)
+    _check_probe(checkpoints[-1], engine, probe)
     if engine.ranks.rank == 0:
         print(f"resumed from {checkpoints[-1]}", flush=True)
     return Progress(step=state.step, num_applied_steps=state.num_applied_steps)
 
 
-def _saver(output: Path, engine: TrainingEngine, identity: dict[str, Any], keep_last: int) -> Callable[[Progress], None]:
+def _check_probe(checkpoint: Path, engine: TrainingEngine, probe: Probe) -> None:
+    """Raises RuntimeError when the restored model does not give the logits that the checkpoint stored."""
+    from beingvl.train.probe import compare_logits, load_probe
+
+    _, stored = load_probe(checkpoint)
+    comparison = compare_logits(stored, engine.logits(probe.input_ids, probe.positions), engine.dtype)
+    if not comparison.matches:
+        raise RuntimeError(f"{checkpoint} was read, but {comparison.describe()}; remove the folder to resume from an older one")
+
+
+def _saver(
+    output: Path, engine: TrainingEngine, identity: dict[str, Any], probe: Probe, keep_last: int
+) -> Callable[[Progress], None]:
     """The function the loop calls to write a checkpoint."""
     from beingvl.train.checkpoint import CheckpointState, checkpoint_folder, delete_old_checkpoints, write_checkpoint
     from beingvl.train.engine import gather_objects
+    from beingvl.train.probe import save_probe
 
     parameters = {
         name: {"shape": list(shape), "slice_elements": engine.partition_numel(name)}
@@ -201,8 +218,15 @@ def _saver(output: Path, engine: TrainingEngine, identity: dict[str, Any], keep_
     def save(progress: Progress) -> None:
         engine.check_frozen()
         state = CheckpointState(progress.step, progress.num_applied_steps, ranks.num_ranks, identity, parameters)
-        folder = checkpoint_folder(output, progress.step)
-        write_checkpoint(folder, state, engine.local_state(), ranks.rank, lambda value: gather_objects(value, ranks.num_ranks))
+        logits = engine.logits(probe.input_ids, probe.positions)
+        write_checkpoint(
+            checkpoint_folder(output, progress.step),
+            state,
+            engine.local_state(),
+            ranks.rank,
+            gather=lambda value: gather_objects(value, ranks.num_ranks),
+            write_more=lambda folder: save_probe(folder, probe, logits),
+        )
         if ranks.rank == 0:
             delete_old_checkpoints(output, keep_last)
 

@@ -62,6 +62,16 @@ def test_the_published_form_loads_as_a_stock_model(tmp_path, base):
     assert torch.equal(ours, theirs)
 
 
+def test_the_command_goes_there_and_back(tmp_path, base, capsys):
+    there, back = tmp_path / "published", tmp_path / "back"
+    assert main(["export", "--model", str(base), "--format", "being-vl-0.5", "--output_path", str(there)]) == 0
+    assert main(["export", "--model", str(there), "--output_path", str(back)]) == 0
+    assert equal_tensors(back, base) and equal_tensors(back / "vqgan", base / "vqgan")
+    assert main(["export", "--model", str(there), "--output_path", str(back)]) == 2  # finished already
+    assert main(["export", "--model", str(base), "--output_path", str(tmp_path / "nothing")]) == 2
+    assert "give --checkpoint or --format" in capsys.readouterr().err
+
+
 def test_unchanged_shards_are_links(tmp_path, base):
     write_published(base, tmp_path / "published")
     linked = [path for path in (tmp_path / "published").glob("*.safetensors") if path.samefile(base / path.name)]

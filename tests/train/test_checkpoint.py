@@ -43,7 +43,7 @@ def write(output, step: int, num_ranks: int):
     for rank in reversed(range(num_ranks)):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{n}.{k}": slices_of(values(n, k), elements[n], rank) for n in SHAPES for k in KEYS}
-        checkpoint.write_checkpoint(folder, state, tensors, rank, lambda value: [value])
+        checkpoint.write_checkpoint(folder, state, tensors, rank, lambda value: [value], lambda folder: None)
     return folder, state
 
 

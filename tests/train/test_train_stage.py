@@ -140,10 +140,11 @@ def test_another_number_of_ranks_continues_the_run(work, whole_run) -> None:
     assert losses(output) == pytest.approx(losses(whole_run), rel=2e-3)
 
 
-def test_a_stage_folder_serves_as_start_model_and_export_equals_final(work, whole_run) -> None:
+def test_a_stage_folder_serves_as_start_model_and_export_equals_final(work, whole_run, capsys) -> None:
     exported = work / "exported"
     command = ["export", "--model", str(work / "base"), "--checkpoint", str(whole_run), "--output_path", str(exported)]
     assert cli.main(command) == 0
+    assert "the same model" in capsys.readouterr().out  # the probe that ZeRO-3 ranks answered, asked of stock transformers
     assert_same_bytes(dict(WeightFolder(exported)), weights(whole_run))
     assert cli.main(command) == 2  # finished already
     assert cli.main([*command[:2], str(exported), *command[3:-1], str(work / "other")]) == 2  # not its start model
