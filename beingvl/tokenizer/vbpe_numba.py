@@ -1,5 +1,7 @@
 """The fast twin of `vbpe.py`, compiled with numba. Same rules, same results bit for bit; only the data structures differ.
 
+One file, because numba notices on its own only when the file of a cached kernel changes, not those it calls into.
+
 **Displacements** are one integer: `step = dy * SPAN + dx`. Sorting steps sorts (dy, dx) in raster order, and a pair of tokens is
 one int64 key `a << 44 | b << 24 | step` whose order is that of (a, b, dy, dx).
 
