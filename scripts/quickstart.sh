@@ -20,10 +20,11 @@ STARTED=$(date +%s)
 say() { printf '\n== %3d s  %s\n' "$(($(date +%s) - STARTED))" "$*"; }
 
 say "real images: handwritten digits as PNG files and LLaVA JSON"
-python scripts/make_digits_dataset.py --output_dir "$RUN/data" --seed "$SEED"
+python scripts/make_digits_dataset.py --output_dir "$RUN/data" --image_size 12 --seed "$SEED"
 
-say "VQ-GAN: images to 8 x 8 codes out of 64, and back"
-beingvl train-vq --image_path "$RUN/data/images/train" --validation_path "$RUN/data/images/validation" --output_path "$RUN/vqgan" --seed "$SEED"
+say "VQ-GAN: images to 6 x 6 codes out of 64, and back"
+beingvl train-vq --image_path "$RUN/data/images/train" --validation_path "$RUN/data/images/validation" --output_path "$RUN/vqgan" \
+    --image_size 12 --grid 6 --seed "$SEED"
 
 for SPLIT in train test; do
     say "[1] encode-images: $SPLIT"
