@@ -31,6 +31,8 @@ COMMANDS = {
     "generate": ("beingvl.inference.generate", "answer a prompt about images"),
     "evaluate": ("beingvl.inference.evaluate", "score a model on held-out questions"),
     "report": ("beingvl.inference.report", "pictures and summary of a run"),
+    "launch": ("beingvl.launch.start_training", "start a training stage on the hosts of a hostfile, through deepspeed"),
+    "preflight": ("beingvl.launch.preflight", "ask every host of a hostfile whether a run can start there"),
     "verify": ("beingvl.verify", "re-hash an artefact of any step against its manifest"),
 }
 

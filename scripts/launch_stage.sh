@@ -1,12 +1,17 @@
 # Sourced by train-stage-{1,2,3}.sh: checks inputs, makes shards from a JSONL file, and starts the DeepSpeed launcher.
 # Wants: STAGE MODEL_PATH DATA_PATH OUTPUT_DIR LOG_DIR DS_CONFIG MASTER_NODE_ID, and in "$@" more arguments for the trainer.
+# From the environment: MASTER_PORT, NUM_RANKS (this machine alone), HOSTFILE (instead of hostfiles/hostfile-<id>), DRY_RUN=1.
 
 fail() { echo "error: $*" >&2; exit 2; }
 
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 case "$MASTER_NODE_ID" in '' | *[!0-9]*) fail "usage: bash scripts/train-stage-$STAGE.sh <master_node_id> (0 is this machine alone)" ;; esac
+# MODEL_PATH may be a stage folder too
+[ -f "$MODEL_PATH/manifest.json" ] || [ ! -f "$MODEL_PATH/final/manifest.json" ] || MODEL_PATH="$MODEL_PATH/final"
 [ -f "$MODEL_PATH/manifest.json" ] || fail "$MODEL_PATH is missing or incomplete; ${MODEL_HINT:-give a finished model folder}"
 [ -e "$DATA_PATH" ] || fail "$DATA_PATH does not exist; make it with \`beingvl tokenize\`, or set DATA_PATH"
+HOSTFILE="${HOSTFILE:-$REPOSITORY/hostfiles/hostfile-$MASTER_NODE_ID}"
+[ -f "$HOSTFILE" ] || fail "$HOSTFILE does not exist; write one line a host: NAME slots=GPUS"
 echo "stage $STAGE: start model $MODEL_PATH"
 
 if [ -f "$DATA_PATH" ]; then # a JSONL file, as in the training guide: its shards lie beside it and are made once
@@ -18,19 +23,6 @@ fi
 mkdir -p "$OUTPUT_DIR" "$LOG_DIR"
 cp "$0" "$DS_CONFIG" "$OUTPUT_DIR/"
 
-if [ "$MASTER_NODE_ID" = 0 ]; then # this machine alone, no ssh
-    GPUS="$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)"
-    if [ "$GPUS" = 0 ]; then
-        export DS_ACCELERATOR=cpu
-        NUM_RANKS="${NUM_RANKS:-2}"
-        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((($(nproc) + NUM_RANKS - 1) / NUM_RANKS)))}"
-    fi
-    LAUNCH=(--num_gpus "${NUM_RANKS:-$GPUS}")
-else
-    HOSTFILE="$REPOSITORY/hostfiles/hostfile-$MASTER_NODE_ID"
-    [ -f "$HOSTFILE" ] || fail "$HOSTFILE does not exist; write one line a host: NAME slots=GPUS"
-    LAUNCH=(--hostfile "$HOSTFILE")
-fi
-
-deepspeed "${LAUNCH[@]}" --master_port "${MASTER_PORT:-29500}" --module beingvl.train.train_stage \
+python3 -m beingvl launch --hostfile "$HOSTFILE" ${NUM_RANKS:+--num_ranks "$NUM_RANKS"} --master_port "${MASTER_PORT:-29500}" \
+    ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} ${DRY_RUN:+--dry_run} -- \
     --deepspeed_config "$DS_CONFIG" --model "$MODEL_PATH" --data "$DATA_PATH" --output "$OUTPUT_DIR" --log_dir "$LOG_DIR" "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Stage 1: embedding alignment, new rows only.
-#   bash scripts/train-stage-1.sh <master_node_id> [more arguments for the trainer]
+#   bash scripts/train-stage-1.sh <master_node_id> [model] [more arguments for the trainer]
 # <master_node_id> selects hostfiles/hostfile-<id>; 0 is this machine alone. Every path can be set from the environment.
 set -euo pipefail
 
@@ -14,4 +14,5 @@ STAGE=1
 MODEL_HINT="make it with \`beingvl convert\`, or set MODEL_PATH"
 MASTER_NODE_ID="${1:-}"
 shift || true
+case "${1:--}" in -*) ;; *) MODEL_PATH="$1"; shift ;; esac # [model] instead of MODEL_PATH
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/launch_stage.sh"

@@ -1,0 +1,83 @@
+"""What a remote rank needs from this shell's environment, in the file from which DeepSpeed's launcher takes it.
+
+DeepSpeed passes PYTHON*, and on GPUs NCCL*, by itself, and everything in a `.deepspeed_env`. Its reader takes `KEY=VALUE` lines
+only (a comment or an empty line stops it) and puts a value between double quotes without looking for more of them. The variable
+DS_ENV_FILE names another file; we give it one of our own, so that two runs started from one folder do not share it. A user's own
+`.deepspeed_env` in the working or home folder, which then goes unread, is read here and its lines are passed on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from beingvl.errors import InputError
+from beingvl.manifest import write_atomically
+
+USERS_FILE = ".deepspeed_env"
+PASSED_PREFIXES = ("NCCL_", "GLOO_", "UCX_", "TORCH_NCCL_", "BEINGVL_")
+PASSED_NAMES = (
+    "PYTHONPATH",
+    "DS_ACCELERATOR",
+    "OMP_NUM_THREADS",
+    "LD_LIBRARY_PATH",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "TOKENIZERS_PARALLELISM",
+    "TORCH_EXTENSIONS_DIR",
+    "TRITON_CACHE_DIR",
+)
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def remote_environment(environment: Mapping[str, str], folders: tuple[Path, ...]) -> dict[str, str]:
+    """The variables for every rank: this shell's, then those of a `.deepspeed_env` in `folders`, which win.
+
+    Proxies, tokens and whatever else is not named above stay here. Raises InputError for a line or value that cannot be passed.
+    """
+    passed = {
+        name: value for name, value in environment.items() if value and (name in PASSED_NAMES or name.startswith(PASSED_PREFIXES))
+    }
+    for folder in folders:
+        if (folder / USERS_FILE).is_file():
+            passed.update(_read_users_file(folder / USERS_FILE))
+    for name, value in passed.items():
+        if "\n" in value:
+            raise InputError(f"the variable {name} has several lines, which DeepSpeed cannot pass to other hosts; unset it")
+    return dict(sorted(passed.items()))
+
+
+def _read_users_file(path: Path) -> dict[str, str]:
+    found = {}
+    for number, text in enumerate(path.read_text().splitlines(), start=1):
+        if not text.strip() or text.lstrip().startswith("#"):
+            continue
+        name, equals, value = text.partition("=")
+        if not equals or not NAME.fullmatch(name.strip()):
+            raise InputError(f"{path}, line {number}: {text!r} is not a variable; expected NAME=VALUE")
+        found[name.strip()] = value.strip()
+    return found
+
+
+def format_environment(variables: Mapping[str, str]) -> str:
+    """The file's text: no comment, no empty line; what a shell would read between double quotes is escaped."""
+    escaped = {name: re.sub(r'([\\"$`])', r"\\\1", value) for name, value in variables.items()}
+    return "".join(f"{name}={value}\n" for name, value in escaped.items())
+
+
+@contextmanager
+def environment_file(path: Path, variables: Mapping[str, str]) -> Iterator[None]:
+    """`path` holds the variables, and DS_ENV_FILE names it, as long as the launcher runs; then both are as they were."""
+    before = os.environ.get("DS_ENV_FILE")
+    write_atomically(path, format_environment(variables))
+    os.environ["DS_ENV_FILE"] = str(path.absolute())
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.environ.pop("DS_ENV_FILE")
+        if before is not None:
+            os.environ["DS_ENV_FILE"] = before

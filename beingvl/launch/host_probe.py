@@ -1,0 +1,100 @@
+"""What one host has to say before a run, as one line of JSON. `beingvl preflight` runs this on every host; standard library only.
+
+python -m beingvl.launch.host_probe '{"port": 29500, "folders": {"base": "model"}, "output": "stage-1"}'
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MARK = "beingvl-probe "
+PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
+
+
+def probe(port: int | None, folders: Mapping[str, str], output: str | None) -> dict[str, Any]:
+    """`port`: is it free here; `folders` (folder -> kind): their content hashes; `output`: free bytes where it will lie."""
+    from beingvl import __version__
+
+    connection = os.environ.get("SSH_CONNECTION", "").split()
+    return {
+        "seconds": time.time(),
+        "client_address": connection[0] if connection else None,
+        "server_address": connection[2] if connection else None,
+        "python": platform.python_version(),
+        "beingvl": __version__,
+        **{name: _version_of(name) for name in PACKAGES},
+        "code": code_hash(),
+        **count_devices(),
+        "port_free": port is None or is_port_free(port),
+        "folders": {folder: _content_hash(folder, kind) for folder, kind in folders.items()},
+        "free_bytes": _free_bytes(Path(output)) if output else None,
+    }
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def code_hash() -> str:
+    """Hash of every source file of this package, so that two checkouts of one version that differ are seen."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def count_devices() -> dict[str, Any]:
+    """GPUs, or CPU cores where there is none or DS_ACCELERATOR says so."""
+    if os.environ.get("DS_ACCELERATOR") != "cpu" and shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+        gpus = len([line for line in listed.stdout.splitlines() if line.startswith("GPU ")])
+        if listed.returncode == 0 and gpus:
+            return {"device": "GPU", "num_devices": gpus}
+    return {"device": "CPU core", "num_devices": len(os.sched_getaffinity(0))}
+
+
+def is_port_free(port: int) -> bool:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def _content_hash(folder: str, kind: str) -> str:
+    from beingvl.errors import InputError
+    from beingvl.manifest import read_manifest
+
+    try:
+        return read_manifest(folder, kind).content_hash
+    except (InputError, OSError) as error:
+        return f"error: {error}"
+
+
+def _free_bytes(path: Path) -> int:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+if __name__ == "__main__":
+    print(MARK + json.dumps(probe(**json.loads(sys.argv[1]))), flush=True)

@@ -1,0 +1,57 @@
+"""All-reduce latency and bandwidth over the ranks that a launcher started; rank 0 prints one line of JSON.
+
+Latency: 4 bytes. Bandwidth: 16 MiB of float32 on CPU ranks, 256 MiB on GPUs, as bytes of the buffer per second. Medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from datetime import timedelta
+
+MARK = "beingvl-all-reduce "
+
+
+def main(argv: list[str] | None = None) -> None:
+    import torch
+    import torch.distributed as dist
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--local_rank", type=int, default=0)
+    args = parser.parse_args(argv)
+    is_gpu = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if is_gpu else torch.device("cpu")
+    if is_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if is_gpu else "gloo", timeout=timedelta(seconds=60))
+
+    def median_seconds(num_elements: int, repeats: int) -> float:
+        buffer, measured = torch.ones(num_elements, device=device), []
+        for _ in range(repeats):
+            dist.barrier()
+            started = time.perf_counter()
+            dist.all_reduce(buffer)
+            if is_gpu:
+                torch.cuda.synchronize()
+            measured.append(time.perf_counter() - started)
+            buffer.fill_(1.0)
+        return statistics.median(measured[1:])
+
+    num_bytes = (256 if is_gpu else 16) << 20
+    latency = median_seconds(1, 21)
+    once = torch.tensor([median_seconds(num_bytes // 4, 2)], device=device)
+    dist.all_reduce(once, op=dist.ReduceOp.MAX)  # all ranks repeat equally often
+    seconds = median_seconds(num_bytes // 4, 2 + min(200, int(args.seconds / once.item())))
+    if dist.get_rank() == 0:
+        reading = {"ranks": dist.get_world_size(), "latency_seconds": latency, "bytes_per_second": num_bytes / seconds}
+        print(MARK + json.dumps(reading), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+import os
+import subprocess
+import types
+from pathlib import Path
+
+import pytest
+
+from beingvl.errors import InputError
+from beingvl.launch.environment import environment_file, format_environment, remote_environment
+
+
+def test_what_ranks_need_is_passed_and_nothing_else() -> None:
+    given = {
+        "PYTHONPATH": "/a:/b",
+        "NCCL_SOCKET_IFNAME": "eth0",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "BEINGVL_X": "1",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "",
+        "http_proxy": "http://user:secret@proxy",
+        "HTTPS_PROXY": "http://proxy",
+        "HF_TOKEN": "secret",
+        "HOME": "/root",
+    }
+    passed = remote_environment(given, ())
+    assert set(passed) == {"PYTHONPATH", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "BEINGVL_X", "DS_ACCELERATOR"}
+
+
+def test_a_users_file_is_passed_on_with_its_comments_left_out(tmp_path) -> None:
+    (tmp_path / ".deepspeed_env").write_text("# ours\n\nNCCL_DEBUG = INFO\nMINE=a=b\n")
+    assert remote_environment({"NCCL_DEBUG": "WARN"}, (tmp_path,)) == {"NCCL_DEBUG": "INFO", "MINE": "a=b"}
+    (tmp_path / ".deepspeed_env").write_text("A=1\nexport B=2\n")
+    with pytest.raises(InputError, match=r"\.deepspeed_env, line 2: 'export B=2' is not a variable"):
+        remote_environment({}, (tmp_path,))
+
+
+def test_a_value_of_several_lines_is_refused() -> None:
+    with pytest.raises(InputError, match="NCCL_X has several lines"):
+        remote_environment({"NCCL_X": "a\nb"}, ())
+
+
+def test_deepspeeds_reader_and_a_shell_give_every_value_back(tmp_path) -> None:
+    """The way of a value: our file, DeepSpeed's reader and quoting, the remote shell."""
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+
+    values = {
+        "A": "plain",
+        "B": "two words",
+        "C": 'a "quoted" one',
+        "D": "$HOME `date` $(date)",
+        "E": "back\\slash",
+        "F": "a=b;c&d|e'f",
+    }
+    runner = PDSHRunner(types.SimpleNamespace(user_args=[], user_script="x"), "")
+    for line in format_environment(values).splitlines(keepends=True):
+        runner.add_export(*line.split("=", maxsplit=1))
+    exports = "".join(f"export {key}={value}; " for key, value in runner.exports.items())
+    shown = subprocess.run(["bash", "-c", exports + "env -0"], capture_output=True, check=True).stdout.decode()
+    found = dict(entry.split("=", 1) for entry in shown.split("\0") if "=" in entry)
+    assert {name: found[name] for name in values} == values
+
+
+def test_the_file_is_there_while_the_launcher_runs_and_everything_is_restored(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("DS_ENV_FILE", "before")
+    users = tmp_path / ".deepspeed_env"
+    users.write_text("A=1\n")
+    path = tmp_path / ".deepspeed_env.1"
+    with pytest.raises(KeyError), environment_file(path, {"B": "2"}):
+        assert path.read_text() == "B=2\n" and Path(os.environ["DS_ENV_FILE"]) == path
+        raise KeyError
+    assert os.environ["DS_ENV_FILE"] == "before" and not path.exists() and users.read_text() == "A=1\n"

@@ -1,0 +1,118 @@
+"""`beingvl launch` and the stage scripts on this machine alone: what is started, what is refused, what a signal does."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from beingvl.train.metrics import read_metrics
+from tests.launcher import ENVIRONMENT, free_port
+from tests.tiny import stage_fields, write_model, write_shards
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("launch")
+    write_model(folder / "base")
+    write_shards(folder / "shards")
+    (folder / "stage.json").write_text(json.dumps(stage_fields(max_steps=300, epochs=1000, checkpoint_every_steps=0)))
+    return folder
+
+
+def command(work: Path, output: Path, *options: object) -> list[str]:
+    words = [sys.executable, "-m", "beingvl", "launch", "--hostfile", REPOSITORY / "hostfiles/hostfile-0", *options, "--"]
+    words += ["--deepspeed_config", work / "stage.json", "--model", work / "base", "--data", work / "shards", "--output", output]
+    return [str(word) for word in words]
+
+
+def run(words: list[str], **variables: object) -> subprocess.CompletedProcess:
+    environment = {**ENVIRONMENT, **{name: str(value) for name, value in variables.items()}}
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines, except this test's own, in which the folder is named."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if str(folder) in line and process.pid != os.getpid():
+            found.append(line)
+    return found
+
+
+def test_dry_run_shows_command_and_variables_and_starts_nothing(work, tmp_path) -> None:
+    done = run(command(work, tmp_path / "x", "--dry_run"), NCCL_DEBUG="INFO", http_proxy="http://proxy")
+    assert done.returncode == 0, done.stderr
+    assert "NCCL_DEBUG=INFO\n" in done.stdout and "proxy" not in done.stdout
+    assert "deepspeed --hostfile /dev/null --num_gpus 2 " in done.stdout and "--module beingvl.train.train_stage" in done.stdout
+    assert not (tmp_path / "x").exists()
+
+
+def test_dry_run_of_two_hosts(work, tmp_path) -> None:
+    words = command(work, tmp_path / "x", "--dry_run", "--master_addr", "10.0.0.1")
+    words[words.index("--hostfile") + 1] = str(REPOSITORY / "hostfiles/hostfile-1")
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+    assert "hostfile-1 --force_multi --no_ssh_check --master_addr 10.0.0.1" in done.stdout
+    done = run([*words[: words.index("--dry_run")], "--num_ranks", "3", *words[words.index("--dry_run") :]])
+    assert done.returncode == 2 and "--num_ranks is for this machine alone" in done.stderr
+
+
+def test_a_busy_port_is_named(work, tmp_path) -> None:
+    with socket.socket() as sock:
+        sock.bind(("", 0))
+        sock.listen()
+        port = sock.getsockname()[1]
+        done = run(command(work, tmp_path / "x", "--master_port", port))
+    assert done.returncode == 2 and f"port {port}: busy" in done.stderr and "another --master_port" in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_missing_model_and_a_missing_hostfile_are_named(work, tmp_path) -> None:
+    words = command(work, tmp_path / "x", "--master_port", free_port())
+    words[words.index(str(work / "base"))] = str(tmp_path / "none")
+    done = run(words)
+    assert done.returncode == 2 and "make it with `beingvl convert" in done.stderr
+    words[words.index("--hostfile") + 1] = "hostfiles/hostfile-99"
+    done = run(words)
+    assert done.returncode == 2 and "hostfile-99 does not exist" in done.stderr
+
+
+def test_a_signal_to_the_launcher_stops_after_the_step_with_a_checkpoint(work, tmp_path) -> None:
+    """Ranks of this run only: another run's launcher is not touched, as DeepSpeed's own answer to a signal would."""
+    output = tmp_path / "stopped"
+    bystander = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(60)", "beingvl.train.train_stage --local_rank=0"]
+    )
+    with open(tmp_path / "log", "w") as log:
+        words = command(work, output, "--master_port", free_port())
+        launcher = subprocess.Popen(words, env=ENVIRONMENT, stdout=log, stderr=log, cwd=REPOSITORY)
+    deadline = time.monotonic() + 120
+    while not (output / "metrics.jsonl").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=120) == 85, (tmp_path / "log").read_text()[-3000:]
+    assert len(list((output / "checkpoints").glob("step-*/manifest.json"))) == 1
+    assert 0 < len(read_metrics(output)) < 300
+    assert not list(output.glob(".deepspeed_env*")) and not processes_of(output)
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+
+
+def test_a_stage_script_takes_a_model_and_a_stage_folder(work, tmp_path) -> None:
+    variables = {"DATA_PATH": work / "shards", "OUTPUT_DIR": tmp_path / "stage-1", "LOG_DIR": tmp_path / "logs"}
+    variables |= {"DS_CONFIG": work / "stage.json", "DRY_RUN": 1}
+    done = run(["bash", "beingvl/scripts/train-stage-1.sh", "0", str(work / "base")], **variables)
+    assert done.returncode == 0 and f"start model {work / 'base'}" in done.stdout and "--num_gpus 2" in done.stdout, done.stderr
+    done = run(["bash", "scripts/train-stage-1.sh", "0", str(work / "base")], **{**variables, "NUM_RANKS": 1})
+    assert "--num_gpus 1" in done.stdout
