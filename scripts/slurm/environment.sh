@@ -1,0 +1,25 @@
+# Sourced by every job script: the paths of the pipeline, overridable from the environment (sbatch exports it), and the program.
+# Slurm runs a copy of the job script, so the repository is the folder that `sbatch` was called in, or REPOSITORY.
+REPOSITORY="${REPOSITORY:-${SLURM_SUBMIT_DIR:-$PWD}}"
+cd "$REPOSITORY"
+[ ! -f .venv/bin/activate ] || [ -n "${PYTHON:-}" ] || PYTHON="$REPOSITORY/.venv/bin/python"
+PYTHON="${PYTHON:-python3}"
+export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
+
+WORKSPACE="${WORKSPACE:-/path/to/your/workspace}"
+IMAGE_PATH="${IMAGE_PATH:-$WORKSPACE/images}"
+JSON_PATH="${JSON_PATH:-$WORKSPACE/data/train.json}"
+LLAMA_PATH="${LLAMA_PATH:-$WORKSPACE/models/llama3.1-8b}"
+VQ_PATH="${VQ_PATH:-$WORKSPACE/models/being-vq-8k}"
+VQ_CODES="${VQ_CODES:-$WORKSPACE/data/vq_codes}"
+VBPE_PATH="${VBPE_PATH:-$WORKSPACE/data/vbpe}"
+BASE_PATH="${BASE_PATH:-$WORKSPACE/models/beingvl/base}"
+TOKENIZED="${TOKENIZED:-$WORKSPACE/data/tokenized}"
+SHARDS="${SHARDS:-$WORKSPACE/data/shards}"
+STAGES="${STAGES:-$WORKSPACE/models/beingvl}"
+NUM_MERGES="${NUM_MERGES:-8192}"
+
+beingvl() { "$PYTHON" -m beingvl "$@"; }
+
+# An array task's share of the work; a single job is a world of one.
+export RANK="$((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}))" WORLD_SIZE="${SLURM_ARRAY_TASK_COUNT:-1}"

@@ -1,0 +1,137 @@
+"""What one host says of itself, and the table that is made of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from beingvl import cli
+from beingvl.errors import InputError
+from beingvl.launch.host_probe import MARK, code_hash, count_devices, probe
+from beingvl.launch.hostfile import Host
+from beingvl.launch.preflight import MIN_FREE_BYTES, Wanted, _judge, check_hosts, format_findings
+from beingvl.launch.start_training import _ranks_here, find_master_address, rank_pattern
+from tests.launcher import free_port
+from tests.tiny import stage_fields, write_model
+
+HOST = Host("worker-2", 2)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("preflight")
+    write_model(folder / "base")
+    (folder / "stage.json").write_text(json.dumps(stage_fields()))
+    (folder / "here").write_text("localhost slots=2\n")
+    return folder
+
+
+@pytest.fixture
+def four_gpus(tmp_path, monkeypatch) -> None:
+    """A program that lists GPUs as nvidia-smi does."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: NVIDIA H100 (UUID: GPU-$i)"; done\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+
+
+def test_the_probe_prints_what_the_function_returns(work) -> None:
+    question = {"port": free_port(), "folders": {str(work / "base"): "model"}, "output": str(work / "new/stage-1")}
+    words = [sys.executable, "-m", "beingvl.launch.host_probe", json.dumps(question)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    shown, here = json.loads(done.stdout.removeprefix(MARK)), probe(**question)
+    for name in ("python", "torch", "deepspeed", "transformers", "beingvl", "code", "num_devices", "folders", "port_free"):
+        assert shown[name] == here[name], name
+    assert here["folders"][str(work / "base")].startswith("sha256:") and here["free_bytes"] > 0 and len(code_hash()) == 12
+
+
+def red(**changes: object) -> dict[str, tuple[str, str]]:
+    """The red rows of a host that differs from the first one in `changes`: check -> (seen, remedy)."""
+    reference = {**probe(None, {}, None), "num_devices": 2, "folders": {"base": "sha256:1"}, "free_bytes": 10**12}
+    answer = {**reference, **changes}
+    rows = _judge(
+        HOST, answer, reference, Wanted(29500, {"base": "model"}, "out"), is_first=True, skew=float(changes.get("skew", 0))
+    )
+    return {row.check: (row.seen, row.remedy) for row in rows if row.remedy}
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "seen", "remedy"),
+    [
+        ({"torch": "1.0"}, "torch", "1.0", "install the same"),
+        ({"deepspeed": "missing"}, "deepspeed", "missing", "install the same packages"),
+        ({"code": "abc"}, "code", "abc", "the first host has"),
+        ({"num_devices": 1}, "slots", "2 slots, 1 CPU core", "write slots=1 or fewer"),
+        ({"skew": 60}, "clock", "60.0 s off", "NTP"),
+        ({"port_free": False}, "port 29500", "busy", "another --master_port"),
+        ({"folders": {"base": "sha256:2"}}, "base", "sha256:2…", "copy it again"),
+        ({"folders": {"base": "error: base is not a folder"}}, "base", "not there", "base is not a folder"),
+        ({"free_bytes": MIN_FREE_BYTES - 1}, "free disk", "1.1 GB", "make room for out"),
+    ],
+)
+def test_each_difference_is_one_red_row(changes, check, seen, remedy) -> None:
+    found = red(**changes)
+    assert list(found) == [check]
+    assert found[check][0] == seen and remedy in found[check][1]
+
+
+def test_equal_hosts_have_no_red_row() -> None:
+    assert red() == {}
+
+
+def test_the_command_on_this_machine(work, capsys) -> None:
+    words = ["preflight", "--hostfile", str(work / "here"), "--model", str(work / "base"), "--seconds", "0"]
+    words += ["--stage", str(work / "stage.json"), "--master_port", str(free_port())]
+    assert cli.main(words) == (0 if count_devices()["num_devices"] >= 2 else 1)
+    assert "accepted, 2 accumulation steps on 2 ranks" in capsys.readouterr().out
+    (work / "bad.json").write_text(json.dumps(stage_fields(epoch=1)))
+    words[words.index(str(work / "stage.json"))] = str(work / "bad.json")
+    assert cli.main(words) == 1
+    shown = capsys.readouterr().out
+    assert "RED   -          bad.json" in shown and "did you mean beingvl.epochs?" in shown
+
+
+def test_a_host_that_ssh_cannot_reach_is_red(monkeypatch) -> None:
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-p 1 -o StrictHostKeyChecking=no")
+    answers, findings = check_hosts([Host("127.0.0.1", 1), Host("127.0.0.2", 1)], Wanted(free_port()))
+    assert answers == {} and [row.check for row in findings] == ["reachable", "reachable"]
+    assert "without a password" in format_findings(findings)
+
+
+def test_the_master_address_is_the_one_ssh_used() -> None:
+    hosts = [Host("a", 1), Host("b", 1)]
+
+    def answers(server: str | None, client: str | None) -> dict[str, dict]:
+        return {"a": {"server_address": server, "client_address": "x"}, "b": {"server_address": "y", "client_address": client}}
+
+    assert find_master_address(hosts, answers("10.0.0.1", "10.0.0.9")) == "10.0.0.1"
+    assert find_master_address(hosts, answers("127.0.0.1", "10.0.0.9")) == "10.0.0.9"  # started on a itself
+    with pytest.raises(InputError, match="give --master_addr"):
+        find_master_address(hosts, answers("127.0.0.1", None))
+
+
+def test_gpus_are_counted_and_too_many_ranks_are_refused(four_gpus) -> None:
+    assert count_devices() == {"device": "GPU", "num_devices": 4}
+    assert _ranks_here(Host("localhost", 2), None) == 4
+    assert _ranks_here(Host("localhost", 2), 3) == 3
+    assert _ranks_here(Host("node-a", 2), None) == 2
+    with pytest.raises(InputError, match="this machine has 4 GPUs"):
+        _ranks_here(Host("localhost", 2), 5)
+    with pytest.raises(InputError, match="node-a has slots=8 but 4 GPUs"):
+        _ranks_here(Host("node-a", 8), None)
+
+
+def test_the_rank_pattern_matches_ranks_of_this_run_only() -> None:
+    pattern = rank_pattern("beingvl.train.train_stage", ["--output", "a+b", "--set", "x=1"])
+
+    def matches(line: str) -> bool:
+        return subprocess.run(["grep", "-qE", "--", pattern], input=line, text=True).returncode == 0
+
+    assert matches("python -u -m beingvl.train.train_stage --local_rank=3 --output a+b --set x=1")
+    assert not matches("python -u -m beingvl.train.train_stage --local_rank=3 --output aab --set x=1")
+    assert not matches("python -u -m beingvl.train.train_stage --local_rank=3 --output a+b --set x=1 y=2")
+    assert not matches("deepspeed --module beingvl.train.train_stage --output a+b --set x=1")
+    assert not matches(f"pkill -USR1 -f -- {pattern}")

@@ -1,0 +1,195 @@
+"""The job scripts under a real Slurm of two nodes: the whole line, requeues, a time limit, a cancelled job, a dead node."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from beingvl.manifest import read_manifest, verify_folder
+from beingvl.train.metrics import read_metrics
+from tests.launch.slurm_cluster import NODES, Cluster, slurm_cluster
+from tests.launcher import ENVIRONMENT, log_of
+from tests.launcher import run as run_on_one_host
+from tests.tiny import stage_fields, write_model, write_shards
+
+REPOSITORY = Path(__file__).parents[2]
+TWO_NODES = ["--nodes=2", "--ntasks-per-node=1"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("slurm")
+    write_model(folder / "base")
+    write_shards(folder / "shards")
+    write_stage(folder, 150)
+    return folder
+
+
+def write_stage(folder: Path, max_steps: int) -> Path:
+    path = folder / f"steps-{max_steps}.json"
+    path.write_text(json.dumps(stage_fields(max_steps=max_steps, epochs=max_steps, checkpoint_every_steps=0)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    path = f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"
+    environment = {**ENVIRONMENT, "PYTHONPATH": path, "PYTHON": sys.executable, "REPOSITORY": str(REPOSITORY)}
+    with slurm_cluster(tmp_path_factory.mktemp("cluster"), environment) as made:
+        yield made
+
+
+def submit_stage(cluster: Cluster, work: Path, output: Path, max_steps: int, *options: str) -> str:
+    paths = {
+        "BASE_PATH": work / "base",
+        "SHARDS": work / "shards",
+        "OUTPUT_DIR": output,
+        "DS_CONFIG": write_stage(work, max_steps),
+    }
+    log = f"--output={cluster.folder}/{output.name}-%j.log"
+    words = ["sbatch", "--parsable", *TWO_NODES, log, *options, "scripts/slurm/train.sbatch", "1"]
+    return cluster.run(*words, **paths).strip()
+
+
+def wait_for_steps(cluster: Cluster, job: str, output: Path, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not (output / "metrics.jsonl").is_file():
+        assert time.monotonic() < deadline and cluster.field_of(job, "JobState") in ("PENDING", "RUNNING"), cluster.logs()
+        time.sleep(0.1)
+
+
+def losses(output: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(output)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """The quickstart's images, a small VQ-GAN and a small text LLaMA: what a user brings."""
+    folder = tmp_path_factory.mktemp("pipeline")
+
+    def must(*words: object) -> None:
+        done = subprocess.run(
+            [sys.executable, *map(str, words)], cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+
+    must("scripts/make_digits_dataset.py", "--output_dir", folder / "data", "--augmentations", 0)
+    rows = json.loads((folder / "data/train.json").read_text())
+    (folder / "train.json").write_text(json.dumps(rows[:240]))
+    must(
+        "-m",
+        "beingvl",
+        "train-vq",
+        "--image_path",
+        folder / "data/images/validation",
+        "--output_path",
+        folder / "vq",
+        "--steps",
+        6,
+    )
+    must("scripts/make_text_llama.py", "--texts", folder / "data/texts.txt", "--output_path", folder / "llama", "--steps", 3)
+    return folder
+
+
+def test_the_pipeline_from_images_to_stage_3_is_submitted_requeued_and_submitted_again(cluster, data) -> None:
+    paths = {
+        "WORKSPACE": data / "work",
+        "IMAGE_PATH": data / "data/images",
+        "JSON_PATH": data / "train.json",
+        "VQ_PATH": data / "vq",
+        "LLAMA_PATH": data / "llama",
+        "NUM_MERGES": 16,
+        "DS_CONFIG_PREFIX": "ds_configs/quickstart-stage",
+        "TRAINER_OPTIONS": "--set beingvl.max_steps=2",
+    }
+    submit = ["bash", "scripts/slurm/submit-pipeline.sh", *TWO_NODES]
+    shown = cluster.run(*submit, **paths)
+    jobs = dict(re.findall(r"^(\S+): job (\d+)", shown, re.M))
+    names = ["encode-images", "train-vbpe", "convert", "tokenize", "build-shards", "train-1", "train-2", "train-3"]
+    assert list(jobs) == names, shown
+    again = cluster.run(*submit, **paths)
+    assert dict(re.findall(r"^(\S+): in the queue, job (\d+)", again, re.M)) == jobs
+
+    array = jobs["encode-images"] + "_0"
+    cluster.wait_for(array, "RUNNING")
+    cluster.run("scontrol", "requeue", array)  # kills the task, as a preemption does
+    for job in [array, *[jobs[name] for name in names[1:]]]:
+        cluster.wait_for(job, "COMPLETED")
+    assert cluster.field_of(array, "Restarts") == "1"
+
+    stages = data / "work/models/beingvl"
+    for stage in (1, 2, 3):
+        verify_folder(stages / f"stage-{stage}/final")
+        assert len(losses(stages / f"stage-{stage}")) == 2
+    start = read_manifest(stages / "stage-3/final").details["identity"]["start_model"]
+    assert start == read_manifest(stages / "stage-2/final").content_hash
+    assert re.findall(r"^(\S+): finished", cluster.run(*submit, **paths), re.M) == names
+    cluster.wait_until_nothing_runs(str(data))
+
+
+def test_a_stage_without_its_predecessor_says_what_to_run(cluster, work, tmp_path) -> None:
+    log = tmp_path / "log"
+    words = ["sbatch", "--parsable", f"--output={log}", *TWO_NODES, "scripts/slurm/train.sbatch", "2"]
+    job = cluster.run(*words, STAGES=tmp_path, SHARDS=work / "shards").strip()
+    cluster.wait_for(job, "FAILED")
+    assert "stage-1/final is missing or incomplete; run stage 1 first" in log.read_text()
+
+
+def test_usr1_saves_requeues_and_finishes_as_the_uninterrupted_run(cluster, work, tmp_path) -> None:
+    output, whole = tmp_path / "interrupted", tmp_path / "whole"
+    job = submit_stage(cluster, work, output, 150)
+    wait_for_steps(cluster, job, output)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@… makes Slurm send
+    deadline = time.monotonic() + 60
+    while cluster.field_of(job, "Restarts") != "1":
+        assert time.monotonic() < deadline, cluster.logs()
+        time.sleep(0.2)
+    assert 0 < len(losses(output)) < 150
+    cluster.wait_for(job, "COMPLETED")
+    assert "exit code 85: requeued" in cluster.logs() and "resumed from" in cluster.logs()
+    assert run_on_one_host(2, write_stage(work, 150), work / "base", work / "shards", whole) == 0, log_of(whole)
+    assert losses(output) == losses(whole)
+    cluster.wait_until_nothing_runs(str(output))
+
+
+@pytest.mark.slow
+def test_the_time_limit_itself_saves_and_requeues(cluster, work, tmp_path) -> None:
+    """Slurm looks at its clock every 30 s: with a limit of a minute, USR1 comes after 25 to 55 s."""
+    output, whole = tmp_path / "limited", tmp_path / "whole"
+    job = submit_stage(cluster, work, output, 3000, "--time=1", "--signal=B:USR1@5")
+    cluster.wait_for(job, "COMPLETED", seconds=900)
+    assert int(cluster.field_of(job, "Restarts")) >= 1
+    assert run_on_one_host(2, write_stage(work, 3000), work / "base", work / "shards", whole) == 0, log_of(whole)
+    assert losses(output) == losses(whole)
+
+
+def test_scancel_in_mid_step_leaves_nothing_and_is_not_requeued(cluster, work, tmp_path) -> None:
+    output = tmp_path / "cancelled"
+    job = submit_stage(cluster, work, output, 20000)
+    wait_for_steps(cluster, job, output)
+    cluster.run("scancel", job)
+    cluster.wait_for(job, "CANCELLED")
+    cluster.wait_until_nothing_runs(str(output))
+    time.sleep(3)
+    assert cluster.field_of(job, "JobState") == "CANCELLED" and cluster.field_of(job, "Restarts") == "0"
+
+
+def test_a_node_whose_slurmd_dies_gives_the_job_back_to_the_queue(cluster, work, tmp_path) -> None:
+    output = tmp_path / "orphaned"
+    job = submit_stage(cluster, work, output, 20000)
+    wait_for_steps(cluster, job, output)
+    cluster.daemons[NODES[1]].kill()
+    cluster.daemons[NODES[1]].wait()
+    deadline = time.monotonic() + 120
+    while cluster.field_of(job, "Restarts") != "1":
+        assert time.monotonic() < deadline, cluster.logs()
+        time.sleep(0.5)
+    cluster.wait_until_nothing_runs(str(output))
+    assert cluster.field_of(job, "JobState") == "PENDING"
+    cluster.run("scancel", job)
+    cluster.start_node(NODES[1])
