@@ -23,6 +23,6 @@ fi
 mkdir -p "$OUTPUT_DIR" "$LOG_DIR"
 cp "$0" "$DS_CONFIG" "$OUTPUT_DIR/"
 
-python3 -m beingvl launch --hostfile "$HOSTFILE" ${NUM_RANKS:+--num_ranks "$NUM_RANKS"} --master_port "${MASTER_PORT:-29500}" \
+exec python3 -m beingvl launch --hostfile "$HOSTFILE" ${NUM_RANKS:+--num_ranks "$NUM_RANKS"} --master_port "${MASTER_PORT:-29500}" \
     ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} ${DRY_RUN:+--dry_run} -- \
     --deepspeed_config "$DS_CONFIG" --model "$MODEL_PATH" --data "$DATA_PATH" --output "$OUTPUT_DIR" --log_dir "$LOG_DIR" "$@"

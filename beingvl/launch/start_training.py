@@ -6,7 +6,7 @@ What follows `--` goes to the trainer. In order: read the hostfile; ask its host
 all-reduce); write the variables that remote ranks need where DeepSpeed reads them; run `deepspeed`; take that file away. A
 hostfile whose only host is localhost needs no ssh: its GPUs are counted, and where there is none its slots are CPU ranks.
 
-The first SIGINT or SIGTERM asks the ranks of this run alone to stop after the running step (exit code 85); the second kills them.
+The first SIGINT, SIGTERM or SIGHUP asks the ranks of this run alone to stop after the running step (exit code 85); the second kills them.
 DeepSpeed's launcher itself, when signalled, kills every DeepSpeed run on all hosts.
 """
 
@@ -157,8 +157,9 @@ def _run_until_done(command: list[str], hosts: Sequence[Host], alone: bool, modu
         print(f"beingvl launch: the ranks are asked to {what}", file=sys.stderr, flush=True)
         signal_ranks([] if alone else hosts, name, pattern)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, on_signal)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, on_signal)
     code = launcher.wait()
     return code if code >= 0 else 128 - code
 

@@ -26,7 +26,6 @@ def work(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("slurm")
     write_model(folder / "base")
     write_shards(folder / "shards")
-    write_stage(folder, 150)
     return folder
 
 
@@ -142,17 +141,17 @@ def test_a_stage_without_its_predecessor_says_what_to_run(cluster, work, tmp_pat
 
 def test_usr1_saves_requeues_and_finishes_as_the_uninterrupted_run(cluster, work, tmp_path) -> None:
     output, whole = tmp_path / "interrupted", tmp_path / "whole"
-    job = submit_stage(cluster, work, output, 150)
+    job = submit_stage(cluster, work, output, 60)
     wait_for_steps(cluster, job, output)
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@… makes Slurm send
     deadline = time.monotonic() + 60
     while cluster.field_of(job, "Restarts") != "1":
         assert time.monotonic() < deadline, cluster.logs()
         time.sleep(0.2)
-    assert 0 < len(losses(output)) < 150
+    assert 0 < len(losses(output)) < 60
     cluster.wait_for(job, "COMPLETED")
-    assert "exit code 85: requeued" in cluster.logs() and "resumed from" in cluster.logs()
-    assert run_on_one_host(2, write_stage(work, 150), work / "base", work / "shards", whole) == 0, log_of(whole)
+    assert re.search(r"exit code \d+: requeued", cluster.logs()) and "resumed from" in cluster.logs()
+    assert run_on_one_host(2, write_stage(work, 60), work / "base", work / "shards", whole) == 0, log_of(whole)
     assert losses(output) == losses(whole)
     cluster.wait_until_nothing_runs(str(output))
 
@@ -161,10 +160,10 @@ def test_usr1_saves_requeues_and_finishes_as_the_uninterrupted_run(cluster, work
 def test_the_time_limit_itself_saves_and_requeues(cluster, work, tmp_path) -> None:
     """Slurm looks at its clock every 30 s: with a limit of a minute, USR1 comes after 25 to 55 s."""
     output, whole = tmp_path / "limited", tmp_path / "whole"
-    job = submit_stage(cluster, work, output, 3000, "--time=1", "--signal=B:USR1@5")
-    cluster.wait_for(job, "COMPLETED", seconds=900)
+    job = submit_stage(cluster, work, output, 2500, "--time=1", "--signal=B:USR1@5")
+    cluster.wait_for(job, "COMPLETED", seconds=1500)
     assert int(cluster.field_of(job, "Restarts")) >= 1
-    assert run_on_one_host(2, write_stage(work, 3000), work / "base", work / "shards", whole) == 0, log_of(whole)
+    assert run_on_one_host(2, write_stage(work, 2500), work / "base", work / "shards", whole) == 0, log_of(whole)
     assert losses(output) == losses(whole)
 
 
@@ -190,6 +189,8 @@ def test_a_node_whose_slurmd_dies_gives_the_job_back_to_the_queue(cluster, work,
         assert time.monotonic() < deadline, cluster.logs()
         time.sleep(0.5)
     cluster.wait_until_nothing_runs(str(output))
-    assert cluster.field_of(job, "JobState") == "PENDING"
-    cluster.run("scancel", job)
     cluster.start_node(NODES[1])
+    cluster.wait_for(job, "PENDING", "RUNNING")
+    cluster.run("scancel", job)
+    cluster.wait_for(job, "CANCELLED")
+    cluster.wait_until_nothing_runs(str(output))
