@@ -6,8 +6,8 @@ What follows `--` goes to the trainer. In order: read the hostfile; ask its host
 all-reduce); write the variables that remote ranks need where DeepSpeed reads them; run `deepspeed`; take that file away. A
 hostfile whose only host is localhost needs no ssh: its GPUs are counted, and where there is none its slots are CPU ranks.
 
-The first SIGINT, SIGTERM or SIGHUP asks the ranks of this run alone to stop after the running step (exit code 85); the second kills them.
-DeepSpeed's launcher itself, when signalled, kills every DeepSpeed run on all hosts.
+The first SIGINT, SIGTERM or SIGHUP asks the ranks of this run alone to stop after the running step (exit code 85); the second
+kills them. DeepSpeed's launcher itself, when signalled, kills every DeepSpeed run on all hosts.
 """
 
 from __future__ import annotations

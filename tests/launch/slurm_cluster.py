@@ -48,19 +48,11 @@ class Cluster:
                 return word.partition("=")[2]
         raise AssertionError(f"job {job} has no {name}")
 
-    def release(self, job: str) -> None:
-        """A requeued job waits two minutes by itself; start it now."""
-        if self.field_of(job, "JobState") == "PENDING" and self.field_of(job, "Dependency") == "(null)":
-            environment = self.environment
-            subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=environment, capture_output=True)
-
     def wait_for(self, job: str, *states: str, seconds: float = 240) -> str:
         deadline = time.monotonic() + seconds
         while (state := self.field_of(job, "JobState")) not in states:
             assert time.monotonic() < deadline, f"job {job} is {state}, not {states}\n{self.logs()}"
             assert state not in ("FAILED", "NODE_FAIL", "TIMEOUT", "CANCELLED", "COMPLETED"), f"{job}: {state}\n{self.logs()}"
-            if int(self.field_of(job, "Restarts")):
-                self.release(job)
             time.sleep(0.5)
         return state
 
