@@ -21,5 +21,5 @@ NUM_MERGES="${NUM_MERGES:-8192}"
 
 beingvl() { "$PYTHON" -m beingvl "$@"; }
 
-# An array task's share of the work; a single job is a world of one.
-export RANK="$((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}))" WORLD_SIZE="${SLURM_ARRAY_TASK_COUNT:-1}"
+# An array task finds its share of the work in SLURM_ARRAY_TASK_ID and _COUNT; ranks that the submitting shell may hold would add to it.
+unset RANK WORLD_SIZE LOCAL_RANK

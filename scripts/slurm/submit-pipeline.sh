@@ -7,7 +7,6 @@
 set -euo pipefail
 export REPOSITORY="${REPOSITORY:-$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.." && pwd)}"
 source "$REPOSITORY/scripts/slurm/environment.sh"
-unset RANK WORLD_SIZE # an array task finds its own
 export PYTHON PYTHONPATH WORKSPACE IMAGE_PATH JSON_PATH LLAMA_PATH VQ_PATH VQ_CODES VBPE_PATH BASE_PATH TOKENIZED SHARDS STAGES NUM_MERGES
 JOBS="$WORKSPACE/slurm"
 mkdir -p "$JOBS"
