@@ -11,7 +11,7 @@ from transformers import JanusVQVAE, JanusVQVAEConfig
 from beingvl.cli import main
 from beingvl.errors import InputError
 from beingvl.manifest import MANIFEST_FILE, read_manifest, verify_folder
-from beingvl.tokenizer.vq_codes import CODES_FILE, REJECTED_FILE, CodeFolder, CodeWriter
+from beingvl.tokenizer.vq_codes import CODES_FILE, REJECTED_FILE, CodeFolder
 from beingvl.tokenizer.vqgan import VQGAN, make_processor
 
 KEYS = ["b/2.png", "a.png", "b/10.JPG", "z z/ü.png", "b/1.png"]
@@ -108,10 +108,11 @@ def test_too_many_unreadable_images_stop_the_run(image_path, vq_path, tmp_path, 
     assert read_manifest(tmp_path / "codes").counts == {"images": 4, "rejected": 1}
 
 
-def test_no_readable_image_at_all(tmp_path):
-    with pytest.raises(InputError, match="none of the 1 images could be read"), CodeWriter(tmp_path, 1, (2, 2), 1.0) as writer:
-        writer.reject("a.png", "broken")
-        writer.finish({}, {})
+def test_no_readable_image_at_all(image_path, vq_path, tmp_path, capsys):
+    for key in KEYS:
+        (image_path / key).write_bytes(b"no image")
+    assert encode(image_path, vq_path, tmp_path / "codes", max_rejected=1) == 2
+    assert "none of the 5 images could be read" in capsys.readouterr().err
 
 
 def test_a_finished_output_is_reused_refused_or_replaced(image_path, vq_path, tmp_path, capsys):
@@ -133,7 +134,7 @@ def test_a_finished_output_is_reused_refused_or_replaced(image_path, vq_path, tm
 
 
 WRONG_JSON = {
-    "neither a JSON array nor JSONL": "{",
+    "line 1: not valid JSON": "{",
     "row 2: expected an object": '[{"image": "a.png"}, 7]',
     "row 1: expected an object whose": '{"image": 7}',
     "row 1: expected an object whose `image`": '[{"image": ["a.png", 7]}]',
@@ -157,7 +158,7 @@ def test_wrong_options_are_refused(image_path, vq_path, tmp_path, capsys):
         assert encode(image_path, vq_path, tmp_path / "codes", **options) == 2
         assert message in capsys.readouterr().err
     assert encode(tmp_path / "nowhere", vq_path, tmp_path / "codes") == 2
-    assert "nowhere is not a folder" in capsys.readouterr().err
+    assert "nowhere is not a folder and not a tar file" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert encode(tmp_path / "empty", vq_path, tmp_path / "codes") == 2
     assert "has no images" in capsys.readouterr().err
