@@ -54,8 +54,11 @@ def test_samples_are_views_into_the_memory_map(tmp_path) -> None:
     ],
 )
 def test_impossible_samples_are_refused(tmp_path, ids, spans, message) -> None:
-    with pytest.raises(InputError, match=message):
-        ShardWriter(tmp_path, LAYOUT).add(sample(ids, spans))
+    writer = ShardWriter(tmp_path, LAYOUT)
+    writer.add(sample([1, 2], [(1, 2)]))
+    writer.add(sample(ids, spans, "bad"))
+    with pytest.raises(InputError, match=f"sample 'bad' .*{message}"):
+        writer.finish({}, {})
 
 
 def test_no_sample_at_all(tmp_path) -> None:
@@ -72,7 +75,7 @@ def test_damaged_shards_are_refused(tmp_path) -> None:
         ShardReader(tmp_path)
     path.write_bytes(b"x" * len(data))
     with pytest.raises(InputError, match="not a readable Arrow file"):
-        ShardReader(tmp_path)
+        ShardReader(tmp_path)[32]
     path.unlink()
     with pytest.raises(InputError, match="no such file"):
         ShardReader(tmp_path)
@@ -100,7 +103,7 @@ def build_shards(tmp_path, rows, *more: str) -> int:
 
 
 def test_rows_with_and_without_target_spans_and_merged_image(tmp_path) -> None:
-    rows = [ROW, {**ROW, "token_image_new": [279], "target_spans": [[7, 8]]}]
+    rows = [ROW, {**ROW, "id": 8, "token_image_new": [279], "target_spans": [[7, 8]]}]
     assert build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base")) == 0
     reader = ShardReader(tmp_path / "shards")
     assert reader[0].input_ids.tolist() == [256, 262, 263, 264, 260, 5, 259, 6, 257]
