@@ -217,7 +217,7 @@ def hashes(ids: list[str]) -> np.ndarray:
 
 
 def lines_of(task: PartOfLines) -> Iterator[bytes]:
-    with open(task.path, "rb") as file:
+    with open(task.path, "rb", buffering=1 << 20) as file:
         if task.start:
             file.seek(task.start - 1)
             file.readline()
