@@ -259,6 +259,10 @@ class _Shard:
         starts, values = self._lists[column]
         return values[starts[row] : starts[row + 1]]
 
+    def lists(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """(starts, values) of `input_ids` and of `target_spans`."""
+        return tuple(self._lists.values())
+
     def give_back_pages(self) -> None:
         """Views stay valid: a page that is asked for again is mapped again."""
         self._map.madvise(mmap.MADV_DONTNEED)
@@ -328,6 +332,20 @@ class ShardReader:
             if shard.num_rows != self._starts[number + 1] - self._starts[number]:
                 raise InputError(f"{self.folder / self._names[number]} has {shard.num_rows} rows, not the manifest's; build the shards again")
         return shard
+
+    def check(self) -> None:
+        """Read every sample. Raises InputError for what `write_shard` would have refused, or an index that does not fit."""
+        for number, name in enumerate(self._names):
+            batch = open_batch(self.folder / name)
+            rows = ShardRows(*(batch.column(text).to_pylist() for text in ("id", "image", "category")))
+            (starts, ids), (span_starts, spans) = self._shard(number).lists()
+            rows.target_spans = np.split(spans, span_starts[1:-1])
+            _check_ids(rows, ids, starts, self.layout)
+            _check_spans(rows, spans, span_starts, np.diff(starts))
+            place = slice(self._starts[number], self._starts[number + 1])
+            fits = np.array_equal(self.lengths[place], np.diff(starts))
+            if not fits or not np.array_equal(self.source_of[place], source_indices(batch, self.sources)):
+                raise InputError(f"{self.folder}: the index files do not fit {name}; build the shards again")
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -98,33 +98,32 @@ def pack_window(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 def count_sequences(lengths: np.ndarray, capacity: int) -> int:
     """`len(pack_window(lengths, capacity))`, without saying which sample is where.
 
-    Sequences with as many free tokens are alike, so they are counted: `open_with[free]`. The sizes that are open are the bits of
-    one large integer, whose lowest bit at or above a length is the best fit. All samples of one length go in together.
+    Sequences with as many free tokens are alike, so they are counted: `open_with[free]`. A best-fitting sequence takes samples of
+    one length until none fits, so samples of one length go in together.
     """
     open_with = [0] * (capacity + 1)
-    is_open = 0
+    free_sizes: list[int] = []  # where open_with is not 0, ascending
     num_sequences = 0
     counts = np.bincount(lengths, minlength=1)
-    for length in np.flatnonzero(counts)[::-1].tolist():
-        left = int(counts[length])
+    present = np.flatnonzero(counts)[::-1]
+    for length, left in zip(present.tolist(), counts[present].tolist(), strict=True):
         while left:
-            fitting = is_open >> length
-            if fitting:
-                free = length + (fitting & -fitting).bit_length() - 1
-                available = open_with[free]
-            else:
-                free, available = capacity, left
-            each = min(left, free // length)  # a best-fitting sequence takes samples of this length until none fits
+            found = bisect_left(free_sizes, length)
+            is_new = found == len(free_sizes)
+            free = capacity if is_new else free_sizes[found]
+            available = left if is_new else open_with[free]
+            each = min(left, free // length)
             used = min(available, left // each)
             left -= used * each
-            if fitting:
-                open_with[free] -= used
-                if not open_with[free]:
-                    is_open ^= 1 << free
-            else:
+            if is_new:
                 num_sequences += used
+            else:
+                open_with[free] -= used
+                if used == available:
+                    del free_sizes[found]
             rest = free - each * length
             if rest:
+                if not open_with[rest]:
+                    insort(free_sizes, rest)
                 open_with[rest] += used
-                is_open |= 1 << rest
     return num_sequences
