@@ -88,7 +88,8 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
             raise
         where = f" ({error.filename})" if error.filename else ""
         print(
-            f"beingvl {name}: error: {error.strerror}{where}; nothing finished is lost: make room and start the same command again",
+            f"beingvl {name}: error: {error.strerror}{where}; "
+            "nothing finished is lost: make room and start the same command again",
             file=sys.stderr,
             flush=True,
         )

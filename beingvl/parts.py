@@ -62,7 +62,9 @@ def ranks_of(args: argparse.Namespace, environment: Mapping[str, str] = os.envir
             task = (values["SLURM_ARRAY_TASK_ID"] - values.get("SLURM_ARRAY_TASK_MIN", 0)) // step
             rank, num_ranks = task * num_ranks + rank, num_ranks * values.get("SLURM_ARRAY_TASK_COUNT", 1)
     if not 0 <= rank < num_ranks:
-        raise InputError(f"rank {rank} of {num_ranks} is impossible; give --rank below --num_ranks, or a Slurm array without gaps")
+        raise InputError(
+            f"rank {rank} of {num_ranks} is impossible; give --rank below --num_ranks, or a Slurm array without gaps"
+        )
     return rank, num_ranks
 
 
@@ -230,5 +232,7 @@ def wait_until_complete(output: Path, patience_seconds: float = 1800, poll_secon
         if now != finished:
             finished, since = now, time.monotonic()
         if time.monotonic() - since > patience_seconds:
-            raise InputError(f"{output} is still incomplete and no rank has finished a part in {patience_seconds:g} s; start again")
+            raise InputError(
+                f"{output} is still incomplete and no rank has finished a part in {patience_seconds:g} s; start again"
+            )
         time.sleep(poll_seconds)

@@ -48,7 +48,9 @@ def check_codes(path: Path, manifest: Manifest) -> None:
     for start in range(0, len(folder.codes), 4096):
         largest = int(folder.codes[start : start + 4096].max(initial=0))
         if largest >= folder.num_codes:
-            raise InputError(f"{path} holds the code {largest}, its code book ends at {folder.num_codes - 1}; encode the images again")
+            raise InputError(
+                f"{path} holds the code {largest}, its code book ends at {folder.num_codes - 1}; encode the images again"
+            )
     if len(folder.keys) != len(folder.codes):
         raise InputError(f"{path} has {len(folder.codes)} rows and {len(folder.keys)} keys; encode the images again")
     if any(one >= other for one, other in pairwise(folder.keys)) and "key_offsets.npy" in manifest.files:

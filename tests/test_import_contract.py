@@ -20,6 +20,7 @@ HOMES = {
     "deepspeed": ("train/engine.py", "export/"),
     "numba": ("tokenizer/vbpe_numba.py",),
     "pyarrow": ("data/",),
+    "simdjson": ("data/",),
     "PIL": ("tokenizer/",),
 }
 

@@ -59,7 +59,7 @@ class Sample:
 
 @dataclass
 class ShardRows:
-    """The rows of one shard, by column. `input_ids` and `target_spans` hold one array a row; spans are flat."""
+    """The rows of one shard, by column. `input_ids` and `target_spans` hold one integer array a row; spans are flat."""
 
     id: list[str] = field(default_factory=list)
     image: list[str] = field(default_factory=list)
@@ -152,7 +152,9 @@ def finish_shards(
         pairs = [shard["sources"].get(name, (0, 0)) for shard in shards.values()]
         sources[name] = {"samples": sum(pair[0] for pair in pairs), "tokens": sum(pair[1] for pair in pairs)}
     if len(sources) > MAX_SOURCES:
-        raise InputError(f"{folder}: the samples name {len(sources)} sources, at most {MAX_SOURCES} are possible; is `category` an id?")
+        raise InputError(
+            f"{folder}: the samples name {len(sources)} sources, at most {MAX_SOURCES} are possible; is `category` an id?"
+        )
     counts = {name: sum(shard[name] for shard in shards.values()) for name in ("samples", "tokens", "target_tokens")}
     counts["longest_sample_tokens"] = max(shard["longest_sample_tokens"] for shard in shards.values())
     _write_index(folder, list(shards), list(sources), counts["samples"])
@@ -306,9 +308,13 @@ class ShardReader:
         try:
             found_bytes = path.stat().st_size
         except FileNotFoundError as error:
-            raise InputError(f"{path}: found no such file, the manifest says {expected_bytes} bytes; build the shards again") from error
+            raise InputError(
+                f"{path}: found no such file, the manifest says {expected_bytes} bytes; build the shards again"
+            ) from error
         if found_bytes != expected_bytes:
-            raise InputError(f"{path}: found {found_bytes} bytes, the manifest says {expected_bytes} bytes; build the shards again")
+            raise InputError(
+                f"{path}: found {found_bytes} bytes, the manifest says {expected_bytes} bytes; build the shards again"
+            )
 
     def _index(self, name: str) -> np.ndarray:
         try:
@@ -330,7 +336,9 @@ class ShardReader:
         if shard is None:
             shard = self._open[number] = _Shard(self.folder / self._names[number])
             if shard.num_rows != self._starts[number + 1] - self._starts[number]:
-                raise InputError(f"{self.folder / self._names[number]} has {shard.num_rows} rows, not the manifest's; build the shards again")
+                raise InputError(
+                    f"{self.folder / self._names[number]} has {shard.num_rows} rows, not the manifest's; build the shards again"
+                )
         return shard
 
     def check(self) -> None:

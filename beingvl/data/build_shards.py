@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model_path", type=Path, help="model folder whose vocabulary the ids belong to, for files without a manifest"
     )
-    parser.add_argument("--vbpe_path", type=Path, help="check that every merged image decodes to a whole grid with this vbpe.json")
+    parser.add_argument(
+        "--vbpe_path", type=Path, help="check that every merged image decodes to a whole grid with this vbpe.json"
+    )
     parser.add_argument("--part_bytes", type=int, default=64 << 20, help="bytes of JSONL that become one shard")
     parser.add_argument("--num_workers", type=int, help="processes; default: one a CPU core, 0 works in this one")
     parser.add_argument(
@@ -118,9 +120,7 @@ def content_of(path: Path) -> str:
     return str(entry["hash"])
 
 
-def _layout_and_lineage(
-    paths: list[Path], model_path: Path | None, vbpe_path: Path | None
-) -> tuple[VocabLayout, dict[str, str]]:
+def _layout_and_lineage(paths: list[Path], model_path: Path | None, vbpe_path: Path | None) -> tuple[VocabLayout, dict[str, str]]:
     from beingvl.errors import InputError
     from beingvl.manifest import is_complete, join_lineages, read_manifest
     from beingvl.tokenizer.vbpe import VisualBPE
@@ -263,8 +263,6 @@ def add_row(rows: ShardRows, parser: Any, line: bytes, layout: VocabLayout, vbpe
     merged = fields.get("token_image_new") is not None
     image = _integers(fields, "token_image_new" if merged else "token_image", required=False)
     ids = np.concatenate((before, image, after))
-    if ids.size and (ids.min() < 0 or ids.max() >= 2**31):
-        raise ValueError(f"token ids {ids.min()} … {ids.max()} are not 32-bit ids")
     if fields.get("target_spans") is None:
         spans = np.array([len(ids) - len(after), len(ids)])
     else:
@@ -277,8 +275,8 @@ def add_row(rows: ShardRows, parser: Any, line: bytes, layout: VocabLayout, vbpe
     rows.id.append(str(fields.get("id")))
     rows.image.append(name if isinstance(name, str) else "" if name is None else name.mini.decode())
     rows.category.append(fields.get("category") or "default")
-    rows.input_ids.append(ids.astype(np.int32))
-    rows.target_spans.append(spans.astype(np.int32))
+    rows.input_ids.append(ids)
+    rows.target_spans.append(spans)
 
 
 def _integers(fields: Any, name: str, required: bool = True) -> np.ndarray:
@@ -356,13 +354,14 @@ def refuse_duplicates(parts: Parts, tasks: list[PartOfLines]) -> None:
     from beingvl.errors import InputError
 
     files = [parts.path(task.number) / "id_hashes" for task in tasks]
-    all_hashes = np.sort(np.concatenate([np.fromfile(path, np.uint64) for path in files if path.is_file()] or [np.empty(0, np.uint64)]))
+    all_hashes = np.sort(
+        np.concatenate([np.fromfile(path, np.uint64) for path in files if path.is_file()] or [np.empty(0, np.uint64)])
+    )
     twice = all_hashes[1:][all_hashes[1:] == all_hashes[:-1]]
     if not len(twice):
         return
     for task, path in zip(tasks, files, strict=True):
-        rows = np.flatnonzero(np.fromfile(path, np.uint64) == twice[0]) if path.is_file() else []
-        if len(rows):
+        if path.is_file() and len(rows := np.flatnonzero(np.fromfile(path, np.uint64) == twice[0])):
             name = open_batch(path.with_name("shard.arrow")).column("id")[int(rows[0])].as_py()
             found = f"{len(twice)} rows repeat the id of another row, the first is {name!r} in {task.path}"
             raise InputError(f"{found}; give every row its own id, or keep them with --duplicate_ids keep and --overwrite")

@@ -132,7 +132,7 @@ def permute(numbers: np.ndarray, size: int, key: int) -> np.ndarray:
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
     out = numbers.astype(np.uint64)
-    outside = slice(None)
+    outside: Any = slice(None)
     while True:
         left, right = out[outside] >> half, out[outside] & mask
         for round_number in range(FEISTEL_ROUNDS):

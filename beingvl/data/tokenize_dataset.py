@@ -107,9 +107,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--max_length is {args.max_length}, expected at least 1")
 
 
-def _request(
-    args: argparse.Namespace, codes: CodeFolder | None, vbpe: VisualBPE | LegacyVisualBPE | None
-) -> dict[str, Any]:
+def _request(args: argparse.Namespace, codes: CodeFolder | None, vbpe: VisualBPE | LegacyVisualBPE | None) -> dict[str, Any]:
     from beingvl.manifest import hash_file, join_lineages
 
     names = ("mode", "dataset_name", "template", "max_length", "too_long", "format", "rows_per_part")
@@ -148,7 +146,7 @@ class DatasetFolder:
         return read_manifest(self.folder, "jsonl") if is_complete(self.folder) else None
 
     def is_made_by(self, request: dict[str, Any], quiet: bool = False) -> bool:
-        """Whether this dataset is finished. Raises InputError when it is, but by another request, or contradicts its neighbours."""
+        """Whether this dataset is finished. Raises InputError when another request made it, or it fits no neighbour."""
         from beingvl.errors import InputError
         from beingvl.manifest import join_lineages
 
@@ -477,7 +475,12 @@ def _open_codes(args: argparse.Namespace, rank: int, num_ranks: int) -> CodeFold
     folder = args.output_dir.with_name(args.output_dir.name + "_vq_codes")
     command = ["encode-images", f"--image_path={args.image_path}", f"--json_path={args.json_path}", f"--output_path={folder}"]
     command += [f"--vq_path={args.model_path / 'vqgan'}", f"--batch_size={args.batch_size}", f"--num_workers={args.num_workers}"]
-    command += [f"--dtype={args.torch_dtype}", f"--rank={rank}", f"--num_ranks={num_ranks}", f"--max_rejected={args.max_rejected}"]
+    command += [
+        f"--dtype={args.torch_dtype}",
+        f"--rank={rank}",
+        f"--num_ranks={num_ranks}",
+        f"--max_rejected={args.max_rejected}",
+    ]
     if main(command):
         raise InputError(f"encoding the images of {args.json_path} failed, see above")
     if num_ranks > 1:

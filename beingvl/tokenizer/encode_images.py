@@ -265,6 +265,7 @@ def join_codes(
 
 # ---- reading ----
 
+
 @dataclass(frozen=True)
 class Batch:
     """Consecutive images: the readable ones as `pixels` `[len(keys), 3, H, W]`, the others as (key, reason).

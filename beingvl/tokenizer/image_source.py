@@ -66,13 +66,15 @@ class TarImages:
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
-                    tar.members = []  # type: ignore[assignment]  # tarfile keeps every header it has seen
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
                     name = member.name.removeprefix("./")
                     if not member.isfile() or PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
                         continue
                     if name in self._places:
                         other = self._paths[self._places[name][0]]
-                        raise InputError(f"{path} and {other} both hold {name}: keys must be unique; rename one or encode them apart")
+                        raise InputError(
+                            f"{path} and {other} both hold {name}: keys must be unique; rename one or encode them apart"
+                        )
                     self._places[name] = (number, member.offset_data, member.size)
         except (tarfile.TarError, OSError) as error:
             raise InputError(f"{path} is not a readable, uncompressed tar file ({error}); was it copied completely?") from error

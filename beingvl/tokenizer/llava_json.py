@@ -88,7 +88,9 @@ def _array_values(file: IO[str], path: Path, buffer: str, at: int) -> Iterator[A
                 count, after_value = count + 1, True
                 yield value
                 continue
-        more = "" if (token and after_value) or len(buffer) - at > MAX_ROW_CHARS else file.read(max(BLOCK_CHARS, len(buffer) - at))
+        more = (
+            "" if (token and after_value) or len(buffer) - at > MAX_ROW_CHARS else file.read(max(BLOCK_CHARS, len(buffer) - at))
+        )
         if not more:
             raise InputError(f"{path} is not valid JSON behind element {count} ({problem}); was it copied completely?")
         buffer, at = buffer[at:] + more, 0

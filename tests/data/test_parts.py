@@ -30,7 +30,12 @@ def test_ranks_come_from_options_launcher_and_array() -> None:
     assert ranks_of(argparse.Namespace(rank=1, num_ranks=3), {"RANK": "5", "WORLD_SIZE": "6"}) == (1, 3)
     assert ranks_of(no_options(), {}) == (0, 1)
     assert ranks_of(no_options(), {"RANK": "5", "WORLD_SIZE": "6"}) == (5, 6)
-    array = {"SLURM_ARRAY_TASK_ID": "14", "SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_STEP": "2", "SLURM_ARRAY_TASK_COUNT": "4"}
+    array = {
+        "SLURM_ARRAY_TASK_ID": "14",
+        "SLURM_ARRAY_TASK_MIN": "10",
+        "SLURM_ARRAY_TASK_STEP": "2",
+        "SLURM_ARRAY_TASK_COUNT": "4",
+    }
     assert ranks_of(no_options(), array) == (2, 4)
     assert ranks_of(no_options(), {**array, "RANK": "1", "WORLD_SIZE": "2"}) == (5, 8)
     with pytest.raises(InputError, match="belong together"):
@@ -79,7 +84,12 @@ def inputs(tmp_path_factory) -> Path:
     rows = [{"id": f"r{n}", "image": f"{n % 40}.png", "conversations": turns} for n in range(400)]
     (folder / "rows.json").write_text(json.dumps(rows))
     assert cli.main(commands(folder, folder)["encode-images"]) == 0
-    assert cli.main(["train-vbpe", "--data_path", f"{folder}/encode-images", "--output_path", f"{folder}/vbpe.json", "--num_merges=5"]) == 0
+    assert (
+        cli.main(
+            ["train-vbpe", "--data_path", f"{folder}/encode-images", "--output_path", f"{folder}/vbpe.json", "--num_merges=5"]
+        )
+        == 0
+    )
     assert cli.main(commands(folder, folder)["tokenize"]) == 0
     assert cli.main(commands(folder, folder)["build-shards"]) == 0
     return folder
@@ -99,7 +109,7 @@ def commands(inputs: Path, output: Path) -> dict[str, list[str]]:
 
 
 def killed_while_working(command: list[str], output: Path, after_parts: int, delay: float) -> int:
-    """Start the command in its own process, SIGKILL it `delay` seconds after `after_parts` parts are there; returns its exit code."""
+    """Start the command, SIGKILL it `delay` seconds after `after_parts` parts are there; returns its exit code."""
     process = subprocess.Popen([sys.executable, "-m", "beingvl", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while process.poll() is None and len(list(output.glob("*parts.tmp/[0-9]*"))) < after_parts:
