@@ -13,7 +13,7 @@ reads the manifest and no sample: planning needs the three small files only, all
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -340,6 +340,12 @@ class ShardReader:
                     f"{self.folder / self._names[number]} has {shard.num_rows} rows, not the manifest's; build the shards again"
                 )
         return shard
+
+    def all_ids(self) -> Iterator[np.ndarray]:
+        """The token ids of every shard, end to end."""
+        for number in range(len(self._names)):
+            yield self._shard(number).lists()[0][1]
+            self._shard(number).give_back_pages()
 
     def check(self) -> None:
         """Read every sample. Raises InputError for what `write_shard` would have refused, or an index that does not fit."""
