@@ -82,7 +82,8 @@ class TrainingData:
         """The plan from its file, or made now. Its name is a hash of all that decides it, so it is never out of date."""
         decides = [PLAN_VERSION, WINDOW, self.shards.manifest.content_hash, self.mixture.identity]
         decides += [self._num_samples, self._sequence_length, self._packing]
-        path = self.shards.folder / f"plan-{hash_bytes(json.dumps(decides).encode())[7:23]}.json"
+        # Manifests leave out what ends in .tmp: a plan is no part of the shards.
+        path = self.shards.folder / f"plan-{hash_bytes(json.dumps(decides).encode())[7:23]}.tmp"
         if path.is_file():
             fields = json.loads(path.read_text())
             return PackingPlan(np.cumsum([0, *fields["sequences"]], dtype=np.int64), fields["efficiency"])
