@@ -28,6 +28,7 @@ setup(
         "numpy>=1.26",
         "numba>=0.61",
         "pyarrow>=17",
+        "pysimdjson>=6",
         "pillow>=10",
         "tensorboard>=2.16",
         "matplotlib>=3.8",

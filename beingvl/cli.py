@@ -8,6 +8,7 @@ A command module has a docstring (its first line is the command's description), 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -35,6 +36,7 @@ COMMANDS = {
     "preflight": ("beingvl.launch.preflight", "ask every host of a hostfile whether a run can start there"),
     "verify": ("beingvl.verify", "re-hash an artefact of any step against its manifest"),
 }
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -47,6 +49,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `beingvl ARGV…`; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0].startswith("--local_rank="):  # put there by the deepspeed launcher, which also sets LOCAL_RANK
+        argv = argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
         return 0
@@ -80,6 +84,17 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
         if args.debug:
             raise
         print(f"beingvl {name}: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        if args.debug or error.errno not in DISK_IS_FULL:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"beingvl {name}: error: {error.strerror}{where}; "
+            "nothing finished is lost: make room and start the same command again",
+            file=sys.stderr,
+            flush=True,
+        )
         return 2
     except KeyboardInterrupt:
         return 130

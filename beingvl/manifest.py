@@ -132,7 +132,8 @@ def write_manifest(
     files: dict[str, dict[str, int | str]] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and path.name != MANIFEST_FILE and not path.name.endswith(".tmp"):
+        unfinished = any(part.endswith(".tmp") for part in path.relative_to(folder).parts)
+        if path.is_file() and path.name != MANIFEST_FILE and not unfinished:
             files[name] = {"bytes": path.stat().st_size, "hash": known.get(name) or hash_file(path)}
     manifest = Manifest(kind, shlex.join(sys.argv), dict(counts), dict(lineage), files, dict(details or {}))
     write_atomically(folder / MANIFEST_FILE, to_json(asdict(manifest)))

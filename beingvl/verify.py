@@ -1,9 +1,17 @@
-"""Re-hash an artefact of any step (a folder with a manifest.json) and say whether it is what was written."""
+"""Re-hash an artefact of any step (a folder with a manifest.json), and check that its content makes sense.
+
+Every file must have the hash of the manifest. Shards are read again: ids inside the vocabulary, target spans inside their rows,
+index files that agree with the rows. Codes must be inside the code book, keys sorted and unique, JSONL rows readable.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from beingvl.manifest import Manifest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,7 +21,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from beingvl.manifest import verify_folder
 
+    checks = {"shards": check_shards, "vq_codes": check_codes, "jsonl": check_jsonl}
     for path in args.paths:
         manifest = verify_folder(path)
+        if manifest.kind in checks:
+            checks[manifest.kind](path, manifest)
         size = sum(int(entry["bytes"]) for entry in manifest.files.values())
         print(f"{path}: {manifest.kind}, {len(manifest.files)} files, {size:,} bytes, every hash as written")
+
+
+def check_shards(path: Path, manifest: Manifest) -> None:
+    """Raises InputError for a sample that could not have been written, or an index that does not fit the samples."""
+    from beingvl.data.arrow_shards import ShardReader
+
+    ShardReader(path).check()
+
+
+def check_codes(path: Path, manifest: Manifest) -> None:
+    """Raises InputError for a code outside the code book, or keys that do not fit the rows."""
+    from itertools import pairwise
+
+    from beingvl.errors import InputError
+    from beingvl.tokenizer.vq_codes import CodeFolder
+
+    folder = CodeFolder(path)
+    for start in range(0, len(folder.codes), 4096):
+        largest = int(folder.codes[start : start + 4096].max(initial=0))
+        if largest >= folder.num_codes:
+            raise InputError(
+                f"{path} holds the code {largest}, its code book ends at {folder.num_codes - 1}; encode the images again"
+            )
+    if len(folder.keys) != len(folder.codes):
+        raise InputError(f"{path} has {len(folder.codes)} rows and {len(folder.keys)} keys; encode the images again")
+    if any(one >= other for one, other in pairwise(folder.keys)) and "key_offsets.npy" in manifest.files:
+        raise InputError(f"{path}: the keys are not sorted and unique; encode the images again")
+
+
+def check_jsonl(path: Path, manifest: Manifest) -> None:
+    """Raises InputError that names the line which is not a token row."""
+    from beingvl.data.build_shards import plan_parts, read_part
+    from beingvl.vocab import VocabLayout
+
+    layout = VocabLayout.from_dict(manifest.details["layout"], f"{path}/manifest.json")
+    files = [path / name for name in manifest.files if name.endswith(".jsonl") and "rejected" not in name]
+    for part in plan_parts(files, 64 << 20):
+        read_part(part, layout)

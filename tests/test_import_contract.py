@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "beingvl"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "scripts" not in path.parts)
 
 # A layer imports from itself and from layers before it.
-LAYERS = ["errors", "vocab", "manifest", "tokenizer", "data", "model", "train", "export", "inference"]
+LAYERS = ["errors", "vocab", "manifest", "parts", "tokenizer", "data", "model", "train", "export", "inference"]
 FREE = {"cli", "__main__", "__init__", "verify", "utils", "launch"}  # the command table and entry points stand outside
 NOT_EACH_OTHER = {("export", "inference"), ("inference", "export")}
 
@@ -20,6 +20,7 @@ HOMES = {
     "deepspeed": ("train/engine.py", "export/"),
     "numba": ("tokenizer/vbpe_numba.py",),
     "pyarrow": ("data/",),
+    "simdjson": ("data/",),
     "PIL": ("tokenizer/",),
 }
 

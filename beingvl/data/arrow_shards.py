@@ -1,22 +1,29 @@
 """Arrow token shards: samples on disk, read through the memory map without a copy.
 
     shards/shard-00000.arrow …    one record batch each: id, image, category, input_ids, target_spans
-    shards/manifest.json          counts, vocabulary layout, sources, lineage; written last
+    shards/lengths.npy            [num_samples] int32, tokens of every sample
+    shards/source_of.npy          [num_samples] uint8, index into the manifest's sources
+    shards/members.npy            [num_samples] uint32, sample numbers grouped by source, ascending in each
+    shards/manifest.json          counts, vocabulary layout, sources, rows of every shard, lineage; written last
 
-`ShardWriter` streams rows out, `ShardReader` presents all shards of a folder as one list of samples. Per-sample lengths come
-from the list offsets, so that planning reads four bytes a sample and no token.
+`write_shard` writes a batch of rows, `finish_shards` the rest; `ShardReader` presents a folder as one list of samples. Opening it
+reads the manifest and no sample: planning needs the three small files only, all memory-mapped.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from beingvl.errors import InputError
-from beingvl.manifest import Manifest, read_manifest, start_folder, write_manifest
+from beingvl.manifest import Manifest, hash_file, read_manifest, start_folder, write_manifest
 from beingvl.vocab import VocabLayout
 
 SCHEMA = pa.schema(
@@ -29,6 +36,11 @@ SCHEMA = pa.schema(
     ]
 )
 ROWS_PER_SHARD = 65_536
+MAX_SOURCES = 256
+LENGTHS_FILE, SOURCE_OF_FILE, MEMBERS_FILE = "lengths.npy", "source_of.npy", "members.npy"
+# A page that is read stays in the map, and counts as this process's own memory, until it is given back.
+BYTES_MAPPED_AT_MOST = 32 << 20
+BYTES_MAPPED_BY_A_READ = 64 << 10  # the kernel maps 16 pages around the one that was asked for
 
 
 @dataclass(frozen=True)
@@ -42,80 +54,232 @@ class Sample:
     target_spans: np.ndarray
 
 
+# ---- writing ----
+
+
+@dataclass
+class ShardRows:
+    """The rows of one shard, by column. `input_ids` and `target_spans` hold one integer array a row; spans are flat."""
+
+    id: list[str] = field(default_factory=list)
+    image: list[str] = field(default_factory=list)
+    category: list[str] = field(default_factory=list)
+    input_ids: list[np.ndarray] = field(default_factory=list)
+    target_spans: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, sample: Sample) -> None:
+        self.id.append(sample.id)
+        self.image.append(sample.image)
+        self.category.append(sample.category)
+        self.input_ids.append(sample.input_ids)
+        self.target_spans.append(sample.target_spans.ravel())
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+
+def write_shard(path: Path, rows: ShardRows, layout: VocabLayout) -> dict[str, Any]:
+    """Check and write one shard; returns what `finish_shards` wants to know about it.
+
+    Raises InputError for a row without tokens, ids outside the vocabulary or spans outside the row.
+    """
+    ids, id_starts = _laid_out(rows.input_ids)
+    spans, span_starts = _laid_out(rows.target_spans)
+    _check_ids(rows, ids, id_starts, layout)
+    _check_spans(rows, spans, span_starts, np.diff(id_starts))
+    columns = [pa.array(column, pa.string()) for column in (rows.id, rows.image, rows.category)]
+    for values, starts in ((ids, id_starts), (spans, span_starts)):
+        columns.append(pa.ListArray.from_arrays(pa.array(starts.astype(np.int32)), pa.array(values.astype(np.int32, copy=False))))
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
+    return _summary(path, rows, np.diff(id_starts), int((spans[1::2] - spans[::2]).sum()))
+
+
+def _laid_out(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows end to end, and where each starts `[n + 1]`."""
+    starts = np.zeros(len(arrays) + 1, np.int64)
+    np.cumsum([len(array) for array in arrays], out=starts[1:])
+    if starts[-1] >= 2**31:
+        raise InputError(f"a shard would hold {starts[-1]} tokens, more than 2^31; write fewer rows a shard")
+    return np.concatenate(arrays) if arrays else np.empty(0, np.int32), starts
+
+
+def _check_ids(rows: ShardRows, ids: np.ndarray, starts: np.ndarray, layout: VocabLayout) -> None:
+    empty = np.flatnonzero(np.diff(starts) == 0)
+    if len(empty):
+        raise InputError(f"sample {rows.id[empty[0]]!r} has no tokens")
+    if ids.min() < 0 or ids.max() >= layout.size:
+        at = int(np.argmax((ids < 0) | (ids >= layout.size)))
+        row = int(np.searchsorted(starts, at, side="right")) - 1
+        raise InputError(f"sample {rows.id[row]!r} has id {ids[at]}, the vocabulary ends at {layout.size - 1}")
+
+
+def _check_spans(rows: ShardRows, spans: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
+    """Ascending, inside 1 … length: a row's first token has nothing before it that could predict it."""
+    count = np.diff(starts)
+    row_of = np.repeat(np.arange(len(rows)), count)
+    bad = (spans < 1) | (spans > lengths[row_of])
+    bad[1:] |= (np.diff(spans) < 0) & (row_of[1:] == row_of[:-1])
+    bad |= (count % 2 == 1)[row_of]
+    if bad.any():
+        row = int(row_of[np.argmax(bad)])
+        found = f"sample {rows.id[row]!r} has target_spans {rows.target_spans[row].tolist()}"
+        raise InputError(f"{found} outside its tokens 1 … {lengths[row]} or overlapping")
+
+
+def _summary(path: Path, rows: ShardRows, lengths: np.ndarray, target_tokens: int) -> dict[str, Any]:
+    names, numbers = np.unique(np.array(rows.category, dtype=object), return_inverse=True)
+    samples, tokens = np.bincount(numbers), np.bincount(numbers, weights=lengths)
+    sources = {str(name): [int(s), int(t)] for name, s, t in zip(names, samples, tokens, strict=True)}
+    return {
+        "hash": hash_file(path),
+        "samples": len(rows),
+        "tokens": int(lengths.sum()),
+        "target_tokens": target_tokens,
+        "longest_sample_tokens": int(lengths.max(initial=0)),
+        "sources": sources,
+    }
+
+
+def finish_shards(
+    folder: Path, shards: Mapping[str, Mapping[str, Any]], layout: VocabLayout, lineage: Mapping[str, str], details: Mapping
+) -> Manifest:
+    """Write the index files and the manifest of shards (file name -> what `write_shard` returned), which lie in `folder`."""
+    if not shards:
+        raise InputError(f"{folder}: no sample to write")
+    sources: dict[str, dict[str, int]] = {}
+    for name in sorted({name for shard in shards.values() for name in shard["sources"]}):
+        pairs = [shard["sources"].get(name, (0, 0)) for shard in shards.values()]
+        sources[name] = {"samples": sum(pair[0] for pair in pairs), "tokens": sum(pair[1] for pair in pairs)}
+    if len(sources) > MAX_SOURCES:
+        raise InputError(
+            f"{folder}: the samples name {len(sources)} sources, at most {MAX_SOURCES} are possible; is `category` an id?"
+        )
+    counts = {name: sum(shard[name] for shard in shards.values()) for name in ("samples", "tokens", "target_tokens")}
+    counts["longest_sample_tokens"] = max(shard["longest_sample_tokens"] for shard in shards.values())
+    _write_index(folder, list(shards), list(sources), counts["samples"])
+    details = {
+        **details,
+        "layout": layout.to_dict(),
+        "sources": sources,
+        "rows": {name: shard["samples"] for name, shard in shards.items()},
+    }
+    hashes = {name: shard["hash"] for name, shard in shards.items()}
+    return write_manifest(folder, "shards", {**counts, "shards": len(shards)}, lineage, details, hashes)
+
+
+def _write_index(folder: Path, names: list[str], sources: list[str], num_samples: int) -> None:
+    lengths, source_of = np.empty(num_samples, np.int32), np.empty(num_samples, np.uint8)
+    start = 0
+    for name in names:
+        batch = open_batch(folder / name)
+        rows = slice(start, start + batch.num_rows)
+        lengths[rows], source_of[rows] = np.diff(batch.column("input_ids").offsets.to_numpy()), source_indices(batch, sources)
+        start = rows.stop
+    members = np.argsort(source_of, kind="stable").astype(np.uint32)
+    for name, array in ((LENGTHS_FILE, lengths), (SOURCE_OF_FILE, source_of), (MEMBERS_FILE, members)):
+        temporary = folder / f"{name}.tmp"
+        with open(temporary, "wb") as file:
+            np.save(file, array)
+        temporary.replace(folder / name)
+
+
+def open_batch(path: Path) -> pa.RecordBatch:
+    """The record batch of a shard through the memory map. Raises InputError when it is not one."""
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} is not a readable Arrow file ({error}); build the shards again") from error
+
+
+def source_indices(batch: pa.RecordBatch, sources: list[str]) -> np.ndarray:
+    """`[num_rows]` uint8: index into `sources` of every row."""
+    encoded = batch.column("category").dictionary_encode()
+    to_source = np.array([sources.index(name) for name in encoded.dictionary.to_pylist()], np.uint8)
+    return to_source[encoded.indices.to_numpy(zero_copy_only=False)]
+
+
 class ShardWriter:
-    """Collects rows and writes a shard whenever `rows_per_shard` are there; `finish` writes the manifest."""
+    """Collects samples and writes a shard whenever `rows_per_shard` are there; `finish` writes the manifest."""
 
     def __init__(self, folder: Path, layout: VocabLayout, rows_per_shard: int = ROWS_PER_SHARD) -> None:
         self._folder = start_folder(folder)
         self._layout = layout
         self._rows_per_shard = rows_per_shard
-        self._rows: list[dict] = []
-        self._num_shards = 0
-        self._counts = {"samples": 0, "tokens": 0, "target_tokens": 0, "longest_sample_tokens": 0}
-        self._samples_of_source: dict[str, int] = {}
-        self._tokens_of_source: dict[str, int] = {}
+        self._rows = ShardRows()
+        self._shards: dict[str, dict[str, Any]] = {}
 
     def add(self, sample: Sample) -> None:
-        """Append one sample. Raises InputError for ids outside the vocabulary or spans outside the row."""
-        self._check(sample)
-        num_tokens = len(sample.input_ids)
-        num_targets = int((sample.target_spans[:, 1] - sample.target_spans[:, 0]).sum())
-        self._counts["samples"] += 1
-        self._counts["tokens"] += num_tokens
-        self._counts["target_tokens"] += num_targets
-        self._counts["longest_sample_tokens"] = max(self._counts["longest_sample_tokens"], num_tokens)
-        self._samples_of_source[sample.category] = self._samples_of_source.get(sample.category, 0) + 1
-        self._tokens_of_source[sample.category] = self._tokens_of_source.get(sample.category, 0) + num_tokens
-        self._rows.append(
-            {
-                "id": sample.id,
-                "image": sample.image,
-                "category": sample.category,
-                "input_ids": sample.input_ids,
-                "target_spans": sample.target_spans.ravel(),
-            }
-        )
+        """Append one sample; it is checked when its shard is written."""
+        self._rows.add(sample)
         if len(self._rows) >= self._rows_per_shard:
             self._flush()
 
-    def _check(self, sample: Sample) -> None:
-        ids, spans = sample.input_ids, sample.target_spans
-        if len(ids) == 0:
-            raise InputError(f"sample {sample.id!r} has no tokens")
-        if ids.min() < 0 or ids.max() >= self._layout.size:
-            raise InputError(f"sample {sample.id!r} has id {ids.max()}, the vocabulary ends at {self._layout.size - 1}")
-        flat = spans.ravel()
-        if spans.size and (flat[0] < 1 or flat[-1] > len(ids) or (np.diff(flat) < 0).any()):
-            raise InputError(
-                f"sample {sample.id!r} has target_spans {spans.tolist()} outside its tokens 1 … {len(ids)} or overlapping"
-            )
-
     def _flush(self) -> None:
-        if not self._rows:
-            return
-        path = self._folder / f"shard-{self._num_shards:05d}.arrow"
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-            writer.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=SCHEMA))
-        self._num_shards += 1
-        self._rows = []
+        if len(self._rows):
+            name = shard_name(len(self._shards))
+            self._shards[name] = write_shard(self._folder / name, self._rows, self._layout)
+            self._rows = ShardRows()
 
     def finish(self, lineage: dict[str, str], details: dict) -> Manifest:
-        """Write the last shard and the manifest. Raises InputError when there is no sample at all."""
+        """Write the last shard and the manifest. Raises InputError for an impossible sample, or when there is none at all."""
         self._flush()
-        if not self._num_shards:
-            raise InputError(f"{self._folder}: no sample to write")
-        sources = {
-            name: {"samples": self._samples_of_source[name], "tokens": self._tokens_of_source[name]}
-            for name in sorted(self._samples_of_source)
+        return finish_shards(self._folder, self._shards, self._layout, lineage, details)
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.arrow"
+
+
+# ---- reading ----
+
+
+class _Shard:
+    """One memory-mapped shard. Offsets and values are numpy views into the map."""
+
+    def __init__(self, path: Path) -> None:
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            batch = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map))).get_batch(0)
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{path} is not a readable Arrow file ({error}); build the shards again") from error
+        if batch.schema != SCHEMA:
+            raise InputError(f"{path} has the columns {batch.schema.names}, expected {SCHEMA.names}; build the shards again")
+        self.num_rows = batch.num_rows
+        self._text = {name: _text_views(batch.column(name)) for name in ("id", "image", "category")}
+        self._lists = {
+            name: (batch.column(name).offsets.to_numpy(), batch.column(name).values.to_numpy())
+            for name in ("input_ids", "target_spans")
         }
-        details = {**details, "layout": self._layout.to_dict(), "sources": sources}
-        return write_manifest(self._folder, "shards", {**self._counts, "shards": self._num_shards}, lineage, details)
+
+    def text(self, column: str, row: int) -> str:
+        starts, data = self._text[column]
+        return data[starts[row] : starts[row + 1]].tobytes().decode() if data is not None else ""
+
+    def list(self, column: str, row: int) -> np.ndarray:
+        starts, values = self._lists[column]
+        return values[starts[row] : starts[row + 1]]
+
+    def lists(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """(starts, values) of `input_ids` and of `target_spans`."""
+        return tuple(self._lists.values())
+
+    def give_back_pages(self) -> None:
+        """Views stay valid: a page that is asked for again is mapped again."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def _text_views(column: pa.StringArray) -> tuple[np.ndarray, np.ndarray | None]:
+    _, starts, data = column.buffers()
+    return np.frombuffer(starts, np.int32), np.frombuffer(data, np.uint8) if data is not None and data.size else None
 
 
 class ShardReader:
     """All samples of a finished shard folder, memory-mapped.
 
-    `lengths` [num_samples] int32 (tokens), `source_of` [num_samples] uint8 (index into `sources`).
+    `lengths` [num_samples] int32 (tokens), `source_of` [num_samples] uint8 (index into `sources`), both memory-mapped. Shards are
+    opened when they are first read.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -123,50 +287,99 @@ class ShardReader:
         self.manifest = read_manifest(folder, "shards")
         self.layout = VocabLayout.from_dict(self.manifest.details["layout"], f"{folder}/manifest.json")
         self.sources: list[str] = list(self.manifest.details["sources"])
-        self._batches = [self._open(name) for name in sorted(self.manifest.files) if name.endswith(".arrow")]
-        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        rows: dict[str, int] = self.manifest.details.get("rows", {})
+        self._names = sorted(name for name in self.manifest.files if name.endswith(".arrow"))
+        if set(rows) != set(self._names):
+            raise InputError(f"{folder} was made by an older beingvl; build the shards again")
+        for name in self._names:
+            self._check_size(name)
+        self._starts = np.cumsum([0, *(rows[name] for name in self._names)])
         expected = self.manifest.counts["samples"]
         if self._starts[-1] != expected:
             raise InputError(f"{folder} holds {self._starts[-1]} samples, its manifest says {expected}; build the shards again")
-        self.lengths = np.concatenate([np.diff(_offsets(batch, "input_ids")) for batch in self._batches])
-        self.source_of = np.concatenate([self._source_indices(batch) for batch in self._batches])
+        self.lengths = self._index(LENGTHS_FILE)
+        self.source_of = self._index(SOURCE_OF_FILE)
+        self._open: dict[int, _Shard] = {}
+        self._mapped_bytes = 0
 
-    def _open(self, name: str) -> pa.RecordBatch:
+    def _check_size(self, name: str) -> None:
         path = self.folder / name
         expected_bytes = self.manifest.files[name]["bytes"]
-        if not path.is_file() or path.stat().st_size != expected_bytes:
-            found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
-            raise InputError(f"{path}: found {found}, the manifest says {expected_bytes} bytes; build the shards again")
         try:
-            return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-        except pa.ArrowInvalid as error:
-            raise InputError(f"{path} is not a readable Arrow file ({error}); build the shards again") from error
+            found_bytes = path.stat().st_size
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{path}: found no such file, the manifest says {expected_bytes} bytes; build the shards again"
+            ) from error
+        if found_bytes != expected_bytes:
+            raise InputError(
+                f"{path}: found {found_bytes} bytes, the manifest says {expected_bytes} bytes; build the shards again"
+            )
 
-    def _source_indices(self, batch: pa.RecordBatch) -> np.ndarray:
-        encoded = batch.column("category").dictionary_encode()
-        to_source = np.array([self.sources.index(name) for name in encoded.dictionary.to_pylist()], np.uint8)
-        return to_source[encoded.indices.to_numpy(zero_copy_only=False)]
+    def _index(self, name: str) -> np.ndarray:
+        try:
+            array = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError) as error:
+            raise InputError(f"{self.folder / name} is damaged ({error}); build the shards again") from error
+        if len(array) != len(self):
+            raise InputError(f"{self.folder / name} holds {len(array)} samples, the manifest {len(self)}; build the shards again")
+        return array
+
+    @cached_property
+    def members(self) -> list[np.ndarray]:
+        """Sample numbers of every source, ascending, memory-mapped: the sources are in the order of `sources`."""
+        sizes = [entry["samples"] for entry in self.manifest.details["sources"].values()]
+        return np.split(self._index(MEMBERS_FILE), np.cumsum(sizes)[:-1])
+
+    def _shard(self, number: int) -> _Shard:
+        shard = self._open.get(number)
+        if shard is None:
+            shard = self._open[number] = _Shard(self.folder / self._names[number])
+            if shard.num_rows != self._starts[number + 1] - self._starts[number]:
+                raise InputError(
+                    f"{self.folder / self._names[number]} has {shard.num_rows} rows, not the manifest's; build the shards again"
+                )
+        return shard
+
+    def all_ids(self) -> Iterator[np.ndarray]:
+        """The token ids of every shard, end to end."""
+        for number in range(len(self._names)):
+            yield self._shard(number).lists()[0][1]
+            self._shard(number).give_back_pages()
+
+    def check(self) -> None:
+        """Read every sample. Raises InputError for what `write_shard` would have refused, or an index that does not fit."""
+        for number, name in enumerate(self._names):
+            batch = open_batch(self.folder / name)
+            rows = ShardRows(*(batch.column(text).to_pylist() for text in ("id", "image", "category")))
+            (starts, ids), (span_starts, spans) = self._shard(number).lists()
+            rows.target_spans = np.split(spans, span_starts[1:-1])
+            _check_ids(rows, ids, starts, self.layout)
+            _check_spans(rows, spans, span_starts, np.diff(starts))
+            place = slice(self._starts[number], self._starts[number + 1])
+            fits = np.array_equal(self.lengths[place], np.diff(starts))
+            if not fits or not np.array_equal(self.source_of[place], source_indices(batch, self.sources)):
+                raise InputError(f"{self.folder}: the index files do not fit {name}; build the shards again")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Sample:
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        batch, row = self._batches[shard], int(index - self._starts[shard])
-        return Sample(
-            id=batch.column("id")[row].as_py(),
-            image=batch.column("image")[row].as_py(),
-            category=batch.column("category")[row].as_py(),
-            input_ids=_list_item(batch, "input_ids", row),
-            target_spans=_list_item(batch, "target_spans", row).reshape(-1, 2),
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        shard, row = self._shard(number), int(index - self._starts[number])
+        sample = Sample(
+            id=shard.text("id", row),
+            image=shard.text("image", row),
+            category=shard.text("category", row),
+            input_ids=shard.list("input_ids", row),
+            target_spans=shard.list("target_spans", row).reshape(-1, 2),
         )
+        self._count_mapped(sample.input_ids.nbytes)
+        return sample
 
-
-def _offsets(batch: pa.RecordBatch, column: str) -> np.ndarray:
-    return batch.column(column).offsets.to_numpy()
-
-
-def _list_item(batch: pa.RecordBatch, column: str, row: int) -> np.ndarray:
-    array = batch.column(column)
-    start, end = array.offsets[row].as_py(), array.offsets[row + 1].as_py()
-    return array.values.slice(start, end - start).to_numpy()
+    def _count_mapped(self, num_bytes: int) -> None:
+        self._mapped_bytes += num_bytes + BYTES_MAPPED_BY_A_READ
+        if self._mapped_bytes > BYTES_MAPPED_AT_MOST:
+            for shard in self._open.values():
+                shard.give_back_pages()
+            self._mapped_bytes = 0

@@ -1,58 +1,129 @@
 """[4] JSONL token rows (ours or the published files) -> memory-mapped Arrow shards.
 
+  1. plan_parts    every file is cut at multiples of --part_bytes; a part holds the lines that start inside it
+  2. build_part    parse, check, write one shard; in --num_workers processes     (beingvl/parts.py: killed and started again)
+  3. join_shards   all shards, the index files, and manifest.json last
+
 The sequence of a row is token_0 + image + token_1, where image is token_image_new when the row has it, else token_image.
 A published file without target_spans is accepted: its targets are token_1. A file that `beingvl tokenize` wrote brings its
 vocabulary and lineage in the manifest beside it; for any other file --model_path says which vocabulary its ids belong to.
+Integer lists go from the parser to numpy without becoming Python objects. The result does not depend on workers, ranks or kills.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from beingvl.data.arrow_shards import Sample
+    import numpy as np
+
+    from beingvl.data.arrow_shards import ShardRows
+    from beingvl.parts import Parts
+    from beingvl.tokenizer.vbpe import VisualBPE
     from beingvl.vocab import VocabLayout
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from beingvl.parts import add_rank_arguments
+
     parser.add_argument("--jsonl_path", type=Path, nargs="+", required=True, help="JSONL files of token rows")
     parser.add_argument("--output_path", type=Path, required=True, help="shard folder to write")
     parser.add_argument(
         "--model_path", type=Path, help="model folder whose vocabulary the ids belong to, for files without a manifest"
     )
-    parser.add_argument("--rows_per_shard", type=int, default=65536, help="rows a shard")
+    parser.add_argument(
+        "--vbpe_path", type=Path, help="check that every merged image decodes to a whole grid with this vbpe.json"
+    )
+    parser.add_argument("--part_bytes", type=int, default=64 << 20, help="bytes of JSONL that become one shard")
+    parser.add_argument("--num_workers", type=int, help="processes; default: one a CPU core, 0 works in this one")
+    parser.add_argument(
+        "--duplicate_ids", choices=["refuse", "keep"], default="refuse", help="two rows with one id: an error, or two samples"
+    )
+    add_rank_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a finished output of other inputs")
 
 
 def run(args: argparse.Namespace) -> None:
+    import os
+
     from tqdm import tqdm
 
-    from beingvl.data.arrow_shards import ShardWriter
-    from beingvl.manifest import already_made, hash_file
+    from beingvl.errors import InputError
+    from beingvl.manifest import already_made, is_complete, start_folder
+    from beingvl.parts import Parts, locked, ranks_of, refuse_overwrite_of_many, run_in_processes
 
-    layout, lineage = _layout_and_lineage(args.jsonl_path, args.model_path)
-    request = {"jsonl": [hash_file(path) for path in args.jsonl_path], "lineage": lineage, "rows_per_shard": args.rows_per_shard}
-    if already_made(args.output_path, "shards", request, args.overwrite):
-        return
-    writer = ShardWriter(args.output_path, layout, args.rows_per_shard)
-    for path in args.jsonl_path:
-        with tqdm(
-            total=path.stat().st_size, desc=f"build-shards {path.name}", unit="B", unit_scale=True, disable=None
-        ) as progress:
-            for sample, num_bytes in read_samples(path):
-                writer.add(sample)
-                progress.update(num_bytes)
-    manifest = writer.finish(lineage, {"request": request})
-    samples, tokens, targets = (manifest.counts[name] for name in ("samples", "tokens", "target_tokens"))
-    print(f"{args.output_path}: {samples:,} samples, {tokens:,} tokens, {targets:,} of them targets")
+    if args.part_bytes < 1:
+        raise InputError(f"--part_bytes is {args.part_bytes}, expected at least 1")
+    rank, num_ranks = ranks_of(args)
+    refuse_overwrite_of_many(args.overwrite, num_ranks, args.output_path)
+    layout, lineage = _layout_and_lineage(args.jsonl_path, args.model_path, args.vbpe_path)
+    request = {
+        "jsonl": [content_of(path) for path in args.jsonl_path],
+        "lineage": lineage,
+        "part_bytes": args.part_bytes,
+        "duplicate_ids": args.duplicate_ids,
+    }
+    with locked(args.output_path):
+        if args.overwrite:
+            start_folder(args.output_path)
+            remove_parts(args.output_path)
+        if already_made(args.output_path, "shards", request):
+            remove_parts(args.output_path)
+            return
+        parts = Parts(args.output_path, request)
+    tasks = plan_parts(args.jsonl_path, args.part_bytes)
+    mine = [tasks[number] for number in parts.missing(len(tasks)) if number % num_ranks == rank]
+    workers = min(len(mine), len(os.sched_getaffinity(0)) if args.num_workers is None else args.num_workers)
+    total = sum(task.stop - task.start for task in mine)
+    with tqdm(total=total, desc="build-shards", unit="B", unit_scale=True, disable=None) as progress:
+        prepared = (args.output_path, request, layout, args.vbpe_path)
+        for num_bytes in run_in_processes(build_part, iter(mine), 0 if workers < 2 else workers, prepare_process, prepared):
+            progress.update(num_bytes)
+    with locked(args.output_path):
+        if is_complete(args.output_path):
+            return
+        if missing := parts.missing(len(tasks)):
+            print(f"rank {rank} of {num_ranks} has finished its parts; {len(missing)} of {len(tasks)} are still missing")
+            return
+        join_shards(parts, tasks, args, layout, lineage, request)
 
 
-def _layout_and_lineage(paths: list[Path], model_path: Path | None) -> tuple[VocabLayout, dict[str, str]]:
+def remove_parts(output: Path) -> None:
+    import shutil
+
+    from beingvl.parts import FOLDER
+
+    shutil.rmtree(output / FOLDER, ignore_errors=True)
+
+
+def content_of(path: Path) -> str:
+    """Hash of a JSONL file. The manifest beside it knows the hash of a file that is not younger than itself.
+
+    Raises InputError when the file is not the one of its manifest.
+    """
+    from beingvl.errors import InputError
+    from beingvl.manifest import MANIFEST_FILE, hash_file, is_complete, read_manifest
+
+    entry = read_manifest(path.parent, "jsonl").files.get(path.name) if is_complete(path.parent) else None
+    if entry is None:
+        return hash_file(path)
+    changed = path.stat().st_size != entry["bytes"]
+    if not changed and path.stat().st_mtime_ns > (path.parent / MANIFEST_FILE).stat().st_mtime_ns:
+        changed = hash_file(path) != entry["hash"]
+    if changed:
+        raise InputError(f"{path} changed after its manifest was written; make it again with `beingvl tokenize --overwrite`")
+    return str(entry["hash"])
+
+
+def _layout_and_lineage(paths: list[Path], model_path: Path | None, vbpe_path: Path | None) -> tuple[VocabLayout, dict[str, str]]:
     from beingvl.errors import InputError
     from beingvl.manifest import is_complete, join_lineages, read_manifest
+    from beingvl.tokenizer.vbpe import VisualBPE
     from beingvl.vocab import VocabLayout
 
     layout = VocabLayout.load(model_path) if model_path else None
@@ -66,48 +137,234 @@ def _layout_and_lineage(paths: list[Path], model_path: Path | None) -> tuple[Voc
             layout = layout or VocabLayout.from_dict(manifest.details["layout"], f"{path.parent}/manifest.json")
     if layout is None:
         raise InputError(f"{paths[0]} has no manifest beside it: say with --model_path which vocabulary its ids belong to")
-    return layout, {**join_lineages(lineages), "vocab": layout.fingerprint()}
+    if vbpe_path:
+        vbpe = VisualBPE.load(vbpe_path)
+        lineages[str(vbpe_path)] = {**vbpe.lineage, "vbpe": vbpe.fingerprint()}
+    return layout, {**join_lineages({**lineages, "the vocabulary layout": {"vocab": layout.fingerprint()}})}
 
 
-def read_samples(path: Path) -> Iterator[tuple[Sample, int]]:
-    """(sample, bytes of its line) for every line. Raises InputError that names file and line."""
+# ---- parts ----
+
+
+@dataclass(frozen=True)
+class PartOfLines:
+    """The lines of `path` that start in bytes `start … stop - 1`."""
+
+    number: int
+    path: Path
+    start: int
+    stop: int
+
+
+def plan_parts(paths: list[Path], part_bytes: int) -> list[PartOfLines]:
+    cuts = [
+        (path, start, min(start + part_bytes, size))
+        for path in paths
+        for size in [path.stat().st_size]
+        for start in range(0, size, part_bytes)
+    ]
+    return [PartOfLines(number, *cut) for number, cut in enumerate(cuts)]
+
+
+@dataclass
+class _Process:
+    """What a worker process needs for every part."""
+
+    parts: Parts
+    layout: VocabLayout
+    vbpe: VisualBPE | None
+
+
+_process: _Process  # set by prepare_process, in each worker process
+
+
+def prepare_process(output: Path, request: dict[str, Any], layout: VocabLayout, vbpe_path: Path | None) -> None:
+    global _process
+    from beingvl.parts import Parts
+    from beingvl.tokenizer.vbpe import VisualBPE
+
+    vbpe = VisualBPE.load(vbpe_path) if vbpe_path else None
+    if vbpe is not None and not isinstance(vbpe, VisualBPE):
+        vbpe = None  # a published vocabulary cannot decode
+    _process = _Process(Parts(output, request), layout, vbpe)
+
+
+def build_part(task: PartOfLines) -> int:
+    """One part to one shard; returns its bytes of JSONL. Raises InputError that names file and line."""
+    from beingvl.data.arrow_shards import write_shard
     from beingvl.errors import InputError
 
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+    rows = read_part(task, _process.layout, _process.vbpe)
+    with _process.parts.writing(task.number) as folder:
+        summary = None
+        if len(rows):
             try:
-                yield parse_row(line), len(line)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                found = f"missing field {error}" if isinstance(error, KeyError) else str(error)
-                raise InputError(
-                    f"{path}, line {number}: not a token row ({found}); make the file again with `beingvl tokenize`"
-                ) from error
+                summary = write_shard(folder / "shard.arrow", rows, _process.layout)
+            except InputError as error:
+                raise InputError(f"{task.path}: {error}; make the file again with `beingvl tokenize`") from error
+            hashes(rows.id).tofile(folder / "id_hashes")
+        (folder / "shard.json").write_text(json.dumps(summary))
+    return task.stop - task.start
 
 
-def parse_row(line: bytes | str) -> Sample:
-    """One JSONL line to a sample."""
-    import json
+def hashes(ids: list[str]) -> np.ndarray:
+    """`[n]` uint64, equal for equal ids."""
+    from hashlib import blake2b
 
     import numpy as np
 
-    from beingvl.data.arrow_shards import Sample
+    return np.frombuffer(b"".join(blake2b(name.encode(), digest_size=8).digest() for name in ids), np.uint64)
 
-    row = json.loads(line)
-    image = row["token_image_new"] if row.get("token_image_new") is not None else row.get("token_image") or []
-    input_ids = np.array([*row["token_0"], *image, *row["token_1"]], np.int64)
-    if input_ids.size and (input_ids.min() < 0 or input_ids.max() >= 2**31):
-        raise ValueError(f"token ids {input_ids.min()} … {input_ids.max()} are not 32-bit ids")
-    spans = row.get("target_spans")
-    if spans is None:
-        spans = [(len(input_ids) - len(row["token_1"]), len(input_ids))]
-    name = row.get("image") or ""
-    return Sample(
-        id=str(row["id"]),
-        image=name if isinstance(name, str) else json.dumps(name),
-        category=row.get("category") or "default",
-        input_ids=input_ids.astype(np.int32),
-        target_spans=np.array(spans, np.int32).reshape(-1, 2),
+
+def lines_of(task: PartOfLines) -> Iterator[bytes]:
+    with open(task.path, "rb", buffering=1 << 20) as file:
+        if task.start:
+            file.seek(task.start - 1)
+            file.readline()
+        while file.tell() < task.stop and (line := file.readline()):
+            yield line
+
+
+def read_part(task: PartOfLines, layout: VocabLayout, vbpe: VisualBPE | None = None) -> ShardRows:
+    """All rows of a part. Raises InputError that names file and line."""
+    import simdjson
+
+    from beingvl.data.arrow_shards import ShardRows
+    from beingvl.errors import InputError
+
+    rows = ShardRows()
+    parser = simdjson.Parser()
+    for number, line in enumerate(lines_of(task)):
+        if line.isspace():
+            continue
+        try:
+            add_row(rows, parser, line, layout, vbpe)
+        except (ValueError, TypeError, AttributeError) as error:
+            where = f"{task.path}, line {_lines_before(task) + number + 1}"
+            raise InputError(f"{where}: not a token row ({error}); make the file again with `beingvl tokenize`") from error
+    return rows
+
+
+def _lines_before(task: PartOfLines) -> int:
+    """Lines that start before the part."""
+    count, left = 0, max(0, task.start - 1)
+    with open(task.path, "rb") as file:
+        while left and (block := file.read(min(left, 1 << 20))):
+            count, left = count + block.count(b"\n"), left - len(block)
+    return count + (task.start > 0)
+
+
+def add_row(rows: ShardRows, parser: Any, line: bytes, layout: VocabLayout, vbpe: VisualBPE | None) -> None:
+    """Parse one line into `rows`. No name may refer to a part of the document when the parser takes the next line."""
+    import numpy as np
+
+    fields = parser.parse(line)
+    before, after = _integers(fields, "token_0"), _integers(fields, "token_1")
+    merged = fields.get("token_image_new") is not None
+    image = _integers(fields, "token_image_new" if merged else "token_image", required=False)
+    ids = np.concatenate((before, image, after))
+    if fields.get("target_spans") is None:
+        spans = np.array([len(ids) - len(after), len(ids)])
+    else:
+        spans = _integers(fields, "target_spans")
+    if vbpe is not None and merged and fields.get("token_image") is not None:
+        _check_decodes(image, _integers(fields, "token_image"), layout, vbpe)
+    if fields.get("id") is None:
+        raise ValueError("missing field 'id'")
+    name = fields.get("image")
+    rows.id.append(str(fields.get("id")))
+    rows.image.append(name if isinstance(name, str) else "" if name is None else name.mini.decode())
+    rows.category.append(fields.get("category") or "default")
+    rows.input_ids.append(ids)
+    rows.target_spans.append(spans)
+
+
+def _integers(fields: Any, name: str, required: bool = True) -> np.ndarray:
+    """A list of integers `[n]` int64, nested ones flattened. Raises ValueError when it is something else."""
+    import numpy as np
+
+    value = fields.get(name)
+    if value is None and not required:
+        return np.empty(0, np.int64)
+    if value is None:
+        raise ValueError(f"missing field '{name}'")
+    try:
+        return np.frombuffer(value.as_buffer(of_type="i"), np.int64)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{name} is not a list of integers") from error
+
+
+def _check_decodes(merged: np.ndarray, codes: np.ndarray, layout: VocabLayout, vbpe: VisualBPE) -> None:
+    """Raises ValueError when the merged stream does not stand for the row's own codes, on a grid of some width."""
+    import numpy as np
+
+    image_ids, expected = layout.token_to_image_ids(merged), layout.token_to_image_ids(codes)
+    num_cells = int(vbpe.sizes[image_ids].sum()) if image_ids.size and image_ids.max() < vbpe.num_ids else -1
+    if num_cells != len(expected):
+        raise ValueError(f"token_image_new covers {num_cells} cells, token_image has {len(expected)}: is it another vBPE?")
+    side = round(len(expected) ** 0.5)
+    if side * side == len(expected) and not np.array_equal(vbpe.decode(image_ids, side, side).ravel(), expected):
+        raise ValueError("token_image_new does not decode to token_image: is it another vBPE?")
+
+
+# ---- all parts ----
+
+
+def join_shards(
+    parts: Parts, tasks: list[PartOfLines], args: argparse.Namespace, layout: VocabLayout, lineage: dict[str, str], request: dict
+) -> None:
+    from beingvl.data.arrow_shards import finish_shards
+
+    if args.duplicate_ids == "refuse":
+        refuse_duplicates(parts, tasks)
+    shards = link_shards(parts, len(tasks), args.output_path, "shard")
+    manifest = finish_shards(args.output_path, shards, layout, lineage, {"request": request})
+    parts.remove()
+    samples, tokens, targets = (manifest.counts[name] for name in ("samples", "tokens", "target_tokens"))
+    print(f"{args.output_path}: {samples:,} samples, {tokens:,} tokens, {targets:,} of them targets")
+
+
+def link_shards(parts: Parts, num_parts: int, output: Path, name: str) -> dict[str, dict[str, Any]]:
+    """Give the parts' shards (NAME.arrow, described by NAME.json) their names in `output`; no byte is copied where links work."""
+    import os
+    import shutil
+
+    from beingvl.data.arrow_shards import shard_name
+
+    shards: dict[str, dict[str, Any]] = {}
+    for number, summary in enumerate(parts.read_json(num_parts, f"{name}.json")):
+        if summary is None:  # a part inside one very long line
+            continue
+        target = output / shard_name(len(shards))
+        target.unlink(missing_ok=True)
+        source = parts.path(number) / f"{name}.arrow"
+        try:
+            os.link(source, target)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, target)
+        shards[target.name] = summary
+    return shards
+
+
+def refuse_duplicates(parts: Parts, tasks: list[PartOfLines]) -> None:
+    """Raises InputError that names an id which two rows have. Takes 16 bytes a row."""
+    import numpy as np
+
+    from beingvl.data.arrow_shards import open_batch
+    from beingvl.errors import InputError
+
+    files = [parts.path(task.number) / "id_hashes" for task in tasks]
+    all_hashes = np.sort(
+        np.concatenate([np.fromfile(path, np.uint64) for path in files if path.is_file()] or [np.empty(0, np.uint64)])
     )
+    twice = all_hashes[1:][all_hashes[1:] == all_hashes[:-1]]
+    if not len(twice):
+        return
+    for task, path in zip(tasks, files, strict=True):
+        if path.is_file() and len(rows := np.flatnonzero(np.fromfile(path, np.uint64) == twice[0])):
+            name = open_batch(path.with_name("shard.arrow")).column("id")[int(rows[0])].as_py()
+            found = f"{len(twice)} rows repeat the id of another row, the first is {name!r} in {task.path}"
+            raise InputError(f"{found}; give every row its own id, or keep them with --duplicate_ids keep and --overwrite")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The loader: from (step, rank, micro step) to one packed micro-batch, as a pure function.
 
     1. Mixture.draw          k-th sample of the global order      [num_samples]
-    2. plan_packing          samples -> sequences                 [num_sequences]
+    2. plan_packing          how many sequences each window of 4096 samples packs into     [num_windows]
     3. step s                takes sequences s*B … (s+1)*B - 1,   B = sequences_per_step
     4. TrainingData.micro_batch   this rank's share of one micro step, concatenated into one row
 
@@ -11,16 +11,21 @@ the next step.
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass
 
 import numpy as np
 
 from beingvl.data.arrow_shards import Sample, ShardReader
 from beingvl.data.mixture import Mixture
-from beingvl.data.packing import plan_packing, plan_unpacked
+from beingvl.data.packing import WINDOW, PackingPlan, pack_window, plan_packing
+from beingvl.manifest import hash_bytes, write_atomically
 from beingvl.vocab import VocabLayout
 
 IGNORED = -100
+PLAN_VERSION = 1  # of the arithmetic of mixture and packing
+WINDOWS_KEPT = 2
 LOSS_ON = ("response", "text", "all")
 
 
@@ -46,7 +51,11 @@ class MicroBatch:
 
 
 class TrainingData:
-    """What a stage trains on: shards in mixture order, packed, cut into optimizer steps."""
+    """What a stage trains on: shards in mixture order, packed, cut into optimizer steps.
+
+    Opening it plans the number of sequences of every window of the global order; that is kept in a small file beside the shards,
+    so that the next rank, or the next start, has it at once. A window's samples are drawn and packed when a step reads it.
+    """
 
     def __init__(
         self,
@@ -61,10 +70,28 @@ class TrainingData:
         self.shards = shards
         self.mixture = mixture
         self.sequences_per_step = sequences_per_step
+        self._num_samples, self._sequence_length, self._packing = num_samples, sequence_length, packing
         self._loss_on = loss_on
-        self._drawn = mixture.draw(0, num_samples)
-        lengths = shards.lengths[self._drawn]
-        self.plan = plan_packing(lengths, sequence_length) if packing else plan_unpacked(lengths, sequence_length)
+        self._windows: dict[int, list[np.ndarray]] = {}
+        self.plan = self._kept_plan()
+
+    def _lengths(self, start: int, stop: int) -> np.ndarray:
+        return self.shards.lengths[self.mixture.draw(start, stop)]
+
+    def _kept_plan(self) -> PackingPlan:
+        """The plan from its file, or made now. Its name is a hash of all that decides it, so it is never out of date."""
+        decides = [PLAN_VERSION, WINDOW, self.shards.manifest.content_hash, self.mixture.identity]
+        decides += [self._num_samples, self._sequence_length, self._packing]
+        # Manifests leave out what ends in .tmp: a plan is no part of the shards.
+        path = self.shards.folder / f"plan-{hash_bytes(json.dumps(decides).encode())[7:23]}.tmp"
+        if path.is_file():
+            fields = json.loads(path.read_text())
+            return PackingPlan(np.cumsum([0, *fields["sequences"]], dtype=np.int64), fields["efficiency"])
+        plan = plan_packing(self._lengths, self._num_samples, self._sequence_length, self._packing)
+        if os.access(self.shards.folder, os.W_OK):  # shards may lie on a read-only disk: then every start plans anew
+            fields = {"sequences": np.diff(plan.starts).tolist(), "efficiency": plan.efficiency}
+            write_atomically(path, json.dumps(fields))
+        return plan
 
     @property
     def num_steps(self) -> int:
@@ -77,18 +104,35 @@ class TrainingData:
         end = min(start + micro_batch_size, self.plan.num_sequences)
         return range(start, max(start, end))
 
+    def samples_of(self, sequence: int) -> np.ndarray:
+        """Sample indices of one sequence."""
+        window, number = self.plan.window_of(sequence)
+        if window not in self._windows:
+            if len(self._windows) >= WINDOWS_KEPT:
+                self._windows.pop(next(iter(self._windows)))
+            self._windows[window] = self._pack(window)
+        return self._windows[window][number]
+
+    def _pack(self, window: int) -> list[np.ndarray]:
+        start = window * WINDOW
+        drawn = self.mixture.draw(start, min(start + WINDOW, self._num_samples))
+        if not self._packing:
+            return list(drawn.reshape(-1, 1))
+        sequences = [drawn[positions] for positions in pack_window(self.shards.lengths[drawn], self._sequence_length)]
+        assert len(sequences) == self.plan.starts[window + 1] - self.plan.starts[window]
+        return sequences
+
     def micro_batch(self, step: int, micro_step: int, rank: int, num_ranks: int, micro_batch_size: int) -> MicroBatch:
         """Collate the samples of one micro step of one rank. Steps count from 0."""
         numbers = self.sequence_numbers(step, micro_step, rank, num_ranks, micro_batch_size)
-        positions = [position for number in numbers for position in self.plan.sequence(number)]
-        indices = [int(self._drawn[position]) for position in positions]
+        indices = [int(index) for number in numbers for index in self.samples_of(number)]
         sources = [int(self.shards.source_of[index]) for index in indices]
         return collate([self.shards[index] for index in indices], sources, self.shards.layout, self._loss_on)
 
     def realised_shares(self) -> dict[str, float]:
         """Share of every source among the samples of the whole run."""
-        counts = np.bincount(self.shards.source_of[self._drawn], minlength=len(self.shards.sources))
-        return {name: float(count / max(1, counts.sum())) for name, count in zip(self.shards.sources, counts, strict=True)}
+        counts = self.mixture.counts(self._num_samples)
+        return {name: counts.get(name, 0) / max(1, self._num_samples) for name in self.shards.sources}
 
 
 def collate(samples: list[Sample], sources: list[int], layout: VocabLayout, loss_on: str = "response") -> MicroBatch:

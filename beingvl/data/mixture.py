@@ -4,19 +4,24 @@ Draws come in blocks of 100. A block holds an exact quota of every source, shuff
 through a seeded permutation of that source, a new permutation for every pass, so nothing repeats within a pass.
 
     weights 80 / 20, block 0:  quotas 80 and 20  ->  slots shuffled:  0 0 1 0 0 0 1 0 …
-    source 1, its 3rd draw  ->  permutation(seed, source 1, pass 0)[2]
+    source 1, its 3rd draw  ->  permute(2, size of source 1, key of (seed, source 1, pass 0))
+
+Nothing is stored: a permutation is a formula (`permute`), so any range of the order costs only its own length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
 from beingvl.errors import InputError
 
 BLOCK = 100
+BLOCKS_AT_ONCE = 2000  # bounds the memory of a long draw
+FEISTEL_ROUNDS = 6
 
 
 class Mixture:
@@ -42,8 +47,15 @@ class Mixture:
         total = sum(drawn.values())
         self._shares = [weight / total for weight in drawn.values()]
         self._largest = max(range(len(self._shares)), key=lambda s: self._shares[s])
-        self._members = [np.flatnonzero(source_of == index) for index in self._indices]
-        self._permutations: dict[tuple[int, int], np.ndarray] = {}
+        self._members = [np.flatnonzero(source_of == index).astype(np.uint32) for index in self._indices]
+        for name, members in zip(drawn, self._members, strict=True):
+            if not len(members):
+                raise InputError(f"the mixture draws from {name!r}, which has no sample; leave it out of beingvl.mixture")
+
+    @property
+    def identity(self) -> list[Any]:
+        """What, besides the samples, decides the order."""
+        return [self.seed, [[self.sources[index], str(share)] for index, share in zip(self._indices, self._shares, strict=True)]]
 
     @property
     def num_samples(self) -> int:
@@ -51,42 +63,81 @@ class Mixture:
         return sum(map(len, self._members))
 
     def draw(self, start: int, stop: int) -> np.ndarray:
-        """Sample indices `[stop - start]` int64 at positions start … stop-1 of the global order."""
-        blocks = [self._block(number) for number in range(start // BLOCK, -(-stop // BLOCK))]
-        first = start // BLOCK * BLOCK
-        return np.concatenate(blocks)[start - first : stop - first] if blocks else np.empty(0, np.int64)
+        """Sample indices `[stop - start]` uint32 at positions start … stop-1 of the global order."""
+        first, last = start // BLOCK, -(-stop // BLOCK)
+        blocks = [self._blocks(at, min(at + BLOCKS_AT_ONCE, last)) for at in range(first, last, BLOCKS_AT_ONCE)]
+        drawn = np.concatenate(blocks) if blocks else np.empty(0, np.uint32)
+        return drawn[start - first * BLOCK : stop - first * BLOCK]
+
+    def counts(self, num_samples: int) -> dict[str, int]:
+        """How many of the first `num_samples` draws come from each source."""
+        whole, rest = divmod(num_samples, BLOCK)
+        totals = np.array(self._allotment(whole))
+        if rest:
+            totals = totals + np.bincount(self._slots(whole, whole + 1)[0, :rest], minlength=len(totals))
+        return {self.sources[index]: int(count) for index, count in zip(self._indices, totals, strict=True)}
 
     def _allotment(self, num_blocks: int) -> list[int]:
         """Draws per source in the first `num_blocks` blocks; what rounding leaves goes to the largest source."""
-        counts = [int(share * BLOCK * num_blocks) for share in self._shares]
-        counts[self._largest] += BLOCK * num_blocks - sum(counts)
+        draws = BLOCK * num_blocks
+        counts = [share.numerator * draws // share.denominator for share in self._shares]
+        counts[self._largest] += draws - sum(counts)
         return counts
 
-    def _block(self, number: int) -> np.ndarray:
-        before, after = self._allotment(number), self._allotment(number + 1)
-        slots = np.repeat(np.arange(len(self._shares)), np.subtract(after, before))
-        slots = self._generator(0, number).permutation(slots)
-        out = np.empty(BLOCK, np.int64)
-        for source, first_draw in enumerate(before):
+    def _slots(self, first: int, last: int) -> np.ndarray:
+        """`[last - first, BLOCK]`: which source every place of these blocks draws from."""
+        quotas = np.diff(np.array([self._allotment(number) for number in range(first, last + 1)]), axis=0)
+        sorted_slots = np.repeat(np.tile(np.arange(len(self._shares)), last - first), quotas.ravel()).reshape(-1, BLOCK)
+        places = np.arange(first * BLOCK, last * BLOCK, dtype=np.uint64)
+        order = np.argsort(mix(places, self._key(0, 0)).reshape(-1, BLOCK), axis=1, kind="stable")
+        return np.take_along_axis(sorted_slots, order, axis=1)
+
+    def _blocks(self, first: int, last: int) -> np.ndarray:
+        slots = self._slots(first, last).ravel()
+        out = np.empty(len(slots), np.uint32)
+        for source, first_draw in enumerate(self._allotment(first)):
             places = np.flatnonzero(slots == source)
             out[places] = self._nth_draws(source, np.arange(first_draw, first_draw + len(places)))
         return out
 
     def _nth_draws(self, source: int, numbers: np.ndarray) -> np.ndarray:
+        """Draws `numbers` (ascending) of a source: pass by pass, each in its own permutation."""
         members = self._members[source]
-        passes, positions = np.divmod(numbers, len(members))
-        out = np.empty(len(numbers), np.int64)
-        for pass_number in np.unique(passes):
-            chosen = passes == pass_number
-            out[chosen] = members[self._permutation(source, int(pass_number))[positions[chosen]]]
+        out = np.empty(len(numbers), np.uint32)
+        passes = numbers // len(members)
+        for pass_number in np.unique(passes).tolist():
+            chosen = slice(*np.searchsorted(passes, [pass_number, pass_number + 1]))
+            key = self._key(1 + source, pass_number)
+            out[chosen] = members[permute(numbers[chosen] - pass_number * len(members), len(members), key)]
         return out
 
-    def _permutation(self, source: int, pass_number: int) -> np.ndarray:
-        key = (source, pass_number)
-        if key not in self._permutations:
-            self._permutations = {k: v for k, v in self._permutations.items() if k[0] != source or k[1] >= pass_number - 1}
-            self._permutations[key] = self._generator(1 + source, pass_number).permutation(len(self._members[source]))
-        return self._permutations[key]
+    def _key(self, stream: int, number: int) -> int:
+        return int(np.random.SeedSequence([self.seed, stream, number]).generate_state(1, np.uint64)[0])
 
-    def _generator(self, stream: int, number: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, stream, number])))
+
+def mix(values: np.ndarray, key: int) -> np.ndarray:
+    """Scatter `values` uint64 over all 64 bits (the finaliser of splitmix64, of value and key)."""
+    x = values + np.uint64(key)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(numbers: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Where a pseudo-random permutation of 0 … size-1 sends `numbers`, int64, each in constant time and memory.
+
+    A Feistel network permutes the numbers of an even number of bits; what falls outside 0 … size-1 is sent again until it does
+    not, which leaves a permutation of the inside ("cycle walking": Black and Rogaway, 2002).
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    out = numbers.astype(np.uint64)
+    outside: Any = slice(None)
+    while True:
+        left, right = out[outside] >> half, out[outside] & mask
+        for round_number in range(FEISTEL_ROUNDS):
+            left, right = right, left ^ (mix(right, (key + round_number * 0x9E3779B97F4A7C15) % 2**64) & mask)
+        out[outside] = (left << half) | right
+        outside = np.flatnonzero(out >= size)
+        if not len(outside):
+            return out.astype(np.int64)

@@ -1,33 +1,44 @@
-"""[3] LLaVA JSON + images (or vq_codes/) + vbpe.json -> token rows in JSONL.
+"""[3] LLaVA JSON + images (or vq_codes/) + vbpe.json -> token rows in JSONL, or straight to Arrow shards.
 
 Steps, in order:
-  1. image codes      from --vq_codes, or encoded now with the model folder's VQ-GAN into OUTPUT_DIR/vq_codes
-  2. parse            every row's conversation; a malformed one goes to rejected.jsonl with its index and reason
-  3. write            NAME_base.jsonl (VQ codes) and NAME_vbpe.jsonl (merged), one row a sample
-  4. manifest.json    last
+  1. image codes      from --vq_codes, or encoded now with the model folder's VQ-GAN into OUTPUT_DIR_vq_codes
+  2. stream_rows      one row after the other, whatever the size of the file; every 4096 rows are a part (beingvl/parts.py)
+  3. tokenize_part    in --num_workers processes; a malformed row goes to rejected.jsonl with its index and reason
+  4. join             NAME_base.jsonl (VQ codes) and NAME_vbpe.jsonl (merged), one row a sample; --format arrow: folders of shards
+  5. manifest.json    last; several datasets may share OUTPUT_DIR, each is added to the manifest when it is finished
 
 A row: id, image, category, conversations, token_0, token_image (codes), token_image_new (merged), token_1, and target_spans
-(start, end) in token_0 + image + token_1.
+(start, end) in token_0 + image + token_1. Ranks, workers and kills do not change a byte.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
+
+from beingvl.tokenizer.llava_json import image_keys, stream_rows
 
 if TYPE_CHECKING:
     from beingvl.data.conversation import TextEncoder, TokenizedSample
+    from beingvl.manifest import Manifest
+    from beingvl.parts import Parts
     from beingvl.tokenizer.vbpe import VisualBPE
     from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
     from beingvl.tokenizer.vq_codes import CodeFolder
     from beingvl.vocab import VocabLayout
 
+REJECTED_FILE = "rejected.jsonl"
 DEFAULT_CATEGORY = {"pt": "foundation", "sft": "instruction"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from beingvl.parts import add_rank_arguments
+
     parser.add_argument(
         "--mode", choices=["pt", "sft"], default="sft", help="category of rows that name none: pt foundation, sft instruction"
     )
@@ -41,73 +52,357 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vq_codes", type=Path, help="folder of encode-images; without it the images are encoded now")
     parser.add_argument("--dataset_name", default="data", help="NAME in the output files' names")
     parser.add_argument("--template", choices=["default", "being-vl-0.5"], default="default", help="chat template")
-    parser.add_argument("--max_length", type=int, help="reject samples of more tokens than this")
+    parser.add_argument("--format", choices=["jsonl", "arrow"], default="jsonl", help="JSONL files, or folders of shards at once")
+    parser.add_argument("--max_length", type=int, help="longest sample, in tokens")
+    parser.add_argument(
+        "--too_long", choices=["reject", "truncate"], default="reject", help="what happens to samples over --max_length"
+    )
+    parser.add_argument("--rows_per_part", type=int, default=4096, help="rows that are finished, or lost by a kill, together")
     parser.add_argument("--max_rejected", type=float, default=0.01, help="fail when more than this share of rows is rejected")
     parser.add_argument("--batch_size", type=int, default=16, help="images a batch, when images are encoded now")
-    parser.add_argument("--num_workers", type=int, default=1, help="processes that decode images, when images are encoded now")
+    parser.add_argument("--num_workers", type=int, default=1, help="processes that tokenize, or decode images")
     parser.add_argument(
         "--torch_dtype", default="float32", choices=["float32", "bfloat16"], help="of the VQ-GAN, when images are encoded now"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a finished output of other inputs")
+    add_rank_arguments(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace this dataset, finished or not")
 
 
 def run(args: argparse.Namespace) -> None:
-    from beingvl.data.conversation import TextEncoder
-    from beingvl.errors import InputError
-    from beingvl.manifest import already_made, hash_file, join_lineages, write_manifest
+    from beingvl.parts import Parts, locked, ranks_of, refuse_overwrite_of_many
     from beingvl.vocab import VocabLayout
 
+    check_arguments(args)
+    rank, num_ranks = ranks_of(args)
+    refuse_overwrite_of_many(args.overwrite, num_ranks, args.output_dir)
     layout = VocabLayout.load(args.model_path)
-    rows = read_rows(args.json_path)
-    codes = _open_codes(args, rows)
+    codes = _open_codes(args, rank, num_ranks)
     vbpe = _open_vbpe(args.vbpe_path, layout) if args.vbpe_path else None
-    lineage = join_lineages(_lineages(args, codes, vbpe))
-    request = {
+    request = _request(args, codes, vbpe)
+    output = DatasetFolder(args.output_dir, args.dataset_name, layout)
+    with locked(args.output_dir):
+        if args.overwrite:
+            output.remove()
+        if output.is_made_by(request):
+            return
+        parts = Parts(args.output_dir, request, output.parts_name)
+    num_rows = tokenize_parts(parts, args, codes, rank, num_ranks)
+    num_parts = -(-num_rows // args.rows_per_part)
+    with locked(args.output_dir):
+        if output.is_made_by(request, quiet=True):
+            return
+        if missing := parts.missing(num_parts):
+            print(f"rank {rank} of {num_ranks} has finished its parts; {len(missing)} of {num_parts} are still missing")
+            return
+        join_dataset(output, parts, num_parts, num_rows, args, request)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    from beingvl.errors import InputError
+
+    for name, least in (("rows_per_part", 1), ("num_workers", 0), ("max_rejected", 0)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name} is {getattr(args, name)}, expected at least {least}")
+    if args.max_length is not None and args.max_length < 1:
+        raise InputError(f"--max_length is {args.max_length}, expected at least 1")
+
+
+def _request(args: argparse.Namespace, codes: CodeFolder | None, vbpe: VisualBPE | LegacyVisualBPE | None) -> dict[str, Any]:
+    from beingvl.manifest import hash_file, join_lineages
+
+    names = ("mode", "dataset_name", "template", "max_length", "too_long", "format", "rows_per_part")
+    return {
         "json": hash_file(args.json_path),
         "codes": codes.manifest.content_hash if codes else None,
-        "lineage": lineage,
-        **{name: getattr(args, name) for name in ("mode", "dataset_name", "template", "max_length")},
+        "lineage": join_lineages(_lineages(args, codes, vbpe)),
+        **{name: getattr(args, name) for name in names},
     }
-    if already_made(args.output_dir, "jsonl", request, args.overwrite):
-        return
-    tokenizer = RowTokenizer(
-        TextEncoder(args.model_path, layout), layout, codes, vbpe, args.template, DEFAULT_CATEGORY[args.mode]
-    )
-    counts = _write_rows(rows, tokenizer, args.output_dir, args.dataset_name, args.max_length)
-    if counts["rejected"] > args.max_rejected * len(rows):
-        listing = args.output_dir / "rejected.jsonl"
-        found = f"{counts['rejected']} of {len(rows)} rows of {args.json_path} were rejected, more than {args.max_rejected:.1%}"
-        raise InputError(f"{found} (--max_rejected); the first: {listing.read_text().splitlines()[0]}; all are in {listing}")
-    write_manifest(args.output_dir, "jsonl", counts, lineage, {"layout": layout.to_dict(), "request": request})
-    print(f"{args.output_dir}: {counts['rows']} rows, {counts['rejected']} rejected")
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a LLaVA JSON array or a JSONL file. Raises InputError that names the damaged line."""
+    """All rows of a LLaVA JSON array or a JSONL file. Raises InputError that says where it is damaged."""
+    return list(stream_rows(path))
+
+
+# ---- the output folder ----
+
+
+class DatasetFolder:
+    """One dataset's part of an output folder, which several may share: its files, and its entry in the manifest's `datasets`."""
+
+    def __init__(self, folder: Path, name: str, layout: VocabLayout) -> None:
+        self.folder, self.name, self.layout = folder, name, layout
+        self.parts_name = f"{name}.parts.tmp"
+
+    def file(self, variant: str) -> Path:
+        return self.folder / f"{self.name}_{variant}.jsonl"
+
+    def shards(self, variant: str) -> Path:
+        return self.folder / f"{self.name}_{variant}"
+
+    def _manifest(self) -> Manifest | None:
+        from beingvl.manifest import is_complete, read_manifest
+
+        return read_manifest(self.folder, "jsonl") if is_complete(self.folder) else None
+
+    def is_made_by(self, request: dict[str, Any], quiet: bool = False) -> bool:
+        """Whether this dataset is finished. Raises InputError when another request made it, or it fits no neighbour."""
+        from beingvl.errors import InputError
+        from beingvl.manifest import join_lineages
+
+        manifest = self._manifest()
+        if manifest is None:
+            return False
+        datasets = manifest.details["datasets"]
+        entry = datasets.get(self.name)
+        if entry is None:
+            others = {f"{self.folder} ({name})": other["lineage"] for name, other in datasets.items()}
+            join_lineages({**others, f"{self.folder} ({self.name})": request["lineage"]})
+            return False
+        made_by = entry["request"]
+        different = [key for key in {**made_by, **request} if made_by.get(key) != request.get(key)]
+        if different:
+            raise InputError(
+                f"{self.folder} is finished, but {self.name} has another {different[0]} (found {made_by.get(different[0])!r}, "
+                f"asked for {request.get(different[0])!r}); choose another folder or add --overwrite"
+            )
+        if not quiet:
+            print(f"{self.folder}: {self.name} is finished already, with the same inputs: reused")
+        return True
+
+    def remove(self) -> None:
+        """Take this dataset out of the folder; the others stay complete."""
+        import shutil
+
+        from beingvl.manifest import MANIFEST_FILE
+
+        manifest = self._manifest()
+        if manifest is not None and self.name in manifest.details["datasets"]:
+            others = {name: entry for name, entry in manifest.details["datasets"].items() if name != self.name}
+            lines = self._rejected_of_others()
+            (self.folder / MANIFEST_FILE).unlink()
+            self._delete_files()
+            if others:
+                self._write(others, lines, {name: str(entry["hash"]) for name, entry in manifest.files.items()})
+        shutil.rmtree(self.folder / self.parts_name, ignore_errors=True)
+
+    def _delete_files(self) -> None:
+        import shutil
+
+        for variant in ("base", "vbpe"):
+            self.file(variant).unlink(missing_ok=True)
+            shutil.rmtree(self.shards(variant), ignore_errors=True)
+
+    def _rejected_of_others(self) -> list[str]:
+        path = self.folder / REJECTED_FILE
+        if self._manifest() is None or not path.is_file():
+            return []
+        with open(path, encoding="utf-8", newline="\n") as file:
+            return [line for line in file if json.loads(line)["dataset"] != self.name]
+
+    def finish(self, entry: dict[str, Any], rejected: list[str], known_hashes: dict[str, str]) -> None:
+        """Add this dataset, whose files are in their places, to the manifest."""
+        manifest = self._manifest()
+        datasets = {**(manifest.details["datasets"] if manifest else {}), self.name: entry}
+        earlier = {name: str(file["hash"]) for name, file in manifest.files.items()} if manifest else {}
+        self._write(datasets, self._rejected_of_others() + rejected, {**earlier, **known_hashes})
+
+    def _write(self, datasets: dict[str, Any], rejected: list[str], known_hashes: dict[str, str]) -> None:
+        from beingvl.manifest import join_lineages, write_atomically, write_manifest
+
+        write_atomically(self.folder / REJECTED_FILE, "".join(sorted(rejected, key=_dataset_and_index)))
+        known_hashes.pop(REJECTED_FILE, None)
+        counts: dict[str, int] = {}
+        for entry in datasets.values():
+            for name, value in entry["counts"].items():
+                counts[name] = max(counts.get(name, 0), value) if name.startswith("longest") else counts.get(name, 0) + value
+        lineage = join_lineages({name: entry["lineage"] for name, entry in datasets.items()})
+        details = {"layout": self.layout.to_dict(), "datasets": dict(sorted(datasets.items()))}
+        write_manifest(self.folder, "jsonl", counts, lineage, details, known_hashes)
+
+
+def _dataset_and_index(line: str) -> tuple[str, int]:
+    entry = json.loads(line)
+    return entry["dataset"], entry["index"]
+
+
+# ---- one part ----
+
+
+@dataclass
+class _Process:
+    """What a worker process needs for every part."""
+
+    parts: Parts
+    tokenizer: RowTokenizer
+    layout: VocabLayout
+    args: argparse.Namespace
+
+
+_process: _Process  # set by prepare_process, in each worker process
+
+
+def prepare_process(args: argparse.Namespace, request: dict[str, Any], codes_path: Path | None) -> None:
+    global _process
+    from beingvl.data.conversation import TextEncoder
+    from beingvl.parts import Parts
+    from beingvl.tokenizer.vq_codes import CodeFolder
+    from beingvl.vocab import VocabLayout
+
+    layout = VocabLayout.load(args.model_path)
+    codes = CodeFolder(codes_path) if codes_path else None
+    vbpe = _open_vbpe(args.vbpe_path, layout) if args.vbpe_path else None
+    encoder = TextEncoder(args.model_path, layout)
+    tokenizer = RowTokenizer(encoder, layout, codes, vbpe, args.template, DEFAULT_CATEGORY[args.mode])
+    _process = _Process(Parts(args.output_dir, request, f"{args.dataset_name}.parts.tmp"), tokenizer, layout, args)
+
+
+def tokenize_parts(parts: Parts, args: argparse.Namespace, codes: CodeFolder | None, rank: int, num_ranks: int) -> int:
+    """Make this rank's missing parts; returns the number of rows in the file."""
+    from tqdm import tqdm
+
+    from beingvl.parts import run_in_processes
+
+    num_rows = 0
+
+    def tasks() -> Iterator[tuple[int, list[dict]]]:
+        nonlocal num_rows
+        rows = stream_rows(args.json_path)
+        for number in count():
+            chunk = list(islice(rows, args.rows_per_part))
+            num_rows += len(chunk)
+            if chunk and number % num_ranks == rank and not parts.is_finished(number):
+                yield number, chunk
+            if len(chunk) < args.rows_per_part:
+                return
+
+    request = json.loads((parts.folder / "request.json").read_text())
+    prepared = (args, request, codes.path if codes else None)
+    workers = args.num_workers if args.num_workers > 1 else 0
+    with tqdm(desc="tokenize", unit="row", disable=None) as progress:
+        for done in run_in_processes(tokenize_part, tasks(), workers, prepare_process, prepared):
+            progress.update(done)
+    return num_rows
+
+
+def tokenize_part(task: tuple[int, list[dict]]) -> int:
+    """One part: rows to token rows of every variant. Returns the number of rows."""
     from beingvl.errors import InputError
 
-    text = path.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
+    number, rows = task
+    args, tokenizer = _process.args, _process.tokenizer
+    counts = {"rows": 0, "rejected": 0, "truncated": 0, "longest_sample_tokens": 0}
+    made: dict[str, list[dict]] = {variant: [] for variant in tokenizer.variants}
+    rejected = []
+    for index, row in enumerate(rows, number * args.rows_per_part):
         try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} is not valid JSON ({error})") from error
-    else:
-        rows = []
-        for number, line in enumerate(text.rstrip("\n").split("\n"), 1):  # splitlines would also cut at U+2028 inside a text
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path}: expected a non-empty list of objects in LLaVA format")
-    return rows
+            variants, truncated = fit(tokenizer(row), args.max_length, args.too_long)
+        except InputError as error:
+            entry = {"dataset": args.dataset_name, "index": index, "id": row.get("id"), "reason": str(error)}
+            rejected.append(entry)
+            continue
+        counts["rows"] += 1
+        counts["truncated"] += truncated
+        counts["longest_sample_tokens"] = max(counts["longest_sample_tokens"], *map(_num_tokens, variants.values()))
+        for variant, out in variants.items():
+            made[variant].append(out)
+    counts["rejected"] = len(rejected)
+    with _process.parts.writing(number) as folder:
+        for variant, variant_rows in made.items():
+            if args.format == "arrow":
+                _write_shard(folder, variant, variant_rows)
+            else:
+                (folder / f"{variant}.jsonl").write_text("".join(map(_line, variant_rows)), encoding="utf-8")
+        (folder / "rejected.jsonl").write_text("".join(map(_line, rejected)), encoding="utf-8")
+        (folder / "counts.json").write_text(json.dumps(counts))
+    return len(rows)
 
 
-def image_keys(row: dict) -> list[str]:
-    """The images of a row: `image` is a path, a list of paths, or absent."""
-    image = row.get("image") or []
-    return [image] if isinstance(image, str) else list(image)
+def _write_shard(folder: Path, variant: str, rows: list[dict]) -> None:
+    import simdjson
+
+    from beingvl.data.arrow_shards import ShardRows, write_shard
+    from beingvl.data.build_shards import add_row
+
+    # Through one line of JSON, so that a shard has the same bytes with and without the detour over a JSONL file.
+    shard, parser = ShardRows(), simdjson.Parser()
+    for row in rows:
+        add_row(shard, parser, _line(row).encode(), _process.layout, None)
+    summary = write_shard(folder / f"{variant}.arrow", shard, _process.layout) if rows else None
+    (folder / f"{variant}.json").write_text(json.dumps(summary))
+
+
+def fit(variants: dict[str, dict], max_length: int | None, too_long: str) -> tuple[dict[str, dict], bool]:
+    """The variants of a row, cut to `max_length` tokens when `too_long` is `truncate`, and whether one was cut.
+
+    Raises InputError when a row is too long and may not be cut, or when no target would be left.
+    """
+    from beingvl.errors import InputError
+
+    longest = max(map(_num_tokens, variants.values()))
+    if max_length is None or longest <= max_length:
+        return variants, False
+    if too_long == "reject":
+        raise InputError(f"the sample has {longest} tokens, --max_length is {max_length}")
+    cut = {}
+    for variant, row in variants.items():
+        kept = max_length - (_num_tokens(row) - len(row["token_1"]))
+        spans = [(start, min(end, max_length)) for start, end in row["target_spans"] if start < max_length]
+        if kept < 1 or not spans:
+            raise InputError(f"the sample has {longest} tokens, and of its first {max_length} (--max_length) none is an answer")
+        cut[variant] = {**row, "token_1": row["token_1"][:kept], "target_spans": spans}
+    return cut, True
+
+
+# ---- all parts ----
+
+
+def join_dataset(
+    output: DatasetFolder, parts: Parts, num_parts: int, num_rows: int, args: argparse.Namespace, request: dict[str, Any]
+) -> None:
+    """All parts to the dataset's files. Raises InputError when too many rows were rejected."""
+    counts = {"rows": 0, "rejected": 0, "truncated": 0, "longest_sample_tokens": 0}
+    for part in parts.read_json(num_parts, "counts.json"):
+        for name, value in part.items():
+            counts[name] = max(counts[name], value) if name.startswith("longest") else counts[name] + value
+    listing = parts.folder / REJECTED_FILE
+    parts.join(num_parts, "rejected.jsonl", listing)
+    rejected = listing.read_text(encoding="utf-8").split("\n")[:-1]
+    _check_rejected(output, rejected, num_rows, args)
+    hashes: dict[str, str] = {}
+    for variant in ("base", "vbpe") if args.vbpe_path else ("base",):
+        if args.format == "arrow":
+            _join_shards(output, parts, num_parts, variant, request)
+        else:
+            hashes[output.file(variant).name] = parts.join(num_parts, f"{variant}.jsonl", output.file(variant))
+    entry = {"request": request, "counts": counts, "lineage": request["lineage"]}
+    output.finish(entry, [f"{line}\n" for line in rejected], hashes)
+    parts.remove()
+    print(f"{output.folder}: {counts['rows']} rows of {output.name}, {counts['rejected']} rejected, {counts['truncated']} cut")
+
+
+def _check_rejected(output: DatasetFolder, rejected: list[str], num_rows: int, args: argparse.Namespace) -> None:
+    from beingvl.errors import InputError
+    from beingvl.manifest import write_atomically
+
+    if len(rejected) > args.max_rejected * num_rows:
+        listing = output.folder / f"{output.name}_{REJECTED_FILE}"
+        write_atomically(listing, "".join(f"{line}\n" for line in rejected))
+        found = f"{len(rejected)} of {num_rows} rows of {args.json_path} were rejected, more than {args.max_rejected:.1%}"
+        raise InputError(f"{found} (--max_rejected); the first: {rejected[0]}; all are in {listing}")
+
+
+def _join_shards(output: DatasetFolder, parts: Parts, num_parts: int, variant: str, request: dict[str, Any]) -> None:
+    from beingvl.data.arrow_shards import finish_shards
+    from beingvl.data.build_shards import link_shards
+    from beingvl.manifest import start_folder
+
+    folder = start_folder(output.shards(variant))
+    shards = link_shards(parts, num_parts, folder, variant)
+    finish_shards(folder, shards, output.layout, request["lineage"], {"request": request})
+
+
+# ---- one row ----
 
 
 class RowTokenizer:
@@ -164,13 +459,14 @@ class RowTokenizer:
         }
 
 
-def _open_codes(args: argparse.Namespace, rows: list[dict]) -> CodeFolder | None:
+def _open_codes(args: argparse.Namespace, rank: int, num_ranks: int) -> CodeFolder | None:
     """The image codes the rows need: given, or made now by step 1 with the model folder's own VQ-GAN."""
     from beingvl.cli import main
     from beingvl.errors import InputError
+    from beingvl.parts import wait_until_complete
     from beingvl.tokenizer.vq_codes import CodeFolder
 
-    if not any(image_keys(row) for row in rows):
+    if not any(row.get("image") for row in stream_rows(args.json_path)):
         return None
     if args.vq_codes:
         return CodeFolder(args.vq_codes)
@@ -179,8 +475,16 @@ def _open_codes(args: argparse.Namespace, rows: list[dict]) -> CodeFolder | None
     folder = args.output_dir.with_name(args.output_dir.name + "_vq_codes")
     command = ["encode-images", f"--image_path={args.image_path}", f"--json_path={args.json_path}", f"--output_path={folder}"]
     command += [f"--vq_path={args.model_path / 'vqgan'}", f"--batch_size={args.batch_size}", f"--num_workers={args.num_workers}"]
+    command += [
+        f"--dtype={args.torch_dtype}",
+        f"--rank={rank}",
+        f"--num_ranks={num_ranks}",
+        f"--max_rejected={args.max_rejected}",
+    ]
     if main(command):
         raise InputError(f"encoding the images of {args.json_path} failed, see above")
+    if num_ranks > 1:
+        wait_until_complete(folder)
     return CodeFolder(folder)
 
 
@@ -208,46 +512,12 @@ def _lineages(
     return lineages
 
 
-def _write_rows(rows: list[dict], tokenizer: RowTokenizer, folder: Path, name: str, max_length: int | None) -> dict[str, int]:
-    """Write the JSONL files and rejected.jsonl; they get their final names when all rows are written."""
-    from contextlib import ExitStack
-
-    from tqdm import tqdm
-
-    from beingvl.errors import InputError
-    from beingvl.manifest import start_folder
-
-    start_folder(folder)
-    paths = {variant: folder / f"{name}_{variant}.jsonl" for variant in tokenizer.variants}
-    paths["rejected"] = folder / "rejected.jsonl"
-    counts = {"rows": 0, "rejected": 0, "longest_sample_tokens": 0}
-    with ExitStack() as stack:
-        files = {key: stack.enter_context(open(f"{path}.tmp", "w", encoding="utf-8")) for key, path in paths.items()}
-        for index, row in enumerate(tqdm(rows, desc="tokenize", unit="row", disable=None)):
-            try:
-                variants = tokenizer(row)
-                length = max(map(_num_tokens, variants.values()))
-                if max_length and length > max_length:
-                    raise InputError(f"the sample has {length} tokens, --max_length is {max_length}")
-            except InputError as error:
-                counts["rejected"] += 1
-                _write_line(files["rejected"], {"index": index, "id": row.get("id"), "reason": str(error)})
-                continue
-            counts["rows"] += 1
-            counts["longest_sample_tokens"] = max(counts["longest_sample_tokens"], length)
-            for variant, out in variants.items():
-                _write_line(files[variant], out)
-    for path in paths.values():
-        Path(f"{path}.tmp").replace(path)
-    return counts
-
-
 def _num_tokens(row: dict) -> int:
     return len(row["token_0"]) + len(row.get("token_image_new", row["token_image"])) + len(row["token_1"])
 
 
-def _write_line(file: IO[str], value: dict) -> None:
-    file.write(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n")
+def _line(value: dict) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 if __name__ == "__main__":

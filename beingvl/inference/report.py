@@ -1,6 +1,7 @@
 """Pictures and summary of a run.
 
 beingvl report quickstart runs/quickstart      accuracy after each stage, examples, loss curves: summary.json, PNG, HTML
+beingvl report data shards/ …                  what shards hold: lengths, sources, unused rows, examples
 beingvl report vbpe vbpe.json …                what a vBPE vocabulary learnt
 """
 
@@ -11,6 +12,7 @@ import importlib
 
 KINDS = {
     "quickstart": ("beingvl.inference.report_quickstart", "what the whole line did, on held-out images"),
+    "data": ("beingvl.data.report_data", "what shards hold"),
     "vbpe": ("beingvl.tokenizer.report_vbpe", "what a vBPE vocabulary learnt"),
 }
 

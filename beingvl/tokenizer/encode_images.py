@@ -1,102 +1,269 @@
 """[1] Images -> vq_codes/: every image once through the VQ-GAN, one row of codes each.
 
-  1. find_images or named_images   all images below IMAGE_PATH, or those that --json_path names, sorted     N keys
-  2. read_batches                  read, hash and preprocess, in --num_workers processes    pixels [n, 3, H, W] float32
-  3. VQGAN.encode                  the codes of a batch                                                [n, h, w] uint16
-  4. CodeWriter                    codes.npy, keys.jsonl, rejected.jsonl, and manifest.json last
+  1. open_images        a folder or tar files; all their images, or those that --json_path or --list_path names   N sorted keys
+  2. read_batches       read, hash and preprocess, in --num_workers processes     pixels [n, 3, H, W] float32
+  3. VQGAN.encode       the codes of a batch                                                 [n, h, w] uint16
+  4. write_part         every 4096 images are a part, finished once and for all               (beingvl/parts.py)
+  5. join_codes         all parts -> codes.npy, keys.jsonl, key_offsets.npy, rejected.jsonl, and manifest.json last
 
-An unreadable image is rejected with its reason; past --max_rejected the run fails. Rows are in key order, whatever the batch
-size and the number of workers.
+Started by a launcher (`deepspeed --module beingvl encode-images …`, `torchrun -m beingvl encode-images …`) or as a Slurm array,
+every rank makes its share of the parts; killed, it is started again with any number of ranks. An unreadable image is rejected
+with its reason; past --max_rejected the run fails. The result does not depend on ranks, workers or kills.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
+    from beingvl.parts import Parts
+    from beingvl.tokenizer.image_source import ImageSource
     from beingvl.tokenizer.vqgan import VQGAN, ChameleonImageProcessorPil
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image_path", type=Path, required=True, help="folder of images, searched recursively")
+    from beingvl.parts import add_rank_arguments
+
+    parser.add_argument(
+        "--image_path", type=Path, nargs="+", required=True, help="folder of images, searched recursively; or tar files"
+    )
     parser.add_argument("--vq_path", type=Path, required=True, help="VQ-GAN folder")
     parser.add_argument("--output_path", type=Path, required=True, help="folder to write")
     parser.add_argument("--json_path", type=Path, help="LLaVA JSON or JSONL: encode only the images it names")
+    parser.add_argument("--list_path", type=Path, help="text file, one image a line: encode only these")
     parser.add_argument("--batch_size", type=int, default=64, help="images per forward pass")
+    parser.add_argument("--images_per_part", type=int, default=4096, help="images that are finished, or lost by a kill, together")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that read images; 0 reads in this one")
     parser.add_argument("--max_rejected", type=float, default=0.01, help="share of unreadable images, 0 … 1, that is tolerated")
-    parser.add_argument("--device", default="cpu", help="torch device")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the encoder")
+    parser.add_argument("--device", default="auto", help="torch device; auto is this rank's GPU, else cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of the encoder; auto is bfloat16 on a GPU, float32 on a CPU",
+    )
+    add_rank_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace codes of other images or of another VQ-GAN")
 
 
 def run(args: argparse.Namespace) -> None:
     import torch
-    from tqdm import tqdm
 
-    from beingvl.manifest import already_made, hash_bytes, is_complete
-    from beingvl.tokenizer.vq_codes import CodeWriter, find_images, hash_images
+    from beingvl.manifest import already_made, is_complete, start_folder
+    from beingvl.parts import Parts, locked, ranks_of, refuse_overwrite_of_many
+    from beingvl.tokenizer.image_source import open_images
     from beingvl.tokenizer.vqgan import VQGAN
 
     check_arguments(args)
-    keys = named_images(args.json_path) if args.json_path else find_images(args.image_path)
-    vqgan = VQGAN.load(args.vq_path, args.device, getattr(torch, args.dtype))
-    request = {"vqgan": vqgan.fingerprint(), "dtype": args.dtype}
-    if is_complete(args.output_path) and not args.overwrite:
-        already_made(args.output_path, "vq_codes", {**request, "images": hash_images(args.image_path, keys)})
-        return
-    writer = CodeWriter(args.output_path, len(keys), vqgan.grid, args.max_rejected)
-    hashes: list[str] = []
-    with writer, tqdm(total=len(keys), desc="encode images", unit="image", disable=None) as progress:
-        for batch in read_batches(args.image_path, keys, vqgan, args.batch_size, args.num_workers):
-            for key, reason in batch.rejected:
-                writer.reject(key, reason)
-            if batch.keys:
-                writer.add(batch.keys, vqgan.encode(batch.pixels))
-            hashes += batch.hashes
-            progress.update(len(batch.hashes))
-        request["images"] = hash_bytes("".join(hashes).encode())
-        details = {"num_codes": vqgan.num_codes, "grid": list(vqgan.grid), "request": request}
-        writer.finish({"vqgan": vqgan.fingerprint()}, details)
-    print(f"{args.output_path}: codes of {writer.num_rows} images, {writer.num_rejected} rejected")
+    rank, num_ranks = ranks_of(args)
+    refuse_overwrite_of_many(args.overwrite, num_ranks, args.output_path)
+    device, dtype = _device_and_dtype(args)
+    images = open_images(args.image_path)
+    keys = _keys(args, images)
+    vqgan = VQGAN.load(args.vq_path, device, getattr(torch, dtype))
+    request = {"vqgan": vqgan.fingerprint(), "dtype": dtype}
+    with locked(args.output_path):
+        if args.overwrite:
+            start_folder(args.output_path)
+            _discard_parts(args.output_path)
+        if is_complete(args.output_path):
+            already_made(args.output_path, "vq_codes", {**request, "images": hash_all(images, keys)})
+            _discard_parts(args.output_path)
+            return
+        parts = Parts(args.output_path, {**request, **_split(args, keys)})
+    num_parts = -(-len(keys) // args.images_per_part)
+    mine = [number for number in parts.missing(num_parts) if number % num_ranks == rank]
+    encode_parts(parts, mine, images, keys, vqgan, args)
+    with locked(args.output_path):
+        if is_complete(args.output_path):
+            return
+        if missing := parts.missing(num_parts):
+            print(f"rank {rank} of {num_ranks} has finished its parts; {len(missing)} of {num_parts} are still missing")
+            return
+        join_codes(parts, num_parts, len(keys), args, vqgan, request)
+        parts.remove()
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     from beingvl.errors import InputError
 
-    for name, least in (("batch_size", 1), ("num_workers", 0), ("max_rejected", 0)):
+    for name, least in (("batch_size", 1), ("images_per_part", 1), ("num_workers", 0), ("max_rejected", 0)):
         if getattr(args, name) < least:
             raise InputError(f"--{name} is {getattr(args, name)}, expected at least {least}")
-    if not args.image_path.is_dir():
-        raise InputError(f"--image_path {args.image_path} is not a folder")
+    if args.json_path and args.list_path:
+        raise InputError("--json_path and --list_path both say which images to encode: give one of them")
 
 
-def named_images(json_path: Path) -> list[str]:
-    """Sorted keys of the images that a LLaVA JSON array or JSONL file names. Raises InputError for a malformed file."""
+def _keys(args: argparse.Namespace, images: ImageSource) -> list[str]:
+    from beingvl.tokenizer.image_source import listed_images, named_images
+
+    if args.json_path:
+        return named_images(args.json_path)
+    return listed_images(args.list_path) if args.list_path else images.keys()
+
+
+def _device_and_dtype(args: argparse.Namespace) -> tuple[str, str]:
+    """The launcher sets LOCAL_RANK, the number of this rank's GPU on its machine."""
+    import torch
+
+    device = args.device
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return device, args.dtype if args.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+
+
+def _split(args: argparse.Namespace, keys: list[str]) -> dict[str, Any]:
+    """What decides the bytes of the parts beside the VQ-GAN. A batch's size may change the last bit on a GPU."""
+    from beingvl.manifest import hash_bytes
+
+    names = hash_bytes("\n".join(keys).encode("utf-8", "surrogateescape"))
+    return {"image names": names, "images_per_part": args.images_per_part, "batch_size": args.batch_size}
+
+
+def _discard_parts(output: Path) -> None:
+    import shutil
+
+    from beingvl.parts import FOLDER
+
+    shutil.rmtree(output / FOLDER, ignore_errors=True)
+
+
+def hash_all(images: ImageSource, keys: list[str]) -> str:
+    """One hash of the images' names and content."""
+    from tqdm import tqdm
+
     from beingvl.errors import InputError
+    from beingvl.manifest import hash_bytes
+    from beingvl.tokenizer.vq_codes import hash_line
 
-    text = json_path.read_text(encoding="utf-8")
-    try:
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line]
-    except json.JSONDecodeError as error:
-        raise InputError(f"{json_path} is neither a JSON array nor JSONL ({error})") from error
-    keys: set[str] = set()
-    for number, row in enumerate(rows, 1):
-        image = row.get("image") if isinstance(row, dict) else 0
-        named = [image] if isinstance(image, str) else image or []
-        if not isinstance(row, dict) or not isinstance(named, list) or not all(isinstance(key, str) for key in named):
-            raise InputError(f"{json_path}, row {number}: expected an object whose `image` is a path or a list of paths")
-        keys.update(named)
-    if not keys:
-        raise InputError(f"{json_path} names no images: there is nothing to encode")
-    return sorted(keys)
+    lines = []
+    for key in tqdm(keys, desc="hash images", unit="image", disable=None, leave=False):
+        try:
+            lines.append(hash_line(key, images.read(key)))
+        except InputError:  # missing or unreadable: part of what the images are
+            lines.append(hash_line(key, None))
+    return hash_bytes("".join(lines).encode())
+
+
+# ---- one part ----
+
+
+def encode_parts(
+    parts: Parts, numbers: list[int], images: ImageSource, keys: list[str], vqgan: VQGAN, args: argparse.Namespace
+) -> None:
+    """Make the parts `numbers`. Raises InputError when too many of all images were rejected already."""
+    from tqdm import tqdm
+
+    size = args.images_per_part
+    batches = [
+        (number, keys[start : min(start + args.batch_size, (number + 1) * size)])
+        for number in numbers
+        for start in range(number * size, min((number + 1) * size, len(keys)), args.batch_size)
+    ]
+    counter = _RejectionLimit(args.output_path, args.max_rejected, len(keys))
+    part = PartOfCodes()
+    with tqdm(total=sum(len(batch) for _, batch in batches), desc="encode images", unit="image", disable=None) as progress:
+        for index, batch in enumerate(read_batches(images, [keys for _, keys in batches], vqgan, args.num_workers)):
+            number = batches[index][0]
+            counter.add(batch.rejected)
+            part.add(batch, vqgan.encode(batch.pixels) if batch.keys else None)
+            progress.update(len(batch.hashes))
+            if index + 1 == len(batches) or batches[index + 1][0] != number:
+                write_part(parts, number, part, vqgan.grid)
+                part = PartOfCodes()
+
+
+class PartOfCodes:
+    """The images of a part that is being made: rows of codes with their keys, rejections, one hash line an image."""
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+        self.codes: list[np.ndarray] = []
+        self.rejected: list[tuple[str, str]] = []
+        self.hashes: list[str] = []
+
+    def add(self, batch: Batch, codes: np.ndarray | None) -> None:
+        self.keys += batch.keys
+        self.codes += [] if codes is None else [codes]
+        self.rejected += batch.rejected
+        self.hashes += batch.hashes
+
+
+def write_part(parts: Parts, number: int, part: PartOfCodes, grid: tuple[int, int]) -> None:
+    from beingvl.tokenizer.vq_codes import key_line, rejected_line
+
+    with parts.writing(number) as folder:
+        (folder / "codes").write_bytes(b"".join(codes.astype("<u2").tobytes() for codes in part.codes))
+        (folder / "keys").write_text("".join(map(key_line, part.keys)), encoding="utf-8")
+        (folder / "rejected").write_text("".join(rejected_line(key, why) for key, why in part.rejected), encoding="utf-8")
+        (folder / "hashes").write_text("".join(part.hashes))
+        (folder / "counts.json").write_text(json.dumps({"images": len(part.keys), "rejected": len(part.rejected)}))
+
+
+class _RejectionLimit:
+    """Stops a run at the image with which it can no longer succeed, and leaves the reasons in rejected.jsonl."""
+
+    def __init__(self, output: Path, max_rejected: float, num_images: int) -> None:
+        self._output, self._max_rejected, self._num_images = output, max_rejected, num_images
+        self._lines: list[str] = []
+
+    def add(self, rejected: list[tuple[str, str]]) -> None:
+        from beingvl.manifest import write_atomically
+        from beingvl.tokenizer.vq_codes import REJECTED_FILE, rejected_line
+
+        self._lines += [rejected_line(key, reason) for key, reason in rejected]
+        if rejected and len(self._lines) > self._max_rejected * self._num_images:
+            write_atomically(self._output / REJECTED_FILE, "".join(self._lines))
+            raise too_many_rejected(len(self._lines), self._num_images, self._max_rejected, rejected[-1][1], self._output)
+
+
+def too_many_rejected(rejected: int, num_images: int, max_rejected: float, last: str, output: Path) -> Exception:
+    from beingvl.errors import InputError
+    from beingvl.tokenizer.vq_codes import REJECTED_FILE
+
+    found = f"{rejected} of {num_images} images rejected so far, --max_rejected is {max_rejected:g}"
+    remedy = "; images that are repaired now are read again with --overwrite"
+    return InputError(f"{found}; the last: {last}; all are in {output / REJECTED_FILE}{remedy}")
+
+
+def join_codes(
+    parts: Parts, num_parts: int, num_images: int, args: argparse.Namespace, vqgan: VQGAN, request: Mapping[str, Any]
+) -> None:
+    """All parts to one folder. Raises InputError when too many images of all were rejected, or every one."""
+    from beingvl.errors import InputError
+    from beingvl.tokenizer import vq_codes
+
+    output = args.output_path
+    counts = parts.read_json(num_parts, "counts.json")
+    rows, rejected = (sum(part[name] for part in counts) for name in ("images", "rejected"))
+    hashes = {vq_codes.REJECTED_FILE: parts.join(num_parts, "rejected", output / vq_codes.REJECTED_FILE)}
+    if not rows:
+        raise InputError(
+            f"none of the {num_images} images could be read; the reasons are in {output / vq_codes.REJECTED_FILE}; "
+            "repaired images are read again with --overwrite"
+        )
+    if rejected > args.max_rejected * num_images:
+        last = json.loads((output / vq_codes.REJECTED_FILE).read_text(encoding="utf-8").split("\n")[-2])
+        raise too_many_rejected(rejected, num_images, args.max_rejected, last["reason"], output)
+    header = vq_codes.codes_header(rows, vqgan.grid)
+    hashes[vq_codes.CODES_FILE] = parts.join(num_parts, "codes", output / vq_codes.CODES_FILE, header)
+    hashes[vq_codes.KEYS_FILE] = parts.join(num_parts, "keys", output / vq_codes.KEYS_FILE)
+    images_hash = parts.join(num_parts, "hashes", parts.folder / "hashes")
+    details = {"num_codes": vqgan.num_codes, "grid": list(vqgan.grid), "request": {**request, "images": images_hash}}
+    vq_codes.finish_codes(output, {"images": rows, "rejected": rejected}, {"vqgan": vqgan.fingerprint()}, details, hashes)
+    print(f"{output}: codes of {rows} images, {rejected} rejected")
+
+
+# ---- reading ----
 
 
 @dataclass(frozen=True)
@@ -115,8 +282,8 @@ class Batch:
 class ImageReader:
     """Random access to batches, for the worker processes of torch's DataLoader."""
 
-    def __init__(self, folder: Path, batches: list[list[str]], processor: ChameleonImageProcessorPil) -> None:
-        self._folder, self._batches, self._processor = folder, batches, processor
+    def __init__(self, images: ImageSource, batches: list[list[str]], processor: ChameleonImageProcessorPil) -> None:
+        self._images, self._batches, self._processor = images, batches, processor
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -132,7 +299,7 @@ class ImageReader:
         for key in self._batches[index]:
             data = None
             try:
-                data = self._read(key)
+                data = self._images.read(key)
                 pixels.append(to_pixels(self._processor, decode_image(data, key)))
                 keys.append(key)
             except InputError as error:
@@ -140,24 +307,12 @@ class ImageReader:
             hashes.append(hash_line(key, data))
         return Batch(keys, torch.stack(pixels) if pixels else torch.empty(0), rejected, hashes)
 
-    def _read(self, key: str) -> bytes:
-        from beingvl.errors import InputError
 
-        if PurePosixPath(key).is_absolute() or ".." in PurePosixPath(key).parts:
-            raise InputError(f"{key} leaves the image folder")
-        try:
-            return (self._folder / key).read_bytes()
-        except OSError as error:
-            raise InputError(f"{key}: {error.strerror}") from error
-
-
-def read_batches(folder: Path, keys: list[str], vqgan: VQGAN, batch_size: int, num_workers: int) -> Iterator[Batch]:
-    """All images in key order, `batch_size` at a time, read ahead by `num_workers` processes."""
+def read_batches(images: ImageSource, batches: list[list[str]], vqgan: VQGAN, num_workers: int) -> Iterator[Batch]:
+    """The batches in their order, read ahead by `num_workers` processes."""
     from torch.utils.data import DataLoader
 
-    batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
-    reader = ImageReader(folder, batches, vqgan.processor)
-    yield from DataLoader(reader, batch_size=None, num_workers=num_workers)
+    yield from DataLoader(ImageReader(images, batches, vqgan.processor), batch_size=None, num_workers=num_workers)
 
 
 if __name__ == "__main__":

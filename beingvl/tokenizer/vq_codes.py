@@ -1,25 +1,29 @@
 """The folder of codes that `beingvl encode-images` writes, and the image files it is made from.
 
 codes.npy        [N, H, W] uint16, read through a memory map
-keys.jsonl       line n is the key of row n, a JSON string: the image's path relative to the image folder
+keys.jsonl       line n is the key of row n, a JSON string: the image's path relative to the image folder; sorted
+key_offsets.npy  [N + 1] int64, bytes: where each line of keys.jsonl starts, so that a key is found by bisection, in no memory
 rejected.jsonl   {"key", "reason"} of every image that could not be read
 manifest.json    lineage: the VQ-GAN's fingerprint; details: num_codes, grid, hash of the images
 """
 
 from __future__ import annotations
 
+import io
 import json
-import os
+import mmap
+from bisect import bisect_left
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from beingvl.errors import InputError
-from beingvl.manifest import Manifest, hash_bytes, read_manifest, start_folder, write_manifest
+from beingvl.manifest import Manifest, hash_bytes, read_manifest, write_manifest
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-CODES_FILE, KEYS_FILE, REJECTED_FILE = "codes.npy", "keys.jsonl", "rejected.jsonl"
+CODES_FILE, KEYS_FILE, KEY_OFFSETS_FILE, REJECTED_FILE = "codes.npy", "keys.jsonl", "key_offsets.npy", "rejected.jsonl"
 
 
 class CodeFolder:
@@ -48,84 +52,82 @@ class CodeFolder:
     @cached_property
     def keys(self) -> list[str]:
         """Image keys in row order."""
-        return [json.loads(line) for line in (self.path / KEYS_FILE).read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in (self.path / KEYS_FILE).read_text(encoding="utf-8").rstrip("\n").split("\n")]
+
+    @cached_property
+    def _sorted_keys(self) -> _MappedKeys | None:
+        """The keys through the memory map; None in a folder without key_offsets.npy."""
+        return _MappedKeys(self.path) if KEY_OFFSETS_FILE in self.manifest.files else None
 
     @cached_property
     def _row_of_key(self) -> dict[str, int]:
         return {key: row for row, key in enumerate(self.keys)}
 
+    def _find(self, key: str) -> int | None:
+        if self._sorted_keys is None:
+            return self._row_of_key.get(key)
+        row = bisect_left(self._sorted_keys, key)
+        return row if row < len(self._sorted_keys) and self._sorted_keys[row] == key else None
+
+    @cached_property
+    def _reasons(self) -> dict[str, str]:
+        """Key -> why it was rejected."""
+        with open(self.path / REJECTED_FILE, encoding="utf-8", newline="\n") as file:
+            return {entry["key"]: entry["reason"] for entry in map(json.loads, file)}
+
     def row(self, key: str) -> int:
         """Row of an image in `codes`. Raises InputError that says whether the image was rejected or is unknown."""
-        if key in self._row_of_key:
-            return self._row_of_key[key]
-        for line in (self.path / REJECTED_FILE).read_text(encoding="utf-8").splitlines():
-            rejected = json.loads(line)
-            if rejected["key"] == key:
-                raise InputError(f"{key} was rejected when {self.path} was made: {rejected['reason']}")
-        known = f"{self.path} has no codes of {key} (it has {len(self.keys)} images)"
+        row = self._find(key)
+        if row is not None:
+            return row
+        if key in self._reasons:
+            raise InputError(f"{key} was rejected when {self.path} was made: {self._reasons[key]}")
+        known = f"{self.path} has no codes of {key} (it has {len(self.codes)} images)"
         raise InputError(f"{known}; make it again with `beingvl encode-images`")
 
 
-class CodeWriter:
-    """Writes a folder of codes row by row; memory use does not grow with the codes. `finish` makes it complete."""
+class _MappedKeys:
+    """keys.jsonl as a sorted sequence of strings, read where it is asked."""
 
-    def __init__(self, folder: Path, num_images: int, grid: tuple[int, int], max_rejected: float) -> None:
-        self.folder = start_folder(folder)
-        self.num_rows = self.num_rejected = 0
-        self._num_images, self._grid, self._max_rejected = num_images, grid, max_rejected
-        self._codes = self._unfinished(CODES_FILE).open("wb")
-        self._keys = self._unfinished(KEYS_FILE).open("w", encoding="utf-8")
-        self._rejected = (folder / REJECTED_FILE).open("w", encoding="utf-8")
-        self._write_header(num_images)
+    def __init__(self, folder: Path) -> None:
+        self._offsets = np.load(folder / KEY_OFFSETS_FILE, mmap_mode="r", allow_pickle=False)
+        with open(folder / KEYS_FILE, "rb") as file:
+            self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-    def add(self, keys: list[str], codes: np.ndarray) -> None:
-        """Append the rows `[n, H, W]` uint16 of `keys`."""
-        assert codes.shape == (len(keys), *self._grid) and codes.dtype == np.uint16
-        self._codes.write(codes.astype("<u2").tobytes())
-        self._keys.writelines(json.dumps(key, ensure_ascii=False) + "\n" for key in keys)
-        self.num_rows += len(keys)
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
 
-    def reject(self, key: str, reason: str) -> None:
-        """Note an image that has no row. Raises InputError past the limit."""
-        self._rejected.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
-        self._rejected.flush()
-        self.num_rejected += 1
-        if self.num_rejected > self._max_rejected * self._num_images:
-            found = f"{self.num_rejected} of {self._num_images} images rejected so far, --max_rejected is {self._max_rejected:g}"
-            raise InputError(f"{found}; the last: {reason}; all are in {self.folder / REJECTED_FILE}")
+    def __getitem__(self, row: int) -> str:
+        return json.loads(self._lines[int(self._offsets[row]) : int(self._offsets[row + 1])])
 
-    def finish(self, lineage: dict[str, str], details: dict) -> None:
-        """Give the files their names and write the manifest. Raises InputError when there is no row at all."""
-        if not self.num_rows:
-            raise InputError(f"none of the {self._num_images} images could be read; the reasons are in {self._rejected.name}")
-        self._write_header(self.num_rows)
-        for file in (self._codes, self._keys, self._rejected):
-            file.flush()
-            os.fsync(file.fileno())
-        self.close()
-        for name in (CODES_FILE, KEYS_FILE):
-            self._unfinished(name).replace(self.folder / name)
-        counts = {"images": self.num_rows, "rejected": self.num_rejected}
-        write_manifest(self.folder, "vq_codes", counts, lineage, details)
 
-    def __enter__(self) -> CodeWriter:
-        return self
+def key_line(key: str) -> str:
+    return json.dumps(key, ensure_ascii=False) + "\n"
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
-    def close(self) -> None:
-        for file in (self._codes, self._keys, self._rejected):
-            file.close()
+def rejected_line(key: str, reason: str) -> str:
+    return json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n"
 
-    def _unfinished(self, name: str) -> Path:
-        return self.folder / f"{name}.tmp"
 
-    def _write_header(self, num_rows: int) -> None:
-        """The .npy header, before the rows and once more when their number is known: numpy pads it to the same length."""
-        self._codes.seek(0)
-        header = {"shape": (num_rows, *self._grid), "fortran_order": False, "descr": "<u2"}
-        np.lib.format.write_array_header_1_0(self._codes, header)
+def codes_header(num_rows: int, grid: tuple[int, int]) -> bytes:
+    """What stands before the rows in codes.npy."""
+    buffer = io.BytesIO()
+    header = {"shape": (num_rows, *grid), "fortran_order": False, "descr": "<u2"}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue()
+
+
+def finish_codes(
+    folder: Path, counts: dict[str, int], lineage: dict[str, str], details: dict, known_hashes: Mapping[str, str]
+) -> None:
+    """Index the sorted keys and write the manifest; codes.npy, keys.jsonl and rejected.jsonl are there."""
+    with open(folder / KEYS_FILE, "rb") as file:
+        lengths = np.fromiter(map(len, file), np.int64)
+    temporary = folder / f"{KEY_OFFSETS_FILE}.tmp"
+    with open(temporary, "wb") as file:
+        np.save(file, np.concatenate([[0], np.cumsum(lengths)]).astype("<i8"))
+    temporary.replace(folder / KEY_OFFSETS_FILE)
+    write_manifest(folder, "vq_codes", counts, lineage, details, known_hashes)
 
 
 def find_images(folder: Path) -> list[str]:

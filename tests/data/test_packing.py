@@ -3,36 +3,53 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beingvl.data.packing import pack_window, plan_packing, plan_unpacked
+from beingvl.data.packing import WINDOW, count_sequences, pack_window, plan_packing
 from beingvl.errors import InputError
+
+
+def plan(lengths, sequence_length, packing=True):
+    lengths = np.array(lengths)
+    return plan_packing(lambda start, stop: lengths[start:stop], len(lengths), sequence_length, packing)
 
 
 def test_the_documented_example() -> None:
     assert pack_window(np.array([6, 3, 4, 5, 2]), 8) == [[0, 4], [1, 3], [2]]
 
 
-@given(st.lists(st.integers(1, 50), max_size=200), st.integers(1, 40))
-def test_every_sample_once_and_nothing_overflows(lengths: list[int], window: int) -> None:
-    lengths_array = np.array(lengths, np.int64)
-    plan = plan_packing(lengths_array, 50, window)
-    assert sorted(plan.order) == list(range(len(lengths)))
-    for number in range(plan.num_sequences):
-        members = plan.sequence(number)
-        assert lengths_array[members].sum() <= 50
-        assert len({int(member) // window for member in members}) == 1
+@given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 70))
+def test_every_sample_once_and_nothing_overflows(lengths: list[int], capacity: int) -> None:
+    sequences = pack_window(np.array(lengths, np.int64), capacity)
+    assert sorted(position for sequence in sequences for position in sequence) == list(range(len(lengths)))
+    assert all(sum(lengths[position] for position in sequence) <= capacity for sequence in sequences)
 
 
-def test_realistic_lengths_fill_98_percent() -> None:
-    lengths = np.random.default_rng(0).lognormal(5.5, 0.6, 20_000).clip(20, 4096).astype(int)
-    assert plan_packing(lengths, 4096).efficiency > 0.98
+@given(st.lists(st.integers(1, 50), max_size=300), st.integers(50, 130))
+def test_counting_is_packing(lengths: list[int], capacity: int) -> None:
+    array = np.array(lengths, np.int64)
+    assert count_sequences(array, capacity) == len(pack_window(array, capacity))
 
 
-@pytest.mark.parametrize("plan", [plan_packing, plan_unpacked])
-def test_too_long_a_sample_is_named(plan) -> None:
+@pytest.mark.parametrize("sequence_length", [4096, 8192, 1500])
+def test_realistic_lengths_fill_98_percent_and_are_counted_right(sequence_length: int) -> None:
+    lengths = np.random.default_rng(0).lognormal(5.5, 0.6, 5 * WINDOW + 100).clip(20, 1500).astype(int)
+    found = plan(lengths, sequence_length)
+    assert found.efficiency > 0.98
+    for window in range(6):
+        packed = pack_window(lengths[window * WINDOW : (window + 1) * WINDOW], sequence_length)
+        assert found.starts[window + 1] - found.starts[window] == len(packed)
+    assert found.efficiency == lengths.sum() / (found.num_sequences * sequence_length)
+
+
+def test_where_a_sequence_lies() -> None:
+    found = plan([8] * (WINDOW + 3), 8)
+    assert [found.window_of(s) for s in (0, WINDOW - 1, WINDOW, WINDOW + 2)] == [(0, 0), (0, WINDOW - 1), (1, 0), (1, 2)]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_too_long_a_sample_is_named(packing) -> None:
     with pytest.raises(InputError, match=r"1 of 2 samples are longer than sequence_length 8 \(the longest has 9"):
-        plan(np.array([3, 9]), 8)
+        plan([3, 9], 8, packing)
 
 
 def test_unpacked_is_one_sample_a_sequence() -> None:
-    plan = plan_unpacked(np.array([3, 5]), 8)
-    assert [plan.sequence(n).tolist() for n in range(plan.num_sequences)] == [[0], [1]]
+    assert plan([3, 5], 8, packing=False).starts.tolist() == [0, 2]

@@ -10,6 +10,7 @@ from beingvl.data.arrow_shards import Sample, ShardReader, ShardWriter
 from beingvl.data.loader import IGNORED, TrainingData, collate, shifted_targets
 from beingvl.data.mixture import Mixture
 from beingvl.errors import InputError
+from beingvl.manifest import hash_file
 from tests.tiny import LAYOUT, write_model, write_shards
 
 
@@ -54,8 +55,11 @@ def test_samples_are_views_into_the_memory_map(tmp_path) -> None:
     ],
 )
 def test_impossible_samples_are_refused(tmp_path, ids, spans, message) -> None:
-    with pytest.raises(InputError, match=message):
-        ShardWriter(tmp_path, LAYOUT).add(sample(ids, spans))
+    writer = ShardWriter(tmp_path, LAYOUT)
+    writer.add(sample([1, 2], [(1, 2)]))
+    writer.add(sample(ids, spans, "bad"))
+    with pytest.raises(InputError, match=f"sample 'bad' .*{message}"):
+        writer.finish({}, {})
 
 
 def test_no_sample_at_all(tmp_path) -> None:
@@ -72,7 +76,7 @@ def test_damaged_shards_are_refused(tmp_path) -> None:
         ShardReader(tmp_path)
     path.write_bytes(b"x" * len(data))
     with pytest.raises(InputError, match="not a readable Arrow file"):
-        ShardReader(tmp_path)
+        ShardReader(tmp_path)[32]
     path.unlink()
     with pytest.raises(InputError, match="no such file"):
         ShardReader(tmp_path)
@@ -100,7 +104,7 @@ def build_shards(tmp_path, rows, *more: str) -> int:
 
 
 def test_rows_with_and_without_target_spans_and_merged_image(tmp_path) -> None:
-    rows = [ROW, {**ROW, "token_image_new": [279], "target_spans": [[7, 8]]}]
+    rows = [ROW, {**ROW, "id": 8, "token_image_new": [279], "target_spans": [[7, 8]]}]
     assert build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base")) == 0
     reader = ShardReader(tmp_path / "shards")
     assert reader[0].input_ids.tolist() == [256, 262, 263, 264, 260, 5, 259, 6, 257]
@@ -119,7 +123,7 @@ def test_rows_with_and_without_target_spans_and_merged_image(tmp_path) -> None:
     [
         ("{not json", "line 2: not a token row"),
         ({"id": 1, "token_0": []}, "missing field 'token_1'"),
-        ({**ROW, "token_1": [2**40]}, "32-bit"),
+        ({**ROW, "token_1": [2**40]}, "has id 1099511627776, the vocabulary ends"),
         ({**ROW, "token_1": [100000]}, "vocabulary"),
     ],
 )
@@ -186,3 +190,100 @@ def test_a_run_sees_exactly_its_samples(tmp_path) -> None:
     data = TrainingData(shards, mixture, mixture.num_samples, 64, sequences_per_step=4)
     seen = [name for step in range(data.num_steps) for name in data.micro_batch(step, 0, 0, 1, 4).sample_ids]
     assert sorted(seen) == sorted(shards[index].id for index in range(60) if shards[index].category == "foundation")
+
+
+# ---- bad input ----
+
+
+def test_duplicate_ids_are_refused_or_kept(tmp_path, capsys) -> None:
+    model = ["--model_path", str(tmp_path / "base")]
+    assert build_shards(tmp_path, [ROW, {**ROW, "id": 8}, ROW], *model) == 2
+    assert "1 rows repeat the id of another row, the first is '7'" in capsys.readouterr().err
+    assert build_shards(tmp_path, [ROW, {**ROW, "id": 8}, ROW], *model, "--duplicate_ids", "keep", "--overwrite") == 0
+    assert len(ShardReader(tmp_path / "shards")) == 3
+
+
+def test_parts_of_any_size_give_the_same_rows(tmp_path) -> None:
+    rows = [{**ROW, "id": n, "image": [f"{n}.png"], "conversations": "é" * n} for n in range(30)]
+    found = []
+    for part_bytes in ("37", "500", "100000"):
+        assert (
+            build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base"), "--part_bytes", part_bytes, "--overwrite") == 0
+        )
+        reader = ShardReader(tmp_path / "shards")
+        found.append([(reader[n].id, reader[n].image, reader[n].input_ids.tolist()) for n in range(len(reader))])
+    assert found[0] == found[1] == found[2] and [entry[0] for entry in found[0]] == [str(n) for n in range(30)]
+
+
+def test_the_line_of_a_bad_row_is_counted_over_parts(tmp_path, capsys) -> None:
+    rows = [*({**ROW, "id": n} for n in range(20)), {"id": 1}]
+    assert build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base"), "--part_bytes", "200", "--num_workers", "0") == 2
+    assert "line 21: not a token row" in capsys.readouterr().err
+
+
+def test_flipped_bits_are_found_by_verify(tmp_path, capsys) -> None:
+    write_shards(tmp_path)
+    path = tmp_path / "shard-00000.arrow"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert cli.main(["verify", str(tmp_path)]) == 2
+    assert "does not have the hash" in capsys.readouterr().err
+
+
+def test_an_index_that_does_not_fit(tmp_path, capsys) -> None:
+    write_shards(tmp_path)
+    lengths = np.load(tmp_path / "lengths.npy")
+    lengths[3] += 1
+    np.save(tmp_path / "lengths.npy", lengths)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["files"]["lengths.npy"]["hash"] = hash_file(tmp_path / "lengths.npy")
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert cli.main(["verify", str(tmp_path)]) == 2
+    assert "index files do not fit" in capsys.readouterr().err
+    np.save(tmp_path / "lengths.npy", lengths[:3])
+    with pytest.raises(InputError, match="holds 3 samples, the manifest 60"):
+        ShardReader(tmp_path)
+    (tmp_path / "lengths.npy").write_bytes(b"x")
+    with pytest.raises(InputError, match="damaged"):
+        ShardReader(tmp_path)
+
+
+def test_a_source_without_samples() -> None:
+    with pytest.raises(InputError, match="'b', which has no sample"):
+        Mixture(np.zeros(3, np.uint8), ["a", "b"], {"a": 1, "b": 1}, 0)
+
+
+def test_more_sources_than_a_byte_can_name(tmp_path) -> None:
+    writer = ShardWriter(tmp_path, LAYOUT)
+    for number in range(257):
+        writer.add(sample([1, 2], [(1, 2)], category=str(number)))
+    with pytest.raises(InputError, match="257 sources"):
+        writer.finish({}, {})
+
+
+def test_the_kept_plan_is_the_plan(tmp_path) -> None:
+    shards = ShardReader(write_shards(tmp_path))
+    mixture = Mixture(shards.source_of, shards.sources, {"foundation": 0.7, "reasoning": 0.3}, 0)
+    made = TrainingData(shards, mixture, 150, 64, 4)
+    kept = TrainingData(shards, mixture, 150, 64, 4)
+    assert len(list(tmp_path.glob("plan-*"))) == 1
+    assert kept.plan.efficiency == made.plan.efficiency and kept.plan.starts.tolist() == made.plan.starts.tolist()
+    TrainingData(shards, mixture, 150, 80, 4)
+    assert len(list(tmp_path.glob("plan-*"))) == 2
+
+
+def test_realised_shares_are_those_of_the_draws(tmp_path) -> None:
+    shards = ShardReader(write_shards(tmp_path))
+    mixture = Mixture(shards.source_of, shards.sources, {"foundation": 0.7, "reasoning": 0.3}, 0)
+    shares = TrainingData(shards, mixture, 137, 64, 4).realised_shares()
+    drawn = np.bincount(shards.source_of[mixture.draw(0, 137)])
+    assert [shares[name] for name in shards.sources] == (drawn / 137).tolist()
+
+
+def test_pages_that_are_given_back_are_read_again(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("beingvl.data.arrow_shards.BYTES_MAPPED_AT_MOST", 1)
+    reader, calm = ShardReader(write_shards(tmp_path)), ShardReader(tmp_path)
+    ids = [reader[n].input_ids for n in range(60)]
+    monkeypatch.undo()
+    assert all((ids[n] == calm[n].input_ids).all() for n in range(60))

@@ -144,3 +144,68 @@ def test_images_without_codes_or_folder(inputs, capsys) -> None:
     command = ["tokenize", "--json_path", str(inputs / "data.json"), "--model_path", str(inputs / "base")]
     assert cli.main([*command, "--output_dir", str(inputs / "out")]) == 2
     assert "--image_path" in capsys.readouterr().err
+
+
+def test_several_datasets_share_a_folder(inputs, capsys) -> None:
+    bad = row(9, conversations=[])
+    assert tokenize(inputs, [row(0), bad], "--max_rejected", "1") == 0
+    first = read(inputs, "base")
+    assert tokenize(inputs, [bad, row(1), row(2)], "--max_rejected", "1", "--dataset_name", "e") == 0
+    manifest = read_manifest(inputs / "out")
+    assert manifest.counts["rows"] == 3 and set(manifest.details["datasets"]) == {"d", "e"}
+    lines = [json.loads(line) for line in (inputs / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [(entry["dataset"], entry["index"]) for entry in lines] == [("d", 1), ("e", 0)]
+    assert tokenize(inputs, [row(0)], "--dataset_name", "e") == 2
+    assert "e has another json" in capsys.readouterr().err
+    assert tokenize(inputs, [row(3)], "--dataset_name", "e", "--overwrite") == 0
+    assert read(inputs, "base") == first and cli.main(["verify", str(inputs / "out")]) == 0
+    assert read_manifest(inputs / "out").counts["rows"] == 2
+
+
+def test_shards_at_once_are_the_shards_of_the_jsonl(inputs) -> None:
+    rows = [row(n) for n in range(6)]
+    assert tokenize(inputs, rows) == 0
+    assert tokenize(inputs, rows, "--dataset_name", "a", "--format", "arrow") == 0
+    command = ["build-shards", "--jsonl_path", str(inputs / "out" / "d_vbpe.jsonl"), "--output_path", str(inputs / "shards")]
+    assert cli.main([*command, "--vbpe_path", str(inputs / "vbpe.json")]) == 0
+    at_once, built = read_manifest(inputs / "out" / "a_vbpe", "shards"), read_manifest(inputs / "shards", "shards")
+    assert at_once.content_hash == built.content_hash and at_once.lineage == built.lineage
+    assert cli.main(["verify", str(inputs / "out" / "a_vbpe"), str(inputs / "out")]) == 0
+
+
+def test_long_samples_are_cut_by_choice(inputs, capsys) -> None:
+    two_turns = [*row(0)["conversations"], {"from": "human", "value": "more"}, {"from": "gpt", "value": "a long answer"}]
+    assert tokenize(inputs, [row(0, conversations=two_turns)], "--max_length", "35", "--too_long", "truncate") == 0
+    assert "1 cut" in capsys.readouterr().out
+    (found,) = read(inputs, "base")
+    assert len(found["token_0"] + found["token_image"] + found["token_1"]) == 35
+    assert found["target_spans"][-1][1] <= 35
+    options = ["--max_length", "8", "--too_long", "truncate", "--max_rejected", "1", "--overwrite"]
+    assert tokenize(inputs, [row(0)], *options) == 0
+    assert "none is an answer" in (inputs / "out" / "rejected.jsonl").read_text()
+
+
+def test_a_jsonl_that_changed_after_its_manifest(inputs, capsys) -> None:
+    assert tokenize(inputs, [row(0)]) == 0
+    path = inputs / "out" / "d_vbpe.jsonl"
+    path.write_text(path.read_text().replace("r0", "r1"))
+    command = ["build-shards", "--jsonl_path", str(path), "--output_path", str(inputs / "shards")]
+    assert cli.main(command) == 2
+    assert "changed after its manifest" in capsys.readouterr().err
+
+
+def test_rows_of_another_vbpe(inputs, capsys) -> None:
+    assert tokenize(inputs, [row(0)]) == 0
+    other = [
+        "train-vbpe", "--data_path", str(inputs / "vq_codes"), "--output_path", str(inputs / "other.json"), "--num_merges", "2",
+    ]  # fmt: skip
+    assert cli.main(other) == 0
+    command = ["build-shards", "--jsonl_path", str(inputs / "out" / "d_vbpe.jsonl"), "--output_path", str(inputs / "shards")]
+    assert cli.main([*command, "--vbpe_path", str(inputs / "other.json")]) == 2
+    assert "different vbpe" in capsys.readouterr().err
+
+
+def test_wrong_options(inputs, capsys) -> None:
+    for option in ("--rows_per_part=0", "--num_workers=-1", "--max_length=0"):
+        assert tokenize(inputs, [row(0)], option) == 2
+        assert option.split("=")[0] in capsys.readouterr().err

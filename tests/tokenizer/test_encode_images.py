@@ -1,6 +1,7 @@
 """encode-images: the rows are the VQ-GAN's codes in key order, however computed; what cannot be read is accounted for."""
 
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from transformers import JanusVQVAE, JanusVQVAEConfig
 from beingvl.cli import main
 from beingvl.errors import InputError
 from beingvl.manifest import MANIFEST_FILE, read_manifest, verify_folder
-from beingvl.tokenizer.vq_codes import CODES_FILE, REJECTED_FILE, CodeFolder, CodeWriter
+from beingvl.tokenizer.vq_codes import CODES_FILE, REJECTED_FILE, CodeFolder
 from beingvl.tokenizer.vqgan import VQGAN, make_processor
 
 KEYS = ["b/2.png", "a.png", "b/10.JPG", "z z/ü.png", "b/1.png"]
@@ -108,10 +109,11 @@ def test_too_many_unreadable_images_stop_the_run(image_path, vq_path, tmp_path, 
     assert read_manifest(tmp_path / "codes").counts == {"images": 4, "rejected": 1}
 
 
-def test_no_readable_image_at_all(tmp_path):
-    with pytest.raises(InputError, match="none of the 1 images could be read"), CodeWriter(tmp_path, 1, (2, 2), 1.0) as writer:
-        writer.reject("a.png", "broken")
-        writer.finish({}, {})
+def test_no_readable_image_at_all(image_path, vq_path, tmp_path, capsys):
+    for key in KEYS:
+        (image_path / key).write_bytes(b"no image")
+    assert encode(image_path, vq_path, tmp_path / "codes", max_rejected=1) == 2
+    assert "none of the 5 images could be read" in capsys.readouterr().err
 
 
 def test_a_finished_output_is_reused_refused_or_replaced(image_path, vq_path, tmp_path, capsys):
@@ -133,7 +135,7 @@ def test_a_finished_output_is_reused_refused_or_replaced(image_path, vq_path, tm
 
 
 WRONG_JSON = {
-    "neither a JSON array nor JSONL": "{",
+    "line 1: not valid JSON": "{",
     "row 2: expected an object": '[{"image": "a.png"}, 7]',
     "row 1: expected an object whose": '{"image": 7}',
     "row 1: expected an object whose `image`": '[{"image": ["a.png", 7]}]',
@@ -157,7 +159,7 @@ def test_wrong_options_are_refused(image_path, vq_path, tmp_path, capsys):
         assert encode(image_path, vq_path, tmp_path / "codes", **options) == 2
         assert message in capsys.readouterr().err
     assert encode(tmp_path / "nowhere", vq_path, tmp_path / "codes") == 2
-    assert "nowhere is not a folder" in capsys.readouterr().err
+    assert "nowhere is not a folder and not a tar file" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert encode(tmp_path / "empty", vq_path, tmp_path / "codes") == 2
     assert "has no images" in capsys.readouterr().err
@@ -168,3 +170,49 @@ def test_damaged_codes_are_named(image_path, vq_path, tmp_path):
     (tmp_path / "codes" / CODES_FILE).write_bytes(b"\x93NUMPY")
     with pytest.raises(InputError, match="damaged"):
         CodeFolder(tmp_path / "codes")
+
+
+def test_tar_files_and_lists_give_the_rows_of_the_folder(image_path, vq_path, tmp_path):
+    for number, keys in enumerate([KEYS[:3], KEYS[3:]]):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for key in keys:
+                tar.add(image_path / key, key)
+                tar.add(image_path / "notes.txt", f"{key}.txt")
+    (tmp_path / "list.txt").write_text("\n".join([*KEYS, "a.png", ""]))
+    outputs = [tmp_path / name for name in ("folder", "tars", "folder_of_tars", "list")]
+    assert encode(image_path, vq_path, outputs[0]) == 0
+    two = ["--image_path", f"{tmp_path}/0.tar", f"{tmp_path}/1.tar", f"--vq_path={vq_path}", f"--output_path={outputs[1]}"]
+    assert main(["encode-images", *two, "--num_workers=2"]) == 0
+    assert encode(tmp_path, vq_path, outputs[2]) == 0
+    assert encode(image_path, vq_path, outputs[3], list_path=tmp_path / "list.txt") == 0
+    assert len({read_manifest(output).content_hash for output in outputs}) == 1
+
+
+def test_wrong_tars_and_lists_are_refused(image_path, vq_path, tmp_path, capsys):
+    for name in ("0.tar", "1.tar"):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            tar.add(image_path / "a.png", "a.png")
+    assert encode(tmp_path, vq_path, tmp_path / "codes") == 2
+    assert "both hold a.png" in capsys.readouterr().err
+    (tmp_path / "bad.tar").write_bytes(b"x" * 2000)
+    assert encode(tmp_path / "bad.tar", vq_path, tmp_path / "codes") == 2
+    assert "not a readable, uncompressed tar" in capsys.readouterr().err
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    assert encode(tmp_path / "empty.tar", vq_path, tmp_path / "codes") == 2
+    assert "no images in there" in capsys.readouterr().err
+    (tmp_path / "list.txt").write_bytes(b"\xff\xfe\x00")
+    assert encode(image_path, vq_path, tmp_path / "codes", list_path=tmp_path / "list.txt") == 2
+    assert "is not UTF-8 text" in capsys.readouterr().err
+    assert encode(image_path, vq_path, tmp_path / "codes", list_path=tmp_path / "l", json_path=tmp_path / "j") == 2
+    assert "give one of them" in capsys.readouterr().err
+
+
+def test_keys_are_found_without_reading_them_all(image_path, vq_path, tmp_path):
+    assert encode(image_path, vq_path, tmp_path / "codes") == 0
+    folder = CodeFolder(tmp_path / "codes")
+    assert [folder.row(key) for key in sorted(KEYS)] == list(range(5)) and "keys" not in vars(folder)
+
+
+def test_the_deepspeed_launcher_adds_an_option_in_front(capsys):
+    assert main(["--local_rank=0", "--version"]) == 0 and "beingvl" in capsys.readouterr().out

@@ -1,0 +1,175 @@
+"""What shards hold, as one self-contained HTML page.
+
+    beingvl report data shards/ [shards2/ …] --output_path page.html [--vq_path vqgan/ --vbpe_path vbpe/]
+
+Counts, lengths, packing efficiency and mixture shares, the histogram of token kinds, which of the new rows never occur, and
+decoded examples; with a VQ-GAN that has a decoder, and the vBPE they were made with, their images too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from beingvl.data.arrow_shards import Sample, ShardReader
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; --paper: #fff; --bar: #4c8eda }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --line: #3d444d; --paper: #0d1117 } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper) }
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2rem } p { color: var(--soft) }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
+.bar { background: var(--bar); height: .8rem; min-width: 1px } img { width: 8rem; image-rendering: pixelated }
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", nargs="+", type=Path, help="shard folders")
+    parser.add_argument("--output_path", type=Path, default=Path("data_report.html"), help="HTML file to write")
+    parser.add_argument("--model_path", type=Path, help="model folder whose tokenizer shows the examples' text")
+    parser.add_argument("--vbpe_path", type=Path, help="vbpe.json, to turn merged images into codes")
+    parser.add_argument("--vq_path", type=Path, help="VQ-GAN folder with a decoder, to show the examples' images")
+    parser.add_argument("--sequence_length", type=int, default=4096, help="tokens a sequence, for the packing efficiency")
+    parser.add_argument("--num_examples", type=int, default=6, help="examples a folder, spread evenly")
+
+
+def run(args: argparse.Namespace) -> None:
+    from beingvl.data.arrow_shards import ShardReader
+    from beingvl.errors import InputError
+    from beingvl.manifest import write_atomically
+
+    for name in ("sequence_length", "num_examples"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} is {getattr(args, name)}, expected at least 1")
+    body = "".join(folder_section(ShardReader(path), args) for path in args.shards)
+    head = (
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Being-VL: data</title><style>{STYLE}</style></head>"
+    )
+    write_atomically(args.output_path, f"{head}<body><h1>Being-VL: data</h1>{body}</body></html>\n")
+    print(args.output_path)
+
+
+def folder_section(shards: ShardReader, args: argparse.Namespace) -> str:
+    """Everything about one folder, as HTML."""
+    import numpy as np
+
+    used = count_ids(shards)
+    lengths = np.asarray(shards.lengths)
+    counts = shards.manifest.counts
+    percentiles = ", ".join(f"{int(np.percentile(lengths, p))}" for p in (1, 25, 50, 75, 99))
+    facts = [("samples", f"{counts['samples']:,}"), ("tokens", f"{counts['tokens']:,}")]
+    facts += [
+        ("target tokens", f"{counts['target_tokens']:,}"),
+        ("longest sample", f"{counts['longest_sample_tokens']:,} tokens"),
+    ]
+    facts += [("lengths: 1, 25, 50, 75, 99 %", percentiles), ("packing", packing_fact(lengths, args.sequence_length))]
+    parts = [f"<h2>{escape(str(shards.folder))}</h2>", table([], facts), "<h2>Sources</h2>", sources_table(shards)]
+    parts += ["<h2>Lengths</h2>", histogram(lengths), "<h2>Kinds of tokens</h2>", kinds_table(used, shards)]
+    parts += ["<h2>New rows that never occur</h2>", coverage_table(used, shards), "<h2>Examples</h2>", examples(shards, args)]
+    return "".join(parts)
+
+
+def count_ids(shards: ShardReader) -> np.ndarray:
+    """`[vocabulary]` int64: how often every id occurs."""
+    import numpy as np
+
+    total = np.zeros(shards.layout.size, np.int64)
+    for ids in shards.all_ids():
+        total += np.bincount(ids, minlength=len(total))
+    return total
+
+
+def packing_fact(lengths: np.ndarray, sequence_length: int) -> str:
+    from beingvl.data.packing import plan_packing
+
+    if lengths.max() > sequence_length:
+        return f"{int((lengths > sequence_length).sum())} samples are longer than {sequence_length}"
+    plan = plan_packing(lambda start, stop: lengths[start:stop], len(lengths), sequence_length)
+    return f"{plan.num_sequences:,} sequences of {sequence_length}, {plan.efficiency:.2%} full"
+
+
+def table(head: list[str], rows: list[Any]) -> str:
+    top = f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr>" if head else ""
+    return f"<table>{top}{''.join('<tr>' + ''.join(f'<td>{cell}</td>' for cell in row) + '</tr>' for row in rows)}</table>"
+
+
+def sources_table(shards: ShardReader) -> str:
+    counts = shards.manifest.counts
+    rows = [
+        (escape(name), f"{e['samples']:,}", f"{e['samples'] / counts['samples']:.1%}", f"{e['tokens'] / counts['tokens']:.1%}")
+        for name, e in shards.manifest.details["sources"].items()
+    ]
+    return table(["source", "samples", "share of samples", "share of tokens"], rows)
+
+
+def bars(rows: list[tuple[str, int]]) -> str:
+    largest = max(1, *(count for _, count in rows))
+    shown = [(name, f"{n:,}", f"<div class='bar' style='width:{20 * n / largest:.2f}rem'></div>") for name, n in rows]
+    return table([], shown)
+
+
+def histogram(lengths: np.ndarray) -> str:
+    import numpy as np
+
+    counts, edges = np.histogram(lengths, bins=min(16, max(1, int(np.ptp(lengths)))))
+    return bars([(f"from {edge:.0f}", int(count)) for edge, count in zip(edges, counts, strict=False)])
+
+
+def kinds_table(used: np.ndarray, shards: ShardReader) -> str:
+    import numpy as np
+
+    from beingvl.vocab import TOKEN_KINDS
+
+    kinds = np.bincount(shards.layout.token_kinds(np.arange(len(used))), weights=used, minlength=len(TOKEN_KINDS))
+    return bars([(name, int(count)) for name, count in zip(TOKEN_KINDS, kinds, strict=True)])
+
+
+def coverage_table(used: np.ndarray, shards: ShardReader) -> str:
+    import numpy as np
+
+    layout = shards.layout
+    ranges = {
+        "specials": (layout.num_text, layout.first_image_id),
+        "VQ codes": (layout.first_image_id, layout.first_vbpe_id),
+        "vBPE ids": (layout.first_vbpe_id, layout.size),
+        "all new rows": (layout.num_text, layout.size),
+    }
+    rows = []
+    for name, (start, stop) in ranges.items():
+        never = start + np.flatnonzero(used[start:stop] == 0)
+        shown = ", ".join(map(str, never[:12].tolist())) + (" …" if len(never) > 12 else "")
+        rows.append((name, f"{stop - start:,}", f"{len(never):,}", shown))
+    return table(["rows", "in the vocabulary", "never occur", "their ids"], rows)
+
+
+def examples(shards: ShardReader, args: argparse.Namespace) -> str:
+    import numpy as np
+
+    from beingvl.tokenizer.vqgan_pictures import Pictures
+
+    pictures = Pictures(args.vq_path, args.vbpe_path)
+    rows = []
+    for index in np.unique(np.linspace(0, len(shards) - 1, args.num_examples).astype(int)).tolist():
+        sample = shards[index]
+        ids = sample.input_ids[shards.layout.is_image_token(sample.input_ids)]
+        picture = pictures.data_url(shards.layout.token_to_image_ids(ids)) if len(ids) else None
+        shown = f"<img alt='' src='{picture}'>" if picture else ""
+        rows.append((shown, escape(sample.id), escape(sample.category), escape(text_of(sample, shards, args.model_path))))
+    return table(["image", "id", "source", "text"], rows)
+
+
+def text_of(sample: Sample, shards: ShardReader, model_path: Path | None) -> str:
+    """The sample's text; without a tokenizer its first ids."""
+    ids = sample.input_ids[~shards.layout.is_image_token(sample.input_ids)]
+    if model_path is None:
+        return " ".join(map(str, ids[:40].tolist()))
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(model_path / "tokenizer.json")).decode(ids.tolist(), skip_special_tokens=False)

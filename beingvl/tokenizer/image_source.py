@@ -1,0 +1,120 @@
+"""Where images come from: a folder, or tar files (webdataset shards). An image's key is its path below the folder or in the tar.
+
+`keys()` lists them all, sorted; `read(key)` gives one file's bytes, from any process.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from beingvl.errors import InputError
+from beingvl.tokenizer.llava_json import image_keys, stream_rows
+from beingvl.tokenizer.vq_codes import IMAGE_SUFFIXES, find_images
+
+
+class ImageSource(Protocol):
+    def keys(self) -> list[str]:
+        """Sorted keys of all images. Raises InputError when there are none."""
+
+    def read(self, key: str) -> bytes:
+        """The bytes of one image file. Raises InputError when it is not there or cannot be read."""
+
+
+def open_images(paths: Sequence[Path]) -> ImageSource:
+    """One folder of image files, one folder of tar files, or tar files. Raises InputError for anything else."""
+    if len(paths) == 1 and paths[0].is_dir():
+        tars = sorted(paths[0].glob("*.tar"))
+        return TarImages(tars) if tars else FolderImages(paths[0])
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"--image_path {path} is not a folder and not a tar file")
+    return TarImages(paths)
+
+
+class FolderImages:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def keys(self) -> list[str]:
+        return find_images(self._folder)
+
+    def read(self, key: str) -> bytes:
+        if PurePosixPath(key).is_absolute() or ".." in PurePosixPath(key).parts:
+            raise InputError(f"{key} leaves the image folder")
+        try:
+            return (self._folder / key).read_bytes()
+        except OSError as error:
+            raise InputError(f"{key}: {error.strerror}") from error
+
+
+class TarImages:
+    """Images in uncompressed tar files, found through their headers once and then read at their offsets."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = list(paths)
+        self._places: dict[str, tuple[int, int, int]] = {}  # key -> (tar, offset, size), in bytes
+        for number, path in enumerate(paths):
+            self._add(number, path)
+        if not self._places:
+            raise InputError(f"{', '.join(map(str, paths))}: no images in there (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+
+    def _add(self, number: int, path: Path) -> None:
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+                    name = member.name.removeprefix("./")
+                    if not member.isfile() or PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
+                        continue
+                    if name in self._places:
+                        other = self._paths[self._places[name][0]]
+                        raise InputError(
+                            f"{path} and {other} both hold {name}: keys must be unique; rename one or encode them apart"
+                        )
+                    self._places[name] = (number, member.offset_data, member.size)
+        except (tarfile.TarError, OSError) as error:
+            raise InputError(f"{path} is not a readable, uncompressed tar file ({error}); was it copied completely?") from error
+
+    def keys(self) -> list[str]:
+        return sorted(self._places)
+
+    def read(self, key: str) -> bytes:
+        if key not in self._places:
+            raise InputError(f"{key}: not in the tar files")
+        number, offset, size = self._places[key]
+        with open(self._paths[number], "rb") as file:
+            data = os.pread(file.fileno(), size, offset)
+        if len(data) != size:
+            raise InputError(f"{key}: {self._paths[number]} is cut off")
+        return data
+
+
+def named_images(json_path: Path) -> list[str]:
+    """Sorted keys of the images that a LLaVA JSON array or JSONL file names. Raises InputError for a malformed file."""
+    keys: set[str] = set()
+    for number, row in enumerate(stream_rows(json_path), 1):
+        try:
+            keys.update(image_keys(row))
+        except InputError as error:
+            raise InputError(f"{json_path}, row {number}: {error}") from error
+    return _some(keys, json_path)
+
+
+def listed_images(list_path: Path) -> list[str]:
+    """Sorted keys of a text file, one a line. Raises InputError when it is empty or no text."""
+    try:
+        text = list_path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{list_path} is not UTF-8 text ({error}); expected one image a line") from error
+    return _some({line.strip() for line in text.split("\n")} - {""}, list_path)
+
+
+def _some(keys: Iterable[str], path: Path) -> list[str]:
+    found = sorted(keys)
+    if not found:
+        raise InputError(f"{path} names no images: there is nothing to encode")
+    return found

@@ -1,0 +1,184 @@
+"""Killed anywhere and started again with another number of ranks, a step writes the bytes of an uninterrupted run."""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from beingvl import cli
+from beingvl.errors import InputError
+from beingvl.manifest import read_manifest, verify_folder, write_manifest
+from beingvl.parts import FOLDER, Parts, ranks_of, wait_until_complete
+from tests.tiny import LAYOUT, write_model
+from tests.tokenizer.test_encode_images import save_vqgan
+
+
+def no_options() -> argparse.Namespace:
+    return argparse.Namespace(rank=None, num_ranks=None)
+
+
+def test_ranks_come_from_options_launcher_and_array() -> None:
+    assert ranks_of(argparse.Namespace(rank=1, num_ranks=3), {"RANK": "5", "WORLD_SIZE": "6"}) == (1, 3)
+    assert ranks_of(no_options(), {}) == (0, 1)
+    assert ranks_of(no_options(), {"RANK": "5", "WORLD_SIZE": "6"}) == (5, 6)
+    array = {
+        "SLURM_ARRAY_TASK_ID": "14",
+        "SLURM_ARRAY_TASK_MIN": "10",
+        "SLURM_ARRAY_TASK_STEP": "2",
+        "SLURM_ARRAY_TASK_COUNT": "4",
+    }
+    assert ranks_of(no_options(), array) == (2, 4)
+    assert ranks_of(no_options(), {**array, "RANK": "1", "WORLD_SIZE": "2"}) == (5, 8)
+    with pytest.raises(InputError, match="belong together"):
+        ranks_of(argparse.Namespace(rank=1, num_ranks=None), {})
+    with pytest.raises(InputError, match="rank 3 of 2 is impossible"):
+        ranks_of(no_options(), {"RANK": "3", "WORLD_SIZE": "2"})
+
+
+def test_a_part_is_whole_or_absent(tmp_path) -> None:
+    parts = Parts(tmp_path, {"a": 1})
+    with pytest.raises(RuntimeError), parts.writing(0) as folder:
+        (folder / "x").write_text("half")
+        raise RuntimeError
+    assert parts.missing(2) == [0, 1] and os.listdir(parts.folder) == ["request.json"]
+    for text in ("one", "another process was first"):
+        with parts.writing(1) as folder:
+            (folder / "x").write_text(text)
+    assert parts.missing(2) == [0] and (parts.path(1) / "x").read_text() == "one"
+    with pytest.raises(InputError, match=r"another a \(found 1, asked for 2\)"):
+        Parts(tmp_path, {"a": 2})
+
+
+def test_waiting_for_ranks_that_do_nothing_ends(tmp_path) -> None:
+    with pytest.raises(InputError, match="no rank has finished a part"):
+        wait_until_complete(tmp_path, patience_seconds=0.05, poll_seconds=0.01)
+
+
+# ---- kills ----
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """Images, a VQ-GAN, a model folder and LLaVA rows, with some that must be rejected."""
+    folder = tmp_path_factory.mktemp("inputs")
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for number in range(40):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / "images" / f"{number}.png")
+    (folder / "images" / "7.png").write_bytes(b"no image")
+    save_vqgan(folder / "vqgan", seed=0)
+    vqgan = read_manifest(folder / "vqgan").lineage["vqgan"]
+    layout = LAYOUT.__class__(num_text=258, num_vq=32, num_merges=8, bos_id=256, eos_id=257)
+    write_model(folder / "base", layout)
+    write_manifest(folder / "base", "model", {}, {"vocab": layout.fingerprint(), "vqgan": vqgan})
+    turns = [{"from": "human", "value": "<image>\nhi"}, {"from": "gpt", "value": "yes"}]
+    rows = [{"id": f"r{n}", "image": f"{n % 40}.png", "conversations": turns} for n in range(400)]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    assert cli.main(commands(folder, folder)["encode-images"]) == 0
+    assert (
+        cli.main(
+            ["train-vbpe", "--data_path", f"{folder}/encode-images", "--output_path", f"{folder}/vbpe.json", "--num_merges=5"]
+        )
+        == 0
+    )
+    assert cli.main(commands(folder, folder)["tokenize"]) == 0
+    assert cli.main(commands(folder, folder)["build-shards"]) == 0
+    return folder
+
+
+def commands(inputs: Path, output: Path) -> dict[str, list[str]]:
+    """Every step in many small parts; what it writes is OUTPUT/NAME."""
+    encode = [f"--image_path={inputs}/images", f"--vq_path={inputs}/vqgan", "--images_per_part=3", "--batch_size=2"]
+    tokenize = [f"--json_path={inputs}/rows.json", f"--vq_codes={inputs}/encode-images", f"--vbpe_path={inputs}/vbpe.json"]
+    tokenize += [f"--model_path={inputs}/base", f"--output_dir={output}/tokenize", "--rows_per_part=16"]
+    build = [f"--jsonl_path={inputs}/tokenize/data_vbpe.jsonl", "--part_bytes=10000", "--num_workers=0"]
+    return {
+        "encode-images": ["encode-images", *encode, f"--output_path={output}/encode-images", "--max_rejected=0.1"],
+        "tokenize": ["tokenize", *tokenize, "--max_rejected=0.1"],
+        "build-shards": ["build-shards", *build, f"--output_path={output}/build-shards"],
+    }
+
+
+def killed_while_working(command: list[str], output: Path, after_parts: int, delay: float) -> int:
+    """Start the command, SIGKILL it `delay` seconds after `after_parts` parts are there; returns its exit code."""
+    process = subprocess.Popen([sys.executable, "-m", "beingvl", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and len(list(output.glob("*parts.tmp/[0-9]*"))) < after_parts:
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    time.sleep(delay)
+    if process.poll() is None:
+        process.send_signal(signal.SIGKILL)
+    return process.wait()
+
+
+def check_kills(inputs: Path, output: Path, step: str, kills: int, seed: int) -> None:
+    """Kill a step `kills` times, each time with another number of ranks, then finish it with three."""
+    random_source = random.Random(seed)
+    command = commands(inputs, output)[step]
+    num_killed = 0
+    for number in range(kills):
+        num_ranks = random_source.choice([1, 2, 3])
+        done = len(list((output / step).glob("*parts.tmp/[0-9]*")))
+        ranks = [f"--rank={number % num_ranks}", f"--num_ranks={num_ranks}"]
+        after = done + random_source.choice([0, 0, 1, 2])
+        num_killed += killed_while_working([*command, *ranks], output / step, after, random_source.uniform(0, 0.01)) == -9
+    assert num_killed
+    for rank in range(3):
+        assert cli.main([*command, f"--rank={rank}", "--num_ranks=3"]) == 0
+    found, expected = verify_folder(output / step), verify_folder(inputs / step)
+    assert found.content_hash == expected.content_hash
+    assert (found.counts, found.lineage, found.details) == (expected.counts, expected.lineage, expected.details)
+    assert not list((output / step).glob("*parts.tmp"))
+
+
+STEPS = ("encode-images", "tokenize", "build-shards")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_one_kill(inputs, tmp_path, step) -> None:
+    check_kills(inputs, tmp_path, step, kills=1, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", STEPS)
+def test_twenty_kills(inputs, tmp_path, step) -> None:
+    check_kills(inputs, tmp_path, step, kills=20, seed=1)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_full_disk_loses_nothing_that_was_finished(inputs, tmp_path, step) -> None:
+    code = (
+        "import resource, sys; from beingvl.cli import main; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = commands(inputs, tmp_path)[step]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert done.returncode == 2 and "make room and start the same command again" in done.stderr, done.stderr
+    assert cli.main(command) == 0
+    assert verify_folder(tmp_path / step).content_hash == read_manifest(inputs / step).content_hash
+
+
+def test_overwrite_is_for_one_rank(inputs, tmp_path, capsys) -> None:
+    for command in commands(inputs, tmp_path).values():
+        assert cli.main([*command, "--overwrite", "--rank=0", "--num_ranks=2"]) == 2
+        assert "--overwrite is for one rank" in capsys.readouterr().err
+
+
+def test_unfinished_work_of_other_options_is_refused(inputs, tmp_path, capsys) -> None:
+    command = commands(inputs, tmp_path)["build-shards"]
+    assert cli.main([*command, "--rank=0", "--num_ranks=2"]) == 0
+    assert "are still missing" in capsys.readouterr().out and (tmp_path / "build-shards" / FOLDER).is_dir()
+    assert cli.main([*command, "--part_bytes=5000"]) == 2
+    assert "unfinished work of another part_bytes" in capsys.readouterr().err
+    assert cli.main([*command, "--num_workers=2"]) == 0
+    assert verify_folder(tmp_path / "build-shards").content_hash == read_manifest(inputs / "build-shards").content_hash
