@@ -31,6 +31,7 @@ COMMANDS = {
     "generate": ("beingvl.inference.generate", "answer a prompt about images"),
     "evaluate": ("beingvl.inference.evaluate", "score a model on held-out questions"),
     "report": ("beingvl.inference.report", "pictures and summary of a run"),
+    "plan": ("beingvl.launch.plan", "predict memory and time of a stage before it runs"),
     "verify": ("beingvl.verify", "re-hash an artefact of any step against its manifest"),
 }
 

@@ -1,6 +1,7 @@
 """Pictures and summary of a run.
 
 beingvl report quickstart runs/quickstart      accuracy after each stage, examples, loss curves: summary.json, PNG, HTML
+beingvl report train stage-1                   curves, times and events of one stage's training: report.html
 beingvl report vbpe vbpe.json …                what a vBPE vocabulary learnt
 """
 
@@ -11,6 +12,7 @@ import importlib
 
 KINDS = {
     "quickstart": ("beingvl.inference.report_quickstart", "what the whole line did, on held-out images"),
+    "train": ("beingvl.inference.report_train", "curves, times and events of one stage's training"),
     "vbpe": ("beingvl.tokenizer.report_vbpe", "what a vBPE vocabulary learnt"),
 }
 
