@@ -34,6 +34,7 @@ COMMANDS = {
     "report": ("beingvl.inference.report", "pictures and summary of a run"),
     "launch": ("beingvl.launch.start_training", "start a training stage on the hosts of a hostfile, through deepspeed"),
     "preflight": ("beingvl.launch.preflight", "ask every host of a hostfile whether a run can start there"),
+    "plan": ("beingvl.launch.plan", "predict memory and time of a stage before it runs"),
     "verify": ("beingvl.verify", "re-hash an artefact of any step against its manifest"),
 }
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

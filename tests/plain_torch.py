@@ -33,7 +33,8 @@ def train_plain(
         trained, lr=settings["lr"], betas=settings["betas"], eps=settings["eps"], weight_decay=settings["weight_decay"]
     )
     losses = []
-    for step in range(data.num_steps):
+    num_steps = min(data.num_steps, config.beingvl.max_steps or data.num_steps)
+    for step in range(num_steps):
         batch = data.micro_batch(step, 0, 0, 1, config.sequences_per_step)
         samples = [by_id[name] for name in batch.sample_ids]  # a step may hold a sample twice
         loss_sum, count = torch.zeros(()), 0
@@ -48,7 +49,7 @@ def train_plain(
             for matrix in matrices:
                 matrix.grad[: trained_rows.start] = 0
         torch.nn.utils.clip_grad_norm_(trained, config.deepspeed["gradient_clipping"])
-        optimizer.param_groups[0]["lr"] = plain_learning_rate(step, data.num_steps, config)
+        optimizer.param_groups[0]["lr"] = plain_learning_rate(step, num_steps, config)
         optimizer.step()
         if trained_rows is not None:  # weight decay moved the frozen rows: put them back
             with torch.no_grad():

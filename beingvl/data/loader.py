@@ -107,11 +107,13 @@ class TrainingData:
     def samples_of(self, sequence: int) -> np.ndarray:
         """Sample indices of one sequence."""
         window, number = self.plan.window_of(sequence)
-        if window not in self._windows:
+        sequences = self._windows.get(window)  # once: a thread that fetches ahead may drop it meanwhile
+        if sequences is None:
+            sequences = self._pack(window)
             if len(self._windows) >= WINDOWS_KEPT:
-                self._windows.pop(next(iter(self._windows)))
-            self._windows[window] = self._pack(window)
-        return self._windows[window][number]
+                self._windows.pop(next(iter(self._windows)), None)
+            self._windows[window] = sequences
+        return sequences[number]
 
     def _pack(self, window: int) -> list[np.ndarray]:
         start = window * WINDOW

@@ -54,7 +54,7 @@ def plan_packing(
     counts, tokens = [0], 0
     for start in range(0, num_samples, WINDOWS_AT_ONCE * WINDOW):
         lengths = lengths_of(start, min(start + WINDOWS_AT_ONCE * WINDOW, num_samples))
-        _check_lengths(lengths, sequence_length)
+        check_lengths(lengths, sequence_length)
         tokens += int(lengths.sum(dtype=np.int64))
         windows = [lengths[at : at + WINDOW] for at in range(0, len(lengths), WINDOW)]
         counts += [count_sequences(window, sequence_length) if packing else len(window) for window in windows]
@@ -62,7 +62,7 @@ def plan_packing(
     return PackingPlan(starts, tokens / max(1, int(starts[-1]) * sequence_length))
 
 
-def _check_lengths(lengths: np.ndarray, sequence_length: int) -> None:
+def check_lengths(lengths: np.ndarray, sequence_length: int) -> None:
     num_too_long = int((lengths > sequence_length).sum())
     if num_too_long:
         found = f"{num_too_long} of {len(lengths)} samples are longer than sequence_length {sequence_length}"

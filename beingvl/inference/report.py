@@ -2,6 +2,7 @@
 
 beingvl report quickstart runs/quickstart      accuracy after each stage, examples, loss curves: summary.json, PNG, HTML
 beingvl report data shards/ …                  what shards hold: lengths, sources, unused rows, examples
+beingvl report train stage-1                   curves, times and events of one stage's training: report.html
 beingvl report vbpe vbpe.json …                what a vBPE vocabulary learnt
 """
 
@@ -13,6 +14,7 @@ import importlib
 KINDS = {
     "quickstart": ("beingvl.inference.report_quickstart", "what the whole line did, on held-out images"),
     "data": ("beingvl.data.report_data", "what shards hold"),
+    "train": ("beingvl.inference.report_train", "curves, times and events of one stage's training"),
     "vbpe": ("beingvl.tokenizer.report_vbpe", "what a vBPE vocabulary learnt"),
 }
 

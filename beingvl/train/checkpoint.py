@@ -7,28 +7,30 @@
         manifest.json                      commit marker, written last, by rank 0, when every rank has written
 
 Frozen weights are not in it: they are re-read from the stage's start model, whose hash is part of the run identity. A slice is
-a range of the flattened parameter, so another number of ranks reads other ranges of the same files.
+a range of the flattened parameter, so another number of ranks, or another ZeRO stage, reads other ranges of the same files.
 
-    parameter of 7 elements, 2 ranks -> slices of 4:  rank 0 [0 1 2 3]   rank 1 [4 5 6 pad]
-    read by 3 ranks -> slices of 3:                   rank 0 [0 1 2]     rank 1 [3 4 5]    rank 2 [6 pad pad]
+    parameter of 7 elements, saved by 2 ranks:  rank 0 [0 1 2 3]   rank 1 [4 5 6]
+    read by 3 ranks:                            rank 0 [0 1 2]     rank 1 [3 4 5]    rank 2 [6]
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from beingvl.errors import InputError
 from beingvl.manifest import hash_file, is_complete, read_manifest, start_folder, to_json, write_atomically, write_manifest
+from beingvl.train.failures import SaveError
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.json"
@@ -38,7 +40,7 @@ STATE_FILE = "state.json"
 class CheckpointState:
     """`state.json`. `step` optimizer steps are done, `num_applied_steps` of them changed weights; `identity` names the run.
 
-    `parameters`: trained name -> {"shape": […], "slice_elements": n}.
+    `parameters`: trained name -> {"shape": […], "spans": [[start, stop] of every rank], "adam_steps": n}.
     """
 
     step: int
@@ -71,29 +73,57 @@ def write_checkpoint(
 ) -> None:
     """Write one checkpoint, all ranks together. `gather` hands every rank's value to all (and is the barrier).
 
-    Rank 0 calls `write_more` with the folder for what belongs to it beside the slices.
+    Rank 0 calls `write_more` with the folder for what belongs to it beside the slices. When one rank cannot write, every rank
+    raises SaveError, and what was written of this checkpoint is removed to make room.
     """
-    if rank == 0:
-        start_folder(folder)
-    gather(None)
-    path = folder / rank_file(rank, state.num_ranks)
-    temporary = path.with_suffix(".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    temporary.replace(path)
-    hashes = dict(gather((path.name, hash_file(path))))
-    if rank == 0:
+
+    def together(work: Callable[[], Any]) -> list[Any]:
+        try:
+            result, problem = work(), None
+        except (OSError, SafetensorError) as error:
+            result, problem = None, f"rank {rank}: {error}"
+        answers = gather((result, problem))
+        problems = [problem for _, problem in answers if problem]
+        if problems:
+            if rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise SaveError(f"{folder} could not be written ({problems[0]}); earlier checkpoints are as they were, start again")
+        return [result for result, _ in answers]
+
+    def commit() -> None:
         write_more(folder)
         write_atomically(folder / STATE_FILE, to_json(asdict(state)))
         lineage = state.identity["lineage"]
         write_manifest(folder, "checkpoint", {"step": state.step, "ranks": state.num_ranks}, lineage, known_hashes=hashes)
-    gather(None)
+
+    together(lambda: start_folder(folder) if rank == 0 else None)
+    hashes = dict(together(lambda: _write_slices(folder / rank_file(rank, state.num_ranks), tensors)))
+    together(lambda: commit() if rank == 0 else None)
 
 
-def delete_old_checkpoints(output: Path, keep_last: int) -> None:
-    """Keep the newest `keep_last` finished checkpoints; a deleted one stops being complete first."""
+def _write_slices(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[str, str]:
+    """Write one rank's file, on disk before it has its name; returns (name, hash)."""
+    temporary = path.with_suffix(".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return path.name, hash_file(path)
+
+
+def delete_old_checkpoints(output: Path, keep_last: int, keep_every: int = 0) -> None:
+    """Keep the newest `keep_last` finished checkpoints, and those of every `keep_every`-th step.
+
+    A deleted one stops being complete first.
+    """
     for folder in complete_checkpoints(output)[:-keep_last]:
-        start_folder(folder)
-        shutil.rmtree(folder)
+        if not keep_every or step_of(folder) % keep_every:
+            start_folder(folder)
+            shutil.rmtree(folder)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def read_state(folder: Path) -> CheckpointState:
@@ -115,48 +145,34 @@ def check_identity(folder: Path, found: Mapping[str, Any], expected: Mapping[str
             )
 
 
-def read_local_state(
-    folder: Path, state: CheckpointState, rank: int, slice_elements: Mapping[str, int]
-) -> dict[str, torch.Tensor]:
-    """The slices that `rank` needs, when each parameter is cut into slices of `slice_elements` now."""
-    tensors = {}
-    with ExitStack() as stack:
-        files = _open_rank_files(folder, state, stack)
-        for name, elements in slice_elements.items():
-            for key in ("master", "exp_avg", "exp_avg_sq"):
-                flat = torch.zeros(elements)
-                for start, piece in _pieces(files, state, name, key, rank * elements, (rank + 1) * elements):
-                    flat[start : start + piece.numel()] = piece
-                tensors[f"{name}.{key}"] = flat
-    return tensors
+class StateReader:
+    """The saved slices of one checkpoint, open for reading: `with StateReader(folder) as reader: reader.fetch(...)`."""
 
+    def __init__(self, folder: Path, state: CheckpointState | None = None) -> None:
+        self.state = state or read_state(folder)
+        names = [rank_file(rank, self.state.num_ranks) for rank in range(self.state.num_ranks)]
+        for name in names:
+            if not (folder / name).is_file():
+                raise InputError(f"{folder / name} is missing; remove the folder to resume from an older checkpoint")
+        self._stack = ExitStack()
+        self._files = [self._stack.enter_context(safe_open(folder / name, framework="pt")) for name in names]
 
-def read_master(folder: Path, state: CheckpointState, name: str) -> torch.Tensor:
-    """A trained parameter's float32 weights, whole, in its own shape."""
-    shape = state.parameters[name]["shape"]
-    flat = torch.empty(torch.Size(shape).numel())
-    with ExitStack() as stack:
-        files = _open_rank_files(folder, state, stack)
-        for start, piece in _pieces(files, state, name, "master", 0, flat.numel()):
-            flat[start : start + piece.numel()] = piece
-    return flat.view(shape)
+    def __enter__(self) -> StateReader:
+        return self
 
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
 
-def _open_rank_files(folder: Path, state: CheckpointState, stack: ExitStack) -> list[Any]:
-    names = [rank_file(rank, state.num_ranks) for rank in range(state.num_ranks)]
-    for name in names:
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name} is missing; remove the folder to resume from an older checkpoint")
-    return [stack.enter_context(safe_open(folder / name, framework="pt")) for name in names]
+    def fetch(self, name: str, key: str, start: int, stop: int) -> torch.Tensor:
+        """Elements start … stop of a flattened parameter; `key` is master, exp_avg or exp_avg_sq. Float32."""
+        flat = torch.empty(stop - start)
+        for file, (first, last) in zip(self._files, self.state.parameters[name]["spans"], strict=True):
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                flat[low - start : high - start] = file.get_slice(f"{name}.{key}")[low - first : high - first]
+        return flat
 
-
-def _pieces(
-    files: list[Any], state: CheckpointState, name: str, key: str, start: int, stop: int
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """(offset in start … stop, elements) for every stored slice that overlaps the flat range; padding is left out."""
-    elements = state.parameters[name]["slice_elements"]
-    stop = min(stop, torch.Size(state.parameters[name]["shape"]).numel())
-    for rank, file in enumerate(files):
-        first, last = max(start, rank * elements), min(stop, (rank + 1) * elements)
-        if first < last:
-            yield first - start, file.get_slice(f"{name}.{key}")[first - rank * elements : last - rank * elements]
+    def master(self, name: str) -> torch.Tensor:
+        """A trained parameter's float32 weights, whole, in its own shape."""
+        shape = self.state.parameters[name]["shape"]
+        return self.fetch(name, "master", 0, torch.Size(shape).numel()).view(shape)

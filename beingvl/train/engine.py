@@ -1,25 +1,27 @@
-"""The DeepSpeed boundary: the only place that knows ZeRO-3.
+"""The DeepSpeed boundary: the only place that calls DeepSpeed.
 
     1. start_distributed      process group from the launcher's environment
-    2. build_engine           zero.Init -> empty partitioned model; plan; shard-wise weights; deepspeed.initialize
+    2. build_engine           empty model; plan; shard-wise weights; deepspeed.initialize
     3. forward / backward / step
     4. local_state            this rank's slices of what training changes, for checkpoints
-       load_local_state       the way back, before the first step
+       load_state             the way back, before the first step
 
-No rank ever holds the whole model: every parameter is partitioned when it is made, and each rank copies its own flat slice
-from the memory-mapped weights into its partition. A parameter of n elements on R ranks lies in R slices of ceil(n / R)
-elements, the last ones padded.
+Under ZeRO-3 no rank ever holds the whole model: every parameter is partitioned when it is made, and each rank copies its own
+flat slice from the memory-mapped weights into its partition. Under the stages 0, 1 and 2, which keep all weights on every
+rank, they are copied one by one. train/partitions.py knows where each stage keeps what.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +29,20 @@ import deepspeed
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from numpy.typing import ArrayLike
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from beingvl.data.loader import IGNORED, MicroBatch
 from beingvl.errors import InputError
 from beingvl.model.extended_vocab import PackedCausalLM, build_packed_model, stored_slice
-from beingvl.model.param_groups import PlannedParameter, Rule, plan_parameters
+from beingvl.model.param_groups import PlannedParameter, plan_parameters
 from beingvl.model.weight_files import WeightFolder
+from beingvl.train.failures import FreezerError
+from beingvl.train.flops import step_flops
+from beingvl.train.memory import predict_memory
+from beingvl.train.partitions import MASTER, MOMENTS, STATE_KEYS, partitions_of
 from beingvl.train.stage_config import StageConfig
 from beingvl.vocab import VocabLayout
-
-STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -106,48 +104,77 @@ def gather_objects(value: Any, num_ranks: int) -> list[Any]:
     return gathered
 
 
-def build_engine(model_folder: Path, layout: VocabLayout, config: StageConfig, ranks: Ranks) -> TrainingEngine:
-    """Build the stage's model partitioned, load the start model's weights, freeze by plan, hand over to DeepSpeed."""
-    if config.zero_stage != 3:
-        raise InputError(f"{config.source}: zero_optimization.stage is {config.zero_stage}, beingvl trains with stage 3")
+def build_engine(
+    model_folder: Path, layout: VocabLayout, config: StageConfig, ranks: Ranks, adam_steps: Mapping[str, int] | None = None
+) -> TrainingEngine:
+    """Build the stage's model, load the start model's weights, freeze by plan, hand over to DeepSpeed.
+
+    `adam_steps`: trained name -> updates that its moments will have behind them, where they are carried over or resumed.
+    """
     accumulation_steps = config.accumulation_steps(ranks.num_ranks)
     deepspeed_config = {**config.deepspeed, "gradient_accumulation_steps": accumulation_steps}
-    block = config.beingvl
-
     model_config = AutoConfig.from_pretrained(model_folder)
+    model = _empty_model(model_config, layout, config, deepspeed_config)
+    parameters = dict(model.causal_lm.named_parameters())
+    shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters.items()}
+    plan = plan_parameters(shapes, config.beingvl.trainable)
+    _load_weights(parameters, shapes, WeightFolder(model_folder), layout, config, ranks)
+    for planned in plan:
+        parameters[planned.name].requires_grad_(planned.rule.train)
+    groups = _optimizer_groups(plan, config, adam_steps or {})
+    settings = [
+        {
+            "params": [parameters[name] for name in names],
+            "lr": config.learning_rate * multiplier,
+            "weight_decay": decay,
+        }
+        for (multiplier, decay, _), names in groups.items()
+    ]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=settings, config=deepspeed_config)
+    _restore_rotary_buffers(model, model_config, ranks.device)
+    multipliers = [multiplier for multiplier, _, _ in groups]
+    return TrainingEngine(engine, model, parameters, plan, multipliers, config, ranks, accumulation_steps)
+
+
+def _empty_model(model_config: Any, layout: VocabLayout, config: StageConfig, deepspeed_config: dict[str, Any]) -> PackedCausalLM:
+    """The stage's model without weights; every parameter partitioned as soon as it is made, when the stage is 3."""
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
-    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config):  # with dtype= given, it takes 16 bits whatever is given
-        model = build_packed_model(
+    # zero.Init with dtype= given takes 16 bits whatever is given, so the JSON decides alone
+    is_cut = config.zero_stage == 3
+    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if is_cut else contextlib.nullcontext():
+        return build_packed_model(
             model_class,
             model_config,
             layout.num_text,
             model_config.vocab_size - layout.num_text,  # more than layout.num_visual when the converter padded the rows
-            block.loss_chunk_tokens,
-            block.activation_checkpointing,
+            config.beingvl.loss_chunk_tokens,
+            config.beingvl.activation_checkpointing,
         )
-    parameters = dict(model.causal_lm.named_parameters())
-    plan = plan_parameters({name: tuple(parameter.ds_shape) for name, parameter in parameters.items()}, block.trainable)
-    _load_partitions(parameters, WeightFolder(model_folder), layout, ranks.rank)
-    for planned in plan:
-        parameters[planned.name].requires_grad_(planned.rule.train)
-    groups = _optimizer_groups(plan, parameters, config)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=deepspeed_config)
-    _restore_rotary_buffers(model, model_config, ranks.device)
-    return TrainingEngine(engine, model, parameters, plan, config, ranks, accumulation_steps)
 
 
-def _load_partitions(parameters: Mapping[str, Any], weights: WeightFolder, layout: VocabLayout, rank: int) -> None:
-    """Copy this rank's flat slice of every parameter from the memory map. Raises InputError for what does not fit."""
+def _load_weights(
+    parameters: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: WeightFolder,
+    layout: VocabLayout,
+    config: StageConfig,
+    ranks: Ranks,
+) -> None:
+    """Copy what this rank holds of every parameter from the memory map. Raises InputError for what does not fit."""
+    dtype = torch.bfloat16 if config.is_bf16 else torch.float32
     for name, parameter in parameters.items():
         stored_name, rows = stored_slice(name, layout.num_text)
         if stored_name not in weights:
             raise InputError(f"{weights.folder} has no tensor {stored_name!r}; it is not a whole Being-VL model folder")
         stored = weights[stored_name][rows]
-        if tuple(stored.shape) != tuple(parameter.ds_shape):
+        if tuple(stored.shape) != shapes[name]:
             found = f"{weights.folder}: {stored_name!r} gives {tuple(stored.shape)} for {name!r}"
-            raise InputError(f"{found}, expected {tuple(parameter.ds_shape)}; config.json and weights disagree")
+            raise InputError(f"{found}, expected {shapes[name]}; config.json and weights disagree")
+        if config.zero_stage < 3:
+            parameter.data = stored.to(ranks.device, dtype, copy=True)
+            continue
         partition = parameter.ds_tensor
-        start = rank * partition.numel()
+        start = ranks.rank * partition.numel()
         mine = stored.reshape(-1)[start : start + partition.numel()]
         partition.data.zero_()
         partition.data[: mine.numel()].copy_(mine)
@@ -161,20 +188,17 @@ def _restore_rotary_buffers(model: torch.nn.Module, model_config: Any, device: t
                 setattr(module, name, buffer.to(device))
 
 
-def _optimizer_groups(plan: list[PlannedParameter], parameters: Mapping[str, Any], config: StageConfig) -> list[dict[str, Any]]:
-    """One optimizer group per (learning-rate multiplier, weight decay); only trained parameters are in it."""
-    members: dict[tuple[float, float], list[Any]] = {}
+def _optimizer_groups(
+    plan: list[PlannedParameter], config: StageConfig, adam_steps: Mapping[str, int]
+) -> dict[tuple[float, float, int], list[str]]:
+    """(learning-rate multiplier, weight decay, earlier Adam updates) -> trained names; Adam counts updates per group."""
+    groups: dict[tuple[float, float, int], list[str]] = {}
     for planned in plan:
         if planned.rule.train:
-            members.setdefault(_group_key(planned.rule, config), []).append(parameters[planned.name])
-    return [
-        {"params": params, "lr": config.learning_rate * multiplier, "weight_decay": decay}
-        for (multiplier, decay), params in members.items()
-    ]
-
-
-def _group_key(rule: Rule, config: StageConfig) -> tuple[float, float]:
-    return rule.lr_multiplier, config.weight_decay if rule.weight_decay is None else rule.weight_decay
+            decay = config.weight_decay if planned.rule.weight_decay is None else planned.rule.weight_decay
+            key = (planned.rule.lr_multiplier, decay, adam_steps.get(planned.name, 0))
+            groups.setdefault(key, []).append(planned.name)
+    return groups
 
 
 class TrainingEngine:
@@ -186,6 +210,7 @@ class TrainingEngine:
         model: PackedCausalLM,
         parameters: dict[str, Any],
         plan: list[PlannedParameter],
+        lr_multipliers: list[float],
         config: StageConfig,
         ranks: Ranks,
         accumulation_steps: int,
@@ -197,9 +222,9 @@ class TrainingEngine:
         self.plan = plan
         self.ranks = ranks
         self.accumulation_steps = accumulation_steps
-        trained_rules = dict.fromkeys(_group_key(planned.rule, config) for planned in plan if planned.rule.train)
-        self._lr_multipliers = [multiplier for multiplier, _ in trained_rules]
-        self._frozen_hash = self.hash_frozen()
+        self._lr_multipliers = lr_multipliers
+        self._partitions = partitions_of(config.zero_stage, engine, parameters, ranks.rank, ranks.num_ranks)
+        self._frozen_hashes = self._hash_frozen()
 
     # ---- one step ----
     def forward(self, batch: MicroBatch) -> torch.Tensor:
@@ -212,6 +237,14 @@ class TrainingEngine:
             target_positions=self._tensor(positions),
             target_ids=self._tensor(batch.target_ids[positions]),
         )
+
+    @torch.no_grad()
+    def evaluate(self, batch: MicroBatch) -> torch.Tensor:
+        """As `forward`, without gradients and in evaluation mode; all ranks call together."""
+        self._engine.eval()
+        losses = self.forward(batch)
+        self._engine.train()
+        return losses
 
     @torch.no_grad()
     def logits(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -235,14 +268,43 @@ class TrainingEngine:
 
     def step(self, learning_rate: float | None) -> StepResult | None:
         """End a micro step; the last one of a window (with a learning rate) updates the weights."""
-        if learning_rate is not None:
-            for group, multiplier in zip(self._engine.optimizer.param_groups, self._lr_multipliers, strict=True):
-                group["lr"] = learning_rate * multiplier
-        self._engine.step()
         if learning_rate is None:
+            self._engine.step()
             return None
+        for group, multiplier in zip(self._engine.optimizer.param_groups, self._lr_multipliers, strict=True):
+            group["lr"] = learning_rate * multiplier
+        if self._config.zero_stage == 0 and not self._config.is_bf16:
+            return self._step_without_zero()
+        self._engine.step()
         norm = self._engine.get_global_grad_norm()
         return StepResult(bool(self._engine.was_step_applied()), float(norm if norm is not None else 0.0))
+
+    def _step_without_zero(self) -> StepResult:
+        """Stage 0 in float32: DeepSpeed neither tells the gradient norm nor skips what is not finite."""
+        gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if np.isfinite(norm):
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+            self._engine.micro_steps += 1  # what the skipped call would have counted
+        return StepResult(bool(np.isfinite(norm)), norm if np.isfinite(norm) else float("inf"))
+
+    def learning_rates(self, learning_rate: float) -> dict[str, float]:
+        """`learning_rate/xM` for every multiplier M of the freezer's rules beside 1."""
+        return {f"learning_rate/x{m:g}": learning_rate * m for m in dict.fromkeys(self._lr_multipliers) if m != 1}
+
+    def step_flops(self, num_tokens: int, num_pairs: int, num_target_tokens: int) -> float:
+        """Forward and backward of a step, as train/flops.py counts them."""
+        config = self._model.causal_lm.config
+        width = config.num_attention_heads * (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        return step_flops(self.plan, width, num_tokens, num_pairs, num_target_tokens)
+
+    def predicted_memory(self) -> dict[str, int]:
+        """Bytes by purpose, as train/memory.py predicts them for one rank."""
+        return predict_memory(self.plan, self._model.causal_lm.config, self._config, self.ranks.num_ranks)
 
     # ---- what checkpoints need ----
     @property
@@ -254,51 +316,63 @@ class TrainingEngine:
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         return {planned.name: planned.shape for planned in self.plan if planned.rule.train}
 
-    def partition_numel(self, name: str) -> int:
-        """Elements in every rank's slice of a parameter."""
-        return self._parameters[name].ds_tensor.numel()
+    def span(self, name: str) -> tuple[int, int]:
+        """The flat range [start, stop) of a trained parameter that this rank saves."""
+        return self._partitions.span(name)
 
     def local_state(self) -> dict[str, torch.Tensor]:
         """`NAME.master`, `NAME.exp_avg`, `NAME.exp_avg_sq`: this rank's flat float32 slices of every trained parameter."""
-        state = {}
-        for name in self.trained_shapes:
-            parameter = self._parameters[name]
-            state[f"{name}.master"] = safe_get_local_fp32_param(parameter).detach().cpu()
-            for key in STATE_KEYS[1:]:
-                state[f"{name}.{key}"] = safe_get_local_optimizer_state(parameter, key).detach().cpu()
-        return state
+        return {f"{name}.{key}": self._partitions.read(name, key) for name in self.trained_shapes for key in STATE_KEYS}
 
-    def load_local_state(self, state: Mapping[str, torch.Tensor], num_applied_steps: int) -> None:
-        """Put back what `local_state` gave, before the first step, with the optimizer's count of applied updates."""
-        self._create_optimizer_state(num_applied_steps)
-        for name in self.trained_shapes:
-            parameter = self._parameters[name]
-            master = state[f"{name}.master"].to(self.ranks.device)
-            safe_set_local_fp32_param(parameter, master)
-            parameter.ds_tensor.data.copy_(master)
-            for key in STATE_KEYS[1:]:
-                safe_set_local_optimizer_state(parameter, state[f"{name}.{key}"].to(self.ranks.device), key)
+    def load_state(
+        self,
+        fetch: Callable[[str, str, int, int], torch.Tensor],
+        adam_steps: Mapping[str, int],
+        only_moments_of: Collection[str] = (),
+    ) -> None:
+        """Put back masters and moments before the first step, or only the moments of some parameters.
 
-    def _create_optimizer_state(self, num_applied_steps: int) -> None:
-        """Adam makes its state in the first update; a resumed run needs it before."""
-        zero = self._engine.optimizer
-        for flat in zero.fp32_partitioned_groups_flat:
-            zero.optimizer.state[flat] = {
-                "step": torch.tensor(float(num_applied_steps)),
-                "exp_avg": torch.zeros_like(flat),
-                "exp_avg_sq": torch.zeros_like(flat),
-            }
+        `fetch(name, key, start, stop)` gives a flat range; `adam_steps`: name -> updates its moments have behind them.
+        """
+        self._partitions.create_moments(adam_steps)
+        for name in only_moments_of or self.trained_shapes:
+            self._partitions.write(name, partial(fetch, name), MOMENTS if only_moments_of else STATE_KEYS)
 
-    def hash_frozen(self) -> str:
-        """Hash of this rank's slices of every frozen parameter."""
-        digest = hashlib.sha256()
-        for planned in self.plan:
-            if not planned.rule.train:
-                data = self._parameters[planned.name].ds_tensor.detach().cpu().contiguous()
-                digest.update(data.view(torch.uint8).numpy())
-        return digest.hexdigest()
+    # ---- the freezer's checks ----
+    def _hash_frozen(self) -> dict[str, str]:
+        names = [planned.name for planned in self.plan if not planned.rule.train]
+        return {name: hash_tensor(self._partitions.held_weights(name)) for name in names}
 
     def check_frozen(self) -> None:
-        """Raises RuntimeError when a frozen parameter is no longer what it was at the start."""
-        if self.hash_frozen() != self._frozen_hash:
-            raise RuntimeError("a frozen parameter changed during training; the checkpoint is not written")
+        """Raises FreezerError when a frozen parameter is no longer what it was at the start."""
+        changed = [name for name, found in self._hash_frozen().items() if found != self._frozen_hashes[name]]
+        if changed:
+            raise FreezerError(
+                f"the frozen parameter {changed[0]} changed during training ({len(changed)} did); nothing is saved"
+            )
+
+    def hash_trained(self) -> dict[str, str]:
+        """Hash of this rank's masters, before the first step, for `check_trained`."""
+        return {name: hash_tensor(self._partitions.read(name, MASTER)) for name in self.trained_shapes}
+
+    def check_trained(self, before: Mapping[str, str], saw_text: bool = True, saw_visual: bool = True) -> None:
+        """After the first update. Raises FreezerError when a parameter declared trained got no gradient or did not move.
+
+        Rows of the input embedding are excused when no token of the step looked them up. All ranks call together.
+        """
+        embedding = self._model.causal_lm.get_input_embeddings()
+        unseen = [] if saw_text else [embedding.text_rows]
+        unseen += [] if saw_visual else [embedding.visual_rows]
+        after = self.hash_trained()
+        flags = [
+            (after[name] != before[name], bool(self._partitions.read(name, MOMENTS[0]).any())) for name in self.trained_shapes
+        ]
+        for name, (moved, got_gradient) in zip(self.trained_shapes, sum_over_ranks(flags, self.ranks.device), strict=True):
+            if not (moved and got_gradient) and not any(self._parameters[name] is rows for rows in unseen):
+                what = "did not move" if got_gradient else "got no gradient"
+                raise FreezerError(f"{name} is declared trained but {what} in the first step; correct beingvl.trainable")
+
+
+def hash_tensor(tensor: torch.Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().view(-1)
+    return hashlib.sha256(data.view(torch.uint8).numpy()).hexdigest()

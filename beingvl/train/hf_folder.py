@@ -18,7 +18,7 @@ from beingvl.errors import InputError
 from beingvl.manifest import Manifest, read_manifest, start_folder, write_manifest
 from beingvl.model.extended_vocab import stored_slice
 from beingvl.model.weight_files import WeightFolder, rewrite_weights
-from beingvl.train.checkpoint import CheckpointState, read_master, read_state
+from beingvl.train.checkpoint import CheckpointState, StateReader, read_state
 from beingvl.vocab import VocabLayout
 
 
@@ -52,8 +52,9 @@ def _trained_tensors(
 
     def assemble(stored_name: str) -> torch.Tensor:
         tensor = weights[stored_name].clone()
-        for name in trained_parts[stored_name]:
-            tensor[stored_slice(name, layout.num_text)[1]] = read_master(checkpoint, state, name).to(tensor.dtype)
+        with StateReader(checkpoint, state) as reader:
+            for name in trained_parts[stored_name]:
+                tensor[stored_slice(name, layout.num_text)[1]] = reader.master(name).to(tensor.dtype)
         return tensor
 
     return {stored_name: partial(assemble, stored_name) for stored_name in trained_parts}

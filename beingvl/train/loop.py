@@ -11,13 +11,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from beingvl.data.loader import TrainingData
 from beingvl.train.engine import TrainingEngine, sum_over_ranks
+from beingvl.train.failures import NonFiniteError
 from beingvl.train.loss import LossSums, backward_scale, learning_rate_at
-from beingvl.train.metrics import MetricsWriter, peak_memory_bytes
+from beingvl.train.metrics import MetricsWriter, SpikeDetector, peak_memory_bytes
+from beingvl.train.phases import Phases
 from beingvl.train.stage_config import StageConfig
+from beingvl.train.window import WindowFetcher
 
 
 @dataclass
@@ -29,13 +34,14 @@ class Progress:
     num_skipped_in_a_row: int = 0
 
 
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not a finite number."""
-
-
 def num_steps_of(data: TrainingData, config: StageConfig) -> int:
     """Optimizer steps of the whole run; the learning-rate schedule spans exactly these."""
     return min(data.num_steps, config.beingvl.max_steps or data.num_steps)
+
+
+def learning_rate_of(step: int, num_steps: int, config: StageConfig) -> float:
+    block = config.beingvl
+    return learning_rate_at(step, num_steps, config.learning_rate, block.schedule, block.warmup_ratio, block.min_lr_ratio)
 
 
 def train(
@@ -44,84 +50,112 @@ def train(
     config: StageConfig,
     progress: Progress,
     metrics: MetricsWriter,
+    phases: Phases,
     save: Callable[[Progress], None],
+    validate: Callable[[int], None],
     stop_requested: Callable[[], bool],
 ) -> bool:
     """Run from `progress.step` to the end. True when finished, False when stopped early after saving.
 
     `stop_requested` is asked on every rank in every step; one rank's yes is everybody's. Raises NonFiniteError after
-    `max_skipped_steps` skipped steps in a row.
+    `max_skipped_steps` skipped steps in a row, when the last good state is saved.
     """
     block, ranks = config.beingvl, engine.ranks
     num_steps = num_steps_of(data, config)
-    schedule = (num_steps, config.learning_rate, block.schedule, block.warmup_ratio, block.min_lr_ratio)
-    saved_step = progress.step
+    windows = WindowFetcher(data, engine.accumulation_steps, config.micro_batch_size, ranks.rank, ranks.num_ranks)
+    spikes = SpikeDetector()
+    last_good = saved = replace(progress)
+    saved_at = time.monotonic()
+    masters_before = engine.hash_trained() if progress.num_applied_steps == 0 else None
 
     for step in range(progress.step, num_steps):
-        started = time.perf_counter()
-
         # ---- fetch the window and count its target tokens ----
-        window = [
-            data.micro_batch(step, micro_step, ranks.rank, ranks.num_ranks, config.micro_batch_size)
-            for micro_step in range(engine.accumulation_steps)
-        ]
-        counts = [sum(b.num_target_tokens for b in window), sum(len(b.input_ids) for b in window), int(stop_requested())]
-        num_target_tokens, num_tokens, num_stop_requests = sum_over_ranks(counts, ranks.device)
-        fetched = time.perf_counter()
+        phases.enter(step + 1, "data")
+        window = windows.get(step, num_steps)
+        phases.enter(step + 1, "communication")
+        is_time = 0 < block.checkpoint_every_minutes * 60 <= time.monotonic() - saved_at
+        asked = [int(stop_requested()), int(is_time and ranks.rank == 0)]
+        totals = sum_over_ranks([*window.counts, *asked], ranks.device).astype(int).tolist()
+        num_target_tokens, num_tokens, num_pairs, num_visual_tokens, num_stop_requests, is_time = totals
 
         # ---- forward and backward ----
-        learning_rate = learning_rate_at(step, *schedule)
-        scale = backward_scale(int(num_target_tokens), ranks.num_ranks, engine.accumulation_steps)
+        learning_rate = learning_rate_of(step, num_steps, config)
+        scale = backward_scale(num_target_tokens, ranks.num_ranks, engine.accumulation_steps)
         window_losses = []
-        for micro_step, batch in enumerate(window):
-            is_last = micro_step == engine.accumulation_steps - 1
+        for micro_step, batch in enumerate(window.batches):
+            phases.enter(step + 1, "forward")
             token_losses = engine.forward(batch)
+            phases.enter(step + 1, "backward")
             engine.backward(token_losses.sum() * scale)
-            result = engine.step(learning_rate if is_last else None)
+            if micro_step == engine.accumulation_steps - 1:
+                phases.enter(step + 1, "optimizer")
+            result = engine.step(learning_rate if micro_step == engine.accumulation_steps - 1 else None)
             window_losses.append(token_losses.detach())
 
         # ---- step and check finite ----
         assert result is not None
+        phases.enter(step + 1, "check")
         sums = LossSums.zero(data.shards.layout, data.shards.sources)
-        for batch, token_losses in zip(window, window_losses, strict=True):
-            sums.add(batch, token_losses.cpu().numpy())
+        for batch, losses in zip(
+            window.batches, torch.cat(window_losses).cpu().split([len(x) for x in window_losses]), strict=True
+        ):
+            sums.add(batch, losses.numpy())
+        phases.enter(step + 1, "communication")
         sums.values = sum_over_ranks(sums.values, ranks.device)
-        losses = sums.means()
-        is_good = result.applied and math.isfinite(losses["loss"]) and math.isfinite(result.gradient_norm)
+        phases.enter(step + 1, "check")
+        means = sums.means()
+        is_good = result.applied and math.isfinite(means["loss"]) and math.isfinite(result.gradient_norm)
         progress.step = step + 1
         progress.num_applied_steps += result.applied
         progress.num_skipped_in_a_row = 0 if is_good else progress.num_skipped_in_a_row + 1
+        if is_good:
+            last_good = replace(progress)
+        if masters_before and result.applied:
+            engine.check_trained(masters_before, num_tokens > num_visual_tokens, num_visual_tokens > 0)
+            masters_before = None
 
         # ---- log ----
-        seconds = time.perf_counter() - started
-        if progress.step % block.log_every_steps == 0 or progress.step == num_steps or not is_good:
-            metrics.write(
+        phases.enter(step + 1, "log")
+        seconds = phases.take_seconds()
+        is_spike = is_good and spikes.add(means["loss"])
+        if progress.step % block.log_every_steps == 0 or progress.step == num_steps or not is_good or is_spike:
+            metrics.write_step(
                 progress.step,
                 {
-                    **losses,
+                    **means,
                     "learning_rate": learning_rate,
+                    **engine.learning_rates(learning_rate),
                     "gradient_norm": result.gradient_norm,
                     "skipped": int(not is_good),
-                    "target_tokens": int(num_target_tokens),
-                    "tokens": int(num_tokens),
-                    "tokens_per_second": num_tokens / seconds,
-                    "seconds": seconds,
-                    "seconds_data": fetched - started,
+                    "spike": int(is_spike),
+                    "target_tokens": num_target_tokens,
+                    "tokens": num_tokens,
                     "peak_memory_bytes": peak_memory_bytes(ranks.device),
-                    **({} if is_good else {"sample_ids": [name for b in window for name in b.sample_ids]}),
                 },
+                engine.step_flops(num_tokens, num_pairs, num_target_tokens),
+                seconds,
+                windows.sample_ids(step) if (is_spike or not is_good) and ranks.rank == 0 else [],
             )
+        if block.validation_every_steps and progress.step % block.validation_every_steps == 0:
+            phases.enter(step + 1, "validation")
+            validate(progress.step)
 
         # ---- save or stop ----
-        if progress.num_skipped_in_a_row > block.max_skipped_steps:
+        phases.enter(step + 1, "save")
+        gives_up = progress.num_skipped_in_a_row > block.max_skipped_steps
+        is_due = is_time or (block.checkpoint_every_steps and progress.step % block.checkpoint_every_steps == 0)
+        is_due = is_good and (is_due or num_stop_requests or progress.step == num_steps)
+        if is_due or (gives_up and saved.step < last_good.step):
+            save(last_good)
+            saved, saved_at = last_good, time.monotonic()
+        if gives_up:
             raise NonFiniteError(
                 f"{progress.num_skipped_in_a_row} steps in a row had a loss or gradient that is not finite (the last is step "
-                f"{progress.step}; its samples are in metrics.jsonl); lower the learning rate or look at those samples"
+                f"{progress.step}; their samples are in metrics.jsonl); the last good state, after step {last_good.step}, is "
+                "kept: lower the learning rate or look at those samples"
             )
-        is_due = block.checkpoint_every_steps and progress.step % block.checkpoint_every_steps == 0
-        if is_good and (is_due or num_stop_requests or progress.step == num_steps):
-            save(progress)
-            saved_step = progress.step
-        if num_stop_requests and saved_step == progress.step:
+        if num_stop_requests and saved.step == progress.step:
+            windows.close()
             return progress.step == num_steps
+    windows.close()
     return True

@@ -1,4 +1,5 @@
-"""Metrics of a run: metrics.jsonl always, TensorBoard when the stage asks for it, a progress bar on rank 0.
+"""Metrics of a run: metrics.jsonl always, TensorBoard when the stage asks for it, Weights & Biases when WANDB_PROJECT
+is set, a progress bar on rank 0.
 
 Only rank 0 writes. A resumed run cuts metrics.jsonl back to the step it resumes from, so that no step stands in it twice.
 """
@@ -6,52 +7,96 @@ Only rank 0 writes. A resumed run cuts metrics.jsonl back to the step it resumes
 from __future__ import annotations
 
 import json
+import math
+import os
 import resource
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
 
+from beingvl.errors import InputError
 from beingvl.manifest import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
+VALIDATION_FILE = "validation.jsonl"
+WANDB_VARIABLE = "WANDB_PROJECT"
+STEP_PHASES = ("data", "communication", "forward", "backward", "optimizer", "check", "log")
 
 
 class MetricsWriter:
-    """Writes one dictionary a step. On other ranks than 0 it does nothing."""
+    """Writes one dictionary a step. On other ranks than 0 it does nothing.
+
+    `peak_flops`: of all devices together, or None where it is not known.
+    """
 
     def __init__(
-        self, output: Path, rank: int, first_step: int, num_steps: int, tensorboard: bool, log_folder: Path | None
+        self,
+        output: Path,
+        rank: int,
+        num_ranks: int,
+        first_step: int,
+        num_steps: int,
+        tensorboard: bool = False,
+        log_folder: Path | None = None,
+        peak_flops: float | None = None,
     ) -> None:
-        self._is_writer = rank == 0
+        self._is_writer, self._num_ranks, self._peak_flops = rank == 0, num_ranks, peak_flops
         if not self._is_writer:
             return
-        path = output / METRICS_FILE
-        if path.is_file():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= first_step]
-            write_atomically(path, "".join(kept))
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file = _open_from(output / METRICS_FILE, first_step)
+        self._validation_file = _open_from(output / VALIDATION_FILE, first_step)
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(log_folder or output / "tensorboard"), purge_step=first_step + 1)
+        self._wandb = _start_wandb(output) if os.environ.get(WANDB_VARIABLE) else None
         self._bar = tqdm(total=num_steps, initial=first_step, desc=output.name, unit="step", disable=None, smoothing=0.1)
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """`step` counts finished optimizer steps, from 1."""
+    def write_step(
+        self, step: int, values: dict[str, Any], flops: float, seconds_of: dict[str, float], sample_ids: list[str]
+    ) -> None:
+        """`step` counts finished optimizer steps, from 1. `seconds_of`: phase -> seconds; `save`, `validation` and `start` are
+        what lay between the step before and this one. `flops` are this step's, on all devices.
+        """
         if not self._is_writer:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._board:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, step)
-        shown = f"loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}, {values['tokens_per_second']:,.0f} tokens/s"
-        self._bar.set_postfix_str(shown, refresh=False)
+        seconds = sum(value for phase, value in seconds_of.items() if phase in STEP_PHASES)
+        rate = values["tokens"] / seconds
+        mfu = flops / seconds / self._peak_flops if self._peak_flops else None
+        row = {
+            **values,
+            "tokens_per_second": rate,
+            "tokens_per_second_per_device": rate / self._num_ranks,
+            "mfu": mfu,
+            "seconds": seconds,
+            **{f"seconds_{phase}": value for phase, value in seconds_of.items()},
+        }
+        self._write(self._file, step, {**row, **({"sample_ids": sample_ids} if sample_ids else {})})
+        shown = f"loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}, {rate:,.0f} tokens/s"
+        self._bar.set_postfix_str(shown + (f", MFU {mfu:.1%}" if mfu else ""), refresh=False)
         self._bar.update(step - self._bar.n)
+        if values["spike"]:
+            self._bar.write(
+                f"step {step}: loss {values['loss']:.4f} is far above the last steps'; its samples are in {METRICS_FILE}"
+            )
+
+    def write_validation(self, step: int, values: dict[str, float]) -> None:
+        """One validation after `step`; the names get a prefix."""
+        if self._is_writer:
+            self._write(self._validation_file, step, {f"validation/{name}": value for name, value in values.items()})
+
+    def _write(self, file: TextIO, step: int, values: dict[str, Any]) -> None:
+        file.write(json.dumps({"step": step, **values}) + "\n")
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        if self._board:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(numbers, step=step)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -59,9 +104,50 @@ class MetricsWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._is_writer:
             self._file.close()
+            self._validation_file.close()
             self._bar.close()
             if self._board:
                 self._board.close()
+            if self._wandb:
+                self._wandb.finish(exit_code=0 if error is None else 1)
+
+
+def _start_wandb(output: Path) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError(f"{WANDB_VARIABLE} is set, but wandb is not installed: pip install wandb, or unset it") from error
+    return wandb.init(project=os.environ[WANDB_VARIABLE], name=output.name, dir=str(output), resume="allow")
+
+
+def _open_from(path: Path, first_step: int) -> TextIO:
+    """Open for appending, after lines of later steps than `first_step` are cut off."""
+    if path.is_file():
+        kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= first_step]
+        write_atomically(path, "".join(kept))
+    return path.open("a", encoding="utf-8", buffering=1)
+
+
+class SpikeDetector:
+    """Says of each loss whether it stands out: more than 6 standard deviations (and 10 %) above the mean of the steps before.
+
+    Mean and deviation are exponential with a memory of about 50 steps; the first 20 are never called a spike.
+    """
+
+    def __init__(self, memory: int = 50, factor: float = 6.0, num_quiet: int = 20) -> None:
+        self._weight, self._factor, self._num_quiet = 1 / memory, factor, num_quiet
+        self._mean, self._variance, self._count = 0.0, 0.0, 0
+
+    def add(self, loss: float) -> bool:
+        weight = max(self._weight, 1 / (self._count + 1))
+        difference = loss - self._mean
+        threshold = max(self._factor * math.sqrt(self._variance), 0.1 * abs(self._mean))
+        is_spike = self._count >= self._num_quiet and difference > threshold
+        if not is_spike:  # a spike would hide the next one
+            self._mean += weight * difference
+            self._variance = (1 - weight) * (self._variance + weight * difference**2)
+            self._count += 1
+        return is_spike
 
 
 def _step_of(line: str) -> int:
@@ -72,9 +158,9 @@ def _step_of(line: str) -> int:
         return 2**62
 
 
-def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """All lines of a stage folder's metrics.jsonl."""
-    return [json.loads(line) for line in (output / METRICS_FILE).read_text().splitlines()]
+def read_metrics(output: Path, file: str = METRICS_FILE) -> list[dict[str, Any]]:
+    """All lines of a stage folder's metrics.jsonl, or validation.jsonl."""
+    return [json.loads(line) for line in (output / file).read_text().splitlines()]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -71,8 +71,9 @@ class BeingVLBlock:
     mixture: source -> share. mixture_by: shares of `samples` or of `tokens`. epochs: passes over all samples of the drawn
     sources together. max_steps: stop earlier. loss_on: `response`, `text` or `all`. schedule: `cosine` or `constant`, after a
     linear warm-up over warmup_ratio of the steps, down to min_lr_ratio of the peak. trainable: the freezer's rules.
-    checkpoint_every_steps: 0 means only at the end. keep_last: how many checkpoints stay. loss_chunk_tokens: target tokens
-    whose logits exist at a time. stall_timeout_seconds: when a collective gives up on a rank.
+    checkpoint_every_steps, checkpoint_every_minutes: 0 means not for this reason; one is written at the end always. keep_last:
+    how many checkpoints stay, and keep_every: those of every so many steps stay as well. loss_chunk_tokens: target tokens
+    whose logits exist at a time. validation_every_steps: 0 means never. stall_timeout_seconds: when the others give up on a rank.
     """
 
     epochs: float
@@ -88,9 +89,12 @@ class BeingVLBlock:
     warmup_ratio: float = 0.03
     min_lr_ratio: float = 0.0
     activation_checkpointing: bool = True
-    loss_chunk_tokens: int = 1024
+    loss_chunk_tokens: int = 256
     checkpoint_every_steps: int = 500
+    checkpoint_every_minutes: float = 0
     keep_last: int = 2
+    keep_every: int = 0
+    validation_every_steps: int = 0
     log_every_steps: int = 1
     tensorboard: bool = True
     max_skipped_steps: int = 5
@@ -195,11 +199,26 @@ def parse_stage_config(fields: Mapping[str, Any], source: str) -> StageConfig:
     _check_known(fields["optimizer"].get("params", {}), OPTIMIZER_PARAMS, source, "optimizer.params.")
     if fields["optimizer"].get("type") not in ("Adam", "AdamW") or "lr" not in fields["optimizer"].get("params", {}):
         raise InputError(f"{source}: optimizer must be of type Adam or AdamW with params.lr")
+    if fields["optimizer"]["params"].get("torch_adam") is not True:
+        raise InputError(f"{source}: optimizer.params.torch_adam must be true; checkpoints restore the moments of torch's Adam")
+    _check_zero(fields["zero_optimization"], source)
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
         if not isinstance(fields[key], int) or fields[key] < 1:
             raise InputError(f"{source}: {key} is {fields[key]!r}, expected an integer of at least 1")
     deepspeed = {key: value for key, value in fields.items() if key != "beingvl"}
     return StageConfig(deepspeed, _parse_block(fields["beingvl"], source), source)
+
+
+def _check_zero(zero: Mapping[str, Any], source: str) -> None:
+    """The stage must be written out, and what is offloaded goes to the CPU's memory."""
+    if zero.get("stage") not in (0, 1, 2, 3):
+        raise InputError(f"{source}: zero_optimization.stage is {zero.get('stage')!r}, expected 0, 1, 2 or 3")
+    for key in ("offload_optimizer", "offload_param"):
+        device = (zero.get(key) or {}).get("device", "none")
+        if device not in ("none", "cpu"):
+            raise InputError(f"{source}: zero_optimization.{key}.device is {device!r}; beingvl offloads to 'cpu' only, or 'none'")
+        if device == "cpu" and zero["stage"] < (3 if key == "offload_param" else 1):
+            raise InputError(f"{source}: zero_optimization.{key} needs a higher stage than {zero['stage']}; remove it")
 
 
 def _parse_block(block: Any, source: str) -> BeingVLBlock:

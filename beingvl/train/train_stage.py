@@ -6,13 +6,18 @@ Started by a launcher on every rank, for example
 or alone, as a world of one rank, with `beingvl train`.
 
 Started again with the same arguments it resumes from the newest complete checkpoint; a finished stage is left alone. SIGTERM,
-SIGUSR1 and SIGINT end it after the running step with a checkpoint and exit code 85 ("requeue me").
+SIGUSR1 and SIGINT end it after the running step with a checkpoint and exit code 85 ("requeue me"). When training cannot go on
+(values that are not finite, a lost rank, a full disk) the exit code is 1 and the last checkpoint stays valid.
+
+--replay STEP trains nothing: it rebuilds that step's batch, prints its samples and computes its loss again.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
     from beingvl.manifest import Manifest
     from beingvl.train.engine import Ranks, TrainingEngine
     from beingvl.train.loop import Progress
+    from beingvl.train.phases import Phases
     from beingvl.train.probe import Probe
     from beingvl.train.stage_config import StageConfig
 
@@ -32,7 +38,10 @@ SAME_RESULT = {
     "activation_checkpointing",
     "loss_chunk_tokens",
     "checkpoint_every_steps",
+    "checkpoint_every_minutes",
     "keep_last",
+    "keep_every",
+    "validation_every_steps",
     "log_every_steps",
     "tensorboard",
     "max_skipped_steps",
@@ -46,42 +55,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="shard folder of build-shards")
     parser.add_argument("--output", type=Path, required=True, help="stage folder: checkpoints/, metrics.jsonl, final/")
     parser.add_argument("--log_dir", type=Path, help="TensorBoard folder (default: OUTPUT/tensorboard)")
+    parser.add_argument("--validation_data", type=Path, help="shard folder for beingvl.validation_every_steps; never trained on")
+    parser.add_argument(
+        "--carry_moments", action="store_true", help="start with the optimizer moments that --model, a stage folder, ended with"
+    )
+    parser.add_argument("--replay", type=int, metavar="STEP", help="show this step's samples (steps count from 1) and its loss")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the JSON")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
 
 
 def run(args: argparse.Namespace) -> int:
+    stop_requested = _catch_signals()
+
     from beingvl.data.arrow_shards import ShardReader
+    from beingvl.errors import InputError
     from beingvl.manifest import is_complete, join_lineages, read_manifest
     from beingvl.train.stage_config import load_stage_config
 
     config = load_stage_config(args.deepspeed_config, args.set)
     model = find_start_model(args.model)
     model_manifest, shards = read_manifest(model, "model"), ShardReader(args.data)
-    lineage = join_lineages({str(model): model_manifest.lineage, str(args.data): shards.manifest.lineage})
-    identity = run_identity(config, model_manifest, shards.manifest, lineage)
+    inputs = {str(model): model_manifest.lineage, str(args.data): shards.manifest.lineage}
+    if bool(args.validation_data) != bool(config.beingvl.validation_every_steps):
+        raise InputError("--validation_data and beingvl.validation_every_steps belong together: give both or none")
+    validation = ShardReader(args.validation_data) if args.validation_data else None
+    if validation:
+        inputs[str(args.validation_data)] = validation.manifest.lineage
+    moments = find_moments(args.model) if args.carry_moments else None
+    identity = run_identity(config, model_manifest, shards.manifest, join_lineages(inputs))
+    if moments:
+        identity["moments"] = read_manifest(moments, "checkpoint").content_hash
     final = args.output / "final"
-    if is_complete(final):
+    if is_complete(final) and args.replay is None:
         from beingvl.train.checkpoint import check_identity
 
         check_identity(final, read_manifest(final, "model").details.get("identity", {}), identity)
         print(f"{final} is finished already: nothing to do")
         return 0
 
-    from beingvl.train.checkpoint import complete_checkpoints
     from beingvl.train.engine import start_distributed, stop_distributed
-    from beingvl.train.hf_folder import write_hf_folder
+    from beingvl.train.failures import TrainingError
 
-    stop_requested = _catch_signals()
     ranks = start_distributed(config.beingvl.stall_timeout_seconds)
-    finished = _train(args, config, model, shards, identity, ranks, stop_requested)
+    stage = Stage(args.output, args.log_dir, config, model, shards, validation, moments, identity, ranks)
+    try:
+        exit_code = _replay(stage, args.replay) if args.replay is not None else _train(stage, stop_requested)
+    except TrainingError as error:
+        print(f"beingvl train: error: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
+        return 1
     stop_distributed()
-    if not finished:
-        return EXIT_REQUEUE
-    if ranks.rank == 0:
-        write_hf_folder(model, complete_checkpoints(args.output)[-1], final)
-        print(f"{final} is finished: a stock Hugging Face folder, the start model of the next stage", flush=True)
-    return 0
+    return exit_code
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one training run consists of. `moments`: the checkpoint whose optimizer moments it starts with."""
+
+    output: Path
+    log_folder: Path | None
+    config: StageConfig
+    model: Path
+    shards: ShardReader
+    validation: ShardReader | None
+    moments: Path | None
+    identity: dict[str, Any]
+    ranks: Ranks
 
 
 def find_start_model(path: Path) -> Path:
@@ -91,6 +129,19 @@ def find_start_model(path: Path) -> Path:
     if not is_complete(path) and (path / "final").is_dir():
         return path / "final"
     return path
+
+
+def find_moments(path: Path) -> Path:
+    """The last checkpoint of a stage folder, or of the stage folder around a `final/`."""
+    from beingvl.errors import InputError
+    from beingvl.train.checkpoint import complete_checkpoints
+
+    checkpoints = complete_checkpoints(path) or complete_checkpoints(path.resolve().parent)
+    if not checkpoints:
+        raise InputError(
+            f"--carry_moments: {path} is no stage folder with checkpoints; give the previous stage's folder as --model"
+        )
+    return checkpoints[-1]
 
 
 def run_identity(config: StageConfig, model: Manifest, shards: Manifest, lineage: dict[str, str]) -> dict[str, Any]:
@@ -109,38 +160,105 @@ def run_identity(config: StageConfig, model: Manifest, shards: Manifest, lineage
     }
 
 
-def _train(
-    args: argparse.Namespace,
-    config: StageConfig,
-    model: Path,
-    shards: ShardReader,
-    identity: dict[str, Any],
-    ranks: Ranks,
-    stop_requested: Callable[[], bool],
-) -> bool:
-    """Build data and engine, resume, run the loop. True when the stage is finished."""
+def _train(stage: Stage, stop_requested: Callable[[], bool]) -> int:
+    """Build, resume, train, write final/. Returns the exit code."""
+    from beingvl.train.checkpoint import complete_checkpoints
+    from beingvl.train.failures import StallError, TrainingError
+    from beingvl.train.hf_folder import write_hf_folder
+    from beingvl.train.phases import Phases
+
+    output, ranks = stage.output, stage.ranks
+    output.mkdir(parents=True, exist_ok=True)
+    with Phases(output, ranks.rank, ranks.num_ranks, stage.config.beingvl.stall_timeout_seconds) as phases:
+        try:
+            finished = _run_loop(stage, phases, stop_requested)
+        except Exception as error:
+            place = phases.where()
+            if _is_collective_failure(error):
+                raise StallError(f"a collective failed at step and phase of {place}: {phases.find_lost_ranks()}") from error
+            if not isinstance(error, TrainingError):
+                print(f"failed at {place}", file=sys.stderr, flush=True)
+            raise
+    if not finished:
+        return EXIT_REQUEUE
+    if ranks.rank == 0:
+        write_hf_folder(stage.model, complete_checkpoints(output)[-1], output / "final")
+        print(f"{output / 'final'} is finished: a stock Hugging Face folder, the start model of the next stage", flush=True)
+    return 0
+
+
+def _is_collective_failure(error: BaseException) -> bool:
+    """Whether another rank is the reason: NCCL has an exception for it, gloo raises RuntimeError with its source file."""
+    import torch
+
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _run_loop(stage: Stage, phases: Phases, stop_requested: Callable[[], bool]) -> bool:
     from beingvl.model.param_groups import format_plan
-    from beingvl.train.engine import build_engine
+    from beingvl.train.flops import peak_flops
     from beingvl.train.loop import num_steps_of, train
     from beingvl.train.metrics import MetricsWriter
     from beingvl.train.probe import Probe
+    from beingvl.train.validation import validator
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    data = build_data(config, shards)
-    engine = build_engine(model, shards.layout, config, ranks)
+    config, ranks = stage.config, stage.ranks
+    data = build_data(config, stage.shards)
+    probe = Probe.of_shards(stage.shards)
+    engine, progress, adam_steps = _build_or_resume(stage, probe)
     if ranks.rank == 0:
         plan = format_plan(engine.plan, config.beingvl.trainable)
-        (args.output / "plan.txt").write_text(plan + "\n")
+        (stage.output / "plan.txt").write_text(plan + "\n")
         print(f"{plan}\n{_describe(data, config, engine)}", flush=True)
-    probe = Probe.of_shards(shards)
-    progress = _resume(args.output, engine, identity, probe)
-    save = _saver(args.output, engine, identity, probe, config.beingvl.keep_last)
+    save = _saver(stage, engine, probe, {name: steps - progress.num_applied_steps for name, steps in adam_steps.items()})
     num_steps = num_steps_of(data, config)
-    with MetricsWriter(args.output, ranks.rank, progress.step, num_steps, config.beingvl.tensorboard, args.log_dir) as metrics:
-        finished = train(engine, data, config, progress, metrics, save, stop_requested)
+    peak = peak_flops(ranks.device)
+    writer = MetricsWriter(
+        stage.output,
+        ranks.rank,
+        ranks.num_ranks,
+        progress.step,
+        num_steps,
+        config.beingvl.tensorboard,
+        stage.log_folder,
+        peak and peak * ranks.num_ranks,
+    )
+    with writer as metrics:
+        validate = validator(engine, stage.validation, config, metrics)
+        finished = train(engine, data, config, progress, metrics, phases, save, validate, stop_requested)
+    if ranks.rank == 0:
+        print(_memory_report(engine), flush=True)
     if ranks.rank == 0 and not finished:
         print(f"stopped by a signal after step {progress.step}; start the same command again to go on", flush=True)
     return finished
+
+
+def _memory_report(engine: TrainingEngine) -> str:
+    """What was predicted (as `beingvl plan` does) beside what this rank really used."""
+    from beingvl.train.memory import device_bytes
+    from beingvl.train.metrics import peak_memory_bytes
+
+    predicted, device = engine.predicted_memory(), engine.ranks.device
+    of_process = " of the whole process, libraries included" if device.type == "cpu" else ""
+    amount = sum(predicted.values()) if device.type == "cpu" else device_bytes(predicted)
+    return f"memory of rank 0: predicted {amount / 1e9:.2f} GB, peak {peak_memory_bytes(device) / 1e9:.2f} GB{of_process}"
+
+
+def _replay(stage: Stage, step: int) -> int:
+    """Show the samples of a step and compute its loss with the nearest weights before it."""
+    from beingvl.errors import InputError
+    from beingvl.train.checkpoint import complete_checkpoints, step_of
+    from beingvl.train.loop import num_steps_of
+    from beingvl.train.probe import Probe
+    from beingvl.train.replay import replay
+
+    data = build_data(stage.config, stage.shards)
+    if not 1 <= step <= num_steps_of(data, stage.config):
+        raise InputError(f"--replay {step}: this run has the steps 1 … {num_steps_of(data, stage.config)}")
+    before = [folder for folder in complete_checkpoints(stage.output) if step_of(folder) < step]
+    engine, progress, _ = _build_or_resume(stage, Probe.of_shards(stage.shards), before[-1:])
+    replay(engine, data, stage.config, stage.model, stage.output, step, progress.step)
+    return 0
 
 
 def build_data(config: StageConfig, shards: ShardReader) -> TrainingData:
@@ -173,54 +291,72 @@ def _describe(data: TrainingData, config: StageConfig, engine: TrainingEngine) -
     )
 
 
-def _resume(output: Path, engine: TrainingEngine, identity: dict[str, Any], probe: Probe) -> Progress:
-    """Restore the newest complete checkpoint, if there is one, and see that the model answers its probe as before."""
-    from beingvl.train.checkpoint import check_identity, complete_checkpoints, read_local_state, read_state
+def _build_or_resume(
+    stage: Stage, probe: Probe, checkpoints: list[Path] | None = None
+) -> tuple[TrainingEngine, Progress, dict[str, int]]:
+    """The engine with the start model's weights, or with those of the newest of `checkpoints` (default: of the output folder).
+
+    The third value says of every trained parameter how many updates its moments have behind them.
+    """
+    from beingvl.train.checkpoint import StateReader, check_identity, complete_checkpoints
+    from beingvl.train.engine import build_engine
     from beingvl.train.loop import Progress
 
-    checkpoints = complete_checkpoints(output)
-    if not checkpoints:
-        return Progress()
-    state = read_state(checkpoints[-1])
-    check_identity(checkpoints[-1], state.identity, identity)
-    slices = {name: engine.partition_numel(name) for name in engine.trained_shapes}
-    engine.load_local_state(read_local_state(checkpoints[-1], state, engine.ranks.rank, slices), state.num_applied_steps)
-    _check_probe(checkpoints[-1], engine, probe)
-    if engine.ranks.rank == 0:
-        print(f"resumed from {checkpoints[-1]}", flush=True)
-    return Progress(step=state.step, num_applied_steps=state.num_applied_steps)
+    found = complete_checkpoints(stage.output) if checkpoints is None else checkpoints
+    source = found[-1] if found else stage.moments
+    if source is None:
+        engine = build_engine(stage.model, stage.shards.layout, stage.config, stage.ranks)
+        return engine, Progress(), dict.fromkeys(engine.trained_shapes, 0)
+    with StateReader(source) as reader:
+        if found:
+            check_identity(source, reader.state.identity, stage.identity)
+        adam_steps = {name: entry["adam_steps"] for name, entry in reader.state.parameters.items()}
+        engine = build_engine(stage.model, stage.shards.layout, stage.config, stage.ranks, adam_steps)
+        adam_steps = {name: adam_steps.get(name, 0) for name in engine.trained_shapes}
+        surviving = [] if found else [name for name in adam_steps if name in reader.state.parameters]
+        engine.load_state(reader.fetch, adam_steps, only_moments_of=surviving)
+    progress = Progress(step=reader.state.step, num_applied_steps=reader.state.num_applied_steps) if found else Progress()
+    if found:
+        _check_probe(source, engine, probe)
+    if stage.ranks.rank == 0:
+        print(f"{'resumed' if found else 'optimizer moments carried over'} from {source}", flush=True)
+    return engine, progress, adam_steps
 
 
 def _check_probe(checkpoint: Path, engine: TrainingEngine, probe: Probe) -> None:
-    """Raises RuntimeError when the restored model does not give the logits that the checkpoint stored."""
+    """Raises TrainingError when the restored model does not give the logits that the checkpoint stored."""
+    from beingvl.train.failures import TrainingError
     from beingvl.train.probe import compare_logits, load_probe
 
     _, stored = load_probe(checkpoint)
     comparison = compare_logits(stored, engine.logits(probe.input_ids, probe.positions), engine.dtype)
     if not comparison.matches:
-        raise RuntimeError(f"{checkpoint} was read, but {comparison.describe()}; remove the folder to resume from an older one")
+        raise TrainingError(f"{checkpoint} was read, but {comparison.describe()}; remove the folder to resume from an older one")
 
 
-def _saver(
-    output: Path, engine: TrainingEngine, identity: dict[str, Any], probe: Probe, keep_last: int
-) -> Callable[[Progress], None]:
-    """The function the loop calls to write a checkpoint."""
+def _saver(stage: Stage, engine: TrainingEngine, probe: Probe, carried_steps: Mapping[str, int]) -> Callable[[Progress], None]:
+    """The function the loop calls to write a checkpoint. `carried_steps`: Adam updates made before this stage."""
     from beingvl.train.checkpoint import CheckpointState, checkpoint_folder, delete_old_checkpoints, write_checkpoint
     from beingvl.train.engine import gather_objects
     from beingvl.train.probe import save_probe
 
-    parameters = {
-        name: {"shape": list(shape), "slice_elements": engine.partition_numel(name)}
-        for name, shape in engine.trained_shapes.items()
-    }
-    ranks = engine.ranks
+    ranks, block = engine.ranks, stage.config.beingvl
+    spans = gather_objects({name: engine.span(name) for name in engine.trained_shapes}, ranks.num_ranks)
 
     def save(progress: Progress) -> None:
         engine.check_frozen()
-        state = CheckpointState(progress.step, progress.num_applied_steps, ranks.num_ranks, identity, parameters)
+        parameters = {
+            name: {
+                "shape": list(shape),
+                "spans": [list(of_rank[name]) for of_rank in spans],
+                "adam_steps": carried_steps[name] + progress.num_applied_steps,
+            }
+            for name, shape in engine.trained_shapes.items()
+        }
+        state = CheckpointState(progress.step, progress.num_applied_steps, ranks.num_ranks, stage.identity, parameters)
         logits = engine.logits(probe.input_ids, probe.positions)
         write_checkpoint(
-            checkpoint_folder(output, progress.step),
+            checkpoint_folder(stage.output, progress.step),
             state,
             engine.local_state(),
             ranks.rank,
@@ -228,7 +364,7 @@ def _saver(
             write_more=lambda folder: save_probe(folder, probe, logits),
         )
         if ranks.rank == 0:
-            delete_old_checkpoints(output, keep_last)
+            delete_old_checkpoints(stage.output, block.keep_last, block.keep_every)
 
     return save
 
@@ -244,8 +380,6 @@ def _catch_signals() -> Callable[[], bool]:
 
 
 if __name__ == "__main__":
-    import sys
-
     from beingvl.cli import main
 
     sys.exit(main(["train", *sys.argv[1:]]))

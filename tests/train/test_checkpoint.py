@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -9,61 +10,56 @@ from beingvl.errors import InputError
 from beingvl.train import checkpoint
 from beingvl.train.checkpoint import (
     CheckpointState,
+    StateReader,
     check_identity,
     complete_checkpoints,
-    read_local_state,
-    read_master,
     read_state,
 )
+from beingvl.train.failures import SaveError
 
 SHAPES = {"a": (3, 5), "b": (7,)}
 KEYS = ("master", "exp_avg", "exp_avg_sq")
 
 
-def slice_elements(num_ranks: int) -> dict[str, int]:
-    return {name: -(-torch.Size(shape).numel() // num_ranks) for name, shape in SHAPES.items()}
-
-
-def slices_of(flat: torch.Tensor, elements: int, rank: int) -> torch.Tensor:
-    padded = torch.zeros(elements * 8)
-    padded[: flat.numel()] = flat
-    return padded[rank * elements : (rank + 1) * elements]
+def size_of(name: str) -> int:
+    return torch.Size(SHAPES[name]).numel()
 
 
 def values(name: str, key: str) -> torch.Tensor:
     return torch.arange(1, torch.Size(SHAPES[name]).numel() + 1) * 10.0 + KEYS.index(key)
 
 
-def write(output, step: int, num_ranks: int):
-    """What `num_ranks` ranks write, one after the other; the last one commits, as rank 0 does when all have written."""
-    elements = slice_elements(num_ranks)
-    parameters = {name: {"shape": list(shape), "slice_elements": elements[name]} for name, shape in SHAPES.items()}
+def write(output, step: int, cuts: list[float]):
+    """What ranks write, one after the other, whose slices end at `cuts`; rank 0 is last and commits, as when all have written."""
+    borders = {name: [0, *(round(cut * size_of(name)) for cut in sorted(cuts)), size_of(name)] for name in SHAPES}
+    spans = {name: [list(pair) for pair in itertools.pairwise(borders[name])] for name in SHAPES}
+    parameters = {name: {"shape": list(shape), "spans": spans[name], "adam_steps": 1} for name, shape in SHAPES.items()}
+    num_ranks = len(cuts) + 1
     state = CheckpointState(step, step, num_ranks, {"seed": 0, "lineage": {}}, parameters)
     folder = checkpoint.checkpoint_folder(output, step)
     for rank in reversed(range(num_ranks)):
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{n}.{k}": slices_of(values(n, k), elements[n], rank) for n in SHAPES for k in KEYS}
+        tensors = {f"{n}.{k}": values(n, k)[slice(*spans[n][rank])] for n in SHAPES for k in KEYS}
         checkpoint.write_checkpoint(folder, state, tensors, rank, lambda value: [value], lambda folder: None)
     return folder, state
 
 
-@given(st.integers(1, 4), st.integers(1, 4))
+@given(st.lists(st.floats(0, 1), max_size=3), st.floats(0, 1), st.floats(0, 1))
 @settings(max_examples=16, deadline=None)
-def test_slices_are_read_by_any_number_of_ranks(tmp_path_factory, written_by: int, read_by: int) -> None:
-    folder, state = write(tmp_path_factory.mktemp("run"), 1, written_by)
+def test_any_range_is_read_however_the_ranks_had_cut_it(tmp_path_factory, cuts, first: float, last: float) -> None:
+    folder, state = write(tmp_path_factory.mktemp("run"), 1, cuts)
     assert read_state(folder) == state
-    elements = slice_elements(read_by)
-    for rank in range(read_by):
-        found = read_local_state(folder, state, rank, elements)
+    with StateReader(folder) as reader:
         for name in SHAPES:
+            start, stop = sorted((round(first * size_of(name)), round(last * size_of(name))))
             for key in KEYS:
-                assert torch.equal(found[f"{name}.{key}"], slices_of(values(name, key), elements[name], rank))
-    assert torch.equal(read_master(folder, state, "a"), values("a", "master").view(3, 5))
+                assert torch.equal(reader.fetch(name, key, start, stop), values(name, key)[start:stop])
+        assert torch.equal(reader.master("a"), values("a", "master").view(3, 5))
 
 
 def test_only_finished_checkpoints_count_and_old_ones_go(tmp_path) -> None:
     for step in (1, 2, 3):
-        write(tmp_path, step, 2)
+        write(tmp_path, step, [0.5])
     (tmp_path / "checkpoints" / "step-00000002" / "manifest.json").unlink()
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000001", "step-00000003"]
     checkpoint.delete_old_checkpoints(tmp_path, keep_last=1)
@@ -71,12 +67,32 @@ def test_only_finished_checkpoints_count_and_old_ones_go(tmp_path) -> None:
 
 
 def test_damage_and_other_runs_are_named(tmp_path) -> None:
-    folder, state = write(tmp_path, 1, 2)
+    folder, state = write(tmp_path, 1, [0.5])
     with pytest.raises(InputError, match=r"belongs to another run: its seed is 0, this run's is 1"):
         check_identity(folder, state.identity, {"seed": 1, "lineage": {}})
     (folder / "rank-00001-of-00002.safetensors").unlink()
     with pytest.raises(InputError, match="is missing"):
-        read_local_state(folder, state, 0, slice_elements(2))
+        StateReader(folder)
     (folder / "state.json").write_text(json.dumps({"step": 1}))
     with pytest.raises(InputError, match="is damaged"):
         read_state(folder)
+
+
+def test_every_nth_checkpoint_stays(tmp_path) -> None:
+    for step in range(1, 8):
+        write(tmp_path, step, [])
+    checkpoint.delete_old_checkpoints(tmp_path, keep_last=2, keep_every=3)
+    assert [checkpoint.step_of(path) for path in complete_checkpoints(tmp_path)] == [3, 6, 7]
+
+
+def test_a_rank_that_cannot_write_stops_all_and_leaves_older_checkpoints(tmp_path) -> None:
+    folder, state = write(tmp_path, 1, [0.5])
+    tensors = {f"{n}.{k}": values(n, k) for n in SHAPES for k in KEYS}
+    new = checkpoint.checkpoint_folder(tmp_path, 2)
+
+    def gather_with_a_full_disk(value):
+        return [value, (None, "rank 1: No space left on device")]
+
+    with pytest.raises(SaveError, match=r"could not be written.*rank 1: No space left"):
+        checkpoint.write_checkpoint(new, state, tensors, 0, gather_with_a_full_disk, lambda folder: None)
+    assert complete_checkpoints(tmp_path) == [folder] and not new.exists()

@@ -1,0 +1,23 @@
+"""Errors that end a training run with one sentence and exit code 1: neither wrong input nor a defect of the program."""
+
+from __future__ import annotations
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what is still valid."""
+
+
+class NonFiniteError(TrainingError):
+    """Too many steps in a row had a loss or gradient that is not a finite number."""
+
+
+class FreezerError(TrainingError):
+    """A frozen parameter changed, or a trained one did not."""
+
+
+class SaveError(TrainingError):
+    """A checkpoint could not be written; older ones are untouched."""
+
+
+class StallError(TrainingError):
+    """A rank died or stands still."""

@@ -1,0 +1,61 @@
+"""Predicted memory of one rank, in bytes, by what it is for: arithmetic on shapes, nothing is measured.
+
+    weights       n * b, cut by the ranks under ZeRO-3; on the CPU with offload_param
+    gathered      ZeRO-3: the largest layer, whole, twice (one computes while the next is fetched)
+    gradients     trained * b; cut under ZeRO-2 and 3
+    optimizer     trained * 12 (float32 master and two moments; 8 without master: stage 0 in float32); cut from ZeRO-1 on
+    activations   with checkpointing the input of every layer and one layer's inside, else every layer's inside
+    logits        one chunk of target tokens: b, its float32 copy and that one's gradient
+    buffers       DeepSpeed's reduce and gather buckets, at most as large as what goes through them
+
+b is 2 bytes in bf16, 4 in float32. The inside of a layer is taken as 14 hidden sizes and 3 intermediate sizes a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from beingvl.model.param_groups import PlannedParameter
+from beingvl.train.stage_config import StageConfig
+
+DEFAULT_BUCKET_ELEMENTS = 500_000_000
+
+
+def predict_memory(
+    plan: Sequence[PlannedParameter], model_config: Any, config: StageConfig, num_ranks: int, micro_batch_size: int | None = None
+) -> dict[str, int]:
+    """Bytes on the device of one rank, by purpose; with offload, what moves to the CPU's memory is in `cpu_…`."""
+    zero, stage = config.deepspeed["zero_optimization"], config.zero_stage
+    width = 2 if config.is_bf16 else 4
+    total = sum(planned.num_elements for planned in plan)
+    trained = sum(planned.num_elements for planned in plan if planned.rule.train)
+    tokens = (micro_batch_size or config.micro_batch_size) * config.beingvl.sequence_length
+    hidden, num_layers = model_config.hidden_size, model_config.num_hidden_layers
+    inside = tokens * (14 * hidden + 3 * getattr(model_config, "intermediate_size", 4 * hidden)) * width
+    inputs = num_layers * tokens * hidden * width
+    vocabulary = sum(planned.shape[0] for planned in plan if planned.name.endswith("_rows")) // 2  # embedding and head
+    largest = max(planned.num_elements for planned in plan)
+    bucket = min(zero.get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS), trained)
+
+    def cut(amount: int, first_stage: int) -> int:
+        return -(-amount // num_ranks) if stage >= first_stage else amount
+
+    memory = {
+        "weights": cut(total * width, 3),
+        "gathered": 2 * largest * width if stage == 3 and num_ranks > 1 else 0,
+        "gradients": cut(trained * width, 2),
+        "optimizer": cut(trained * (8 if stage == 0 and not config.is_bf16 else 12), 1),
+        "activations": inputs + inside if config.beingvl.activation_checkpointing else num_layers * inside,
+        "logits": min(tokens, config.beingvl.loss_chunk_tokens) * vocabulary * (width + 8),
+        "buffers": 2 * bucket * width if num_ranks > 1 else 0,
+    }
+    for key, purposes in (("offload_param", ["weights"]), ("offload_optimizer", ["optimizer", "gradients"])):
+        if (zero.get(key) or {}).get("device") == "cpu":
+            memory |= {f"cpu_{purpose}": memory[purpose] for purpose in purposes} | dict.fromkeys(purposes, 0)
+    return memory
+
+
+def device_bytes(memory: dict[str, int]) -> int:
+    """Of a prediction, what lies on the device."""
+    return sum(amount for purpose, amount in memory.items() if not purpose.startswith("cpu_"))

@@ -1,0 +1,80 @@
+"""Replay: a step's batch again, from its number alone, with its samples decoded and its loss computed.
+
+The loss is that of the weights before the step when a checkpoint of the step before exists; else of the nearest older
+checkpoint, or of the start model, and the output says how many steps lie between.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from beingvl.data.arrow_shards import Sample
+from beingvl.data.loader import TrainingData
+from beingvl.train.engine import TrainingEngine, sum_over_ranks
+from beingvl.train.loss import LossSums
+from beingvl.train.metrics import METRICS_FILE, read_metrics
+from beingvl.train.stage_config import StageConfig
+from beingvl.train.window import WindowFetcher
+from beingvl.vocab import VocabLayout
+
+
+def replay(
+    engine: TrainingEngine, data: TrainingData, config: StageConfig, model: Path, output: Path, step: int, weights_step: int
+) -> None:
+    """Print step `step` (from 1) with weights as they were after `weights_step`. All ranks call together, rank 0 prints."""
+    ranks = engine.ranks
+    windows = WindowFetcher(data, engine.accumulation_steps, config.micro_batch_size, ranks.rank, ranks.num_ranks)
+    sums = LossSums.zero(data.shards.layout, data.shards.sources)
+    for batch in windows.fetch(step - 1).batches:
+        sums.add(batch, engine.evaluate(batch).cpu().numpy())
+    sums.values = sum_over_ranks(sums.values, ranks.device)
+    if ranks.rank != 0:
+        return
+    for line in describe_samples(data, model, step):
+        print(line)
+    logged = [row for row in read_metrics(output) if row["step"] == step] if (output / METRICS_FILE).is_file() else []
+    distance = step - 1 - weights_step
+    weights = f"the weights after step {weights_step}" if weights_step else "the start model"
+    print(f"step {step}: loss with {weights}{f', {distance} steps too old' if distance else ''}:")
+    for name, value in sums.means().items():
+        was = f"   logged {logged[0][name]:.6f}" if logged and name in logged[0] else ""
+        print(f"  {name:<28} {value:.6f}{was}")
+
+
+def describe_samples(data: TrainingData, model: Path, step: int) -> list[str]:
+    """One line a sample of the whole step: sequence, id, source, tokens, and its text with images shortened."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    layout = data.shards.layout
+    lines = []
+    for number in data.sequence_numbers(step - 1, 0, 0, 1, data.sequences_per_step):
+        for index in data.samples_of(number).tolist():
+            sample = data.shards[index]
+            lines.append(
+                f"sequence {number}  {sample.id}  {sample.category}  {len(sample.input_ids)} tokens: "
+                f"{decode(sample, tokenizer, layout)}"
+            )
+    return lines
+
+
+def decode(sample: Sample, tokenizer: object, layout: VocabLayout) -> str:
+    """Text in quotes; runs of image tokens as `<64 image tokens>`; what the loss sees as `=> …`."""
+    ids = sample.input_ids
+    is_image = layout.is_image_token(ids)
+    is_target = np.zeros(len(ids), bool)
+    for start, end in sample.target_spans:
+        is_target[start:end] = True
+    borders = [0, *(np.flatnonzero((np.diff(is_image) != 0) | (np.diff(is_target) != 0)) + 1).tolist(), len(ids)]
+    parts = []
+    for start, end in itertools.pairwise(borders):
+        text = f"<{end - start} image tokens>" if is_image[start] else repr(_text(tokenizer, ids[start:end]))
+        parts.append(f"=> {text}" if is_target[start] else text)
+    return " ".join(parts)
+
+
+def _text(tokenizer: object, ids: np.ndarray) -> str:
+    return tokenizer.decode(ids.tolist(), skip_special_tokens=False)  # type: ignore[attr-defined]

@@ -1,0 +1,314 @@
+"""This loop under ZeRO-3 against Hugging Face `Trainer` with DeepSpeed, the way models of this kind are published: one sample a
+micro-batch, JSONL in memory, logits of all tokens. Same small model, same rows, same ranks, one after the other.
+
+    pip install accelerate
+    python -m tests.benchmarks.train [--samples 480] [--ranks 2] [--rounds 1]
+
+The last line is one JSON object:
+
+    samples_ratio           ours / theirs, samples per second after 3 steps
+    private_memory_ratio    ours / theirs, peak private memory of a rank above what it had after its imports
+    overhead_fraction       our step time outside forward, backward, optimizer and collectives
+    loss_memory_ratio       peak memory of the chunked loss / of full logits; vocabulary 144,645, 4096 positions
+    startup_ratio           ours / theirs, process start to the end of the first step
+    loss_ours, loss_theirs  over all targets after one epoch, by one function
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+NUM_WARMUP_STEPS = 3
+SAMPLES_PER_STEP = 16
+SEQUENCE_LENGTH = 1024
+VOCABULARY, NUM_POSITIONS, HIDDEN_SIZE = 144_645, 4096, 64
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=480)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rank_of", choices=["ours", "theirs", "loss-chunked", "loss-full"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank_of in ("ours", "theirs"):
+        run_rank(args.rank_of, args.folder, args.started)
+    elif args.rank_of:
+        print(loss_memory(args.rank_of == "loss-chunked"))
+    else:
+        with tempfile.TemporaryDirectory(prefix="train-benchmark-") as folder:
+            print(json.dumps(measure(Path(folder), args.samples, args.ranks, args.rounds)))
+    return 0
+
+
+def measure(folder: Path, num_samples: int, num_ranks: int, num_rounds: int) -> dict[str, Any]:
+    make_inputs(folder, num_samples, num_ranks)
+    found: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
+    for _ in range(num_rounds):
+        for who in found:
+            found[who].append(launch(who, folder, num_ranks))
+            print(who, json.dumps(found[who][-1]), flush=True)
+    chunked, full = (int(child_output(["--rank_of", kind])) for kind in ("loss-chunked", "loss-full"))
+    print(f"loss memory: chunked {chunked / 1e9:.2f} GB, full logits {full / 1e9:.2f} GB", flush=True)
+
+    def ratio(key: str) -> float:
+        pairs = zip(found["ours"], found["theirs"], strict=True)
+        return round(statistics.median(ours[key] / theirs[key] for ours, theirs in pairs), 3)
+
+    return {
+        "samples_ratio": ratio("samples_per_second"),
+        "private_memory_ratio": ratio("added_private_bytes"),
+        "overhead_fraction": round(statistics.median(run["overhead_fraction"] for run in found["ours"]), 4),
+        "loss_memory_ratio": round(chunked / full, 4),
+        "startup_ratio": ratio("startup_seconds"),
+        "loss_ours": found["ours"][-1]["final_loss"],
+        "loss_theirs": found["theirs"][-1]["final_loss"],
+    }
+
+
+def make_inputs(folder: Path, num_samples: int, num_ranks: int) -> None:
+    """Samples of 60 … 140 tokens whose answers (2 … 12 tokens, one id repeated) follow from their first token."""
+    import numpy as np
+
+    from beingvl.data.arrow_shards import Sample, ShardWriter
+    from beingvl.vocab import VocabLayout
+    from tests.tiny import stage_fields, write_model
+
+    layout = VocabLayout(num_text=4096, num_vq=512, num_merges=64, bos_id=256, eos_id=257)
+    write_model(folder / "base", layout, num_layers=4, hidden_size=128)
+    random = np.random.default_rng(0)
+    writer = ShardWriter(folder / "shards", layout)
+    rows = []
+    for number in range(num_samples):
+        ids = random.integers(0, layout.size, int(random.integers(60, 140))).astype(np.int32)
+        length = int(random.integers(2, 12))
+        ids[0] = number % 8
+        ids[-length:] = 300 + number % 8
+        writer.add(Sample(str(number), "", "all", ids, np.array([[len(ids) - length, len(ids)]], np.int32)))
+        rows.append({"input_ids": ids.tolist(), "labels": [-100] * (len(ids) - length) + ids[-length:].tolist()})
+    writer.finish({"vocab": layout.fingerprint()}, {})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = stage_fields(sequence_length=SEQUENCE_LENGTH, mixture={"all": 1.0}, checkpoint_every_steps=0, schedule="constant")
+    fields["optimizer"]["params"] |= {"lr": 1e-3, "weight_decay": 0.0}
+    fields["beingvl"] |= {"warmup_ratio": 0.0, "activation_checkpointing": False}
+    fields["zero_optimization"] = {"stage": 3, "overlap_comm": False}
+    # about ten samples fill a packed sequence: as many samples a step as the other side has
+    sequences = max(num_ranks, SAMPLES_PER_STEP * 100 // SEQUENCE_LENGTH // num_ranks * num_ranks)
+    fields |= {"train_batch_size": sequences, "train_micro_batch_size_per_gpu": sequences // num_ranks}
+    (folder / "stage.json").write_text(json.dumps(fields))
+
+
+def launch(who: str, folder: Path, num_ranks: int) -> dict[str, Any]:
+    """Run all ranks to the end; rank 0's numbers, the memory of the rank that took most."""
+    from tests.launcher import ENVIRONMENT, free_port
+
+    port, started, processes = str(free_port()), time.time(), []
+    for path in folder.glob(f"{who}-*.json"):
+        path.unlink()
+    for rank in range(num_ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_PORT": port}
+        words = ["--rank_of", who, "--folder", str(folder), "--started", str(started)]
+        environment = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", **place}
+        with open(folder / f"{who}-{rank}.log", "w") as log:
+            command = [sys.executable, "-m", "tests.benchmarks.train", *words]
+            processes.append(subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=log, stderr=log))
+    codes = [process.wait() for process in processes]
+    assert codes == [0] * num_ranks, (folder / f"{who}-0.log").read_text()[-3000:]
+    results = [json.loads((folder / f"{who}-{rank}.json").read_text()) for rank in range(num_ranks)]
+    return {**results[0], "added_private_bytes": max(result["added_private_bytes"] for result in results)}
+
+
+def run_rank(who: str, folder: Path, started: float) -> None:
+    import deepspeed  # noqa: F401
+    import torch  # noqa: F401
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    rank = int(os.environ["RANK"])
+    with PrivateMemory() as memory:
+        result = (run_ours if who == "ours" else run_theirs)(folder, started, rank)
+    (folder / f"{who}-{rank}.json").write_text(json.dumps({**result, "added_private_bytes": memory.added}))
+
+
+class PrivateMemory:
+    """Peak of this process's private memory (USS) above its value on entry, sampled in a thread."""
+
+    def __enter__(self) -> PrivateMemory:
+        import psutil
+
+        self._process = psutil.Process()
+        self._first = self._process.memory_full_info().uss
+        self.added = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.2):
+            self.added = max(self.added, self._process.memory_full_info().uss - self._first)
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+def run_ours(folder: Path, started: float, rank: int) -> dict[str, Any]:
+    import shutil
+
+    from beingvl.cli import main as beingvl
+    from beingvl.train.metrics import read_metrics
+
+    output = folder / "ours"
+    if rank == 0:
+        shutil.rmtree(output, ignore_errors=True)
+    paths = [f"--deepspeed_config={folder / 'stage.json'}", f"--model={folder / 'base'}", f"--data={folder / 'shards'}"]
+    assert beingvl(["train", *paths, f"--output={output}", "--debug"]) == 0
+    if rank != 0:
+        return {}
+    rows = read_metrics(output)[NUM_WARMUP_STEPS:]
+    seconds = sum(row["seconds"] for row in rows)
+    useful = sum(row[f"seconds_{phase}"] for row in rows for phase in ("forward", "backward", "optimizer", "communication"))
+    tokens = sum(row["tokens"] for row in rows)
+    all_tokens, num_samples = total_tokens(folder)
+    return {
+        "samples_per_second": tokens * num_samples / all_tokens / seconds,
+        "startup_seconds": read_first_step_time(output) - started,
+        "overhead_fraction": 1 - useful / seconds,
+        "final_loss": loss_of(output / "final", folder),
+    }
+
+
+def read_first_step_time(output: Path) -> float:
+    """When the first step was over: the last write of the metrics less the time of all later steps."""
+    from beingvl.train.metrics import METRICS_FILE, read_metrics
+
+    rows = read_metrics(output)
+    return (output / METRICS_FILE).stat().st_mtime - sum(row["seconds"] for row in rows[1:])
+
+
+def total_tokens(folder: Path) -> tuple[int, int]:
+    lengths = [len(json.loads(line)["input_ids"]) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    return sum(lengths), len(lengths)
+
+
+def run_theirs(folder: Path, started: float, rank: int) -> dict[str, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    num_ranks = int(os.environ["WORLD_SIZE"])
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            times.append(time.time())
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": SAMPLES_PER_STEP // num_ranks,
+        "gradient_clipping": 1.0,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True},
+        },
+        "zero_optimization": {"stage": 3, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31 - 1,
+    }
+    arguments = TrainingArguments(
+        output_dir=str(folder / "theirs"),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=SAMPLES_PER_STEP // num_ranks,
+        num_train_epochs=1,
+        learning_rate=1e-3,
+        adam_beta2=0.95,
+        lr_scheduler_type="constant",
+        deepspeed=config,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+
+    def collate(samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        return {key: torch.tensor([sample[key] for sample in samples]) for key in ("input_ids", "labels")}
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()])
+    trainer.train()
+    trainer.save_model(str(folder / "theirs"))
+    if rank != 0:
+        return {}
+    steps = len(times) - NUM_WARMUP_STEPS
+    return {
+        "samples_per_second": steps * SAMPLES_PER_STEP / (times[-1] - times[NUM_WARMUP_STEPS - 1]),
+        "startup_seconds": times[0] - started,
+        "final_loss": loss_of(folder / "theirs", folder),
+    }
+
+
+def loss_of(model_folder: Path, folder: Path) -> float:
+    """Mean loss over all targets of all rows, by stock transformers in one process."""
+    code = f"""
+import json, torch
+from transformers import AutoModelForCausalLM
+model, total, count = AutoModelForCausalLM.from_pretrained({str(model_folder)!r}).eval(), 0.0, 0
+with torch.no_grad():
+    for line in open({str(folder / "rows.jsonl")!r}):
+        row = json.loads(line)
+        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        targets = torch.tensor(row["labels"])[1:]
+        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum")); count += int((targets >= 0).sum())
+print(total / count)
+"""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return round(float(done.stdout.split()[-1]), 4)
+
+
+def child_output(words: list[str]) -> str:
+    command = [sys.executable, "-m", "tests.benchmarks.train", *words]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split()[-1]
+
+
+def loss_memory(chunked: bool) -> int:
+    """Bytes that loss and gradients take at their peak, beside weights, inputs and weight gradients."""
+    import torch
+
+    from beingvl.model.extended_vocab import ExtendedHead
+    from beingvl.train.stage_config import BeingVLBlock
+
+    chunk = BeingVLBlock.loss_chunk_tokens if chunked else NUM_POSITIONS
+    head = ExtendedHead(128_256, VOCABULARY - 128_256, HIDDEN_SIZE, chunk)
+    torch.nn.init.normal_(head.text_rows, std=0.02)
+    torch.nn.init.normal_(head.visual_rows, std=0.02)
+    hidden = torch.randn(NUM_POSITIONS, HIDDEN_SIZE, requires_grad=True)
+    targets = torch.randint(0, VOCABULARY, (NUM_POSITIONS,))
+    head.text_rows.grad, head.visual_rows.grad = torch.ones_like(head.text_rows), torch.ones_like(head.visual_rows)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if chunked:
+        head(hidden, targets).sum().backward()
+    else:
+        torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum").backward()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+import json
+
+import pytest
+
+from beingvl import cli
+from beingvl.errors import InputError
+from beingvl.launch.plan import parse_gpus
+from beingvl.train.memory import device_bytes, predict_memory
+from beingvl.train.stage_config import parse_stage_config
+from tests.tiny import stage_fields, write_model, write_shards
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    write_model(folder / "base")
+    write_shards(folder / "shards")
+    (folder / "stage.json").write_text(json.dumps(stage_fields()))
+    return folder
+
+
+def plan(work, *more: str) -> int:
+    return cli.main(["plan", "--model", str(work / "base"), "--stage", str(work / "stage.json"), *more])
+
+
+def test_it_proposes_and_tells_the_time(work, capsys) -> None:
+    assert plan(work, "--gpus", "2x80GB", "--data", str(work / "shards")) == 0
+    shown = capsys.readouterr().out
+    assert "2 ranks, ZeRO-3, micro-batch 1" in shown and "of 80 GB" in shown
+    assert "train_micro_batch_size_per_gpu 2, accumulation 1" in shown
+    assert "one epoch: 60 samples" in shown
+
+
+def test_mistakes_are_named(work, capsys) -> None:
+    with pytest.raises(InputError, match="8x80GB"):
+        parse_gpus("8")
+    assert plan(work, "--gpus", "8x80GB", "--data", str(work / "shards"), "--gpu", "abacus") == 2
+    assert "'abacus' is not known" in capsys.readouterr().err
+    assert plan(work, "--gpus", "3x80GB") == 0
+    assert "does not divide by 3 ranks" in capsys.readouterr().out
+
+
+class Llama8B:
+    hidden_size, num_hidden_layers, intermediate_size = 4096, 32, 14336
+
+
+def llama_plan(trainable: list[dict]):
+    from beingvl.model.param_groups import plan_parameters
+
+    layer = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)}
+    layer |= {"gate": (14336, 4096), "up": (14336, 4096), "down": (4096, 14336)}
+    shapes = {f"model.layers.{n}.{name}.weight": shape for n in range(32) for name, shape in layer.items()}
+    for stem in ("model.embed_tokens", "lm_head"):
+        shapes |= {f"{stem}.text_rows": (128256, 4096), f"{stem}.visual_rows": (16389, 4096)}
+    config = parse_stage_config(stage_fields(trainable=trainable, sequence_length=4096) | {"bf16": {"enabled": True}}, "x")
+    return plan_parameters(shapes, config.beingvl.trainable), config
+
+
+def test_stage_1_at_full_size_needs_a_tenth_of_the_optimizer(work) -> None:
+    """14.2 GB of masters and moments for all embedding rows, 1.6 GB for the new ones."""
+    everything, config = llama_plan([{"match": ".*_rows"}, {"match": ".*", "train": False}])
+    new_rows, _ = llama_plan([{"match": "visual_rows"}, {"match": ".*", "train": False}])
+    assert predict_memory(everything, Llama8B, config, 1)["optimizer"] == pytest.approx(14.2e9, rel=0.01)
+    assert predict_memory(new_rows, Llama8B, config, 1)["optimizer"] == pytest.approx(1.6e9, rel=0.01)
+
+
+def test_zero_cuts_and_offload_moves(work) -> None:
+    plan_8b, config = llama_plan([{"match": ".*"}])
+    alone, eight = (predict_memory(plan_8b, Llama8B, config, num_ranks) for num_ranks in (1, 8))
+    for purpose in ("weights", "gradients", "optimizer"):
+        assert eight[purpose] == pytest.approx(alone[purpose] / 8, rel=1e-6)
+    config.deepspeed["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    offloaded = predict_memory(plan_8b, Llama8B, config, 8)
+    assert offloaded["optimizer"] == 0 and offloaded["cpu_optimizer"] == eight["optimizer"]
+    assert device_bytes(offloaded) == device_bytes(eight) - eight["optimizer"] - eight["gradients"]
+    config.deepspeed["zero_optimization"] = {"stage": 1}
+    assert predict_memory(plan_8b, Llama8B, config, 8)["weights"] == alone["weights"]

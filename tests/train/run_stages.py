@@ -1,0 +1,55 @@
+"""Several training runs in one process a rank, because starting a process takes longer than training a tiny model.
+
+    python -m tests.train.run_stages JOBS.json      with RANK, WORLD_SIZE … in the environment, as a launcher sets them
+
+JOBS.json: a list of {config, model, data, output, set}; each leaves what `beingvl train` leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.launcher import ENVIRONMENT, free_port
+
+
+def main() -> None:
+    from beingvl.data.arrow_shards import ShardReader
+    from beingvl.manifest import read_manifest
+    from beingvl.train.engine import start_distributed, stop_distributed
+    from beingvl.train.stage_config import load_stage_config
+    from beingvl.train.train_stage import Stage, _train, run_identity
+
+    ranks = start_distributed(120)
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        config = load_stage_config(job["config"], job["set"])
+        model, shards = Path(job["model"]), ShardReader(job["data"])
+        identity = run_identity(config, read_manifest(model), shards.manifest, {})
+        stage = Stage(Path(job["output"]), None, config, model, shards, None, None, identity, ranks)
+        assert _train(stage, lambda: False) == 0
+    stop_distributed()
+
+
+def run_stages(num_ranks: int, jobs: list[dict], folder: Path) -> None:
+    """Start `num_ranks` processes that do all jobs one after another; raises AssertionError with the log when one fails."""
+    path = folder / f"jobs-{num_ranks}.json"
+    path.write_text(json.dumps(jobs, default=str))
+    port = str(free_port())
+    processes = []
+    for rank in range(num_ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_PORT": port}
+        command = [sys.executable, "-m", "tests.train.run_stages", str(path)]
+        environment = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", **place}
+        with open(folder / f"jobs-{num_ranks}-{rank}.log", "w") as log:
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=Path(__file__).parents[2]))
+    codes = [process.wait(timeout=540) for process in processes]
+    logs = [(folder / f"jobs-{num_ranks}-{rank}.log").read_text()[-3000:] for rank in range(num_ranks)]
+    assert codes == [0] * num_ranks, "\n".join(logs)
+
+
+if __name__ == "__main__":
+    assert os.environ["RANK"]
+    main()

@@ -1,0 +1,155 @@
+"""Validation, replay, carried moments, checkpoints by the clock, Weights & Biases: each in one rank without a launcher."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from beingvl.data.arrow_shards import ShardReader
+from beingvl.model.weight_files import WeightFolder
+from beingvl.train.checkpoint import StateReader, complete_checkpoints, step_of
+from beingvl.train.metrics import VALIDATION_FILE, read_metrics
+from beingvl.train.stage_config import load_stage_config
+from tests.launcher import ENVIRONMENT, free_port
+from tests.plain_torch import train_plain
+from tests.tiny import stage_fields, write_model, write_shards
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("extras")
+    write_model(folder / "base")
+    write_shards(folder / "shards")
+    write_shards(folder / "held-out", num_samples=13, seed=9)
+    (folder / "all.json").write_text(json.dumps(stage_fields(checkpoint_every_steps=2, keep_last=9)))
+    return folder
+
+
+def train(work: Path, name: str, *more: str, model: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    places = ["--model", str(model or work / "base"), "--data", str(work / "shards"), "--output", str(work / name)]
+    command = [sys.executable, "-m", "beingvl", "train", "--deepspeed_config", str(work / "all.json"), *places, *more]
+    environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port()), **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def plain_run(work) -> Path:
+    done = train(work, "plain")
+    assert done.returncode == 0, done.stderr
+    assert "memory of rank 0: predicted" in done.stdout
+    return work / "plain"
+
+
+def test_validation_counts_every_held_out_sample_once_and_changes_nothing(work, plain_run) -> None:
+    done = train(work, "validated", "--validation_data", str(work / "held-out"), "--set", "beingvl.validation_every_steps=2")
+    assert done.returncode == 0, done.stderr
+    expected = dict(WeightFolder(plain_run / "final"))
+    for name, tensor in dict(WeightFolder(work / "validated" / "final")).items():
+        assert torch.equal(tensor, expected[name]), name
+    rows = read_metrics(work / "validated", VALIDATION_FILE)
+    assert [row["step"] for row in rows] == [row["step"] for row in read_metrics(plain_run) if row["step"] % 2 == 0]
+    assert {"validation/loss/source/foundation", "validation/loss/source/reasoning"} <= set(rows[0])
+    last = rows[-1]
+    if last["step"] == read_metrics(plain_run)[-1]["step"]:
+        assert last["validation/loss"] == pytest.approx(stock_loss(work / "validated" / "final", work / "held-out"), rel=1e-5)
+
+
+def stock_loss(model_folder: Path, shards_folder: Path) -> float:
+    from transformers import AutoModelForCausalLM
+
+    from beingvl.data.loader import shifted_targets
+
+    model, shards = AutoModelForCausalLM.from_pretrained(model_folder), ShardReader(shards_folder)
+    total, count = 0.0, 0
+    for index in range(len(shards)):
+        targets = torch.from_numpy(shifted_targets(shards[index], shards.layout))
+        with torch.no_grad():
+            logits = model(torch.from_numpy(shards[index].input_ids.astype("int64"))[None]).logits[0]
+        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        count += int((targets >= 0).sum())
+    return total / count
+
+
+def test_validation_needs_both_of_its_halves(work) -> None:
+    done = train(work, "half", "--set", "beingvl.validation_every_steps=2")
+    assert done.returncode == 2 and "belong together" in done.stderr
+
+
+def test_replay_shows_the_samples_of_a_step_and_finds_its_loss(work, plain_run) -> None:
+    logged = {row["step"]: row["loss"] for row in read_metrics(plain_run)}
+    before = sorted(path.name for path in plain_run.rglob("*"))
+    done = train(work, "plain", "--replay", "3")  # the checkpoint after step 2 is there
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("  loss "))
+    assert float(line.split()[1]) == pytest.approx(logged[3], rel=1e-5) and f"logged {logged[3]:.6f}" in line
+    assert "steps too old" not in done.stdout and "=> " in done.stdout and "image tokens>" in done.stdout
+    far = train(work, "plain", "--replay", "4")
+    assert "with the weights after step 2, 1 steps too old" in far.stdout
+    assert sorted(path.name for path in plain_run.rglob("*")) == before
+    assert train(work, "plain", "--replay", "1000").returncode == 2
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_moments_of_surviving_tensors_can_be_carried_over(work, plain_run, stage: int) -> None:
+    """One more update from carried moments: exp_avg = 0.9 old + 0.1 gradient, so it differs from 0.1 gradient by 0.9 old."""
+    settings = ["--set", f"zero_optimization.stage={stage}", "beingvl.max_steps=1"]
+    assert train(work, f"fresh-{stage}", *settings, model=plain_run).returncode == 0
+    done = train(work, f"carried-{stage}", "--carry_moments", *settings, model=plain_run)
+    assert done.returncode == 0 and "optimizer moments carried over" in done.stdout, done.stderr
+    old = StateReader(complete_checkpoints(plain_run)[-1])
+    fresh, carried = (StateReader(complete_checkpoints(work / f"{name}-{stage}")[-1]) for name in ("fresh", "carried"))
+    for name, entry in carried.state.parameters.items():
+        assert entry["adam_steps"] == old.state.parameters[name]["adam_steps"] + 1
+        assert fresh.state.parameters[name]["adam_steps"] == 1
+        size = torch.Size(entry["shape"]).numel()
+        before, without, found = (reader.fetch(name, "exp_avg", 0, size) for reader in (old, fresh, carried))
+        torch.testing.assert_close(found, 0.9 * before + without, rtol=1e-4, atol=1e-7)
+
+
+def test_carrying_moments_needs_a_stage_folder(work) -> None:
+    done = train(work, "nothing-to-carry", "--carry_moments")
+    assert done.returncode == 2 and "is no stage folder with checkpoints" in done.stderr
+
+
+def test_checkpoints_by_the_clock(work) -> None:
+    settings = ["beingvl.checkpoint_every_steps=0", "beingvl.checkpoint_every_minutes=0.0000001", "beingvl.keep_every=3"]
+    assert train(work, "clock", "--set", *settings, "beingvl.keep_last=1", "beingvl.max_steps=4").returncode == 0
+    assert [step_of(path) for path in complete_checkpoints(work / "clock")] == [3, 4]
+
+
+def test_weights_and_biases_gets_every_step(work, tmp_path) -> None:
+    """A module of that name, since the service is not reachable from a test; it keeps what it is given."""
+    (tmp_path / "wandb.py").write_text(
+        "import json, os\n"
+        "class Run:\n"
+        "    def log(self, values, step): open(os.environ['TOLD'], 'a').write(json.dumps([step, values['loss']]) + '\\n')\n"
+        "    def finish(self, exit_code): open(os.environ['TOLD'], 'a').write(json.dumps(exit_code) + '\\n')\n"
+        "def init(project, **more): return Run()\n"
+    )
+    told = tmp_path / "told"
+    paths = f"{tmp_path}:{ENVIRONMENT.get('PYTHONPATH', '')}"
+    done = train(work, "wandb", "--set", "beingvl.max_steps=2", WANDB_PROJECT="digits", TOLD=str(told), PYTHONPATH=paths)
+    assert done.returncode == 0, done.stderr
+    steps = [[row["step"], row["loss"]] for row in read_metrics(work / "wandb")]
+    assert [json.loads(line) for line in told.read_text().splitlines()] == [*steps, 0]
+    done = train(work, "wandb-missing", WANDB_PROJECT="digits")
+    assert done.returncode == 2 and "wandb is not installed" in done.stderr
+
+
+def test_metrics_say_where_the_time_of_a_step_goes(plain_run) -> None:
+    for row in read_metrics(plain_run):
+        phases = {name: row[f"seconds_{name}"] for name in ("data", "communication", "forward", "backward", "optimizer", "check")}
+        assert all(seconds >= 0 for seconds in phases.values())
+        assert sum(phases.values()) <= row["seconds"] * 1.0001
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+        assert 0 < row["mfu"] < 1 and row["target_tokens"] <= row["tokens"]
+
+
+def test_plain_torch_agrees_with_the_run_that_the_others_are_held_to(work, plain_run) -> None:
+    losses, _ = train_plain(work / "base", work / "shards", load_stage_config(work / "all.json"))
+    assert [row["loss"] for row in read_metrics(plain_run)] == pytest.approx(losses, rel=1e-5)
+    assert load_file(complete_checkpoints(plain_run)[-1] / "rank-00000-of-00001.safetensors")

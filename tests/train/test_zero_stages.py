@@ -1,0 +1,119 @@
+"""Every ZeRO stage, number of ranks, accumulation, packing and chunk size gives plain torch's losses and weights.
+
+A few configurations in CI, the whole grid marked slow.
+"""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from beingvl.model.weight_files import WeightFolder
+from beingvl.train.metrics import read_metrics
+from beingvl.train.stage_config import load_stage_config
+from tests.plain_torch import train_plain
+from tests.tiny import LAYOUT, stage_fields, write_model, write_shards
+from tests.train.run_stages import run_stages
+
+ROWS_AND_LAYERS = [{"match": "visual_rows"}, {"match": "layers[:2]"}, {"match": ".*", "train": False}]
+OFFLOAD = ["zero_optimization.offload_optimizer.device=cpu", "zero_optimization.offload_param.device=cpu"]
+NUM_STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("zero")
+    write_model(folder / "base")
+    write_shards(folder / "shards")
+    fields = stage_fields(max_steps=NUM_STEPS, epochs=6)
+    # Adam turns the rounding of a gradient near 0 into an update of any sign, as large as the learning rate: keep it small
+    fields["optimizer"]["params"]["lr"] = 3e-4
+    fields["train_batch_size"] = 12  # divides for 1, 2 and 3 ranks with any accumulation below
+    (folder / "all.json").write_text(json.dumps(fields))
+    return folder
+
+
+def settings(stage: int, num_ranks: int, accumulation: int, packing: bool = True, chunk: int = 1024) -> list[str]:
+    micro = 12 // num_ranks // accumulation
+    return [
+        f"zero_optimization.stage={stage}",
+        f"train_micro_batch_size_per_gpu={micro}",
+        f"beingvl.packing={json.dumps(packing)}",
+        f"beingvl.loss_chunk_tokens={chunk}",
+    ]
+
+
+def job(work: Path, name: str, *more: str) -> dict:
+    places = {"config": work / "all.json", "model": work / "base", "data": work / "shards", "output": work / name}
+    return {**places, "set": list(more)}
+
+
+def assert_equals_plain_torch(work: Path, output: Path, packing: bool) -> None:
+    config = load_stage_config(work / "all.json", [f"beingvl.packing={json.dumps(packing)}"])
+    losses, weights = _plain(work, config, packing)
+    assert [row["loss"] for row in read_metrics(output)] == pytest.approx(losses, rel=1e-5)
+    for name, tensor in dict(WeightFolder(output / "final")).items():
+        assert (tensor - weights[name]).norm() <= 1e-5 * weights[name].norm(), name
+
+
+_PLAIN: dict = {}
+
+
+def _plain(work: Path, config, packing: bool):
+    if packing not in _PLAIN:
+        _PLAIN[packing] = train_plain(work / "base", work / "shards", config)
+    return _PLAIN[packing]
+
+
+def test_every_stage_equals_plain_torch(work) -> None:
+    """2 ranks, accumulation 2; stage 3 also with everything offloaded to the CPU."""
+    more = {f"stage-{stage}": (settings(stage, 2, 2), True) for stage in (0, 1, 2)}
+    more["offload-3"] = ([*settings(3, 2, 2), *OFFLOAD], True)
+    more["offload-2"] = ([*settings(2, 2, 2), OFFLOAD[0]], True)
+    more["unpacked"] = (settings(3, 2, 3, packing=False, chunk=7), False)
+    run_stages(2, [job(work, name, *words) for name, (words, _) in more.items()], work)
+    for name, (_, packing) in more.items():
+        assert_equals_plain_torch(work, work / name, packing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_the_grid(work, num_ranks: int) -> None:
+    grid = list(itertools.product((0, 1, 2, 3), (1, 2, 4), (True, False), (7, 1024)))
+    names = {f"grid-{num_ranks}-{'-'.join(map(str, point))}": point for point in grid}
+    jobs = []
+    for name, (stage, accumulation, packing, chunk) in names.items():
+        jobs.append(job(work, name, *settings(stage, num_ranks, accumulation, packing, chunk)))
+    run_stages(num_ranks, jobs, work)
+    for name, (_, _, packing, _) in names.items():
+        assert_equals_plain_torch(work, work / name, packing)
+
+
+def test_frozen_stays_frozen_in_every_stage_and_any_stage_resumes_any_other(work) -> None:
+    """Weight decay is 0.1. One stage writes the checkpoint after step 3, another goes on, the third starts from nothing."""
+    rows = [f"beingvl.trainable={json.dumps(ROWS_AND_LAYERS)}", "beingvl.checkpoint_every_steps=3"]
+    straight = [job(work, f"frozen-{stage}", *settings(stage, 2, 1), *rows) for stage in (0, 1, 2, 3)]
+    run_stages(2, straight, work)
+    start = dict(WeightFolder(work / "base"))
+    expected = dict(WeightFolder(work / "frozen-3" / "final"))
+    for stage in (0, 1, 2):
+        for name, tensor in dict(WeightFolder(work / f"frozen-{stage}" / "final")).items():
+            assert (tensor - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+            if "layers.2" in name or "layers.3" in name or name == "model.norm.weight":
+                assert torch.equal(tensor, start[name]), name
+            if "embed_tokens" in name or "lm_head" in name:
+                assert torch.equal(tensor[: LAYOUT.num_text], start[name][: LAYOUT.num_text])
+                assert not torch.equal(tensor[LAYOUT.num_text :], start[name][LAYOUT.num_text :])
+    # drop what came after step 3, and let other stages and another number of ranks go on from there
+    resumed = []
+    for stage, other in ((0, 1), (1, 2), (2, 3), (3, 0)):
+        output = work / f"frozen-{stage}"
+        (output / "final" / "manifest.json").unlink()
+        (output / "checkpoints" / f"step-{NUM_STEPS:08d}" / "manifest.json").unlink()
+        resumed.append(job(work, output.name, *settings(other, 3, 1), *rows))
+    run_stages(3, resumed, work)
+    for stage in (0, 1, 2, 3):
+        for name, tensor in dict(WeightFolder(work / f"frozen-{stage}" / "final")).items():
+            assert (tensor - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
