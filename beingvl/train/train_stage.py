@@ -15,6 +15,7 @@ SIGUSR1 and SIGINT end it after the running step with a checkpoint and exit code
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from beingvl.train.stage_config import StageConfig
 
 EXIT_REQUEUE = 85
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 # Keys of the block "beingvl" that change neither a sample nor an update, so that a resumed run may change them.
 SAME_RESULT = {
@@ -104,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"beingvl train: error: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
         return 1
     stop_distributed()
+    _ignore_signals()
     return exit_code
 
 
@@ -371,12 +374,16 @@ def _saver(stage: Stage, engine: TrainingEngine, probe: Probe, carried_steps: Ma
 
 def _catch_signals() -> Callable[[], bool]:
     """From now on a signal only asks to stop; the loop stops after the running step."""
-    import signal
-
     received: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: received.append(number))
     return lambda: bool(received)
+
+
+def _ignore_signals() -> None:
+    """At its end Python puts default handlers back: a second signal would then kill a rank that is leaving with its own exit code."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":
