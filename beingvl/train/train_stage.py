@@ -381,7 +381,7 @@ def _catch_signals() -> Callable[[], bool]:
 
 
 def _ignore_signals() -> None:
-    """At its end Python puts default handlers back, and a second signal would kill a rank that is leaving with its own exit code."""
+    """At its end Python puts default handlers back, and a second signal would kill a rank on its way out."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
