@@ -2,7 +2,8 @@
 # From nothing to a trained Being-VL on this machine, no GPU needed: installs into .venv, runs the whole line on real images
 # (scikit-learn's handwritten digits), and shows answers about images the model has never seen.
 #   bash scripts/quickstart.sh [--install_only | --raw]     --raw feeds VQ codes without vBPE, for comparison
-# Started again it reuses every finished step. RUN chooses the folder, SEED the seed, NUM_RANKS the number of CPU ranks.
+# Started again it reuses every finished step. RUN chooses the folder, SEED the seed, NUM_RANKS the number of CPU ranks,
+# STAGE3_STEPS shortens the last stage.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 case "${1:-}" in
@@ -59,7 +60,7 @@ for STAGE in 1 2 3; do
     say "[6] stage $STAGE of 3: deepspeed, ZeRO-3, $NUM_RANKS CPU ranks"
     [ "$STAGE" = 1 ] && export MODEL_PATH="$RUN/base" || unset MODEL_PATH
     DATA_PATH="$RUN/shards-$VARIANT" OUTPUT_DIR="$STAGES/stage-$STAGE" LOG_DIR="$STAGES/logs/stage-$STAGE" OMP_NUM_THREADS='' \
-        DS_CONFIG="ds_configs/quickstart-stage$STAGE.json" bash "scripts/train-stage-$STAGE.sh" 0
+        DS_CONFIG="ds_configs/quickstart-stage$STAGE.json" bash "scripts/train-stage-$STAGE.sh" 0 $([ "$STAGE" != 3 ] || echo ${STAGE3_STEPS:+--set "beingvl.max_steps=$STAGE3_STEPS"})
     say "[7] evaluate stage $STAGE on images it has never seen"
     evaluate "$STAGES/stage-$STAGE/final" "$STAGES/eval/stage-$STAGE"
 done

@@ -1,0 +1,24 @@
+"""The quickstart as a newcomer starts it, with half of its last stage: it must have learnt to see."""
+
+import json
+import subprocess
+from pathlib import Path
+
+from tests.launcher import ENVIRONMENT, free_port
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def test_answers_about_images_it_has_never_seen(tmp_path) -> None:
+    environment = {**ENVIRONMENT, "RUN": str(tmp_path / "run"), "STAGE3_STEPS": "300", "MASTER_PORT": str(free_port())}
+    del environment["OMP_NUM_THREADS"]  # the script's own choice
+    done = subprocess.run(
+        ["bash", "scripts/quickstart.sh"], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1500
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    report = tmp_path / "run" / "report"
+    summary = json.loads((report / "summary.json").read_text())
+    assert summary["test_accuracy_mean"] >= 0.80, done.stdout[-3000:]
+    assert summary["peak_memory_bytes"] < 4e9
+    assert summary["vbpe_compression"] > 1
+    assert {path.name for path in report.iterdir()} >= {"summary.json", "contact_sheet.png", "index.html"}
