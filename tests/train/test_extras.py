@@ -93,7 +93,7 @@ def test_replay_shows_the_samples_of_a_step_and_finds_its_loss(work, plain_run) 
     assert train(work, "plain", "--replay", "1000").returncode == 2
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_moments_of_surviving_tensors_can_be_carried_over(work, plain_run, stage: int) -> None:
     """One more update from carried moments: exp_avg = 0.9 old + 0.1 gradient, so it differs from 0.1 gradient by 0.9 old."""
     settings = ["--set", f"zero_optimization.stage={stage}", "beingvl.max_steps=1"]

@@ -90,7 +90,7 @@ def token_that_comes_thrice_in_a_row(work: Path) -> tuple[int, list[int]]:
     raise AssertionError("no such token")
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_steps_that_are_not_finite_are_skipped_counted_and_named_then_the_run_stops(work, stage: int) -> None:
     """Two bad steps in a row are allowed, the third ends the run with the last good state."""
     token, bad_steps = token_that_comes_thrice_in_a_row(work)
