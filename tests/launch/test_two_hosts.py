@@ -27,7 +27,7 @@ def work(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hosts")
     write_model(folder / "base")
     write_shards(folder / "shards")
-    fields = stage_fields(max_steps=20, epochs=20, trainable=ROWS_ONLY, checkpoint_every_steps=0, stall_timeout_seconds=8)
+    fields = stage_fields(max_steps=20, epochs=20, trainable=ROWS_ONLY, checkpoint_every_steps=0, stall_timeout_seconds=30)
     (folder / "stage1.json").write_text(json.dumps(fields))
     fields["beingvl"]["max_steps"], fields["beingvl"]["epochs"] = 20000, 20000
     (folder / "long.json").write_text(json.dumps(fields))
