@@ -142,3 +142,14 @@ def _check_shapes(folder: Path, weights: WeightFolder, input_name: str, output_n
                 f"{folder}: {name!r} is {list(weights.shape(name))}, config.json says {list(expected)} "
                 f"(vocab_size x hidden_size); the config and the weights are not of the same model"
             )
+    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if 2 * len(parameters.keys() & set(weights)) <= len(parameters):
+        return  # an older checkpoint whose names transformers translates while loading
+    for name, shape in parameters.items():
+        if name not in weights and name != output_name:
+            raise InputError(f"{folder}: the weights have no {name!r}, which config.json asks for; download the checkpoint again")
+        if name in weights and weights.shape(name) != shape:
+            raise InputError(
+                f"{folder}: {name!r} is {list(weights.shape(name))}, config.json says {list(shape)}; "
+                f"the config and the weights are not of the same model"
+            )

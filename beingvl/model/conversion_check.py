@@ -32,7 +32,7 @@ PROMPTS = (
 _ROWS = 4096
 
 
-class Difference(Exception):  # noqa: N818
+class DifferenceError(Exception):
     """What a check found to differ, as one clause."""
 
 
@@ -57,7 +57,7 @@ def verify_conversion(base: BaseModel, result: Path, vq_path: Path | None) -> bo
     for name, check in checks:
         try:
             outcome, seen = "equal", check()
-        except (Difference, InputError) as difference:
+        except (DifferenceError, InputError) as difference:
             outcome, seen, passed = "DIFFERENT", str(difference), False
         print(f"{name:<26} {outcome:<10} {seen}", flush=True)
     print(f"{result}: {'everything as in' if passed else 'DIFFERS from'} {base.folder}")
@@ -70,11 +70,11 @@ def _check_tensors(base: BaseModel, result: Path) -> str:
     grown = {base.input_name, base.output_name, base.output_bias_name}
     expected, found = {*base.weights, base.output_name}, set(weights)
     if expected != found:
-        raise Difference(f"names: {sorted(expected ^ found)[:3]} are in one of the two only")
+        raise DifferenceError(f"names: {sorted(expected ^ found)[:3]} are in one of the two only")
     for name in expected - grown:
         ours, theirs = weights[name], base.weights[name]
         if ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours.dtype)):
-            raise Difference(f"{name} is not the base model's")
+            raise DifferenceError(f"{name} is not the base model's")
     return f"{len(expected - grown)} tensors"
 
 
@@ -85,7 +85,7 @@ def _check_text_rows(base: BaseModel, result: Path) -> str:
             stop = min(start + _ROWS, base.num_text)
             ours = weights[name][start:stop]
             if not torch.equal(ours, base.weights[stored][start:stop].to(ours.dtype)):
-                raise Difference(f"{name} differs between rows {start} and {stop}")
+                raise DifferenceError(f"{name} differs between rows {start} and {stop}")
     return f"2 x {base.num_text} rows"
 
 
@@ -94,10 +94,10 @@ def _check_new_rows(base: BaseModel, result: Path, layout: VocabLayout) -> str:
     spreads = []
     for name in (base.input_name, base.output_name):
         if weights.shape(name)[0] < layout.size:
-            raise Difference(f"{name} has {weights.shape(name)[0]} rows, the layout has {layout.size} ids")
+            raise DifferenceError(f"{name} has {weights.shape(name)[0]} rows, the layout has {layout.size} ids")
         rows = weights[name][layout.num_text : layout.size]
         if not all(torch.isfinite(block).all() for block in rows.split(_ROWS)):
-            raise Difference(f"{name} has new rows that are not finite")
+            raise DifferenceError(f"{name} has new rows that are not finite")
         spreads.append(float(rows[:_ROWS].float().std()))
     return f"2 x {layout.num_visual} rows, finite, std {spreads[0]:.4g} and {spreads[1]:.4g}"
 
@@ -109,7 +109,7 @@ def _check_tokenizer(base: BaseModel, tokenizer: PreTrainedTokenizerFast, layout
         check_same_text_tokens(tokenizer, own, "tokenizer.json")
         for prompt in PROMPTS:
             if tokenizer(prompt)["input_ids"] != own(prompt)["input_ids"]:
-                raise Difference(f"{prompt!r} is encoded otherwise than by {base.folder}")
+                raise DifferenceError(f"{prompt!r} is encoded otherwise than by {base.folder}")
     return f"{len(tokenizer)} tokens, loaded in {load_seconds:.1f} s"
 
 
@@ -123,7 +123,7 @@ def _check_logits(base: BaseModel, result: Path, tokenizer: PreTrainedTokenizerF
     theirs, _ = _text_logits(base.folder, prompts, base.num_text, dtype)
     if not all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):
         difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
-        raise Difference(f"the largest difference is {difference:.3g}")
+        raise DifferenceError(f"the largest difference is {difference:.3g}")
     return f"{len(prompts)} prompts x {base.num_text} ids, {str(dtype).removeprefix('torch.')}, equal to the bit"
 
 
@@ -148,7 +148,7 @@ def _check_generation_config(result: Path, layout: VocabLayout) -> str:
     config = read_json(result / "generation_config.json", "a model folder")
     eos = config.get("eos_token_id")
     if layout.eos_id not in (eos if isinstance(eos, list) else [eos]):
-        raise Difference(f"eos_token_id is {eos}, the layout says {layout.eos_id}")
+        raise DifferenceError(f"eos_token_id is {eos}, the layout says {layout.eos_id}")
     return f"stops at {eos}, pads with {config.get('pad_token_id')}"
 
 
@@ -167,13 +167,13 @@ def _check_images(result: Path, vq_path: Path | None) -> str:
     waves = torch.stack([ramp.expand(side, side), ramp.expand(side, side).T, torch.sin(9 * ramp[:, None] * ramp)])[None]
     codes = ours.encode(waves)
     if ours.fingerprint() != theirs.fingerprint() or not np.array_equal(codes, theirs.encode(waves)):
-        raise Difference(f"{result / 'vqgan'} is not {vq_path}")
+        raise DifferenceError(f"{result / 'vqgan'} is not {vq_path}")
     seen = f"{codes.shape[1]} x {codes.shape[2]} codes, {len(np.unique(codes))} different"
     if (result / "vbpe.json").is_file():
         vbpe = VisualBPE.load(result)
         ids = vbpe.encode(codes[0])
         is_lossless = vbpe.kind != "legacy"  # published vocabularies encode only
         if is_lossless and not np.array_equal(vbpe.decode(ids, *codes.shape[1:]), codes[0]):
-            raise Difference("vBPE does not give the codes back")
+            raise DifferenceError("vBPE does not give the codes back")
         seen += f", {len(ids)} vBPE tokens{' and back' if is_lossless else ''}"
     return seen + (f", decoded to {ours.decode(codes).shape[1:]}" if ours.has_decoder else ", no decoder to try")

@@ -13,6 +13,7 @@ the page tables, and more of them would slow the conversion), `max_abs_diff` (ov
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import resource
 import shutil
@@ -142,14 +143,18 @@ def shards_of(shapes: dict[str, tuple[int, ...]], limit: int) -> Iterator[dict[s
     yield shard
 
 
-def random_tensor(shape: tuple[int, ...], name: str, pool: list[torch.Tensor] = []) -> torch.Tensor:  # noqa: B006
+def random_tensor(shape: tuple[int, ...], name: str) -> torch.Tensor:
     """bf16 normals, repeated from a pool of 32 M: incompressible enough for a disk, and 8 B of them come quickly."""
-    if not pool:
-        pool.append((torch.randn(1 << 25, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16())
     count = int(torch.tensor(shape).prod())
     start = hash(name) % 1_000_003
-    flat = pool[0].roll(start) if count > 1 << 20 else pool[0][start : start + count]
+    pool = normal_pool()
+    flat = pool.roll(start) if count > 1 << 20 else pool[start : start + count]
     return flat.repeat(-(-count // len(flat)))[:count].view(shape)
+
+
+@functools.cache
+def normal_pool() -> torch.Tensor:
+    return (torch.randn(1 << 25, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
 
 
 def timed_copy(source: Path, target: Path) -> float:

@@ -421,6 +421,8 @@ def test_a_finished_target_is_reused_by_the_same_request_and_refused_to_others(t
         ("taken name", "'<image>' is already token 5"),
         ("no eos", "has no eos_token_id"),
         ("hidden_size", "the config and the weights are not of the same model"),
+        ("intermediate_size", "mlp.gate_proj.weight' is ["),
+        ("one layer more", "the weights have no 'model.layers.3.self_attn.q_proj.weight'"),
     ],
 )
 def test_a_damaged_base_is_named_and_nothing_is_written(tmp_path, damage, message, capsys):
@@ -444,6 +446,8 @@ def test_a_damaged_base_is_named_and_nothing_is_written(tmp_path, damage, messag
             "unknown architecture": {"model_type": "blip-9"},
             "vocab_size": {"vocab_size": 301},
             "hidden_size": {"hidden_size": 64},
+            "intermediate_size": {"intermediate_size": 40},
+            "one layer more": {"num_hidden_layers": 4},
             "untied without head": {"tie_word_embeddings": False},
             "no eos": {"eos_token_id": None},
         }
