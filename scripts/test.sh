@@ -24,4 +24,4 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 ruff format --check .
 ruff check .
 mypy
-if [ "${1:-}" = "--full" ]; then pytest; else pytest -m "not slow"; fi
+if [ "${1:-}" = "--full" ]; then pytest --durations=20; else pytest --durations=20 -m "not slow"; fi

@@ -3,7 +3,8 @@
 #   WORKSPACE=… bash scripts/slurm/submit-pipeline.sh [sbatch options for the three training stages]
 # Called again it submits only what is neither finished (its manifest is there) nor in the queue. Paths: scripts/slurm/environment.sh.
 # TRAINER_OPTIONS goes to the trainer of each stage, DS_CONFIG_PREFIX (ds_configs/stage) selects the JSON files.
-# ENCODE_TASKS and TOKENIZE_TASKS are the array sizes; SBATCH_OPTIONS goes to every sbatch, DATA_OPTIONS to the data steps.
+# ENCODE_TASKS and TOKENIZE_TASKS are the array sizes; SBATCH_OPTIONS goes to every sbatch, DATA_OPTIONS to those of the data steps,
+# BUILD_OPTIONS to build-shards (--duplicate_ids keep, say).
 set -euo pipefail
 export REPOSITORY="${REPOSITORY:-$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.." && pwd)}"
 source "$REPOSITORY/scripts/slurm/environment.sh"
@@ -37,8 +38,10 @@ S="$REPOSITORY/scripts/slurm"
 submit encode-images "$VQ_CODES/manifest.json" '' $D --array="0-$((${ENCODE_TASKS:-1} - 1))" "$S/encode-images.sbatch"
 submit train-vbpe "$VBPE_PATH/vbpe.json" 'encode-images' $D "$S/train-vbpe.sbatch"
 submit convert "$BASE_PATH/manifest.json" 'train-vbpe' $D "$S/convert.sbatch"
-submit tokenize "$TOKENIZED/manifest.json" 'encode-images train-vbpe convert' $D --array="0-$((${TOKENIZE_TASKS:-1} - 1))" "$S/tokenize.sbatch"
-submit build-shards "$SHARDS/manifest.json" 'tokenize' $D "$S/build-shards.sbatch"
+# a folder of token rows may hold several datasets; the manifest must list this one
+grep -qsF "\"${DATASET_NAME:-data}_vbpe.jsonl\"" "$TOKENIZED/manifest.json" && TOKENIZED_MARKER="$TOKENIZED/manifest.json" || TOKENIZED_MARKER=''
+submit tokenize "$TOKENIZED_MARKER" 'encode-images train-vbpe convert' $D --array="0-$((${TOKENIZE_TASKS:-1} - 1))" "$S/tokenize.sbatch"
+submit build-shards "$SHARDS/manifest.json" 'tokenize' $D "$S/build-shards.sbatch" ${BUILD_OPTIONS:-}
 submit train-1 "$STAGES/stage-1/final/manifest.json" 'convert build-shards' "$@" "$S/train.sbatch" 1
 submit train-2 "$STAGES/stage-2/final/manifest.json" 'build-shards train-1' "$@" "$S/train.sbatch" 2
 submit train-3 "$STAGES/stage-3/final/manifest.json" 'build-shards train-2' "$@" "$S/train.sbatch" 3
