@@ -11,6 +11,7 @@ An interrupted run is finished by running the same command again.
 from __future__ import annotations
 
 import argparse
+import gc
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     from beingvl.manifest import already_made
 
     check_paths(args)
+    gc.set_threshold(100_000, 50, 100)  # a fifth of the start: transformers and the tokenizer are a million objects, none garbage
     conversion = plan_conversion(args)
     request = make_request(args, conversion)
     if not already_made(args.output_path, "model", request, args.overwrite):
