@@ -5,24 +5,31 @@
 fail() { echo "error: $*" >&2; exit 2; }
 
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-case "$MASTER_NODE_ID" in '' | *[!0-9]*) fail "usage: bash scripts/train-stage-$STAGE.sh <master_node_id> (0 is this machine alone)" ;; esac
+# the repository's own environment where there is one, like the Slurm jobs
+[ ! -x "$REPOSITORY/.venv/bin/python" ] || PYTHON="${PYTHON:-$REPOSITORY/.venv/bin/python}"
+PYTHON="${PYTHON:-python3}"
+export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
+case "$MASTER_NODE_ID" in '' | *[!0-9]*) fail "<master_node_id> is '$MASTER_NODE_ID'; usage: bash scripts/train-stage-$STAGE.sh <master_node_id> [model] [more arguments for the trainer] (0 is this machine alone)" ;; esac
 # MODEL_PATH may be a stage folder too
 [ -f "$MODEL_PATH/manifest.json" ] || [ ! -f "$MODEL_PATH/final/manifest.json" ] || MODEL_PATH="$MODEL_PATH/final"
 [ -f "$MODEL_PATH/manifest.json" ] || fail "$MODEL_PATH is missing or incomplete; ${MODEL_HINT:-give a finished model folder}"
 [ -e "$DATA_PATH" ] || fail "$DATA_PATH does not exist; make it with \`beingvl tokenize\`, or set DATA_PATH"
 HOSTFILE="${HOSTFILE:-$REPOSITORY/hostfiles/hostfile-$MASTER_NODE_ID}"
 [ -f "$HOSTFILE" ] || fail "$HOSTFILE does not exist; write one line a host: NAME slots=GPUS"
+[ -f "$DS_CONFIG" ] || fail "$DS_CONFIG does not exist; the stages' JSON files are in ds_configs/"
 echo "stage $STAGE: start model $MODEL_PATH"
 
 if [ -f "$DATA_PATH" ]; then # a JSONL file, as in the training guide: its shards lie beside it and are made once
     SHARDS="${DATA_PATH%.jsonl}_shards"
-    python3 -m beingvl build-shards --jsonl_path "$DATA_PATH" --model_path "$MODEL_PATH" --output_path "$SHARDS"
+    [ -n "${DRY_RUN:-}" ] || "$PYTHON" -m beingvl build-shards --jsonl_path "$DATA_PATH" --model_path "$MODEL_PATH" --output_path "$SHARDS"
     DATA_PATH="$SHARDS"
 fi
 
-mkdir -p "$OUTPUT_DIR" "$LOG_DIR"
-cp "$0" "$DS_CONFIG" "$OUTPUT_DIR/"
+if [ -z "${DRY_RUN:-}" ]; then # a record of what was run, not to be run from there
+    mkdir -p "$OUTPUT_DIR" "$LOG_DIR"
+    cp "$0" "$DS_CONFIG" "$OUTPUT_DIR/"
+fi
 
-exec python3 -m beingvl launch --hostfile "$HOSTFILE" ${NUM_RANKS:+--num_ranks "$NUM_RANKS"} --master_port "${MASTER_PORT:-29500}" \
+exec "$PYTHON" -m beingvl launch --hostfile "$HOSTFILE" ${NUM_RANKS:+--num_ranks "$NUM_RANKS"} --master_port "${MASTER_PORT:-29500}" \
     ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} ${DRY_RUN:+--dry_run} -- \
     --deepspeed_config "$DS_CONFIG" --model "$MODEL_PATH" --data "$DATA_PATH" --output "$OUTPUT_DIR" --log_dir "$LOG_DIR" "$@"

@@ -3,14 +3,14 @@
 DeepSpeed passes PYTHON*, and on GPUs NCCL*, by itself, and everything in a `.deepspeed_env`. Its reader takes `KEY=VALUE` lines
 only (a comment or an empty line stops it) and puts a value between double quotes without looking for more of them. The variable
 DS_ENV_FILE names another file; we give it one of our own, so that two runs started from one folder do not share it. A user's own
-`.deepspeed_env` in the working or home folder, which then goes unread, is read here and its lines are passed on.
+files, which then go unread, are read here and their lines are passed on.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from beingvl.errors import InputError
 from beingvl.manifest import write_atomically
 
 USERS_FILE = ".deepspeed_env"
-PASSED_PREFIXES = ("NCCL_", "GLOO_", "UCX_", "TORCH_NCCL_", "BEINGVL_")
+PASSED_PREFIXES = ("NCCL_", "GLOO_", "UCX_", "TORCH_NCCL_", "BEINGVL_", "WANDB_")
 PASSED_NAMES = (
     "PYTHONPATH",
     "DS_ACCELERATOR",
@@ -33,17 +33,25 @@ PASSED_NAMES = (
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-def remote_environment(environment: Mapping[str, str], folders: tuple[Path, ...]) -> dict[str, str]:
-    """The variables for every rank: this shell's, then those of a `.deepspeed_env` in `folders`, which win.
+def users_files() -> list[Path]:
+    """The user's own files in DeepSpeed's order, the later wins: in the home folder, in the working folder, in DS_ENV_FILE."""
+    named = os.environ.get("DS_ENV_FILE")
+    paths = [Path.home() / USERS_FILE, Path.cwd() / USERS_FILE, *([Path(named)] if named else [])]
+    return [path for path in paths if path.is_file()]
 
-    Proxies, tokens and whatever else is not named above stay here. Raises InputError for a line or value that cannot be passed.
+
+def remote_environment(environment: Mapping[str, str], users_files: Sequence[Path]) -> dict[str, str]:
+    """The variables for every rank: this shell's, then those of the user's files, which win.
+
+    Proxies, keys, tokens and whatever else is not named above stay here. Raises InputError for what cannot be passed.
     """
     passed = {
-        name: value for name, value in environment.items() if value and (name in PASSED_NAMES or name.startswith(PASSED_PREFIXES))
+        name: value
+        for name, value in environment.items()
+        if value and "KEY" not in name and (name in PASSED_NAMES or name.startswith(PASSED_PREFIXES))
     }
-    for folder in folders:
-        if (folder / USERS_FILE).is_file():
-            passed.update(_read_users_file(folder / USERS_FILE))
+    for path in users_files:
+        passed.update(_read_users_file(path))
     for name, value in passed.items():
         if "\n" in value:
             raise InputError(f"the variable {name} has several lines, which DeepSpeed cannot pass to other hosts; unset it")

@@ -23,8 +23,9 @@ MARK = "beingvl-probe "
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 
 
-def probe(port: int | None, folders: Mapping[str, str], output: str | None) -> dict[str, Any]:
-    """`port`: is it free here; `folders` (folder -> kind): their content hashes; `output`: free bytes where it will lie."""
+def probe(port: int | None, folders: Mapping[str, str], output: str | None, stage: str | None = None) -> dict[str, Any]:
+    """`port`: is it free here; `folders` (folder -> kind): their content hashes; `output`: free bytes where it will lie;
+    `stage`: the hash of its JSON file."""
     from beingvl import __version__
 
     connection = os.environ.get("SSH_CONNECTION", "").split()
@@ -40,6 +41,7 @@ def probe(port: int | None, folders: Mapping[str, str], output: str | None) -> d
         "port_free": port is None or is_port_free(port),
         "folders": {folder: _content_hash(folder, kind) for folder, kind in folders.items()},
         "free_bytes": _free_bytes(Path(output)) if output else None,
+        "stage": _file_hash(Path(stage)) if stage else None,
     }
 
 
@@ -60,10 +62,12 @@ def code_hash() -> str:
 
 
 def count_devices() -> dict[str, Any]:
-    """GPUs, or CPU cores where there is none or DS_ACCELERATOR says so."""
+    """GPUs (of CUDA_VISIBLE_DEVICES where it is set), or CPU cores where there is none or DS_ACCELERATOR says so."""
     if os.environ.get("DS_ACCELERATOR") != "cpu" and shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
         gpus = len([line for line in listed.stdout.splitlines() if line.startswith("GPU ")])
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = gpus if visible is None else len([name for name in visible.split(",") if name.strip()])
         if listed.returncode == 0 and gpus:
             return {"device": "GPU", "num_devices": gpus}
     return {"device": "CPU core", "num_devices": len(os.sched_getaffinity(0))}
@@ -87,6 +91,10 @@ def _content_hash(folder: str, kind: str) -> str:
         return read_manifest(folder, kind).content_hash
     except (InputError, OSError) as error:
         return f"error: {error}"
+
+
+def _file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else "missing"
 
 
 def _free_bytes(path: Path) -> int:

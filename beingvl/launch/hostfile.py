@@ -33,7 +33,8 @@ def read_hostfile(path: Path | str) -> list[Host]:
     """The hosts in file order. Raises InputError that names file, line and text."""
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path} does not exist; write one line a host: NAME slots=NUMBER")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"{path} {what}; write one line a host: NAME slots=NUMBER")
     hosts: dict[str, tuple[int, Host]] = {}
     for number, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         line = text.partition("#")[0].strip()
@@ -46,11 +47,9 @@ def read_hostfile(path: Path | str) -> list[Host]:
         host = Host(match["name"], int(match["slots"]))
         if host.slots == 0:
             raise InputError(f"{place} has no slot; remove the line, or give the number of ranks to run there")
-        if host.name in hosts:
-            raise InputError(
-                f"{place} names {host.name} again, first in line {hosts[host.name][0]}; add the slots up in one line"
-            )
-        hosts[host.name] = (number, host)
+        first = hosts.setdefault(host.name.lower(), (number, host))[0]  # names of hosts do not tell case
+        if first != number:
+            raise InputError(f"{place} names {host.name} again, first in line {first}; add the slots up in one line")
     if not hosts:
         raise InputError(f"{path} names no host; write one line a host: NAME slots=NUMBER")
     for name in THIS_MACHINE:

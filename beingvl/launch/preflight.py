@@ -22,12 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from beingvl.errors import InputError
-from beingvl.launch.host_probe import MARK, PACKAGES, probe
-from beingvl.launch.hostfile import Host, is_this_machine_alone, read_hostfile
+from beingvl.launch.host_probe import MARK, PACKAGES, count_devices, probe
+from beingvl.launch.hostfile import THIS_MACHINE, Host, is_this_machine_alone, read_hostfile
+from beingvl.manifest import is_complete, read_manifest
 
 ANSWER_SECONDS = 60
 MAX_CLOCK_DIFFERENCE = 5.0  # seconds; more makes logs and build caches misleading
 MIN_FREE_BYTES = 1 << 30
+NO_CONNECTION = "ranks cannot reach each other: set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the interface between the hosts"
+MAX_RANKS_A_CORE = 4  # CPU ranks of this machine alone share its cores
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,30 @@ class Finding:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a run needs: rank 0's port, finished artefacts (folder -> kind), a place to write."""
+    """What a run needs: rank 0's port, finished artefacts (folder -> kind), a place to write, the stage's JSON, its overrides."""
 
     port: int
     folders: Mapping[str, str] = field(default_factory=dict)
     output: str | None = None
+    stage: str | None = None
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def question(self) -> dict[str, Any]:
+        """The arguments of `host_probe.probe`."""
+        return {"port": self.port, "folders": dict(self.folders), "output": self.output, "stage": self.stage}
+
+    @property
+    def free_bytes(self) -> int:
+        """`final/` takes at least as much as the start model, where that is visible here."""
+        models = [Path(folder) for folder, kind in self.folders.items() if kind == "model" and is_complete(folder)]
+        sizes = [int(entry["bytes"]) for folder in models for entry in read_manifest(folder).files.values()]
+        return max(MIN_FREE_BYTES, sum(sizes))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hostfile", type=Path, required=True, help="NAME slots=NUMBER, one line a host")
-    parser.add_argument("--stage", type=Path, help="the stage's JSON to check (ds_configs/)")
+    parser.add_argument("--stage", help="the stage's JSON (ds_configs/): it must be accepted, and equal on every host")
     parser.add_argument("--model", help="start model; every host must see the same")
     parser.add_argument("--data", help="shard folder; every host must see the same")
     parser.add_argument("--output", help="stage folder that will be written; its disk must have room")
@@ -61,18 +78,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     hosts = read_hostfile(args.hostfile)
-    wanted = Wanted(
-        args.master_port,
-        {**({args.model: "model"} if args.model else {}), **({args.data: "shards"} if args.data else {})},
-        args.output,
-    )
-    _, findings = check_hosts(hosts, wanted)
-    if args.stage:
-        findings.append(_check_stage(args.stage, sum(host.slots for host in hosts)))
+    if is_this_machine_alone(hosts):
+        hosts = [Host(hosts[0].name, ranks_here(hosts[0], None, count_devices()))]
+    if not 0 < args.master_port < 1 << 16:
+        raise InputError(f"--master_port is {args.master_port}, expected 1 to 65535")
+    folders = {**({args.model: "model"} if args.model else {}), **({args.data: "shards"} if args.data else {})}
+    _, findings = check_hosts(hosts, Wanted(args.master_port, folders, args.output, args.stage))
     if args.seconds and not any(finding.remedy for finding in findings):
         findings.append(_measure_all_reduce(args.hostfile, args.master_port, args.seconds))
     print(format_findings(findings))
     return 1 if any(finding.remedy for finding in findings) else 0
+
+
+def ranks_here(host: Host, num_ranks: int | None, found: Mapping[str, Any]) -> int:
+    """Ranks on this machine alone, of what `count_devices` found: all GPUs unless the hostfile names this machine by its name
+    or `num_ranks` is given; without a GPU the slots, as CPU ranks."""
+    if num_ranks is not None and num_ranks < 1:
+        raise InputError(f"--num_ranks is {num_ranks}, expected 1 or more")
+    if found["device"] == "GPU":
+        if num_ranks and num_ranks > found["num_devices"]:
+            raise InputError(f"{num_ranks} ranks asked for, this machine has {found['num_devices']} GPUs; ask for fewer")
+        if not num_ranks and host.name not in THIS_MACHINE and host.slots > found["num_devices"]:
+            raise InputError(f"{host.name} has slots={host.slots} but {found['num_devices']} GPUs; lower its slots")
+        return num_ranks or (found["num_devices"] if host.name in THIS_MACHINE else host.slots)
+    ranks = num_ranks or host.slots
+    if ranks > MAX_RANKS_A_CORE * found["num_devices"]:
+        raise InputError(
+            f"{ranks} CPU ranks asked for, this machine has {found['num_devices']} cores; lower --num_ranks or slots"
+        )
+    return ranks
 
 
 def format_findings(findings: Sequence[Finding]) -> str:
@@ -105,36 +139,37 @@ def run_on(host: str, command: str, seconds: float = ANSWER_SECONDS) -> subproce
 
 def check_hosts(hosts: Sequence[Host], wanted: Wanted) -> tuple[dict[str, dict[str, Any]], list[Finding]]:
     """Probe all hosts at once; returns the answers of those that gave one, and the rows of the table."""
+    num_ranks = sum(host.slots for host in hosts)
+    stage = [_check_stage(wanted, num_ranks)] if wanted.stage else []
     if is_this_machine_alone(hosts):
-        answers = {hosts[0].name: probe(wanted.port, wanted.folders, wanted.output)}
-        return answers, _judge(hosts[0], answers[hosts[0].name], answers[hosts[0].name], wanted, is_first=True, skew=0.0)
+        name, found = hosts[0].name, probe(**wanted.question)
+        return {name: found}, _judge(hosts[0], found, name, found, wanted, is_first=True, is_alone=True) + stage
     with ThreadPoolExecutor(max_workers=min(64, len(hosts))) as pool:
         asked = list(pool.map(lambda host: _ask(host, wanted), hosts))
     answers = {host.name: answer for host, (answer, _, _) in zip(hosts, asked, strict=True) if answer}
     findings: list[Finding] = []
-    reference = next(iter(answers.values()), None)
+    reference = next(iter(answers), "")
     for number, (host, (answer, skew, complaint)) in enumerate(zip(hosts, asked, strict=True)):
-        if answer is None or reference is None:
+        if answer is None:
             findings.append(complaint)
         else:
-            findings += _judge(host, answer, reference, wanted, is_first=number == 0, skew=skew)
-    return answers, findings
+            findings += _judge(host, answer, reference, answers[reference], wanted, is_first=number == 0, skew=skew)
+    return answers, findings + stage
 
 
 def _ask(host: Host, wanted: Wanted) -> tuple[dict[str, Any] | None, float, Finding]:
     """The host's answer (None: none), how far its clock is from ours in seconds, and the row that says why there is none."""
-    from beingvl.launch.environment import remote_environment
+    from beingvl.launch.environment import remote_environment, users_files
 
-    question = json.dumps({"port": wanted.port, "folders": dict(wanted.folders), "output": wanted.output})
-    passed = remote_environment(os.environ, (Path.cwd(), Path.home()))
+    passed = remote_environment(os.environ, users_files())
     passed["PYTHONPATH"] = f"{Path.cwd()}:{passed.get('PYTHONPATH', '')}"
     words = ["env", *[f"{name}={value}" for name, value in passed.items()]]
-    words += [sys.executable, "-m", "beingvl.launch.host_probe", question]
+    words += [sys.executable, "-m", "beingvl.launch.host_probe", json.dumps(wanted.question)]
     asked = time.time()
     done = run_on(host.name, f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(words)}")
     answered = time.time()
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}, no word"])[-1]
     if done.returncode == 255:
         complaint = Finding(host.name, "reachable", f"no: {last}", f"`ssh {host.name}` must work without a password")
     else:
@@ -147,18 +182,26 @@ def _ask(host: Host, wanted: Wanted) -> tuple[dict[str, Any] | None, float, Find
 
 
 def _judge(
-    host: Host, answer: Mapping[str, Any], reference: Mapping[str, Any], wanted: Wanted, is_first: bool, skew: float
+    host: Host,
+    answer: Mapping[str, Any],
+    reference_name: str,
+    reference: Mapping[str, Any],
+    wanted: Wanted,
+    is_first: bool,
+    skew: float = 0.0,
+    is_alone: bool = False,
 ) -> list[Finding]:
-    """The rows of one host."""
+    """The rows of one host, compared with the first host that answered."""
     rows = [Finding(host.name, "reachable", "yes")]
     for name in ("python", *PACKAGES, "beingvl", "code"):
-        remedy = f"the first host has {reference[name]}: install the same on every host"
+        remedy = f"{reference_name} has {reference[name]}: install the same on every host"
         if answer[name] == "missing":
             rows.append(Finding(host.name, name, "missing", "install the same packages on every host"))
         else:
-            rows.append(Finding(host.name, name, answer[name], remedy if answer[name] != reference[name] else ""))
+            differs = reference[name] not in (answer[name], "missing")
+            rows.append(Finding(host.name, name, answer[name], remedy if differs else ""))
     seen = f"{host.slots} slots, {answer['num_devices']} {answer['device']}{'s' if answer['num_devices'] != 1 else ''}"
-    too_many = host.slots > answer["num_devices"]
+    too_many = host.slots > answer["num_devices"] and not (is_alone and answer["device"] != "GPU")
     rows.append(Finding(host.name, "slots", seen, f"write slots={answer['num_devices']} or fewer" if too_many else ""))
     rows.append(Finding(host.name, "clock", f"{skew:.1f} s off", "set its clock (NTP)" if skew > MAX_CLOCK_DIFFERENCE else ""))
     if is_first:
@@ -169,26 +212,32 @@ def _judge(
             )
         )
     for folder, found in answer["folders"].items():
-        rows.append(_judge_folder(host.name, folder, found, reference["folders"][folder]))
+        rows.append(_judge_folder(host.name, folder, found, reference_name, reference["folders"][folder]))
+    if wanted.stage:
+        remedy = f"{reference_name} has {reference['stage']}: copy it again" if answer["stage"] != reference["stage"] else ""
+        rows.append(Finding(host.name, Path(wanted.stage).name, answer["stage"], remedy))
     if answer["free_bytes"] is not None:
-        little = answer["free_bytes"] < MIN_FREE_BYTES
+        little = answer["free_bytes"] < wanted.free_bytes
         remedy = f"make room for {wanted.output}" if little else ""
-        rows.append(Finding(host.name, "free disk", f"{answer['free_bytes'] / 1e9:.1f} GB", remedy))
+        seen = f"{answer['free_bytes'] / 1e9:.1f} GB, {wanted.free_bytes / 1e9:.1f} GB needed at least"
+        rows.append(Finding(host.name, "free disk", seen, remedy))
     return rows
 
 
-def _judge_folder(host: str, folder: str, found: str, expected: str) -> Finding:
+def _judge_folder(host: str, folder: str, found: str, reference_name: str, expected: str) -> Finding:
     if found.startswith("error: "):
         return Finding(host, folder, "not there", found.removeprefix("error: "))
-    remedy = f"the first host has {expected[:19]}…: copy it again" if found != expected else ""
-    return Finding(host, folder, f"{found[:19]}…", remedy)
+    differs = found != expected and not expected.startswith("error: ")
+    return Finding(host, folder, f"{found[:19]}…", f"{reference_name} has {expected[:19]}…: copy it again" if differs else "")
 
 
-def _check_stage(path: Path, num_ranks: int) -> Finding:
+def _check_stage(wanted: Wanted, num_ranks: int) -> Finding:
     from beingvl.train.stage_config import load_stage_config
 
+    assert wanted.stage
+    path = Path(wanted.stage)
     try:
-        accumulation = load_stage_config(path).accumulation_steps(num_ranks)
+        accumulation = load_stage_config(path, wanted.overrides).accumulation_steps(num_ranks)
     except InputError as error:
         return Finding("-", path.name, "refused", str(error))
     return Finding("-", path.name, f"accepted, {accumulation} accumulation steps on {num_ranks} ranks")
@@ -199,11 +248,17 @@ def _measure_all_reduce(hostfile: Path, port: int, seconds: float) -> Finding:
 
     words = [sys.executable, "-m", "beingvl", "launch", "--hostfile", str(hostfile), "--master_port", str(port), "--no_preflight"]
     words += ["--module", "beingvl.launch.measure_all_reduce", "--", "--seconds", str(seconds)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300 + seconds)
+    limit = 300 + seconds
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return Finding("-", "all-reduce", f"no end within {limit:.0f} s", NO_CONNECTION)
     match = re.search(f"{READING}({{.*}})", done.stdout)
     if done.returncode or not match:
-        last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        remedy = "ranks cannot reach each other: set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the interface between the hosts"
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if re.search(r"error|exception|refused", line, re.I)]
+        last = (lines or done.stderr.strip().splitlines() or ["no word"])[-1].strip()
+        is_connection = re.search(r"connect|timed? ?out|socket|route|unreachable|NCCL|gloo", done.stdout + done.stderr, re.I)
+        remedy = NO_CONNECTION if is_connection else "see that message; `beingvl launch` with these hosts shows all of it"
         return Finding("-", "all-reduce", f"failed: {last}", remedy)
     found = json.loads(match[1])
     seen = f"{found['bytes_per_second'] / 1e9:.2f} GB/s, {found['latency_seconds'] * 1e6:.0f} us, {found['ranks']} ranks"

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # The whole line as Slurm jobs, each waiting for those it needs; prints the job ids.
 #   WORKSPACE=… bash scripts/slurm/submit-pipeline.sh [sbatch options for the three training stages]
-# Called again it submits only what is neither finished (its manifest is there) nor in the queue. Paths: scripts/slurm/environment.sh.
+# Called again it submits only what is neither finished (the file it writes last is there) nor in the queue. Paths: scripts/slurm/environment.sh.
 # TRAINER_OPTIONS goes to the trainer of each stage, DS_CONFIG_PREFIX (ds_configs/stage) selects the JSON files.
 # ENCODE_TASKS and TOKENIZE_TASKS are the array sizes; SBATCH_OPTIONS goes to every sbatch, DATA_OPTIONS to those of the data steps,
 # BUILD_OPTIONS to build-shards (--duplicate_ids keep, say).
 set -euo pipefail
 export REPOSITORY="${REPOSITORY:-$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.." && pwd)}"
 source "$REPOSITORY/scripts/slurm/environment.sh"
+unset OUTPUT_DIR DATA_PATH DS_CONFIG MODEL_PATH # one value for three stages would be wrong for two
 export PYTHON PYTHONPATH WORKSPACE IMAGE_PATH JSON_PATH LLAMA_PATH VQ_PATH VQ_CODES VBPE_PATH BASE_PATH TOKENIZED SHARDS STAGES NUM_MERGES
 JOBS="$WORKSPACE/slurm"
 mkdir -p "$JOBS"

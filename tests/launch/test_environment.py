@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from beingvl.errors import InputError
-from beingvl.launch.environment import environment_file, format_environment, remote_environment
+from beingvl.launch.environment import environment_file, format_environment, remote_environment, users_files
+from beingvl.launch.start_training import for_remote_shell
 
 
 def test_what_ranks_need_is_passed_and_nothing_else() -> None:
@@ -20,18 +21,39 @@ def test_what_ranks_need_is_passed_and_nothing_else() -> None:
         "http_proxy": "http://user:secret@proxy",
         "HTTPS_PROXY": "http://proxy",
         "HF_TOKEN": "secret",
+        "WANDB_PROJECT": "p",
+        "WANDB_API_KEY": "secret",
         "HOME": "/root",
     }
     passed = remote_environment(given, ())
-    assert set(passed) == {"PYTHONPATH", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "BEINGVL_X", "DS_ACCELERATOR"}
+    assert set(passed) == {
+        "PYTHONPATH",
+        "NCCL_SOCKET_IFNAME",
+        "GLOO_SOCKET_IFNAME",
+        "BEINGVL_X",
+        "DS_ACCELERATOR",
+        "WANDB_PROJECT",
+    }
 
 
 def test_a_users_file_is_passed_on_with_its_comments_left_out(tmp_path) -> None:
-    (tmp_path / ".deepspeed_env").write_text("# ours\n\nNCCL_DEBUG = INFO\nMINE=a=b\n")
-    assert remote_environment({"NCCL_DEBUG": "WARN"}, (tmp_path,)) == {"NCCL_DEBUG": "INFO", "MINE": "a=b"}
-    (tmp_path / ".deepspeed_env").write_text("A=1\nexport B=2\n")
+    path = tmp_path / ".deepspeed_env"
+    path.write_text("# ours\n\nNCCL_DEBUG = INFO\nMINE=a=b\n")
+    assert remote_environment({"NCCL_DEBUG": "WARN"}, [path]) == {"NCCL_DEBUG": "INFO", "MINE": "a=b"}
+    path.write_text("A=1\nexport B=2\n")
     with pytest.raises(InputError, match=r"\.deepspeed_env, line 2: 'export B=2' is not a variable"):
-        remote_environment({}, (tmp_path,))
+        remote_environment({}, [path])
+
+
+def test_the_users_files_are_read_in_deepspeeds_order(tmp_path, monkeypatch) -> None:
+    for name in ("home", "here"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".deepspeed_env").write_text(f"WHO={name}\n{name.upper()}=1\n")
+    (tmp_path / "named").write_text("NAMED=1\n")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / "named"))
+    assert remote_environment({}, users_files()) == {"WHO": "here", "HOME": "1", "HERE": "1", "NAMED": "1"}
 
 
 def test_a_value_of_several_lines_is_refused() -> None:
@@ -69,3 +91,21 @@ def test_the_file_is_there_while_the_launcher_runs_and_everything_is_restored(tm
         assert path.read_text() == "B=2\n" and Path(os.environ["DS_ENV_FILE"]) == path
         raise KeyError
     assert os.environ["DS_ENV_FILE"] == "before" and not path.exists() and users.read_text() == "A=1\n"
+
+
+def test_the_trainers_words_come_back_behind_deepspeeds_quoting_and_a_shell() -> None:
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+
+    words = [
+        "--set",
+        'beingvl.mixture={"a":0.7,"b":0.3}',
+        "two words",
+        'a "quoted" $HOME `date` \\ one',
+        "a;b",
+        "it's",
+        "$HOME",
+        "",
+    ]
+    runner = PDSHRunner(types.SimpleNamespace(user_args=[for_remote_shell(word) for word in words], user_script="x"), "")
+    shown = subprocess.run(["bash", "-c", "printf '%s\\0' " + " ".join(runner.user_arguments)], capture_output=True, check=True)
+    assert shown.stdout.decode().split("\0")[:-1] == words

@@ -11,8 +11,8 @@ from beingvl import cli
 from beingvl.errors import InputError
 from beingvl.launch.host_probe import MARK, code_hash, count_devices, probe
 from beingvl.launch.hostfile import Host
-from beingvl.launch.preflight import MIN_FREE_BYTES, Wanted, _judge, check_hosts, format_findings
-from beingvl.launch.start_training import _ranks_here, find_master_address, rank_pattern
+from beingvl.launch.preflight import MIN_FREE_BYTES, Wanted, _judge, check_hosts, format_findings, ranks_here
+from beingvl.launch.start_training import find_master_address, rank_pattern
 from tests.launcher import free_port
 from tests.tiny import stage_fields, write_model
 
@@ -40,21 +40,33 @@ def four_gpus(tmp_path, monkeypatch) -> None:
 
 def test_the_probe_prints_what_the_function_returns(work) -> None:
     question = {"port": free_port(), "folders": {str(work / "base"): "model"}, "output": str(work / "new/stage-1")}
+    question["stage"] = str(work / "stage.json")
     words = [sys.executable, "-m", "beingvl.launch.host_probe", json.dumps(question)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     shown, here = json.loads(done.stdout.removeprefix(MARK)), probe(**question)
-    for name in ("python", "torch", "deepspeed", "transformers", "beingvl", "code", "num_devices", "folders", "port_free"):
+    for name in (
+        "python",
+        "torch",
+        "deepspeed",
+        "transformers",
+        "beingvl",
+        "code",
+        "num_devices",
+        "folders",
+        "port_free",
+        "stage",
+    ):
         assert shown[name] == here[name], name
     assert here["folders"][str(work / "base")].startswith("sha256:") and here["free_bytes"] > 0 and len(code_hash()) == 12
 
 
 def red(**changes: object) -> dict[str, tuple[str, str]]:
     """The red rows of a host that differs from the first one in `changes`: check -> (seen, remedy)."""
-    reference = {**probe(None, {}, None), "num_devices": 2, "folders": {"base": "sha256:1"}, "free_bytes": 10**12}
+    reference = {**probe(None, {}, None), "num_devices": 2, "folders": {"base": "sha256:1"}, "free_bytes": 10**12, "stage": "1"}
+    reference |= changes.pop("reference", {})
     answer = {**reference, **changes}
-    rows = _judge(
-        HOST, answer, reference, Wanted(29500, {"base": "model"}, "out"), is_first=True, skew=float(changes.get("skew", 0))
-    )
+    wanted = Wanted(29500, {"base": "model"}, "out", "ds/stage1.json")
+    rows = _judge(HOST, answer, "worker-1", reference, wanted, is_first=True, skew=float(changes.get("skew", 0)))
     return {row.check: (row.seen, row.remedy) for row in rows if row.remedy}
 
 
@@ -63,13 +75,14 @@ def red(**changes: object) -> dict[str, tuple[str, str]]:
     [
         ({"torch": "1.0"}, "torch", "1.0", "install the same"),
         ({"deepspeed": "missing"}, "deepspeed", "missing", "install the same packages"),
-        ({"code": "abc"}, "code", "abc", "the first host has"),
+        ({"code": "abc"}, "code", "abc", "worker-1 has"),
+        ({"stage": "2"}, "stage1.json", "2", "worker-1 has 1: copy it again"),
         ({"num_devices": 1}, "slots", "2 slots, 1 CPU core", "write slots=1 or fewer"),
         ({"skew": 60}, "clock", "60.0 s off", "NTP"),
         ({"port_free": False}, "port 29500", "busy", "another --master_port"),
         ({"folders": {"base": "sha256:2"}}, "base", "sha256:2…", "copy it again"),
         ({"folders": {"base": "error: base is not a folder"}}, "base", "not there", "base is not a folder"),
-        ({"free_bytes": MIN_FREE_BYTES - 1}, "free disk", "1.1 GB", "make room for out"),
+        ({"free_bytes": MIN_FREE_BYTES - 1}, "free disk", "1.1 GB, 1.1 GB needed at least", "make room for out"),
     ],
 )
 def test_each_difference_is_one_red_row(changes, check, seen, remedy) -> None:
@@ -80,6 +93,13 @@ def test_each_difference_is_one_red_row(changes, check, seen, remedy) -> None:
 
 def test_equal_hosts_have_no_red_row() -> None:
     assert red() == {}
+
+
+def test_what_the_first_host_lacks_is_not_the_others_fault() -> None:
+    assert (
+        red(reference={"torch": "missing", "folders": {"base": "error: none"}}, torch="2.13.0", folders={"base": "sha256:1"})
+        == {}
+    )
 
 
 def test_the_command_on_this_machine(work, capsys) -> None:
@@ -113,15 +133,22 @@ def test_the_master_address_is_the_one_ssh_used() -> None:
         find_master_address(hosts, answers("127.0.0.1", None))
 
 
-def test_gpus_are_counted_and_too_many_ranks_are_refused(four_gpus) -> None:
-    assert count_devices() == {"device": "GPU", "num_devices": 4}
-    assert _ranks_here(Host("localhost", 2), None) == 4
-    assert _ranks_here(Host("localhost", 2), 3) == 3
-    assert _ranks_here(Host("node-a", 2), None) == 2
+def test_gpus_are_counted_and_too_many_ranks_are_refused(four_gpus, monkeypatch) -> None:
+    found = count_devices()
+    assert found == {"device": "GPU", "num_devices": 4}
+    assert ranks_here(Host("localhost", 2), None, found) == 4
+    assert ranks_here(Host("localhost", 2), 3, found) == 3
+    assert ranks_here(Host("node-a", 2), None, found) == 2
     with pytest.raises(InputError, match="this machine has 4 GPUs"):
-        _ranks_here(Host("localhost", 2), 5)
+        ranks_here(Host("localhost", 2), 5, found)
     with pytest.raises(InputError, match="node-a has slots=8 but 4 GPUs"):
-        _ranks_here(Host("node-a", 8), None)
+        ranks_here(Host("node-a", 8), None, found)
+    with pytest.raises(InputError, match="--num_ranks is 0"):
+        ranks_here(Host("localhost", 2), 0, found)
+    with pytest.raises(InputError, match="4096 CPU ranks asked for, this machine has 2 cores"):
+        ranks_here(Host("localhost", 4096), None, {"device": "CPU core", "num_devices": 2})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert count_devices() == {"device": "GPU", "num_devices": 2}
 
 
 def test_the_rank_pattern_matches_ranks_of_this_run_only() -> None:

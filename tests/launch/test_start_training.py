@@ -109,10 +109,62 @@ def test_a_signal_to_the_launcher_stops_after_the_step_with_a_checkpoint(work, t
     bystander.wait()
 
 
+def test_a_signal_before_there_is_a_rank_is_not_lost(work, tmp_path) -> None:
+    with open(tmp_path / "log", "w") as log:
+        words = command(work, tmp_path / "early", "--master_port", free_port())
+        launcher = subprocess.Popen(words, env=ENVIRONMENT, stdout=log, stderr=log, cwd=REPOSITORY)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "early").glob(".deepspeed_env*")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=60) == 85, (tmp_path / "log").read_text()[-3000:]
+    assert not list((tmp_path / "early").glob(".deepspeed_env*")) and not processes_of(tmp_path / "early")
+
+
+def test_a_second_signal_kills(work, tmp_path) -> None:
+    output = tmp_path / "killed"
+    with open(tmp_path / "log", "w") as log:
+        words = command(work, output, "--master_port", free_port())
+        launcher = subprocess.Popen(words, env=ENVIRONMENT, stdout=log, stderr=log, cwd=REPOSITORY)
+    while not list(output.glob(".deepspeed_env*")):
+        assert launcher.poll() is None
+        time.sleep(0.005)
+    launcher.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=30) not in (0, 85)
+    deadline = time.monotonic() + 10
+    while processes_of(output) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not processes_of(output)
+
+
+def test_the_devices_of_cuda_visible_devices_are_taken(work, tmp_path) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: NVIDIA H100 (UUID: GPU-$i)"; done\n')
+    program.chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{ENVIRONMENT['PATH']}", "DS_ACCELERATOR": "", "CUDA_VISIBLE_DEVICES": "1,3"}
+    assert " --include localhost:1,3 " in run(command(work, tmp_path / "x", "--dry_run"), **variables).stdout
+    done = run(command(work, tmp_path / "x", "--dry_run"), **{**variables, "CUDA_VISIBLE_DEVICES": "GPU-ab12"})
+    assert done.returncode == 2 and "DeepSpeed takes numbers only" in done.stderr
+
+
+def test_the_stages_json_and_the_port_are_checked_first(work, tmp_path) -> None:
+    (tmp_path / "bad.json").write_text(json.dumps(stage_fields(epoch=1)))
+    words = command(work, tmp_path / "x", "--master_port", free_port())
+    words[words.index(str(work / "stage.json"))] = str(tmp_path / "bad.json")
+    done = run(words)
+    assert done.returncode == 2 and "bad.json: refused" in done.stderr and "did you mean beingvl.epochs?" in done.stderr
+    done = run(command(work, tmp_path / "x", "--master_port", 99999))
+    assert done.returncode == 2 and "--master_port is 99999, expected 1 to 65535" in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_stage_script_takes_a_model_and_a_stage_folder(work, tmp_path) -> None:
     variables = {"DATA_PATH": work / "shards", "OUTPUT_DIR": tmp_path / "stage-1", "LOG_DIR": tmp_path / "logs"}
     variables |= {"DS_CONFIG": work / "stage.json", "DRY_RUN": 1}
     done = run(["bash", "beingvl/scripts/train-stage-1.sh", "0", str(work / "base")], **variables)
     assert done.returncode == 0 and f"start model {work / 'base'}" in done.stdout and "--num_gpus 2" in done.stdout, done.stderr
+    assert not (tmp_path / "stage-1").exists() and not (tmp_path / "logs").exists()
     done = run(["bash", "scripts/train-stage-1.sh", "0", str(work / "base")], **{**variables, "NUM_RANKS": 1})
     assert "--num_gpus 1" in done.stdout
