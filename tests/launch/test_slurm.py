@@ -105,6 +105,8 @@ def test_the_pipeline_from_images_to_stage_3_is_submitted_requeued_and_submitted
         "LLAMA_PATH": data / "llama",
         "NUM_MERGES": 16,
         "DS_CONFIG_PREFIX": "ds_configs/quickstart-stage",
+        "ENCODE_TASKS": 2,
+        "TOKENIZE_TASKS": 2,
         "TRAINER_OPTIONS": "--set beingvl.max_steps=2",
     }
     submit = ["bash", "scripts/slurm/submit-pipeline.sh", *TWO_NODES]
@@ -115,12 +117,12 @@ def test_the_pipeline_from_images_to_stage_3_is_submitted_requeued_and_submitted
     again = cluster.run(*submit, **paths)
     assert dict(re.findall(r"^(\S+): in the queue, job (\d+)", again, re.M)) == jobs
 
-    array = jobs["encode-images"] + "_0"
-    cluster.wait_for(array, "RUNNING")
-    cluster.run("scontrol", "requeue", array)  # kills the task, as a preemption does
-    for job in [array, *[jobs[name] for name in names[1:]]]:
+    tasks = [f"{jobs[name]}_{task}" for name in ("encode-images", "tokenize") for task in (0, 1)]
+    cluster.wait_for(tasks[1], "RUNNING")
+    cluster.run("scontrol", "requeue", tasks[1])  # kills the task, as a preemption does
+    for job in [*tasks[:2], *[jobs[name] for name in names[1:3]], *tasks[2:], *[jobs[name] for name in names[4:]]]:
         cluster.wait_for(job, "COMPLETED")
-    assert cluster.field_of(array, "Restarts") == "1"
+    assert [cluster.field_of(task, "Restarts") for task in tasks] == ["0", "1", "0", "0"]
 
     stages = data / "work/models/beingvl"
     for stage in (1, 2, 3):

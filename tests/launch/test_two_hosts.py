@@ -146,6 +146,7 @@ exec {sys.executable} "$@"
         and f"{hosts.names[1]}: code: " in shown
     )
     assert not (tmp_path / "x").exists()
+    hosts.wait_until_nothing_runs()
 
 
 def start_long(hosts: TwoHosts, work: Path, output: Path) -> subprocess.Popen:
@@ -173,6 +174,7 @@ def test_a_host_that_goes_silent_ends_the_run(hosts, work, tmp_path) -> None:
         hosts.silence(1)
         shown, _ = launcher.communicate(timeout=120)
         assert launcher.returncode not in (0, 85), shown[-4000:]
+        assert re.search(r"rank 0, step \d+, phase .*rank 1 \(process \d+ on .*\) gives no sign of life", shown), shown[-4000:]
         hosts.wait_until_nothing_runs()
         code, shown = hosts.run(launch(hosts, work, tmp_path / "again"))
         assert code == 2 and f"{hosts.names[1]}: reachable: no: " in shown, shown
@@ -187,4 +189,5 @@ def test_a_killed_rank_ends_the_run_on_both_hosts(hosts, work, tmp_path) -> None
     ranks[0].kill()
     shown, _ = launcher.communicate(timeout=120)
     assert launcher.returncode not in (0, 85), shown[-4000:]
+    assert re.search(r"rank 1 \(process \d+ on .*\) gives no sign of life", shown), shown[-4000:]
     hosts.wait_until_nothing_runs()
