@@ -37,6 +37,7 @@ setup(
     ],
     extras_require={
         "quickstart": ["scikit-learn>=1.4"],
+        "evaluation": ["pycocoevalcap>=1.2", "sacrebleu>=2.4"],
         "dev": [
             "pytest>=8",
             "hypothesis>=6.100",
@@ -45,8 +46,13 @@ setup(
             "scikit-learn>=1.4",
             "llama-models",
             "sentencepiece",
+            "pycocoevalcap>=1.2",
+            "sacrebleu>=2.4",
         ],
         "benchmark": ["scikit-learn>=1.4", "scikit-image>=0.22"],
     },
-    entry_points={"console_scripts": ["beingvl=beingvl.cli:main"]},
+    entry_points={
+        "console_scripts": ["beingvl=beingvl.cli:main"],
+        "lmms_eval.models": ["beingvl=beingvl.inference.lmms_eval_model:manifest"],
+    },
 )

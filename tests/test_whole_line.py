@@ -137,6 +137,6 @@ def test_7_answers_scores_and_report(work) -> None:
     beingvl("generate", "--model", final, "--vbpe_path", work / "vbpe.json", "--image", image, "--prompt", "Which digit is this?")
     held_out = ["--json_path", work / "test.json", "--vq_codes", work / "vq_codes/test", "--vbpe_path", work / "vbpe.json"]
     beingvl("evaluate", "--model", final, *held_out, "--output_path", work / "eval")
-    summary = json.loads((work / "eval/summary.json").read_text())
+    summary = json.loads((work / "eval/scores.json").read_text())
     assert set(summary["questions"]) == {"Which digit is this?", "Is it even?", "Is it greater than four?"}
     beingvl("verify", *[path.parent for path in work.rglob("manifest.json")])

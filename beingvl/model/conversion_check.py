@@ -134,14 +134,19 @@ def _text_logits(
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
-    head = model.get_output_embeddings()
-    for name, parameter in list(head.named_parameters()):
-        setattr(head, name, torch.nn.Parameter(parameter[:num_text].clone(), requires_grad=False))
+    cut_head(model, num_text)
     logits = [model(input_ids=prompt, use_cache=False).logits[0].float() for prompt in prompts]
     dtype = model.dtype
-    del model, head
+    del model
     gc.collect()
     return logits, dtype
+
+
+def cut_head(model: Any, num_rows: int) -> None:
+    """Leave only the head's first rows. A matrix product of another width may be rounded in another order."""
+    head = model.get_output_embeddings()
+    for name, parameter in list(head.named_parameters()):
+        setattr(head, name, torch.nn.Parameter(parameter[:num_rows].clone(), requires_grad=False))
 
 
 def _check_generation_config(result: Path, layout: VocabLayout) -> str:

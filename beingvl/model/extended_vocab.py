@@ -129,6 +129,16 @@ def build_packed_model(
     return PackedCausalLM(causal_lm)
 
 
+def pack_stock_model(causal_lm: Any, num_text: int, loss_chunk_tokens: int) -> PackedCausalLM:
+    """A stock causal LM, loaded with the attention `beingvl_packed`, as a packed one: its head is split without a copy."""
+    weight = causal_lm.get_output_embeddings().weight
+    head = ExtendedHead(0, 0, weight.shape[1], loss_chunk_tokens)
+    head.text_rows = nn.Parameter(weight[:num_text], requires_grad=False)
+    head.visual_rows = nn.Parameter(weight[num_text:], requires_grad=False)
+    causal_lm.set_output_embeddings(head)
+    return PackedCausalLM(causal_lm)
+
+
 def stored_slice(name: str, num_text: int) -> tuple[str, slice]:
     """Where a parameter lies on disk, as (tensor name, rows).
 

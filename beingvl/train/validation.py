@@ -1,48 +1,60 @@
 """Validation: the loss over held-out shards, per token kind and per source, by the code that computes the training loss.
 
 Every sample is seen once, in the order of the shards, packed like the training data. Nothing of the training state is touched:
-no gradient, no random number, no optimizer; a run is the same to the bit with and without it.
+no gradient, no random number, no optimizer; a run is the same to the bit with and without it. `beingvl evaluate --data` takes
+the same batches (`pack_in_order`, `held_out_batch`) and sums (`LossSums`) without DeepSpeed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import MicroBatch, collate
 from beingvl.data.packing import WINDOW, check_lengths, pack_window
-from beingvl.train.engine import TrainingEngine, sum_over_ranks
 from beingvl.train.loss import LossSums
-from beingvl.train.metrics import MetricsWriter
-from beingvl.train.stage_config import StageConfig
+
+if TYPE_CHECKING:
+    from beingvl.train.engine import TrainingEngine
+    from beingvl.train.metrics import MetricsWriter
+    from beingvl.train.stage_config import StageConfig
+
+
+def pack_in_order(lengths: np.ndarray, sequence_length: int) -> list[list[int]]:
+    """Positions in `lengths` of the samples of every sequence; each sample once. Raises InputError for one that is too long."""
+    check_lengths(lengths, sequence_length)
+    return [
+        [start + position for position in sequence]
+        for start in range(0, len(lengths), WINDOW)
+        for sequence in pack_window(lengths[start : start + WINDOW], sequence_length)
+    ]
+
+
+def held_out_batch(shards: ShardReader, indices: Sequence[int], loss_on: str) -> MicroBatch:
+    """The samples `indices` end to end; none at all gives a batch without targets."""
+    sources = [int(shards.source_of[index]) for index in indices]
+    return collate([shards[index] for index in indices], sources, shards.layout, loss_on)
 
 
 def validator(
     engine: TrainingEngine, shards: ShardReader | None, config: StageConfig, metrics: MetricsWriter
 ) -> Callable[[int], None]:
     """The function the loop calls after a step; all ranks call together."""
+    from beingvl.train.engine import sum_over_ranks
+
     if shards is None:
         return lambda step: None
-    length, ranks = config.beingvl.sequence_length, engine.ranks
-    check_lengths(shards.lengths, length)
-    sequences = [
-        [start + position for position in sequence]
-        for start in range(0, len(shards), WINDOW)
-        for sequence in pack_window(shards.lengths[start : start + WINDOW], length)
-    ]
-
-    def batch_of(number: int) -> MicroBatch:
-        """Packed sequence `number`, or a batch without targets past the end, because every rank must take part."""
-        indices = sequences[number] if number < len(sequences) else []
-        sources = [int(shards.source_of[index]) for index in indices]
-        return collate([shards[index] for index in indices], sources, shards.layout, config.beingvl.loss_on)
+    ranks = engine.ranks
+    sequences = pack_in_order(shards.lengths, config.beingvl.sequence_length)
 
     def validate(step: int) -> None:
         sums = LossSums.zero(shards.layout, shards.sources)
         for first in range(0, len(sequences), ranks.num_ranks):
-            batch = batch_of(first + ranks.rank)
+            number = first + ranks.rank  # past the end: a batch without targets, because every rank must take part
+            batch = held_out_batch(shards, sequences[number] if number < len(sequences) else [], config.beingvl.loss_on)
             sums.add(batch, engine.evaluate(batch).cpu().numpy())
         sums.values = np.asarray(sum_over_ranks(sums.values, ranks.device))
         metrics.write_validation(step, sums.means())

@@ -89,11 +89,11 @@ def evaluate(model: Path, run: Path, json_path: Path, output: Path, *more: str) 
 
 
 def overwrite_summary(folder: Path, **fields: object) -> None:
-    """Change summary.json of a finished evaluation, manifest included."""
+    """Change scores.json of a finished evaluation, manifest included."""
     manifest = read_manifest(folder, "evaluation")
-    summary = json.loads((folder / "summary.json").read_text()) | fields
+    summary = json.loads((folder / "scores.json").read_text()) | fields
     predictions = (folder / "predictions.jsonl").read_text()
     start_folder(folder)
-    (folder / "summary.json").write_text(to_json(summary))
+    (folder / "scores.json").write_text(to_json(summary))
     (folder / "predictions.jsonl").write_text(predictions)
     write_manifest(folder, "evaluation", manifest.counts, manifest.lineage, manifest.details)

@@ -28,7 +28,7 @@ def test_report_of_a_run(run_folder: Path, tmp_path: Path, capsys: pytest.Captur
     output = tmp_path / "report"
     assert main(["report", "quickstart", str(run_folder), f"--output-path={output}", "--wall_seconds=61.5"]) == 0
     summary = json.loads((output / "summary.json").read_text())
-    scores = {stage: json.loads((run_folder / "eval" / stage / "summary.json").read_text()) for stage in STAGES}
+    scores = {stage: json.loads((run_folder / "eval" / stage / "scores.json").read_text()) for stage in STAGES}
     assert summary["test_accuracy_mean"] == scores["stage-3"]["accuracy_mean"]
     assert list(summary["test_accuracy"]) == list(STAGES)
     for stage in STAGES:
@@ -108,7 +108,7 @@ def test_stages_on_plain_codes_beside_those_with_vbpe(copied_run: Path, capsys: 
     assert main(["report", "quickstart", str(copied_run), f"--stages_path={raw}"]) == 0
     summary = json.loads((raw / "report" / "summary.json").read_text())
     assert summary["variant"] == "raw" and summary["test_accuracy_mean"] == 0.75
-    vbpe_mean = json.loads((copied_run / "eval" / "stage-3" / "summary.json").read_text())["accuracy_mean"]
+    vbpe_mean = json.loads((copied_run / "eval" / "stage-3" / "scores.json").read_text())["accuracy_mean"]
     assert summary["test_accuracy_mean_of_variant"] == {"vbpe": vbpe_mean, "raw": 0.75}
     assert "raw 0.750" in capsys.readouterr().out
     assert "the same, trained on vBPE tokens" in (raw / "report" / "index.html").read_text()
