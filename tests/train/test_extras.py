@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from beingvl.cli import main
 from beingvl.data.arrow_shards import ShardReader
+from beingvl.inference.evaluate import read_summary
 from beingvl.model.weight_files import WeightFolder
 from beingvl.train.checkpoint import StateReader, complete_checkpoints, step_of
 from beingvl.train.metrics import VALIDATION_FILE, read_metrics
@@ -56,6 +58,18 @@ def test_validation_counts_every_held_out_sample_once_and_changes_nothing(work, 
     last = rows[-1]
     if last["step"] == read_metrics(plain_run)[-1]["step"]:
         assert last["validation/loss"] == pytest.approx(stock_loss(work / "validated" / "final", work / "held-out"), rel=1e-5)
+        assert_evaluate_agrees(work, last)
+
+
+def assert_evaluate_agrees(work: Path, validation: dict) -> None:
+    """`beingvl evaluate --data` on the finished model says what the last validation of its training said."""
+    where = ["--model", str(work / "validated" / "final"), "--data", str(work / "held-out"), "--output_path", str(work / "eval")]
+    assert main(["evaluate", *where, "--device", "cpu"]) == 0
+    scores = read_summary(work / "eval")
+    for group in ("sources", "kinds"):
+        for name, entry in scores[group].items():
+            assert entry["loss"] == pytest.approx(validation[f"validation/loss/{group[:-1]}/{name}"], rel=1e-6)
+    assert scores["scores"]["loss"] == pytest.approx(validation["validation/loss"], rel=1e-6)
 
 
 def stock_loss(model_folder: Path, shards_folder: Path) -> float:
