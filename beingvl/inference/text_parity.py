@@ -20,12 +20,12 @@ from beingvl.data.conversation import TextEncoder
 from beingvl.errors import InputError
 from beingvl.inference.metrics_qa import mean_and_error
 from beingvl.inference.model import quiet_without_terminal
-from beingvl.manifest import is_complete, join_lineages, read_manifest
+from beingvl.manifest import join_lineages, read_manifest
 from beingvl.model.base_model import BaseModel
 from beingvl.model.conversion_check import cut_head
 from beingvl.model.extended_vocab import TEXT_ROWS, VISUAL_ROWS
 from beingvl.model.param_groups import Rule, plan_parameters
-from beingvl.vocab import VocabLayout
+from beingvl.vocab import LAYOUT_FILE, VocabLayout
 
 # Changing a text changes every number that was ever printed: add at the end, or leave it.
 PROBE = (
@@ -54,13 +54,19 @@ def check_base(model: Path, base: Path) -> dict[str, Any]:
     if not base.is_dir():
         raise InputError(f"--text_parity {base} is not a folder; give the base model that {model} was trained from")
     opened = BaseModel.open(base)
-    if is_complete(base):
+    base_hash = opened.fingerprint()
+    if is_converted(base):
         base_manifest = read_manifest(base, "model")
+        base_hash = base_manifest.content_hash
         join_lineages({str(model): {"vocab": layout.fingerprint()}, str(base): base_manifest.lineage})
     if opened.num_text < layout.num_text:
         raise InputError(f"{base} has {opened.num_text} ids, {model} has {layout.num_text} text ids: it has another base model")
-    base_hash = base_manifest.content_hash if is_complete(base) else opened.fingerprint()
     return {"model": manifest.content_hash, "base": base_hash}
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a model folder has our vocabulary, or is the plain model that one was converted from."""
+    return (folder / LAYOUT_FILE).is_file()
 
 
 def expects_equal(model: Path, base: Path) -> bool:
@@ -68,7 +74,7 @@ def expects_equal(model: Path, base: Path) -> bool:
     identity = read_manifest(model, "model").details.get("identity")
     if identity is None:
         return True
-    if is_complete(base) and identity["start_model"] != read_manifest(base, "model").content_hash:
+    if is_converted(base) and identity["start_model"] != read_manifest(base, "model").content_hash:
         return False
     opened = BaseModel.open(model)
     shapes = {}

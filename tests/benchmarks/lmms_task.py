@@ -3,7 +3,7 @@
     python -m tests.benchmarks.lmms_task --run runs/quickstart --lmms_python LMMS_ENVIRONMENT/bin/python [--rows 200]
 
 LMMS_ENVIRONMENT is a virtual environment with lmms-eval and this package (`pip install lmms-eval; pip install -e .`), not the
-tests' own. The task is lmms-eval's, its YAML and its functions; only its documents come from elsewhere, from a parquet file of the
+tests' own. The task is lmms-eval's, its YAML and its functions; only its documents come from a parquet file of the
 quickstart's held-out pictures with their yes-or-no questions. `answers_equal`: both gave the same answer to every question.
 (lmms-eval 0.7.3 computes POPE's yes ratio from the reference answers, so that one number differs.)
 """

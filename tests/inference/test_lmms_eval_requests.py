@@ -31,7 +31,7 @@ def images(run_folder: Path) -> list[Image.Image]:
 
 
 def test_answers_are_those_of_the_class(model: BeingVL, images: list[Image.Image]) -> None:
-    """Requests of unlike options and of none, one and two images keep their order; placeholders are added where a task has none."""
+    """Requests of unlike options and of none, one and two images keep their order; missing placeholders are added."""
     requests = [
         Request("Is it even?", [images[0]], GREEDY),
         Request("Which?", [images[1]], {**GREEDY, "max_new_tokens": 3}),

@@ -86,6 +86,9 @@ def test_a_plain_base_model_and_a_converted_one_agree(base: Path, tmp_path: Path
     assert read_summary(tmp_path / "converted")["equal_is_expected"]
     assert parity(trained(base, tmp_path / "final", ROWS_ONLY), tmp_path / "plain", tmp_path / "trained") == 0
     assert read_summary(tmp_path / "trained")["equal"]
+    write_manifest(tmp_path / "plain", "model", {}, {})  # as the quickstart's text model has one
+    assert parity(trained(base, tmp_path / "final-2", ROWS_ONLY), tmp_path / "plain", tmp_path / "trained-2") == 0
+    assert read_summary(tmp_path / "trained-2")["equal_is_expected"]
 
 
 def test_kl_by_hand() -> None:
@@ -102,7 +105,7 @@ def test_refusals(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     smaller = VocabLayout(num_text=200, num_vq=4, num_merges=1, bos_id=0, eos_id=1)
     write_model(tmp_path / "other", other)
     plain = write_model(tmp_path / "smaller", smaller)
-    (plain / "manifest.json").unlink()  # as somebody else's folder
+    (plain / "vocab_layout.json").unlink()  # as somebody else's folder
     (tmp_path / "empty").mkdir()
     for model, against, message in [
         (base, tmp_path / "none", "is not a folder; give the base model"),
