@@ -45,7 +45,7 @@ def yes_or_no_rows(run: Path, count: int) -> list[dict]:
     return chosen[:count]
 
 
-def by_lmms_eval(python: str, run: Path, rows: list[dict], folder: Path) -> tuple[dict, list[str]]:
+def by_lmms_eval(python: str, processes: int, run: Path, rows: list[dict], folder: Path) -> tuple[dict, list[str]]:
     """Scores of lmms-eval, and its answers in the order of the rows."""
     documents = [
         {
@@ -59,7 +59,8 @@ def by_lmms_eval(python: str, run: Path, rows: list[dict], folder: Path) -> tupl
     (folder / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
     subprocess.run([python, "-c", MAKE_TASK, folder, (run / "data" / "images").resolve()], check=True)
     arguments = f"pretrained={run / 'stage-3' / 'final'},vbpe_path={run / 'vbpe'},torch_dtype=float32"
-    command = [python, "-m", "lmms_eval", "--model", "beingvl", "--model_args", arguments, "--tasks", "pope_local"]
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", processes, "-m"] if processes > 1 else []
+    command = [python, "-m", *launch, "lmms_eval", "--model", "beingvl", "--model_args", arguments, "--tasks", "pope_local"]
     command += [
         "--include_path",
         folder,
@@ -92,10 +93,11 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of scripts/quickstart.sh")
     parser.add_argument("--lmms_python", required=True, help="python of an environment with lmms-eval and this package")
     parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--processes", type=int, default=1, help="of lmms-eval, started by accelerate")
     args = parser.parse_args()
     rows = yes_or_no_rows(args.run.resolve(), args.rows)
     with tempfile.TemporaryDirectory() as folder:
-        theirs, their_answers = by_lmms_eval(args.lmms_python, args.run.resolve(), rows, Path(folder))
+        theirs, their_answers = by_lmms_eval(args.lmms_python, args.processes, args.run.resolve(), rows, Path(folder))
         ours, our_answers = by_evaluate(args.run.resolve(), rows, Path(folder))
     names = [name for name in theirs if name.startswith("pope_") and "stderr" not in name]
     scores = {f"lmms_{name.partition(',')[0]}": theirs[name] for name in names}

@@ -56,9 +56,9 @@ def test_validation_counts_every_held_out_sample_once_and_changes_nothing(work, 
     assert [row["step"] for row in rows] == [row["step"] for row in read_metrics(plain_run) if row["step"] % 2 == 0]
     assert {"validation/loss/source/foundation", "validation/loss/source/reasoning"} <= set(rows[0])
     last = rows[-1]
-    if last["step"] == read_metrics(plain_run)[-1]["step"]:
-        assert last["validation/loss"] == pytest.approx(stock_loss(work / "validated" / "final", work / "held-out"), rel=1e-5)
-        assert_evaluate_agrees(work, last)
+    assert last["step"] == read_metrics(plain_run)[-1]["step"], "the finished model is the one that was validated last"
+    assert last["validation/loss"] == pytest.approx(stock_loss(work / "validated" / "final", work / "held-out"), rel=1e-5)
+    assert_evaluate_agrees(work, last)
 
 
 def assert_evaluate_agrees(work: Path, validation: dict) -> None:
