@@ -22,6 +22,9 @@ HOMES = {
     "pyarrow": ("data/",),
     "simdjson": ("data/",),
     "PIL": ("tokenizer/",),
+    "lmms_eval": ("inference/lmms_eval_model.py",),
+    "pycocoevalcap": ("inference/metrics_qa.py",),
+    "sacrebleu": ("inference/metrics_qa.py",),
 }
 
 
