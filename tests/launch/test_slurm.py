@@ -19,7 +19,6 @@ from tests.tiny import stage_fields, write_model, write_shards
 
 REPOSITORY = Path(__file__).parents[2]
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1"]
-STEPS_BEYOND_A_MINUTE = 2500
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +141,16 @@ def test_a_stage_without_its_predecessor_says_what_to_run(cluster, work, tmp_pat
     assert "stage-1/final is missing or incomplete; run stage 1 first" in log.read_text()
 
 
-def test_usr1_saves_requeues_and_finishes_as_the_uninterrupted_run(cluster, work, tmp_path) -> None:
-    output, whole = tmp_path / "interrupted", tmp_path / "whole"
+@pytest.fixture(scope="module")
+def uninterrupted(work) -> list[float]:
+    """Losses of 60 steps on one host."""
+    output = work / "whole"
+    assert run_on_one_host(2, write_stage(work, 60), work / "base", work / "shards", output) == 0, log_of(output)
+    return losses(output)
+
+
+def test_usr1_saves_requeues_and_finishes_as_the_uninterrupted_run(cluster, work, uninterrupted, tmp_path) -> None:
+    output = tmp_path / "interrupted"
     job = submit_stage(cluster, work, output, 60)
     wait_for_steps(cluster, job, output)
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@… makes Slurm send
@@ -154,21 +161,31 @@ def test_usr1_saves_requeues_and_finishes_as_the_uninterrupted_run(cluster, work
     assert 0 < len(losses(output)) < 60
     cluster.wait_for(job, "COMPLETED")
     assert re.search(r"exit code \d+: requeued", cluster.logs()) and "resumed from" in cluster.logs()
-    assert run_on_one_host(2, write_stage(work, 60), work / "base", work / "shards", whole) == 0, log_of(whole)
-    assert losses(output) == losses(whole)
+    assert losses(output) == uninterrupted
     cluster.wait_until_nothing_runs(str(output))
 
 
-def test_the_time_limit_itself_requeues_the_job_which_finishes_as_the_uninterrupted_run(cluster, work, tmp_path) -> None:
-    """Slurm looks at its clock every 30 s: with a limit of a minute, USR1 comes after 25 to 55 s, and again until all is done."""
-    output, whole = tmp_path / "limited", tmp_path / "whole"
-    assert run_on_one_host(2, write_stage(work, STEPS_BEYOND_A_MINUTE), work / "base", work / "shards", whole) == 0, log_of(whole)
-    job = submit_stage(cluster, work, output, STEPS_BEYOND_A_MINUTE, "--time=1", "--signal=B:USR1@5")
-    cluster.wait_for(job, "COMPLETED", seconds=500)
-    assert int(cluster.field_of(job, "Restarts")) >= 1
-    log = (cluster.folder / f"limited-{job}.log").read_text()
-    assert "USR1: the trainer is asked to stop" in log and "resumed from" in log
-    assert losses(output) == losses(whole) and len(losses(whole)) == STEPS_BEYOND_A_MINUTE
+def test_the_time_limit_itself_requeues_a_job_that_finishes_as_the_uninterrupted_run(
+    cluster, work, uninterrupted, tmp_path
+) -> None:
+    """Slurm looks at its clock every 30 s: with a limit of a minute, USR1 comes after 25 to 55 s. The ranks are held until then."""
+    output = tmp_path / "limited"
+    job = submit_stage(cluster, work, output, 60, "--time=1", "--signal=B:USR1@5")
+    wait_for_steps(cluster, job, output)
+    ranks = [process for process in cluster.processes(str(output)) if process.name().startswith("python")]
+    assert len(ranks) == 2
+    for rank in ranks:
+        rank.suspend()
+    log = cluster.folder / f"limited-{job}.log"
+    deadline = time.monotonic() + 120
+    while "USR1: the trainer is asked to stop" not in log.read_text():
+        assert time.monotonic() < deadline, cluster.logs()
+        time.sleep(0.1)
+    for rank in ranks:
+        rank.resume()
+    cluster.wait_for(job, "COMPLETED", seconds=300)
+    assert int(cluster.field_of(job, "Restarts")) >= 1 and "resumed from" in log.read_text()
+    assert losses(output) == uninterrupted
     cluster.wait_until_nothing_runs(str(output))
 
 
