@@ -86,9 +86,13 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
             raise
         print(f"beingvl {name}: error: {error}", file=sys.stderr, flush=True)
         return 2
-    except OSError as error:
-        if args.debug or error.errno not in DISK_IS_FULL:
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if args.debug:
             raise
+        if not isinstance(error, OSError) or error.errno not in DISK_IS_FULL:
+            return _report_defect(name, error)
         where = f" ({error.filename})" if error.filename else ""
         print(
             f"beingvl {name}: error: {error.strerror}{where}; "
@@ -97,19 +101,17 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
             flush=True,
         )
         return 2
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        if args.debug:
-            raise
-        saved = _save_traceback(name)
-        print(
-            f"beingvl {name}: unexpected {type(error).__name__}: {error}\n"
-            f"This looks like a defect, not like wrong input; the traceback is in {saved} (or run with --debug).",
-            file=sys.stderr,
-            flush=True,
-        )
-        return 1
+
+
+def _report_defect(name: str, error: Exception) -> int:
+    saved = _save_traceback(name)
+    print(
+        f"beingvl {name}: unexpected {type(error).__name__}: {error}\n"
+        f"This looks like a defect, not like wrong input; the traceback is in {saved} (or run with --debug).",
+        file=sys.stderr,
+        flush=True,
+    )
+    return 1
 
 
 def _underscored(word: str) -> str:

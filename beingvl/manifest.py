@@ -65,6 +65,11 @@ class Manifest:
         listing = "".join(f"{name} {entry['hash']}\n" for name, entry in sorted(self.files.items()))
         return hash_bytes(listing.encode())
 
+    def hashed(self) -> str:
+        """How the files are hashed, for messages: `12 files re-hashed` or `12 files re-hashed, 3 of them by samples only`."""
+        sampled = sum(str(entry["hash"]).startswith(SAMPLED) for entry in self.files.values())
+        return f"{len(self.files)} files re-hashed" + (f", {sampled} of them by samples only" if sampled else "")
+
 
 def hash_bytes(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
@@ -90,6 +95,13 @@ def hash_sample(path: Path) -> str:
             file.seek(max(0, size - piece) * number // (count - 1))
             digest.update(file.read(piece))
     return SAMPLED + digest.hexdigest()
+
+
+def hash_inputs(folder: Path, names: Iterable[str], sampled: Iterable[str] = ()) -> str:
+    """One hash of files of `folder`, names included; those `sampled` are not read as a whole. Manifests are left out."""
+    whole = {name: hash_file(folder / name) for name in names if Path(name).name != MANIFEST_FILE}
+    hashes = whole | {name: hash_sample(folder / name) for name in sampled}
+    return hash_bytes(json.dumps(hashes, sort_keys=True).encode())
 
 
 def has_hash(path: Path, recorded: str) -> bool:

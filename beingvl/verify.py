@@ -1,7 +1,8 @@
 """Re-hash an artefact of any step (a folder with a manifest.json), and check that its content makes sense.
 
-Every file must have the hash of the manifest. Shards are read again: ids inside the vocabulary, target spans inside their rows,
-index files that agree with the rows. Codes must be inside the code book, keys sorted and unique, JSONL rows readable.
+Every file must have the hash of the manifest; of weight files that a step linked without reading it has one of samples only,
+and their number is printed. Shards are read again: ids inside the vocabulary, target spans inside their rows, index
+files that agree with the rows. Codes must be inside the code book, keys sorted and unique, JSONL rows readable.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
         if manifest.kind in checks:
             checks[manifest.kind](path, manifest)
         size = sum(int(entry["bytes"]) for entry in manifest.files.values())
-        print(f"{path}: {manifest.kind}, {len(manifest.files)} files, {size:,} bytes, every hash as written")
+        print(f"{path}: {manifest.kind}, {size:,} bytes, {manifest.hashed()}, every hash as written")
 
 
 def check_shards(path: Path, manifest: Manifest) -> None:

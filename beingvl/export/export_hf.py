@@ -5,16 +5,27 @@
     beingvl export --model Being-VL-0.5/ --output_path base/                       a published folder back into ours
 
 A finished stage already has its `final/`. The result loads with unmodified transformers and is a start model for the next stage.
-After the export of a checkpoint its probe logits, stored while it was trained, are compared with those of the written folder.
+The probe logits that a checkpoint stored while it was trained are compared with those of the written folder; when they differ,
+the exit code is 1 and the folder stays incomplete.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import sys
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from beingvl.manifest import Manifest
 
 HF, PUBLISHED = "hf", "being-vl-0.5"
+
+
+class ProbeMismatchError(Exception):
+    """The written folder does not answer the checkpoint's probe as the trained model did."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,14 +44,16 @@ def run(args: argparse.Namespace) -> int:
     from beingvl.errors import InputError
     from beingvl.export.published_names import is_published, read_published, write_published
     from beingvl.manifest import is_complete
-    from beingvl.train.hf_folder import write_hf_folder
+    from beingvl.model.target_folder import check_target
     from beingvl.train.train_stage import find_start_model
 
     target, link = args.output_path, not args.no_link
     model = find_start_model(args.model)
+    checkpoint = _find_checkpoint(args.checkpoint) if args.checkpoint else None
+    check_target(target, {"--model": model} | ({"--checkpoint": checkpoint} if checkpoint else {}), args.overwrite)
     if is_complete(target) and not args.overwrite:
         raise InputError(f"{target} is finished already; choose another folder or add --overwrite")
-    if args.checkpoint is None:
+    if checkpoint is None:
         if args.format == PUBLISHED:
             manifest = write_published(model, target, link)
         elif is_published(model):
@@ -50,15 +63,33 @@ def run(args: argparse.Namespace) -> int:
         print(f"{target}: {manifest.kind.replace('_', ' ')}, {len(manifest.files)} files")
         return 0
 
-    checkpoint = _find_checkpoint(args.checkpoint)
-    folder = target if args.format == HF else target.with_name(f".{target.name}.hf.tmp")
-    manifest = write_hf_folder(model, checkpoint, folder, link)
-    matches = args.no_probe or _compare_probe(checkpoint, folder)
-    if args.format == PUBLISHED:
-        manifest = write_published(folder, target, link)
-        shutil.rmtree(folder)
+    try:
+        manifest = _write_checkpoint_model(model, checkpoint, target, args)
+    except ProbeMismatchError as error:
+        print(f"{error}\n{target} is not finished: {checkpoint} was not written", file=sys.stderr)
+        return 1
     print(f"{target}: {checkpoint.name}, {len(manifest.files)} files")
-    return 0 if matches else 1
+    return 0
+
+
+def _write_checkpoint_model(model: Path, checkpoint: Path, target: Path, args: argparse.Namespace) -> Manifest:
+    """Write and compare the Hugging Face folder; for the published format it is an intermediate one beside the target."""
+    from beingvl.export.published_names import write_published
+    from beingvl.train.hf_folder import write_hf_folder
+    from beingvl.train.probe import load_probe
+
+    if not args.no_probe:
+        load_probe(checkpoint)
+    check = None if args.no_probe else partial(_check_probe, checkpoint)
+    link = not args.no_link
+    if args.format == HF:
+        return write_hf_folder(model, checkpoint, target, link, check)
+    folder = target.with_name(f".{target.name}.hf.tmp")
+    try:
+        write_hf_folder(model, checkpoint, folder, link, check)
+        return write_published(folder, target, link)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _find_checkpoint(path: Path) -> Path:
@@ -74,8 +105,8 @@ def _find_checkpoint(path: Path) -> Path:
     return checkpoints[-1]
 
 
-def _compare_probe(checkpoint: Path, folder: Path) -> bool:
-    """Print how far the written folder's logits are from those stored in training; False when they are too far."""
+def _check_probe(checkpoint: Path, folder: Path) -> None:
+    """Print how far the written folder's logits are from those stored in training. Raises ProbeMismatchError when too far."""
     import torch
 
     from beingvl.train.checkpoint import read_state
@@ -83,13 +114,12 @@ def _compare_probe(checkpoint: Path, folder: Path) -> bool:
 
     is_bf16 = bool((read_state(checkpoint).identity["bf16"] or {}).get("enabled"))
     comparison = compare_probe(checkpoint, folder, torch.bfloat16 if is_bf16 else torch.float32)
+    if not comparison.matches:
+        raise ProbeMismatchError(comparison.describe())
     print(comparison.describe())
-    return comparison.matches
 
 
 if __name__ == "__main__":
-    import sys
-
     from beingvl.cli import main
 
     sys.exit(main(["export", *sys.argv[1:]]))

@@ -22,12 +22,12 @@ import torch
 from beingvl.errors import InputError
 from beingvl.manifest import MANIFEST_FILE, Manifest, read_manifest, start_folder, to_json, write_atomically, write_manifest
 from beingvl.model.base_model import read_json
-from beingvl.model.weight_files import BIN_FILE, BIN_INDEX_FILE, INDEX_FILE, NewTensor, WeightFolder, rewrite_weights
+from beingvl.model.target_folder import VQGAN_FOLDER, finish_target, start_target
+from beingvl.model.weight_files import WEIGHT_PATTERNS, NewTensor, WeightFolder, bytes_to_write, rewrite_weights
 from beingvl.tokenizer.vqgan import VQGAN
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 
 PREFIX = "model.vqmodel."
-VQGAN_FOLDER = "vqgan"
 VQ_CONFIG_KEY = "vq_config"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 PUBLISHED_KIND = "published_model"
@@ -58,13 +58,15 @@ def write_published(model_folder: Path | str, target: Path | str, link: bool = T
         PREFIX + name: NewTensor(vq_weights.shape(name), vq_weights.dtype(name), _reader(vq_weights, name)) for name in vq_weights
     }
 
-    start_folder(target)
-    _copy_other_files(model_folder, target, weights)
+    others = _other_files(model_folder)
+    num_bytes = bytes_to_write(weights, target, added, link) + _num_bytes(others)
+    start_target(target, {"model": str(model_folder.resolve())}, num_bytes)
+    _copy(others, target)
     write_atomically(target / "config.json", to_json(config))
     if (vq_folder / PREPROCESSOR_FILE).is_file():
         shutil.copyfile(vq_folder / PREPROCESSOR_FILE, target / PREPROCESSOR_FILE)
     hashes = rewrite_weights(weights, target, added, link=link)
-    return write_manifest(target, PUBLISHED_KIND, manifest.counts, manifest.lineage, manifest.details, known_hashes=hashes)
+    return finish_target(target, PUBLISHED_KIND, manifest.counts, manifest.lineage, manifest.details, hashes)
 
 
 def read_published(folder: Path | str, target: Path | str, layout: VocabLayout | None = None, link: bool = True) -> Manifest:
@@ -85,21 +87,24 @@ def read_published(folder: Path | str, target: Path | str, layout: VocabLayout |
         )
     layout = _layout_of(folder, config, layout)
 
-    start_folder(target)
-    _copy_other_files(folder, target, weights)
-    (target / PREPROCESSOR_FILE).unlink(missing_ok=True)
+    others = _other_files(folder)
+    vq_bytes = sum(weights.tensors[name].num_bytes for name in vq_names)
+    num_bytes = bytes_to_write(weights, target, {}, link, drop=vq_names) + vq_bytes + _num_bytes(others)
+    start_target(target, {"model": str(folder.resolve())}, num_bytes)
+    _copy([path for path in others if path.name != PREPROCESSOR_FILE], target)
     write_atomically(target / "config.json", to_json(config))
     write_atomically(target / LAYOUT_FILE, to_json(layout.to_dict()))
     vqgan = _write_vqgan(folder, target / VQGAN_FOLDER, weights, vq_names, {"model_type": "chameleon_vqgan", **vq_config})
     if vqgan.num_codes != layout.num_vq:
         raise InputError(
-            f"{folder}: its VQ-GAN has {vqgan.num_codes} codes, its vocabulary {layout.num_vq}; give the right layout"
+            f"{folder}: its VQ-GAN has {vqgan.num_codes} codes, its vocabulary {layout.num_vq}; "
+            f"put the right {LAYOUT_FILE} into the folder"
         )
     hashes = rewrite_weights(weights, target, {}, link=link, drop=vq_names)
     inherited = read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else None
     lineage = {**(inherited.lineage if inherited else {}), "vocab": layout.fingerprint(), "vqgan": vqgan.fingerprint()}
     counts = inherited.counts if inherited else {"text_rows": layout.num_text, "new_rows": layout.num_visual}
-    return write_manifest(target, "model", counts, lineage, inherited.details if inherited else {}, known_hashes=hashes)
+    return finish_target(target, "model", counts, lineage, inherited.details if inherited else {}, hashes)
 
 
 def _write_vqgan(folder: Path, target: Path, weights: WeightFolder, vq_names: list[str], vq_config: Mapping[str, Any]) -> VQGAN:
@@ -125,17 +130,24 @@ def _layout_of(folder: Path, config: Mapping[str, Any], given: VocabLayout | Non
     if not isinstance(rows, int) or rows < layout.size:
         raise InputError(
             f"{folder / 'config.json'} has vocab_size {rows}, the layout has {layout.size} ids ({layout.to_dict()}); "
-            f"give the layout that the model was trained with"
+            f"put the {LAYOUT_FILE} that the model was trained with into the folder"
         )
     return layout
 
 
-def _copy_other_files(source: Path, target: Path, weights: WeightFolder) -> None:
+def _other_files(source: Path) -> list[Path]:
     """Every file of the top folder that holds no weights; config and manifest are written anew."""
-    own = {*weights.files, INDEX_FILE, BIN_FILE, BIN_INDEX_FILE, "config.json", MANIFEST_FILE}
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.name not in own and not path.name.endswith(".tmp"):
-            shutil.copyfile(path, target / path.name)
+    own = ("config.json", MANIFEST_FILE, "*.tmp", *WEIGHT_PATTERNS)
+    return [path for path in sorted(source.iterdir()) if path.is_file() and not any(path.match(pattern) for pattern in own)]
+
+
+def _num_bytes(paths: list[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
+
+
+def _copy(paths: list[Path], target: Path) -> None:
+    for path in paths:
+        shutil.copyfile(path, target / path.name)
 
 
 def _reader(weights: WeightFolder, name: str) -> Callable[[], torch.Tensor]:

@@ -7,7 +7,6 @@ are called, whatever the architecture; shapes come from the weight files' header
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,11 @@ from typing import Any
 import torch
 
 from beingvl.errors import InputError
+from beingvl.manifest import hash_inputs
 from beingvl.model.weight_files import WeightFolder
 
-_SAMPLE_BYTES = 4096
+LICENSE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer*", "original/tokenizer.model", *LICENSE_PATTERNS)
 
 
 @dataclass(frozen=True)
@@ -67,20 +68,22 @@ class BaseModel:
         return cls(folder, config, weights, input_name, output_name, stored_output, bias_name, num_text, hidden_size)
 
     def fingerprint(self) -> str:
-        """Hash of config, tensor names and shapes, and the first bytes of every tensor: cheap, and other weights differ."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name in sorted(self.weights):
-            stored = self.weights.tensors[name]
-            digest.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
-            sample = self.weights[name].reshape(-1)[: _SAMPLE_BYTES // 8].contiguous()
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
-        return "sha256:" + digest.hexdigest()
+        """Hash of what a conversion reads: configs, tokenizer and licence files whole, weight files by `hash_sample`."""
+        return hash_inputs(self.folder, small_files(self.folder), sampled=self.weights.files)
 
     def special_id(self, name: str, fallback: int | None) -> int | None:
         """`bos_token_id` or `eos_token_id` of config.json (the first of a list), else `fallback`."""
         value = _text_config(self.config).get(name, self.config.get(name))
         value = value[0] if isinstance(value, list) and value else value
         return value if isinstance(value, int) else fallback
+
+    def special_ids(self, name: str) -> set[int]:
+        """Every id that config.json and generation_config.json give for `bos_token_id` or `eos_token_id`."""
+        path = self.folder / "generation_config.json"
+        generation = read_json(path, "a model folder") if path.is_file() else {}
+        values = [fields.get(name) for fields in (_text_config(self.config), self.config, generation)]
+        flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
+        return {one for one in flat if isinstance(one, int)}
 
     def extended_config(self, num_rows: int, dtype: torch.dtype | None) -> dict[str, Any]:
         """config.json for a vocabulary of `num_rows` rows and an untied head; every other key survives."""
@@ -94,6 +97,12 @@ class BaseModel:
             dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
             config.update(dict.fromkeys(dtype_keys, str(dtype).removeprefix("torch.")))
         return config
+
+
+def small_files(folder: Path) -> list[str]:
+    """Names of the configs, tokenizer files and licences of a model or tokenizer folder."""
+    paths = {path for pattern in SMALL_FILES for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -143,7 +152,9 @@ def _check_shapes(folder: Path, weights: WeightFolder, input_name: str, output_n
                 f"(vocab_size x hidden_size); the config and the weights are not of the same model"
             )
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if 2 * len(parameters.keys() & set(weights)) <= len(parameters):
+    prefix = "".join(f"{part}." for part in input_name.split(".")[:-2])
+    known = any(name in parameters for name in weights if name.startswith(prefix) and name != input_name)
+    if not known and not weights.keys() <= parameters.keys():
         return  # an older checkpoint whose names transformers translates while loading
     for name, shape in parameters.items():
         if name not in weights and name != output_name:

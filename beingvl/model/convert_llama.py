@@ -38,10 +38,6 @@ if TYPE_CHECKING:
 INIT_METHODS = ("he", "mean", "mean_cov", "codebook", "zero")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_CODES = DEFAULT_MERGES = 8192
-VQGAN_FOLDER = "vqgan"
-UNFINISHED_FILE = ".convert.tmp"  # written first, removed behind the manifest; the suffix keeps it out of the manifest
-LICENSE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-STALE_PATTERNS = ("*.safetensors", "*.index.json", "pytorch_model*.bin", "tokenizer*", "*.tmp")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +86,7 @@ class Conversion:
 def run(args: argparse.Namespace) -> int:
     from beingvl.manifest import already_made
 
-    check_paths(args)
+    check_arguments(args)
     gc.set_threshold(100_000, 50, 100)  # a fifth of the start: transformers and the tokenizer are a million objects, none garbage
     conversion = plan_conversion(args)
     request = make_request(args, conversion)
@@ -106,20 +102,12 @@ def run(args: argparse.Namespace) -> int:
 # ---- reading and checking ----
 
 
-def check_paths(args: argparse.Namespace) -> None:
-    """Raises InputError when the target lies in an input, or an input in the target."""
-    target = args.output_path.resolve()
-    for option in ("llama_path", "being_tokenizer_config_path", "being_vq_path", "vbpe"):
-        path = getattr(args, option)
-        if path is None:
-            continue
-        if not path.exists():
-            raise InputError(f"--{option} {path} does not exist")
-        source = path.resolve()
-        if source == target or source in target.parents or target in source.parents:
-            raise InputError(
-                f"--output_path {args.output_path} and --{option} {path} lie in each other; inputs are never changed"
-            )
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises InputError for a target that would harm (see `check_target`) and for numbers out of range."""
+    from beingvl.model.target_folder import check_target
+
+    options = ("llama_path", "being_tokenizer_config_path", "being_vq_path", "vbpe")
+    check_target(args.output_path, {f"--{key}": path for key in options if (path := getattr(args, key))}, args.overwrite)
     if args.pad_vocab_multiple < 1:
         raise InputError(f"--pad_vocab_multiple is {args.pad_vocab_multiple}, expected 1 or more")
     if args.seed < 0:
@@ -139,7 +127,7 @@ def plan_conversion(args: argparse.Namespace) -> Conversion:
     if args.vocab_size not in (None, base.num_text):
         raise InputError(f"--vocab_size is {args.vocab_size}, but {args.llama_path} has {base.num_text} text ids")
     _check_vbpe_belongs_to(vbpe, vqgan, args)
-    tokenizer = _base_tokenizer(args)
+    tokenizer = _base_tokenizer(args, base)
     layout = _make_layout(args, base, tokenizer, vqgan, vbpe)
     tokenizer = _make_tokenizer(args, base, tokenizer, layout)
     if args.init == "codebook":
@@ -171,13 +159,15 @@ def _check_vbpe_belongs_to(vbpe: AnyVBPE | None, vqgan: VQGAN | None, args: argp
         )
 
 
-def _base_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerFast | None:
+def _base_tokenizer(args: argparse.Namespace, base: BaseModel) -> PreTrainedTokenizerFast | None:
     """The base model's own tokenizer; None when there is none and --being_tokenizer_config_path takes its place."""
-    from beingvl.model.tokenizer_files import find_tokenizer_file, load_tokenizer
+    from beingvl.model.tokenizer_files import check_belongs_to, find_tokenizer_file, load_tokenizer
 
     if args.being_tokenizer_config_path and find_tokenizer_file(args.llama_path) is None:
         return None
-    return load_tokenizer(args.llama_path)
+    tokenizer = load_tokenizer(args.llama_path, base.num_text)
+    check_belongs_to(tokenizer, base)
+    return tokenizer
 
 
 def _make_layout(
@@ -268,10 +258,16 @@ def _codes_of_merges(vbpe: AnyVBPE) -> list[np.ndarray]:
 
 def make_request(args: argparse.Namespace, conversion: Conversion) -> dict[str, Any]:
     """What decides the result: a folder made by an equal request needs not be made again, or can be finished."""
-    tokenizer_path = args.being_tokenizer_config_path
+    from beingvl.manifest import hash_inputs
+    from beingvl.model.base_model import small_files
+
+    given, vq_path = args.being_tokenizer_config_path, args.being_vq_path
+    tokenizer_folder = given if given is None or given.is_dir() else given.parent
+    vq_files = [path.relative_to(vq_path).as_posix() for path in _files_below(vq_path)]
     return {
         "llama": conversion.base.fingerprint(),
-        "tokenizer": None if tokenizer_path is None else str(tokenizer_path.resolve()),
+        "tokenizer": tokenizer_folder and hash_inputs(tokenizer_folder, small_files(tokenizer_folder)),
+        "vqgan": vq_path and hash_inputs(vq_path, vq_files),
         "lineage": conversion.lineage,
         "init": args.init,
         "seed": args.seed,
@@ -285,35 +281,38 @@ def make_request(args: argparse.Namespace, conversion: Conversion) -> dict[str, 
 
 def write_base(args: argparse.Namespace, conversion: Conversion, request: Mapping[str, Any]) -> None:
     """Write the whole folder, manifest last."""
-    from beingvl.manifest import to_json, write_atomically, write_manifest
+    from beingvl.manifest import to_json, write_atomically
+    from beingvl.model.base_model import LICENSE_PATTERNS
+    from beingvl.model.target_folder import VBPE_FILE, VQGAN_FOLDER, finish_target, start_target
+    from beingvl.model.tokenizer_files import save_tokenizer
     from beingvl.model.weight_files import bytes_to_write, rewrite_weights
 
-    base, layout, target = conversion.base, conversion.layout, args.output_path
+    base, layout, target, link = conversion.base, conversion.layout, args.output_path, not args.no_link
+    replace = replaced_tensors(conversion, args.init, args.seed)
+    num_bytes = bytes_to_write(base.weights, target, replace, link) + _bytes_beside_weights(args.being_vq_path)
+    resuming = start_target(target, request, num_bytes, args.overwrite)
+    if resuming:
+        print(f"{target} holds an interrupted conversion with the same inputs: finishing it")
     new_ids = f"new ids {layout.num_text} … {layout.size - 1}"
     print(f"text ids 0 … {layout.num_text - 1}, {new_ids} ({layout.num_visual} rows, {args.init})")
     if base.is_tied:
         print(f"{args.llama_path} ties head and embedding: the result has both, so that their new rows can be trained apart")
-    replace = replaced_tensors(conversion, args.init, args.seed)
-    num_bytes = bytes_to_write(base.weights, target, replace, link=not args.no_link) + _bytes_beside_weights(args.being_vq_path)
-    resuming = _start_target(target, request, args.overwrite, num_bytes)
-    hashes = rewrite_weights(base.weights, target, replace, link=not args.no_link, keep_finished=resuming)
+    hashes = rewrite_weights(base.weights, target, replace, link, keep_finished=resuming, hash_links=args.verify_loading)
 
     write_atomically(target / "config.json", to_json(base.extended_config(conversion.num_rows, conversion.dtype)))
     write_atomically(target / "generation_config.json", to_json(generation_config(base, layout)))
     write_atomically(target / LAYOUT_FILE, to_json(layout.to_dict()))
-    conversion.tokenizer.save_pretrained(target)
+    save_tokenizer(conversion.tokenizer, target)
     if args.being_vq_path:
         shutil.rmtree(target / VQGAN_FOLDER, ignore_errors=True)
         shutil.copytree(args.being_vq_path, target / VQGAN_FOLDER)
     if conversion.vbpe:
-        conversion.vbpe.save(target / "vbpe.json")
-    for pattern in LICENSE_PATTERNS:
-        for path in sorted(args.llama_path.glob(pattern)):
-            shutil.copyfile(path, target / path.name)
+        conversion.vbpe.save(target / VBPE_FILE)
+    for path in [path for pattern in LICENSE_PATTERNS for path in sorted(args.llama_path.glob(pattern)) if path.is_file()]:
+        shutil.copyfile(path, target / path.name)
     counts = {"text_rows": layout.num_text, "new_rows": layout.num_visual, "rows": conversion.num_rows}
     details = {"request": dict(request), "was_tied": base.is_tied}
-    write_manifest(target, "model", counts, conversion.lineage, details, known_hashes=hashes)
-    (target / UNFINISHED_FILE).unlink()
+    finish_target(target, "model", counts, conversion.lineage, details, hashes)
 
 
 def replaced_tensors(conversion: Conversion, method: str, seed: int) -> dict[str, NewTensor]:
@@ -385,35 +384,11 @@ def generation_config(base: BaseModel, layout: VocabLayout) -> dict[str, Any]:
 
 def _bytes_beside_weights(vq_path: Path | None) -> int:
     """Upper bound of what tokenizer, configs and VQ-GAN take."""
-    vq_files = [path for path in vq_path.rglob("*") if path.is_file()] if vq_path else []
-    return 64_000_000 + sum(path.stat().st_size for path in vq_files)
+    return 64_000_000 + sum(path.stat().st_size for path in _files_below(vq_path))
 
 
-def _start_target(target: Path, request: Mapping[str, Any], overwrite: bool, num_bytes: int) -> bool:
-    """Make the target ours and visibly incomplete; True when it is an interrupted run of the same request.
-
-    Raises InputError for a folder with files that no conversion wrote, unless --overwrite is given.
-    """
-    from beingvl.manifest import is_complete, start_folder, to_json, write_atomically
-    from beingvl.model.weight_files import check_disk_space
-
-    marker = target / UNFINISHED_FILE
-    if target.exists() and not target.is_dir():
-        raise InputError(f"--output_path {target} is a file, expected a folder")
-    if target.is_dir() and any(target.iterdir()) and not (marker.is_file() or is_complete(target)) and not overwrite:
-        raise InputError(f"--output_path {target} exists and holds files; choose another folder or add --overwrite")
-    resuming = marker.is_file() and not is_complete(target) and marker.read_text() == to_json(request)
-    finished = target.glob("*.safetensors") if resuming else []
-    check_disk_space(target, num_bytes - sum(path.stat().st_size for path in finished if path.stat().st_nlink == 1))
-    if resuming:
-        print(f"{target} holds an interrupted conversion with the same inputs: finishing it")
-    start_folder(target)
-    write_atomically(marker, to_json(request))
-    for pattern in ("*.tmp",) if resuming else STALE_PATTERNS:
-        for path in target.glob(pattern):
-            if path != marker:
-                path.unlink()
-    return resuming
+def _files_below(folder: Path | None) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()] if folder else []
 
 
 if __name__ == "__main__":

@@ -10,14 +10,21 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
+import importlib.util
+import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from beingvl.errors import InputError
+from beingvl.manifest import to_json, write_atomically
 from beingvl.vocab import SPECIAL_TOKENS, VocabLayout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from beingvl.model.base_model import BaseModel
 
 # Llama 3.1's names for the 256 ids behind the byte-pair ranks; further ones are <|reserved_special_token_N|>.
 LLAMA3_SPECIALS = (
@@ -37,6 +44,7 @@ LLAMA3_SPECIALS = (
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_LARGEST_GAP = 0.1  # share of rows without a token; models that round their rows up (Qwen2, Phi, DeepSeek) have up to 0.03
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 
 
@@ -44,9 +52,12 @@ def find_tokenizer_file(folder: Path) -> Path | None:
     return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
 
 
-def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder. Raises InputError when there is none or it cannot be read."""
-    from transformers import AutoTokenizer
+def load_tokenizer(folder: Path | str, num_text: int | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder; `num_text` is its embedding's number of rows, where known.
+
+    Raises InputError when there is none or it cannot be read, or was cut off.
+    """
+    from transformers import AutoTokenizer, LlamaTokenizer
 
     folder = Path(folder)
     path = find_tokenizer_file(folder)
@@ -54,17 +65,36 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
         raise InputError(f"{folder} has no tokenizer: expected one of {', '.join(TOKENIZER_FILES)}")
     if path.name == "tokenizer.model":
         ranks = read_tiktoken_ranks(path)
+        if ranks and num_text not in (None, len(ranks) + len(LLAMA3_SPECIALS)):
+            raise InputError(
+                f"{path} has {len(ranks)} byte-pair ranks, which make {len(ranks) + len(LLAMA3_SPECIALS)} tokens with Llama-3's "
+                f"specials, but the embedding has {num_text} rows: it was cut off or is another model's; download it again"
+            )
         if ranks:
             return _from_tiktoken(ranks)
+        missing = [name for name in ("sentencepiece", "google.protobuf") if not _is_importable(name)]
+        if missing:
+            raise InputError(f"{path} needs {' and '.join(missing)} to be read: `pip install sentencepiece protobuf`")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False)
-    except ImportError as error:
-        raise InputError(f"{path} needs another package ({error}); `pip install sentencepiece protobuf`") from error
+        if path.name == "tokenizer.model" and not (path.parent / "tokenizer_config.json").is_file():
+            # Alone, the file does not say how text is prepared; without its config AutoTokenizer would guess another way.
+            tokenizer = LlamaTokenizer.from_pretrained(path.parent, add_bos_token=True)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise bare exceptions for damaged files
-        raise InputError(f"{path} cannot be read as a tokenizer ({type(error).__name__}: {error})") from error
+        raise InputError(
+            f"{path} cannot be read as a tokenizer ({type(error).__name__}: {error}); it may be cut off: download it again"
+        ) from error
     if not tokenizer.is_fast:
         raise InputError(f"{path} gives a slow tokenizer ({type(tokenizer).__name__}), expected one with a tokenizer.json")
     return tokenizer
+
+
+def _is_importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the parent of a dotted name
+        return False
 
 
 def read_tiktoken_ranks(path: Path) -> dict[bytes, int]:
@@ -103,6 +133,42 @@ def _from_tiktoken(ranks: dict[bytes, int]) -> PreTrainedTokenizerFast:
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
+
+
+def check_belongs_to(tokenizer: PreTrainedTokenizerFast, base: BaseModel) -> None:
+    """A tokenizer's begin and end token are those of the base model's configs, and nearly every row has a token.
+
+    Raises InputError otherwise: a tokenizer file that was cut off, or another model's.
+    """
+    for name in ("bos_token_id", "eos_token_id"):
+        found, expected = getattr(tokenizer, name), base.special_ids(name)
+        if found is not None and expected and found not in expected:
+            raise InputError(
+                f"{base.folder}: the tokenizer's {name} is {found}, config.json and generation_config.json say "
+                f"{' or '.join(map(str, sorted(expected)))}; the tokenizer was cut off or is another model's: make them agree"
+            )
+    gap = base.num_text - len(tokenizer)
+    if gap > base.num_text * _LARGEST_GAP:
+        raise InputError(
+            f"{base.folder}: the tokenizer has {len(tokenizer)} tokens, the embedding {base.num_text} rows; the tokenizer was "
+            f"cut off or is another model's: download it again"
+        )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write tokenizer.json and its configs, for transformers 4 too. A full disk is an OSError, as everywhere else."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises a bare one
+        if any(text in str(error) for text in ("os error 28", "No space left")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "tokenizer.json")) from error
+        raise
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # tokenizer.json alone decides, in every version
+    if isinstance(config.get("extra_special_tokens"), list):  # version 4 wants a mapping under this name
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    write_atomically(path, to_json(config))
 
 
 def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, layout: VocabLayout, source: str) -> None:

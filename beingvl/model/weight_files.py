@@ -28,6 +28,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
-_LAYOUTS = (INDEX_FILE, SINGLE_FILE, BIN_INDEX_FILE, BIN_FILE)
+_LAYOUTS = (SINGLE_FILE, INDEX_FILE, BIN_FILE, BIN_INDEX_FILE)  # transformers' own order: whoever loads the folder reads the same
+WEIGHT_PATTERNS = ("*.safetensors", "*.index.json", "pytorch_model*.bin")
 
 _DTYPES = {
     "F64": torch.float64,
@@ -59,6 +61,7 @@ _DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _COPY_BYTES = 1 << 20  # larger blocks fall out of the processor caches: 16 MB took six times as long to write
+_MIN_PICKLE_BYTES = 100  # an empty state dict takes more, in both of torch's formats
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 
 
@@ -176,13 +179,15 @@ def rewrite_weights(
     link: bool = True,
     drop: Collection[str] = (),
     keep_finished: bool = False,
+    hash_links: bool = False,
 ) -> dict[str, str]:
     """Write `source`'s weights into the folder `target` with some tensors replaced, added or dropped.
 
     A plain callable in `replace` keeps the shape and dtype of the source's tensor; a NewTensor states its own, and may be a
     name that the source does not have (it goes into the last file). Each is called once, in file order. `link` hard-links
     unchanged files where the file system can. `keep_finished` leaves target files of the right size alone: for finishing
-    an interrupted run with the same inputs.
+    an interrupted run with the same inputs. Other weight files in `target` are removed: a single file left there would be
+    loaded instead of the index. `hash_links` reads linked files for their hash; else it is the source manifest's, or a sample's.
 
     Returns {file name: hash} of every weight file, for `write_manifest(known_hashes=…)`. Raises InputError before anything
     is written when the disk is too small, when `target` is `source`, or for an unknown name.
@@ -194,17 +199,22 @@ def rewrite_weights(
     plans = _plan_files(weights, replace, drop)
     check_disk_space(target, sum(plan.bytes_to_write(target, link, keep_finished) for plan in plans))
     target.mkdir(parents=True, exist_ok=True)
+    written_names = {*(plan.name for plan in plans), *([INDEX_FILE] if len(plans) > 1 else [])}
+    for path in [path for pattern in WEIGHT_PATTERNS for path in target.glob(pattern) if path.name not in written_names]:
+        path.unlink()
 
     total = sum(plan.num_bytes for plan in plans)
     # Unchanged files need no tensor of the caller's: they are linked, copied and hashed beside the others.
     with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None) as progress, ThreadPoolExecutor(2) as pool:
         background = {
-            plan.name: pool.submit(_write_file, plan, target, link, keep_finished, progress.update)
+            plan.name: pool.submit(_write_file, plan, target, link, keep_finished, hash_links, progress.update)
             for plan in plans
             if plan.unchanged
         }
         hashes = {
-            plan.name: _write_file(plan, target, link, keep_finished, progress.update) for plan in plans if not plan.unchanged
+            plan.name: _write_file(plan, target, link, keep_finished, hash_links, progress.update)
+            for plan in plans
+            if not plan.unchanged
         }
         hashes |= {name: written.result() for name, written in background.items()}
     if len(plans) > 1:
@@ -228,16 +238,20 @@ def check_disk_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(_existing_parent(folder)).free
     if num_bytes > free:
         raise InputError(
-            f"{folder}: {num_bytes / 1e9:.1f} GB are to be written, but the disk has {free / 1e9:.1f} GB free; "
+            f"{folder}: {_readable(num_bytes)} are to be written, but the disk has {_readable(free)} free; "
             f"make room or choose a target on another disk"
         )
+
+
+def _readable(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 10e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
 # ---- reading ----
 
 
 def _find_layout(folder: Path) -> str:
-    """Name of the index, or of the only weight file. An index stands before a single file, safetensors before pickles."""
+    """Name of the index, or of the only weight file. A single file stands before an index, safetensors before pickles."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; expected a Hugging Face model folder with weights")
     for name in _LAYOUTS:
@@ -288,6 +302,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
     """State dict of a `.bin` file: memory-mapped when it is the zip format, and never executing what is in it."""
+    if path.stat().st_size < _MIN_PICKLE_BYTES:
+        raise InputError(f"{path} has {path.stat().st_size} bytes: it was cut off; download it again")
     try:
         with open(path, "rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
@@ -388,18 +404,22 @@ def _planned_tensor(
 def _target_name(source_name: str, num_files: int) -> str:
     if num_files == 1:
         return SINGLE_FILE
-    return re.sub(r"^pytorch_model-(.*)\.bin$", r"model-\1.safetensors", source_name)
+    stem, _ = os.path.splitext(source_name)
+    return re.sub(r"^pytorch_model-", "model-", stem) + ".safetensors"
 
 
-def _write_file(plan: _FilePlan, target: Path, link: bool, keep_finished: bool, report: Callable[[int], Any]) -> str:
+def _write_file(
+    plan: _FilePlan, target: Path, link: bool, keep_finished: bool, hash_links: bool, report: Callable[[int], Any]
+) -> str:
     path = target / plan.name
+    hash_linked = hash_file if hash_links else partial(_hash_without_reading, plan.weights.folder)
     if keep_finished and plan.is_finished(target):
         report(plan.num_bytes)
         is_link = plan.unchanged and plan.unchanged.samefile(path)
-        return _hash_without_reading(plan.weights.folder, path) if is_link else hash_file(path)
+        return hash_linked(path) if is_link else hash_file(path)
     if plan.unchanged and link and _try_link(plan.unchanged, path):
         report(plan.num_bytes)
-        return _hash_without_reading(plan.weights.folder, path)
+        return hash_linked(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:

@@ -13,39 +13,53 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from beingvl.errors import InputError
-from beingvl.manifest import Manifest, read_manifest, start_folder, write_manifest
+from beingvl.manifest import Manifest, read_manifest
 from beingvl.model.extended_vocab import stored_slice
-from beingvl.model.weight_files import WeightFolder, rewrite_weights
+from beingvl.model.target_folder import finish_target, start_target
+from beingvl.model.weight_files import WeightFolder, bytes_to_write, rewrite_weights
 from beingvl.train.checkpoint import CheckpointState, StateReader, read_state
 from beingvl.vocab import VocabLayout
 
 
-def write_hf_folder(start_model: Path, checkpoint: Path, target: Path, link: bool = True) -> Manifest:
-    """Write `target`. Raises InputError when the checkpoint was not trained from `start_model`."""
+def write_hf_folder(
+    start_model: Path, checkpoint: Path, target: Path, link: bool = True, check: Callable[[Path], None] | None = None
+) -> Manifest:
+    """Write `target`. Raises InputError when the checkpoint was not trained from `start_model`, or is cut off.
+
+    `check` is called with the written folder before its manifest; what it raises leaves the folder incomplete.
+    """
     manifest = read_manifest(start_model, "model")
     state = read_state(checkpoint)
     if state.identity["start_model"] != manifest.content_hash:
         raise InputError(f"{checkpoint} was not trained from {start_model}: its start model has another hash; give the right one")
     layout = VocabLayout.load(start_model)
     weights = WeightFolder(start_model)
-    start_folder(target)
+    trained = _trained_tensors(weights, checkpoint, state, layout)
     weight_files = {*weights.files, weights.index_file}
-    for name in manifest.files:
-        if name not in weight_files:
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(start_model / name, target / name)
-    hashes = rewrite_weights(weights, target, _trained_tensors(weights, checkpoint, state, layout), link=link)
+    others = [name for name in manifest.files if name not in weight_files]
+    num_bytes = bytes_to_write(weights, target, trained, link) + sum(int(manifest.files[name]["bytes"]) for name in others)
+    start_target(target, {"start_model": manifest.content_hash, "checkpoint": str(checkpoint)}, num_bytes)
+    for name in others:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(start_model / name, target / name)
+    hashes = rewrite_weights(weights, target, trained, link=link)
+    if check:
+        check(target)
     counts = {**manifest.counts, "step": state.step}
-    details = {"identity": state.identity}
-    return write_manifest(target, "model", counts, state.identity["lineage"], details, known_hashes=hashes)
+    return finish_target(target, "model", counts, state.identity["lineage"], {"identity": state.identity}, hashes)
 
 
 def _trained_tensors(
     weights: WeightFolder, checkpoint: Path, state: CheckpointState, layout: VocabLayout
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """Stored tensor name -> function that gives the tensor with its trained rows in place."""
+    try:
+        StateReader(checkpoint, state).__exit__()
+    except SafetensorError as error:
+        raise InputError(f"{checkpoint} holds a damaged or cut off file ({error}); take an older checkpoint") from error
     trained_parts: dict[str, list[str]] = {}
     for name in state.parameters:
         trained_parts.setdefault(stored_slice(name, layout.num_text)[0], []).append(name)

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from beingvl.errors import InputError
 
 if TYPE_CHECKING:
     from beingvl.data.arrow_shards import ShardReader
@@ -68,16 +71,23 @@ def save_probe(folder: Path, probe: Probe, logits: torch.Tensor) -> None:
 
 
 def load_probe(folder: Path) -> tuple[Probe, torch.Tensor]:
-    """The probe of a checkpoint and its logits `[p, vocabulary]`."""
-    tensors = load_file(folder / PROBE_FILE)
+    """The probe of a checkpoint and its logits `[p, vocabulary]`. Raises InputError when it is missing or damaged."""
+    path = folder / PROBE_FILE
+    try:
+        tensors = load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise InputError(f"{path} is missing or damaged ({error}), so the model cannot be compared with it") from error
     return Probe(tensors["input_ids"], tensors["positions"]), tensors["logits"]
 
 
 def compare_logits(stored: torch.Tensor, found: torch.Tensor, dtype: torch.dtype) -> Comparison:
     """Compare logits `[p, vocabulary]`; `dtype` is the coarser of the two computations'."""
-    ours, theirs = stored.double().log_softmax(-1), found[:, : stored.shape[1]].double().cpu().log_softmax(-1)
+    found = found[:, : stored.shape[1]].cpu()
+    if found.shape != stored.shape:
+        return Comparison(float("inf"), float("inf"), TOLERANCE_NATS[dtype])
+    ours, theirs = stored.double().log_softmax(-1), found.double().log_softmax(-1)
     kl = (ours.exp() * (ours - theirs)).sum(-1).mean().item()
-    return Comparison(kl if np.isfinite(kl) else float("inf"), float((stored - found.cpu()).abs().max()), TOLERANCE_NATS[dtype])
+    return Comparison(kl if np.isfinite(kl) else float("inf"), float((stored - found).abs().max()), TOLERANCE_NATS[dtype])
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from beingvl.cli import main
 from beingvl.manifest import hash_file, read_manifest, verify_folder
-from beingvl.model import convert_llama
+from beingvl.model import convert_llama, target_folder
 from beingvl.model.new_rows import VisualVocabulary, make_rows
 from beingvl.model.weight_files import WeightFolder
 from beingvl.tokenizer.vbpe import VisualBPE
@@ -471,9 +471,8 @@ def test_a_damaged_base_is_named_and_nothing_is_written(tmp_path, damage, messag
 def test_the_disk_is_checked_before_writing(tmp_path, llama, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    refused(
-        capsys, "GB are to be written, but the disk has 0.0 GB free", "--llama_path", llama, "--output_path", tmp_path / "never"
-    )
+    message = "65.1 MB are to be written, but the disk has 0.0 MB free"
+    refused(capsys, message, "--llama_path", llama, "--output_path", tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
 
@@ -497,14 +496,59 @@ def test_killed_half_way_it_is_incomplete_and_the_same_command_finishes_it(tmp_p
     assert not list((tmp_path / "base").glob("*.tmp"))
 
 
-def test_an_interrupted_run_is_started_over_by_another_request(tmp_path, llama):
+def interrupt(monkeypatch, module, name: str, *arguments: object, after: bool = False) -> None:
+    """Run the command and end it as Ctrl-C does, when it calls `module.name` (or behind that call)."""
+    original = getattr(module, name)
+
+    def stop(*args, **options):
+        if after:
+            original(*args, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, stop)
+        assert convert(*arguments) == 130
+
+
+def test_an_interrupted_run_is_not_mixed_with_another_request(tmp_path, llama, vq, vbpe_file, monkeypatch, capsys):
     target = tmp_path / "base"
-    target.mkdir()
-    (target / ".convert.tmp").write_text("{}")
-    (target / "model.safetensors").write_bytes(b"half")
-    assert convert("--llama_path", llama, "--num_merges", 0, "--output_path", target) == 0
+    arguments = ["--llama_path", llama, "--output_path", target]
+    interrupt(monkeypatch, target_folder, "start_target", *arguments)
+    assert not target.exists()
+    interrupt(monkeypatch, target_folder, "write_manifest", *arguments, "--being_vq_path", vq, "--vbpe", vbpe_file)
+    (target / "chat_template.jinja").write_text("of another model")
+    refused(capsys, "holds an interrupted run with other options or inputs", *arguments, "--num_merges", 0)
+    assert convert(*arguments, "--num_merges", 0, "--overwrite") == 0
     verify_folder(target)
-    assert not (target / "model.safetensors").exists()
+    left = {path.name for path in target.iterdir()}
+    assert not left & {"vqgan", "vbpe.json", "chat_template.jinja", ".unfinished.tmp"}
+
+
+def test_overwriting_leaves_nothing_of_the_older_base(tmp_path, llama, vq):
+    target = tmp_path / "base"
+    arguments = ["--llama_path", llama, "--num_merges", 0, "--output_path", target]
+    assert convert(*arguments, "--being_vq_path", vq) == 0 and (target / "vqgan" / "manifest.json").is_file()
+    assert convert(*arguments, "--overwrite") == 0
+    assert not (target / "vqgan").exists()
+
+
+def test_killed_around_the_marker_the_same_command_goes_on(tmp_path, llama, monkeypatch, capsys):
+    target = tmp_path / "base"
+    arguments = ["--llama_path", llama, "--num_merges", 0, "--output_path", target]
+    target.mkdir()
+    (target / "..unfinished.tmp.123.tmp").write_text("half a marker")
+    assert convert(*arguments) == 0 and not list(target.glob("*.tmp"))
+    before = new_row_bytes(target)
+    # Killed when the older base is no longer finished, but its files are there: they are not taken for the new one's.
+    monkeypatch.setattr(target_folder, "start_folder", lambda folder: (folder / "manifest.json").unlink())
+    interrupt(monkeypatch, target_folder, "_remove", *arguments, "--seed", 5, "--overwrite")
+    monkeypatch.undo()
+    monkeypatch.setattr(convert_llama, "DEFAULT_CODES", NUM_CODES)
+    assert (target / "model.safetensors.index.json").is_file()
+    capsys.readouterr()
+    assert convert(*arguments, "--seed", 5) == 0
+    assert new_row_bytes(target) != before and "finishing it" not in capsys.readouterr().out
+    verify_folder(target)
 
 
 @pytest.mark.parametrize("what", ["text row", "layer", "name", "new row", "tokenizer", "eos", "vqgan"])
