@@ -1,5 +1,7 @@
 """The converter: every layout and family, old rows to the bit, stock loading, refusals that leave nothing half-written."""
 
+import base64
+import errno
 import hashlib
 import json
 import os
@@ -12,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from beingvl.cli import main
 from beingvl.manifest import hash_file, read_manifest, verify_folder
 from beingvl.model import convert_llama, target_folder
+from beingvl.model.base_model import BaseModel
 from beingvl.model.new_rows import VisualVocabulary, make_rows
 from beingvl.model.weight_files import WeightFolder
 from beingvl.tokenizer.vbpe import VisualBPE
@@ -28,6 +32,7 @@ from tests.model.small_models import (
     NUM_CODES,
     TEXTS,
     llama3_tokenizer_file,
+    make_tokenizer,
     write_base_model,
     write_vbpe,
     write_vqgan,
@@ -280,7 +285,8 @@ def test_the_real_llama3_tokenizer(tmp_path, full_size):
     assert again.get_vocab() == tokenizer.get_vocab()
 
 
-def test_a_sentencepiece_tokenizer(tmp_path):
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_sentencepiece_tokenizer(tmp_path, bare):
     import sentencepiece
 
     base = write_base_model(tmp_path / "llama", "llama")
@@ -296,7 +302,8 @@ def test_a_sentencepiece_tokenizer(tmp_path):
         byte_fallback=True,
         minloglevel=2,
     )
-    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    if not bare:
+        (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}))
     config = json.loads((base / "config.json").read_text()) | {"bos_token_id": 1, "eos_token_id": 2}
     (base / "config.json").write_text(json.dumps(config))
     assert convert("--llama_path", base, "--num_merges", 4, "--output_path", tmp_path / "base", "--verify_loading") == 0
@@ -304,9 +311,22 @@ def test_a_sentencepiece_tokenizer(tmp_path):
     reference = sentencepiece.SentencePieceProcessor(str(base / "tokenizer.model"))
     for text in TEXTS[:3]:
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == reference.encode(text)
+        assert tokenizer(text)["input_ids"] == [1, *reference.encode(text)]
+    settings = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in settings
     layout = VocabLayout.load(tmp_path / "base")
     assert (layout.bos_id, layout.eos_id) == (1, 2)
     assert tokenizer.convert_tokens_to_ids(layout.new_tokens()) == list(range(300, layout.size))
+
+
+@pytest.mark.parametrize("package", ["sentencepiece", "google.protobuf"])
+def test_a_sentencepiece_tokenizer_says_what_to_install(tmp_path, package, monkeypatch, capsys):
+    base = write_base_model(tmp_path / "llama")
+    (base / "tokenizer.json").unlink()
+    (base / "tokenizer.model").write_bytes(b"\x0a\x0esentencepiece")
+    monkeypatch.setitem(sys.modules, package, None)
+    message = f"needs {package} to be read: `pip install sentencepiece protobuf`"
+    refused(capsys, message, "--llama_path", base, "--output_path", tmp_path / "never")
 
 
 def test_a_given_tokenizer_without_merges_gets_them(tmp_path, llama, vq):
@@ -405,6 +425,80 @@ def test_a_finished_target_is_reused_by_the_same_request_and_refused_to_others(t
     verify_folder(tmp_path / "base")
 
 
+@pytest.mark.parametrize("changed", ["generation config", "tokenizer config", "weight", "given tokenizer", "vq decoder"])
+def test_a_changed_input_is_not_the_same_request(tmp_path, vq, changed, capsys):
+    base, own_vq = write_base_model(tmp_path / "llama"), tmp_path / "vq"
+    shutil.copytree(vq, own_vq)
+    arguments = ["--llama_path", base, "--being_vq_path", own_vq, "--num_merges", 0]
+    if changed == "given tokenizer":
+        assert convert(*arguments, "--output_path", tmp_path / "given") == 0
+        arguments += ["--being_tokenizer_config_path", tmp_path / "given"]
+    arguments += ["--output_path", tmp_path / "base"]
+    assert convert(*arguments) == 0
+    if changed in ("weight", "vq decoder"):
+        path = (base if changed == "weight" else own_vq) / "model.safetensors"
+        tensors = load_file(path)
+        name = next(name for name in tensors if name.startswith("decoder.") or name.endswith("q_proj.weight"))
+        tensors[name].view(-1)[-1] += 1
+        save_file(tensors, path, metadata={"format": "pt"})
+    else:
+        folder = tmp_path / "given" if changed == "given tokenizer" else base
+        path = folder / ("generation_config.json" if changed == "generation config" else "tokenizer_config.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"top_k": 7}))
+    named = {"given tokenizer": "tokenizer", "vq decoder": "vqgan"}.get(changed, "llama")
+    refused(capsys, f"is finished, but with another {named}", *arguments)
+    assert convert(*arguments, "--overwrite") == 0
+
+
+def test_older_names_below_the_embedding_are_left_to_transformers(tmp_path):
+    base = write_base_model(tmp_path / "llama")
+    tensors = load_file(base / "model.safetensors")
+    renamed = {name.replace("model.layers", "model.blocks").replace("model.norm", "model.ln"): tensors[name] for name in tensors}
+    save_file(renamed, base / "model.safetensors", metadata={"format": "pt"})
+    assert BaseModel.open(base).num_text == 300
+
+
+def test_an_index_that_lists_half_of_the_shards_is_refused(tmp_path, capsys):
+    base = write_base_model(tmp_path / "llama", layout="sharded")
+    path = base / "model.safetensors.index.json"
+    fields = json.loads(path.read_text())
+    kept = {fields["weight_map"][name] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    fields["weight_map"] = {name: file for name, file in fields["weight_map"].items() if file in kept}
+    path.write_text(json.dumps(fields))
+    refused(capsys, "the weights have no 'model.layers.", "--llama_path", base, "--output_path", tmp_path / "never")
+
+
+def test_a_full_disk_under_the_tokenizer_is_one_sentence(tmp_path, llama, monkeypatch, capsys):
+    def fail(*_: object, **__: object) -> None:
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
+    arguments = ["--llama_path", llama, "--num_merges", 0, "--output_path", tmp_path / "base"]
+    refused(capsys, f"{os.strerror(errno.ENOSPC)} ({tmp_path / 'base' / 'tokenizer.json'}); nothing finished is lost", *arguments)
+    monkeypatch.undo()
+    monkeypatch.setattr(convert_llama, "DEFAULT_CODES", NUM_CODES)
+    assert convert(*arguments) == 0
+
+
+def test_a_folder_named_like_a_licence_is_left_alone(tmp_path):
+    base = write_base_model(tmp_path / "llama")
+    (base / "LICENSES").mkdir()
+    assert convert("--llama_path", base, "--num_merges", 0, "--output_path", tmp_path / "base") == 0
+
+
+def test_what_was_only_sampled_or_not_checked_is_said(tmp_path, llama, vq, capsys):
+    arguments = ["--llama_path", llama, "--num_merges", 0]
+    assert convert(*arguments, "--output_path", tmp_path / "base") == 0
+    num_links = sum(path.stat().st_nlink > 1 for path in (tmp_path / "base").iterdir())
+    assert main(["verify", str(tmp_path / "base")]) == 0
+    assert num_links and f"{num_links} of them by samples only" in capsys.readouterr().out
+    assert convert(*arguments, "--output_path", tmp_path / "whole", "--verify_loading") == 0
+    assert main(["verify", str(tmp_path / "whole")]) == 0
+    shown = capsys.readouterr().out
+    assert "by samples" not in shown and "in files linked to the base's" in shown
+    assert "image codes                -          not checked: there is no VQ-GAN" in shown
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -423,6 +517,10 @@ def test_a_finished_target_is_reused_by_the_same_request_and_refused_to_others(t
         ("hidden_size", "the config and the weights are not of the same model"),
         ("intermediate_size", "mlp.gate_proj.weight' is ["),
         ("one layer more", "the weights have no 'model.layers.3.self_attn.q_proj.weight'"),
+        ("most layers missing", "the weights have no 'model.layers.3.self_attn.q_proj.weight'"),
+        ("other begin token", "the tokenizer's bos_token_id is 298, config.json and generation_config.json say 5"),
+        ("shorter tokenizer", "the tokenizer has 264 tokens, the embedding 300 rows"),
+        ("tiktoken cut off", "has 20 byte-pair ranks, which make 276 tokens"),
     ],
 )
 def test_a_damaged_base_is_named_and_nothing_is_written(tmp_path, damage, message, capsys):
@@ -439,6 +537,10 @@ def test_a_damaged_base_is_named_and_nothing_is_written(tmp_path, damage, messag
         os.truncate(base / "model.safetensors", 3000)
     elif damage == "no tokenizer":
         (base / "tokenizer.json").unlink()
+    elif damage == "tiktoken cut off":
+        (base / "tokenizer.json").unlink()
+        lines = [f"{base64.b64encode(bytes([rank])).decode()} {rank}\n" for rank in range(20)]
+        (base / "tokenizer.model").write_text("".join(lines))
     elif damage == "broken tokenizer":
         (base / "tokenizer.json").write_text('{"version": "1.0"')
     else:
@@ -448,10 +550,15 @@ def test_a_damaged_base_is_named_and_nothing_is_written(tmp_path, damage, messag
             "hidden_size": {"hidden_size": 64},
             "intermediate_size": {"intermediate_size": 40},
             "one layer more": {"num_hidden_layers": 4},
+            "most layers missing": {"num_hidden_layers": 9},
+            "other begin token": {"bos_token_id": 5},
+            "shorter tokenizer": {"bos_token_id": None, "eos_token_id": None},
             "untied without head": {"tie_word_embeddings": False},
             "no eos": {"eos_token_id": None},
         }
         (base / "config.json").write_text(json.dumps(config | changes.get(damage, {})))
+        if damage in ("other begin token", "shorter tokenizer"):
+            (base / "generation_config.json").unlink()
         extra = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         if damage == "longer tokenizer":
             tokenizer["added_tokens"].append({"id": 300, "content": "<extra>", **extra})
@@ -464,6 +571,8 @@ def test_a_damaged_base_is_named_and_nothing_is_written(tmp_path, damage, messag
             settings.pop("eos_token")
             (base / "tokenizer_config.json").write_text(json.dumps(settings))
         (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+        if damage == "shorter tokenizer":
+            make_tokenizer(264).save_pretrained(base)
     refused(capsys, message, "--llama_path", base, "--output_path", tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
@@ -551,13 +660,11 @@ def test_killed_around_the_marker_the_same_command_goes_on(tmp_path, llama, monk
     verify_folder(target)
 
 
-@pytest.mark.parametrize("what", ["text row", "layer", "name", "new row", "tokenizer", "eos", "vqgan"])
+@pytest.mark.parametrize("what", ["text row", "layer", "name", "new row", "tokenizer", "eos", "vqgan", "vq decoder"])
 def test_verify_loading_finds_a_difference(tmp_path, vq, what, capsys):
     base = write_base_model(tmp_path / "llama")
     arguments = ["--llama_path", base, "--being_vq_path", vq, "--num_merges", 0, "--output_path", tmp_path / "base"]
     assert convert(*arguments) == 0
-    from safetensors.torch import load_file, save_file
-
     path = tmp_path / "base" / "model.safetensors"
     tensors = load_file(path)
     if what == "text row":
@@ -576,6 +683,10 @@ def test_verify_loading_finds_a_difference(tmp_path, vq, what, capsys):
     elif what == "vqgan":
         shutil.rmtree(tmp_path / "base" / "vqgan")
         write_vqgan(tmp_path / "base" / "vqgan", seed=1)
+    elif what == "vq decoder":
+        path = tmp_path / "base" / "vqgan" / "model.safetensors"
+        tensors = load_file(path)
+        tensors[next(name for name in tensors if name.startswith("decoder."))].view(-1)[0] += 1
     save_file(tensors, path, metadata={"format": "pt"})
     assert convert(*arguments, "--verify_loading") == 1
     rows = [line for line in capsys.readouterr().out.splitlines() if " DIFFERENT " in line]
@@ -587,6 +698,7 @@ def test_verify_loading_finds_a_difference(tmp_path, vq, what, capsys):
         "tokenizer": ["files", "tokenizer"],
         "eos": ["files", "generation config"],
         "vqgan": ["files", "image codes"],
+        "vq decoder": ["files", "image codes"],
     }[what]
     assert len(rows) == len(named) and all(row.startswith(name) for row, name in zip(rows, named, strict=True)), rows
 

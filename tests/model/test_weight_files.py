@@ -308,3 +308,45 @@ def test_a_tensor_that_is_not_as_announced_is_a_defect_and_leaves_no_file(tmp_pa
     with pytest.raises(AssertionError):
         rewrite_weights(source, tmp_path / "target", {"embed": lambda: made})
     assert not any((tmp_path / "target").iterdir())
+
+
+def test_weights_left_by_another_model_do_not_survive(tmp_path):
+    source = write_folder(tmp_path / "source", "sharded")
+    target = tmp_path / "target"
+    target.mkdir()
+    for name in ("model.safetensors", "pytorch_model.bin", "model-00001-of-00002.safetensors", "pytorch_model.bin.index.json"):
+        (target / name).write_text("stale")
+    rewrite_weights(source, target, {})
+    assert {path.name for path in target.iterdir()} == {*SHARDS, INDEX_FILE}
+    rewrite_weights(write_folder(tmp_path / "single", "single"), target, {})
+    assert {path.name for path in target.iterdir()} == {"model.safetensors"}
+
+
+def test_shards_of_any_bin_name_become_safetensors(tmp_path):
+    source = write_folder(tmp_path / "source", "sharded_bin")
+    index = source / "pytorch_model.bin.index.json"
+    index.write_text(index.read_text().replace("pytorch_model-", "weights-"))
+    for path in source.glob("pytorch_model-*.bin"):
+        path.rename(source / path.name.replace("pytorch_model-", "weights-"))
+    rewrite_weights(source, tmp_path / "target", {})
+    names = {path.name for path in (tmp_path / "target").iterdir()}
+    assert names == {INDEX_FILE, *(f"weights-0000{number}-of-00003.safetensors" for number in (1, 2, 3))}
+    assert torch.equal(WeightFolder(tmp_path / "target")["embed"], tensors()["embed"])
+
+
+def test_a_single_file_stands_before_an_index_as_in_transformers(tmp_path):
+    source = write_folder(tmp_path / "source", "sharded")
+    save_file({"embed": torch.zeros(1)}, source / "model.safetensors")
+    assert set(WeightFolder(source)) == {"embed"}
+
+
+def test_linked_files_are_hashed_whole_when_asked(tmp_path):
+    source = write_folder(tmp_path / "source", "single")
+    sampled, whole = (rewrite_weights(source, tmp_path / str(how), {}, hash_links=how)["model.safetensors"] for how in (0, 1))
+    assert sampled.startswith("sampled-") and whole == hash_file(source / "model.safetensors")
+
+
+def test_a_pickle_of_a_few_bytes_was_cut_off(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03")
+    with pytest.raises(InputError, match="has 3 bytes: it was cut off"):
+        WeightFolder(tmp_path)
