@@ -1,3 +1,5 @@
+import errno
+import os
 import subprocess
 import sys
 import time
@@ -60,3 +62,14 @@ def test_a_defect_keeps_its_traceback_in_a_file(tmp_path, capsys, monkeypatch) -
     error = capsys.readouterr().err
     saved = error.split("the traceback is in ")[1].split(" ")[0]
     assert "ZeroDivisionError" in Path(saved).read_text()
+
+
+def test_a_failing_disk_is_a_defect_too_and_a_full_one_a_sentence(tmp_path, capsys, monkeypatch) -> None:
+    for number, code, message in ((errno.EIO, 1, "looks like a defect"), (errno.ENOSPC, 2, "make room")):
+
+        def fail(path, number=number):
+            raise OSError(number, os.strerror(number), "x.bin")
+
+        monkeypatch.setattr("beingvl.manifest.verify_folder", fail)
+        assert cli.main(["verify", str(tmp_path)]) == code
+        assert message in capsys.readouterr().err

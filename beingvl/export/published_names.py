@@ -69,10 +69,10 @@ def write_published(model_folder: Path | str, target: Path | str, link: bool = T
     return finish_target(target, PUBLISHED_KIND, manifest.counts, manifest.lineage, manifest.details, hashes)
 
 
-def read_published(folder: Path | str, target: Path | str, layout: VocabLayout | None = None, link: bool = True) -> Manifest:
+def read_published(folder: Path | str, target: Path | str, link: bool = True) -> Manifest:
     """Write the Being-VL model folder of a published one, ours or from elsewhere.
 
-    `layout` is that of the folder's vocab_layout.json, else the published one, if the number of rows fits. Raises InputError
+    The layout is that of the folder's vocab_layout.json, else the published one, if the number of rows fits. Raises InputError
     for a folder without `model.vqmodel.*` weights or whose sizes contradict each other.
     """
     folder, target = Path(folder), Path(target)
@@ -85,7 +85,12 @@ def read_published(folder: Path | str, target: Path | str, layout: VocabLayout |
         raise InputError(
             f"{folder} has no {missing}: it is not a published Being-VL folder; for a stock LLaMA use `beingvl convert`"
         )
-    layout = _layout_of(folder, config, layout)
+    layout = _layout_of(folder, config)
+    if vq_config.get("num_embeddings", layout.num_vq) != layout.num_vq:
+        raise InputError(
+            f"{folder}: its VQ-GAN has {vq_config['num_embeddings']} codes, its vocabulary {layout.num_vq}; "
+            f"put the right {LAYOUT_FILE} into the folder"
+        )
 
     others = _other_files(folder)
     vq_bytes = sum(weights.tensors[name].num_bytes for name in vq_names)
@@ -95,11 +100,6 @@ def read_published(folder: Path | str, target: Path | str, layout: VocabLayout |
     write_atomically(target / "config.json", to_json(config))
     write_atomically(target / LAYOUT_FILE, to_json(layout.to_dict()))
     vqgan = _write_vqgan(folder, target / VQGAN_FOLDER, weights, vq_names, {"model_type": "chameleon_vqgan", **vq_config})
-    if vqgan.num_codes != layout.num_vq:
-        raise InputError(
-            f"{folder}: its VQ-GAN has {vqgan.num_codes} codes, its vocabulary {layout.num_vq}; "
-            f"put the right {LAYOUT_FILE} into the folder"
-        )
     hashes = rewrite_weights(weights, target, {}, link=link, drop=vq_names)
     inherited = read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else None
     lineage = {**(inherited.lineage if inherited else {}), "vocab": layout.fingerprint(), "vqgan": vqgan.fingerprint()}
@@ -124,9 +124,9 @@ def _write_vqgan(folder: Path, target: Path, weights: WeightFolder, vq_names: li
     return vqgan
 
 
-def _layout_of(folder: Path, config: Mapping[str, Any], given: VocabLayout | None) -> VocabLayout:
+def _layout_of(folder: Path, config: Mapping[str, Any]) -> VocabLayout:
     rows = config.get("vocab_size")
-    layout = given or (VocabLayout.load(folder) if (folder / LAYOUT_FILE).is_file() else PUBLISHED_LAYOUT)
+    layout = VocabLayout.load(folder) if (folder / LAYOUT_FILE).is_file() else PUBLISHED_LAYOUT
     if not isinstance(rows, int) or rows < layout.size:
         raise InputError(
             f"{folder / 'config.json'} has vocab_size {rows}, the layout has {layout.size} ids ({layout.to_dict()}); "

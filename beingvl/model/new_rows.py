@@ -4,7 +4,8 @@
     method, statistics, vocabulary ──make_rows──>  blocks [n, hidden] float64, together num_visual rows in id order
 
 Random numbers are numpy's PCG64 normals in float64, rounded to the model's dtype at the very end, so that the same seed gives
-the same bytes on every machine, whatever its math library does with the last bit.
+the same bytes on every machine, whatever its math library does with the last bit. That holds for one version of numpy: its
+policy (NEP 19) allows another stream of normals in a later one.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def check_visual_vocabulary(visual: VisualVocabulary | None, layout: VocabLayout
     if visual is None:
         raise InputError("--init codebook needs --being_vq_path: the rows come from its code vectors")
     if len(visual.merge_codes) != layout.num_merges:
-        raise InputError("--init codebook needs --vbpe: a merged token's row is the mean of its codes' rows")
+        raise InputError("--init codebook needs --vbpe: a merged token's row comes from the codes in it")
 
 
 def _normal_blocks(random: np.random.Generator, num_rows: int, hidden: int, std: float) -> Iterator[np.ndarray]:
@@ -105,10 +106,11 @@ def _mean_cov_blocks(random: np.random.Generator, text_rows: torch.Tensor, num_r
 def _codebook_blocks(
     random: np.random.Generator, statistics: TextStatistics, layout: VocabLayout, visual: VisualVocabulary
 ) -> Iterator[np.ndarray]:
-    """Specials: draws like a text row. Codes: their vectors under one random projection. Merges: the mean of their cells' rows.
+    """Specials: draws like a text row. Codes: their vectors under one random projection. Merges: the mean of their cells' ones.
 
-    Codes that look alike get rows that look alike, and a merge starts near what it is made of. Codes and merges are each
-    scaled to the text rows' spread around the text rows' mean.
+    Codes that look alike get rows that look alike, and a merge points where its codes together point. Specials, codes and merges
+    are each scaled to the text rows' spread around the text rows' mean: a mean of several is shorter than its parts, and is
+    stretched, so a merge's row is not the mean of its codes' rows.
     """
     hidden = len(statistics.mean)
     vectors = visual.codebook.astype(np.float64)

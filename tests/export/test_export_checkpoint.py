@@ -11,7 +11,7 @@ from beingvl.cli import main
 from beingvl.manifest import hash_file, is_complete, read_manifest, verify_folder
 from beingvl.model.weight_files import WeightFolder
 from beingvl.train.checkpoint import CheckpointState, rank_file, write_checkpoint
-from beingvl.train.probe import PROBE_FILE, Probe, save_probe
+from beingvl.train.probe import PROBE_FILE, Probe, compare_logits, save_probe
 from tests.model.small_models import write_base_model, write_vqgan
 
 TRAINED = "model.norm.weight"
@@ -132,3 +132,11 @@ def test_the_disk_is_checked_before_an_older_folder_is_removed(tmp_path, base, c
         assert export(*chosen, "--overwrite") == 2
         assert "are to be written" in capsys.readouterr().err
     assert snapshot(tmp_path / "out") == before
+
+
+def test_padding_rows_are_not_compared_and_fewer_rows_are_another_model():
+    stored = torch.tensor([[1.0, 2.0, 3.0]])
+    padded = torch.cat([stored, torch.zeros(1, 2)], dim=1)
+    comparison = compare_logits(stored, padded, torch.float32)
+    assert comparison.matches and comparison.max_difference == 0
+    assert not compare_logits(padded, stored, torch.float32).matches

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from beingvl.cli import main
 from beingvl.errors import InputError
+from beingvl.export import published_names
 from beingvl.export.published_names import PREFIX, PUBLISHED_LAYOUT, read_published, write_published
 from beingvl.manifest import read_manifest, verify_folder
 from beingvl.model.weight_files import WeightFolder
@@ -78,19 +79,23 @@ def test_unchanged_shards_are_links(tmp_path, base):
     assert len(linked) == len(WeightFolder(base).files) - 1
 
 
-def test_a_folder_from_elsewhere_needs_no_manifest_and_no_layout_file(tmp_path, base):
-    write_published(base, tmp_path / "published")
-    for name in ("manifest.json", LAYOUT_FILE):
-        (tmp_path / "published" / name).unlink()
+def test_a_folder_from_elsewhere_needs_no_manifest(tmp_path, base, monkeypatch):
+    published = tmp_path / "published"
+    write_published(base, published)
+    (published / "manifest.json").unlink()
     layout = VocabLayout.load(base)
-    manifest = read_published(tmp_path / "published", tmp_path / "back", layout=layout)
+    manifest = read_published(published, tmp_path / "back")
     assert manifest.lineage["vocab"] == layout.fingerprint() and equal_tensors(tmp_path / "back", base)
+    (published / LAYOUT_FILE).unlink()
     with pytest.raises(InputError, match=f"the layout has {PUBLISHED_LAYOUT.size} ids"):
-        read_published(tmp_path / "published", tmp_path / "never")
+        read_published(published, tmp_path / "never")
+    monkeypatch.setattr(published_names, "PUBLISHED_LAYOUT", layout)
+    assert read_published(published, tmp_path / "again").lineage == manifest.lineage
     wrong = VocabLayout(layout.num_text, layout.num_vq - 1, layout.num_merges, 0, 1)
-    with pytest.raises(InputError, match="its VQ-GAN has 16 codes, its vocabulary 15"):
-        read_published(tmp_path / "published", tmp_path / "incomplete", layout=wrong)
-    assert not (tmp_path / "never").exists() and not (tmp_path / "incomplete" / "manifest.json").exists()
+    (published / LAYOUT_FILE).write_text(json.dumps(wrong.to_dict()))
+    with pytest.raises(InputError, match=f"its VQ-GAN has 16 codes, its vocabulary 15; put the right {LAYOUT_FILE}"):
+        read_published(published, tmp_path / "never")
+    assert not (tmp_path / "never").exists()
 
 
 def test_other_folders_are_refused(tmp_path, base):
