@@ -404,6 +404,11 @@ def test_targets_that_would_harm_are_refused(tmp_path, capsys):
     before = snapshot(base)
     for target in (base, base / "inside", tmp_path, base / ".." / "llama"):
         refused(capsys, "lie in each other", "--llama_path", base, "--output_path", target, "--overwrite")
+    (tmp_path / "blobs").mkdir()
+    (base / "model.safetensors").rename(tmp_path / "blobs" / "model.safetensors")
+    (base / "model.safetensors").symlink_to("../blobs/model.safetensors")
+    refused(capsys, "lie in each other", "--llama_path", base, "--output_path", tmp_path / "blobs", "--overwrite")
+    assert snapshot(base) == before
     (tmp_path / "file").write_text("mine")
     refused(capsys, "is a file", "--llama_path", base, "--num_merges", 0, "--output_path", tmp_path / "file", "--overwrite")
     (tmp_path / "full").mkdir()
