@@ -1,6 +1,6 @@
 """`--verify_loading`: load a converted model with unmodified transformers and compare it with the one it was made from.
 
-Every check returns (what differs or "", what was seen); the table shows all of them, and one difference fails the whole.
+Every check returns what was seen or raises DifferenceError; the table shows all of them, and one difference fails the whole.
 """
 
 from __future__ import annotations
