@@ -199,9 +199,7 @@ def rewrite_weights(
     plans = _plan_files(weights, replace, drop)
     check_disk_space(target, sum(plan.bytes_to_write(target, link, keep_finished) for plan in plans))
     target.mkdir(parents=True, exist_ok=True)
-    written_names = {*(plan.name for plan in plans), *([INDEX_FILE] if len(plans) > 1 else [])}
-    for path in [path for pattern in WEIGHT_PATTERNS for path in target.glob(pattern) if path.name not in written_names]:
-        path.unlink()
+    _remove_other_weights(target, plans)
 
     total = sum(plan.num_bytes for plan in plans)
     # Unchanged files need no tensor of the caller's: they are linked, copied and hashed beside the others.
@@ -515,6 +513,14 @@ def _stream_tensors(plan: _FilePlan, output: _HashedOutput) -> None:
 
 def _getter(plan: _FilePlan, name: str) -> Callable[[], torch.Tensor]:
     return lambda: plan.weights[name]
+
+
+def _remove_other_weights(target: Path, plans: list[_FilePlan]) -> None:
+    """Files that a loader could take for this model's weights, but that are not about to be written."""
+    names = {*(plan.name for plan in plans), *([INDEX_FILE] if len(plans) > 1 else [])}
+    for path in [path for pattern in WEIGHT_PATTERNS for path in target.glob(pattern)]:
+        if path.name not in names:
+            path.unlink(missing_ok=True)
 
 
 def _write_index(target: Path, plans: list[_FilePlan]) -> str:
