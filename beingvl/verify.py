@@ -59,10 +59,12 @@ def check_codes(path: Path, manifest: Manifest) -> None:
 
 def check_jsonl(path: Path, manifest: Manifest) -> None:
     """Raises InputError that names the line which is not a token row."""
-    from beingvl.data.build_shards import plan_parts, read_part
+    from beingvl.data.build_shards import plan_parts
+    from beingvl.data.token_rows import RowReader
     from beingvl.vocab import VocabLayout
 
     layout = VocabLayout.from_dict(manifest.details["layout"], f"{path}/manifest.json")
     files = [path / name for name in manifest.files if name.endswith(".jsonl") and "rejected" not in name]
+    reader = RowReader(layout)
     for part in plan_parts(files, 64 << 20):
-        read_part(part, layout)
+        reader.read(part.path, part.start, part.stop)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,64 +58,79 @@ class Sample:
 
 
 @dataclass
-class ShardRows:
-    """The rows of one shard, by column. `input_ids` and `target_spans` hold one integer array a row; spans are flat."""
+class ShardColumns:
+    """The rows of one shard by column, laid end to end: row n holds `ids[id_starts[n]:id_starts[n + 1]]`, and so its spans.
 
-    id: list[str] = field(default_factory=list)
-    image: list[str] = field(default_factory=list)
-    category: list[str] = field(default_factory=list)
-    input_ids: list[np.ndarray] = field(default_factory=list)
-    target_spans: list[np.ndarray] = field(default_factory=list)
+    ids, spans: int32; id_starts, span_starts: `[num_rows + 1]` integers. Spans are flat: start, end, start, end, …
+    """
 
-    def add(self, sample: Sample) -> None:
-        self.id.append(sample.id)
-        self.image.append(sample.image)
-        self.category.append(sample.category)
-        self.input_ids.append(sample.input_ids)
-        self.target_spans.append(sample.target_spans.ravel())
+    id: pa.StringArray
+    image: pa.StringArray
+    category: pa.StringArray
+    ids: np.ndarray
+    id_starts: np.ndarray
+    spans: np.ndarray
+    span_starts: np.ndarray
 
     def __len__(self) -> int:
         return len(self.id)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.id_starts)
 
-def write_shard(path: Path, rows: ShardRows, layout: VocabLayout) -> dict[str, Any]:
-    """Check and write one shard; returns what `finish_shards` wants to know about it.
+    @classmethod
+    def of_samples(cls, samples: Sequence[Sample]) -> ShardColumns:
+        ids, id_starts = _laid_out([sample.input_ids for sample in samples])
+        spans, span_starts = _laid_out([sample.target_spans.ravel() for sample in samples])
+        texts = [pa.array([getattr(sample, name) for sample in samples], pa.string()) for name in ("id", "image", "category")]
+        return cls(texts[0], texts[1], texts[2], ids, id_starts, spans, span_starts)
 
-    Raises InputError for a row without tokens, ids outside the vocabulary or spans outside the row.
-    """
-    ids, id_starts = _laid_out(rows.input_ids)
-    spans, span_starts = _laid_out(rows.target_spans)
-    _check_ids(rows, ids, id_starts, layout)
-    _check_spans(rows, spans, span_starts, np.diff(id_starts))
-    columns = [pa.array(column, pa.string()) for column in (rows.id, rows.image, rows.category)]
-    for values, starts in ((ids, id_starts), (spans, span_starts)):
-        columns.append(pa.ListArray.from_arrays(pa.array(starts.astype(np.int32)), pa.array(values.astype(np.int32, copy=False))))
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
-    return _summary(path, rows, np.diff(id_starts), int((spans[1::2] - spans[::2]).sum()))
+    @classmethod
+    def of_batch(cls, batch: pa.RecordBatch) -> ShardColumns:
+        id_, image, category, ids, spans = (batch.column(name) for name in SCHEMA.names)
+        lists = [array.to_numpy() for array in (ids.values, ids.offsets, spans.values, spans.offsets)]
+        return cls(id_, image, category, lists[0], lists[1], lists[2], lists[3])
 
 
 def _laid_out(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Rows end to end, and where each starts `[n + 1]`."""
-    starts = np.zeros(len(arrays) + 1, np.int64)
-    np.cumsum([len(array) for array in arrays], out=starts[1:])
-    if starts[-1] >= 2**31:
-        raise InputError(f"a shard would hold {starts[-1]} tokens, more than 2^31; write fewer rows a shard")
-    return np.concatenate(arrays) if arrays else np.empty(0, np.int32), starts
+    starts = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
+    return np.concatenate([np.empty(0, np.int32), *arrays]), starts
 
 
-def _check_ids(rows: ShardRows, ids: np.ndarray, starts: np.ndarray, layout: VocabLayout) -> None:
-    empty = np.flatnonzero(np.diff(starts) == 0)
+def write_shard(path: Path, rows: ShardColumns, layout: VocabLayout) -> dict[str, Any]:
+    """Check and write one shard; returns what `finish_shards` wants to know about it.
+
+    Raises InputError for a row without tokens, ids outside the vocabulary or spans outside the row.
+    """
+    _check_ids(rows, layout)
+    _check_spans(rows)
+    columns = [rows.id, rows.image, rows.category]
+    for values, starts in ((rows.ids, rows.id_starts), (rows.spans, rows.span_starts)):
+        offsets = pa.array(starts.astype(np.int32))
+        columns.append(pa.ListArray.from_arrays(offsets, pa.array(values.astype(np.int32, copy=False))))
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
+    return _summary(path, rows)
+
+
+def _check_ids(rows: ShardColumns, layout: VocabLayout) -> None:
+    ids, starts = rows.ids, rows.id_starts
+    if len(ids) >= 2**31:
+        raise InputError(f"a shard would hold {len(ids)} tokens, more than 2^31; write fewer rows a shard")
+    empty = np.flatnonzero(rows.lengths == 0)
     if len(empty):
-        raise InputError(f"sample {rows.id[empty[0]]!r} has no tokens")
+        raise InputError(f"sample {rows.id[empty[0]].as_py()!r} has no tokens")
     if ids.min() < 0 or ids.max() >= layout.size:
         at = int(np.argmax((ids < 0) | (ids >= layout.size)))
         row = int(np.searchsorted(starts, at, side="right")) - 1
-        raise InputError(f"sample {rows.id[row]!r} has id {ids[at]}, the vocabulary ends at {layout.size - 1}")
+        raise InputError(f"sample {rows.id[row].as_py()!r} has id {ids[at]}, the vocabulary ends at {layout.size - 1}")
 
 
-def _check_spans(rows: ShardRows, spans: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
+def _check_spans(rows: ShardColumns) -> None:
     """Ascending, inside 1 … length: a row's first token has nothing before it that could predict it."""
+    spans, starts, lengths = rows.spans, rows.span_starts, rows.lengths
     count = np.diff(starts)
     row_of = np.repeat(np.arange(len(rows)), count)
     bad = (spans < 1) | (spans > lengths[row_of])
@@ -123,21 +138,21 @@ def _check_spans(rows: ShardRows, spans: np.ndarray, starts: np.ndarray, lengths
     bad |= (count % 2 == 1)[row_of]
     if bad.any():
         row = int(row_of[np.argmax(bad)])
-        found = f"sample {rows.id[row]!r} has target_spans {rows.target_spans[row].tolist()}"
+        found = f"sample {rows.id[row].as_py()!r} has target_spans {spans[starts[row] : starts[row + 1]].tolist()}"
         raise InputError(f"{found} outside its tokens 1 … {lengths[row]} or overlapping")
 
 
-def _summary(path: Path, rows: ShardRows, lengths: np.ndarray, target_tokens: int) -> dict[str, Any]:
-    names, numbers = np.unique(np.array(rows.category, dtype=object), return_inverse=True)
-    samples, tokens = np.bincount(numbers), np.bincount(numbers, weights=lengths)
-    sources = {str(name): [int(s), int(t)] for name, s, t in zip(names, samples, tokens, strict=True)}
+def _summary(path: Path, rows: ShardColumns) -> dict[str, Any]:
+    encoded = rows.category.dictionary_encode()
+    numbers, names = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
+    samples, tokens = np.bincount(numbers), np.bincount(numbers, weights=rows.lengths)
     return {
         "hash": hash_file(path),
         "samples": len(rows),
-        "tokens": int(lengths.sum()),
-        "target_tokens": target_tokens,
-        "longest_sample_tokens": int(lengths.max(initial=0)),
-        "sources": sources,
+        "tokens": len(rows.ids),
+        "target_tokens": int((rows.spans[1::2] - rows.spans[::2]).sum(dtype=np.int64)),
+        "longest_sample_tokens": int(rows.lengths.max()),
+        "sources": {name: [int(samples[at]), int(tokens[at])] for at, name in sorted(enumerate(names), key=lambda pair: pair[1])},
     }
 
 
@@ -206,20 +221,20 @@ class ShardWriter:
         self._folder = start_folder(folder)
         self._layout = layout
         self._rows_per_shard = rows_per_shard
-        self._rows = ShardRows()
+        self._rows: list[Sample] = []
         self._shards: dict[str, dict[str, Any]] = {}
 
     def add(self, sample: Sample) -> None:
         """Append one sample; it is checked when its shard is written."""
-        self._rows.add(sample)
+        self._rows.append(sample)
         if len(self._rows) >= self._rows_per_shard:
             self._flush()
 
     def _flush(self) -> None:
-        if len(self._rows):
+        if self._rows:
             name = shard_name(len(self._shards))
-            self._shards[name] = write_shard(self._folder / name, self._rows, self._layout)
-            self._rows = ShardRows()
+            self._shards[name] = write_shard(self._folder / name, ShardColumns.of_samples(self._rows), self._layout)
+            self._rows = []
 
     def finish(self, lineage: dict[str, str], details: dict) -> Manifest:
         """Write the last shard and the manifest. Raises InputError for an impossible sample, or when there is none at all."""
@@ -351,13 +366,11 @@ class ShardReader:
         """Read every sample. Raises InputError for what `write_shard` would have refused, or an index that does not fit."""
         for number, name in enumerate(self._names):
             batch = open_batch(self.folder / name)
-            rows = ShardRows(*(batch.column(text).to_pylist() for text in ("id", "image", "category")))
-            (starts, ids), (span_starts, spans) = self._shard(number).lists()
-            rows.target_spans = np.split(spans, span_starts[1:-1])
-            _check_ids(rows, ids, starts, self.layout)
-            _check_spans(rows, spans, span_starts, np.diff(starts))
+            rows = ShardColumns.of_batch(batch)
+            _check_ids(rows, self.layout)
+            _check_spans(rows)
             place = slice(self._starts[number], self._starts[number + 1])
-            fits = np.array_equal(self.lengths[place], np.diff(starts))
+            fits = np.array_equal(self.lengths[place], rows.lengths)
             if not fits or not np.array_equal(self.source_of[place], source_indices(batch, self.sources)):
                 raise InputError(f"{self.folder}: the index files do not fit {name}; build the shards again")
 

@@ -309,26 +309,27 @@ def tokenize_part(task: tuple[int, list[dict]]) -> int:
     counts["rejected"] = len(rejected)
     with _process.parts.writing(number) as folder:
         for variant, variant_rows in made.items():
+            path = folder / f"{variant}.jsonl"
+            path.write_text("".join(map(_line, variant_rows)), encoding="utf-8")
             if args.format == "arrow":
-                _write_shard(folder, variant, variant_rows)
-            else:
-                (folder / f"{variant}.jsonl").write_text("".join(map(_line, variant_rows)), encoding="utf-8")
+                _write_shard(folder, variant, path)
+                path.unlink()
         (folder / "rejected.jsonl").write_text("".join(map(_line, rejected)), encoding="utf-8")
         (folder / "counts.json").write_text(json.dumps(counts))
     return len(rows)
 
 
-def _write_shard(folder: Path, variant: str, rows: list[dict]) -> None:
-    import simdjson
+def _write_shard(folder: Path, variant: str, path: Path) -> None:
+    """Rows in a JSONL file to a shard: the same bytes with and without the detour of `beingvl build-shards`."""
+    from beingvl.data.arrow_shards import write_shard
+    from beingvl.data.token_rows import RowReader
 
-    from beingvl.data.arrow_shards import ShardRows, write_shard
-    from beingvl.data.build_shards import add_row
-
-    # Through one line of JSON, so that a shard has the same bytes with and without the detour over a JSONL file.
-    shard, parser = ShardRows(), simdjson.Parser()
-    for row in rows:
-        add_row(shard, parser, _line(row).encode(), _process.layout, None)
-    summary = write_shard(folder / f"{variant}.arrow", shard, _process.layout) if rows else None
+    size = path.stat().st_size
+    summary = (
+        write_shard(folder / f"{variant}.arrow", RowReader(_process.layout).read(path, 0, size), _process.layout)
+        if size
+        else None
+    )
     (folder / f"{variant}.json").write_text(json.dumps(summary))
 
 
