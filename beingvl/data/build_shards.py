@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     refuse_overwrite_of_many(args.overwrite, num_ranks, args.output_path)
     layout, lineage = _layout_and_lineage(args.jsonl_path, args.model_path, args.vbpe_path)
     request = {
-        "jsonl": [content_of(path) for path in args.jsonl_path],
+        "jsonl": contents_of(args.jsonl_path),
         "lineage": lineage,
         "part_bytes": args.part_bytes,
         "duplicate_ids": args.duplicate_ids,
@@ -117,17 +117,27 @@ def remove_parts(output: Path) -> None:
     shutil.rmtree(output / FOLDER, ignore_errors=True)
 
 
+def contents_of(paths: list[Path]) -> list[str]:
+    """Hashes of JSONL files; meanwhile what comes next is imported, which takes most of a second."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        contents = pool.submit(lambda: [content_of(path) for path in paths])
+        import beingvl.data.token_rows  # noqa: F401
+    return contents.result()
+
+
 def content_of(path: Path) -> str:
     """Hash of a JSONL file. The manifest beside it knows the hash of a file that is not younger than itself.
 
     Raises InputError when the file is not the one of its manifest.
     """
     from beingvl.errors import InputError
-    from beingvl.manifest import MANIFEST_FILE, hash_file, is_complete, read_manifest
+    from beingvl.manifest import MANIFEST_FILE, hash_file, hash_pieces, is_complete, read_manifest
 
     entry = read_manifest(path.parent, "jsonl").files.get(path.name) if is_complete(path.parent) else None
     if entry is None:
-        return hash_file(path)
+        return hash_pieces(path)
     changed = path.stat().st_size != entry["bytes"]
     if not changed and path.stat().st_mtime_ns > (path.parent / MANIFEST_FILE).stat().st_mtime_ns:
         changed = hash_file(path) != entry["hash"]
