@@ -38,8 +38,6 @@ SCHEMA = pa.schema(
 ROWS_PER_SHARD = 65_536
 MAX_SOURCES = 256
 LENGTHS_FILE, SOURCE_OF_FILE, MEMBERS_FILE = "lengths.npy", "source_of.npy", "members.npy"
-# A page that is read stays in the map, and counts as this process's own memory, until it is given back.
-BYTES_MAPPED_AT_MOST = 32 << 20
 BYTES_MAPPED_BY_A_READ = 64 << 10  # the kernel maps 16 pages around the one that was asked for
 
 
@@ -294,10 +292,11 @@ class ShardReader:
     """All samples of a finished shard folder, memory-mapped.
 
     `lengths` [num_samples] int32 (tokens), `source_of` [num_samples] uint8 (index into `sources`), both memory-mapped. Shards are
-    opened when they are first read.
+    opened when they are first read. A page that is read stays in the map, and counts as this process's own memory, until it is
+    given back: that happens when about `bytes_mapped_at_most` have been read.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, bytes_mapped_at_most: int = 32 << 20) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(folder, "shards")
         self.layout = VocabLayout.from_dict(self.manifest.details["layout"], f"{folder}/manifest.json")
@@ -315,7 +314,7 @@ class ShardReader:
         self.lengths = self._index(LENGTHS_FILE)
         self.source_of = self._index(SOURCE_OF_FILE)
         self._open: dict[int, _Shard] = {}
-        self._mapped_bytes = 0
+        self._mapped_bytes, self._bytes_mapped_at_most = 0, bytes_mapped_at_most
 
     def _check_size(self, name: str) -> None:
         path = self.folder / name
@@ -392,7 +391,7 @@ class ShardReader:
 
     def _count_mapped(self, num_bytes: int) -> None:
         self._mapped_bytes += num_bytes + BYTES_MAPPED_BY_A_READ
-        if self._mapped_bytes > BYTES_MAPPED_AT_MOST:
+        if self._mapped_bytes > self._bytes_mapped_at_most:
             for shard in self._open.values():
                 shard.give_back_pages()
             self._mapped_bytes = 0

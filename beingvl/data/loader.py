@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,6 +136,16 @@ class TrainingData:
         """Share of every source among the samples of the whole run."""
         counts = self.mixture.counts(self._num_samples)
         return {name: counts.get(name, 0) / max(1, self._num_samples) for name in self.shards.sources}
+
+
+def open_mixture(shards: ShardReader, weights: Mapping[str, float], by: str, seed: int) -> Mixture:
+    """The mixture of a stage's JSON: `weights` are shares `by` samples or tokens. Raises InputError for impossible ones."""
+    weights = dict(weights)
+    if by == "tokens":  # a share of tokens is a share of samples, divided by their mean length
+        for name, entry in shards.manifest.details["sources"].items():
+            if name in weights:
+                weights[name] /= entry["tokens"] / entry["samples"]
+    return Mixture(shards.members, shards.sources, weights, seed)
 
 
 def collate(samples: list[Sample], sources: list[int], layout: VocabLayout, loss_on: str = "response") -> MicroBatch:

@@ -236,7 +236,7 @@ def packing_of_ten_million() -> tuple[float, float]:
     lengths = np.random.default_rng(0).lognormal(6.5, 0.5, 10_000_000).clip(20, 4096).astype(np.int32)
     source_of = (np.arange(len(lengths)) % 5 == 0).astype(np.uint8)
     started = time.perf_counter()
-    mixture = Mixture(source_of, ["a", "b"], {"a": 0.8, "b": 0.2}, 0)
+    mixture = Mixture([np.flatnonzero(source_of == index) for index in (0, 1)], ["a", "b"], {"a": 0.8, "b": 0.2}, 0)
     plan = plan_packing(lambda start, stop: lengths[mixture.draw(start, stop)], len(lengths), 4096)
     return plan.efficiency, time.perf_counter() - started
 
