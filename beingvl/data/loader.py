@@ -6,7 +6,7 @@
     4. TrainingData.micro_batch   this rank's share of one micro step, concatenated into one row
 
 B does not depend on the number of ranks, so neither does what a step sees. There is no iterator state: a resumed run asks for
-the next step.
+the next step, so the one integer to keep is the step, which every checkpoint does (`train/checkpoint.py`).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class MicroBatch:
 
     input_ids, target_ids, position_ids: `[num_tokens]` int64. `target_ids` are already shifted: `target_ids[i]` is what follows
     `input_ids[i]`, or IGNORED. cu_seqlens: `[num_documents + 1]` int32, where documents start and end.
+    token_kinds: `[num_tokens]` uint8, index into vocab.TOKEN_KINDS of every input id.
     source_of_token: `[num_tokens]` uint8, index into the mixture's sources.
     """
 
@@ -43,6 +44,7 @@ class MicroBatch:
     target_ids: np.ndarray
     position_ids: np.ndarray
     cu_seqlens: np.ndarray
+    token_kinds: np.ndarray
     source_of_token: np.ndarray
     sample_ids: tuple[str, ...]
 
@@ -151,21 +153,24 @@ def open_mixture(shards: ShardReader, weights: Mapping[str, float], by: str, see
 def collate(samples: list[Sample], sources: list[int], layout: VocabLayout, loss_on: str = "response") -> MicroBatch:
     """Lay samples end to end. No sample at all becomes one padding token without a target, so that every rank takes part."""
     if not samples:
-        nothing = np.zeros(1, np.int64)
+        padding = np.array([layout.pad_id])
         return MicroBatch(
-            input_ids=nothing + layout.pad_id,
-            target_ids=nothing + IGNORED,
-            position_ids=nothing,
+            input_ids=padding,
+            target_ids=np.array([IGNORED]),
+            position_ids=np.array([0]),
             cu_seqlens=np.array([0, 1], np.int32),
+            token_kinds=layout.token_kinds(padding),
             source_of_token=np.zeros(1, np.uint8),
             sample_ids=(),
         )
     lengths = [len(sample.input_ids) for sample in samples]
+    input_ids = np.concatenate([sample.input_ids for sample in samples]).astype(np.int64)
     return MicroBatch(
-        input_ids=np.concatenate([sample.input_ids for sample in samples]).astype(np.int64),
+        input_ids=input_ids,
         target_ids=np.concatenate([shifted_targets(sample, layout, loss_on) for sample in samples]),
         position_ids=np.concatenate([np.arange(length) for length in lengths]),
         cu_seqlens=np.cumsum([0, *lengths], dtype=np.int32),
+        token_kinds=layout.token_kinds(input_ids),
         source_of_token=np.repeat(np.array(sources, np.uint8), lengths),
         sample_ids=tuple(sample.id for sample in samples),
     )

@@ -1,6 +1,8 @@
 """Arrow shards, JSONL -> shards, and the loader's batches."""
 
 import json
+import os
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from beingvl.data.arrow_shards import Sample, ShardReader, ShardWriter
 from beingvl.data.loader import IGNORED, TrainingData, collate, shifted_targets
 from beingvl.data.mixture import Mixture
 from beingvl.errors import InputError
-from beingvl.manifest import hash_file
+from beingvl.manifest import hash_file, write_manifest
+from beingvl.tokenizer.vbpe import VisualBPE
+from beingvl.vocab import TOKEN_KINDS, VocabLayout
 from tests.tiny import LAYOUT, write_model, write_shards
 
 
@@ -152,7 +156,16 @@ def test_targets_are_shifted_and_never_cross_a_sample() -> None:
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1]
     assert batch.cu_seqlens.tolist() == [0, 3, 5]
     assert batch.source_of_token.tolist() == [0, 0, 0, 1, 1]
+    assert [array.dtype.name for array in (batch.input_ids, batch.target_ids, batch.position_ids)] == ["int64"] * 3
+    assert (batch.cu_seqlens.dtype.name, batch.token_kinds.dtype.name) == ("int32", "uint8")
     assert batch.num_target_tokens == 3
+
+
+def test_every_token_has_its_kind() -> None:
+    ids = [5, LAYOUT.boi_id, LAYOUT.first_image_id, LAYOUT.first_vbpe_id, LAYOUT.eos_id]
+    assert [TOKEN_KINDS[kind] for kind in collate([sample(ids, [])], [0], LAYOUT).token_kinds] == [
+        *("text", "special", "vq", "vbpe", "text")
+    ]
 
 
 def test_loss_on() -> None:
@@ -201,6 +214,44 @@ def test_duplicate_ids_are_refused_or_kept(tmp_path, capsys) -> None:
     assert "1 rows repeat the id of another row, the first is '7'" in capsys.readouterr().err
     assert build_shards(tmp_path, [ROW, {**ROW, "id": 8}, ROW], *model, "--duplicate_ids", "keep", "--overwrite") == 0
     assert len(ShardReader(tmp_path / "shards")) == 3
+
+
+def write_manifest_beside(path, lineage) -> None:
+    details = {"layout": LAYOUT.to_dict(), "datasets": {}}
+    write_manifest(path.parent, "jsonl", {}, lineage, details)
+
+
+def test_a_file_that_changed_after_its_manifest(tmp_path, capsys) -> None:
+    (tmp_path / "jsonl").mkdir()
+    path = tmp_path / "jsonl" / "data.jsonl"
+    path.write_text(json.dumps(ROW) + "\n")
+    write_manifest_beside(path, {"vocab": LAYOUT.fingerprint()})
+    command = ["build-shards", f"--jsonl_path={path}", f"--output_path={tmp_path}/shards"]
+    path.write_text(json.dumps({**ROW, "id": 8}) + "\n")
+    os.utime(path, ns=(time.time_ns() + 10**9,) * 2)
+    assert cli.main(command) == 2
+    assert "data.jsonl changed after its manifest was written" in capsys.readouterr().err
+    path.write_text(json.dumps({**ROW, "id": 123}) + "\n")  # of another length
+    assert cli.main(command) == 2
+    assert "data.jsonl changed after its manifest was written" in capsys.readouterr().err
+    path.write_text(json.dumps(ROW) + "\n")
+    assert cli.main(command) == 0
+
+
+def test_rows_of_another_vocabulary_or_vbpe(tmp_path, capsys) -> None:
+    (tmp_path / "jsonl").mkdir()
+    path = tmp_path / "jsonl" / "data.jsonl"
+    path.write_text(json.dumps(ROW) + "\n")
+    own, other = (VisualBPE(16, np.array([merge], np.int32)) for merge in ([0, 1, 0, 1], [1, 0, 0, 1]))
+    write_manifest_beside(path, {"vocab": LAYOUT.fingerprint(), "vbpe": own.fingerprint()})
+    other.save(tmp_path / "other.json")
+    write_model(tmp_path / "base", VocabLayout(num_text=258, num_vq=16, num_merges=9, bos_id=256, eos_id=257))
+    command = ["build-shards", f"--jsonl_path={path}", f"--output_path={tmp_path}/shards"]
+    assert cli.main([*command, f"--vbpe_path={tmp_path}/other.json"]) == 2
+    assert "do not match: they were made with different vbpe" in capsys.readouterr().err
+    assert cli.main([*command, f"--model_path={tmp_path}/base"]) == 2
+    assert "do not match: they were made with different vocab" in capsys.readouterr().err
+    assert not (tmp_path / "shards").exists()
 
 
 def test_parts_of_any_size_give_the_same_rows(tmp_path) -> None:
