@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +24,10 @@ import simdjson
 from beingvl.data.arrow_shards import ShardColumns
 from beingvl.data.token_rows_numba import Buffers, parse_lines
 from beingvl.errors import InputError
-from beingvl.tokenizer.vbpe import VisualBPE
 from beingvl.vocab import VocabLayout
+
+if TYPE_CHECKING:
+    from beingvl.tokenizer.vbpe import VisualBPE
 
 BLOCK_BYTES = 4 << 20  # a block stays in the processor's cache between reading and parsing
 BYTES_OF_THE_SHORTEST_ROW = 32  # {"id":1,"token_0":[1],"token_1":[]} has more
