@@ -356,9 +356,12 @@ class ShardReader:
         return shard
 
     def all_ids(self) -> Iterator[np.ndarray]:
-        """The token ids of every shard, end to end."""
-        for number in range(len(self._names)):
-            yield self._shard(number).lists()[0][1]
+        """The token ids of every shard, end to end. Raises InputError for an id outside the vocabulary."""
+        for number, name in enumerate(self._names):
+            ids = self._shard(number).lists()[0][1]
+            if _largest(ids) >= self.layout.size:
+                raise _damaged(self.folder / name, "it holds an id outside the vocabulary")
+            yield ids
             self._shard(number).give_back_pages()
 
     def check(self) -> None:
@@ -377,17 +380,18 @@ class ShardReader:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Sample:
+        """One sample. Raises InputError where a damaged file gives what could not have been written."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         shard, row = self._shard(number), int(index - self._starts[number])
-        sample = Sample(
-            id=shard.text("id", row),
-            image=shard.text("image", row),
-            category=shard.text("category", row),
-            input_ids=shard.list("input_ids", row),
-            target_spans=shard.list("target_spans", row).reshape(-1, 2),
-        )
-        self._count_mapped(sample.input_ids.nbytes)
-        return sample
+        ids, spans = shard.list("input_ids", row), shard.list("target_spans", row)
+        if len(ids) != self.lengths[index] or _largest(ids) >= self.layout.size or _largest(spans) > len(ids) or len(spans) % 2:
+            raise _damaged(self.folder / self._names[number], f"its row {row} has impossible ids, spans or length")
+        try:
+            texts = [shard.text(name, row) for name in ("id", "image", "category")]
+        except UnicodeDecodeError as error:
+            raise _damaged(self.folder / self._names[number], f"its row {row} has an impossible text") from error
+        self._count_mapped(ids.nbytes)
+        return Sample(texts[0], texts[1], texts[2], ids, spans.reshape(-1, 2))
 
     def _count_mapped(self, num_bytes: int) -> None:
         self._mapped_bytes += num_bytes + BYTES_MAPPED_BY_A_READ
@@ -395,3 +399,14 @@ class ShardReader:
             for shard in self._open.values():
                 shard.give_back_pages()
             self._mapped_bytes = 0
+
+
+def _largest(values: np.ndarray) -> int:
+    """The largest of int32 values, negative ones counting as huge."""
+    return int(values.view(np.uint32).max(initial=0))
+
+
+def _damaged(path: Path, found: str) -> InputError:
+    return InputError(
+        f"{path} is damaged: {found}; `beingvl verify {path.parent}` checks every file, then build the shards again"
+    )

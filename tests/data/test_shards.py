@@ -282,6 +282,25 @@ def test_flipped_bits_are_found_by_verify(tmp_path, capsys) -> None:
     assert "does not have the hash" in capsys.readouterr().err
 
 
+def test_a_flipped_bit_that_makes_a_sample_impossible_stops_the_reader(tmp_path, capsys) -> None:
+    """Training does not re-hash gigabytes at its start; an id that the model has no row for is still an error with a name."""
+    path = write_shards(tmp_path) / "shard-00000.arrow"
+    data = path.read_bytes()
+    reader = ShardReader(tmp_path)
+    ids, spans = reader[3].input_ids.tobytes(), b"".join(reader[n].target_spans.tobytes() for n in (3, 4))
+    text = b"sample-3sample-4"
+    for found, at, message in ((ids, 2, "ids, spans"), (ids, 3, "ids, spans"), (spans, 7, "ids, spans"), (text, 7, "text")):
+        flipped = bytearray(data)
+        assert data.count(found) == 1
+        flipped[data.index(found) + at] ^= 0x80
+        path.write_bytes(flipped)
+        with pytest.raises(InputError, match=f"shard-00000.arrow is damaged: its row 3 has .*{message}.*beingvl verify"):
+            ShardReader(tmp_path)[3]
+        if found is ids:
+            assert cli.main(["report", "data", str(tmp_path), "--output_path", str(tmp_path / "page.html")]) == 2
+            assert "it holds an id outside the vocabulary" in capsys.readouterr().err
+
+
 def test_an_index_that_does_not_fit(tmp_path, capsys) -> None:
     write_shards(tmp_path)
     lengths = np.load(tmp_path / "lengths.npy")
