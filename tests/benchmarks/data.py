@@ -226,7 +226,7 @@ def build_seconds(jsonl: Path, args: argparse.Namespace, pythons: list[str]) -> 
     others' time starts after their imports. `beside its manifest` is how `beingvl tokenize` leaves a file: its hash is known."""
     from beingvl.manifest import MANIFEST_FILE, write_manifest
 
-    base, bare = args.folder / "base", args.folder / "bare"
+    base, bare = args.folder / "base", jsonl.parent / "without-a-manifest"
     for folder in (base, bare):
         folder.mkdir(exist_ok=True)
     (base / LAYOUT_FILE).write_text(to_json(LAYOUT.to_dict()))
@@ -235,15 +235,8 @@ def build_seconds(jsonl: Path, args: argparse.Namespace, pythons: list[str]) -> 
         write_manifest(jsonl.parent, "jsonl", {}, {"vocab": LAYOUT.fingerprint()}, {"layout": LAYOUT.to_dict(), "datasets": {}})
     if not (bare / jsonl.name).is_file():
         (bare / jsonl.name).hardlink_to(jsonl)
-    build = [
-        "-m",
-        "beingvl",
-        "build-shards",
-        f"--output_path={args.folder / 'ours'}",
-        f"--num_workers={args.processes}",
-        "--overwrite",
-    ]
-    build.append(f"--model_path={base}")
+    build = ["-m", "beingvl", "build-shards", f"--num_workers={args.processes}", "--overwrite"]
+    build += [f"--output_path={args.folder / 'ours'}", f"--model_path={base}"]
     seconds: dict[str, list[float]] = {}
     warm_up = subprocess.run([sys.executable, *build, f"--jsonl_path={jsonl}"], stdout=subprocess.DEVNULL)
     assert warm_up.returncode == 0  # the file is in the page cache now, and the kernels are compiled
