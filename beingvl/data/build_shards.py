@@ -59,12 +59,8 @@ def run(args: argparse.Namespace) -> None:
     rank, num_ranks = ranks_of(args)
     refuse_overwrite_of_many(args.overwrite, num_ranks, args.output_path)
     layout, lineage = _layout_and_lineage(args.jsonl_path, args.model_path, args.vbpe_path)
-    request = {
-        "jsonl": contents_of(args.jsonl_path),
-        "lineage": lineage,
-        "part_bytes": args.part_bytes,
-        "duplicate_ids": args.duplicate_ids,
-    }
+    of_parts = {"jsonl": contents_of(args.jsonl_path), "lineage": lineage, "part_bytes": args.part_bytes}
+    request = {**of_parts, "duplicate_ids": args.duplicate_ids}
     with locked(args.output_path):
         if args.overwrite:
             start_folder(args.output_path)
@@ -72,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         if already_made(args.output_path, "shards", request):
             remove_parts(args.output_path)
             return
-        parts = Parts(args.output_path, request)
+        parts = Parts(args.output_path, of_parts)
     tasks = plan_parts(args.jsonl_path, args.part_bytes)
     mine = [tasks[number] for number in parts.missing(len(tasks)) if number % num_ranks == rank]
     build_parts(ShardBuilder(parts, layout, _vbpe_that_decodes(args.vbpe_path)), mine, args.num_workers)
@@ -286,7 +282,7 @@ def refuse_duplicates(parts: Parts, tasks: list[PartOfLines]) -> None:
         if path.is_file() and len(rows := np.flatnonzero(np.fromfile(path, np.uint64) == twice[0])):
             name = open_batch(path.with_name("shard.arrow")).column("id")[int(rows[0])].as_py()
             found = f"{len(twice)} rows repeat the id of another row, the first is {name!r} in {task.path}"
-            raise InputError(f"{found}; give every row its own id, or keep them with --duplicate_ids keep and --overwrite")
+            raise InputError(f"{found}; give every row its own id, or start again with --duplicate_ids keep")
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def test_duplicate_ids_are_refused_or_kept(tmp_path, capsys) -> None:
     model = ["--model_path", str(tmp_path / "base")]
     assert build_shards(tmp_path, [ROW, {**ROW, "id": 8}, ROW], *model) == 2
     assert "1 rows repeat the id of another row, the first is '7'" in capsys.readouterr().err
-    assert build_shards(tmp_path, [ROW, {**ROW, "id": 8}, ROW], *model, "--duplicate_ids", "keep", "--overwrite") == 0
+    assert build_shards(tmp_path, [ROW, {**ROW, "id": 8}, ROW], *model, "--duplicate_ids", "keep") == 0
     assert len(ShardReader(tmp_path / "shards")) == 3
 
 
