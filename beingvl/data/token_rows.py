@@ -1,7 +1,7 @@
 """Lines of token rows to the columns of a shard, read in blocks and parsed by compiled code.
 
     RowReader.read    the whole lines of a byte range -> ShardColumns, checked
-      block           4 MiB at a time, cut at the last newline
+      block           half a MiB at a time, cut at the last newline
       parse_lines     the fast twin (token_rows_numba.py), integers from text to int32 without Python objects
       parse_row       the readable twin: simdjson; for the lines that the fast one leaves over, and for every error
       check_decodes   with a vBPE: every merged image stands for the row's own codes
@@ -29,7 +29,7 @@ from beingvl.vocab import VocabLayout
 if TYPE_CHECKING:
     from beingvl.tokenizer.vbpe import VisualBPE
 
-BLOCK_BYTES = 4 << 20  # a block stays in the processor's cache between reading and parsing
+BLOCK_BYTES = 1 << 19  # a block stays in the processor's cache between reading and parsing
 BYTES_OF_THE_SHORTEST_ROW = 32  # {"id":1,"token_0":[1],"token_1":[]} has more
 NEWLINE = 10
 
