@@ -102,8 +102,7 @@ def write_shard(path: Path, rows: ShardColumns, layout: VocabLayout) -> dict[str
 
     Raises InputError for a row without tokens, ids outside the vocabulary or spans outside the row.
     """
-    _check_ids(rows, layout)
-    _check_spans(rows)
+    check_columns(rows, layout)
     columns = [rows.id, rows.image, rows.category]
     for values, starts in ((rows.ids, rows.id_starts), (rows.spans, rows.span_starts)):
         offsets = pa.array(starts.astype(np.int32))
@@ -111,6 +110,12 @@ def write_shard(path: Path, rows: ShardColumns, layout: VocabLayout) -> dict[str
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
         writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
     return _summary(path, rows)
+
+
+def check_columns(rows: ShardColumns, layout: VocabLayout) -> None:
+    """Raises InputError that names the first sample without tokens, with ids outside the vocabulary or spans outside the row."""
+    _check_ids(rows, layout)
+    _check_spans(rows)
 
 
 def _check_ids(rows: ShardColumns, layout: VocabLayout) -> None:
@@ -369,8 +374,7 @@ class ShardReader:
         for number, name in enumerate(self._names):
             batch = open_batch(self.folder / name)
             rows = ShardColumns.of_batch(batch)
-            _check_ids(rows, self.layout)
-            _check_spans(rows)
+            check_columns(rows, self.layout)
             place = slice(self._starts[number], self._starts[number + 1])
             fits = np.array_equal(self.lengths[place], rows.lengths)
             if not fits or not np.array_equal(self.source_of[place], source_indices(batch, self.sources)):
