@@ -134,10 +134,10 @@ class TrainingData:
         sources = [int(self.shards.source_of[index]) for index in indices]
         return collate([self.shards[index] for index in indices], sources, self.shards.layout, self._loss_on)
 
-    def realised_shares(self) -> dict[str, float]:
-        """Share of every source among the samples of the whole run."""
+    def realised_shares(self) -> dict[str, tuple[int, float]]:
+        """Samples of every source in the whole run, and their share of all."""
         counts = self.mixture.counts(self._num_samples)
-        return {name: counts.get(name, 0) / max(1, self._num_samples) for name in self.shards.sources}
+        return {name: (counts.get(name, 0), counts.get(name, 0) / max(1, self._num_samples)) for name in self.shards.sources}
 
 
 def open_mixture(shards: ShardReader, weights: Mapping[str, float], by: str, seed: int) -> Mixture:

@@ -351,7 +351,7 @@ def test_realised_shares_are_those_of_the_draws(tmp_path) -> None:
     mixture = Mixture(shards.members, shards.sources, {"foundation": 0.7, "reasoning": 0.3}, 0)
     shares = TrainingData(shards, mixture, 137, 64, 4).realised_shares()
     drawn = np.bincount(shards.source_of[mixture.draw(0, 137)])
-    assert [shares[name] for name in shards.sources] == (drawn / 137).tolist()
+    assert [shares[name] for name in shards.sources] == list(zip(drawn.tolist(), (drawn / 137).tolist(), strict=True))
 
 
 def test_pages_that_are_given_back_are_read_again(tmp_path) -> None:
