@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
 ROWS_PER_SHARD = 65_536
 MAX_SOURCES = 256
 LENGTHS_FILE, SOURCE_OF_FILE, MEMBERS_FILE = "lengths.npy", "source_of.npy", "members.npy"
-BYTES_MAPPED_BY_A_READ = 64 << 10  # the kernel maps 16 pages around the one that was asked for
+READS_BETWEEN_CHECKS = 16
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,8 @@ class ShardReader:
 
     `lengths` [num_samples] int32 (tokens), `source_of` [num_samples] uint8 (index into `sources`), both memory-mapped. Shards are
     opened when they are first read. A page that is read stays in the map, and counts as this process's own memory, until it is
-    given back: that happens when about `bytes_mapped_at_most` have been read.
+    given back: that happens when the pages that were mapped since the last time exceed `bytes_mapped_at_most`. They are measured,
+    because the kernel maps more than was asked for: 64 KiB, or 2 MiB where a file lies in the page cache as huge pages.
     """
 
     def __init__(self, folder: Path | str, bytes_mapped_at_most: int = 32 << 20) -> None:
@@ -316,10 +317,15 @@ class ShardReader:
         expected = self.manifest.counts["samples"]
         if self._starts[-1] != expected:
             raise InputError(f"{folder} holds {self._starts[-1]} samples, its manifest says {expected}; build the shards again")
+        self._index_maps: list[mmap.mmap] = []
         self.lengths = self._index(LENGTHS_FILE)
         self.source_of = self._index(SOURCE_OF_FILE)
+        self._members = self._index(MEMBERS_FILE)
         self._open: dict[int, _Shard] = {}
-        self._mapped_bytes, self._bytes_mapped_at_most = 0, bytes_mapped_at_most
+        self._read_since: set[int] = set()  # shards that may have pages in the map
+        self._num_reads = 0
+        self._mapped_before = _mapped_file_bytes()
+        self._bytes_mapped_at_most = bytes_mapped_at_most
 
     def _check_size(self, name: str) -> None:
         path = self.folder / name
@@ -342,13 +348,14 @@ class ShardReader:
             raise InputError(f"{self.folder / name} is damaged ({error}); build the shards again") from error
         if len(array) != len(self):
             raise InputError(f"{self.folder / name} holds {len(array)} samples, the manifest {len(self)}; build the shards again")
+        self._index_maps.append(array.base)
         return array
 
     @cached_property
     def members(self) -> list[np.ndarray]:
         """Sample numbers of every source, ascending, memory-mapped: the sources are in the order of `sources`."""
         sizes = [entry["samples"] for entry in self.manifest.details["sources"].values()]
-        return np.split(self._index(MEMBERS_FILE), np.cumsum(sizes)[:-1])
+        return np.split(self._members, np.cumsum(sizes)[:-1])
 
     def _shard(self, number: int) -> _Shard:
         shard = self._open.get(number)
@@ -394,15 +401,28 @@ class ShardReader:
             texts = [shard.text(name, row) for name in ("id", "image", "category")]
         except UnicodeDecodeError as error:
             raise _damaged(self.folder / self._names[number], f"its row {row} has an impossible text") from error
-        self._count_mapped(ids.nbytes)
+        self._count_read(number)
         return Sample(texts[0], texts[1], texts[2], ids, spans.reshape(-1, 2))
 
-    def _count_mapped(self, num_bytes: int) -> None:
-        self._mapped_bytes += num_bytes + BYTES_MAPPED_BY_A_READ
-        if self._mapped_bytes > self._bytes_mapped_at_most:
-            for shard in self._open.values():
-                shard.give_back_pages()
-            self._mapped_bytes = 0
+    def _count_read(self, number: int) -> None:
+        self._read_since.add(number)
+        self._num_reads += 1
+        if (
+            self._num_reads % READS_BETWEEN_CHECKS == 0
+            and _mapped_file_bytes() - self._mapped_before > self._bytes_mapped_at_most
+        ):
+            for read in self._read_since:
+                self._open[read].give_back_pages()
+            for index in self._index_maps:
+                index.madvise(mmap.MADV_DONTNEED)
+            self._read_since.clear()
+            self._mapped_before = _mapped_file_bytes()
+
+
+def _mapped_file_bytes() -> int:
+    """Bytes of files, libraries among them, that are in this process's memory now."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[2]) * mmap.PAGESIZE
 
 
 def _largest(values: np.ndarray) -> int:
