@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vbpe_path", type=Path, help="check that every merged image decodes to a whole grid with this vbpe.json"
     )
     parser.add_argument("--part_bytes", type=int, default=64 << 20, help="bytes of JSONL that become one shard")
-    parser.add_argument("--num_workers", type=int, help="threads; default: one a CPU core")
+    parser.add_argument("--num_workers", type=int, help="threads; default: one a CPU core, and two that wait for the disk")
     parser.add_argument(
         "--duplicate_ids", choices=["refuse", "keep"], default="refuse", help="two rows with one id: an error, or two samples"
     )
@@ -88,7 +88,7 @@ def build_parts(builder: ShardBuilder, tasks: list[PartOfLines], num_threads: in
 
     from tqdm import tqdm
 
-    pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) if num_threads is None else num_threads))
+    pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) + 2 if num_threads is None else num_threads))
     total = sum(task.stop - task.start for task in tasks)
     with tqdm(total=total, desc="build-shards", unit="B", unit_scale=True, disable=None) as progress:
         try:

@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=12_000, help="rows of about 14 kB")
     parser.add_argument("--copies", type=int, default=4, help="the larger file to build holds the rows so many times")
     parser.add_argument("--read_rows", type=int, default=4_000, help="samples read in random order")
-    parser.add_argument("--processes", type=int, default=2, help="threads of our build, processes of orjson alone")
+    parser.add_argument("--processes", type=int, default=2, help="of orjson alone: one a core; our build has its default")
     parser.add_argument("--repeats", type=int, default=3, help="builds of each kind, in turn; medians count")
     parser.add_argument("--peer_pythons", nargs="*", default=[], help="interpreters that have the peers")
     args = parser.parse_args()
@@ -235,7 +235,7 @@ def build_seconds(jsonl: Path, args: argparse.Namespace, pythons: list[str]) -> 
         write_manifest(jsonl.parent, "jsonl", {}, {"vocab": LAYOUT.fingerprint()}, {"layout": LAYOUT.to_dict(), "datasets": {}})
     if not (bare / jsonl.name).is_file():
         (bare / jsonl.name).hardlink_to(jsonl)
-    build = ["-m", "beingvl", "build-shards", f"--num_workers={args.processes}", "--overwrite"]
+    build = ["-m", "beingvl", "build-shards", "--overwrite"]
     build += [f"--output_path={args.folder / 'ours'}", f"--model_path={base}"]
     seconds: dict[str, list[float]] = {}
     warm_up = subprocess.run([sys.executable, *build, f"--jsonl_path={jsonl}"], stdout=subprocess.DEVNULL)
