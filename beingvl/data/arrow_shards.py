@@ -12,6 +12,7 @@ reads the manifest and no sample: planning needs the three small files only, all
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -258,6 +259,7 @@ class _Shard:
     def __init__(self, path: Path) -> None:
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        _without_huge_pages(self._map)
         try:
             batch = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map))).get_batch(0)
         except pa.ArrowInvalid as error:
@@ -299,10 +301,10 @@ class ShardReader:
     `lengths` [num_samples] int32 (tokens), `source_of` [num_samples] uint8 (index into `sources`), both memory-mapped. Shards are
     opened when they are first read. A page that is read stays in the map, and counts as this process's own memory, until it is
     given back: that happens when the pages that were mapped since the last time exceed `bytes_mapped_at_most`. They are measured,
-    because the kernel maps more than was asked for: 64 KiB, or 2 MiB where a file lies in the page cache as huge pages.
+    because the kernel maps more than was asked for.
     """
 
-    def __init__(self, folder: Path | str, bytes_mapped_at_most: int = 32 << 20) -> None:
+    def __init__(self, folder: Path | str, bytes_mapped_at_most: int = 16 << 20) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(folder, "shards")
         self.layout = VocabLayout.from_dict(self.manifest.details["layout"], f"{folder}/manifest.json")
@@ -349,6 +351,7 @@ class ShardReader:
         if len(array) != len(self):
             raise InputError(f"{self.folder / name} holds {len(array)} samples, the manifest {len(self)}; build the shards again")
         self._index_maps.append(array.base)
+        _without_huge_pages(array.base)
         return array
 
     @cached_property
@@ -411,12 +414,22 @@ class ShardReader:
             self._num_reads % READS_BETWEEN_CHECKS == 0
             and _mapped_file_bytes() - self._mapped_before > self._bytes_mapped_at_most
         ):
-            for read in self._read_since:
-                self._open[read].give_back_pages()
-            for index in self._index_maps:
-                index.madvise(mmap.MADV_DONTNEED)
-            self._read_since.clear()
-            self._mapped_before = _mapped_file_bytes()
+            self.give_back_pages()
+
+    def give_back_pages(self) -> None:
+        """Let go of all pages that were read; arrays stay valid, and what is asked for again is mapped again."""
+        for number in self._read_since:
+            self._open[number].give_back_pages()
+        for index in self._index_maps:
+            index.madvise(mmap.MADV_DONTNEED)
+        self._read_since.clear()
+        self._mapped_before = _mapped_file_bytes()
+
+
+def _without_huge_pages(mapped: mmap.mmap) -> None:
+    """Else a read of 4 KB maps 2 MiB where the file lies in the page cache as huge pages."""
+    with contextlib.suppress(OSError):  # a kernel that has none
+        mapped.madvise(mmap.MADV_NOHUGEPAGE)
 
 
 def _mapped_file_bytes() -> int:

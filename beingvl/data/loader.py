@@ -91,6 +91,7 @@ class TrainingData:
             fields = json.loads(path.read_text())
             return PackingPlan(np.cumsum([0, *fields["sequences"]], dtype=np.int64), fields["efficiency"])
         plan = plan_packing(self._lengths, self._num_samples, self._sequence_length, self._packing)
+        self.shards.give_back_pages()
         if os.access(self.shards.folder, os.W_OK):  # shards may lie on a read-only disk: then every start plans anew
             fields = {"sequences": np.diff(plan.starts).tolist(), "efficiency": plan.efficiency}
             write_atomically(path, json.dumps(fields))
