@@ -1,8 +1,8 @@
 """Re-hash an artefact of any step (a folder with a manifest.json), and check that its content makes sense.
 
 Every file must have the hash of the manifest; of weight files that a step linked without reading it has one of samples only,
-and their number is printed. Shards are read again: ids inside the vocabulary, target spans inside their rows, index
-files that agree with the rows. Codes must be inside the code book, keys sorted and unique, JSONL rows readable.
+and their number is printed. Shards and JSONL rows are read again: ids inside the vocabulary, target spans inside their
+rows, index files that agree with the shards. Codes must be inside the code book, keys sorted and unique, merges possible.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from beingvl.manifest import verify_folder
 
-    checks = {"shards": check_shards, "vq_codes": check_codes, "jsonl": check_jsonl}
+    checks = {"shards": check_shards, "vq_codes": check_codes, "jsonl": check_jsonl, "vbpe": check_vbpe}
     for path in args.paths:
         manifest = verify_folder(path)
         if manifest.kind in checks:
@@ -59,11 +59,27 @@ def check_codes(path: Path, manifest: Manifest) -> None:
 
 
 def check_jsonl(path: Path, manifest: Manifest) -> None:
-    """Raises InputError that names the line which is not a token row."""
-    from beingvl.data.build_shards import plan_parts, read_part
+    """Raises InputError that names the line which is not a token row, or the sample that cannot be trained on."""
+    from beingvl.data.arrow_shards import check_columns
+    from beingvl.data.build_shards import plan_parts
+    from beingvl.data.token_rows import RowReader
+    from beingvl.errors import InputError
     from beingvl.vocab import VocabLayout
 
     layout = VocabLayout.from_dict(manifest.details["layout"], f"{path}/manifest.json")
     files = [path / name for name in manifest.files if name.endswith(".jsonl") and "rejected" not in name]
+    reader = RowReader(layout)
     for part in plan_parts(files, 64 << 20):
-        read_part(part, layout)
+        rows = reader.read(part.path, part.start, part.stop)
+        if len(rows):
+            try:
+                check_columns(rows, layout)
+            except InputError as error:
+                raise InputError(f"{part.path}: {error}; make the file again with `beingvl tokenize`") from error
+
+
+def check_vbpe(path: Path, manifest: Manifest) -> None:
+    """Raises InputError for merges that no training can have made."""
+    from beingvl.tokenizer.vbpe import VisualBPE
+
+    VisualBPE.load(path)

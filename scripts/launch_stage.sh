@@ -21,7 +21,7 @@ echo "stage $STAGE: start model $MODEL_PATH"
 
 if [ -f "$DATA_PATH" ]; then # a JSONL file, as in the training guide: its shards lie beside it and are made once
     SHARDS="${DATA_PATH%.jsonl}_shards"
-    [ -n "${DRY_RUN:-}" ] || "$PYTHON" -m beingvl build-shards --jsonl_path "$DATA_PATH" --model_path "$MODEL_PATH" --output_path "$SHARDS"
+    [ -n "${DRY_RUN:-}" ] || "$PYTHON" -m beingvl build-shards --jsonl_path "$DATA_PATH" --model_path "$MODEL_PATH" --output_path "$SHARDS" ${BUILD_OPTIONS:-}
     DATA_PATH="$SHARDS"
 fi
 

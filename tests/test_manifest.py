@@ -110,3 +110,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch) -> None:
         manifest.write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_hash_of_pieces_depends_on_every_byte(tmp_path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(bytes(range(100)))
+    whole = manifest.hash_pieces(path, piece_bytes=30)
+    for at in (0, 29, 30, 99):
+        path.write_bytes(bytes(byte ^ (number == at) for number, byte in enumerate(range(100))))
+        assert manifest.hash_pieces(path, piece_bytes=30) != whole
+    path.write_bytes(bytes(range(100)))
+    assert manifest.hash_pieces(path, piece_bytes=30) == whole != manifest.hash_pieces(path, piece_bytes=50)

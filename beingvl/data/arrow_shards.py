@@ -12,9 +12,10 @@ reads the manifest and no sample: planning needs the three small files only, all
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,7 @@ SCHEMA = pa.schema(
 ROWS_PER_SHARD = 65_536
 MAX_SOURCES = 256
 LENGTHS_FILE, SOURCE_OF_FILE, MEMBERS_FILE = "lengths.npy", "source_of.npy", "members.npy"
-# A page that is read stays in the map, and counts as this process's own memory, until it is given back.
-BYTES_MAPPED_AT_MOST = 32 << 20
-BYTES_MAPPED_BY_A_READ = 64 << 10  # the kernel maps 16 pages around the one that was asked for
+READS_BETWEEN_CHECKS = 16
 
 
 @dataclass(frozen=True)
@@ -58,64 +57,84 @@ class Sample:
 
 
 @dataclass
-class ShardRows:
-    """The rows of one shard, by column. `input_ids` and `target_spans` hold one integer array a row; spans are flat."""
+class ShardColumns:
+    """The rows of one shard by column, laid end to end: row n holds `ids[id_starts[n]:id_starts[n + 1]]`, and so its spans.
 
-    id: list[str] = field(default_factory=list)
-    image: list[str] = field(default_factory=list)
-    category: list[str] = field(default_factory=list)
-    input_ids: list[np.ndarray] = field(default_factory=list)
-    target_spans: list[np.ndarray] = field(default_factory=list)
+    ids, spans: int32; id_starts, span_starts: `[num_rows + 1]` integers. Spans are flat: start, end, start, end, …
+    """
 
-    def add(self, sample: Sample) -> None:
-        self.id.append(sample.id)
-        self.image.append(sample.image)
-        self.category.append(sample.category)
-        self.input_ids.append(sample.input_ids)
-        self.target_spans.append(sample.target_spans.ravel())
+    id: pa.StringArray
+    image: pa.StringArray
+    category: pa.StringArray
+    ids: np.ndarray
+    id_starts: np.ndarray
+    spans: np.ndarray
+    span_starts: np.ndarray
 
     def __len__(self) -> int:
         return len(self.id)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.id_starts)
 
-def write_shard(path: Path, rows: ShardRows, layout: VocabLayout) -> dict[str, Any]:
-    """Check and write one shard; returns what `finish_shards` wants to know about it.
+    @classmethod
+    def of_samples(cls, samples: Sequence[Sample]) -> ShardColumns:
+        ids, id_starts = _laid_out([sample.input_ids for sample in samples])
+        spans, span_starts = _laid_out([sample.target_spans.ravel() for sample in samples])
+        texts = [pa.array([getattr(sample, name) for sample in samples], pa.string()) for name in ("id", "image", "category")]
+        return cls(texts[0], texts[1], texts[2], ids, id_starts, spans, span_starts)
 
-    Raises InputError for a row without tokens, ids outside the vocabulary or spans outside the row.
-    """
-    ids, id_starts = _laid_out(rows.input_ids)
-    spans, span_starts = _laid_out(rows.target_spans)
-    _check_ids(rows, ids, id_starts, layout)
-    _check_spans(rows, spans, span_starts, np.diff(id_starts))
-    columns = [pa.array(column, pa.string()) for column in (rows.id, rows.image, rows.category)]
-    for values, starts in ((ids, id_starts), (spans, span_starts)):
-        columns.append(pa.ListArray.from_arrays(pa.array(starts.astype(np.int32)), pa.array(values.astype(np.int32, copy=False))))
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
-    return _summary(path, rows, np.diff(id_starts), int((spans[1::2] - spans[::2]).sum()))
+    @classmethod
+    def of_batch(cls, batch: pa.RecordBatch) -> ShardColumns:
+        id_, image, category, ids, spans = (batch.column(name) for name in SCHEMA.names)
+        lists = [array.to_numpy() for array in (ids.values, ids.offsets, spans.values, spans.offsets)]
+        return cls(id_, image, category, lists[0], lists[1], lists[2], lists[3])
 
 
 def _laid_out(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Rows end to end, and where each starts `[n + 1]`."""
-    starts = np.zeros(len(arrays) + 1, np.int64)
-    np.cumsum([len(array) for array in arrays], out=starts[1:])
-    if starts[-1] >= 2**31:
-        raise InputError(f"a shard would hold {starts[-1]} tokens, more than 2^31; write fewer rows a shard")
-    return np.concatenate(arrays) if arrays else np.empty(0, np.int32), starts
+    starts = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
+    return np.concatenate([np.empty(0, np.int32), *arrays]), starts
 
 
-def _check_ids(rows: ShardRows, ids: np.ndarray, starts: np.ndarray, layout: VocabLayout) -> None:
-    empty = np.flatnonzero(np.diff(starts) == 0)
+def write_shard(path: Path, rows: ShardColumns, layout: VocabLayout) -> dict[str, Any]:
+    """Check and write one shard; returns what `finish_shards` wants to know about it.
+
+    Raises InputError for a row without tokens, ids outside the vocabulary or spans outside the row.
+    """
+    check_columns(rows, layout)
+    columns = [rows.id, rows.image, rows.category]
+    for values, starts in ((rows.ids, rows.id_starts), (rows.spans, rows.span_starts)):
+        offsets = pa.array(starts.astype(np.int32))
+        columns.append(pa.ListArray.from_arrays(offsets, pa.array(values.astype(np.int32, copy=False))))
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
+    return _summary(path, rows)
+
+
+def check_columns(rows: ShardColumns, layout: VocabLayout) -> None:
+    """Raises InputError that names the first sample without tokens, with ids outside the vocabulary or spans outside the row."""
+    _check_ids(rows, layout)
+    _check_spans(rows)
+
+
+def _check_ids(rows: ShardColumns, layout: VocabLayout) -> None:
+    ids, starts = rows.ids, rows.id_starts
+    if len(ids) >= 2**31:
+        raise InputError(f"a shard would hold {len(ids)} tokens, more than 2^31; write fewer rows a shard")
+    empty = np.flatnonzero(rows.lengths == 0)
     if len(empty):
-        raise InputError(f"sample {rows.id[empty[0]]!r} has no tokens")
+        raise InputError(f"sample {rows.id[empty[0]].as_py()!r} has no tokens")
     if ids.min() < 0 or ids.max() >= layout.size:
         at = int(np.argmax((ids < 0) | (ids >= layout.size)))
         row = int(np.searchsorted(starts, at, side="right")) - 1
-        raise InputError(f"sample {rows.id[row]!r} has id {ids[at]}, the vocabulary ends at {layout.size - 1}")
+        raise InputError(f"sample {rows.id[row].as_py()!r} has id {ids[at]}, the vocabulary ends at {layout.size - 1}")
 
 
-def _check_spans(rows: ShardRows, spans: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
+def _check_spans(rows: ShardColumns) -> None:
     """Ascending, inside 1 … length: a row's first token has nothing before it that could predict it."""
+    spans, starts, lengths = rows.spans, rows.span_starts, rows.lengths
     count = np.diff(starts)
     row_of = np.repeat(np.arange(len(rows)), count)
     bad = (spans < 1) | (spans > lengths[row_of])
@@ -123,21 +142,21 @@ def _check_spans(rows: ShardRows, spans: np.ndarray, starts: np.ndarray, lengths
     bad |= (count % 2 == 1)[row_of]
     if bad.any():
         row = int(row_of[np.argmax(bad)])
-        found = f"sample {rows.id[row]!r} has target_spans {rows.target_spans[row].tolist()}"
+        found = f"sample {rows.id[row].as_py()!r} has target_spans {spans[starts[row] : starts[row + 1]].tolist()}"
         raise InputError(f"{found} outside its tokens 1 … {lengths[row]} or overlapping")
 
 
-def _summary(path: Path, rows: ShardRows, lengths: np.ndarray, target_tokens: int) -> dict[str, Any]:
-    names, numbers = np.unique(np.array(rows.category, dtype=object), return_inverse=True)
-    samples, tokens = np.bincount(numbers), np.bincount(numbers, weights=lengths)
-    sources = {str(name): [int(s), int(t)] for name, s, t in zip(names, samples, tokens, strict=True)}
+def _summary(path: Path, rows: ShardColumns) -> dict[str, Any]:
+    encoded = rows.category.dictionary_encode()
+    numbers, names = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
+    samples, tokens = np.bincount(numbers), np.bincount(numbers, weights=rows.lengths)
     return {
         "hash": hash_file(path),
         "samples": len(rows),
-        "tokens": int(lengths.sum()),
-        "target_tokens": target_tokens,
-        "longest_sample_tokens": int(lengths.max(initial=0)),
-        "sources": sources,
+        "tokens": len(rows.ids),
+        "target_tokens": int((rows.spans[1::2] - rows.spans[::2]).sum(dtype=np.int64)),
+        "longest_sample_tokens": int(rows.lengths.max()),
+        "sources": {name: [int(samples[at]), int(tokens[at])] for at, name in sorted(enumerate(names), key=lambda pair: pair[1])},
     }
 
 
@@ -206,20 +225,20 @@ class ShardWriter:
         self._folder = start_folder(folder)
         self._layout = layout
         self._rows_per_shard = rows_per_shard
-        self._rows = ShardRows()
+        self._rows: list[Sample] = []
         self._shards: dict[str, dict[str, Any]] = {}
 
     def add(self, sample: Sample) -> None:
         """Append one sample; it is checked when its shard is written."""
-        self._rows.add(sample)
+        self._rows.append(sample)
         if len(self._rows) >= self._rows_per_shard:
             self._flush()
 
     def _flush(self) -> None:
-        if len(self._rows):
+        if self._rows:
             name = shard_name(len(self._shards))
-            self._shards[name] = write_shard(self._folder / name, self._rows, self._layout)
-            self._rows = ShardRows()
+            self._shards[name] = write_shard(self._folder / name, ShardColumns.of_samples(self._rows), self._layout)
+            self._rows = []
 
     def finish(self, lineage: dict[str, str], details: dict) -> Manifest:
         """Write the last shard and the manifest. Raises InputError for an impossible sample, or when there is none at all."""
@@ -240,6 +259,7 @@ class _Shard:
     def __init__(self, path: Path) -> None:
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        _without_huge_pages(self._map)
         try:
             batch = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map))).get_batch(0)
         except pa.ArrowInvalid as error:
@@ -279,10 +299,12 @@ class ShardReader:
     """All samples of a finished shard folder, memory-mapped.
 
     `lengths` [num_samples] int32 (tokens), `source_of` [num_samples] uint8 (index into `sources`), both memory-mapped. Shards are
-    opened when they are first read.
+    opened when they are first read. A page that is read stays in the map, and counts as this process's own memory, until it is
+    given back: that happens when the pages that were mapped since the last time exceed `bytes_mapped_at_most`. They are measured,
+    because the kernel maps more than was asked for: 64 KiB around each of the nine places of a sample.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, bytes_mapped_at_most: int = 24 << 20) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(folder, "shards")
         self.layout = VocabLayout.from_dict(self.manifest.details["layout"], f"{folder}/manifest.json")
@@ -297,10 +319,14 @@ class ShardReader:
         expected = self.manifest.counts["samples"]
         if self._starts[-1] != expected:
             raise InputError(f"{folder} holds {self._starts[-1]} samples, its manifest says {expected}; build the shards again")
+        self._index_maps: list[mmap.mmap] = []
         self.lengths = self._index(LENGTHS_FILE)
         self.source_of = self._index(SOURCE_OF_FILE)
+        self._members = self._index(MEMBERS_FILE)
         self._open: dict[int, _Shard] = {}
-        self._mapped_bytes = 0
+        self._num_reads = 0
+        self._mapped_before = _mapped_file_bytes()
+        self._bytes_mapped_at_most = bytes_mapped_at_most
 
     def _check_size(self, name: str) -> None:
         path = self.folder / name
@@ -323,13 +349,15 @@ class ShardReader:
             raise InputError(f"{self.folder / name} is damaged ({error}); build the shards again") from error
         if len(array) != len(self):
             raise InputError(f"{self.folder / name} holds {len(array)} samples, the manifest {len(self)}; build the shards again")
+        self._index_maps.append(array.base)
+        _without_huge_pages(array.base)
         return array
 
     @cached_property
     def members(self) -> list[np.ndarray]:
         """Sample numbers of every source, ascending, memory-mapped: the sources are in the order of `sources`."""
         sizes = [entry["samples"] for entry in self.manifest.details["sources"].values()]
-        return np.split(self._index(MEMBERS_FILE), np.cumsum(sizes)[:-1])
+        return np.split(self._members, np.cumsum(sizes)[:-1])
 
     def _shard(self, number: int) -> _Shard:
         shard = self._open.get(number)
@@ -342,22 +370,22 @@ class ShardReader:
         return shard
 
     def all_ids(self) -> Iterator[np.ndarray]:
-        """The token ids of every shard, end to end."""
-        for number in range(len(self._names)):
-            yield self._shard(number).lists()[0][1]
+        """The token ids of every shard, end to end. Raises InputError for an id outside the vocabulary."""
+        for number, name in enumerate(self._names):
+            ids = self._shard(number).lists()[0][1]
+            if _largest(ids) >= self.layout.size:
+                raise _damaged(self.folder / name, "it holds an id outside the vocabulary")
+            yield ids
             self._shard(number).give_back_pages()
 
     def check(self) -> None:
         """Read every sample. Raises InputError for what `write_shard` would have refused, or an index that does not fit."""
         for number, name in enumerate(self._names):
             batch = open_batch(self.folder / name)
-            rows = ShardRows(*(batch.column(text).to_pylist() for text in ("id", "image", "category")))
-            (starts, ids), (span_starts, spans) = self._shard(number).lists()
-            rows.target_spans = np.split(spans, span_starts[1:-1])
-            _check_ids(rows, ids, starts, self.layout)
-            _check_spans(rows, spans, span_starts, np.diff(starts))
+            rows = ShardColumns.of_batch(batch)
+            check_columns(rows, self.layout)
             place = slice(self._starts[number], self._starts[number + 1])
-            fits = np.array_equal(self.lengths[place], np.diff(starts))
+            fits = np.array_equal(self.lengths[place], rows.lengths)
             if not fits or not np.array_equal(self.source_of[place], source_indices(batch, self.sources)):
                 raise InputError(f"{self.folder}: the index files do not fit {name}; build the shards again")
 
@@ -365,21 +393,54 @@ class ShardReader:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Sample:
+        """One sample. Raises InputError where a damaged file gives what could not have been written."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         shard, row = self._shard(number), int(index - self._starts[number])
-        sample = Sample(
-            id=shard.text("id", row),
-            image=shard.text("image", row),
-            category=shard.text("category", row),
-            input_ids=shard.list("input_ids", row),
-            target_spans=shard.list("target_spans", row).reshape(-1, 2),
-        )
-        self._count_mapped(sample.input_ids.nbytes)
-        return sample
+        ids, spans = shard.list("input_ids", row), shard.list("target_spans", row)
+        if len(ids) != self.lengths[index] or _largest(ids) >= self.layout.size or _largest(spans) > len(ids) or len(spans) % 2:
+            raise _damaged(self.folder / self._names[number], f"its row {row} has impossible ids, spans or length")
+        try:
+            texts = [shard.text(name, row) for name in ("id", "image", "category")]
+        except UnicodeDecodeError as error:
+            raise _damaged(self.folder / self._names[number], f"its row {row} has an impossible text") from error
+        self._count_read()
+        return Sample(texts[0], texts[1], texts[2], ids, spans.reshape(-1, 2))
 
-    def _count_mapped(self, num_bytes: int) -> None:
-        self._mapped_bytes += num_bytes + BYTES_MAPPED_BY_A_READ
-        if self._mapped_bytes > BYTES_MAPPED_AT_MOST:
-            for shard in self._open.values():
-                shard.give_back_pages()
-            self._mapped_bytes = 0
+    def _count_read(self) -> None:
+        self._num_reads += 1
+        if (
+            self._num_reads % READS_BETWEEN_CHECKS == 0
+            and _mapped_file_bytes() - self._mapped_before > self._bytes_mapped_at_most
+        ):
+            self.give_back_pages()
+
+    def give_back_pages(self) -> None:
+        """Let go of all pages that were read; arrays stay valid, and what is asked for again is mapped again."""
+        for shard in self._open.values():  # all: a view of an earlier read may have mapped pages again
+            shard.give_back_pages()
+        for index in self._index_maps:
+            index.madvise(mmap.MADV_DONTNEED)
+        self._mapped_before = _mapped_file_bytes()
+
+
+def _without_huge_pages(mapped: mmap.mmap) -> None:
+    """Else a read of 4 KB maps 2 MiB where the file lies in the page cache as huge pages."""
+    with contextlib.suppress(OSError):  # a kernel that has none
+        mapped.madvise(mmap.MADV_NOHUGEPAGE)
+
+
+def _mapped_file_bytes() -> int:
+    """Bytes of files, libraries among them, that are in this process's memory now."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[2]) * mmap.PAGESIZE
+
+
+def _largest(values: np.ndarray) -> int:
+    """The largest of int32 values, negative ones counting as huge."""
+    return int(values.view(np.uint32).max(initial=0))
+
+
+def _damaged(path: Path, found: str) -> InputError:
+    return InputError(
+        f"{path} is damaged: {found}; `beingvl verify {path.parent}` checks every file, then build the shards again"
+    )

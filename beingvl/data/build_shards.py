@@ -1,28 +1,29 @@
 """[4] JSONL token rows (ours or the published files) -> memory-mapped Arrow shards.
 
   1. plan_parts    every file is cut at multiples of --part_bytes; a part holds the lines that start inside it
-  2. build_part    parse, check, write one shard; in --num_workers processes     (beingvl/parts.py: killed and started again)
+  2. build         parse (token_rows.py), check, write a shard; in --num_workers threads   (parts.py: killed and started again)
   3. join_shards   all shards, the index files, and manifest.json last
 
 The sequence of a row is token_0 + image + token_1, where image is token_image_new when the row has it, else token_image.
 A published file without target_spans is accepted: its targets are token_1. A file that `beingvl tokenize` wrote brings its
 vocabulary and lineage in the manifest beside it; for any other file --model_path says which vocabulary its ids belong to.
-Integer lists go from the parser to numpy without becoming Python objects. The result does not depend on workers, ranks or kills.
+The result does not depend on workers, ranks or kills.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+MAX_PART_BYTES = 1 << 30  # a shard's offsets are 32 bits
+
 if TYPE_CHECKING:
     import numpy as np
 
-    from beingvl.data.arrow_shards import ShardRows
     from beingvl.parts import Parts
     from beingvl.tokenizer.vbpe import VisualBPE
     from beingvl.vocab import VocabLayout
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vbpe_path", type=Path, help="check that every merged image decodes to a whole grid with this vbpe.json"
     )
     parser.add_argument("--part_bytes", type=int, default=64 << 20, help="bytes of JSONL that become one shard")
-    parser.add_argument("--num_workers", type=int, help="processes; default: one a CPU core, 0 works in this one")
+    parser.add_argument("--num_workers", type=int, help="threads; default: one a CPU core, and two that wait for the disk")
     parser.add_argument(
         "--duplicate_ids", choices=["refuse", "keep"], default="refuse", help="two rows with one id: an error, or two samples"
     )
@@ -49,25 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import os
-
-    from tqdm import tqdm
-
     from beingvl.errors import InputError
     from beingvl.manifest import already_made, is_complete, start_folder
-    from beingvl.parts import Parts, locked, ranks_of, refuse_overwrite_of_many, run_in_processes
+    from beingvl.parts import Parts, locked, ranks_of, refuse_overwrite_of_many
 
-    if args.part_bytes < 1:
-        raise InputError(f"--part_bytes is {args.part_bytes}, expected at least 1")
+    if not 1 <= args.part_bytes <= MAX_PART_BYTES:
+        raise InputError(f"--part_bytes is {args.part_bytes}, expected 1 … {MAX_PART_BYTES}")
     rank, num_ranks = ranks_of(args)
     refuse_overwrite_of_many(args.overwrite, num_ranks, args.output_path)
     layout, lineage = _layout_and_lineage(args.jsonl_path, args.model_path, args.vbpe_path)
-    request = {
-        "jsonl": [content_of(path) for path in args.jsonl_path],
-        "lineage": lineage,
-        "part_bytes": args.part_bytes,
-        "duplicate_ids": args.duplicate_ids,
-    }
+    of_parts = {"jsonl": contents_of(args.jsonl_path), "lineage": lineage, "part_bytes": args.part_bytes}
+    request = {**of_parts, "duplicate_ids": args.duplicate_ids}
     with locked(args.output_path):
         if args.overwrite:
             start_folder(args.output_path)
@@ -75,15 +68,10 @@ def run(args: argparse.Namespace) -> None:
         if already_made(args.output_path, "shards", request):
             remove_parts(args.output_path)
             return
-        parts = Parts(args.output_path, request)
+        parts = Parts(args.output_path, of_parts)
     tasks = plan_parts(args.jsonl_path, args.part_bytes)
     mine = [tasks[number] for number in parts.missing(len(tasks)) if number % num_ranks == rank]
-    workers = min(len(mine), len(os.sched_getaffinity(0)) if args.num_workers is None else args.num_workers)
-    total = sum(task.stop - task.start for task in mine)
-    with tqdm(total=total, desc="build-shards", unit="B", unit_scale=True, disable=None) as progress:
-        prepared = (args.output_path, request, layout, args.vbpe_path)
-        for num_bytes in run_in_processes(build_part, iter(mine), 0 if workers < 2 else workers, prepare_process, prepared):
-            progress.update(num_bytes)
+    build_parts(ShardBuilder(parts, layout, _vbpe_that_decodes(args.vbpe_path)), mine, args.num_workers)
     with locked(args.output_path):
         if is_complete(args.output_path):
             return
@@ -91,6 +79,30 @@ def run(args: argparse.Namespace) -> None:
             print(f"rank {rank} of {num_ranks} has finished its parts; {len(missing)} of {len(tasks)} are still missing")
             return
         join_shards(parts, tasks, args, layout, lineage, request)
+
+
+def build_parts(builder: ShardBuilder, tasks: list[PartOfLines], num_threads: int | None) -> None:
+    """Threads, not processes: parsing, hashing and writing all happen outside of the interpreter's lock."""
+    import os
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tqdm import tqdm
+
+    pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) + 2 if num_threads is None else num_threads))
+    total = sum(task.stop - task.start for task in tasks)
+    with tqdm(total=total, desc="build-shards", unit="B", unit_scale=True, disable=None) as progress:
+        try:
+            for future in [pool.submit(builder.build, task) for task in tasks]:
+                progress.update(future.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _vbpe_that_decodes(path: Path | None) -> VisualBPE | None:
+    from beingvl.tokenizer.vbpe import VisualBPE
+
+    vbpe = VisualBPE.load(path) if path else None
+    return vbpe if isinstance(vbpe, VisualBPE) else None  # a published vocabulary cannot decode
 
 
 def remove_parts(output: Path) -> None:
@@ -101,17 +113,27 @@ def remove_parts(output: Path) -> None:
     shutil.rmtree(output / FOLDER, ignore_errors=True)
 
 
+def contents_of(paths: list[Path]) -> list[str]:
+    """Hashes of JSONL files; meanwhile what comes next is imported, which takes most of a second."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        contents = pool.submit(lambda: [content_of(path) for path in paths])
+        import beingvl.data.token_rows  # noqa: F401
+    return contents.result()
+
+
 def content_of(path: Path) -> str:
     """Hash of a JSONL file. The manifest beside it knows the hash of a file that is not younger than itself.
 
     Raises InputError when the file is not the one of its manifest.
     """
     from beingvl.errors import InputError
-    from beingvl.manifest import MANIFEST_FILE, hash_file, is_complete, read_manifest
+    from beingvl.manifest import MANIFEST_FILE, hash_file, hash_pieces, is_complete, read_manifest
 
     entry = read_manifest(path.parent, "jsonl").files.get(path.name) if is_complete(path.parent) else None
     if entry is None:
-        return hash_file(path)
+        return hash_pieces(path)
     changed = path.stat().st_size != entry["bytes"]
     if not changed and path.stat().st_mtime_ns > (path.parent / MANIFEST_FILE).stat().st_mtime_ns:
         changed = hash_file(path) != entry["hash"]
@@ -166,45 +188,32 @@ def plan_parts(paths: list[Path], part_bytes: int) -> list[PartOfLines]:
     return [PartOfLines(number, *cut) for number, cut in enumerate(cuts)]
 
 
-@dataclass
-class _Process:
-    """What a worker process needs for every part."""
+class ShardBuilder:
+    """`build(task)` makes one part's shard, in any thread."""
 
-    parts: Parts
-    layout: VocabLayout
-    vbpe: VisualBPE | None
+    def __init__(self, parts: Parts, layout: VocabLayout, vbpe: VisualBPE | None) -> None:
+        self._parts, self._layout, self._vbpe = parts, layout, vbpe
+        self._of_thread = threading.local()
 
+    def build(self, task: PartOfLines) -> int:
+        """One part to one shard; returns its bytes of JSONL. Raises InputError that names the file."""
+        from beingvl.data.arrow_shards import write_shard
+        from beingvl.data.token_rows import RowReader
+        from beingvl.errors import InputError
 
-_process: _Process  # set by prepare_process, in each worker process
-
-
-def prepare_process(output: Path, request: dict[str, Any], layout: VocabLayout, vbpe_path: Path | None) -> None:
-    global _process
-    from beingvl.parts import Parts
-    from beingvl.tokenizer.vbpe import VisualBPE
-
-    vbpe = VisualBPE.load(vbpe_path) if vbpe_path else None
-    if vbpe is not None and not isinstance(vbpe, VisualBPE):
-        vbpe = None  # a published vocabulary cannot decode
-    _process = _Process(Parts(output, request), layout, vbpe)
-
-
-def build_part(task: PartOfLines) -> int:
-    """One part to one shard; returns its bytes of JSONL. Raises InputError that names file and line."""
-    from beingvl.data.arrow_shards import write_shard
-    from beingvl.errors import InputError
-
-    rows = read_part(task, _process.layout, _process.vbpe)
-    with _process.parts.writing(task.number) as folder:
-        summary = None
-        if len(rows):
-            try:
-                summary = write_shard(folder / "shard.arrow", rows, _process.layout)
-            except InputError as error:
-                raise InputError(f"{task.path}: {error}; make the file again with `beingvl tokenize`") from error
-            hashes(rows.id).tofile(folder / "id_hashes")
-        (folder / "shard.json").write_text(json.dumps(summary))
-    return task.stop - task.start
+        if not hasattr(self._of_thread, "reader"):
+            self._of_thread.reader = RowReader(self._layout, self._vbpe)
+        rows = self._of_thread.reader.read(task.path, task.start, task.stop)
+        with self._parts.writing(task.number) as folder:
+            summary = None
+            if len(rows):
+                try:
+                    summary = write_shard(folder / "shard.arrow", rows, self._layout)
+                except InputError as error:
+                    raise InputError(f"{task.path}: {error}; make the file again with `beingvl tokenize`") from error
+                hashes(rows.id.to_pylist()).tofile(folder / "id_hashes")
+            (folder / "shard.json").write_text(json.dumps(summary))
+        return task.stop - task.start
 
 
 def hashes(ids: list[str]) -> np.ndarray:
@@ -214,97 +223,6 @@ def hashes(ids: list[str]) -> np.ndarray:
     import numpy as np
 
     return np.frombuffer(b"".join(blake2b(name.encode(), digest_size=8).digest() for name in ids), np.uint64)
-
-
-def lines_of(task: PartOfLines) -> Iterator[bytes]:
-    with open(task.path, "rb", buffering=1 << 20) as file:
-        if task.start:
-            file.seek(task.start - 1)
-            file.readline()
-        while file.tell() < task.stop and (line := file.readline()):
-            yield line
-
-
-def read_part(task: PartOfLines, layout: VocabLayout, vbpe: VisualBPE | None = None) -> ShardRows:
-    """All rows of a part. Raises InputError that names file and line."""
-    import simdjson
-
-    from beingvl.data.arrow_shards import ShardRows
-    from beingvl.errors import InputError
-
-    rows = ShardRows()
-    parser = simdjson.Parser()
-    for number, line in enumerate(lines_of(task)):
-        if line.isspace():
-            continue
-        try:
-            add_row(rows, parser, line, layout, vbpe)
-        except (ValueError, TypeError, AttributeError) as error:
-            where = f"{task.path}, line {_lines_before(task) + number + 1}"
-            raise InputError(f"{where}: not a token row ({error}); make the file again with `beingvl tokenize`") from error
-    return rows
-
-
-def _lines_before(task: PartOfLines) -> int:
-    """Lines that start before the part."""
-    count, left = 0, max(0, task.start - 1)
-    with open(task.path, "rb") as file:
-        while left and (block := file.read(min(left, 1 << 20))):
-            count, left = count + block.count(b"\n"), left - len(block)
-    return count + (task.start > 0)
-
-
-def add_row(rows: ShardRows, parser: Any, line: bytes, layout: VocabLayout, vbpe: VisualBPE | None) -> None:
-    """Parse one line into `rows`. No name may refer to a part of the document when the parser takes the next line."""
-    import numpy as np
-
-    fields = parser.parse(line)
-    before, after = _integers(fields, "token_0"), _integers(fields, "token_1")
-    merged = fields.get("token_image_new") is not None
-    image = _integers(fields, "token_image_new" if merged else "token_image", required=False)
-    ids = np.concatenate((before, image, after))
-    if fields.get("target_spans") is None:
-        spans = np.array([len(ids) - len(after), len(ids)])
-    else:
-        spans = _integers(fields, "target_spans")
-    if vbpe is not None and merged and fields.get("token_image") is not None:
-        _check_decodes(image, _integers(fields, "token_image"), layout, vbpe)
-    if fields.get("id") is None:
-        raise ValueError("missing field 'id'")
-    name = fields.get("image")
-    rows.id.append(str(fields.get("id")))
-    rows.image.append(name if isinstance(name, str) else "" if name is None else name.mini.decode())
-    rows.category.append(fields.get("category") or "default")
-    rows.input_ids.append(ids)
-    rows.target_spans.append(spans)
-
-
-def _integers(fields: Any, name: str, required: bool = True) -> np.ndarray:
-    """A list of integers `[n]` int64, nested ones flattened. Raises ValueError when it is something else."""
-    import numpy as np
-
-    value = fields.get(name)
-    if value is None and not required:
-        return np.empty(0, np.int64)
-    if value is None:
-        raise ValueError(f"missing field '{name}'")
-    try:
-        return np.frombuffer(value.as_buffer(of_type="i"), np.int64)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{name} is not a list of integers") from error
-
-
-def _check_decodes(merged: np.ndarray, codes: np.ndarray, layout: VocabLayout, vbpe: VisualBPE) -> None:
-    """Raises ValueError when the merged stream does not stand for the row's own codes, on a grid of some width."""
-    import numpy as np
-
-    image_ids, expected = layout.token_to_image_ids(merged), layout.token_to_image_ids(codes)
-    num_cells = int(vbpe.sizes[image_ids].sum()) if image_ids.size and image_ids.max() < vbpe.num_ids else -1
-    if num_cells != len(expected):
-        raise ValueError(f"token_image_new covers {num_cells} cells, token_image has {len(expected)}: is it another vBPE?")
-    side = round(len(expected) ** 0.5)
-    if side * side == len(expected) and not np.array_equal(vbpe.decode(image_ids, side, side).ravel(), expected):
-        raise ValueError("token_image_new does not decode to token_image: is it another vBPE?")
 
 
 # ---- all parts ----
@@ -364,7 +282,7 @@ def refuse_duplicates(parts: Parts, tasks: list[PartOfLines]) -> None:
         if path.is_file() and len(rows := np.flatnonzero(np.fromfile(path, np.uint64) == twice[0])):
             name = open_batch(path.with_name("shard.arrow")).column("id")[int(rows[0])].as_py()
             found = f"{len(twice)} rows repeat the id of another row, the first is {name!r} in {task.path}"
-            raise InputError(f"{found}; give every row its own id, or keep them with --duplicate_ids keep and --overwrite")
+            raise InputError(f"{found}; give every row its own id, or start again with --duplicate_ids keep")
 
 
 if __name__ == "__main__":

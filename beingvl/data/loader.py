@@ -6,13 +6,14 @@
     4. TrainingData.micro_batch   this rank's share of one micro step, concatenated into one row
 
 B does not depend on the number of ranks, so neither does what a step sees. There is no iterator state: a resumed run asks for
-the next step.
+the next step, so the one integer to keep is the step, which every checkpoint does (`train/checkpoint.py`).
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,7 @@ class MicroBatch:
 
     input_ids, target_ids, position_ids: `[num_tokens]` int64. `target_ids` are already shifted: `target_ids[i]` is what follows
     `input_ids[i]`, or IGNORED. cu_seqlens: `[num_documents + 1]` int32, where documents start and end.
+    token_kinds: `[num_tokens]` uint8, index into vocab.TOKEN_KINDS of every input id.
     source_of_token: `[num_tokens]` uint8, index into the mixture's sources.
     """
 
@@ -42,6 +44,7 @@ class MicroBatch:
     target_ids: np.ndarray
     position_ids: np.ndarray
     cu_seqlens: np.ndarray
+    token_kinds: np.ndarray
     source_of_token: np.ndarray
     sample_ids: tuple[str, ...]
 
@@ -88,6 +91,7 @@ class TrainingData:
             fields = json.loads(path.read_text())
             return PackingPlan(np.cumsum([0, *fields["sequences"]], dtype=np.int64), fields["efficiency"])
         plan = plan_packing(self._lengths, self._num_samples, self._sequence_length, self._packing)
+        self.shards.give_back_pages()
         if os.access(self.shards.folder, os.W_OK):  # shards may lie on a read-only disk: then every start plans anew
             fields = {"sequences": np.diff(plan.starts).tolist(), "efficiency": plan.efficiency}
             write_atomically(path, json.dumps(fields))
@@ -131,30 +135,43 @@ class TrainingData:
         sources = [int(self.shards.source_of[index]) for index in indices]
         return collate([self.shards[index] for index in indices], sources, self.shards.layout, self._loss_on)
 
-    def realised_shares(self) -> dict[str, float]:
-        """Share of every source among the samples of the whole run."""
+    def realised_shares(self) -> dict[str, tuple[int, float]]:
+        """Samples of every source in the whole run, and their share of all."""
         counts = self.mixture.counts(self._num_samples)
-        return {name: counts.get(name, 0) / max(1, self._num_samples) for name in self.shards.sources}
+        return {name: (counts.get(name, 0), counts.get(name, 0) / max(1, self._num_samples)) for name in self.shards.sources}
+
+
+def open_mixture(shards: ShardReader, weights: Mapping[str, float], by: str, seed: int) -> Mixture:
+    """The mixture of a stage's JSON: `weights` are shares `by` samples or tokens. Raises InputError for impossible ones."""
+    weights = dict(weights)
+    if by == "tokens":  # a share of tokens is a share of samples, divided by their mean length
+        for name, entry in shards.manifest.details["sources"].items():
+            if name in weights:
+                weights[name] /= entry["tokens"] / entry["samples"]
+    return Mixture(shards.members, shards.sources, weights, seed)
 
 
 def collate(samples: list[Sample], sources: list[int], layout: VocabLayout, loss_on: str = "response") -> MicroBatch:
     """Lay samples end to end. No sample at all becomes one padding token without a target, so that every rank takes part."""
     if not samples:
-        nothing = np.zeros(1, np.int64)
+        padding = np.array([layout.pad_id])
         return MicroBatch(
-            input_ids=nothing + layout.pad_id,
-            target_ids=nothing + IGNORED,
-            position_ids=nothing,
+            input_ids=padding,
+            target_ids=np.array([IGNORED]),
+            position_ids=np.array([0]),
             cu_seqlens=np.array([0, 1], np.int32),
+            token_kinds=layout.token_kinds(padding),
             source_of_token=np.zeros(1, np.uint8),
             sample_ids=(),
         )
     lengths = [len(sample.input_ids) for sample in samples]
+    input_ids = np.concatenate([sample.input_ids for sample in samples]).astype(np.int64)
     return MicroBatch(
-        input_ids=np.concatenate([sample.input_ids for sample in samples]).astype(np.int64),
+        input_ids=input_ids,
         target_ids=np.concatenate([shifted_targets(sample, layout, loss_on) for sample in samples]),
         position_ids=np.concatenate([np.arange(length) for length in lengths]),
         cu_seqlens=np.cumsum([0, *lengths], dtype=np.int32),
+        token_kinds=layout.token_kinds(input_ids),
         source_of_token=np.repeat(np.array(sources, np.uint8), lengths),
         sample_ids=tuple(sample.id for sample in samples),
     )

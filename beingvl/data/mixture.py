@@ -11,7 +11,7 @@ Nothing is stored: a permutation is a formula (`permute`), so any range of the o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -25,16 +25,16 @@ FEISTEL_ROUNDS = 6
 
 
 class Mixture:
-    """The infinite global order over samples `0 … num_samples-1` that belong to sources.
+    """The infinite global order over samples that belong to sources.
 
     Args:
-        source_of: `[num_samples]` source index of every sample.
-        sources: names of the sources, in index order.
+        members: sample numbers of every source, ascending (`ShardReader.members`).
+        sources: names of the sources, in the same order.
         weights: name -> share of the draws; they need not sum to 1. Sources without a weight are never drawn.
         seed: of the order.
     """
 
-    def __init__(self, source_of: np.ndarray, sources: list[str], weights: Mapping[str, float], seed: int) -> None:
+    def __init__(self, members: Sequence[np.ndarray], sources: list[str], weights: Mapping[str, float], seed: int) -> None:
         unknown = sorted(set(weights) - set(sources))
         if unknown:
             raise InputError(f"the mixture names the source {unknown[0]!r}, the shards hold {sources}; correct beingvl.mixture")
@@ -47,9 +47,9 @@ class Mixture:
         total = sum(drawn.values())
         self._shares = [weight / total for weight in drawn.values()]
         self._largest = max(range(len(self._shares)), key=lambda s: self._shares[s])
-        self._members = [np.flatnonzero(source_of == index).astype(np.uint32) for index in self._indices]
-        for name, members in zip(drawn, self._members, strict=True):
-            if not len(members):
+        self._members = [members[index] for index in self._indices]
+        for name, own in zip(drawn, self._members, strict=True):
+            if not len(own):
                 raise InputError(f"the mixture draws from {name!r}, which has no sample; leave it out of beingvl.mixture")
 
     @property

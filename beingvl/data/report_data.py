@@ -1,14 +1,15 @@
 """What shards hold, as one self-contained HTML page.
 
-    beingvl report data shards/ [shards2/ …] --output_path page.html [--vq_path vqgan/ --vbpe_path vbpe/]
+    beingvl report data shards/… --output_path page.html [--deepspeed_config stage1.json] [--vq_path vqgan/ --vbpe_path vbpe/]
 
-Counts, lengths, packing efficiency and mixture shares, the histogram of token kinds, which of the new rows never occur, and
-decoded examples; with a VQ-GAN that has a decoder, and the vBPE they were made with, their images too.
+Counts, lengths, packing efficiency, the histogram of token kinds, which of the new rows never occur, and decoded examples; with a
+stage's JSON what its mixture draws; with a VQ-GAN that has a decoder, and the vBPE they were made with, the examples' images too.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_path", type=Path, help="model folder whose tokenizer shows the examples' text")
     parser.add_argument("--vbpe_path", type=Path, help="vbpe.json, to turn merged images into codes")
     parser.add_argument("--vq_path", type=Path, help="VQ-GAN folder with a decoder, to show the examples' images")
+    parser.add_argument("--deepspeed_config", type=Path, help="a stage's JSON: shows what its mixture draws from the shards")
     parser.add_argument("--sequence_length", type=int, default=4096, help="tokens a sequence, for the packing efficiency")
     parser.add_argument("--num_examples", type=int, default=6, help="examples a folder, spread evenly")
 
@@ -71,6 +73,8 @@ def folder_section(shards: ShardReader, args: argparse.Namespace) -> str:
     ]
     facts += [("lengths: 1, 25, 50, 75, 99 %", percentiles), ("packing", packing_fact(lengths, args.sequence_length))]
     parts = [f"<h2>{escape(str(shards.folder))}</h2>", table([], facts), "<h2>Sources</h2>", sources_table(shards)]
+    if args.deepspeed_config:
+        parts += ["<h2>Mixture</h2>", mixture_table(shards, args.deepspeed_config)]
     parts += ["<h2>Lengths</h2>", histogram(lengths), "<h2>Kinds of tokens</h2>", kinds_table(used, shards)]
     parts += ["<h2>New rows that never occur</h2>", coverage_table(used, shards), "<h2>Examples</h2>", examples(shards, args)]
     return "".join(parts)
@@ -107,6 +111,40 @@ def sources_table(shards: ShardReader) -> str:
         for name, e in shards.manifest.details["sources"].items()
     ]
     return table(["source", "samples", "share of samples", "share of tokens"], rows)
+
+
+def mixture_table(shards: ShardReader, config_path: Path) -> str:
+    """What a whole run of the stage draws. Raises InputError when the file is no stage's JSON, or does not fit the shards."""
+    import numpy as np
+
+    from beingvl.data.loader import open_mixture
+    from beingvl.errors import InputError
+
+    try:
+        block = json.loads(config_path.read_text())["beingvl"]
+        weights, epochs = dict(block["mixture"]), float(block["epochs"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{config_path} is not a stage's JSON with beingvl.mixture and beingvl.epochs ({error!r})") from error
+    mixture = open_mixture(shards, weights, block.get("mixture_by", "samples"), block.get("seed", 0))
+    num_samples = round(epochs * mixture.num_samples)
+    samples, tokens = np.zeros(len(shards.sources), np.int64), np.zeros(len(shards.sources))
+    for start in range(0, num_samples, 1 << 20):
+        drawn = mixture.draw(start, min(start + (1 << 20), num_samples))
+        sources = shards.source_of[drawn]
+        samples += np.bincount(sources, minlength=len(samples))
+        tokens += np.bincount(sources, weights=shards.lengths[drawn], minlength=len(samples))
+    rows = [
+        (
+            escape(name),
+            f"{weights.get(name, 0):g}",
+            f"{samples[n]:,}",
+            f"{samples[n] / samples.sum():.3%}",
+            f"{tokens[n] / tokens.sum():.3%}",
+            f"{samples[n] / len(shards.members[n]):.2f}",
+        )
+        for n, name in enumerate(shards.sources)
+    ]
+    return table(["source", "weight", "samples drawn", "share of samples", "share of tokens", "times through it"], rows)
 
 
 def bars(rows: list[tuple[str, int]]) -> str:

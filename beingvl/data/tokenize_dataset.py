@@ -21,18 +21,18 @@ from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from beingvl.tokenizer.llava_json import image_keys, stream_rows
+from beingvl.data.dataset_folder import REJECTED_FILE, DatasetFolder
+from beingvl.tokenizer.llava_json import image_keys as image_keys  # evaluate reads the same files
+from beingvl.tokenizer.llava_json import stream_rows
 
 if TYPE_CHECKING:
-    from beingvl.data.conversation import TextEncoder, TokenizedSample
-    from beingvl.manifest import Manifest
+    from beingvl.data.row_tokenizer import RowTokenizer
     from beingvl.parts import Parts
     from beingvl.tokenizer.vbpe import VisualBPE
     from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
     from beingvl.tokenizer.vq_codes import CodeFolder
     from beingvl.vocab import VocabLayout
 
-REJECTED_FILE = "rejected.jsonl"
 DEFAULT_CATEGORY = {"pt": "foundation", "sft": "instruction"}
 
 
@@ -124,108 +124,6 @@ def read_rows(path: Path) -> list[dict]:
     return list(stream_rows(path))
 
 
-# ---- the output folder ----
-
-
-class DatasetFolder:
-    """One dataset's part of an output folder, which several may share: its files, and its entry in the manifest's `datasets`."""
-
-    def __init__(self, folder: Path, name: str, layout: VocabLayout) -> None:
-        self.folder, self.name, self.layout = folder, name, layout
-        self.parts_name = f"{name}.parts.tmp"
-
-    def file(self, variant: str) -> Path:
-        return self.folder / f"{self.name}_{variant}.jsonl"
-
-    def shards(self, variant: str) -> Path:
-        return self.folder / f"{self.name}_{variant}"
-
-    def _manifest(self) -> Manifest | None:
-        from beingvl.manifest import is_complete, read_manifest
-
-        return read_manifest(self.folder, "jsonl") if is_complete(self.folder) else None
-
-    def is_made_by(self, request: dict[str, Any], quiet: bool = False) -> bool:
-        """Whether this dataset is finished. Raises InputError when another request made it, or it fits no neighbour."""
-        from beingvl.errors import InputError
-        from beingvl.manifest import join_lineages
-
-        manifest = self._manifest()
-        if manifest is None:
-            return False
-        datasets = manifest.details["datasets"]
-        entry = datasets.get(self.name)
-        if entry is None:
-            others = {f"{self.folder} ({name})": other["lineage"] for name, other in datasets.items()}
-            join_lineages({**others, f"{self.folder} ({self.name})": request["lineage"]})
-            return False
-        made_by = entry["request"]
-        different = [key for key in {**made_by, **request} if made_by.get(key) != request.get(key)]
-        if different:
-            raise InputError(
-                f"{self.folder} is finished, but {self.name} has another {different[0]} (found {made_by.get(different[0])!r}, "
-                f"asked for {request.get(different[0])!r}); choose another folder or add --overwrite"
-            )
-        if not quiet:
-            print(f"{self.folder}: {self.name} is finished already, with the same inputs: reused")
-        return True
-
-    def remove(self) -> None:
-        """Take this dataset out of the folder; the others stay complete."""
-        import shutil
-
-        from beingvl.manifest import MANIFEST_FILE
-
-        manifest = self._manifest()
-        if manifest is not None and self.name in manifest.details["datasets"]:
-            others = {name: entry for name, entry in manifest.details["datasets"].items() if name != self.name}
-            lines = self._rejected_of_others()
-            (self.folder / MANIFEST_FILE).unlink()
-            self._delete_files()
-            if others:
-                self._write(others, lines, {name: str(entry["hash"]) for name, entry in manifest.files.items()})
-        shutil.rmtree(self.folder / self.parts_name, ignore_errors=True)
-
-    def _delete_files(self) -> None:
-        import shutil
-
-        for variant in ("base", "vbpe"):
-            self.file(variant).unlink(missing_ok=True)
-            shutil.rmtree(self.shards(variant), ignore_errors=True)
-
-    def _rejected_of_others(self) -> list[str]:
-        path = self.folder / REJECTED_FILE
-        if self._manifest() is None or not path.is_file():
-            return []
-        with open(path, encoding="utf-8", newline="\n") as file:
-            return [line for line in file if json.loads(line)["dataset"] != self.name]
-
-    def finish(self, entry: dict[str, Any], rejected: list[str], known_hashes: dict[str, str]) -> None:
-        """Add this dataset, whose files are in their places, to the manifest."""
-        manifest = self._manifest()
-        datasets = {**(manifest.details["datasets"] if manifest else {}), self.name: entry}
-        earlier = {name: str(file["hash"]) for name, file in manifest.files.items()} if manifest else {}
-        self._write(datasets, self._rejected_of_others() + rejected, {**earlier, **known_hashes})
-
-    def _write(self, datasets: dict[str, Any], rejected: list[str], known_hashes: dict[str, str]) -> None:
-        from beingvl.manifest import join_lineages, write_atomically, write_manifest
-
-        write_atomically(self.folder / REJECTED_FILE, "".join(sorted(rejected, key=_dataset_and_index)))
-        known_hashes.pop(REJECTED_FILE, None)
-        counts: dict[str, int] = {}
-        for entry in datasets.values():
-            for name, value in entry["counts"].items():
-                counts[name] = max(counts.get(name, 0), value) if name.startswith("longest") else counts.get(name, 0) + value
-        lineage = join_lineages({name: entry["lineage"] for name, entry in datasets.items()})
-        details = {"layout": self.layout.to_dict(), "datasets": dict(sorted(datasets.items()))}
-        write_manifest(self.folder, "jsonl", counts, lineage, details, known_hashes)
-
-
-def _dataset_and_index(line: str) -> tuple[str, int]:
-    entry = json.loads(line)
-    return entry["dataset"], entry["index"]
-
-
 # ---- one part ----
 
 
@@ -245,6 +143,7 @@ _process: _Process  # set by prepare_process, in each worker process
 def prepare_process(args: argparse.Namespace, request: dict[str, Any], codes_path: Path | None) -> None:
     global _process
     from beingvl.data.conversation import TextEncoder
+    from beingvl.data.row_tokenizer import RowTokenizer
     from beingvl.parts import Parts
     from beingvl.tokenizer.vq_codes import CodeFolder
     from beingvl.vocab import VocabLayout
@@ -287,6 +186,7 @@ def tokenize_parts(parts: Parts, args: argparse.Namespace, codes: CodeFolder | N
 
 def tokenize_part(task: tuple[int, list[dict]]) -> int:
     """One part: rows to token rows of every variant. Returns the number of rows."""
+    from beingvl.data.row_tokenizer import fit, num_tokens
     from beingvl.errors import InputError
 
     number, rows = task
@@ -303,55 +203,34 @@ def tokenize_part(task: tuple[int, list[dict]]) -> int:
             continue
         counts["rows"] += 1
         counts["truncated"] += truncated
-        counts["longest_sample_tokens"] = max(counts["longest_sample_tokens"], *map(_num_tokens, variants.values()))
+        counts["longest_sample_tokens"] = max(counts["longest_sample_tokens"], *map(num_tokens, variants.values()))
         for variant, out in variants.items():
             made[variant].append(out)
     counts["rejected"] = len(rejected)
     with _process.parts.writing(number) as folder:
         for variant, variant_rows in made.items():
+            path = folder / f"{variant}.jsonl"
+            path.write_text("".join(map(_line, variant_rows)), encoding="utf-8")
             if args.format == "arrow":
-                _write_shard(folder, variant, variant_rows)
-            else:
-                (folder / f"{variant}.jsonl").write_text("".join(map(_line, variant_rows)), encoding="utf-8")
+                _write_shard(folder, variant, path)
+                path.unlink()
         (folder / "rejected.jsonl").write_text("".join(map(_line, rejected)), encoding="utf-8")
         (folder / "counts.json").write_text(json.dumps(counts))
     return len(rows)
 
 
-def _write_shard(folder: Path, variant: str, rows: list[dict]) -> None:
-    import simdjson
+def _write_shard(folder: Path, variant: str, path: Path) -> None:
+    """Rows in a JSONL file to a shard: the same bytes with and without the detour of `beingvl build-shards`."""
+    from beingvl.data.arrow_shards import write_shard
+    from beingvl.data.token_rows import RowReader
 
-    from beingvl.data.arrow_shards import ShardRows, write_shard
-    from beingvl.data.build_shards import add_row
-
-    # Through one line of JSON, so that a shard has the same bytes with and without the detour over a JSONL file.
-    shard, parser = ShardRows(), simdjson.Parser()
-    for row in rows:
-        add_row(shard, parser, _line(row).encode(), _process.layout, None)
-    summary = write_shard(folder / f"{variant}.arrow", shard, _process.layout) if rows else None
+    size = path.stat().st_size
+    summary = (
+        write_shard(folder / f"{variant}.arrow", RowReader(_process.layout).read(path, 0, size), _process.layout)
+        if size
+        else None
+    )
     (folder / f"{variant}.json").write_text(json.dumps(summary))
-
-
-def fit(variants: dict[str, dict], max_length: int | None, too_long: str) -> tuple[dict[str, dict], bool]:
-    """The variants of a row, cut to `max_length` tokens when `too_long` is `truncate`, and whether one was cut.
-
-    Raises InputError when a row is too long and may not be cut, or when no target would be left.
-    """
-    from beingvl.errors import InputError
-
-    longest = max(map(_num_tokens, variants.values()))
-    if max_length is None or longest <= max_length:
-        return variants, False
-    if too_long == "reject":
-        raise InputError(f"the sample has {longest} tokens, --max_length is {max_length}")
-    cut = {}
-    for variant, row in variants.items():
-        kept = max_length - (_num_tokens(row) - len(row["token_1"]))
-        spans = [(start, min(end, max_length)) for start, end in row["target_spans"] if start < max_length]
-        if kept < 1 or not spans:
-            raise InputError(f"the sample has {longest} tokens, and of its first {max_length} (--max_length) none is an answer")
-        cut[variant] = {**row, "token_1": row["token_1"][:kept], "target_spans": spans}
-    return cut, True
 
 
 # ---- all parts ----
@@ -400,63 +279,6 @@ def _join_shards(output: DatasetFolder, parts: Parts, num_parts: int, variant: s
     folder = start_folder(output.shards(variant))
     shards = link_shards(parts, num_parts, folder, variant)
     finish_shards(folder, shards, output.layout, request["lineage"], {"request": request})
-
-
-# ---- one row ----
-
-
-class RowTokenizer:
-    """One LLaVA row to one JSONL row per variant: `base` with VQ codes, `vbpe` with merged ids."""
-
-    def __init__(
-        self,
-        encoder: TextEncoder,
-        layout: VocabLayout,
-        codes: CodeFolder | None,
-        vbpe: VisualBPE | LegacyVisualBPE | None,
-        template: str,
-        default_category: str,
-    ) -> None:
-        self._encoder = encoder
-        self._layout = layout
-        self._codes = codes
-        self._vbpe = vbpe
-        self._template = template
-        self._default_category = default_category
-
-    @property
-    def variants(self) -> list[str]:
-        return ["base", "vbpe"] if self._vbpe else ["base"]
-
-    def __call__(self, row: dict) -> dict[str, dict[str, Any]]:
-        """Variant -> JSONL row. Raises InputError that says what is malformed."""
-        from beingvl.data.conversation import build_sequence, parse_conversation
-
-        turns = parse_conversation(row.get("conversations"))
-        grids = [self._codes.codes[self._codes.row(key)] for key in image_keys(row)] if self._codes else []
-        raw_images = [self._layout.image_to_token_ids(grid.ravel()) for grid in grids]
-        raw = build_sequence(turns, raw_images, self._encoder, self._layout, self._template)
-        out = {"base": self._jsonl_row(row, raw, raw.image)}
-        if self._vbpe:
-            merged_images = [self._layout.image_to_token_ids(self._vbpe.encode(grid)) for grid in grids]
-            merged = build_sequence(turns, merged_images, self._encoder, self._layout, self._template)
-            out["vbpe"] = self._jsonl_row(row, merged, raw.image, merged.image)
-        return out
-
-    def _jsonl_row(
-        self, row: dict, sample: TokenizedSample, token_image: list[int], token_image_new: list[int] | None = None
-    ) -> dict[str, Any]:
-        return {
-            "id": str(row.get("id", "")),
-            "image": row.get("image"),
-            "category": row.get("category") or self._default_category,
-            "conversations": row["conversations"],
-            "token_0": sample.token_0,
-            "token_image": token_image,
-            **({} if token_image_new is None else {"token_image_new": token_image_new}),
-            "token_1": sample.token_1,
-            "target_spans": sample.target_spans,
-        }
 
 
 def _open_codes(args: argparse.Namespace, rank: int, num_ranks: int) -> CodeFolder | None:
@@ -510,10 +332,6 @@ def _lineages(
     if vbpe:
         lineages[str(args.vbpe_path)] = {**vbpe.lineage, "vbpe": vbpe.fingerprint()}
     return lineages
-
-
-def _num_tokens(row: dict) -> int:
-    return len(row["token_0"]) + len(row.get("token_image_new", row["token_image"])) + len(row["token_1"])
 
 
 def _line(value: dict) -> str:

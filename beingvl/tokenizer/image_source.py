@@ -51,6 +51,14 @@ class FolderImages:
             raise InputError(f"{key}: {error.strerror}") from error
 
 
+class _ForgetfulTarFile(tarfile.TarFile):
+    """tarfile keeps every header it has seen; a tar of millions of images is read in the memory of one."""
+
+    def next(self) -> tarfile.TarInfo | None:
+        self.members: list[tarfile.TarInfo] = []
+        return super().next()
+
+
 class TarImages:
     """Images in uncompressed tar files, found through their headers once and then read at their offsets."""
 
@@ -64,9 +72,8 @@ class TarImages:
 
     def _add(self, number: int, path: Path) -> None:
         try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+            with _ForgetfulTarFile.open(path, "r:") as tar:
+                while (member := tar.next()) is not None:
                     name = member.name.removeprefix("./")
                     if not member.isfile() or PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
                         continue

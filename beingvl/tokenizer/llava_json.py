@@ -47,11 +47,17 @@ def image_keys(row: dict) -> list[str]:
 
 def _values(file: IO[str], path: Path) -> Iterator[Any]:
     buffer = file.read(BLOCK_CHARS)
-    start = _SPACE.match(buffer).end()  # type: ignore[union-attr]
+    start = _behind_space(buffer, 0)
     if buffer[start : start + 1] == "[":
         return _array_values(file, path, buffer, start + 1)
     file.seek(0)
     return _line_values(file, path)
+
+
+def _behind_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    assert found is not None  # no space at all matches too
+    return found.end()
 
 
 def _line_values(file: IO[str], path: Path) -> Iterator[Any]:
@@ -69,7 +75,7 @@ def _array_values(file: IO[str], path: Path, buffer: str, at: int) -> Iterator[A
     count = 0
     after_value = False
     while True:
-        at = _SPACE.match(buffer, at).end()  # type: ignore[union-attr]
+        at = _behind_space(buffer, at)
         token = buffer[at : at + 1]
         if token == "]" and (after_value or not count):
             if (buffer[at + 1 :] + file.read(BLOCK_CHARS)).strip():

@@ -397,6 +397,28 @@ def decode_stream(ids: np.ndarray, tables: Tables, grid: np.ndarray) -> tuple[in
     return STREAM_FINE, -1
 
 
+@_kernel
+def find_mismatch(ids: np.ndarray, id_starts: np.ndarray, codes: np.ndarray, code_starts: np.ndarray, tables: Tables) -> int:
+    """The first stream that does not stand for its codes, -1 for none; see `VisualBPE.first_mismatch`."""
+    for n in range(len(id_starts) - 1):
+        stream, expected = ids[id_starts[n] : id_starts[n + 1]], codes[code_starts[n] : code_starts[n + 1]]
+        side = int(np.sqrt(len(expected)) + 0.5)
+        if side * side == len(expected):
+            grid = np.full((side, side), -1, np.int32)
+            status, _ = decode_stream(stream, tables, grid)
+            if status != STREAM_FINE or not np.all(grid.ravel() == expected):
+                return n
+            continue
+        num_cells = 0
+        for token in stream:
+            if token < 0 or token >= len(tables.cell_start) - 1:
+                return n
+            num_cells += tables.cell_start[token + 1] - tables.cell_start[token]
+        if num_cells != len(expected):
+            return n
+    return -1
+
+
 # ---- published vocabularies ----
 
 

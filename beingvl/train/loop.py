@@ -62,7 +62,8 @@ def train(
     """
     block, ranks = config.beingvl, engine.ranks
     num_steps = num_steps_of(data, config)
-    windows = WindowFetcher(data, engine.accumulation_steps, config.micro_batch_size, ranks.rank, ranks.num_ranks)
+    place = (ranks.rank, ranks.num_ranks)
+    windows = WindowFetcher(data, engine.accumulation_steps, config.micro_batch_size, *place, pin=ranks.device.type == "cuda")
     spikes = SpikeDetector()
     last_good = saved = replace(progress)
     saved_at = time.monotonic()

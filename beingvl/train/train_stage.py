@@ -266,17 +266,10 @@ def _replay(stage: Stage, step: int) -> int:
 
 def build_data(config: StageConfig, shards: ShardReader) -> TrainingData:
     """The stage's data: mixture, epochs and packing from its JSON."""
-    import numpy as np
-
-    from beingvl.data.loader import TrainingData
-    from beingvl.data.mixture import Mixture
+    from beingvl.data.loader import TrainingData, open_mixture
 
     block = config.beingvl
-    weights = dict(block.mixture)
-    if block.mixture_by == "tokens":  # a share of tokens is a share of samples, divided by their mean length
-        for name in [name for name in weights if name in shards.sources]:
-            weights[name] /= float(np.mean(shards.lengths[shards.source_of == shards.sources.index(name)]))
-    mixture = Mixture(shards.source_of, shards.sources, weights, block.seed)
+    mixture = open_mixture(shards, block.mixture, block.mixture_by, block.seed)
     num_samples = round(block.epochs * mixture.num_samples)
     return TrainingData(
         shards, mixture, num_samples, block.sequence_length, config.sequences_per_step, block.loss_on, block.packing
@@ -286,7 +279,7 @@ def build_data(config: StageConfig, shards: ShardReader) -> TrainingData:
 def _describe(data: TrainingData, config: StageConfig, engine: TrainingEngine) -> str:
     from beingvl.train.loop import num_steps_of
 
-    shares = ", ".join(f"{name} {share:.1%}" for name, share in data.realised_shares().items())
+    shares = ", ".join(f"{name} {count:,} samples ({share:.2%})" for name, (count, share) in data.realised_shares().items())
     return (
         f"{num_steps_of(data, config)} steps of {config.sequences_per_step} sequences: {engine.ranks.num_ranks} ranks x "
         f"{config.micro_batch_size} (micro-batch) x {engine.accumulation_steps} (accumulation); packing "

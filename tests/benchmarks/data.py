@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 
-from beingvl import cli
 from beingvl.data.mixture import Mixture
 from beingvl.data.packing import plan_packing
 from beingvl.manifest import to_json
@@ -106,20 +106,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="scratch folder, kept")
     parser.add_argument("--rows", type=int, default=12_000, help="rows of about 14 kB")
+    parser.add_argument("--copies", type=int, default=4, help="the larger file to build holds the rows so many times")
     parser.add_argument("--read_rows", type=int, default=4_000, help="samples read in random order")
-    parser.add_argument("--processes", type=int, default=2, help="for our build and for orjson alone")
+    parser.add_argument("--processes", type=int, default=2, help="of orjson alone: one a core; our build has its default")
+    parser.add_argument("--repeats", type=int, default=3, help="builds of each kind, in turn; medians count")
     parser.add_argument("--peer_pythons", nargs="*", default=[], help="interpreters that have the peers")
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
-    jsonl = args.folder / f"rows-{args.rows}.jsonl"
-    if not jsonl.is_file():
-        write_rows(jsonl, args.rows)
+    small, large = (args.folder / f"rows-{args.rows}x{copies}" / "rows.jsonl" for copies in (1, args.copies))
+    if not small.is_file():
+        write_rows(small, args.rows)
+    if not large.is_file():
+        write_copies(small, large, args.copies)
     pythons = [sys.executable, *args.peer_pythons]
-    rates = build_rates(jsonl, args, pythons)
-    reads = {peer: read_rate(peer, jsonl, args, pythons) for peer in PEERS}
+    line = report_builds(small, large, args, pythons)
+    reads = {peer: read_rate(peer, small, args, pythons) for peer in PEERS}
     efficiency, plan_seconds = packing_of_ten_million()
-    for name, value in rates.items():
-        print(f"JSONL -> {name:<20} {'absent' if value is None else f'{value:8.0f} MB/s'}")
     for peer, found in reads.items():
         shown = "absent"
         if found is not None:
@@ -129,14 +130,51 @@ def main() -> None:
         print(f"{peer:<10} {shown}")
     print(f"packing 10 million samples: {efficiency:.2%} full, {plan_seconds:.1f} s with drawing them")
     field = {"tokens_per_second": "tokens_per_second", "startup_seconds": "startup", "private_bytes": "private"}
-    line = {"build_ratio_vs_orjson": rates["shards (ours)"] / rates["orjson alone"] if rates["orjson alone"] else None}
     line |= {key: {peer: found and found[name] for peer, found in reads.items()} for key, name in field.items()}
     print(json.dumps({**line, "packing_efficiency": efficiency, "packing_plan_seconds_10m": plan_seconds}))
+
+
+def report_builds(small: Path, large: Path, args: argparse.Namespace, pythons: list[str]) -> dict[str, object]:
+    """Print the table of JSONL -> shards; returns the ratios to orjson, for the larger file and for what it has more."""
+    sizes = [path.stat().st_size / 1e6 for path in (small, large)]
+    of_large, of_small = build_seconds(large, args, pythons), build_seconds(small, args, pythons)
+    for name, code in (("pyarrow.json", PYARROW_JSON), ("jsonlines", JSONLINES)):
+        add_peer(of_small, name, pythons, code, small, args.processes)
+    rates: dict[str, list[float]] = {}
+    print(f"{'MB/s':<34} {sizes[0]:7.0f} MB {sizes[1]:7.0f} MB  without start-up")
+    for name, found in of_small.items():
+        seconds = [statistics.median(times) for times in (found, of_large.get(name)) if times]
+        rates[name] = [size / time for size, time in zip(sizes, seconds, strict=False)]
+        if len(seconds) == 2:
+            rates[name].append((sizes[1] - sizes[0]) / max(1e-9, seconds[1] - seconds[0]))
+        print(f"{name:<34}" + "".join(f" {rate:10.0f}" for rate in rates[name]) + ("" if seconds else " absent"))
+    print(json.dumps({"seconds of the smaller file": of_small, "seconds of the larger file": of_large}))
+    theirs, ours, bare = (
+        rates[name] for name in ("orjson alone", "ours, beside its manifest", "ours, a file without a manifest")
+    )
+    if not theirs:
+        return {"build_ratio_vs_orjson": None}
+    return {
+        "build_ratio_vs_orjson": ours[1] / theirs[1],
+        "build_ratio_without_startup": ours[2] / theirs[2],
+        "build_ratio_file_without_manifest": bare[1] / theirs[1],
+    }
+
+
+def write_copies(source: Path, target: Path, copies: int) -> None:
+    """The rows `copies` times, with ids of their own."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target, "wb") as out:
+        for number in range(copies):
+            with open(source, "rb") as file:
+                for line in file:
+                    out.write(line.replace(b'"id":"r', b'"id":"%d-r' % number, 1))
 
 
 def write_rows(path: Path, count: int) -> None:
     """Rows as `beingvl tokenize` writes them: 1024 codes, 600 to 800 merged, 40 to 300 tokens of text."""
     random = np.random.default_rng(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         for number in range(count):
             image = random.integers(LAYOUT.first_image_id, LAYOUT.first_vbpe_id, 1024).tolist()
@@ -152,52 +190,69 @@ def write_rows(path: Path, count: int) -> None:
 # ---- JSONL -> shards ----
 
 
-def build_rates(jsonl: Path, args: argparse.Namespace, pythons: list[str]) -> dict[str, float | None]:
-    """MB of JSONL per second; ours and orjson in as many processes, the others in one (pyarrow in all its threads)."""
-    from beingvl.manifest import write_manifest
-
-    base = args.folder / "base"
-    base.mkdir(exist_ok=True)
-    (base / LAYOUT_FILE).write_text(to_json(LAYOUT.to_dict()))
-    write_manifest(base, "model", {}, {"vocab": LAYOUT.fingerprint()})
-    megabytes = jsonl.stat().st_size / 1e6
-    command = ["build-shards", f"--jsonl_path={jsonl}", f"--model_path={base}", f"--output_path={args.folder / 'ours'}"]
-    started = time.perf_counter()
-    assert cli.main([*command, f"--num_workers={args.processes}", "--overwrite", f"--part_bytes={16 << 20}"]) == 0
-    rates: dict[str, float | None] = {"shards (ours)": megabytes / (time.perf_counter() - started)}
-    codes = {
-        "orjson alone": f"""
-import orjson, sys, time
+ORJSON_ALONE = """
+import os, sys, time
 from concurrent.futures import ProcessPoolExecutor
+import orjson
+path, processes = sys.argv[1], int(sys.argv[2])
 def parse(part):
     start, stop = part
-    with open({str(jsonl)!r}, "rb") as file:
+    with open(path, "rb", buffering=1 << 20) as file:
         file.seek(start)
         if start: file.readline()
         while file.tell() < stop: orjson.loads(file.readline())
-size = {jsonl.stat().st_size}
-parts = [(s, min(s + (16 << 20), size)) for s in range(0, size, 16 << 20)]
+size = os.path.getsize(path)
+parts = [(s, min(s + (64 << 20), size)) for s in range(0, size, 64 << 20)]
 started = time.perf_counter()
-with ProcessPoolExecutor({args.processes}) as pool: list(pool.map(parse, parts))
+with ProcessPoolExecutor(processes) as pool: list(pool.map(parse, parts))
 print(time.perf_counter() - started)
-""",
-        "pyarrow.json": f"""
-import time, pyarrow.json as j
+"""
+PYARROW_JSON = """
+import sys, time, pyarrow.json as j
 started = time.perf_counter()
-j.read_json({str(jsonl)!r}, read_options=j.ReadOptions(block_size=16 << 20))
+j.read_json(sys.argv[1], read_options=j.ReadOptions(block_size=16 << 20))
 print(time.perf_counter() - started)
-""",
-        "jsonlines": f"""
-import time, jsonlines
+"""
+JSONLINES = """
+import sys, time, jsonlines
 started = time.perf_counter()
-for row in jsonlines.open({str(jsonl)!r}): pass
+for row in jsonlines.open(sys.argv[1]): pass
 print(time.perf_counter() - started)
-""",
-    }
-    for name, code in codes.items():
-        seconds = first_that_runs(pythons, ["-c", code])
-        rates[name] = None if seconds is None else megabytes / float(seconds)
-    return rates
+"""
+
+
+def build_seconds(jsonl: Path, args: argparse.Namespace, pythons: list[str]) -> dict[str, list[float]]:
+    """Seconds for one file, `--repeats` times in turn. Ours are whole commands, with the start of Python and all imports; the
+    others' time starts after their imports. `beside its manifest` is how `beingvl tokenize` leaves a file: its hash is known."""
+    from beingvl.manifest import MANIFEST_FILE, write_manifest
+
+    base, bare = args.folder / "base", jsonl.parent / "without-a-manifest"
+    for folder in (base, bare):
+        folder.mkdir(exist_ok=True)
+    (base / LAYOUT_FILE).write_text(to_json(LAYOUT.to_dict()))
+    write_manifest(base, "model", {}, {"vocab": LAYOUT.fingerprint()})
+    if not (jsonl.parent / MANIFEST_FILE).is_file():
+        write_manifest(jsonl.parent, "jsonl", {}, {"vocab": LAYOUT.fingerprint()}, {"layout": LAYOUT.to_dict(), "datasets": {}})
+    if not (bare / jsonl.name).is_file():
+        (bare / jsonl.name).hardlink_to(jsonl)
+    build = ["-m", "beingvl", "build-shards", "--overwrite"]
+    build += [f"--output_path={args.folder / 'ours'}", f"--model_path={base}"]
+    seconds: dict[str, list[float]] = {}
+    warm_up = subprocess.run([sys.executable, *build, f"--jsonl_path={jsonl}"], stdout=subprocess.DEVNULL)
+    assert warm_up.returncode == 0  # the file is in the page cache now, and the kernels are compiled
+    for _ in range(args.repeats):
+        for name, path in (("ours, a file without a manifest", bare / jsonl.name), ("ours, beside its manifest", jsonl)):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, *build, f"--jsonl_path={path}"], check=True, stdout=subprocess.DEVNULL)
+            seconds.setdefault(name, []).append(time.perf_counter() - started)
+        add_peer(seconds, "orjson alone", pythons, ORJSON_ALONE, jsonl, args.processes)
+    return seconds
+
+
+def add_peer(seconds: dict[str, list[float]], name: str, pythons: list[str], code: str, jsonl: Path, processes: int) -> None:
+    """Append a reading; the list stays empty where no interpreter has the peer."""
+    found = first_that_runs(pythons, ["-c", code, str(jsonl), str(processes)])
+    seconds.setdefault(name, []).extend([] if found is None else [float(found)])
 
 
 def first_that_runs(pythons: list[str], arguments: list[str]) -> str | None:
@@ -236,7 +291,7 @@ def packing_of_ten_million() -> tuple[float, float]:
     lengths = np.random.default_rng(0).lognormal(6.5, 0.5, 10_000_000).clip(20, 4096).astype(np.int32)
     source_of = (np.arange(len(lengths)) % 5 == 0).astype(np.uint8)
     started = time.perf_counter()
-    mixture = Mixture(source_of, ["a", "b"], {"a": 0.8, "b": 0.2}, 0)
+    mixture = Mixture([np.flatnonzero(source_of == index) for index in (0, 1)], ["a", "b"], {"a": 0.8, "b": 0.2}, 0)
     plan = plan_packing(lambda start, stop: lengths[mixture.draw(start, stop)], len(lengths), 4096)
     return plan.efficiency, time.perf_counter() - started
 

@@ -1,5 +1,10 @@
+import json
+
+import numpy as np
+
 from beingvl import cli
-from tests.data.test_parts import inputs  # noqa: F401  (a fixture)
+from beingvl.data.arrow_shards import ShardReader
+from beingvl.data.mixture import Mixture
 from tests.tiny import LAYOUT, write_shards
 
 
@@ -13,9 +18,29 @@ def test_the_page_counts_what_is_there_and_what_never_occurs(tmp_path, capsys) -
     assert "--num_examples is 0" in capsys.readouterr().err
 
 
-def test_examples_have_their_text_and_images(inputs, tmp_path) -> None:  # noqa: F811
+def test_examples_have_their_text_and_images(inputs, tmp_path) -> None:
     page = tmp_path / "page.html"
     paths = [f"--vq_path={inputs}/vqgan", f"--vbpe_path={inputs}/vbpe.json", f"--model_path={inputs}/base"]
     assert cli.main(["report", "data", str(inputs / "build-shards"), f"--output_path={page}", *paths]) == 0
     text = page.read_text()
     assert text.count("data:image/png") == 6 and "hi" in text and "yes" in text
+
+
+def test_the_mixture_of_a_stage(tmp_path, capsys) -> None:
+    shards = ShardReader(write_shards(tmp_path / "shards"))
+    config = tmp_path / "stage.json"
+    config.write_text(json.dumps({"beingvl": {"epochs": 3, "mixture": {"foundation": 3, "reasoning": 1}}}))
+    command = ["report", "data", str(tmp_path / "shards"), f"--output_path={tmp_path}/page.html", f"--deepspeed_config={config}"]
+    assert cli.main(command) == 0
+    drawn = Mixture(shards.members, shards.sources, {"foundation": 3, "reasoning": 1}, 0).draw(0, 180)
+    tokens = np.bincount(shards.source_of[drawn], weights=shards.lengths[drawn])
+    samples = np.bincount(shards.source_of[drawn])
+    shares = [f"{samples[0] / 180:.3%}", f"{tokens[0] / tokens.sum():.3%}"]
+    row = ["foundation", "3", f"{samples[0]}", *shares, f"{samples[0] / 40:.2f}"]
+    assert "".join(f"<td>{cell}</td>" for cell in row) in (tmp_path / "page.html").read_text()
+    config.write_text("{}")
+    assert cli.main(command) == 2
+    assert "is not a stage's JSON" in capsys.readouterr().err
+    config.write_text(json.dumps({"beingvl": {"epochs": 3, "mixture": {"foundation": 0}}}))
+    assert cli.main(command) == 2
+    assert "at least one above 0" in capsys.readouterr().err

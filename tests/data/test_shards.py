@@ -10,7 +10,9 @@ from beingvl.data.arrow_shards import Sample, ShardReader, ShardWriter
 from beingvl.data.loader import IGNORED, TrainingData, collate, shifted_targets
 from beingvl.data.mixture import Mixture
 from beingvl.errors import InputError
-from beingvl.manifest import hash_file
+from beingvl.manifest import hash_file, write_manifest
+from beingvl.tokenizer.vbpe import VisualBPE
+from beingvl.vocab import TOKEN_KINDS, VocabLayout
 from tests.tiny import LAYOUT, write_model, write_shards
 
 
@@ -152,7 +154,16 @@ def test_targets_are_shifted_and_never_cross_a_sample() -> None:
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1]
     assert batch.cu_seqlens.tolist() == [0, 3, 5]
     assert batch.source_of_token.tolist() == [0, 0, 0, 1, 1]
+    assert [array.dtype.name for array in (batch.input_ids, batch.target_ids, batch.position_ids)] == ["int64"] * 3
+    assert (batch.cu_seqlens.dtype.name, batch.token_kinds.dtype.name) == ("int32", "uint8")
     assert batch.num_target_tokens == 3
+
+
+def test_every_token_has_its_kind() -> None:
+    ids = [5, LAYOUT.boi_id, LAYOUT.first_image_id, LAYOUT.first_vbpe_id, LAYOUT.eos_id]
+    assert [TOKEN_KINDS[kind] for kind in collate([sample(ids, [])], [0], LAYOUT).token_kinds] == [
+        *("text", "special", "vq", "vbpe", "text")
+    ]
 
 
 def test_loss_on() -> None:
@@ -170,7 +181,7 @@ def test_no_sample_is_one_padding_token_without_a_target() -> None:
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_a_step_sees_the_same_samples_on_any_number_of_ranks(tmp_path, num_ranks) -> None:
     shards = ShardReader(write_shards(tmp_path))
-    mixture = Mixture(shards.source_of, shards.sources, {"foundation": 0.7, "reasoning": 0.3}, 0)
+    mixture = Mixture(shards.members, shards.sources, {"foundation": 0.7, "reasoning": 0.3}, 0)
     data = TrainingData(shards, mixture, 60, 64, sequences_per_step=6)
     assert data.num_steps >= 4
     for step in range(data.num_steps):
@@ -186,7 +197,7 @@ def test_a_step_sees_the_same_samples_on_any_number_of_ranks(tmp_path, num_ranks
 
 def test_a_run_sees_exactly_its_samples(tmp_path) -> None:
     shards = ShardReader(write_shards(tmp_path))
-    mixture = Mixture(shards.source_of, shards.sources, {"foundation": 1}, 0)
+    mixture = Mixture(shards.members, shards.sources, {"foundation": 1}, 0)
     data = TrainingData(shards, mixture, mixture.num_samples, 64, sequences_per_step=4)
     seen = [name for step in range(data.num_steps) for name in data.micro_batch(step, 0, 0, 1, 4).sample_ids]
     assert sorted(seen) == sorted(shards[index].id for index in range(60) if shards[index].category == "foundation")
@@ -199,8 +210,51 @@ def test_duplicate_ids_are_refused_or_kept(tmp_path, capsys) -> None:
     model = ["--model_path", str(tmp_path / "base")]
     assert build_shards(tmp_path, [ROW, {**ROW, "id": 8}, ROW], *model) == 2
     assert "1 rows repeat the id of another row, the first is '7'" in capsys.readouterr().err
-    assert build_shards(tmp_path, [ROW, {**ROW, "id": 8}, ROW], *model, "--duplicate_ids", "keep", "--overwrite") == 0
+    assert build_shards(tmp_path, [ROW, {**ROW, "id": 8}, ROW], *model, "--duplicate_ids", "keep") == 0
     assert len(ShardReader(tmp_path / "shards")) == 3
+
+
+def write_manifest_beside(path, lineage) -> None:
+    details = {"layout": LAYOUT.to_dict(), "datasets": {}}
+    write_manifest(path.parent, "jsonl", {}, lineage, details)
+
+
+def test_rows_of_another_vocabulary(tmp_path, capsys) -> None:
+    (tmp_path / "jsonl").mkdir()
+    path = tmp_path / "jsonl" / "data.jsonl"
+    path.write_text(json.dumps(ROW) + "\n")
+    write_manifest_beside(path, {"vocab": LAYOUT.fingerprint()})
+    write_model(tmp_path / "base", VocabLayout(num_text=258, num_vq=16, num_merges=9, bos_id=256, eos_id=257))
+    command = ["build-shards", f"--jsonl_path={path}", f"--output_path={tmp_path}/shards", f"--model_path={tmp_path}/base"]
+    assert cli.main(command) == 2
+    assert "do not match: they were made with different vocab" in capsys.readouterr().err
+    assert not (tmp_path / "shards").exists()
+
+
+def test_verify_reads_rows_and_merges_again(tmp_path, capsys) -> None:
+    """Hashes say that nothing changed since it was written, not that it was right."""
+    path = tmp_path / "rows" / "data.jsonl"
+    path.parent.mkdir()
+    for row, message in (
+        (ROW, None),
+        ({**ROW, "target_spans": [[3, 99]]}, "target_spans"),
+        ({**ROW, "token_1": [999]}, "id 999"),
+    ):
+        path.write_text(json.dumps(row) + "\n")
+        write_manifest_beside(path, {})
+        assert cli.main(["verify", str(path.parent)]) == (2 if message else 0)
+        assert message is None or message in capsys.readouterr().err
+    vbpe = tmp_path / "vbpe"
+    vbpe.mkdir()
+    VisualBPE(16, np.array([[0, 1, 0, 1]], np.int32)).save(vbpe / "vbpe.json")
+    write_manifest(vbpe, "vbpe", {}, {})
+    assert cli.main(["verify", str(vbpe)]) == 0
+    (vbpe / "vbpe.json").write_text(
+        (vbpe / "vbpe.json").read_text().replace("[0,1,0,1]", "[0,99,0,1]").replace("[0, 1, 0, 1]", "[0, 99, 0, 1]")
+    )
+    write_manifest(vbpe, "vbpe", {}, {})
+    assert cli.main(["verify", str(vbpe)]) == 2
+    assert "vbpe.json" in capsys.readouterr().err
 
 
 def test_parts_of_any_size_give_the_same_rows(tmp_path) -> None:
@@ -231,6 +285,25 @@ def test_flipped_bits_are_found_by_verify(tmp_path, capsys) -> None:
     assert "does not have the hash" in capsys.readouterr().err
 
 
+def test_a_flipped_bit_that_makes_a_sample_impossible_stops_the_reader(tmp_path, capsys) -> None:
+    """Training does not re-hash gigabytes at its start; an id that the model has no row for is still an error with a name."""
+    path = write_shards(tmp_path) / "shard-00000.arrow"
+    data = path.read_bytes()
+    reader = ShardReader(tmp_path)
+    ids, spans = reader[3].input_ids.tobytes(), b"".join(reader[n].target_spans.tobytes() for n in (3, 4))
+    text = b"sample-3sample-4"
+    for found, at, message in ((ids, 2, "ids, spans"), (ids, 3, "ids, spans"), (spans, 7, "ids, spans"), (text, 7, "text")):
+        flipped = bytearray(data)
+        assert data.count(found) == 1
+        flipped[data.index(found) + at] ^= 0x80
+        path.write_bytes(flipped)
+        with pytest.raises(InputError, match=f"shard-00000.arrow is damaged: its row 3 has .*{message}.*beingvl verify"):
+            ShardReader(tmp_path)[3]
+        if found is ids:
+            assert cli.main(["report", "data", str(tmp_path), "--output_path", str(tmp_path / "page.html")]) == 2
+            assert "it holds an id outside the vocabulary" in capsys.readouterr().err
+
+
 def test_an_index_that_does_not_fit(tmp_path, capsys) -> None:
     write_shards(tmp_path)
     lengths = np.load(tmp_path / "lengths.npy")
@@ -251,7 +324,7 @@ def test_an_index_that_does_not_fit(tmp_path, capsys) -> None:
 
 def test_a_source_without_samples() -> None:
     with pytest.raises(InputError, match="'b', which has no sample"):
-        Mixture(np.zeros(3, np.uint8), ["a", "b"], {"a": 1, "b": 1}, 0)
+        Mixture([np.arange(3), np.arange(0)], ["a", "b"], {"a": 1, "b": 1}, 0)
 
 
 def test_more_sources_than_a_byte_can_name(tmp_path) -> None:
@@ -264,7 +337,7 @@ def test_more_sources_than_a_byte_can_name(tmp_path) -> None:
 
 def test_the_kept_plan_is_the_plan(tmp_path) -> None:
     shards = ShardReader(write_shards(tmp_path))
-    mixture = Mixture(shards.source_of, shards.sources, {"foundation": 0.7, "reasoning": 0.3}, 0)
+    mixture = Mixture(shards.members, shards.sources, {"foundation": 0.7, "reasoning": 0.3}, 0)
     made = TrainingData(shards, mixture, 150, 64, 4)
     kept = TrainingData(shards, mixture, 150, 64, 4)
     assert len(list(tmp_path.glob("plan-*"))) == 1
@@ -275,15 +348,13 @@ def test_the_kept_plan_is_the_plan(tmp_path) -> None:
 
 def test_realised_shares_are_those_of_the_draws(tmp_path) -> None:
     shards = ShardReader(write_shards(tmp_path))
-    mixture = Mixture(shards.source_of, shards.sources, {"foundation": 0.7, "reasoning": 0.3}, 0)
+    mixture = Mixture(shards.members, shards.sources, {"foundation": 0.7, "reasoning": 0.3}, 0)
     shares = TrainingData(shards, mixture, 137, 64, 4).realised_shares()
     drawn = np.bincount(shards.source_of[mixture.draw(0, 137)])
-    assert [shares[name] for name in shards.sources] == (drawn / 137).tolist()
+    assert [shares[name] for name in shards.sources] == list(zip(drawn.tolist(), (drawn / 137).tolist(), strict=True))
 
 
-def test_pages_that_are_given_back_are_read_again(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("beingvl.data.arrow_shards.BYTES_MAPPED_AT_MOST", 1)
-    reader, calm = ShardReader(write_shards(tmp_path)), ShardReader(tmp_path)
+def test_pages_that_are_given_back_are_read_again(tmp_path) -> None:
+    reader, calm = ShardReader(write_shards(tmp_path), bytes_mapped_at_most=-(1 << 40)), ShardReader(tmp_path)
     ids = [reader[n].input_ids for n in range(60)]
-    monkeypatch.undo()
     assert all((ids[n] == calm[n].input_ids).all() for n in range(60))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import ChameleonVQVAE, ChameleonVQVAEConfig, JanusVQVAE, JanusVQVAEConfig
+from transformers import AutoImageProcessor, ChameleonVQVAE, ChameleonVQVAEConfig, JanusVQVAE, JanusVQVAEConfig
 
 from beingvl.errors import InputError
 from beingvl.manifest import read_manifest, verify_folder
@@ -121,6 +121,40 @@ def test_the_codes_are_the_nearest_code_vectors(janus):
     distances = np.linalg.norm(latents[..., None, :] - janus.codebook.astype(np.float64), axis=-1)
     chosen = np.take_along_axis(distances, janus.encode(pixels)[..., None].astype(int), axis=-1)[..., 0]
     assert (chosen - distances.min(-1)).max() < 1e-5
+
+
+PUBLISHED_PREPROCESSING = {
+    "crop_size": {"height": 512, "width": 512},
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [1.0, 1.0, 1.0],
+    "image_processor_type": "ChameleonImageProcessor",
+    "image_std": [1.0, 1.0, 1.0],
+    "resample": 1,
+    "rescale_factor": 0.0078,
+    "size": {"shortest_edge": 512},
+}
+
+
+@pytest.mark.parametrize("size", [(700, 531), (531, 700), (300, 200), (512, 512), (1025, 513)])
+def test_preprocessing_is_the_published_one(chameleon_folder, tmp_path, size):
+    """To the bit: transformers' processor of the same configuration, and the published steps done by hand."""
+    (chameleon_folder / "preprocessor_config.json").write_text(json.dumps(PUBLISHED_PREPROCESSING))
+    noise = np.random.default_rng(0).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    image.save(tmp_path / "image.png")
+    found = VQGAN.load(chameleon_folder).preprocess([tmp_path / "image.png"])[0].numpy()
+    theirs = AutoImageProcessor.from_pretrained(chameleon_folder, use_fast=False)(image, return_tensors="np")["pixel_values"][0]
+    np.testing.assert_array_equal(found, theirs)
+    scale = 512 / min(size)
+    width, height = (512 if edge == min(size) else int(edge * scale) for edge in size)
+    left, top = (width - 512) // 2, (height - 512) // 2
+    cropped = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))[top : top + 512, left : left + 512]
+    by_hand = ((cropped.astype(np.float64) * 0.0078).astype(np.float32) - np.float32(1)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(found, by_hand)
 
 
 @pytest.mark.parametrize("num_together", [1, 3, 7])

@@ -1,0 +1,117 @@
+"""The output folder of `beingvl tokenize`, which several datasets may share.
+
+NAME_base.jsonl, NAME_vbpe.jsonl    or the shard folders NAME_base/, NAME_vbpe/
+rejected.jsonl                      {"dataset", "index", "id", "reason"} of every rejected row of all datasets
+manifest.json                       details.datasets: one entry a finished dataset, added when it is finished, replaced alone
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from beingvl.manifest import Manifest
+    from beingvl.vocab import VocabLayout
+
+REJECTED_FILE = "rejected.jsonl"
+
+
+class DatasetFolder:
+    """One dataset's part of an output folder, which several may share: its files, and its entry in the manifest's `datasets`."""
+
+    def __init__(self, folder: Path, name: str, layout: VocabLayout) -> None:
+        self.folder, self.name, self.layout = folder, name, layout
+        self.parts_name = f"{name}.parts.tmp"
+
+    def file(self, variant: str) -> Path:
+        return self.folder / f"{self.name}_{variant}.jsonl"
+
+    def shards(self, variant: str) -> Path:
+        return self.folder / f"{self.name}_{variant}"
+
+    def _manifest(self) -> Manifest | None:
+        from beingvl.manifest import is_complete, read_manifest
+
+        return read_manifest(self.folder, "jsonl") if is_complete(self.folder) else None
+
+    def is_made_by(self, request: dict[str, Any], quiet: bool = False) -> bool:
+        """Whether this dataset is finished. Raises InputError when another request made it, or it fits no neighbour."""
+        from beingvl.errors import InputError
+        from beingvl.manifest import join_lineages
+
+        manifest = self._manifest()
+        if manifest is None:
+            return False
+        datasets = manifest.details["datasets"]
+        entry = datasets.get(self.name)
+        if entry is None:
+            others = {f"{self.folder} ({name})": other["lineage"] for name, other in datasets.items()}
+            join_lineages({**others, f"{self.folder} ({self.name})": request["lineage"]})
+            return False
+        made_by = entry["request"]
+        different = [key for key in {**made_by, **request} if made_by.get(key) != request.get(key)]
+        if different:
+            raise InputError(
+                f"{self.folder} is finished, but {self.name} has another {different[0]} (found {made_by.get(different[0])!r}, "
+                f"asked for {request.get(different[0])!r}); choose another folder or add --overwrite"
+            )
+        if not quiet:
+            print(f"{self.folder}: {self.name} is finished already, with the same inputs: reused")
+        return True
+
+    def remove(self) -> None:
+        """Take this dataset out of the folder; the others stay complete."""
+        import shutil
+
+        from beingvl.manifest import MANIFEST_FILE
+
+        manifest = self._manifest()
+        if manifest is not None and self.name in manifest.details["datasets"]:
+            others = {name: entry for name, entry in manifest.details["datasets"].items() if name != self.name}
+            lines = self._rejected_of_others()
+            (self.folder / MANIFEST_FILE).unlink()
+            self._delete_files()
+            if others:
+                self._write(others, lines, {name: str(entry["hash"]) for name, entry in manifest.files.items()})
+        shutil.rmtree(self.folder / self.parts_name, ignore_errors=True)
+
+    def _delete_files(self) -> None:
+        import shutil
+
+        for variant in ("base", "vbpe"):
+            self.file(variant).unlink(missing_ok=True)
+            shutil.rmtree(self.shards(variant), ignore_errors=True)
+
+    def _rejected_of_others(self) -> list[str]:
+        path = self.folder / REJECTED_FILE
+        if self._manifest() is None or not path.is_file():
+            return []
+        with open(path, encoding="utf-8", newline="\n") as file:
+            return [line for line in file if json.loads(line)["dataset"] != self.name]
+
+    def finish(self, entry: dict[str, Any], rejected: list[str], known_hashes: dict[str, str]) -> None:
+        """Add this dataset, whose files are in their places, to the manifest."""
+        manifest = self._manifest()
+        datasets = {**(manifest.details["datasets"] if manifest else {}), self.name: entry}
+        earlier = {name: str(file["hash"]) for name, file in manifest.files.items()} if manifest else {}
+        self._write(datasets, self._rejected_of_others() + rejected, {**earlier, **known_hashes})
+
+    def _write(self, datasets: dict[str, Any], rejected: list[str], known_hashes: dict[str, str]) -> None:
+        from beingvl.manifest import join_lineages, write_atomically, write_manifest
+
+        write_atomically(self.folder / REJECTED_FILE, "".join(sorted(rejected, key=_dataset_and_index)))
+        known_hashes.pop(REJECTED_FILE, None)
+        counts: dict[str, int] = {}
+        for entry in datasets.values():
+            for name, value in entry["counts"].items():
+                counts[name] = max(counts.get(name, 0), value) if name.startswith("longest") else counts.get(name, 0) + value
+        lineage = join_lineages({name: entry["lineage"] for name, entry in datasets.items()})
+        details = {"layout": self.layout.to_dict(), "datasets": dict(sorted(datasets.items()))}
+        write_manifest(self.folder, "jsonl", counts, lineage, details, known_hashes)
+
+
+def _dataset_and_index(line: str) -> tuple[str, int]:
+    entry = json.loads(line)
+    return entry["dataset"], entry["index"]

@@ -1,0 +1,401 @@
+"""Token rows from JSONL text, compiled: the fast twin of `token_rows.parse_row`.
+
+    parse_lines      a block of lines -> columns, until the end or until a line that the twin must read
+      parse_line     one object: known fields into `scratch` or marked, everything else skipped but checked
+      write_row      token_0 + image + token_1 end to end, target spans, texts
+
+It knows JSON's whole grammar for what it skips, and for what it takes only the shapes that rows have: lists of integers from 0 to
+2^31 - 1, texts without escapes. A line with anything else is left to the twin (a return of -1), which takes it or says what is
+wrong with it. So what is accepted here must be exactly what the twin would have made of it, and nothing here reports an error.
+
+Every loop ends at a byte that is not allowed in its place; a line ends in a newline, which is allowed nowhere inside.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+_kernel = numba.njit(cache=True, nogil=True)
+
+LEFT_TO_THE_TWIN = -1
+ABSENT, IS_NULL = -1, -2  # for a field's place; both count as empty ranges
+ZERO_, ONE, NINE, TEN, DIGIT_0, LARGEST = (np.uint64(value) for value in (0, 1, 9, 10, 48, 2**31 - 1))
+MAX_DEPTH = 60  # of what is skipped: the kinds of the open brackets are bits of one integer
+
+QUOTE, BACKSLASH, COMMA, COLON, NEWLINE, MINUS, POINT, ZERO = 34, 92, 44, 58, 10, 45, 46, 48
+OPEN_LIST, CLOSE_LIST, OPEN_OBJECT, CLOSE_OBJECT = 91, 93, 123, 125
+
+FIELDS = ("token_0", "token_1", "token_image", "token_image_new", "target_spans", "id", "image", "category")
+TOKEN_0, TOKEN_1, CODES, MERGED, SPANS, ID, IMAGE, CATEGORY = range(8)
+NUM_LISTS = 5  # the first fields are lists of integers
+_NAMES = np.array([list(name.encode().ljust(16)) for name in FIELDS], np.uint8)
+_NAME_SIZES = np.array([len(name) for name in FIELDS])
+_LITERALS = np.array([list(word.encode().ljust(8)) for word in ("true", "false", "null")], np.uint8)
+_LITERAL_SIZES = np.array([4, 5, 4])
+_ESCAPES = np.array([byte in b'"\\/bfnrt' for byte in range(256)])
+_PLAIN = np.array([32 <= byte < 128 and byte not in b'"\\' for byte in range(256)])
+_DEFAULT_CATEGORY = np.frombuffer(b"default", np.uint8)
+
+
+class Buffers(NamedTuple):
+    """Room for rows, end to end; row n of a list lies at `starts[n] … starts[n + 1]`. `scratch` holds one line's integers.
+
+    With `keep_codes`, `codes` and `merged` hold a row's token_image and token_image_new when it has both.
+    """
+
+    keep_codes: bool
+    scratch: np.ndarray  # int32
+    ids: np.ndarray  # int32
+    id_starts: np.ndarray  # int64
+    spans: np.ndarray  # int32
+    span_starts: np.ndarray  # int64
+    codes: np.ndarray  # int32
+    code_starts: np.ndarray  # int64
+    merged: np.ndarray  # int32
+    merged_starts: np.ndarray  # int64
+    text: np.ndarray  # uint8 [3, room]: id, image, category
+    text_starts: np.ndarray  # int32 [3, room]
+
+
+@_kernel
+def parse_lines(data: np.ndarray, at: int, stop: int, buffers: Buffers, row: int) -> tuple[int, int]:
+    """Rows of the lines in `data[at:stop]`, whole ones, from row number `row` on. Returns (where it stopped, rows now).
+
+    It stops before `stop` at a line that is left to the twin.
+    """
+    place = np.empty((len(FIELDS), 2), np.int64)
+    while at < stop:
+        if data[at] == NEWLINE:
+            at += 1
+            continue
+        end = parse_line(data, at, buffers.scratch, place)
+        if end < 0 or not write_row(data, buffers, place, row):
+            return at, row
+        at, row = end, row + 1
+    return at, row
+
+
+@_kernel
+def parse_line(data: np.ndarray, at: int, scratch: np.ndarray, place: np.ndarray) -> int:
+    """One object and its newline. `place[field]` becomes the range in `scratch` (lists) or in `data` (texts)."""
+    place[:] = ABSENT
+    size = 0
+    if data[at] != OPEN_OBJECT:
+        return LEFT_TO_THE_TWIN
+    at = skip_space(data, at + 1)
+    while True:
+        name = at + 1
+        at = skip_key(data, at)
+        if at < 0:
+            return LEFT_TO_THE_TWIN
+        field = find_field(data, name)
+        if field >= 0 and place[field, 0] != ABSENT:  # a name twice
+            return LEFT_TO_THE_TWIN
+        if field >= 0 and field < NUM_LISTS and data[at] == OPEN_LIST:
+            end, new_size = parse_integers(data, at, scratch, size)
+            place[field, 0], place[field, 1] = size, new_size
+            at, size = end, new_size
+        elif field < 0:
+            at = skip_value(data, at)
+        elif field >= NUM_LISTS and data[at] == QUOTE:
+            start, at = at + 1, find_end_of_plain_text(data, at)
+            place[field, 0], place[field, 1] = start, at - 1
+        elif field == ID:
+            start, at = at, skip_scalar(data, at)
+            if data[start] < ZERO or data[start] > 57 or not is_integer(data, start, at):
+                return LEFT_TO_THE_TWIN
+            place[field, 0], place[field, 1] = start, at
+        else:
+            start, at = at, skip_scalar(data, at)
+            if data[start] != 110:
+                return LEFT_TO_THE_TWIN
+            place[field] = IS_NULL
+        if at < 0:
+            return LEFT_TO_THE_TWIN
+        at = skip_space(data, at)
+        if data[at] == CLOSE_OBJECT:
+            break
+        if data[at] != COMMA:
+            return LEFT_TO_THE_TWIN
+        at = skip_space(data, at + 1)
+    at = skip_space(data, at + 1)
+    return at + 1 if data[at] == NEWLINE else LEFT_TO_THE_TWIN
+
+
+@_kernel
+def write_row(data: np.ndarray, buffers: Buffers, place: np.ndarray, row: int) -> bool:
+    """Whether the marked fields are a row; then it is row number `row`."""
+    if place[TOKEN_0, 0] < 0 or place[TOKEN_1, 0] < 0 or place[ID, 0] < 0:
+        return False
+    has_merged = place[MERGED, 0] >= 0
+    at = copy(buffers.scratch, place[TOKEN_0], buffers.ids, buffers.id_starts[row])
+    at = copy(buffers.scratch, place[MERGED if has_merged else CODES], buffers.ids, at)
+    answer = at
+    at = copy(buffers.scratch, place[TOKEN_1], buffers.ids, at)
+    buffers.id_starts[row + 1] = at
+    spans_at = buffers.span_starts[row]
+    if place[SPANS, 0] >= 0:
+        spans_at = copy(buffers.scratch, place[SPANS], buffers.spans, spans_at)
+    else:
+        buffers.spans[spans_at] = answer - buffers.id_starts[row]
+        buffers.spans[spans_at + 1] = at - buffers.id_starts[row]
+        spans_at += 2
+    buffers.span_starts[row + 1] = spans_at
+    code_end, merged_end = buffers.code_starts[row], buffers.merged_starts[row]
+    if buffers.keep_codes and has_merged and place[CODES, 0] >= 0:
+        code_end = copy(buffers.scratch, place[CODES], buffers.codes, code_end)
+        merged_end = copy(buffers.scratch, place[MERGED], buffers.merged, merged_end)
+    buffers.code_starts[row + 1], buffers.merged_starts[row + 1] = code_end, merged_end
+    for column in range(3):
+        start = buffers.text_starts[column, row]
+        end = copy(data, place[ID + column], buffers.text[column], start)
+        if column == 2 and end == start:
+            end = start + len(_DEFAULT_CATEGORY)
+            buffers.text[column, start:end] = _DEFAULT_CATEGORY
+        buffers.text_starts[column, row + 1] = end
+    return True
+
+
+@_kernel
+def copy(source: np.ndarray, place: np.ndarray, target: np.ndarray, at: int) -> int:
+    """`source[place[0]:place[1]]` to `target[at:]`; returns where it ends."""
+    size = place[1] - place[0]
+    target[at : at + size] = source[place[0] : place[1]]
+    return at + size
+
+
+# ---- JSON ----
+
+
+@_kernel
+def skip_space(data: np.ndarray, at: int) -> int:
+    while data[at] == 32 or data[at] == 9 or data[at] == 13:
+        at += 1
+    return at
+
+
+@_kernel
+def find_field(data: np.ndarray, start: int) -> int:
+    """Which of FIELDS the text that starts at `start` is, -1 for none."""
+    for field in range(len(_NAME_SIZES)):
+        size = _NAME_SIZES[field]
+        same = 0
+        while same < size and data[start + same] == _NAMES[field, same]:
+            same += 1
+        if same == size and data[start + size] == QUOTE:
+            return field
+    return -1
+
+
+@_kernel
+def skip_key(data: np.ndarray, at: int) -> int:
+    """Behind a key and its colon. A key with escapes could spell a known field: it is left to the twin."""
+    if data[at] != QUOTE:
+        return LEFT_TO_THE_TWIN
+    at = find_end_of_plain_text(data, at)
+    if at < 0:
+        return LEFT_TO_THE_TWIN
+    at = skip_space(data, at)
+    return skip_space(data, at + 1) if data[at] == COLON else LEFT_TO_THE_TWIN
+
+
+@_kernel
+def find_end_of_plain_text(data: np.ndarray, at: int) -> int:
+    """Behind the closing quote of a text without escapes."""
+    at += 1
+    while True:
+        if _PLAIN[data[at]]:
+            at += 1
+        elif data[at] == QUOTE:
+            return at + 1
+        else:
+            size = utf8_size(data, at)
+            if size == 0:
+                return LEFT_TO_THE_TWIN
+            at += size
+
+
+@_kernel
+def skip_text(data: np.ndarray, at: int) -> int:
+    """Behind the closing quote of any text but one with escaped surrogates."""
+    at += 1
+    while True:
+        if _PLAIN[data[at]]:
+            at += 1
+        elif data[at] == QUOTE:
+            return at + 1
+        elif data[at] == BACKSLASH:
+            if _ESCAPES[data[at + 1]]:
+                at += 2
+            elif is_escaped_character(data, at):
+                at += 6
+            else:
+                return LEFT_TO_THE_TWIN
+        else:
+            size = utf8_size(data, at)
+            if size == 0:
+                return LEFT_TO_THE_TWIN
+            at += size
+
+
+@_kernel
+def is_escaped_character(data: np.ndarray, at: int) -> bool:
+    """Whether `\\uXXXX` stands there, other than a surrogate (D800 … DFFF)."""
+    if data[at + 1] != 117:
+        return False
+    value = np.int64(0)
+    for place in range(at + 2, at + 6):
+        digit = np.int64(data[place]) | 32  # lower case; digits stay
+        if digit >= 48 and digit <= 57 and data[place] >= 48:
+            value = value * 16 + digit - 48
+        elif digit >= 97 and digit <= 102:
+            value = value * 16 + digit - 87
+        else:
+            return False
+    return bool(value < 0xD800 or value > 0xDFFF)
+
+
+@_kernel
+def utf8_size(data: np.ndarray, at: int) -> int:
+    """Bytes of the character of two or more bytes at `at`, 0 when there is none (Unicode 15, table 3-7)."""
+    first = data[at]
+    if first < 0xC2 or first > 0xF4:
+        return 0
+    size = 2 if first < 0xE0 else 3 if first < 0xF0 else 4
+    low, high = 0x80, 0xBF
+    if first == 0xE0:
+        low = 0xA0
+    elif first == 0xED:
+        high = 0x9F
+    elif first == 0xF0:
+        low = 0x90
+    elif first == 0xF4:
+        high = 0x8F
+    if data[at + 1] < low or data[at + 1] > high:
+        return 0
+    for place in range(at + 2, at + size):
+        if data[place] < 0x80 or data[place] > 0xBF:
+            return 0
+    return size
+
+
+@_kernel
+def parse_integers(data: np.ndarray, at: int, out: np.ndarray, size: int) -> tuple[int, int]:
+    """A list of integers, or a list of such lists laid end to end, into `out[size:]`. Returns (behind it, the new size)."""
+    at = skip_space(data, at + 1)
+    if data[at] != OPEN_LIST:
+        return parse_flat_integers(data, at, out, size)
+    while data[at] == OPEN_LIST:
+        at, size = parse_flat_integers(data, skip_space(data, at + 1), out, size)
+        if at < 0:
+            break
+        at = skip_space(data, at)
+        if data[at] == CLOSE_LIST:
+            return at + 1, size
+        if data[at] != COMMA:
+            break
+        at = skip_space(data, at + 1)
+    return LEFT_TO_THE_TWIN, size
+
+
+@_kernel
+def parse_flat_integers(data: np.ndarray, start: int, out: np.ndarray, size: int) -> tuple[Any, Any]:
+    """From behind the opening bracket. Nine bytes in ten pass here; unsigned places spare the test for indices from the end."""
+    if data[start] == CLOSE_LIST:
+        return start + 1, size
+    at, entry = np.uint64(start), np.uint64(size)
+    while True:
+        first, value = at, ZERO_
+        while True:
+            digit = np.uint64(data[at]) - DIGIT_0
+            if digit > NINE:  # a smaller byte has wrapped around
+                break
+            value = value * TEN + digit
+            at += ONE
+        length = at - first
+        if length - ONE > NINE or value > LARGEST or (length > ONE and data[first] == ZERO):
+            return LEFT_TO_THE_TWIN, size
+        out[entry] = np.int32(value)
+        entry += ONE
+        after = data[at]
+        at += ONE
+        if after == COMMA:
+            while data[at] == 32:
+                at += ONE
+        elif after == CLOSE_LIST:
+            return np.int64(at), np.int64(entry)
+        else:
+            return LEFT_TO_THE_TWIN, size
+
+
+@_kernel
+def is_integer(data: np.ndarray, start: int, end: int) -> bool:
+    """Whether a number is written with at most 18 digits and nothing else."""
+    at = start
+    while at < end and data[at] >= ZERO and data[at] <= 57:
+        at += 1
+    return at == end and end - start <= 18
+
+
+@_kernel
+def skip_scalar(data: np.ndarray, at: int) -> int:
+    """Behind true, false, null or a number without an exponent and of at most 18 digits before the point."""
+    for literal in range(len(_LITERAL_SIZES)):
+        same = 0
+        while same < _LITERAL_SIZES[literal] and data[at + same] == _LITERALS[literal, same]:
+            same += 1
+        if same == _LITERAL_SIZES[literal]:
+            return at + same
+    if data[at] == MINUS:
+        at += 1
+    start = at
+    while data[at] >= ZERO and data[at] <= 57:
+        at += 1
+    if at == start or at - start > 18 or (at - start > 1 and data[start] == ZERO):
+        return LEFT_TO_THE_TWIN
+    if data[at] == POINT:
+        at += 1
+        if data[at] < ZERO or data[at] > 57:
+            return LEFT_TO_THE_TWIN
+        while data[at] >= ZERO and data[at] <= 57:
+            at += 1
+    return at
+
+
+@_kernel
+def skip_value(data: np.ndarray, at: int) -> int:
+    """Behind any value. The kinds of the open brackets are bits of `objects`, the innermost last."""
+    objects, depth = 0, 0
+    while True:
+        if data[at] == OPEN_OBJECT or data[at] == OPEN_LIST:
+            is_object = data[at] == OPEN_OBJECT
+            if depth == MAX_DEPTH:
+                return LEFT_TO_THE_TWIN
+            objects, depth = objects * 2 + is_object, depth + 1
+            at = skip_space(data, at + 1)
+            if data[at] != (CLOSE_OBJECT if is_object else CLOSE_LIST):
+                at = skip_key(data, at) if is_object else at
+                if at < 0:
+                    return LEFT_TO_THE_TWIN
+                continue
+        else:
+            at = skip_text(data, at) if data[at] == QUOTE else skip_scalar(data, at)
+            if at < 0:
+                return LEFT_TO_THE_TWIN
+        while True:  # a value has ended, or an empty bracket is about to
+            if depth == 0:
+                return at
+            at = skip_space(data, at)
+            if data[at] == (CLOSE_OBJECT if objects & 1 else CLOSE_LIST):
+                at, objects, depth = at + 1, objects >> 1, depth - 1
+                continue
+            if data[at] != COMMA:
+                return LEFT_TO_THE_TWIN
+            at = skip_space(data, at + 1)
+            at = skip_key(data, at) if objects & 1 else at
+            if at < 0:
+                return LEFT_TO_THE_TWIN
+            break

@@ -1,0 +1,215 @@
+"""The fast reader of token rows takes a line only as the readable one would; what neither takes is an error with its line."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import simdjson
+
+from beingvl.data.token_rows import RowReader, make_buffers, parse_row
+from beingvl.data.token_rows_numba import parse_lines
+from beingvl.errors import InputError
+from beingvl.tokenizer.vbpe import VisualBPE
+from tests.tiny import LAYOUT
+
+ROW = {
+    "id": "r1",
+    "image": "a b/ü.jpg",
+    "category": "perception",
+    "conversations": [
+        {"from": "human", "value": '<image>\n"Wie?" \\ / é 漢 😀 \t'},
+        {"from": "gpt", "value": "x", "more": [[], {}]},
+    ],
+    "token_0": [256, 262],
+    "token_image": [263, 264, 265, 266],
+    "token_image_new": [279, 0],
+    "token_1": [260, 5, 257],
+    "target_spans": [[5, 7]],
+    "score": -1.25,
+    "kept": True,
+    "note": None,
+}
+
+
+def fast(line: bytes) -> tuple | None:
+    """The one row of a line as the compiled reader takes it, None when it leaves the line to its twin."""
+    buffers = make_buffers(len(line), keep_codes=True)
+    data = np.frombuffer(bytearray(line + b"\n"), np.uint8)
+    at, rows = parse_lines(data, 0, len(data), buffers, 0)
+    if not rows:
+        return None
+    assert at == len(data) and rows == 1
+    lists = ((buffers.ids, buffers.id_starts), (buffers.spans, buffers.span_starts))
+    lists += ((buffers.codes, buffers.code_starts), (buffers.merged, buffers.merged_starts))
+    texts = [text[: starts[1]].tobytes().decode() for text, starts in zip(buffers.text, buffers.text_starts, strict=True)]
+    return (*texts, *(values[: starts[1]].tolist() for values, starts in lists))
+
+
+def readable(line: bytes) -> tuple | None:
+    """The same from the readable one, None when the line is no row."""
+    try:
+        row = parse_row(simdjson.Parser(), line, keep_codes=True)
+    except (ValueError, TypeError, AttributeError):
+        return None
+    lists = (row.input_ids, row.target_spans, row.codes, row.merged)
+    return (row.id, row.image, row.category, *(values.tolist() for values in lists))
+
+
+def text(row: dict, **options) -> bytes:
+    return json.dumps(row, **options).encode()
+
+
+USUAL = [
+    text(ROW, ensure_ascii=False),
+    text(ROW, ensure_ascii=False, separators=(",", ":")),
+    text({**ROW, "conversations": ["\u00e9\u6f22"], "image": "a"}),  # escaped characters
+    text({key: ROW[key] for key in ("token_1", "token_0", "id")}),  # a published row of text alone
+    text({**ROW, "id": 17, "image": None, "category": None, "token_image_new": None, "target_spans": None}, ensure_ascii=False),
+    text({**ROW, "target_spans": [5, 7], "category": ""}, ensure_ascii=False),
+    text({**ROW, "target_spans": []}, ensure_ascii=False),
+    b'  {"id":1,"token_0":[ ],"token_1":[0, 10]}\t'[2:],
+    b'{"id" : 1 , "token_0" :[] , "x":{"a":[1,-2.5,{"b":[]}],"c":"\\u00E9\\n"} ,"token_1":[2147483647] } \r',
+]
+UNUSUAL = [  # rows all the same
+    text({**ROW, "conversations": "😀"}),  # escaped surrogates
+    text({**ROW, "image": ["a.png", "b.png"]}),
+    text({**ROW, "id": "a\nb"}),
+    text({**ROW, "id": -1}),
+    text({**ROW, "id": 1.5}),
+    text({**ROW, "x": 1e300, "image": "a"}),
+    b'{"id":1,"id":2,"image":null,"image":"x","token_0":[-1],"token_1":[]}',
+    b'{"id":1,"token\\u005f0":[],"token_0":[1],"token_1":[4294967296]}',
+    b' {"id":1,"token_0":[],"token_1":[]}',
+    b'{"id":1,"token_0":[[1],[2,[3]]],"token_1":[1 , 2]}',
+    text({**ROW, "x": eval("[" * 70 + "]" * 70), "image": "a"}),
+]
+WRONG = [
+    b"",
+    b"{}",
+    b"[1]",
+    b'{"id":1,"token_0":[01],"token_1":[]}',
+    b'{"id":1,"token_0":[1,],"token_1":[]}',
+    b'{"id":1,"token_0":[1],"token_1":[],}',
+    b'{"id":1,"token_0":[1],"token_1":[]',
+    b'{"id":1,"token_0":[1],"token_1":[]}}',
+    b'{"id":1,"token_0":[1.5],"token_1":[]}',
+    b'{"id":1,"token_0":["1"],"token_1":[]}',
+    b'{"id":1,"token_0":null,"token_1":[]}',
+    b'{"id":null,"token_0":[1],"token_1":[]}',
+    b'{"id":[1],"token_0":[1],"token_1":[]}',
+    b'{"id":1,"category":5,"token_0":[1],"token_1":[]}',
+    b'{"id":1,"token_0":[1],"token_1":[],"x":"\\x"}',
+    b'{"id":1,"token_0":[1],"token_1":[],"x":"\\u12G4"}',
+    b'{"id":1,"token_0":[1],"token_1":[],"x":"\x01"}',
+    b'{"id":1,"token_0":[1],"token_1":[],"x":tru}',
+    b'{"id":1,"token_0":[1],"token_1":[],"x":1.}',
+    b'{"id":1,"token_0":[1],"token_1":[],"x":[1}',
+    b'{"id":1,"token_0":[1],"token_1":[],"x":"\xff"}',
+    b'{"id":1,"token_0":[1],"token_1":[],"x":"\xc0\x80"}',
+    b'{"id":1,"token_0":[1],"token_1":[],"x":"\xe0\x80\x80"}',
+    b'{"id":1,"token_0":[1],"token_1":[],"x":"\xed\xa0\x80"}',
+    b'{"id":1,"token_0":[1],"token_1":[],"x":"\xf0\x80\x80\x80"}',
+    b'{"id":1,"token_0":[1],"token_1":[],"x":"\xf4\x90\x80\x80"}',
+    b'{"id":1,"token_0":[1],"token_1":[],"x":"\xe2\x82"}',
+]
+
+
+@pytest.mark.parametrize("line", USUAL)
+def test_usual_lines_take_the_fast_way(line) -> None:
+    assert fast(line) == readable(line) is not None
+
+
+@pytest.mark.parametrize("line", UNUSUAL)
+def test_unusual_lines_are_read_by_the_twin(line) -> None:
+    assert fast(line) is None and readable(line) is not None
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_lines_are_taken_by_neither(line) -> None:
+    assert fast(line) is None and readable(line) is None
+
+
+def test_a_damaged_line_is_never_taken_differently() -> None:
+    source = random.Random(0)
+    num_taken = 0
+    for _ in range(20_000):
+        line = bytearray(source.choice(USUAL + UNUSUAL[:8]))
+        for _ in range(source.choice([1, 1, 2, 5])):
+            at = source.randrange(len(line))
+            kind = source.randrange(4)
+            if kind == 0:
+                line[at] = source.randrange(256)
+            elif kind == 1:
+                line[at] = source.choice(b'{}[],:"\\0123456789eE.-tfn \t')
+            elif kind == 2:
+                del line[at]
+            else:
+                line.insert(at, source.choice(b'{}[],:"\\0123456789 '))
+        if b"\n" in line:
+            continue
+        found = fast(bytes(line))
+        num_taken += found is not None
+        assert found is None or found == readable(bytes(line)), bytes(line)
+    assert num_taken > 2000
+
+
+def test_any_block_size_reads_the_same_rows(tmp_path) -> None:
+    lines = [*USUAL, b"", b" \t", *UNUSUAL[:6], USUAL[0]]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    found = []
+    for size in (16, 700, 1 << 20):
+        reader = RowReader(LAYOUT)
+        reader._block = bytearray(size)
+        rows = reader.read(path, 0, path.stat().st_size)
+        found.append((rows.id.to_pylist(), rows.image.to_pylist(), rows.category.to_pylist(), rows.ids.tolist()))
+        found[-1] += (rows.id_starts.tolist(), rows.spans.tolist(), rows.span_starts.tolist())
+    assert found[0] == found[1] == found[2]
+    assert found[0][0] == [readable(line)[0] for line in lines if line.strip()]
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(USUAL[0] + b"\n")
+    reader = RowReader(LAYOUT)
+    make_room = reader._make_room
+    monkeypatch.setattr(reader, "_make_room", lambda size: path.write_bytes(b"") or make_room(size))
+    with pytest.raises(InputError, match="became shorter while it was read"):
+        reader.read(path, 0, 10)
+
+
+# ---- merged images ----
+
+
+def merged_rows(path, vbpe: VisualBPE, grids: list[np.ndarray], change) -> None:
+    rows = []
+    for number, grid in enumerate(grids):
+        codes, merged = (LAYOUT.image_to_token_ids(ids).tolist() for ids in (grid.ravel(), vbpe.encode(grid)))
+        row = {"id": f"r{number}", "token_0": [256], "token_image": codes, "token_image_new": merged, "token_1": [257]}
+        rows.append(json.dumps(change(row) if number == 7 else row))
+    path.write_text("\n".join(rows))
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (2, 3)])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: row, None),
+        (lambda row: {**row, "token_image": row["token_image"][:-1]}, "cells, token_image has"),
+        (lambda row: {**row, "token_image_new": [*row["token_image_new"], 0]}, "not all image tokens"),
+        (lambda row: {**row, "token_image_new": [LAYOUT.size - 1] * 4}, "covers -1 cells"),
+        (lambda row: {**row, "token_image": [263 + 15, *row["token_image"][1:]]}, "does not decode"),
+    ],
+)
+def test_merged_images_stand_for_their_codes(tmp_path, shape, change, message) -> None:
+    vbpe = VisualBPE(16, np.array([[0, 1, 0, 1], [16, 0, 1, 0]], np.int32))
+    grids = [np.random.default_rng(n).integers(0, 2, shape) for n in range(12)]
+    path = tmp_path / "rows.jsonl"
+    merged_rows(path, vbpe, grids, change)
+    reader = RowReader(LAYOUT, vbpe)
+    if message is None or (message == "does not decode" and shape == (2, 3)):  # a grid of unknown width is not compared
+        assert len(reader.read(path, 0, path.stat().st_size)) == 12
+    else:
+        with pytest.raises(InputError, match=f"sample 'r7': .*{message}"):
+            reader.read(path, 0, path.stat().st_size)
