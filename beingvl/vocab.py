@@ -153,7 +153,11 @@ class VocabLayout:
             raise InputError(
                 f"{model_folder} has no {LAYOUT_FILE}: it is not a Being-VL model folder; make one with `beingvl convert`"
             )
-        return cls.from_dict(json.loads(path.read_text()), str(path))
+        try:
+            fields = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path} is not valid JSON ({error}); make the model folder again") from error
+        return cls.from_dict(fields, str(path))
 
 
 def vq_token_text(code: int) -> str:

@@ -2,9 +2,14 @@
 
     beingvl generate --model stage-3/final --vbpe_path vbpe.json --image a.png --prompt "Which digit is this?"
     beingvl generate --model stage-3/final --image a.png --chat
+    beingvl generate --model stage-3/final --draw new.png --seed 1
 
 With several --image options each stands where its `<image>` placeholder is in the prompt. The answer appears while it is
 made. --chat asks for one question after another and remembers the conversation; an empty line ends it.
+
+--draw (experimental) samples the tokens of an image instead of an answer, held to those that fit the grid, and saves what the
+VQ-GAN makes of them. Without --prompt and --image it begins as a training sample does; a model trained with the default
+`loss_on: response` was never taught to predict image tokens, so its pictures show little.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-    from beingvl.inference.model import BeingVL, Prompt
+    from beingvl.inference.model import BeingVL
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,10 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image", type=Path, action="append", default=[], help="image file; can be given more than once")
     add("--prompt", help="the question; `<image>` marks an image's place when there are several")
     add("--chat", action="store_true", help="ask for questions one after another, on the terminal")
+    add("--draw", type=Path, metavar="PNG", help="experimental: draw an image, decode it with the model's VQ-GAN, save it here")
     add("--max_new_tokens", type=int, default=128, help="longest answer, in tokens")
     add("--do_sample", action="store_true", help="draw tokens by their probability; without it the likeliest one is taken")
-    add("--temperature", type=float, default=1.0, help="with --do_sample: below 1 more predictable, above 1 less")
-    add("--seed", type=int, default=0, help="of --do_sample")
+    add("--temperature", type=float, default=1.0, help="with --do_sample and --draw: below 1 more predictable, above 1 less")
+    add("--seed", type=int, default=0, help="of --do_sample and --draw")
     add("--torch_dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the language model")
     add("--device", help="torch device; default: the accelerator, if there is one")
 
@@ -41,22 +47,48 @@ def run(args: argparse.Namespace) -> None:
     from beingvl.errors import InputError
     from beingvl.inference.model import BeingVL
 
-    if bool(args.prompt) == args.chat:
+    if args.draw and args.chat:
+        raise InputError("give either --draw or --chat")
+    if not args.draw and (args.prompt is not None) == args.chat:
         raise InputError("give either --prompt with a question, or --chat")
+    if args.draw and not args.draw.absolute().parent.is_dir():
+        raise InputError(f"--draw {args.draw}: its folder does not exist; make it first")
     model = BeingVL(args.model, args.vbpe_path)
+    if args.draw:
+        draw(model, args)
+        return
     images = model.img2tok(args.image, with_vbpe=not args.raw) if args.image else []
+    prompt_ids = [] if args.chat else model.tokenize_with_tokens(args.prompt, images)  # refused before weights are read
     model.load_model(args.torch_dtype, args.device)
     torch.manual_seed(args.seed)
     if args.chat:
         chat(model, images, args)
     else:
-        print_answer(model, args.prompt, images, args)
+        print_answer(model, prompt_ids, args)
 
 
-def print_answer(model: BeingVL, prompt: Prompt, images: list[np.ndarray], args: argparse.Namespace) -> str:
+def draw(model: BeingVL, args: argparse.Namespace) -> None:
+    """Sample one image and save it as PNG."""
+    import torch
+
+    from beingvl.errors import InputError
+    from beingvl.manifest import write_atomically
+    from beingvl.tokenizer.vqgan_pictures import to_png
+
+    if not model.vqgan.has_decoder:
+        raise InputError(f"{model.vqgan.source} has no decoder, so a drawing could not be shown")
+    model.load_model(args.torch_dtype, args.device)
+    torch.manual_seed(args.seed)
+    token_ids = model.draw([args.prompt or ""], [args.image or None], not args.raw, args.temperature)
+    picture = model.tok2img(token_ids)[0]
+    write_atomically(args.draw, to_png(picture))
+    print(f"{args.draw}: {picture.shape[1]} x {picture.shape[0]} pixels from {len(token_ids[0])} tokens")
+
+
+def print_answer(model: BeingVL, prompt_ids: list[int], args: argparse.Namespace) -> str:
     """Print the answer piece by piece while it is made; returns it."""
     answers = model.answer_token_sequences(
-        [model.tokenize_with_tokens(prompt, images)],
+        [prompt_ids],
         args.max_new_tokens,
         on_text=lambda piece: print(piece, end="", flush=True),
         do_sample=args.do_sample,
@@ -84,7 +116,7 @@ def chat(model: BeingVL, images: list[np.ndarray], args: argparse.Namespace) -> 
         if not question:
             return
         try:
-            answer = print_answer(model, [*turns, (question, None)], images, args)
+            answer = print_answer(model, model.tokenize_with_tokens([*turns, (question, None)], images), args)
         except InputError as error:
             print(error, file=sys.stderr)
             continue

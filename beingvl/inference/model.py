@@ -31,6 +31,7 @@ import torch
 
 from beingvl.data.conversation import TextEncoder, Turn, build_sequence
 from beingvl.errors import InputError
+from beingvl.inference.draw import FittingTokens, OnlyWholeImages
 from beingvl.manifest import join_lineages, read_manifest
 from beingvl.tokenizer.vbpe import VBPE_FILE, VisualBPE
 from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
@@ -220,14 +221,15 @@ class BeingVL:
         into `sequences`) a finished batch held, and their new token ids.
         """
         self._check_request(sequences, max_new_tokens, temperature, batch_size)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if do_sample else {"do_sample": False}
+        options = {"streamer": streamer, **(_sampling(temperature) if do_sample else {"do_sample": False})}
         answers: list[list[int]] = [[]] * len(sequences)
         order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            rows = self._continue_batch([sequences[index] for index in batch], max_new_tokens, sampling, streamer)
+            prompts = [sequences[index] for index in batch]
+            rows = self._continue_batch(prompts, max_new_tokens, self.layout.eos_id, options)
             for index, row in zip(batch, rows, strict=True):
-                answers[index] = self._until_eos(row)
+                answers[index] = _until(row, self.layout.eos_id)
             if on_batch:
                 on_batch(batch, [answers[index] for index in batch])
         return answers
@@ -248,9 +250,12 @@ class BeingVL:
 
     @torch.inference_mode()
     def _continue_batch(
-        self, sequences: Sequence[Sequence[int]], max_new_tokens: int, sampling: dict, streamer: TextStreamer | None
+        self, sequences: Sequence[Sequence[int]], max_new_tokens: int, stop_id: int, options: dict[str, Any]
     ) -> list[list[int]]:
-        """New token ids of every prompt, up to the longest answer's end; a shorter answer is followed by padding."""
+        """New token ids of every prompt, up to the longest answer's end; a shorter answer is followed by padding.
+
+        `options` are those of transformers' `generate`.
+        """
         width = max(map(len, sequences))
         input_ids = torch.full((len(sequences), width), self.layout.pad_id)
         attention_mask = torch.zeros((len(sequences), width), dtype=torch.long)
@@ -263,26 +268,71 @@ class BeingVL:
             input_ids=input_ids.to(self.model.device),
             attention_mask=attention_mask.to(self.model.device),
             max_new_tokens=max_new_tokens,
-            eos_token_id=self.layout.eos_id,
+            eos_token_id=stop_id,
             pad_token_id=self.layout.pad_id,
             suppress_tokens=padding_rows or None,
-            streamer=streamer,
-            **sampling,
+            **options,
         )
         return out[:, width:].tolist()
-
-    def _until_eos(self, token_ids: list[int]) -> list[int]:
-        return token_ids[: token_ids.index(self.layout.eos_id)] if self.layout.eos_id in token_ids else token_ids
 
     def decode_answer(self, token_ids: Sequence[int]) -> str:
         """The text of an answer's ids; image tokens and specials in it are left out."""
         return self._tokenizer.decode([token for token in token_ids if token < self.layout.num_text]).strip()
+
+    # ---- drawing ----
+
+    def draw(
+        self,
+        prompts: Sequence[str] = ("",),
+        images: Sequence[Any] | None = None,
+        with_vbpe: bool = True,
+        temperature: float = 1.0,
+    ) -> list[np.ndarray]:
+        """One picture's token ids `[n]` int32 per prompt, sampled; `tok2img` makes pictures of them. Experimental.
+
+        An empty prompt without images draws as a training sample begins: `bos boi`. Otherwise the drawing stands where another
+        image of the sample would: behind the prompt's images and text. Raises InputError for a published vBPE, whose tokens
+        have no fixed shape.
+        """
+        vbpe = self._shapes_of_tokens(with_vbpe)
+        images = [None] * len(prompts) if images is None else images
+        sequences = [self._before_drawing(*pair, with_vbpe) for pair in zip(prompts, images, strict=True)]
+        height, width = self.vqgan.grid
+        max_new_tokens = height * width + 1  # one token a cell, and the end
+        self._check_request(sequences, max_new_tokens, temperature, batch_size=1)
+        rule = OnlyWholeImages(FittingTokens(vbpe, self.vqgan.grid), self.layout, len(sequences))
+        options = {"logits_processor": [rule], **_sampling(temperature)}
+        rows = self._continue_batch(sequences, max_new_tokens, self.layout.eoi_id, options)
+        return [np.array(_until(row, self.layout.eoi_id), np.int32) for row in rows]
+
+    def _shapes_of_tokens(self, with_vbpe: bool) -> VisualBPE:
+        """The vBPE that a drawing's tokens are of; one without merges for plain codes."""
+        if not with_vbpe:
+            return VisualBPE(self.layout.num_vq, np.zeros((0, 4), np.int32))
+        if self.vbpe is None:
+            raise InputError(f"{self.model_path} has no {VBPE_FILE} inside: give vbpe_path, or draw without vBPE")
+        if not isinstance(self.vbpe, VisualBPE):
+            raise InputError(f"{self.vbpe.source} is a published vocabulary, whose tokens have no fixed shape to draw with")
+        return self.vbpe
+
+    def _before_drawing(self, prompt: str, image: Any, with_vbpe: bool) -> list[int]:
+        if not prompt.strip() and image is None:
+            return [self.layout.bos_id, self.layout.boi_id]
+        return [*self.tokenize(prompt, image, with_vbpe)[:-1], self.layout.boi_id]  # begin of image in the place of sep
 
     @cached_property
     def _tokenizer(self) -> Any:
         from tokenizers import Tokenizer
 
         return Tokenizer.from_file(str(self.model_path / "tokenizer.json"))
+
+
+def _sampling(temperature: float) -> dict[str, Any]:
+    return {"do_sample": True, "temperature": temperature, "top_k": 0}
+
+
+def _until(token_ids: list[int], stop_id: int) -> list[int]:
+    return token_ids[: token_ids.index(stop_id)] if stop_id in token_ids else token_ids
 
 
 @contextmanager

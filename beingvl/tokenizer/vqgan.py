@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import struct
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ PREPROCESSING_FIELDS = (
     "image_std",
 )
 MAX_CODES = 1 << 16
+MAX_PIXELS = 50_000_000  # decoded at once: 150 MB, and a few copies of it while the image is resized
+MAX_ASPECT = 100  # a line one pixel high would become wider than any memory when its short edge is resized
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow raises for damaged files, depending on the format."""
 
@@ -175,14 +178,37 @@ def read_image(path: Path | str) -> Image.Image:
 
 
 def decode_image(data: bytes, name: Path | str) -> Image.Image:
-    """The bytes of an image file, decoded. Raises InputError, with `name` in it, when they are damaged or not an image."""
+    """The bytes of an image file, decoded. Raises InputError, with `name` in it, when they are damaged, no image, or too large.
+
+    A JPEG file of more than MAX_PIXELS is decoded at 1/2, 1/4 or 1/8 of its size, which never makes it whole in memory.
+    """
     try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
+        with warnings.catch_warnings():  # MAX_PIXELS says it better
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+        too_large = _bound_size(image)
+        if not too_large:
+            image.load()
     except UNREADABLE as error:
         reason = "it is in no known format" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
         raise InputError(f"{name} cannot be read as an image ({reason})") from error
+    if too_large:
+        raise InputError(f"{name} has {image.width} x {image.height} pixels, {too_large}")
     return image
+
+
+def _bound_size(image: Image.Image) -> str:
+    """Before it is decoded: reduce a large JPEG; what is wrong with the size of anything else, or nothing."""
+    width, height = image.size
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        return f"expected at most {MAX_ASPECT} times as many along one side as along the other; cut it"
+    if width * height <= MAX_PIXELS:
+        return ""
+    factor = next((factor for factor in (2, 4, 8) if width * height / factor**2 <= MAX_PIXELS), None)
+    if image.format != "JPEG" or factor is None:
+        return f"expected at most {MAX_PIXELS:,} in all (a JPEG file may have more); shrink it"
+    image.draft(None, (width // factor, height // factor))
+    return ""
 
 
 def to_pixels(processor: ChameleonImageProcessorPil, image: Image.Image) -> torch.Tensor:

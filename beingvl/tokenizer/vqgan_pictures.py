@@ -1,4 +1,4 @@
-"""Image ids back to a small picture inside a page."""
+"""Pictures as PNG files, and image ids back to a small picture inside a page."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from PIL import Image
 from beingvl.errors import InputError
 from beingvl.tokenizer.vbpe import VisualBPE
 from beingvl.tokenizer.vqgan import VQGAN
+
+
+def to_png(pixels: np.ndarray) -> bytes:
+    """A picture `[H, W, 3]` uint8 as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 class Pictures:
@@ -37,6 +44,4 @@ class Pictures:
             grid = self._vbpe.decode(image_ids, height, width)
         else:
             return None
-        buffer = io.BytesIO()
-        Image.fromarray(self._vq.decode(grid[None])[0]).save(buffer, "PNG")
-        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return "data:image/png;base64," + base64.b64encode(to_png(self._vq.decode(grid[None])[0])).decode()

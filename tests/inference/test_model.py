@@ -213,10 +213,10 @@ def test_the_vbpe_inside_the_model_folder_is_the_default(run_folder: Path, copie
 def test_missing_or_other_vqgan_is_refused(copied_model: Path) -> None:
     shutil.rmtree(copied_model / "vqgan")
     with pytest.raises(InputError, match="has no vqgan/"):
-        BeingVL(copied_model).vqgan  # noqa: B018
+        _ = BeingVL(copied_model).vqgan
     write_vqgan(copied_model / "vqgan", seed=5)
     with pytest.raises(InputError, match="different vqgan"):
-        BeingVL(copied_model).vqgan  # noqa: B018
+        _ = BeingVL(copied_model).vqgan
 
 
 def test_what_cannot_be_asked_is_refused(model: BeingVL, images: list[Path], tmp_path: Path) -> None:
@@ -261,4 +261,4 @@ def test_import_beingvl_loads_no_torch_and_still_has_the_class() -> None:
     script = "import sys, beingvl; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
     with pytest.raises(AttributeError, match="no attribute 'BeingVLM'"):
-        beingvl.BeingVLM  # noqa: B018
+        _ = beingvl.BeingVLM

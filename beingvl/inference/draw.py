@@ -1,0 +1,93 @@
+"""Drawing: image tokens sampled so that they always are a picture. Experimental.
+
+A stream of image tokens gives a grid back because each token's anchor is the first cell that is not covered yet
+(`beingvl.tokenizer.vbpe`). So a token may come next exactly when its polyomino, put there, stays inside the grid and covers no
+covered cell; every other token gets probability 0. A plain code is one cell and always fits, so no choice ends in a dead end:
+
+    covered    next free cell    fits: . (a code)   .. (side by side)      does not: ... (outside)   . above . (outside)
+    # # #      (1, 1)
+    #
+
+When the grid is full only `<eoss>`, the end of the image, is left. The stream need not be the one that `encode` gives for the
+same grid: two codes may be drawn where a merge of them exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from beingvl.tokenizer.vbpe import VisualBPE
+
+if TYPE_CHECKING:
+    from beingvl.vocab import VocabLayout
+
+
+class FittingTokens:
+    """Which image ids fit a partly covered grid, and what they cover. Ids of one shape share their answer."""
+
+    def __init__(self, vbpe: VisualBPE, grid: tuple[int, int]) -> None:
+        """`grid` is (height, width) in cells."""
+        self.grid = grid
+        shapes: dict[tuple[tuple[int, int], ...], int] = {}
+        self._shape_of = np.empty(vbpe.num_ids, np.int64)
+        for image_id in range(vbpe.num_ids):
+            dy, dx, _ = vbpe.cells(image_id)
+            cells = tuple(zip(dy.tolist(), dx.tolist(), strict=True))
+            self._shape_of[image_id] = shapes.setdefault(cells, len(shapes))
+        longest = max(map(len, shapes))
+        # Short shapes repeat their anchor, which is free by definition.
+        self._cells = np.array([[*cells, *[(0, 0)] * (longest - len(cells))] for cells in shapes])  # [shapes, longest, 2]
+
+    def empty(self) -> np.ndarray:
+        """A grid with no cell covered: bool `[height, width]`, True where a token lies."""
+        return np.zeros(self.grid, bool)
+
+    def fitting(self, covered: np.ndarray) -> np.ndarray:
+        """bool `[num_ids]`: may the id come next? All False when the grid is full."""
+        if covered.all():
+            return np.zeros(len(self._shape_of), bool)
+        y, x = self._anchored(covered, self._cells)
+        inside = (y < self.grid[0]) & (x >= 0) & (x < self.grid[1])
+        free = inside & ~covered[np.where(inside, y, 0), np.where(inside, x, 0)]
+        return free.all(axis=1)[self._shape_of]
+
+    def place(self, covered: np.ndarray, image_id: int) -> None:
+        """Cover the cells of an id that fits."""
+        y, x = self._anchored(covered, self._cells[self._shape_of[image_id]])
+        covered[y, x] = True
+
+    def _anchored(self, covered: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        top, left = divmod(int(np.argmin(covered.ravel())), self.grid[1])
+        return cells[..., 0] + top, cells[..., 1] + left
+
+
+class OnlyWholeImages:
+    """A logits processor of transformers: from the prompt's end on, every row draws one image and then ends it."""
+
+    def __init__(self, tokens: FittingTokens, layout: VocabLayout, num_rows: int) -> None:
+        self._tokens = tokens
+        self._layout = layout
+        self._covered = [tokens.empty() for _ in range(num_rows)]
+        self._is_first = True
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`input_ids` `[rows, length]`, `scores` `[rows, vocabulary]`; impossible tokens become -inf."""
+        if not self._is_first:
+            self._place(input_ids[:, -1].tolist())
+        self._is_first = False
+        allowed = np.zeros(scores.shape, bool)
+        first = self._layout.first_image_id
+        for row, covered in enumerate(self._covered):
+            fits = self._tokens.fitting(covered)
+            allowed[row, first : first + len(fits)] = fits
+            allowed[row, self._layout.eoi_id] = not fits.any()
+        return scores.masked_fill(~torch.from_numpy(allowed).to(scores.device), -torch.inf)
+
+    def _place(self, last_tokens: Sequence[int]) -> None:
+        for covered, token in zip(self._covered, last_tokens, strict=True):
+            if not covered.all():  # a finished row goes on with padding
+                self._tokens.place(covered, token - self._layout.first_image_id)
