@@ -66,4 +66,4 @@ for STAGE in 1 2 3; do
 done
 
 say "report"
-beingvl report quickstart "$RUN" --stages_path "$STAGES" --output_path "$STAGES/report" --wall_seconds "$(($(date +%s) - STARTED))"
+beingvl report run "$RUN" --stages_path "$STAGES" --output_path "$STAGES/report" --wall_seconds "$(($(date +%s) - STARTED))"

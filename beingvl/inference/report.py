@@ -1,6 +1,6 @@
 """Pictures and summary of a run.
 
-beingvl report quickstart runs/quickstart      accuracy after each stage, examples, loss curves: summary.json, PNG, HTML
+beingvl report run runs/quickstart             data, vBPE, curves, frozen hashes, scores, answers: index.html, summary.json, PNG
 beingvl report data shards/ …                  what shards hold: lengths, sources, unused rows, examples
 beingvl report train stage-1                   curves, times and events of one stage's training: report.html
 beingvl report vbpe vbpe.json …                what a vBPE vocabulary learnt
@@ -12,7 +12,7 @@ import argparse
 import importlib
 
 KINDS = {
-    "quickstart": ("beingvl.inference.report_quickstart", "what the whole line did, on held-out images"),
+    "run": ("beingvl.inference.report_run", "all that a run left: data, vBPE, curves, hashes, scores, answers"),
     "data": ("beingvl.data.report_data", "what shards hold"),
     "train": ("beingvl.inference.report_train", "curves, times and events of one stage's training"),
     "vbpe": ("beingvl.tokenizer.report_vbpe", "what a vBPE vocabulary learnt"),

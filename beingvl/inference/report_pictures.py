@@ -1,12 +1,16 @@
-"""The pictures of a run's report, drawn with matplotlib's object interface: no global state, PNG bytes out.
+"""The pictures of a run's report, drawn with matplotlib's object interface: no global state, figures out.
 
 contact_sheet(examples)                         image, reconstruction, token borders, question and answer
-training_curves(metrics, accuracy, chance)      loss over steps, accuracy after each stage
+training_curves(metrics, summary)               loss over steps, accuracy after each stage
+
+to_png(figure)    a file, on white
+to_svg(figure)    a part of a page, in the colours of the page's theme
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,15 +19,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from beingvl.tokenizer.report_vbpe import chart_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from beingvl.inference.report_quickstart import Example
+    from beingvl.inference.report_run import Example
 
-RIGHT, WRONG, INK, GREY, BORDER = "#1a7f37", "#c62828", "#1f2328", "#6e7781", "#ffb000"
-STAGE_COLOURS = ("#4477aa", "#228833", "#aa3377")
-QUESTION_COLOURS = ("#1f2328", "#d97706", "#0891b2", "#9333ea", "#65a30d")
+RIGHT, WRONG, INK, GREY, GRID, BORDER = "#1a7f37", "#c62828", "#1f2328", "#6e7781", "#e5e7eb", "#ffb000"
+THEME = {RIGHT: "right", WRONG: "wrong", INK: "ink", GREY: "soft", GRID: "line", "#ffffff": "paper"}
+"""Colour in a figure -> name of the page's colour that replaces it."""
+SERIES_COLOURS = ("#4a8fd8", "#d97706", "#2fa34a", "#c2519c", "#0e9bb5", "#9370db")  # readable on white and on black
 COLUMNS = 2
 
 
@@ -35,10 +43,26 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def to_svg(figure: Figure, name: str) -> str:
+    """SVG text to put into a page with the colours of `report_page.STYLE`; `name` makes the ids in it its own."""
+    for text in figure.findobj(Text):
+        if text.get_color() == "black":
+            text.set_color(INK)
+    for axes in figure.axes:
+        axes.tick_params(colors=INK)
+        axes.spines[:].set_color(GREY)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        svg = chart_svg(figure, name)
+    for colour, variable in THEME.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return svg
+
+
 # ---- contact sheet ----
 
 
-def contact_sheet(examples: Sequence[Example]) -> bytes:
+def contact_sheet(examples: Sequence[Example]) -> Figure:
     """Two columns of examples, each three pictures and a text."""
     num_rows = max(1, -(-len(examples) // COLUMNS))
     figure = Figure(figsize=(12.5, 1.45 * num_rows + 0.85))
@@ -53,13 +77,13 @@ def contact_sheet(examples: Sequence[Example]) -> bytes:
         pictures = [figure.add_subplot(inner[0, index]) for index in range(3)]
         show_pictures(pictures, example, with_titles=row == 0)
         show_answer(figure.add_subplot(inner[0, 3]), example)
-    return to_png(figure)
+    return figure
 
 
 def show_pictures(axes: Sequence[Axes], example: Example, with_titles: bool) -> None:
     for picture in axes:
         picture.set_axis_off()
-    axes[0].imshow(example.image, cmap="gray")
+    axes[0].imshow(example.image)
     axes[1].imshow(example.reconstruction)
     axes[2].imshow(example.reconstruction)
     axes[2].add_collection(LineCollection(token_borders(example), colors=BORDER, linewidths=0.9, capstyle="projecting"))
@@ -97,19 +121,20 @@ def token_borders(example: Example) -> list[list[tuple[float, float]]]:
 # ---- training ----
 
 
-def training_curves(
-    metrics: Mapping[str, Sequence[Mapping[str, Any]]], accuracy: Mapping[str, Mapping[str, float]], chance: Mapping[str, float]
-) -> bytes:
-    """Left: loss over the steps of all stages, one after another. Right: accuracy of each question after each stage."""
+def training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]], summary: Mapping[str, Any]) -> Figure:
+    """Left: loss over the steps of all stages, one after another. Right: accuracy after each stage, of the first few questions."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
-    losses, scores = figure.subplots(1, 2, width_ratios=[1.5, 1])
+    if summary["test_accuracy"]:
+        losses, scores = figure.subplots(1, 2, width_ratios=[1.5, 1])
+        draw_accuracy(scores, summary["test_accuracy"], summary["chance"])
+    else:
+        losses = figure.subplots()
     draw_losses(losses, metrics)
-    draw_accuracy(scores, accuracy, chance)
-    for axes in (losses, scores):
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e5e7eb")
+        axes.grid(axis="y", color=GRID)
         axes.set_axisbelow(True)
-    return to_png(figure)
+    return figure
 
 
 def set_title(axes: Axes, text: str) -> None:
@@ -121,19 +146,18 @@ def draw_losses(axes: Axes, metrics: Mapping[str, Sequence[Mapping[str, Any]]]) 
     axes.set_xlabel("optimizer step, all stages one after another")
     axes.set_ylabel("loss (nats per target token)")
     first_step = 0
-    for (stage, rows), colour in zip(metrics.items(), STAGE_COLOURS, strict=False):
+    for (stage, rows), colour in zip(metrics.items(), itertools.cycle(SERIES_COLOURS)):
         steps = first_step + np.array([row["step"] for row in rows])
         values = np.array([row["loss"] for row in rows], float)
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
-        axes.plot(steps, running_mean(values), color=colour, linewidth=2)
-        axes.text(
-            steps.mean(), 0.97, stage, color=colour, weight="bold", ha="center", va="top", transform=axes.get_xaxis_transform()
-        )
+        axes.plot(steps, running_mean(values), color=colour, linewidth=2, label=stage)
         first_step = int(steps[-1])
         if stage != list(metrics)[-1]:
             axes.axvline(first_step, color=GREY, linewidth=0.8, linestyle=":")
-    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])  # room for the stages' names
+    axes.set_ylim(0)
     axes.margins(x=0.01)
+    if metrics:
+        axes.legend(fontsize=9, loc="upper right", frameon=False)
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
@@ -146,11 +170,10 @@ def draw_accuracy(axes: Axes, accuracy: Mapping[str, Mapping[str, float]], chanc
     set_title(axes, "Test accuracy after each stage")
     axes.set_ylabel("share of right answers (%)")
     positions = np.arange(len(accuracy))
-    for (question, by_chance), colour in zip(chance.items(), QUESTION_COLOURS, strict=False):
+    for (question, by_chance), colour in zip(chance.items(), (INK, *SERIES_COLOURS[1:]), strict=False):
         values = [100 * accuracy[stage][question] for stage in accuracy]
-        axes.plot(positions, values, color=colour, marker="o", linewidth=2, label=question)
+        axes.plot(positions, values, color=colour, marker="o", linewidth=2, label=textwrap.shorten(question, 40, placeholder="…"))
         axes.axhline(100 * by_chance, color=colour, linewidth=0.9, linestyle="--", alpha=0.6)
     axes.set_xticks(positions, list(accuracy))
     axes.set_ylim(-3, 103)
-    legend = axes.legend(fontsize=9, loc="upper left", title="dashed: chance", title_fontsize=9, alignment="left")
-    legend.get_frame().set(edgecolor="none", alpha=1)
+    axes.legend(fontsize=9, loc="upper left", title="dashed: chance", title_fontsize=9, alignment="left", frameon=False)

@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> None:
     pictures = draw_pictures(vbpe, sample, vq)
     for name, image in join_tiles(pictures).items():
         write_atomically(folder / f"{name}.png", _png(image))
-    charts = draw_charts(vbpe, sample, folder)
+    charts = draw_charts(vbpe, sample)
+    for name, figure in charts.items():
+        write_atomically(folder / f"{name}.png", chart_png(figure))
     write_atomically(folder / "report.html", page(vbpe, sample, pictures, charts))
     print(f"{folder / 'report.html'} and {len(list(folder.glob('*.png')))} PNG files")
 
@@ -119,7 +121,13 @@ def measure(vbpe: VisualBPE, paths: list[Path], max_images: int, seed: int) -> S
     arrays = sample_images(codes, max_images, seed)
     if len({array.shape[1:] for array in arrays}) > 1:
         raise InputError(f"{' and '.join(map(str, paths))} hold grids of several sizes, expected one: report them one by one")
-    grids = np.concatenate(arrays)
+    return measure_grids(vbpe, np.concatenate(arrays))
+
+
+def measure_grids(vbpe: VisualBPE, grids: np.ndarray) -> Sample:
+    """Encode codes `[N, H, W]`."""
+    import numpy as np
+
     ids, offsets = vbpe.encode_batch(grids)
     used = np.bincount(ids, minlength=vbpe.num_ids)
     return Sample(grids, ids, offsets, used, count_applied(vbpe, used))
@@ -316,8 +324,8 @@ def _png(image: Image.Image) -> bytes:
 # ---- charts ----
 
 
-def draw_charts(vbpe: VisualBPE, sample: Sample | None, folder: Path) -> dict[str, str]:
-    """SVG text of every chart by name; the same as PNG in `folder`."""
+def draw_charts(vbpe: VisualBPE, sample: Sample | None) -> dict[str, Figure]:
+    """Every chart by name."""
     import numpy as np
     from matplotlib.figure import Figure
 
@@ -345,43 +353,55 @@ def draw_charts(vbpe: VisualBPE, sample: Sample | None, folder: Path) -> dict[st
         axes.set(xlabel="merges", ylabel="tokens per image (mean)", ylim=(0, None), xlim=(0, max(1, vbpe.num_merges)))
         axes.grid(color=GREY, alpha=0.25)
         charts["compression"] = figure
-    return {name: _save_chart(figure, folder / f"{name}.png") for name, figure in charts.items()}
+    for figure in charts.values():
+        for axes in figure.axes:
+            axes.patch.set_alpha(0)
+            axes.tick_params(colors=GREY)
+            axes.xaxis.label.set_color(GREY)
+            axes.yaxis.label.set_color(GREY)
+            for name, spine in axes.spines.items():
+                spine.set_visible(name in ("left", "bottom"))
+                spine.set_color(GREY)
+        figure.patch.set_alpha(0)
+    return charts
 
 
-def _save_chart(figure: Figure, path: Path) -> str:
+def chart_svg(figure: Figure, name: str) -> str:
+    """SVG text to put into a page: no second file, no metadata, no XML names. `name` makes the ids in it its own."""
+    import re
+
     from matplotlib import rc_context
 
-    from beingvl.manifest import write_atomically
-
-    for axes in figure.axes:
-        axes.patch.set_alpha(0)
-        axes.tick_params(colors=GREY)
-        axes.xaxis.label.set_color(GREY)
-        axes.yaxis.label.set_color(GREY)
-        for name, spine in axes.spines.items():
-            spine.set_visible(name in ("left", "bottom"))
-            spine.set_color(GREY)
-    figure.patch.set_alpha(0)
-    buffer, png = io.StringIO(), io.BytesIO()
-    with rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    figure.savefig(png, format="png", dpi=120, facecolor="white")
-    write_atomically(path, png.getvalue())
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", dpi=130, facecolor="none", metadata={"Date": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return re.sub(r"<metadata>.*?</metadata>| xmlns(:xlink)?=\"[^\"]*\"", "", text[text.index("<svg") :], flags=re.DOTALL)
+
+
+def chart_png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, facecolor="white")
+    return buffer.getvalue()
 
 
 # ---- the page ----
 
 
-def page(vbpe: VisualBPE, sample: Sample | None, pictures: dict[str, Image.Image], charts: dict[str, str]) -> str:
+def page(vbpe: VisualBPE, sample: Sample | None, pictures: dict[str, Image.Image], charts: dict[str, Figure]) -> str:
     """The whole HTML page; nothing in it is loaded from elsewhere."""
-    shown = {name: base64.b64encode(_png(image)).decode() for name, image in pictures.items()}
     parts = ["<!doctype html><html lang='en'><head><meta charset='utf-8'><title>vBPE report</title>"]
     parts += ["<meta name='viewport' content='width=device-width, initial-scale=1'>", f"<style>{STYLE}</style></head><body>"]
-    parts += ["<h1>vBPE vocabulary</h1>", f"<p>{escape(str(vbpe.source))}</p>", facts(vbpe, sample)]
+    parts += [f"<h1>vBPE vocabulary</h1><p>{escape(str(vbpe.source))}</p>", body(vbpe, sample, pictures, charts)]
+    return "\n".join([*parts, "</body></html>\n"])
+
+
+def body(vbpe: VisualBPE, sample: Sample | None, pictures: dict[str, Image.Image], charts: dict[str, Figure]) -> str:
+    """What the page says, as HTML to put into any page that has its `.tokens` and `.examples` styles."""
+    shown = {name: base64.b64encode(_png(image)).decode() for name, image in pictures.items()}
+    parts = [facts(vbpe, sample)]
     if sample is not None:
-        parts += ["<h2>Tokens per image after the first n merges</h2>", charts["compression"]]
+        parts += ["<h2>Tokens per image after the first n merges</h2>", chart_svg(charts["compression"], "compression")]
         parts += ["<h2>Images with the fewest, the median and the most tokens</h2><div class='examples'>"]
         for name in (name for name in shown if name.startswith("example-")):
             length, cells = len(sample.stream(int(name.split("-")[1]))), sample.grids[0].size
@@ -391,10 +411,10 @@ def page(vbpe: VisualBPE, sample: Sample | None, pictures: dict[str, Image.Image
         parts.append("</div>")
     parts.append("<h2>Largest tokens</h2><div class='tokens'>")
     parts += token_figures(vbpe, sample, shown, "largest")
-    parts += ["</div><h2>Sizes</h2>", charts["sizes"], "<h2>Most frequent shapes</h2><div class='tokens'>"]
+    parts += ["</div><h2>Sizes</h2>", chart_svg(charts["sizes"], "sizes"), "<h2>Most frequent shapes</h2><div class='tokens'>"]
     for number, (_, count) in enumerate(count_shapes(vbpe).most_common(TOKENS_SHOWN)):
         parts.append(_figure(shown[f"shape-{number}"], f"{count} merges"))
-    return "\n".join([*parts, "</div></body></html>\n"])
+    return "\n".join([*parts, "</div>"])
 
 
 def token_figures(vbpe: VisualBPE, sample: Sample | None, shown: dict[str, str], group: str) -> list[str]:

@@ -197,6 +197,11 @@ def decode_image(data: bytes, name: Path | str) -> Image.Image:
     return image
 
 
+def as_array(image: Image.Image) -> np.ndarray:
+    """A picture `[H, W, 3]` uint8."""
+    return np.asarray(image.convert("RGB"))
+
+
 def _bound_size(image: Image.Image) -> str:
     """Before it is decoded: reduce a large JPEG; what is wrong with the size of anything else, or nothing."""
     width, height = image.size

@@ -56,7 +56,7 @@ def test_an_empty_prompt_begins_as_a_training_sample_does(model: BeingVL, run_fo
     assert model._before_drawing("", None, True) == sample[:2]
     two = model.tokenize("<image>hi<image>", [image, image])
     first = len(model.img2tok([image])[0]) + 3
-    assert model._before_drawing("hi", image, True) == two[: first + 2] + [LAYOUT.boi_id]
+    assert model._before_drawing("hi", image, True) == [*two[: first + 2], LAYOUT.boi_id]
 
 
 @settings(max_examples=60, deadline=None)
