@@ -49,6 +49,7 @@ setup(
             "pycocoevalcap>=1.2",
             "sacrebleu>=2.4",
         ],
+        "serve": ["gradio>=6.0"],
         "benchmark": ["scikit-learn>=1.4", "scikit-image>=0.22"],
     },
     entry_points={

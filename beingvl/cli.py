@@ -31,6 +31,7 @@ COMMANDS = {
     "export": ("beingvl.export.export_hf", "[7] start model + training checkpoint -> stock Hugging Face folder"),
     "generate": ("beingvl.inference.generate", "answer a prompt about images"),
     "evaluate": ("beingvl.inference.evaluate", "score a model: answers, held-out loss, text against its base"),
+    "serve": ("beingvl.inference.serve", "a page on this machine to try a model in the browser"),
     "report": ("beingvl.inference.report", "pictures and summary of a run"),
     "launch": ("beingvl.launch.start_training", "start a training stage on the hosts of a hostfile, through deepspeed"),
     "preflight": ("beingvl.launch.preflight", "ask every host of a hostfile whether a run can start there"),

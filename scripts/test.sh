@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 install_launchers() {
     local program missing='' PATH="$PATH:/usr/sbin:/sbin"
-    for program in sshd:openssh-server ssh:openssh-client pdsh:pdsh ip:iproute2 pkill:procps slurmctld:slurm-wlm munged:munge; do
+    for program in sshd:openssh-server ssh:openssh-client pdsh:pdsh ip:iproute2 pkill:procps slurmctld:slurm-wlm munged:munge ${1:+chromium:chromium}; do
         command -v "${program%%:*}" > /dev/null || missing+=" ${program##*:}"
     done
     [ -n "$missing" ] || return 0
@@ -17,7 +17,7 @@ install_launchers() {
     fi
     echo "warning: the tests of the launchers will fail; as root: apt-get install$missing" >&2
 }
-install_launchers
+install_launchers "$([ "${1:-}" != --full ] || echo with-browser)"
 [ "${1:-}" = "--install_only" ] && exit 0
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 

@@ -64,7 +64,10 @@ class TextEncoder:
         path = Path(model_folder) / "tokenizer.json"
         if not path.is_file():
             raise InputError(f"{model_folder} has no tokenizer.json; make the model folder with `beingvl convert`")
-        self._tokenizer = Tokenizer.from_file(str(path))
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise InputError(f"{path} is damaged ({error}); copy or make the model folder again") from error
         self._layout = layout
 
     def plain(self, text: str) -> list[int]:

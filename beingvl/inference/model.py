@@ -67,13 +67,20 @@ class BeingVL:
 
     def load_model(self, torch_dtype: str = "float32", device: str | torch.device | None = None) -> BeingVL:
         """Read the weights, onto the accelerator where there is one; returns self."""
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         if torch_dtype not in DTYPES:
             raise InputError(f"torch_dtype is {torch_dtype!r}, expected one of {list(DTYPES)}")
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        with quiet_without_terminal():
-            model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=getattr(torch, torch_dtype))
+        try:
+            with quiet_without_terminal():
+                model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=getattr(torch, torch_dtype))
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{self.model_path} cannot be loaded ({reason}); `beingvl verify` tells which file changed"
+            ) from error
         if model.get_input_embeddings().num_embeddings < self.layout.size:
             found = f"{model.get_input_embeddings().num_embeddings} rows"
             raise InputError(f"{self.model_path}: the embedding has {found}, its vocabulary {self.layout.size} ids")

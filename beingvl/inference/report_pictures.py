@@ -122,7 +122,7 @@ def token_borders(example: Example) -> list[list[tuple[float, float]]]:
 
 
 def training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]], summary: Mapping[str, Any]) -> Figure:
-    """Left: loss over the steps of all stages, one after another. Right: accuracy after each stage, of the first few questions."""
+    """Left: loss over the steps of all stages, one after another. Right: accuracy after each, of a few questions."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     if summary["test_accuracy"]:
         losses, scores = figure.subplots(1, 2, width_ratios=[1.5, 1])

@@ -13,12 +13,30 @@ from beingvl.errors import InputError
 from beingvl.tokenizer.vbpe import VisualBPE
 from beingvl.tokenizer.vqgan import VQGAN
 
+BORDER = (255, 176, 0)
+
 
 def to_png(pixels: np.ndarray) -> bytes:
     """A picture `[H, W, 3]` uint8 as the bytes of a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def with_borders(pixels: np.ndarray, owners: np.ndarray, min_side: int = 512) -> np.ndarray:
+    """A picture `[H, W, 3]` uint8, enlarged to at least `min_side` pixels a side, with lines between tokens.
+
+    `owners` `[h, w]` int says which token covers each cell of the code grid; H and W are multiples of h and w.
+    """
+    scale = max(1, -(-min_side // min(pixels.shape[:2])))
+    large = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+    of_pixel = owners.repeat(large.shape[0] // owners.shape[0], axis=0).repeat(large.shape[1] // owners.shape[1], axis=1)
+    below = np.zeros(of_pixel.shape, bool)
+    right = below.copy()
+    below[:-1] = of_pixel[1:] != of_pixel[:-1]
+    right[:, :-1] = of_pixel[:, 1:] != of_pixel[:, :-1]
+    large[below | right] = BORDER
+    return large
 
 
 class Pictures:

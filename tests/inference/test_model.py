@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import beingvl
+from beingvl.cli import main
 from beingvl.data.conversation import TextEncoder, build_sequence
 from beingvl.errors import InputError
 from beingvl.inference.model import BeingVL
@@ -190,6 +191,39 @@ def test_folders_that_are_no_model_are_refused(tmp_path: Path, copied_model: Pat
     (copied_model / "manifest.json").unlink()
     with pytest.raises(InputError, match="incomplete"):
         BeingVL(copied_model)
+
+
+@pytest.mark.parametrize("name", ["vocab_layout.json", "tokenizer.json", "config.json", "model.safetensors"])
+def test_damaged_files_of_a_model_are_named(copied_model: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copied_model / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert main(["generate", f"--model={copied_model}", "--prompt=hi", "--device=cpu"]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("beingvl generate: error: ") and str(copied_model) in line
+
+
+def test_every_bad_input_is_one_sentence_and_exit_code_2(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, line, vbpe = tmp_path / "a.png", tmp_path / "line.png", tmp_path / "vbpe.json"
+    image.write_text("no image")
+    Image.new("1", (2000, 4)).save(line)
+    VisualBPE(NUM_CODES, np.array([[1, 1, 0, 1]])).save(vbpe)
+    ours, own_vbpe = f"--model={run_folder / 'stage-3' / 'final'}", f"--vbpe_path={run_folder / 'vbpe'}"
+    for options, message in [
+        ([ours, own_vbpe, "--prompt=hi", f"--image={image}"], "cannot be read as an image"),
+        ([ours, own_vbpe, "--prompt=hi", f"--image={line}"], "has 2000 x 4 pixels"),
+        ([ours, own_vbpe, "--prompt=hi", f"--image={tmp_path / 'no.png'}"], "No such file"),
+        ([ours, own_vbpe, "--prompt= "], "a prompt is empty"),
+        ([ours, own_vbpe, f"--prompt={'long ' * 200}"], "do not fit the model's context of 512"),
+        ([ours, f"--vbpe_path={vbpe}", "--prompt=hi"], "were made with different vbpe"),
+        ([f"--model={tmp_path}", "--prompt=hi"], "is not a Being-VL model folder"),
+        ([f"--model={tmp_path / 'nowhere'}", "--prompt=hi"], "is not a Being-VL model folder"),
+    ]:
+        capsys.readouterr()
+        assert main(["generate", *options, "--device=cpu"]) == 2, message
+        error = capsys.readouterr().err.strip()
+        assert message in error and error.count("\n") == 0 and "Traceback" not in error
 
 
 def test_another_vbpe_is_refused(run_folder: Path, copied_model: Path, tmp_path: Path) -> None:

@@ -153,13 +153,6 @@ def test_refusals(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err
 
 
-def test_an_evaluation_with_other_questions_is_shown_among_the_scores_only(copied_run: Path) -> None:
-    overwrite_summary(copied_run / "eval" / "base", questions={"Another?": {"accuracy": 1, "chance": 1, "majority": 1}})
-    assert main(["report", "run", str(copied_run)]) == 0
-    summary = json.loads((copied_run / "report" / "summary.json").read_text())
-    assert list(summary["test_accuracy"]) == list(STAGES[1:]) and list(summary["evaluations"]) == list(STAGES)
-
-
 def test_a_run_of_which_only_a_stage_is_left(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in copied_run.iterdir():
         if path.name != "stage-2":
@@ -173,15 +166,20 @@ def test_a_run_of_which_only_a_stage_is_left(copied_run: Path, capsys: pytest.Ca
     assert "Not in this report" in html and "<svg" in html and "Frozen" not in html
 
 
-def test_data_and_text_parity_are_on_the_page(copied_run: Path) -> None:
+def test_data_text_parity_and_other_questions_are_on_the_page(copied_run: Path) -> None:
+    """An evaluation with questions of its own is shown among the scores only."""
+    overwrite_summary(copied_run / "eval" / "base", questions={"Another?": {"accuracy": 1, "chance": 1, "majority": 1}})
     write_shards(copied_run / "shards-vbpe")
     parity = {"metric": "text_parity", "equal": False, "equal_is_expected": True, "scores": {"kl_nats": 0.25}, "questions": {}}
     shutil.copytree(copied_run / "eval" / "base", copied_run / "eval" / "text-parity")
     overwrite_summary(copied_run / "eval" / "text-parity", **parity)
     assert main(["report", "run", str(copied_run)]) == 0
     html = (copied_run / "report" / "index.html").read_text()
+    summary = json.loads((copied_run / "report" / "summary.json").read_text())
+    assert list(summary["test_accuracy"]) == list(STAGES[1:])
+    assert list(summary["evaluations"]) == [*STAGES, "text-parity"]
     assert "foundation" in html and "shards-vbpe" in html
-    assert "kl nats" in html and "<span class='wrong'>not equal to the base model&#x27;s</span>".replace("&#x27;", "'") in html
+    assert "kl nats" in html and "<span class='wrong'>not equal to the base model's</span>" in html
 
 
 def test_frozen_groups_keep_their_hash_and_trained_ones_do_not(run_folder: Path, tmp_path: Path) -> None:

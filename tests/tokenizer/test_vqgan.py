@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from transformers import AutoImageProcessor, ChameleonVQVAE, ChameleonVQVAEConfi
 
 from beingvl.errors import InputError
 from beingvl.manifest import read_manifest, verify_folder
+from beingvl.tokenizer import vqgan as vqgan_module
 from beingvl.tokenizer.vqgan import VQGAN, make_processor, read_image
 
 SIZES = {
@@ -287,3 +290,53 @@ def test_an_unreadable_image_is_named(tmp_path, damage, suffix):
         path.write_bytes({"text": b"no image", "empty": b"", "cut": data[: len(data) // 2]}[damage])
     with pytest.raises(InputError, match=path.name):
         read_image(path)
+
+
+# ---- size ----
+
+
+def save_ramp(path, side, **options):
+    """A picture that becomes brighter from left to right."""
+    Image.fromarray(np.tile(np.linspace(0, 255, side).astype(np.uint8), (side, 1))).save(path, **options)
+    return path
+
+
+def test_a_large_jpeg_is_decoded_smaller_and_other_formats_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(vqgan_module, "MAX_PIXELS", 32 * 32)
+    small = np.asarray(read_image(save_ramp(tmp_path / "a.jpg", 32)))
+    for side in (64, 100, 128, 250):
+        image = read_image(save_ramp(tmp_path / f"{side}.jpg", side))
+        assert 16 * 16 < image.width * image.height <= 32 * 32
+        assert abs(np.asarray(image.resize((32, 32))).astype(int) - small).max() < 12
+    with pytest.raises(InputError, match="has 300 x 300 pixels, expected at most 1,024 in all"):
+        read_image(save_ramp(tmp_path / "b.jpg", 300))
+    with pytest.raises(InputError, match="has 33 x 33 pixels"):
+        read_image(save_ramp(tmp_path / "a.png", 33))
+    assert read_image(save_ramp(tmp_path / "c.png", 32)).size == (32, 32)
+
+
+def test_a_line_is_refused(tmp_path):
+    Image.new("L", (303, 3)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match="expected at most 100 times as many along one side"):
+        read_image(tmp_path / "a.png")
+
+
+@pytest.mark.slow
+def test_a_hundred_megapixels_take_bounded_memory(tmp_path):
+    """A JPEG file is read with less memory than its pixels would take, a PNG file is refused before it is decoded."""
+    script = """
+import resource, sys
+from beingvl.errors import InputError
+from beingvl.tokenizer.vqgan import make_processor, read_image, to_pixels
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    print(tuple(to_pixels(make_processor(512), read_image(sys.argv[1])).shape))
+except InputError as error:
+    print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+"""
+    picture = Image.new("L", (10000, 10000), 128)
+    for name, printed, megabytes in [("a.jpg", "(3, 512, 512)", 300), ("a.png", "has 10000 x 10000 pixels", 20)]:
+        picture.save(tmp_path / name)
+        out = subprocess.run([sys.executable, "-c", script, tmp_path / name], capture_output=True, text=True, check=True).stdout
+        assert printed in out and float(out.splitlines()[-1]) < megabytes, out
