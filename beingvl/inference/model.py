@@ -65,17 +65,18 @@ class BeingVL:
 
     # ---- loading ----
 
-    def load_model(self, torch_dtype: str = "float32", device: str | torch.device | None = None) -> BeingVL:
-        """Read the weights, onto the accelerator where there is one; returns self."""
+    def load_model(self, torch_dtype: str | torch.dtype = "float32", device: str | torch.device | None = None) -> BeingVL:
+        """Read the weights as `torch_dtype` (or its name), onto the accelerator where there is one; returns self."""
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        if torch_dtype not in DTYPES:
-            raise InputError(f"torch_dtype is {torch_dtype!r}, expected one of {list(DTYPES)}")
+        dtype = str(torch_dtype).removeprefix("torch.")
+        if dtype not in DTYPES:
+            raise InputError(f"torch_dtype is {dtype!r}, expected one of {list(DTYPES)}")
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
             with quiet_without_terminal():
-                model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=getattr(torch, torch_dtype))
+                model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=getattr(torch, dtype))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(
@@ -169,19 +170,29 @@ class BeingVL:
     # ---- answers ----
 
     def generate_with_vbpe(
-        self, prompts: Sequence[Prompt], images: Sequence[Any] | None = None, max_new_tokens: int = 128, **options: Any
+        self,
+        prompts: Sequence[Prompt],
+        images: Sequence[Any] | None = None,
+        max_new_tokens: int = 128,
+        do_sample: bool = False,
+        **options: Any,
     ) -> list[str]:
         """Answers to `prompts`, only the answers. `images` holds one entry a prompt: an image, a list of images, or None.
 
         `options` are those of `answer_token_sequences`.
         """
-        return self._answer(prompts, images, True, max_new_tokens, options)
+        return self._answer(prompts, images, True, max_new_tokens, {"do_sample": do_sample, **options})
 
     def generate(
-        self, prompts: Sequence[Prompt], images: Sequence[Any] | None = None, max_new_tokens: int = 128, **options: Any
+        self,
+        prompts: Sequence[Prompt],
+        images: Sequence[Any] | None = None,
+        max_new_tokens: int = 128,
+        do_sample: bool = False,
+        **options: Any,
     ) -> list[str]:
         """The same with plain VQ codes, for a model that was trained on them."""
-        return self._answer(prompts, images, False, max_new_tokens, options)
+        return self._answer(prompts, images, False, max_new_tokens, {"do_sample": do_sample, **options})
 
     def _answer(
         self, prompts: Sequence[Prompt], images: Sequence[Any] | None, with_vbpe: bool, max_new_tokens: int, options: dict

@@ -112,6 +112,14 @@ def test_rows_behind_the_vocabulary_are_never_answers(copied_model: Path, run_fo
     assert all(token < LAYOUT.size for answer in answers for token in answer)
 
 
+def test_called_as_the_published_guide_does(run_folder: Path, model: BeingVL, images: list[Path]) -> None:
+    other = BeingVL(str(run_folder / "stage-3" / "final"), str(run_folder / "vbpe" / "vbpe.json"))
+    strengthen(other.load_model(torch_dtype=torch.float32, device="cpu"))
+    arguments = ([QUESTION], [str(images[0])], 8, False)
+    assert other.generate_with_vbpe(*arguments) == model.generate_with_vbpe(*arguments)
+    assert other.load_model(torch.bfloat16, device="cpu").model.dtype == torch.bfloat16
+
+
 def test_sampling_is_a_function_of_the_seed(model: BeingVL) -> None:
     answers = []
     for seed in (1, 1, 2):

@@ -160,7 +160,13 @@ with sync_playwright() as play:
     page.wait_for_selector("#borders img")
     found["width"] = page.evaluate("document.querySelector('#borders img').naturalWidth")
     found["words"] = page.inner_text("#words").strip()
+    page.evaluate("""() => {
+        window.seen = new Set()
+        const look = () => document.querySelectorAll("#chat .bot.message").forEach(m => window.seen.add(m.innerText.trim()))
+        new MutationObserver(look).observe(document.querySelector("#chat"), {subtree: true, childList: true, characterData: true})
+    }""")
     found["answers"] = [ask("one", 1), ask("two", 2)]
+    found["seen"] = page.evaluate("[...window.seen]")
     page.screenshot(path=shot)
     page.fill("#question textarea", " ")
     page.press("#question textarea", "Enter")
@@ -195,7 +201,7 @@ def test_in_a_browser(serve_python: Path, model: BeingVL, run_folder: Path, tmp_
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     model_options = [f"--model={run_folder / 'stage-3' / 'final'}", f"--vbpe_path={run_folder / 'vbpe'}", "--device=cpu"]
-    limits = ["--max_new_tokens=6", "--max_upload_megabytes=1", f"--port={port}"]
+    limits = ["--max_new_tokens=30", "--max_upload_megabytes=1", f"--port={port}"]
     server = subprocess.Popen(
         [serve_python, "-m", "beingvl", "serve", *model_options, *limits], env=environment, stdout=subprocess.PIPE, text=True
     )
@@ -222,9 +228,10 @@ def test_in_a_browser(serve_python: Path, model: BeingVL, run_folder: Path, tmp_
         server.send_signal(signal.SIGTERM)
         server.wait(30)
     found = json.loads(done.stdout.splitlines()[-1])
-    first = model.generate_with_vbpe(["one"], [image], max_new_tokens=6)[0]
-    second = model.generate_with_vbpe([[("one", first), ("two", None)]], [image], max_new_tokens=6)[0]
+    first = model.generate_with_vbpe(["one"], [image], max_new_tokens=30)[0]
+    second = model.generate_with_vbpe([[("one", first), ("two", None)]], [image], max_new_tokens=30)[0]
     assert [" ".join(answer.split()) for answer in found["answers"]] == [" ".join(answer.split()) for answer in (first, second)]
+    assert len(found["seen"]) > 4, "the answers should have grown before the reader's eyes"
     assert found["words"].startswith("16 codes in") and found["width"] == 512
     assert "text.png cannot be read as an image" in found["bad"] and "a prompt is empty" in found["empty"]
     assert "exceed the maximum allowed size" in found["large"]
