@@ -126,56 +126,6 @@ def test_refusals(run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypa
 
 # ---- in a browser ----
 
-BROWSE = """
-import json, sys
-from playwright.sync_api import sync_playwright
-url, picture, no_picture, large, shot = sys.argv[1:]
-found = {}
-with sync_playwright() as play:
-    browser = play.chromium.launch(executable_path="CHROMIUM", args=["--no-sandbox"])
-    page = browser.new_page(viewport={"width": 1100, "height": 800})
-    elsewhere = []
-    page.on("response", lambda response: response.url.startswith((url, "data:", "blob:")) or elsewhere.append(response.url))
-    page.goto(url)
-    def upload(path):
-        page.wait_for_selector("#upload input[type=file]", state="attached")
-        page.set_input_files("#upload input[type=file]", path)
-    def toast():
-        text = page.wait_for_selector(".toast-body").inner_text()
-        page.click(".toast-close")
-        page.wait_for_selector(".toast-body", state="detached")
-        return text
-    def ask(question, number):
-        page.fill("#question textarea", question)
-        page.press("#question textarea", "Enter")
-        page.wait_for_function(f"document.querySelectorAll('#chat .bot.message').length == {number}")
-        page.wait_for_function("document.querySelector('#question textarea').value == ''")
-        page.wait_for_timeout(1500)
-        return page.locator("#chat .bot.message").last.inner_text().strip()
-    found["bad"] = (upload(no_picture), toast())[1]
-    page.click("#upload button[aria-label*=lear]")
-    found["large"] = (upload(large), toast())[1]
-    page.reload()
-    upload(picture)
-    page.wait_for_selector("#borders img")
-    found["width"] = page.evaluate("document.querySelector('#borders img').naturalWidth")
-    found["words"] = page.inner_text("#words").strip()
-    page.evaluate("""() => {
-        window.seen = new Set()
-        const look = () => document.querySelectorAll("#chat .bot.message").forEach(m => window.seen.add(m.innerText.trim()))
-        new MutationObserver(look).observe(document.querySelector("#chat"), {subtree: true, childList: true, characterData: true})
-    }""")
-    found["answers"] = [ask("one", 1), ask("two", 2)]
-    found["seen"] = page.evaluate("[...window.seen]")
-    page.screenshot(path=shot)
-    page.fill("#question textarea", " ")
-    page.press("#question textarea", "Enter")
-    found["empty"] = toast()
-    found["elsewhere"] = elsewhere
-    browser.close()
-print(json.dumps(found))
-"""
-
 
 @pytest.fixture(scope="module")
 def serve_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -213,15 +163,17 @@ def test_in_a_browser(serve_python: Path, model: BeingVL, run_folder: Path, tmp_
         image = run_folder / "data" / "images" / "test" / "0000.png"
         (tmp_path / "text.png").write_text("no image")
         write_images(tmp_path / "large", 1, side=800)
-        script = BROWSE.replace("CHROMIUM", chromium)
         arguments = [
+            chromium,
             url,
             str(image),
             str(tmp_path / "text.png"),
             str(tmp_path / "large/test/0000.png"),
             str(tmp_path / "page.png"),
         ]
-        done = subprocess.run([serve_python, "-c", script, *arguments], capture_output=True, text=True, timeout=240)
+        done = subprocess.run(
+            [serve_python, Path(__file__).with_name("browse_page.py"), *arguments], capture_output=True, text=True, timeout=240
+        )
         assert done.returncode == 0, done.stderr
         assert any(temporary.glob("beingvl-serve-*/**/0000.png"))
     finally:

@@ -1,0 +1,66 @@
+"""What a reader does with the page of `beingvl serve`, in headless Chromium; prints what was seen as JSON.
+
+python browse_page.py CHROMIUM URL PICTURE NO_PICTURE LARGE_FILE SCREENSHOT      with playwright installed
+"""
+
+import json
+import sys
+
+from playwright.sync_api import Page, sync_playwright
+
+REMEMBER = """() => {
+    window.seen = new Set()
+    const look = () => document.querySelectorAll("#chat .bot.message").forEach(m => window.seen.add(m.innerText.trim()))
+    new MutationObserver(look).observe(document.querySelector("#chat"), {subtree: true, childList: true, characterData: true})
+}"""
+
+
+def main() -> None:
+    chromium, url, picture, no_picture, large, screenshot = sys.argv[1:]
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1100, "height": 800})
+        elsewhere: list[str] = []
+        page.on("response", lambda response: response.url.startswith((url, "data:", "blob:")) or elsewhere.append(response.url))
+        page.goto(url)
+        found: dict = {"elsewhere": elsewhere}
+        upload(page, no_picture)
+        found["bad"] = toast(page)
+        page.reload()
+        upload(page, large)
+        found["large"] = toast(page)
+        page.reload()
+        upload(page, picture)
+        page.wait_for_selector("#borders img")
+        found["width"] = page.evaluate("document.querySelector('#borders img').naturalWidth")
+        found["words"] = page.inner_text("#words").strip()
+        page.evaluate(REMEMBER)
+        found["answers"] = [ask(page, "one", 1), ask(page, "two", 2)]
+        found["seen"] = page.evaluate("[...window.seen]")
+        page.screenshot(path=screenshot)
+        page.fill("#question textarea", " ")
+        page.press("#question textarea", "Enter")
+        found["empty"] = toast(page)
+        browser.close()
+    print(json.dumps(found))
+
+
+def upload(page: Page, path: str) -> None:
+    page.wait_for_selector("#upload input[type=file]", state="attached")
+    page.set_input_files("#upload input[type=file]", path)
+
+
+def toast(page: Page) -> str:
+    return page.wait_for_selector(".toast-body").inner_text()
+
+
+def ask(page: Page, question: str, number: int) -> str:
+    page.fill("#question textarea", question)
+    page.press("#question textarea", "Enter")
+    page.wait_for_function(f"document.querySelectorAll('#chat .bot.message').length == {number}")
+    page.wait_for_function("document.querySelector('#question textarea').value == ''")
+    page.wait_for_timeout(1500)
+    return page.locator("#chat .bot.message").last.inner_text().strip()
+
+
+main()
