@@ -210,7 +210,7 @@ def _bound_size(image: Image.Image) -> str:
     if width * height <= MAX_PIXELS:
         return ""
     factor = next((factor for factor in (2, 4, 8) if width * height / factor**2 <= MAX_PIXELS), None)
-    if image.format != "JPEG" or factor is None:
+    if image.format not in ("JPEG", "MPO") or factor is None:  # MPO: JPEG files of some cameras
         return f"expected at most {MAX_PIXELS:,} in all (a JPEG file may have more); shrink it"
     image.draft(None, (width // factor, height // factor))
     return ""

@@ -308,6 +308,8 @@ def test_a_large_jpeg_is_decoded_smaller_and_other_formats_are_refused(tmp_path,
         image = read_image(save_ramp(tmp_path / f"{side}.jpg", side))
         assert 16 * 16 < image.width * image.height <= 32 * 32
         assert abs(np.asarray(image.resize((32, 32))).astype(int) - small).max() < 12
+    Image.open(tmp_path / "64.jpg").save(tmp_path / "two.mpo", save_all=True, append_images=[Image.new("L", (64, 64))])
+    assert read_image(tmp_path / "two.mpo").size == (32, 32)
     with pytest.raises(InputError, match="has 300 x 300 pixels, expected at most 1,024 in all"):
         read_image(save_ramp(tmp_path / "b.jpg", 300))
     with pytest.raises(InputError, match="has 33 x 33 pixels"):
