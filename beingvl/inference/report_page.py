@@ -142,9 +142,9 @@ def scores_table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
             head = [escape(name), escape(entry["metric"]), f"{entry['rows']:,}"] if number == 0 else ["", "", ""]
             rows.append([*head, escape(score.replace("_", " ")), shown])
         if "equal" in entry:
-            good = entry["equal"] or not entry["equal_is_expected"]
+            colour = "right" if entry["equal"] else "wrong" if entry["equal_is_expected"] else ""
             verdict = "equal to the base model's to the bit" if entry["equal"] else "not equal to the base model's"
-            rows.append(["", "", "", "text logits", f"<span class='{'right' if good else 'wrong'}'>{verdict}</span>"])
+            rows.append(["", "", "", "text logits", f"<span class='{colour}'>{verdict}</span>"])
     return table(["evaluation", "metric", "rows", "score", "value"], rows)
 
 

@@ -321,9 +321,8 @@ def compression(pieces: Run) -> float | None:
 
 def scores_of(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """Metric, rows and single numbers of an evaluation."""
-    scores = evaluation.get("scores") or {"accuracy": evaluation["accuracy"]}
-    kept = {name: evaluation[name] for name in ("metric", "rows", "equal", "equal_is_expected") if name in evaluation}
-    return {**kept, "scores": scores, "standard_errors": evaluation.get("standard_errors", {})}
+    wanted = ("metric", "rows", "scores", "standard_errors", "equal", "equal_is_expected")
+    return {name: evaluation[name] for name in wanted if name in evaluation}
 
 
 def mean(values: Mapping[str, float]) -> float:
