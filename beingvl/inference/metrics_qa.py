@@ -18,7 +18,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any, field
 
 from beingvl.errors import InputError
 
@@ -384,7 +385,9 @@ def bleu(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
     except ImportError as error:
         raise InputError("--metric bleu needs sacrebleu: pip install 'beingvl[evaluation]'") from error
     most = max(len(reference.answers) for reference in references)
-    streams = [[dict(enumerate(reference.answers)).get(number) for reference in references] for number in range(most)]
+    streams: list[Any] = [  # None where a question has fewer answers
+        [dict(enumerate(reference.answers)).get(number) for reference in references] for number in range(most)
+    ]
     found = BLEU().corpus_score(list(predictions), streams)
     return Scores({"bleu": found.score, "brevity_penalty": found.bp})
 
