@@ -1,5 +1,3 @@
-import json
-
 import pytest
 
 from beingvl import cli
@@ -7,16 +5,12 @@ from beingvl.errors import InputError
 from beingvl.launch.plan import parse_gpus
 from beingvl.train.memory import device_bytes, predict_memory
 from beingvl.train.stage_config import parse_stage_config
-from tests.tiny import stage_fields, write_model, write_shards
+from tests.tiny import stage_fields, write_inputs
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plan")
-    write_model(folder / "base")
-    write_shards(folder / "shards")
-    (folder / "stage.json").write_text(json.dumps(stage_fields()))
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("plan"), stage=stage_fields())
 
 
 def plan(work, *more: str) -> int:

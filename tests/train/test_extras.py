@@ -16,16 +16,13 @@ from beingvl.train.metrics import VALIDATION_FILE, read_metrics
 from beingvl.train.stage_config import load_stage_config
 from tests.launcher import ENVIRONMENT, free_port
 from tests.plain_torch import train_plain
-from tests.tiny import stage_fields, write_model, write_shards
+from tests.tiny import stage_fields, write_inputs, write_shards
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("extras")
-    write_model(folder / "base")
-    write_shards(folder / "shards")
+    folder = write_inputs(tmp_path_factory.mktemp("extras"), all=stage_fields(checkpoint_every_steps=2, keep_last=9))
     write_shards(folder / "held-out", num_samples=13, seed=9)
-    (folder / "all.json").write_text(json.dumps(stage_fields(checkpoint_every_steps=2, keep_last=9)))
     return folder
 
 

@@ -1,6 +1,5 @@
 """The training engine under the real launcher: exact against plain torch, frozen to the bit, resumable to the bit."""
 
-import json
 import shutil
 import signal
 import subprocess
@@ -17,27 +16,7 @@ from beingvl.train.metrics import read_metrics
 from beingvl.train.stage_config import load_stage_config
 from tests.launcher import ENVIRONMENT, log_of, rank_processes, run, start, wait_for_step
 from tests.plain_torch import train_plain
-from tests.tiny import LAYOUT, stage_fields, write_model, write_shards
-
-ROWS_ONLY = [{"match": "visual_rows"}, {"match": ".*", "train": False}]
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("stage")
-    write_model(folder / "base")
-    write_shards(folder / "shards")
-    (folder / "rows.json").write_text(json.dumps(stage_fields(trainable=ROWS_ONLY)))
-    (folder / "all.json").write_text(json.dumps(stage_fields(epochs=4)))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole_run(work) -> Path:
-    """The uninterrupted run of everything on two ranks."""
-    output = work / "all"
-    assert run(2, work / "all.json", work / "base", work / "shards", output) == 0, log_of(output)
-    return output
+from tests.tiny import LAYOUT
 
 
 def losses(output: Path) -> list[float]:

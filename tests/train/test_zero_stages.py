@@ -14,7 +14,7 @@ from beingvl.model.weight_files import WeightFolder
 from beingvl.train.metrics import read_metrics
 from beingvl.train.stage_config import load_stage_config
 from tests.plain_torch import train_plain
-from tests.tiny import LAYOUT, stage_fields, write_model, write_shards
+from tests.tiny import LAYOUT, stage_fields, write_inputs
 from tests.train.run_stages import run_stages
 
 ROWS_AND_LAYERS = [{"match": "visual_rows"}, {"match": "layers[:2]"}, {"match": ".*", "train": False}]
@@ -24,15 +24,11 @@ NUM_STEPS = 5
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("zero")
-    write_model(folder / "base")
-    write_shards(folder / "shards")
     fields = stage_fields(max_steps=NUM_STEPS, epochs=6)
     # Adam turns the rounding of a gradient near 0 into an update of any sign, as large as the learning rate: keep it small
     fields["optimizer"]["params"]["lr"] = 3e-4
     fields["train_batch_size"] = 12  # divides for 1, 2 and 3 ranks with any accumulation below
-    (folder / "all.json").write_text(json.dumps(fields))
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("zero"), all=fields)
 
 
 def settings(stage: int, num_ranks: int, accumulation: int, packing: bool = True, chunk: int = 1024) -> list[str]:
