@@ -46,7 +46,7 @@ setup(
             "llama-models",
             "sentencepiece",
         ],
-        "benchmark": ["scikit-learn>=1.4", "scikit-image>=0.22"],
+        "benchmark": ["scikit-learn>=1.4", "scikit-image>=0.22", "accelerate>=1.1"],
     },
     entry_points={"console_scripts": ["beingvl=beingvl.cli:main"]},
 )

@@ -92,6 +92,17 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_named_then_the_run_st
     )
 
 
+def test_a_run_whose_last_step_is_not_finite_ends_with_the_state_before_it(work) -> None:
+    token, bad_steps = token_that_comes_thrice_in_a_row(work)
+    model, output = poison(work / "base", work / "poisoned-last", token), work / "nan-last"
+    settings = [f"beingvl.max_steps={bad_steps[0]}", "beingvl.checkpoint_every_steps=0", "beingvl.background_save=true"]
+    done = alone(work, output, "--model", str(model), "--set", *settings)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [row["skipped"] for row in read_metrics(output)] == [0] * (bad_steps[0] - 1) + [1]
+    assert [step_of(path) for path in complete_checkpoints(output)] == [bad_steps[0] - 1]
+    assert read_manifest(output / "final").counts["step"] == bad_steps[0] - 1
+
+
 PLANT = """
 import sys, torch
 from pathlib import Path
