@@ -232,7 +232,7 @@ def _run_loop(stage: Stage, phases: Phases, stop_requested: Callable[[], bool]) 
         validate = validator(engine, stage.validation, config, metrics)
         finished = train(engine, data, config, progress, metrics, phases, saver, validate, stop_requested)
     if ranks.rank == 0:
-        print(_memory_report(engine), flush=True)
+        print(f"{_memory_report(engine)}\n{writer.describe_time()}", flush=True)
     if ranks.rank == 0 and not finished:
         print(f"stopped by a signal after step {progress.step}; start the same command again to go on", flush=True)
     return finished
