@@ -218,7 +218,8 @@ def _check_zero(zero: Mapping[str, Any], source: str) -> None:
     for key in ("offload_optimizer", "offload_param"):
         device = (zero.get(key) or {}).get("device", "none")
         if device not in ("none", "cpu"):
-            raise InputError(f"{source}: zero_optimization.{key}.device is {device!r}; beingvl offloads to 'cpu' only, or 'none'")
+            found = f"{source}: zero_optimization.{key}.device is {device!r}"
+            raise InputError(f"{found}; use 'cpu' or 'none' (what DeepSpeed puts on NVMe cannot be resumed here)")
         if device == "cpu" and zero["stage"] < (3 if key == "offload_param" else 1):
             raise InputError(f"{source}: zero_optimization.{key} needs a higher stage than {zero['stage']}; remove it")
 

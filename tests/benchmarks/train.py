@@ -2,9 +2,10 @@
 micro-batch, JSONL in memory, logits of all tokens. Same small model, same rows, same ranks, one after the other.
 
     pip install accelerate
-    python -m tests.benchmarks.train [--samples 960] [--ranks 2] [--rounds 3] [--their_stage 2]
+    python -m tests.benchmarks.train [--samples 960] [--rows 20000] [--ranks 2] [--rounds 3] [--their_stage 2]
 
 Both sides make the same updates: the same 16 samples in every step, in our order; eight samples fill a packed sequence exactly.
+They train on the first --samples of a data set of --rows.
 
 The last line is one JSON object:
 
@@ -13,7 +14,7 @@ The last line is one JSON object:
     overhead_fraction       our step time outside forward, backward, optimizer and collectives
     loss_memory_ratio       peak memory of the chunked loss / of full logits; 144,645 ids, 4096 positions (benchmarks/loss.py)
     startup_ratio           ours / theirs, process start to the end of the first step
-    loss_ours, loss_theirs  over all targets after one epoch, by one function
+    loss_ours, loss_theirs  over all targets trained on, after the last step, by one function
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ LEARNING_RATE = 1e-3
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=960)
+    parser.add_argument("--rows", type=int, default=20000, help="rows of the data set, about 120 tokens each")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--their_stage", type=int, default=2, choices=[2, 3], help="ZeRO stage of the other side")
@@ -55,16 +57,16 @@ def main() -> int:
         run_rank(args.rank_of, args.folder, args.started, args.their_stage)
     else:
         with tempfile.TemporaryDirectory(prefix="train-benchmark-") as folder:
-            print(json.dumps(measure(Path(folder), args.samples, args.ranks, args.rounds, args.their_stage)))
+            print(json.dumps(measure(Path(folder), args)))
     return 0
 
 
-def measure(folder: Path, num_samples: int, num_ranks: int, num_rounds: int, their_stage: int) -> dict[str, Any]:
-    make_inputs(folder, num_samples, num_ranks)
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    make_inputs(folder, args.samples, max(args.rows, args.samples), args.ranks)
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
-    for _ in range(num_rounds):
+    for _ in range(args.rounds):
         for who in found:
-            found[who].append(launch(who, folder, num_ranks, their_stage))
+            found[who].append(launch(who, folder, args))
             print(who, json.dumps(found[who][-1]), flush=True)
     chunked, full = (run_alone(kernel, [])[1] for kernel in ("ours", "full"))
     losses = {who: runs[-1]["final_loss"] for who, runs in found.items()}
@@ -85,7 +87,7 @@ def measure(folder: Path, num_samples: int, num_ranks: int, num_rounds: int, the
     }
 
 
-def make_inputs(folder: Path, num_samples: int, num_ranks: int) -> None:
+def make_inputs(folder: Path, num_samples: int, num_rows: int, num_ranks: int) -> None:
     """Samples whose answers (2 … 12 tokens, one id repeated) follow from their first token; rows.jsonl is in training order."""
     import numpy as np
 
@@ -100,7 +102,7 @@ def make_inputs(folder: Path, num_samples: int, num_ranks: int) -> None:
     random = np.random.default_rng(0)
     writer = ShardWriter(folder / "shards", layout)
     rows = {}
-    for number in range(num_samples):
+    for number in range(num_rows):
         ids = random.integers(0, layout.size, int(random.integers(SHORTEST, LONGEST + 1))).astype(np.int32)
         length = int(random.integers(2, 12))
         ids[0] = number % 8
@@ -110,27 +112,29 @@ def make_inputs(folder: Path, num_samples: int, num_ranks: int) -> None:
     writer.finish({"vocab": layout.fingerprint()}, {})
     fields = stage_fields(sequence_length=SEQUENCE_LENGTH, mixture={"all": 1.0}, checkpoint_every_steps=0, schedule="constant")
     fields["optimizer"]["params"] |= {"lr": LEARNING_RATE, "weight_decay": 0.0}
-    fields["beingvl"] |= {"warmup_ratio": 0.0, "activation_checkpointing": False}
+    fields["beingvl"] |= {"warmup_ratio": 0.0, "activation_checkpointing": False, "max_steps": num_samples // SAMPLES_PER_STEP}
     fields["zero_optimization"] = {"stage": 3, "overlap_comm": False}
     sequences = SAMPLES_PER_STEP * LONGEST // SEQUENCE_LENGTH
     fields |= {"train_batch_size": sequences, "train_micro_batch_size_per_gpu": sequences // num_ranks}
     (folder / "stage.json").write_text(json.dumps(fields))
     data = build_data(load_stage_config(folder / "stage.json"), ShardReader(folder / "shards"))
-    steps = [data.micro_batch(step, 0, 0, 1, sequences).sample_ids for step in range(data.num_steps)]
-    assert all(len(samples) == SAMPLES_PER_STEP for samples in steps), "--samples must be a multiple of 16"
-    (folder / "rows.jsonl").write_text("".join(json.dumps(rows[name]) + "\n" for samples in steps for name in samples))
+    steps = [data.micro_batch(step, 0, 0, 1, sequences).sample_ids for step in range(num_samples // SAMPLES_PER_STEP)]
+    assert all(len(samples) == SAMPLES_PER_STEP for samples in steps), "a step of 16 samples is not full"
+    first = {name: rows.pop(name) for samples in steps for name in samples}
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*first.values(), *rows.values()]))
+    (folder / "trained").write_text(str(len(first)))
 
 
-def launch(who: str, folder: Path, num_ranks: int, their_stage: int) -> dict[str, Any]:
+def launch(who: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Run all ranks to the end; rank 0's numbers, the memory of the rank that took most."""
     from tests.launcher import ENVIRONMENT, free_port
 
-    port, started, processes = str(free_port()), time.time(), []
+    port, started, processes, num_ranks = str(free_port()), time.time(), [], args.ranks
     for path in folder.glob(f"{who}-*.json"):
         path.unlink()
     for rank in range(num_ranks):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_PORT": port}
-        words = ["--rank_of", who, "--folder", str(folder), "--started", str(started), "--their_stage", str(their_stage)]
+        words = ["--rank_of", who, "--folder", str(folder), "--started", str(started), "--their_stage", str(args.their_stage)]
         environment = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", **place}
         with open(folder / f"{who}-{rank}.log", "w") as log:
             command = [sys.executable, "-m", "tests.benchmarks.train", *words]
@@ -141,9 +145,10 @@ def launch(who: str, folder: Path, num_ranks: int, their_stage: int) -> dict[str
     return {**results[0], "added_private_bytes": max(result["added_private_bytes"] for result in results)}
 
 
+DEEPSPEEDS_COMPILED_OPTIMIZER = "deepspeed.runtime.zero.muon.original_muon"  # imports torch's compiler; not memory of theirs
 IMPORTS = {
-    "ours": ("beingvl.train.loop", "beingvl.train.train_stage", "transformers.models.llama.modeling_llama"),
-    "theirs": ("deepspeed", "accelerate", "transformers.trainer", "transformers.models.llama.modeling_llama"),
+    "ours": ("beingvl.train.loop", "transformers.models.llama.modeling_llama"),
+    "theirs": ("accelerate", "transformers.trainer", "transformers.models.llama.modeling_llama", DEEPSPEEDS_COMPILED_OPTIMIZER),
 }
 
 
@@ -241,7 +246,7 @@ def run_theirs(folder: Path, started: float, rank: int, stage: int) -> dict[str,
         output_dir=str(folder / "theirs"),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=SAMPLES_PER_STEP // num_ranks,
-        num_train_epochs=1,
+        max_steps=int((folder / "trained").read_text()) // SAMPLES_PER_STEP,
         learning_rate=LEARNING_RATE,
         train_sampling_strategy="sequential",
         adam_beta2=0.95,
@@ -272,13 +277,13 @@ def run_theirs(folder: Path, started: float, rank: int, stage: int) -> dict[str,
 
 
 def loss_of(model_folder: Path, folder: Path) -> float:
-    """Mean loss over all targets of all rows, by stock transformers in one process."""
+    """Mean loss over all targets of the rows trained on, by stock transformers in one process."""
     code = f"""
-import json, torch
+import itertools, json, torch
 from transformers import AutoModelForCausalLM
 model, total, count = AutoModelForCausalLM.from_pretrained({str(model_folder)!r}).eval(), 0.0, 0
 with torch.no_grad():
-    for line in open({str(folder / "rows.jsonl")!r}):
+    for line in itertools.islice(open({str(folder / "rows.jsonl")!r}), {int((folder / "trained").read_text())}):
         row = json.loads(line)
         logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
         targets = torch.tensor(row["labels"])[1:]

@@ -84,7 +84,7 @@ def broken(path: str, value: object) -> dict:
         ("optimizer.type", "Lion", "Adam or AdamW"),
         ("optimizer.params.torch_adam", False, "torch_adam must be true"),
         ("zero_optimization.stage", 4, "expected 0, 1, 2 or 3"),
-        ("zero_optimization", {"stage": 3, "offload_param": {"device": "nvme"}}, "offloads to 'cpu' only"),
+        ("zero_optimization", {"stage": 3, "offload_param": {"device": "nvme"}}, "use 'cpu' or 'none'"),
         ("zero_optimization", {"stage": 2, "offload_param": {"device": "cpu"}}, "needs a higher stage than 2"),
         ("train_batch_size", "auto", "expected an integer"),
         ("beingvl.epochs", "two", "expected a number"),
