@@ -110,7 +110,8 @@ def prepare(
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
 
     def tile(module: object, rows: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(F.linear(rows, weight).float().flatten(0, 1), target_ids.flatten(), reduction="sum")
+        logits = F.linear(rows.reshape(-1, rows.shape[-1]), weight).float()
+        return F.cross_entropy(logits, target_ids.reshape(-1), reduction="sum")
 
     apply = TiledFusedLogitsLoss.apply
     return lambda: apply(tile, None, hidden[None], targets[None], None, 16, [weight], "sum"), [weight]

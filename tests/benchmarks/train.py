@@ -5,7 +5,7 @@ micro-batch, JSONL in memory, logits of all tokens. Same small model, same rows,
     python -m tests.benchmarks.train [--samples 960] [--rows 20000] [--ranks 2] [--rounds 3] [--their_stage 2]
 
 Both sides make the same updates: the same 16 samples in every step, in our order; eight samples fill a packed sequence exactly.
-They train on the first --samples of a data set of --rows.
+They train on the first --samples of a data set of --rows, with activation checkpointing.
 
 The last line is one JSON object:
 
@@ -112,7 +112,7 @@ def make_inputs(folder: Path, num_samples: int, num_rows: int, num_ranks: int) -
     writer.finish({"vocab": layout.fingerprint()}, {})
     fields = stage_fields(sequence_length=SEQUENCE_LENGTH, mixture={"all": 1.0}, checkpoint_every_steps=0, schedule="constant")
     fields["optimizer"]["params"] |= {"lr": LEARNING_RATE, "weight_decay": 0.0}
-    fields["beingvl"] |= {"warmup_ratio": 0.0, "activation_checkpointing": False, "max_steps": num_samples // SAMPLES_PER_STEP}
+    fields["beingvl"] |= {"warmup_ratio": 0.0, "max_steps": num_samples // SAMPLES_PER_STEP}
     fields["zero_optimization"] = {"stage": 3, "overlap_comm": False}
     sequences = SAMPLES_PER_STEP * LONGEST // SEQUENCE_LENGTH
     fields |= {"train_batch_size": sequences, "train_micro_batch_size_per_gpu": sequences // num_ranks}
@@ -251,6 +251,8 @@ def run_theirs(folder: Path, started: float, rank: int, stage: int) -> dict[str,
         train_sampling_strategy="sequential",
         adam_beta2=0.95,
         lr_scheduler_type="constant",
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         deepspeed=config,
         use_cpu=True,
         report_to=[],
