@@ -1,5 +1,6 @@
 """`beingvl launch` and the stage scripts on this machine alone: what is started, what is refused, what a signal does."""
 
+import json
 import os
 import signal
 import socket

@@ -77,7 +77,7 @@ def test_every_stage_equals_plain_torch(work) -> None:
         assert_equals_plain_torch(work, work / name, packing)
     losses = [row["loss"] for row in read_metrics(work / "stage-2")]
     for stage in (0, 1, 2, 3):
-        assert [row["loss"] for row in read_metrics(work / f"bf16-{stage}")] == pytest.approx(losses, rel=2e-2)
+        assert [row["loss"] for row in read_metrics(work / f"bf16-{stage}")] == pytest.approx(losses, rel=1e-3)
     for stage in (0, 2, 3):
         assert_first_step_has_the_rules_rates(work, work / f"rates-{stage}")
 
