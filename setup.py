@@ -50,7 +50,7 @@ setup(
             "sacrebleu>=2.4",
         ],
         "serve": ["gradio>=6.0"],
-        "benchmark": ["scikit-learn>=1.4", "scikit-image>=0.22"],
+        "benchmark": ["scikit-learn>=1.4", "scikit-image>=0.22", "accelerate>=1.1"],
     },
     entry_points={
         "console_scripts": ["beingvl=beingvl.cli:main"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,15 @@ def write_shards(folder: Path, num_samples: int = 60, layout: VocabLayout = LAYO
             )
         )
     writer.finish({"vocab": layout.fingerprint()}, {})
+    return folder
+
+
+def write_inputs(folder: Path, **stages: dict) -> Path:
+    """What a training run needs: `base/`, `shards/`, and one JSON file a keyword, name -> stage fields."""
+    write_model(folder / "base")
+    write_shards(folder / "shards")
+    for name, fields in stages.items():
+        (folder / f"{name}.json").write_text(json.dumps(fields))
     return folder
 
 

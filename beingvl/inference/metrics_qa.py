@@ -18,8 +18,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, field
+from dataclasses import dataclass, field
+from typing import Any
 
 from beingvl.errors import InputError
 

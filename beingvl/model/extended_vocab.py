@@ -7,7 +7,8 @@ What a stage freezes is then a whole parameter: no gradient, no optimizer state,
 disk (HF folders) each pair is one matrix again; only this file joins and splits.
 
 The head computes the loss itself, over target positions only, in chunks of rows that are recomputed in the backward pass, so
-that logits of the whole vocabulary never exist for more than one chunk and the two weights are never concatenated.
+that logits of the whole vocabulary never exist for more than one chunk and the two weights are never concatenated. The backward
+pass is written out (`ChunkedCrossEntropy`): autograd would make a gradient of the whole head for every chunk and add them up.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 TEXT_ROWS = "text_rows"
 VISUAL_ROWS = "visual_rows"
@@ -53,18 +53,67 @@ class ExtendedHead(nn.Module):
         """`hidden` `[n, hidden_size]`, `target_ids` `[n]` -> `[n]` float32 losses (nats), or logits `[n, vocabulary]`."""
         if target_ids is None:
             return _logits(hidden, self.text_rows, self.visual_rows)
-        chunks = zip(hidden.split(self.loss_chunk_tokens), target_ids.split(self.loss_chunk_tokens), strict=True)
-        losses = [
-            checkpoint(_token_losses, rows, targets, self.text_rows, self.visual_rows, use_reentrant=False)
-            for rows, targets in chunks
-        ]
-        return torch.cat(losses)
+        return ChunkedCrossEntropy.apply(hidden, target_ids, self.text_rows, self.visual_rows, self.loss_chunk_tokens)
 
 
-def _token_losses(
-    hidden: torch.Tensor, target_ids: torch.Tensor, text_rows: torch.Tensor, visual_rows: torch.Tensor
-) -> torch.Tensor:
-    return F.cross_entropy(_logits(hidden, text_rows, visual_rows).float(), target_ids, reduction="none")
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross entropy of linear logits over two row blocks, `chunk` positions at a time, in float32.
+
+    Of the forward pass only log(sum(exp(logits))) is kept, one number a position; the backward pass makes a chunk's logits again
+    and adds its share to the gradients in place. Logits are the model's dtype before they become float32, as without chunks.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, target_ids: torch.Tensor, text_rows: torch.Tensor, visual_rows: torch.Tensor, chunk: int
+    ) -> torch.Tensor:
+        """`hidden` `[n, hidden_size]`, `target_ids` `[n]` -> `[n]` float32 losses (nats)."""
+        normalizers = hidden.new_empty(len(hidden), dtype=torch.float32)
+        target_logits = torch.empty_like(normalizers)
+        for rows in _chunks(len(hidden), chunk):
+            logits = _chunk_logits(hidden[rows], text_rows, visual_rows)
+            target_logits[rows] = logits.gather(1, target_ids[rows, None]).squeeze(1)
+            largest = logits.amax(1)
+            normalizers[rows] = logits.sub_(largest[:, None]).exp_().sum(1).log_().add_(largest)
+            del logits  # before the next chunk's
+        ctx.save_for_backward(hidden, target_ids, text_rows, visual_rows, normalizers)
+        ctx.chunk = chunk
+        return normalizers - target_logits
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """d loss / d logits = softmax - one-hot of the target; rows that are frozen get no gradient."""
+        (of_losses,) = gradients
+        hidden, target_ids, text_rows, visual_rows, normalizers = ctx.saved_tensors
+        of_hidden = torch.zeros_like(hidden)
+        of_text, of_visual = (
+            torch.zeros_like(rows) if needed else None
+            for rows, needed in zip((text_rows, visual_rows), ctx.needs_input_grad[2:4], strict=True)
+        )
+        for rows in _chunks(len(hidden), ctx.chunk):
+            of_logits = _chunk_logits(hidden[rows], text_rows, visual_rows).sub_(normalizers[rows, None]).exp_()
+            of_logits[torch.arange(len(of_logits), device=hidden.device), target_ids[rows]] -= 1
+            of_logits = of_logits.mul_(of_losses[rows, None]).to(hidden.dtype)
+            text, visual = of_logits.split([len(text_rows), len(visual_rows)], dim=1)
+            of_hidden[rows] = (text @ text_rows).addmm_(visual, visual_rows)
+            for of_rows, part in ((of_text, text), (of_visual, visual)):
+                if of_rows is not None:
+                    of_rows.addmm_(part.T, hidden[rows])
+            del of_logits, text, visual, part
+        return of_hidden, None, of_text, of_visual, None
+
+
+def _chunks(length: int, chunk: int) -> list[slice]:
+    return [slice(start, start + chunk) for start in range(0, length, chunk)]
+
+
+def _chunk_logits(hidden: torch.Tensor, text_rows: torch.Tensor, visual_rows: torch.Tensor) -> torch.Tensor:
+    """Float32 logits `[n, vocabulary]`, both products written to their place in one buffer; without gradients."""
+    logits = hidden.new_empty(len(hidden), len(text_rows) + len(visual_rows))
+    text, visual = logits.split([len(text_rows), len(visual_rows)], dim=1)
+    torch.mm(hidden, text_rows.T, out=text)
+    torch.mm(hidden, visual_rows.T, out=visual)
+    return logits.float()
 
 
 def _logits(hidden: torch.Tensor, text_rows: torch.Tensor, visual_rows: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,42 +64,75 @@ def rank_file(rank: int, num_ranks: int) -> str:
     return f"rank-{rank:05d}-of-{num_ranks:05d}.safetensors"
 
 
-def write_checkpoint(
-    folder: Path,
-    state: CheckpointState,
-    tensors: Mapping[str, torch.Tensor],
-    rank: int,
-    gather: Callable[[Any], list[Any]],
-    write_more: Callable[[Path], None],
-) -> None:
-    """Write one checkpoint, all ranks together. `gather` hands every rank's value to all (and is the barrier).
+class CheckpointWriter:
+    """Writes checkpoints, all ranks together: `begin`, and `commit` when every rank's `is_written` is true, or at any later time.
 
-    Rank 0 calls `write_more` with the folder for what belongs to it beside the slices. When one rank cannot write, every rank
-    raises SaveError, and what was written of this checkpoint is removed to make room.
+        begin    waits for the checkpoint before; a thread writes this rank's slices
+        commit   waits for the thread; rank 0 writes the rest and the manifest
+
+    `gather` hands every rank's value to all (and is the barrier). When one rank cannot write, every rank raises SaveError, and
+    what was written of this checkpoint is removed to make room.
     """
 
-    def together(work: Callable[[], Any]) -> list[Any]:
+    def __init__(self, rank: int, gather: Callable[[Any], list[Any]]) -> None:
+        self._rank, self._gather = rank, gather
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._begun: _BegunCheckpoint | None = None
+
+    def begin(
+        self,
+        folder: Path,
+        state: CheckpointState,
+        tensors: Mapping[str, torch.Tensor],
+        write_more: Callable[[Path], None],
+    ) -> None:
+        """`tensors` must not change until `commit`. Rank 0 calls `write_more` for what belongs to it beside the slices."""
+        self.commit()
+        self._together(folder, lambda: start_folder(folder) if self._rank == 0 else None)
+        path = folder / rank_file(self._rank, state.num_ranks)
+        self._begun = _BegunCheckpoint(folder, state, write_more, self._pool.submit(_write_slices, path, tensors))
+
+    @property
+    def is_written(self) -> bool:
+        """Whether there is something to commit for which this rank need not wait any more."""
+        return self._begun is not None and self._begun.slices.done()
+
+    def commit(self) -> None:
+        """Make what was begun a checkpoint; without any, nothing happens. All ranks call together."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return
+        hashes = dict(self._together(begun.folder, begun.slices.result))
+        self._together(begun.folder, lambda: begun.finish(hashes) if self._rank == 0 else None)
+
+    def _together(self, folder: Path, work: Callable[[], Any]) -> list[Any]:
         try:
             result, problem = work(), None
         except (OSError, SafetensorError) as error:
-            result, problem = None, f"rank {rank}: {error}"
-        answers = gather((result, problem))
+            result, problem = None, f"rank {self._rank}: {error}"
+        answers = self._gather((result, problem))
         problems = [problem for _, problem in answers if problem]
         if problems:
-            if rank == 0:
+            if self._rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
             raise SaveError(f"{folder} could not be written ({problems[0]}); earlier checkpoints are as they were, start again")
         return [result for result, _ in answers]
 
-    def commit() -> None:
-        write_more(folder)
-        write_atomically(folder / STATE_FILE, to_json(asdict(state)))
-        lineage = state.identity["lineage"]
-        write_manifest(folder, "checkpoint", {"step": state.step, "ranks": state.num_ranks}, lineage, known_hashes=hashes)
 
-    together(lambda: start_folder(folder) if rank == 0 else None)
-    hashes = dict(together(lambda: _write_slices(folder / rank_file(rank, state.num_ranks), tensors)))
-    together(lambda: commit() if rank == 0 else None)
+@dataclass(frozen=True)
+class _BegunCheckpoint:
+    """`slices`: becomes (name, hash) of this rank's file."""
+
+    folder: Path
+    state: CheckpointState
+    write_more: Callable[[Path], None]
+    slices: Future[tuple[str, str]]
+
+    def finish(self, hashes: Mapping[str, str]) -> None:
+        self.write_more(self.folder)
+        write_atomically(self.folder / STATE_FILE, to_json(asdict(self.state)))
+        counts = {"step": self.state.step, "ranks": self.state.num_ranks}
+        write_manifest(self.folder, "checkpoint", counts, self.state.identity["lineage"], known_hashes=hashes)
 
 
 def _write_slices(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[str, str]:

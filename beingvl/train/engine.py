@@ -73,6 +73,8 @@ def start_distributed(stall_timeout_seconds: int) -> Ranks:
         "MASTER_PORT": "29500",
     }.items():
         os.environ.setdefault(name, value)
+    # DeepSpeed looks at every optimizer it has, and one of them loads torch's compiler: a second and 30 MB for nothing.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # On CPU ranks DeepSpeed compiles a shared-memory op that only its inference calls: no compiler, no minute, no lock files.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls, not ours

@@ -21,6 +21,8 @@ from beingvl.model.param_groups import PlannedParameter
 
 _LAYER_NUMBER = re.compile(r"\.(?:layers|h)\.(\d+)\.")
 
+ASSUMED_MFU = 0.4  # as `beingvl plan --mfu` where it is not given
+
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name that is part of the device's name counts.
 GPU_PEAKS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12}
 

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -34,6 +35,15 @@ class Progress:
     num_skipped_in_a_row: int = 0
 
 
+class Saver(Protocol):
+    """Writes checkpoints, all ranks together: `save`, and `commit` once every rank `is_written` (or at the latest at the end)."""
+
+    @property
+    def is_written(self) -> bool: ...
+    def save(self, progress: Progress) -> None: ...
+    def commit(self) -> None: ...
+
+
 def num_steps_of(data: TrainingData, config: StageConfig) -> int:
     """Optimizer steps of the whole run; the learning-rate schedule spans exactly these."""
     return min(data.num_steps, config.beingvl.max_steps or data.num_steps)
@@ -51,7 +61,7 @@ def train(
     progress: Progress,
     metrics: MetricsWriter,
     phases: Phases,
-    save: Callable[[Progress], None],
+    saver: Saver,
     validate: Callable[[int], None],
     stop_requested: Callable[[], bool],
 ) -> bool:
@@ -75,9 +85,9 @@ def train(
         window = windows.get(step, num_steps)
         phases.enter(step + 1, "communication")
         is_time = 0 < block.checkpoint_every_minutes * 60 <= time.monotonic() - saved_at
-        asked = [int(stop_requested()), int(is_time and ranks.rank == 0)]
+        asked = [int(stop_requested()), int(is_time and ranks.rank == 0), int(saver.is_written)]
         totals = sum_over_ranks([*window.counts, *asked], ranks.device).astype(int).tolist()
-        num_target_tokens, num_tokens, num_pairs, num_visual_tokens, num_stop_requests, is_time = totals
+        num_target_tokens, num_tokens, num_pairs, num_visual_tokens, num_stop_requests, is_time, num_written = totals
 
         # ---- forward and backward ----
         learning_rate = learning_rate_of(step, num_steps, config)
@@ -143,20 +153,23 @@ def train(
 
         # ---- save or stop ----
         phases.enter(step + 1, "save")
-        gives_up = progress.num_skipped_in_a_row > block.max_skipped_steps
+        if num_written == ranks.num_ranks:
+            saver.commit()
+        is_end = progress.step == num_steps
+        gives_up = progress.num_skipped_in_a_row > block.max_skipped_steps or (is_end and last_good.step == 0)
         is_due = is_time or (block.checkpoint_every_steps and progress.step % block.checkpoint_every_steps == 0)
-        is_due = is_good and (is_due or num_stop_requests or progress.step == num_steps)
-        if is_due or (gives_up and saved.step < last_good.step):
-            save(last_good)
+        if (is_good and (is_due or num_stop_requests)) or ((gives_up or is_end) and saved.step < last_good.step):
+            saver.save(last_good)
             saved, saved_at = last_good, time.monotonic()
         if gives_up:
+            saver.commit()
             raise NonFiniteError(
                 f"{progress.num_skipped_in_a_row} steps in a row had a loss or gradient that is not finite (the last is step "
                 f"{progress.step}; their samples are in metrics.jsonl); the last good state, after step {last_good.step}, is "
                 "kept: lower the learning rate or look at those samples"
             )
         if num_stop_requests and saved.step == progress.step:
-            windows.close()
-            return progress.step == num_steps
+            break
+    saver.commit()
     windows.close()
-    return True
+    return progress.step == num_steps

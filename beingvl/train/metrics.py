@@ -10,6 +10,7 @@ import json
 import math
 import os
 import resource
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from beingvl.errors import InputError
 from beingvl.manifest import write_atomically
+from beingvl.train.flops import ASSUMED_MFU
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
@@ -44,6 +46,7 @@ class MetricsWriter:
         peak_flops: float | None = None,
     ) -> None:
         self._is_writer, self._num_ranks, self._peak_flops = rank == 0, num_ranks, peak_flops
+        self._flops, self._seconds = 0.0, 0.0
         if not self._is_writer:
             return
         self._file = _open_from(output / METRICS_FILE, first_step)
@@ -67,6 +70,7 @@ class MetricsWriter:
         seconds = sum(value for phase, value in seconds_of.items() if phase in STEP_PHASES)
         rate = values["tokens"] / seconds
         mfu = flops / seconds / self._peak_flops if self._peak_flops else None
+        self._flops, self._seconds = self._flops + flops, self._seconds + seconds
         row = {
             **values,
             "tokens_per_second": rate,
@@ -83,6 +87,13 @@ class MetricsWriter:
             self._bar.write(
                 f"step {step}: loss {values['loss']:.4f} is far above the last steps'; its samples are in {METRICS_FILE}"
             )
+
+    def describe_time(self) -> str:
+        """Time of the steps written so far beside what `beingvl plan` predicts for them."""
+        if not self._peak_flops:
+            return f"time of the logged steps: {self._seconds:.1f} s; the device's peak is not known, so nothing was predicted"
+        predicted = self._flops / self._peak_flops / ASSUMED_MFU
+        return f"time of the logged steps: predicted {predicted:.1f} s at an MFU of {ASSUMED_MFU:.0%}, real {self._seconds:.1f} s"
 
     def write_validation(self, step: int, values: dict[str, float]) -> None:
         """One validation after `step`; the names get a prefix."""
@@ -117,7 +128,11 @@ def _start_wandb(output: Path) -> Any:
         import wandb
     except ImportError as error:
         raise InputError(f"{WANDB_VARIABLE} is set, but wandb is not installed: pip install wandb, or unset it") from error
-    return wandb.init(project=os.environ[WANDB_VARIABLE], name=output.name, dir=str(output), resume="allow")
+    id_file = output / "wandb-run-id"  # a resumed stage goes on with its run
+    if not id_file.is_file():
+        write_atomically(id_file, uuid.uuid4().hex[:12])
+    project, run_id = os.environ[WANDB_VARIABLE], id_file.read_text()
+    return wandb.init(project=project, name=output.name, id=run_id, dir=str(output), resume="allow")
 
 
 def _open_from(path: Path, first_step: int) -> TextIO:

@@ -86,10 +86,14 @@ class CutPartitions:
 
 
 class FlatPartitions:
-    """ZeRO-1 and 2. `zero` is DeepSpeedZeroOptimizer, which links each parameter to its piece of the flat buffers."""
+    """ZeRO-1 and 2. `zero` is DeepSpeedZeroOptimizer, which links each parameter to its piece of the flat buffers.
+
+    It links moments once, after the first group's first update, when the other groups have none: so they are made beforehand.
+    """
 
     def __init__(self, zero: Any, parameters: Mapping[str, Any]) -> None:
         self._zero, self._parameters = zero, parameters
+        self.create_moments(dict.fromkeys(parameters, 0))
 
     def span(self, name: str) -> tuple[int, int]:
         link = self._parameters[name]._hp_mapping
@@ -99,8 +103,6 @@ class FlatPartitions:
         return address.start, address.start + address.numel
 
     def read(self, name: str, key: str) -> torch.Tensor:
-        if key != MASTER:  # before the first update there is nothing to link, and DeepSpeed links only once
-            self._zero._lazy_init_hp_params_optimizer_state()
         link = self._parameters[name]._hp_mapping
         if link is None:
             return torch.empty(0)
@@ -122,6 +124,7 @@ class FlatPartitions:
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         for flat, group in zip(self._zero.single_partition_of_fp32_groups, self._zero.bit16_groups, strict=True):
             self._zero.optimizer.state[flat] = _new_moments(flat, adam_steps[names[id(group[0])]], self._zero.optimizer)
+        self._zero._hp_optimizer_states_linked = False  # or it would keep what it linked before
         self._zero._lazy_init_hp_params_optimizer_state()
 
 

@@ -10,6 +10,7 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from beingvl.data.arrow_shards import Sample
 from beingvl.data.loader import TrainingData
@@ -46,8 +47,6 @@ def replay(
 
 def describe_samples(data: TrainingData, model: Path, step: int) -> list[str]:
     """One line a sample of the whole step: sequence, id, source, tokens, and its text with images shortened."""
-    from tokenizers import Tokenizer
-
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     layout = data.shards.layout
     lines = []
@@ -61,7 +60,7 @@ def describe_samples(data: TrainingData, model: Path, step: int) -> list[str]:
     return lines
 
 
-def decode(sample: Sample, tokenizer: object, layout: VocabLayout) -> str:
+def decode(sample: Sample, tokenizer: Tokenizer, layout: VocabLayout) -> str:
     """Text in quotes; runs of image tokens as `<64 image tokens>`; what the loss sees as `=> …`."""
     ids = sample.input_ids
     is_image = layout.is_image_token(ids)
@@ -71,10 +70,10 @@ def decode(sample: Sample, tokenizer: object, layout: VocabLayout) -> str:
     borders = [0, *(np.flatnonzero((np.diff(is_image) != 0) | (np.diff(is_target) != 0)) + 1).tolist(), len(ids)]
     parts = []
     for start, end in itertools.pairwise(borders):
-        text = f"<{end - start} image tokens>" if is_image[start] else repr(_text(tokenizer, ids[start:end]))
+        text = (
+            f"<{end - start} image tokens>"
+            if is_image[start]
+            else repr(tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False))
+        )
         parts.append(f"=> {text}" if is_target[start] else text)
     return " ".join(parts)
-
-
-def _text(tokenizer: object, ids: np.ndarray) -> str:
-    return tokenizer.decode(ids.tolist(), skip_special_tokens=False)  # type: ignore[attr-defined]

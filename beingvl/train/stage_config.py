@@ -71,9 +71,10 @@ class BeingVLBlock:
     mixture: source -> share. mixture_by: shares of `samples` or of `tokens`. epochs: passes over all samples of the drawn
     sources together. max_steps: stop earlier. loss_on: `response`, `text` or `all`. schedule: `cosine` or `constant`, after a
     linear warm-up over warmup_ratio of the steps, down to min_lr_ratio of the peak. trainable: the freezer's rules.
-    checkpoint_every_steps, checkpoint_every_minutes: 0 means not for this reason; one is written at the end always. keep_last:
-    how many checkpoints stay, and keep_every: those of every so many steps stay as well. loss_chunk_tokens: target tokens
-    whose logits exist at a time. validation_every_steps: 0 means never. stall_timeout_seconds: when the others give up on a rank.
+    checkpoint_every_steps, checkpoint_every_minutes: 0 means not for this reason; one is written at the end always.
+    background_save: a thread writes it from a copy in host memory while training goes on. keep_last: how many checkpoints
+    stay, and keep_every: those of every so many steps stay as well. loss_chunk_tokens: target tokens whose logits exist at a
+    time. validation_every_steps: 0 means never. stall_timeout_seconds: when the others give up on a rank.
     """
 
     epochs: float
@@ -92,6 +93,7 @@ class BeingVLBlock:
     loss_chunk_tokens: int = 256
     checkpoint_every_steps: int = 500
     checkpoint_every_minutes: float = 0
+    background_save: bool = False
     keep_last: int = 2
     keep_every: int = 0
     validation_every_steps: int = 0
@@ -216,7 +218,8 @@ def _check_zero(zero: Mapping[str, Any], source: str) -> None:
     for key in ("offload_optimizer", "offload_param"):
         device = (zero.get(key) or {}).get("device", "none")
         if device not in ("none", "cpu"):
-            raise InputError(f"{source}: zero_optimization.{key}.device is {device!r}; beingvl offloads to 'cpu' only, or 'none'")
+            found = f"{source}: zero_optimization.{key}.device is {device!r}"
+            raise InputError(f"{found}; use 'cpu' or 'none' (what DeepSpeed puts on NVMe cannot be resumed here)")
         if device == "cpu" and zero["stage"] < (3 if key == "offload_param" else 1):
             raise InputError(f"{source}: zero_optimization.{key} needs a higher stage than {zero['stage']}; remove it")
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from beingvl.data.arrow_shards import ShardReader
     from beingvl.data.loader import TrainingData
     from beingvl.manifest import Manifest
+    from beingvl.train.checkpoint import CheckpointState
     from beingvl.train.engine import Ranks, TrainingEngine
     from beingvl.train.loop import Progress
     from beingvl.train.phases import Phases
@@ -41,6 +42,7 @@ SAME_RESULT = {
     "loss_chunk_tokens",
     "checkpoint_every_steps",
     "checkpoint_every_minutes",
+    "background_save",
     "keep_last",
     "keep_every",
     "validation_every_steps",
@@ -213,7 +215,7 @@ def _run_loop(stage: Stage, phases: Phases, stop_requested: Callable[[], bool]) 
         plan = format_plan(engine.plan, config.beingvl.trainable)
         (stage.output / "plan.txt").write_text(plan + "\n")
         print(f"{plan}\n{_describe(data, config, engine)}", flush=True)
-    save = _saver(stage, engine, probe, {name: steps - progress.num_applied_steps for name, steps in adam_steps.items()})
+    saver = Saver(stage, engine, probe, {name: steps - progress.num_applied_steps for name, steps in adam_steps.items()})
     num_steps = num_steps_of(data, config)
     peak = peak_flops(ranks.device)
     writer = MetricsWriter(
@@ -228,9 +230,9 @@ def _run_loop(stage: Stage, phases: Phases, stop_requested: Callable[[], bool]) 
     )
     with writer as metrics:
         validate = validator(engine, stage.validation, config, metrics)
-        finished = train(engine, data, config, progress, metrics, phases, save, validate, stop_requested)
+        finished = train(engine, data, config, progress, metrics, phases, saver, validate, stop_requested)
     if ranks.rank == 0:
-        print(_memory_report(engine), flush=True)
+        print(f"{_memory_report(engine)}\n{writer.describe_time()}", flush=True)
     if ranks.rank == 0 and not finished:
         print(f"stopped by a signal after step {progress.step}; start the same command again to go on", flush=True)
     return finished
@@ -330,39 +332,67 @@ def _check_probe(checkpoint: Path, engine: TrainingEngine, probe: Probe) -> None
         raise TrainingError(f"{checkpoint} was read, but {comparison.describe()}; remove the folder to resume from an older one")
 
 
-def _saver(stage: Stage, engine: TrainingEngine, probe: Probe, carried_steps: Mapping[str, int]) -> Callable[[Progress], None]:
-    """The function the loop calls to write a checkpoint. `carried_steps`: Adam updates made before this stage."""
-    from beingvl.train.checkpoint import CheckpointState, checkpoint_folder, delete_old_checkpoints, write_checkpoint
-    from beingvl.train.engine import gather_objects
-    from beingvl.train.probe import save_probe
+class Saver:
+    """What the loop calls to save. `carried_steps`: Adam updates made before this stage.
 
-    ranks, block = engine.ranks, stage.config.beingvl
-    spans = gather_objects({name: engine.span(name) for name in engine.trained_shapes}, ranks.num_ranks)
+    With `background_save` the state is copied and a thread writes it; the loop calls `commit` when all ranks have written.
+    """
 
-    def save(progress: Progress) -> None:
+    def __init__(self, stage: Stage, engine: TrainingEngine, probe: Probe, carried_steps: Mapping[str, int]) -> None:
+        from beingvl.train.checkpoint import CheckpointWriter
+        from beingvl.train.engine import gather_objects
+
+        self._stage, self._engine, self._probe, self._carried_steps = stage, engine, probe, carried_steps
+        num_ranks = engine.ranks.num_ranks
+        self._spans = gather_objects({name: engine.span(name) for name in engine.trained_shapes}, num_ranks)
+        self._writer = CheckpointWriter(engine.ranks.rank, lambda value: gather_objects(value, num_ranks))
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has written a checkpoint that is not committed yet."""
+        return self._writer.is_written
+
+    def save(self, progress: Progress) -> None:
+        """Raises FreezerError when a frozen parameter changed, SaveError when a rank cannot write."""
+        from beingvl.train.checkpoint import checkpoint_folder
+        from beingvl.train.probe import save_probe
+
+        engine, probe, in_background = self._engine, self._probe, self._stage.config.beingvl.background_save
+        self.commit()
         engine.check_frozen()
+        logits = engine.logits(probe.input_ids, probe.positions)
+        state = engine.local_state()
+        self._writer.begin(
+            checkpoint_folder(self._stage.output, progress.step),
+            self._describe(progress),
+            {name: tensor.clone() for name, tensor in state.items()} if in_background else state,
+            write_more=lambda folder: save_probe(folder, probe, logits),
+        )
+        if not in_background:
+            self.commit()
+
+    def commit(self) -> None:
+        """Wait for what is being written and make it a checkpoint; all ranks call together."""
+        from beingvl.train.checkpoint import delete_old_checkpoints
+
+        self._writer.commit()
+        if self._engine.ranks.rank == 0:
+            block = self._stage.config.beingvl
+            delete_old_checkpoints(self._stage.output, block.keep_last, block.keep_every)
+
+    def _describe(self, progress: Progress) -> CheckpointState:
+        from beingvl.train.checkpoint import CheckpointState
+
         parameters = {
             name: {
                 "shape": list(shape),
-                "spans": [list(of_rank[name]) for of_rank in spans],
-                "adam_steps": carried_steps[name] + progress.num_applied_steps,
+                "spans": [list(of_rank[name]) for of_rank in self._spans],
+                "adam_steps": self._carried_steps[name] + progress.num_applied_steps,
             }
-            for name, shape in engine.trained_shapes.items()
+            for name, shape in self._engine.trained_shapes.items()
         }
-        state = CheckpointState(progress.step, progress.num_applied_steps, ranks.num_ranks, stage.identity, parameters)
-        logits = engine.logits(probe.input_ids, probe.positions)
-        write_checkpoint(
-            checkpoint_folder(stage.output, progress.step),
-            state,
-            engine.local_state(),
-            ranks.rank,
-            gather=lambda value: gather_objects(value, ranks.num_ranks),
-            write_more=lambda folder: save_probe(folder, probe, logits),
-        )
-        if ranks.rank == 0:
-            delete_old_checkpoints(stage.output, block.keep_last, block.keep_every)
-
-    return save
+        num_ranks = self._engine.ranks.num_ranks
+        return CheckpointState(progress.step, progress.num_applied_steps, num_ranks, self._stage.identity, parameters)
 
 
 def _catch_signals() -> Callable[[], bool]:

@@ -2,24 +2,27 @@
 micro-batch, JSONL in memory, logits of all tokens. Same small model, same rows, same ranks, one after the other.
 
     pip install accelerate
-    python -m tests.benchmarks.train [--samples 480] [--ranks 2] [--rounds 1]
+    python -m tests.benchmarks.train [--samples 960] [--rows 20000] [--ranks 2] [--rounds 3] [--their_stage 2]
+
+Both sides make the same updates: the same 16 samples in every step, in our order; eight samples fill a packed sequence exactly.
+They train on the first --samples of a data set of --rows, with activation checkpointing.
 
 The last line is one JSON object:
 
     samples_ratio           ours / theirs, samples per second after 3 steps
     private_memory_ratio    ours / theirs, peak private memory of a rank above what it had after its imports
     overhead_fraction       our step time outside forward, backward, optimizer and collectives
-    loss_memory_ratio       peak memory of the chunked loss / of full logits; vocabulary 144,645, 4096 positions
+    loss_memory_ratio       peak memory of the chunked loss / of full logits; 144,645 ids, 4096 positions (benchmarks/loss.py)
     startup_ratio           ours / theirs, process start to the end of the first step
-    loss_ours, loss_theirs  over all targets after one epoch, by one function
+    loss_ours, loss_theirs  over all targets trained on, after the last step, by one function
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,40 +32,45 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.loss import run_alone
+
 REPOSITORY = Path(__file__).parents[2]
 NUM_WARMUP_STEPS = 3
 SAMPLES_PER_STEP = 16
 SEQUENCE_LENGTH = 1024
-VOCABULARY, NUM_POSITIONS, HIDDEN_SIZE = 144_645, 4096, 64
+SHORTEST, LONGEST = 114, 128  # nine of the shortest are too long for a sequence, eight of the longest just fit
+LEARNING_RATE = 1e-3
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=480)
+    parser.add_argument("--samples", type=int, default=960)
+    parser.add_argument("--rows", type=int, default=20000, help="rows of the data set, about 120 tokens each")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--rank_of", choices=["ours", "theirs", "loss-chunked", "loss-full"], help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--their_stage", type=int, default=2, choices=[2, 3], help="ZeRO stage of the other side")
+    parser.add_argument("--rank_of", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.rank_of in ("ours", "theirs"):
-        run_rank(args.rank_of, args.folder, args.started)
-    elif args.rank_of:
-        print(loss_memory(args.rank_of == "loss-chunked"))
+    if args.rank_of:
+        run_rank(args.rank_of, args.folder, args.started, args.their_stage)
     else:
         with tempfile.TemporaryDirectory(prefix="train-benchmark-") as folder:
-            print(json.dumps(measure(Path(folder), args.samples, args.ranks, args.rounds)))
+            print(json.dumps(measure(Path(folder), args)))
     return 0
 
 
-def measure(folder: Path, num_samples: int, num_ranks: int, num_rounds: int) -> dict[str, Any]:
-    make_inputs(folder, num_samples, num_ranks)
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    make_inputs(folder, args.samples, max(args.rows, args.samples), args.ranks)
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
-    for _ in range(num_rounds):
+    for _ in range(args.rounds):
         for who in found:
-            found[who].append(launch(who, folder, num_ranks))
+            found[who].append(launch(who, folder, args))
             print(who, json.dumps(found[who][-1]), flush=True)
-    chunked, full = (int(child_output(["--rank_of", kind])) for kind in ("loss-chunked", "loss-full"))
+    chunked, full = (run_alone(kernel, [])[1] for kernel in ("ours", "full"))
+    losses = {who: runs[-1]["final_loss"] for who, runs in found.items()}
+    assert abs(losses["ours"] / losses["theirs"] - 1) < 1e-3, f"the two sides did not train the same: {losses}"
     print(f"loss memory: chunked {chunked / 1e9:.2f} GB, full logits {full / 1e9:.2f} GB", flush=True)
 
     def ratio(key: str) -> float:
@@ -75,16 +83,17 @@ def measure(folder: Path, num_samples: int, num_ranks: int, num_rounds: int) -> 
         "overhead_fraction": round(statistics.median(run["overhead_fraction"] for run in found["ours"]), 4),
         "loss_memory_ratio": round(chunked / full, 4),
         "startup_ratio": ratio("startup_seconds"),
-        "loss_ours": found["ours"][-1]["final_loss"],
-        "loss_theirs": found["theirs"][-1]["final_loss"],
+        **{f"loss_{who}": loss for who, loss in losses.items()},
     }
 
 
-def make_inputs(folder: Path, num_samples: int, num_ranks: int) -> None:
-    """Samples of 60 … 140 tokens whose answers (2 … 12 tokens, one id repeated) follow from their first token."""
+def make_inputs(folder: Path, num_samples: int, num_rows: int, num_ranks: int) -> None:
+    """Samples whose answers (2 … 12 tokens, one id repeated) follow from their first token; rows.jsonl is in training order."""
     import numpy as np
 
-    from beingvl.data.arrow_shards import Sample, ShardWriter
+    from beingvl.data.arrow_shards import Sample, ShardReader, ShardWriter
+    from beingvl.train.stage_config import load_stage_config
+    from beingvl.train.train_stage import build_data
     from beingvl.vocab import VocabLayout
     from tests.tiny import stage_fields, write_model
 
@@ -92,36 +101,40 @@ def make_inputs(folder: Path, num_samples: int, num_ranks: int) -> None:
     write_model(folder / "base", layout, num_layers=4, hidden_size=128)
     random = np.random.default_rng(0)
     writer = ShardWriter(folder / "shards", layout)
-    rows = []
-    for number in range(num_samples):
-        ids = random.integers(0, layout.size, int(random.integers(60, 140))).astype(np.int32)
+    rows = {}
+    for number in range(num_rows):
+        ids = random.integers(0, layout.size, int(random.integers(SHORTEST, LONGEST + 1))).astype(np.int32)
         length = int(random.integers(2, 12))
         ids[0] = number % 8
         ids[-length:] = 300 + number % 8
         writer.add(Sample(str(number), "", "all", ids, np.array([[len(ids) - length, len(ids)]], np.int32)))
-        rows.append({"input_ids": ids.tolist(), "labels": [-100] * (len(ids) - length) + ids[-length:].tolist()})
+        rows[str(number)] = {"input_ids": ids.tolist(), "labels": [-100] * (len(ids) - length) + ids[-length:].tolist()}
     writer.finish({"vocab": layout.fingerprint()}, {})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fields = stage_fields(sequence_length=SEQUENCE_LENGTH, mixture={"all": 1.0}, checkpoint_every_steps=0, schedule="constant")
-    fields["optimizer"]["params"] |= {"lr": 1e-3, "weight_decay": 0.0}
-    fields["beingvl"] |= {"warmup_ratio": 0.0, "activation_checkpointing": False}
+    fields["optimizer"]["params"] |= {"lr": LEARNING_RATE, "weight_decay": 0.0}
+    fields["beingvl"] |= {"warmup_ratio": 0.0, "max_steps": num_samples // SAMPLES_PER_STEP}
     fields["zero_optimization"] = {"stage": 3, "overlap_comm": False}
-    # about ten samples fill a packed sequence: as many samples a step as the other side has
-    sequences = max(num_ranks, SAMPLES_PER_STEP * 100 // SEQUENCE_LENGTH // num_ranks * num_ranks)
+    sequences = SAMPLES_PER_STEP * LONGEST // SEQUENCE_LENGTH
     fields |= {"train_batch_size": sequences, "train_micro_batch_size_per_gpu": sequences // num_ranks}
     (folder / "stage.json").write_text(json.dumps(fields))
+    data = build_data(load_stage_config(folder / "stage.json"), ShardReader(folder / "shards"))
+    steps = [data.micro_batch(step, 0, 0, 1, sequences).sample_ids for step in range(num_samples // SAMPLES_PER_STEP)]
+    assert all(len(samples) == SAMPLES_PER_STEP for samples in steps), "a step of 16 samples is not full"
+    first = {name: rows.pop(name) for samples in steps for name in samples}
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*first.values(), *rows.values()]))
+    (folder / "trained").write_text(str(len(first)))
 
 
-def launch(who: str, folder: Path, num_ranks: int) -> dict[str, Any]:
+def launch(who: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Run all ranks to the end; rank 0's numbers, the memory of the rank that took most."""
     from tests.launcher import ENVIRONMENT, free_port
 
-    port, started, processes = str(free_port()), time.time(), []
+    port, started, processes, num_ranks = str(free_port()), time.time(), [], args.ranks
     for path in folder.glob(f"{who}-*.json"):
         path.unlink()
     for rank in range(num_ranks):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_PORT": port}
-        words = ["--rank_of", who, "--folder", str(folder), "--started", str(started)]
+        words = ["--rank_of", who, "--folder", str(folder), "--started", str(started), "--their_stage", str(args.their_stage)]
         environment = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", **place}
         with open(folder / f"{who}-{rank}.log", "w") as log:
             command = [sys.executable, "-m", "tests.benchmarks.train", *words]
@@ -132,15 +145,19 @@ def launch(who: str, folder: Path, num_ranks: int) -> dict[str, Any]:
     return {**results[0], "added_private_bytes": max(result["added_private_bytes"] for result in results)}
 
 
-def run_rank(who: str, folder: Path, started: float) -> None:
-    import deepspeed  # noqa: F401
-    import torch  # noqa: F401
-    import transformers
+DEEPSPEEDS_COMPILED_OPTIMIZER = "deepspeed.runtime.zero.muon.original_muon"  # imports torch's compiler; not memory of theirs
+IMPORTS = {
+    "ours": ("beingvl.train.loop", "transformers.models.llama.modeling_llama"),
+    "theirs": ("accelerate", "transformers.trainer", "transformers.models.llama.modeling_llama", DEEPSPEEDS_COMPILED_OPTIMIZER),
+}
 
-    transformers.logging.set_verbosity_error()
+
+def run_rank(who: str, folder: Path, started: float, their_stage: int) -> None:
+    for name in IMPORTS[who]:
+        importlib.import_module(name)
     rank = int(os.environ["RANK"])
     with PrivateMemory() as memory:
-        result = (run_ours if who == "ours" else run_theirs)(folder, started, rank)
+        result = run_ours(folder, started, rank) if who == "ours" else run_theirs(folder, started, rank, their_stage)
     (folder / f"{who}-{rank}.json").write_text(json.dumps({**result, "added_private_bytes": memory.added}))
 
 
@@ -183,10 +200,8 @@ def run_ours(folder: Path, started: float, rank: int) -> dict[str, Any]:
     rows = read_metrics(output)[NUM_WARMUP_STEPS:]
     seconds = sum(row["seconds"] for row in rows)
     useful = sum(row[f"seconds_{phase}"] for row in rows for phase in ("forward", "backward", "optimizer", "communication"))
-    tokens = sum(row["tokens"] for row in rows)
-    all_tokens, num_samples = total_tokens(folder)
     return {
-        "samples_per_second": tokens * num_samples / all_tokens / seconds,
+        "samples_per_second": len(rows) * SAMPLES_PER_STEP / seconds,
         "startup_seconds": read_first_step_time(output) - started,
         "overhead_fraction": 1 - useful / seconds,
         "final_loss": loss_of(output / "final", folder),
@@ -201,15 +216,12 @@ def read_first_step_time(output: Path) -> float:
     return (output / METRICS_FILE).stat().st_mtime - sum(row["seconds"] for row in rows[1:])
 
 
-def total_tokens(folder: Path) -> tuple[int, int]:
-    lengths = [len(json.loads(line)["input_ids"]) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    return sum(lengths), len(lengths)
-
-
-def run_theirs(folder: Path, started: float, rank: int) -> dict[str, Any]:
+def run_theirs(folder: Path, started: float, rank: int, stage: int) -> dict[str, Any]:
+    import deepspeed
     import torch
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as on our side: it would be compiled at the first start
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     num_ranks = int(os.environ["WORLD_SIZE"])
     times: list[float] = []
@@ -224,9 +236,9 @@ def run_theirs(folder: Path, started: float, rank: int) -> dict[str, Any]:
         "gradient_clipping": 1.0,
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True},
+            "params": {"lr": LEARNING_RATE, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True},
         },
-        "zero_optimization": {"stage": 3, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_optimization": {"stage": stage, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": True},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31 - 1,
     }
@@ -234,10 +246,13 @@ def run_theirs(folder: Path, started: float, rank: int) -> dict[str, Any]:
         output_dir=str(folder / "theirs"),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=SAMPLES_PER_STEP // num_ranks,
-        num_train_epochs=1,
-        learning_rate=1e-3,
+        max_steps=int((folder / "trained").read_text()) // SAMPLES_PER_STEP,
+        learning_rate=LEARNING_RATE,
+        train_sampling_strategy="sequential",
         adam_beta2=0.95,
         lr_scheduler_type="constant",
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         deepspeed=config,
         use_cpu=True,
         report_to=[],
@@ -264,13 +279,13 @@ def run_theirs(folder: Path, started: float, rank: int) -> dict[str, Any]:
 
 
 def loss_of(model_folder: Path, folder: Path) -> float:
-    """Mean loss over all targets of all rows, by stock transformers in one process."""
+    """Mean loss over all targets of the rows trained on, by stock transformers in one process."""
     code = f"""
-import json, torch
+import itertools, json, torch
 from transformers import AutoModelForCausalLM
 model, total, count = AutoModelForCausalLM.from_pretrained({str(model_folder)!r}).eval(), 0.0, 0
 with torch.no_grad():
-    for line in open({str(folder / "rows.jsonl")!r}):
+    for line in itertools.islice(open({str(folder / "rows.jsonl")!r}), {int((folder / "trained").read_text())}):
         row = json.loads(line)
         logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
         targets = torch.tensor(row["labels"])[1:]
@@ -281,33 +296,6 @@ print(total / count)
     environment = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return round(float(done.stdout.split()[-1]), 4)
-
-
-def child_output(words: list[str]) -> str:
-    command = [sys.executable, "-m", "tests.benchmarks.train", *words]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split()[-1]
-
-
-def loss_memory(chunked: bool) -> int:
-    """Bytes that loss and gradients take at their peak, beside weights, inputs and weight gradients."""
-    import torch
-
-    from beingvl.model.extended_vocab import ExtendedHead
-    from beingvl.train.stage_config import BeingVLBlock
-
-    chunk = BeingVLBlock.loss_chunk_tokens if chunked else NUM_POSITIONS
-    head = ExtendedHead(128_256, VOCABULARY - 128_256, HIDDEN_SIZE, chunk)
-    torch.nn.init.normal_(head.text_rows, std=0.02)
-    torch.nn.init.normal_(head.visual_rows, std=0.02)
-    hidden = torch.randn(NUM_POSITIONS, HIDDEN_SIZE, requires_grad=True)
-    targets = torch.randint(0, VOCABULARY, (NUM_POSITIONS,))
-    head.text_rows.grad, head.visual_rows.grad = torch.ones_like(head.text_rows), torch.ones_like(head.visual_rows)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if chunked:
-        head(hidden, targets).sum().backward()
-    else:
-        torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum").backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
 if __name__ == "__main__":

@@ -1,22 +1,17 @@
-import json
-
 import pytest
 
 from beingvl import cli
 from beingvl.errors import InputError
 from beingvl.launch.plan import parse_gpus
+from beingvl.train.flops import ASSUMED_MFU
 from beingvl.train.memory import device_bytes, predict_memory
 from beingvl.train.stage_config import parse_stage_config
-from tests.tiny import stage_fields, write_model, write_shards
+from tests.tiny import stage_fields, write_inputs
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plan")
-    write_model(folder / "base")
-    write_shards(folder / "shards")
-    (folder / "stage.json").write_text(json.dumps(stage_fields()))
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("plan"), stage=stage_fields())
 
 
 def plan(work, *more: str) -> int:
@@ -28,7 +23,7 @@ def test_it_proposes_and_tells_the_time(work, capsys) -> None:
     shown = capsys.readouterr().out
     assert "2 ranks, ZeRO-3, micro-batch 1" in shown and "of 80 GB" in shown
     assert "train_micro_batch_size_per_gpu 2, accumulation 1" in shown
-    assert "one epoch: 60 samples" in shown
+    assert "one epoch: 60 samples" in shown and f"at an MFU of {ASSUMED_MFU:g}" in shown
 
 
 def test_mistakes_are_named(work, capsys) -> None:

@@ -15,7 +15,7 @@ from beingvl.train.metrics import read_metrics
 from tests.launch.slurm_cluster import NODES, Cluster, slurm_cluster
 from tests.launcher import ENVIRONMENT, log_of
 from tests.launcher import run as run_on_one_host
-from tests.tiny import stage_fields, write_model, write_shards
+from tests.tiny import stage_fields, write_inputs
 
 REPOSITORY = Path(__file__).parents[2]
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1"]
@@ -23,10 +23,7 @@ TWO_NODES = ["--nodes=2", "--ntasks-per-node=1"]
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("slurm")
-    write_model(folder / "base")
-    write_shards(folder / "shards")
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("slurm"))
 
 
 def write_stage(folder: Path, max_steps: int) -> Path:

@@ -14,18 +14,15 @@ import pytest
 
 from beingvl.train.metrics import read_metrics
 from tests.launcher import ENVIRONMENT, free_port
-from tests.tiny import stage_fields, write_model, write_shards
+from tests.tiny import stage_fields, write_inputs
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("launch")
-    write_model(folder / "base")
-    write_shards(folder / "shards")
-    (folder / "stage.json").write_text(json.dumps(stage_fields(max_steps=300, epochs=1000, checkpoint_every_steps=0)))
-    return folder
+    fields = stage_fields(max_steps=300, epochs=1000, checkpoint_every_steps=0)
+    return write_inputs(tmp_path_factory.mktemp("launch"), stage=fields)
 
 
 def command(work: Path, output: Path, *options: object) -> list[str]:

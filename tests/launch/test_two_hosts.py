@@ -1,6 +1,5 @@
 """Training across two hosts through the real `deepspeed --hostfile`, pdsh and sshd; and what is shown when something is wrong."""
 
-import json
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from beingvl.train.metrics import read_metrics
 from tests.launch.two_hosts import TwoHosts, two_hosts
 from tests.launcher import ENVIRONMENT, free_port, log_of
 from tests.launcher import run as run_on_one_host
-from tests.tiny import stage_fields, write_model, write_shards
+from tests.tiny import stage_fields, write_inputs
 
 REPOSITORY = Path(__file__).parents[2]
 ROWS_ONLY = [{"match": "visual_rows"}, {"match": ".*", "train": False}]
@@ -24,14 +23,12 @@ ROWS_ONLY = [{"match": "visual_rows"}, {"match": ".*", "train": False}]
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("hosts")
-    write_model(folder / "base")
-    write_shards(folder / "shards")
-    fields = stage_fields(max_steps=20, epochs=20, trainable=ROWS_ONLY, checkpoint_every_steps=0, stall_timeout_seconds=30)
-    (folder / "stage1.json").write_text(json.dumps(fields))
-    fields["beingvl"]["max_steps"], fields["beingvl"]["epochs"] = 20000, 20000
-    (folder / "long.json").write_text(json.dumps(fields))
-    return folder
+    block = {"trainable": ROWS_ONLY, "checkpoint_every_steps": 0, "stall_timeout_seconds": 30}
+    return write_inputs(
+        tmp_path_factory.mktemp("hosts"),
+        stage1=stage_fields(max_steps=20, epochs=20, **block),
+        long=stage_fields(max_steps=20000, epochs=20000, **block),
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 import itertools
 import json
+import time
 
 import pytest
 import torch
@@ -40,7 +41,9 @@ def write(output, step: int, cuts: list[float]):
     for rank in reversed(range(num_ranks)):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{n}.{k}": values(n, k)[slice(*spans[n][rank])] for n in SHAPES for k in KEYS}
-        checkpoint.write_checkpoint(folder, state, tensors, rank, lambda value: [value], lambda folder: None)
+        writer = checkpoint.CheckpointWriter(rank, lambda value: [value])
+        writer.begin(folder, state, tensors, lambda folder: None)
+        writer.commit()
     return folder, state
 
 
@@ -94,5 +97,35 @@ def test_a_rank_that_cannot_write_stops_all_and_leaves_older_checkpoints(tmp_pat
         return [value, (None, "rank 1: No space left on device")]
 
     with pytest.raises(SaveError, match=r"could not be written.*rank 1: No space left"):
-        checkpoint.write_checkpoint(new, state, tensors, 0, gather_with_a_full_disk, lambda folder: None)
+        checkpoint.CheckpointWriter(0, gather_with_a_full_disk).begin(new, state, tensors, lambda folder: None)
+    assert complete_checkpoints(tmp_path) == [folder] and not new.exists()
+
+
+def test_what_is_begun_counts_only_when_it_is_committed_and_the_next_one_commits_it(tmp_path) -> None:
+    folder, state = write(tmp_path, 1, [])
+    tensors = {f"{n}.{k}": values(n, k) for n in SHAPES for k in KEYS}
+    writer = checkpoint.CheckpointWriter(0, lambda value: [value])
+    second, third = (checkpoint.checkpoint_folder(tmp_path, step) for step in (2, 3))
+    assert not writer.is_written
+    writer.begin(second, state, tensors, lambda folder: None)
+    while not writer.is_written:
+        time.sleep(0.01)
+    assert complete_checkpoints(tmp_path) == [folder]  # as if the process were killed here
+    writer.begin(third, state, tensors, lambda folder: None)
+    assert complete_checkpoints(tmp_path) == [folder, second]
+    writer.commit()
+    writer.commit()
+    assert complete_checkpoints(tmp_path) == [folder, second, third] and not writer.is_written
+
+
+def test_a_thread_that_cannot_write_stops_the_run_when_it_commits(tmp_path) -> None:
+    folder, state = write(tmp_path, 1, [])
+    new = checkpoint.checkpoint_folder(tmp_path, 2)
+    (new / checkpoint.rank_file(0, 1)).mkdir(parents=True)  # a folder where the file should be
+    (new / checkpoint.rank_file(0, 1) / "x").touch()
+    tensors = {f"{n}.{k}": values(n, k) for n in SHAPES for k in KEYS}
+    writer = checkpoint.CheckpointWriter(0, lambda value: [value])
+    writer.begin(new, state, tensors, lambda folder: None)
+    with pytest.raises(SaveError, match="could not be written"):
+        writer.commit()
     assert complete_checkpoints(tmp_path) == [folder] and not new.exists()

@@ -1,6 +1,7 @@
 """Validation, replay, carried moments, checkpoints by the clock, Weights & Biases: each in one rank without a launcher."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,18 +17,15 @@ from beingvl.model.weight_files import WeightFolder
 from beingvl.train.checkpoint import StateReader, complete_checkpoints, step_of
 from beingvl.train.metrics import VALIDATION_FILE, read_metrics
 from beingvl.train.stage_config import load_stage_config
-from tests.launcher import ENVIRONMENT, free_port
+from tests.launcher import ENVIRONMENT, free_port, log_of, run
 from tests.plain_torch import train_plain
-from tests.tiny import stage_fields, write_model, write_shards
+from tests.tiny import stage_fields, write_inputs, write_shards
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("extras")
-    write_model(folder / "base")
-    write_shards(folder / "shards")
+    folder = write_inputs(tmp_path_factory.mktemp("extras"), all=stage_fields(checkpoint_every_steps=2, keep_last=9))
     write_shards(folder / "held-out", num_samples=13, seed=9)
-    (folder / "all.json").write_text(json.dumps(stage_fields(checkpoint_every_steps=2, keep_last=9)))
     return folder
 
 
@@ -40,9 +38,11 @@ def train(work: Path, name: str, *more: str, model: Path | None = None, **enviro
 
 @pytest.fixture(scope="module")
 def plain_run(work) -> Path:
-    done = train(work, "plain")
+    extensions = work / "torch-extensions"
+    done = train(work, "plain", TORCH_EXTENSIONS_DIR=str(extensions))
     assert done.returncode == 0, done.stderr
-    assert "memory of rank 0: predicted" in done.stdout
+    assert not extensions.exists()  # nothing is compiled on CPU ranks
+    assert "memory of rank 0: predicted" in done.stdout and "time of the logged steps: predicted" in done.stdout
     return work / "plain"
 
 
@@ -122,6 +122,27 @@ def test_moments_of_surviving_tensors_can_be_carried_over(work, plain_run, stage
         size = torch.Size(entry["shape"]).numel()
         before, without, found = (reader.fetch(name, "exp_avg", 0, size) for reader in (old, fresh, carried))
         torch.testing.assert_close(found, 0.9 * before + without, rtol=1e-4, atol=1e-7)
+
+
+def test_two_ranks_go_on_where_one_rank_was(work, plain_run) -> None:
+    """Same samples, so the same losses; at the end the same weights and moments, up to rounding. Writing in the background."""
+    output = work / "one-to-two"
+    for checkpoint in complete_checkpoints(plain_run):
+        if step_of(checkpoint) <= 2:
+            shutil.copytree(checkpoint, output / "checkpoints" / checkpoint.name)
+    shutil.copy(plain_run / "metrics.jsonl", output)
+    settings = ["beingvl.background_save=true", "beingvl.checkpoint_every_steps=1"]
+    assert run(2, work / "all.json", work / "base", work / "shards", output, *settings) == 0, log_of(output)
+    expected = [row["loss"] for row in read_metrics(plain_run)]
+    assert [row["loss"] for row in read_metrics(output)] == pytest.approx(expected, rel=1e-5)
+    assert [step_of(path) for path in complete_checkpoints(output)] == list(range(2, len(expected) + 1))
+    found, reference = (StateReader(complete_checkpoints(folder)[-1]) for folder in (output, plain_run))
+    assert found.state.num_ranks == 2 and reference.state.num_ranks == 1
+    for name, entry in reference.state.parameters.items():
+        assert found.state.parameters[name]["adam_steps"] == entry["adam_steps"]
+        for key in ("exp_avg", "exp_avg_sq"):
+            theirs, ours = (reader.fetch(name, key, 0, torch.Size(entry["shape"]).numel()) for reader in (reference, found))
+            assert (ours - theirs).norm() <= 1e-3 * theirs.norm(), (name, key)
 
 
 def test_carrying_moments_needs_a_stage_folder(work) -> None:

@@ -1,11 +1,14 @@
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from beingvl.errors import InputError
-from beingvl.train.stage_config import DEEPSPEED_KEYS, load_stage_config, parse_stage_config
+from beingvl.manifest import Manifest
+from beingvl.train.stage_config import DEEPSPEED_KEYS, BeingVLBlock, load_stage_config, parse_stage_config
+from beingvl.train.train_stage import SAME_RESULT, run_identity
 from tests.tiny import stage_fields
 
 CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -81,7 +84,7 @@ def broken(path: str, value: object) -> dict:
         ("optimizer.type", "Lion", "Adam or AdamW"),
         ("optimizer.params.torch_adam", False, "torch_adam must be true"),
         ("zero_optimization.stage", 4, "expected 0, 1, 2 or 3"),
-        ("zero_optimization", {"stage": 3, "offload_param": {"device": "nvme"}}, "offloads to 'cpu' only"),
+        ("zero_optimization", {"stage": 3, "offload_param": {"device": "nvme"}}, "use 'cpu' or 'none'"),
         ("zero_optimization", {"stage": 2, "offload_param": {"device": "cpu"}}, "needs a higher stage than 2"),
         ("train_batch_size", "auto", "expected an integer"),
         ("beingvl.epochs", "two", "expected a number"),
@@ -96,6 +99,24 @@ def broken(path: str, value: object) -> dict:
 def test_mistakes_are_named(path: str, value: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_stage_config(broken(path, value), "stage.json")
+
+
+def test_what_may_change_a_sample_or_an_update_makes_another_run() -> None:
+    """So a checkpoint of another trainable set, mixture or seed is never resumed; how often to save may change."""
+    other = {"trainable": [{"match": "visual_rows"}], "mixture": {"foundation": 1.0}, "max_steps": 7, "packing": False}
+    other |= {"loss_on": "all", "schedule": "constant", "mixture_by": "tokens", "activation_checkpointing": False}
+    other |= {"tensorboard": True, "background_save": True}
+
+    def identity(fields: dict) -> dict:
+        nothing = Manifest("model", "", {}, {}, {})
+        return run_identity(parse_stage_config(fields, "stage.json"), nothing, nothing, {})
+
+    for entry in dataclasses.fields(BeingVLBlock):
+        value = other[entry.name] if entry.name in other else stage_fields()["beingvl"].get(entry.name, entry.default) + 1
+        changed = identity(stage_fields(**{entry.name: value})) != identity(stage_fields())
+        assert changed == (entry.name not in SAME_RESULT), entry.name
+    for key in ("train_batch_size", "gradient_clipping"):
+        assert identity(stage_fields() | {key: 8}) != identity(stage_fields())
 
 
 def test_overrides(tmp_path) -> None:

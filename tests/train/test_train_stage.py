@@ -1,6 +1,5 @@
 """The training engine under the real launcher: exact against plain torch, frozen to the bit, resumable to the bit."""
 
-import json
 import shutil
 import signal
 import subprocess
@@ -12,32 +11,12 @@ import torch
 
 from beingvl import cli
 from beingvl.model.weight_files import WeightFolder
-from beingvl.train.checkpoint import complete_checkpoints
+from beingvl.train.checkpoint import complete_checkpoints, read_state
 from beingvl.train.metrics import read_metrics
 from beingvl.train.stage_config import load_stage_config
-from tests.launcher import ENVIRONMENT, log_of, rank_processes, run, start, wait_for_step
+from tests.launcher import ENVIRONMENT, free_port, log_of, rank_processes, run, start, wait_for_step
 from tests.plain_torch import train_plain
-from tests.tiny import LAYOUT, stage_fields, write_model, write_shards
-
-ROWS_ONLY = [{"match": "visual_rows"}, {"match": ".*", "train": False}]
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("stage")
-    write_model(folder / "base")
-    write_shards(folder / "shards")
-    (folder / "rows.json").write_text(json.dumps(stage_fields(trainable=ROWS_ONLY)))
-    (folder / "all.json").write_text(json.dumps(stage_fields(epochs=4)))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole_run(work) -> Path:
-    """The uninterrupted run of everything on two ranks."""
-    output = work / "all"
-    assert run(2, work / "all.json", work / "base", work / "shards", output) == 0, log_of(output)
-    return output
+from tests.tiny import LAYOUT
 
 
 def losses(output: Path) -> list[float]:
@@ -71,6 +50,8 @@ def test_rows_only_equals_plain_torch_and_leaves_the_rest_to_the_bit(work) -> No
         else:  # weight decay is 0.1 in this run
             assert torch.equal(tensor, start_weights[name]), name
     assert "visual_rows  yes" in (output / "plan.txt").read_text()
+    saved = read_state(complete_checkpoints(output)[-1]).parameters  # the optimizer holds state for these alone
+    assert sorted(saved) == ["lm_head.visual_rows", "model.embed_tokens.visual_rows"]
 
 
 def test_everything_equals_plain_torch(work, whole_run) -> None:
@@ -152,24 +133,34 @@ def test_a_stage_folder_serves_as_start_model_and_export_equals_final(work, whol
     assert run(2, work / "rows.json", whole_run, work / "shards", next_stage, "beingvl.max_steps=1") == 0, log_of(next_stage)
 
 
-def test_bf16_keeps_rotary_frequencies_and_masters_in_float32(work) -> None:
+def test_bf16_keeps_rotary_frequencies_and_masters_in_float32_in_every_stage(work) -> None:
+    """Masters are the start model's weights: DeepSpeed's stage 0 makes a decaying update with zero gradients when it is built."""
     code = f"""
 import torch
 from pathlib import Path
+from beingvl.model.extended_vocab import stored_slice
+from beingvl.model.weight_files import WeightFolder
 from beingvl.train.engine import build_engine, start_distributed
 from beingvl.train.stage_config import load_stage_config
 from beingvl.vocab import VocabLayout
 ranks = start_distributed(60)
 base = Path({str(work / "base")!r})
-config = load_stage_config({str(work / "all.json")!r}, ["bf16.enabled=true"])
-engine = build_engine(base, VocabLayout.load(base), config, ranks)
-rotary = engine._model.causal_lm.model.rotary_emb
-assert rotary.inv_freq.dtype == torch.float32
-assert torch.equal(rotary.inv_freq, 1 / 10000 ** (torch.arange(0, 8, 2) / 8)), rotary.inv_freq
-assert engine._parameters["model.norm.weight"].ds_tensor.dtype == torch.bfloat16
+layout, weights = VocabLayout.load(base), WeightFolder(base)
+for stage in (0, 1, 2, 3):
+    config = load_stage_config({str(work / "all.json")!r}, ["bf16.enabled=true", f"zero_optimization.stage={{stage}}"])
+    engine = build_engine(base, layout, config, ranks)
+    rotary = engine._model.causal_lm.model.rotary_emb
+    assert rotary.inv_freq.dtype == torch.float32
+    assert torch.equal(rotary.inv_freq, 1 / 10000 ** (torch.arange(0, 8, 2) / 8)), rotary.inv_freq
+    for name in engine.trained_shapes:
+        stored, rows = stored_slice(name, layout.num_text)
+        master = engine._partitions.read(name, "master")
+        assert engine._partitions.held_weights(name).dtype == torch.bfloat16 and master.dtype == torch.float32
+        assert torch.equal(master, weights[stored][rows].reshape(-1).bfloat16().float()), (stage, name)
 print("fine")
 """
-    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port())}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert "fine" in done.stdout, done.stderr
 
 

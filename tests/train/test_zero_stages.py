@@ -14,7 +14,7 @@ from beingvl.model.weight_files import WeightFolder
 from beingvl.train.metrics import read_metrics
 from beingvl.train.stage_config import load_stage_config
 from tests.plain_torch import train_plain
-from tests.tiny import LAYOUT, stage_fields, write_model, write_shards
+from tests.tiny import LAYOUT, stage_fields, write_inputs
 from tests.train.run_stages import run_stages
 
 ROWS_AND_LAYERS = [{"match": "visual_rows"}, {"match": "layers[:2]"}, {"match": ".*", "train": False}]
@@ -24,15 +24,11 @@ NUM_STEPS = 5
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("zero")
-    write_model(folder / "base")
-    write_shards(folder / "shards")
     fields = stage_fields(max_steps=NUM_STEPS, epochs=6)
     # Adam turns the rounding of a gradient near 0 into an update of any sign, as large as the learning rate: keep it small
     fields["optimizer"]["params"]["lr"] = 3e-4
     fields["train_batch_size"] = 12  # divides for 1, 2 and 3 ranks with any accumulation below
-    (folder / "all.json").write_text(json.dumps(fields))
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("zero"), all=fields)
 
 
 def settings(stage: int, num_ranks: int, accumulation: int, packing: bool = True, chunk: int = 1024) -> list[str]:
@@ -68,14 +64,48 @@ def _plain(work: Path, config, packing: bool):
 
 
 def test_every_stage_equals_plain_torch(work) -> None:
-    """2 ranks, accumulation 2; stage 3 also with everything offloaded to the CPU."""
+    """2 ranks, accumulation 2; stage 3 also with everything offloaded to the CPU; bf16 near it; rules with their own rates."""
     more = {f"stage-{stage}": (settings(stage, 2, 2), True) for stage in (0, 1, 2)}
     more["offload-3"] = ([*settings(3, 2, 2), *OFFLOAD], True)
     more["offload-2"] = ([*settings(2, 2, 2), OFFLOAD[0]], True)
     more["unpacked"] = (settings(3, 2, 3, packing=False, chunk=7), False)
-    run_stages(2, [job(work, name, *words) for name, (words, _) in more.items()], work)
+    jobs = [job(work, name, *words) for name, (words, _) in more.items()]
+    jobs += [job(work, f"bf16-{stage}", *settings(stage, 2, 2), "bf16.enabled=true") for stage in (0, 1, 2, 3)]
+    jobs += [job(work, f"rates-{stage}", *settings(stage, 2, 2), *ONE_STEP_OF_RATES) for stage in (0, 2, 3)]
+    run_stages(2, jobs, work)
     for name, (_, packing) in more.items():
         assert_equals_plain_torch(work, work / name, packing)
+    losses = [row["loss"] for row in read_metrics(work / "stage-2")]
+    for stage in (0, 1, 2, 3):
+        assert [row["loss"] for row in read_metrics(work / f"bf16-{stage}")] == pytest.approx(losses, rel=1e-3)
+    for stage in (0, 2, 3):
+        assert_first_step_has_the_rules_rates(work, work / f"rates-{stage}")
+
+
+RATES = {"visual_rows": (1.0, 0.0), "layers[:2]": (0.5, 0.4), "layers[2:]": (0.25, 0.1)}
+ONE_STEP_OF_RATES = [
+    "beingvl.max_steps=1",
+    "beingvl.trainable="
+    + json.dumps(
+        [{"match": match, "lr_multiplier": multiplier, "weight_decay": decay} for match, (multiplier, decay) in RATES.items()]
+        + [{"match": ".*", "train": False}]
+    ),
+]
+
+
+def assert_first_step_has_the_rules_rates(work: Path, output: Path) -> None:
+    """Adam's first update is the learning rate in the gradient's direction, after the decay of the weight by rate x decay."""
+    before, after = dict(WeightFolder(work / "base")), dict(WeightFolder(output / "final"))
+    (row,) = read_metrics(output)
+    for names, (multiplier, decay) in (
+        (("layers.0.", "layers.1."), RATES["layers[:2]"]),
+        (("layers.2.", "layers.3."), RATES["layers[2:]"]),
+    ):
+        rate = row["learning_rate"] * multiplier
+        assert row[f"learning_rate/x{multiplier:g}"] == rate
+        for name in [name for name in before if any(part in name for part in names) and "layernorm" not in name]:
+            moved = after[name].double() - before[name].double() * (1 - rate * decay)
+            assert moved.abs().median().item() == pytest.approx(rate, rel=1e-2), name
 
 
 @pytest.mark.slow
