@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from beingvl.cli import main
 from beingvl.manifest import hash_file, is_complete, read_manifest, verify_folder
 from beingvl.model.weight_files import WeightFolder
-from beingvl.train.checkpoint import CheckpointState, rank_file, write_checkpoint
+from beingvl.train.checkpoint import CheckpointState, CheckpointWriter, rank_file
 from beingvl.train.probe import PROBE_FILE, Probe, compare_logits, save_probe
 from tests.model.small_models import write_base_model, write_vqgan
 
@@ -41,7 +41,9 @@ def checkpoint(tmp_path, base) -> Path:
     folder = tmp_path / "stage" / "checkpoints" / "step-00000003"
     state = CheckpointState(3, 3, 1, identity, parameters)
     slices = {f"{TRAINED}.{key}": weights.clone() for key in ("master", "exp_avg", "exp_avg_sq")}
-    write_checkpoint(folder, state, slices, 0, lambda value: [value], lambda folder: save_probe(folder, probe, logits))
+    writer = CheckpointWriter(0, lambda value: [value])
+    writer.begin(folder, state, slices, lambda folder: save_probe(folder, probe, logits))
+    writer.commit()
     return folder
 
 
