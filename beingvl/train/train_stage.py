@@ -365,7 +365,7 @@ class Saver:
         self._writer.begin(
             checkpoint_folder(self._stage.output, progress.step),
             self._describe(progress),
-            {name: tensor.clone() for name, tensor in state.items()} if in_background else state,
+            {name: tensor.to("cpu", copy=True) for name, tensor in state.items()} if in_background else state,
             write_more=lambda folder: save_probe(folder, probe, logits),
         )
         if not in_background:
