@@ -171,7 +171,9 @@ def test_a_host_that_goes_silent_ends_the_run(hosts, work, tmp_path) -> None:
         hosts.silence(1)
         shown, _ = launcher.communicate(timeout=120)
         assert launcher.returncode not in (0, 85), shown[-4000:]
-        assert re.search(r"rank 0, step \d+, phase .*rank 1 \(process \d+ on .*\) gives no sign of life", shown), shown[-4000:]
+        # its process lives on behind the cut, and its heartbeats may be seen: both hosts are one machine here
+        lost = r"rank 0, step \d+, phase .*rank 1 \(process \d+ on .*\) (gives no sign of life|stands still)"
+        assert re.search(lost, shown), shown[-4000:]
         hosts.wait_until_nothing_runs()
         code, shown = hosts.run(launch(hosts, work, tmp_path / "again"))
         assert code == 2 and f"{hosts.names[1]}: reachable: no: " in shown, shown
