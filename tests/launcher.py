@@ -1,4 +1,4 @@
-"""Start training through the real `deepspeed` launcher on CPU ranks, and reach its processes."""
+"""Start training on CPU ranks of this machine, and reach its processes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+SPAWN_RANKS = Path(__file__).parent / "spawn_ranks.py"
 ENVIRONMENT = {
     **os.environ,
     "DS_ACCELERATOR": "cpu",
@@ -29,9 +30,8 @@ def free_port() -> int:
 
 def start(num_ranks: int, config: Path, model: Path, data: Path, output: Path, *overrides: str) -> subprocess.Popen:
     """Start one stage; standard output and error end up in OUTPUT.log."""
-    command = ["deepspeed", "--num_gpus", str(num_ranks), "--master_port", str(free_port())]
-    command += ["--module", "beingvl.train.train_stage", "--deepspeed_config", str(config), "--model", str(model)]
-    command += ["--data", str(data), "--output", str(output)]
+    command = [sys.executable, str(SPAWN_RANKS), str(num_ranks), str(free_port()), "beingvl.train.train_stage"]
+    command += ["--deepspeed_config", str(config), "--model", str(model), "--data", str(data), "--output", str(output)]
     if overrides:
         command += ["--set", *overrides]
     with open(f"{output}.log", "a") as log:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.launcher import ENVIRONMENT, free_port
+from tests.launcher import ENVIRONMENT, SPAWN_RANKS, free_port
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     from beingvl.train.train_stage import Stage, _train, run_identity
 
     ranks = start_distributed(120)
-    for job in json.loads(Path(sys.argv[1]).read_text()):
+    for job in json.loads(Path(sys.argv[-1]).read_text()):
         config = load_stage_config(job["config"], job["set"])
         model, shards = Path(job["model"]), ShardReader(job["data"])
         identity = run_identity(config, read_manifest(model), shards.manifest, {})
@@ -37,17 +37,9 @@ def run_stages(num_ranks: int, jobs: list[dict], folder: Path) -> None:
     """Start `num_ranks` processes that do all jobs one after another; raises AssertionError with the log when one fails."""
     path = folder / f"jobs-{num_ranks}.json"
     path.write_text(json.dumps(jobs, default=str))
-    port = str(free_port())
-    processes = []
-    for rank in range(num_ranks):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_PORT": port}
-        command = [sys.executable, "-m", "tests.train.run_stages", str(path)]
-        environment = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", **place}
-        with open(folder / f"jobs-{num_ranks}-{rank}.log", "w") as log:
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=Path(__file__).parents[2]))
-    codes = [process.wait(timeout=540) for process in processes]
-    logs = [(folder / f"jobs-{num_ranks}-{rank}.log").read_text()[-3000:] for rank in range(num_ranks)]
-    assert codes == [0] * num_ranks, "\n".join(logs)
+    words = [sys.executable, str(SPAWN_RANKS), str(num_ranks), str(free_port()), "tests.train.run_stages", str(path)]
+    done = subprocess.run(words, env=ENVIRONMENT, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 
 if __name__ == "__main__":
