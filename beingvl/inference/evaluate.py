@@ -29,6 +29,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from beingvl.errors import InputError
 from beingvl.inference.metrics_qa import METRICS
 
 if TYPE_CHECKING:
@@ -71,7 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from beingvl.errors import InputError
     from beingvl.parts import ranks_of, refuse_overwrite_of_many
 
     for name in ("rows_per_part", "batch_size", "max_new_tokens", "limit"):
@@ -96,7 +96,10 @@ def device_of(args: argparse.Namespace) -> str:
     """The launcher sets LOCAL_RANK, the number of this rank's accelerator on its machine."""
     import torch
 
-    return args.device or (f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+    from beingvl.inference.model import usable_device
+
+    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return str(usable_device(args.device or own))
 
 
 # ---- questions and loss: in parts ----
@@ -155,12 +158,14 @@ def _discard_other_work(args: argparse.Namespace) -> None:
 
 def evaluate_text_parity(args: argparse.Namespace) -> int:
     """Exit code 1 when the text logits should be the base model's and are not."""
+    from beingvl.inference.model import usable_device
     from beingvl.inference.text_parity import check_base, text_parity
     from beingvl.manifest import already_made, read_manifest, start_folder
 
+    device = str(usable_device(args.device or "cpu"))
     request = {**check_base(args.model, args.text_parity), "torch_dtype": args.torch_dtype}
     if not already_made(args.output_path, KIND, request, args.overwrite):
-        found = text_parity(args.model, args.text_parity, args.torch_dtype, args.device or "cpu")
+        found = text_parity(args.model, args.text_parity, args.torch_dtype, device)
         start_folder(args.output_path)
         write_scores(args, found, read_manifest(args.model).lineage, {"request": request})
     else:
@@ -193,6 +198,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
     from beingvl.manifest import read_manifest
 
     read_manifest(folder, KIND)
+    if not (folder / SCORES_FILE).is_file():
+        raise InputError(f"{folder} has no {SCORES_FILE}: an older version made it; evaluate again with --overwrite")
     return json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
 
 

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from beingvl.data.conversation import TextEncoder, Turn, build_sequence
+from beingvl.data.conversation import IMAGE_PLACEHOLDER, TextEncoder, Turn, build_sequence
 from beingvl.errors import InputError
 from beingvl.inference.draw import FittingTokens, OnlyWholeImages
 from beingvl.manifest import join_lineages, read_manifest
@@ -73,15 +73,12 @@ class BeingVL:
         dtype = str(torch_dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise InputError(f"torch_dtype is {dtype!r}, expected one of {list(DTYPES)}")
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        target = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
             with quiet_without_terminal():
                 model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=getattr(torch, dtype))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"{self.model_path} cannot be loaded ({reason}); `beingvl verify` tells which file changed"
-            ) from error
+            raise self._damage(error) from error
         if model.get_input_embeddings().num_embeddings < self.layout.size:
             found = f"{model.get_input_embeddings().num_embeddings} rows"
             raise InputError(f"{self.model_path}: the embedding has {found}, its vocabulary {self.layout.size} ids")
@@ -96,6 +93,21 @@ class BeingVL:
         if self._model is None:
             self.load_model()
         return self._model
+
+    @cached_property
+    def context(self) -> int | None:
+        """Tokens that a prompt and its answer may have together; None when config.json does not say. Needs no weights."""
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.model_path)
+        except (OSError, ValueError) as error:
+            raise self._damage(error) from error
+        return getattr(config, "max_position_embeddings", None)
+
+    def _damage(self, error: Exception) -> InputError:
+        reason = " ".join(str(error).split())[:200]
+        return InputError(f"{self.model_path} cannot be loaded ({reason}); `beingvl verify` tells which file changed")
 
     @cached_property
     def vqgan(self) -> VQGAN:
@@ -161,7 +173,7 @@ class BeingVL:
     def tokenize_with_tokens(self, prompt: Prompt, images: Sequence[np.ndarray]) -> list[int]:
         """The same for images that are token ids already."""
         turns: list[Turn] = [(prompt, None)] if isinstance(prompt, str) else list(prompt)
-        if not turns or any(not question.strip() for question, _ in turns):
+        if not turns or any(not question.replace(IMAGE_PLACEHOLDER, "").strip() for question, _ in turns):
             raise InputError("a prompt is empty; ask something")
         if turns[-1][1] is not None or any(answer is None for _, answer in turns[:-1]):
             raise InputError("a chat must have an answer to every question but the last")
@@ -258,12 +270,14 @@ class BeingVL:
         for name, value in (("max_new_tokens", max_new_tokens), ("temperature", temperature), ("batch_size", batch_size)):
             if not value > 0:
                 raise InputError(f"{name} is {value}, expected more than 0")
-        longest = max(map(len, sequences), default=0)
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        if context and longest + max_new_tokens > context:
+        self.check_length(max(map(len, sequences), default=0), max_new_tokens)
+
+    def check_length(self, num_tokens: int, max_new_tokens: int) -> None:
+        """Raises InputError when a prompt of `num_tokens` and its answer do not fit the context."""
+        if self.context and num_tokens + max_new_tokens > self.context:
             raise InputError(
-                f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the model's context of {context}; "
-                f"shorten the prompt, use fewer images or lower max_new_tokens"
+                f"a prompt of {num_tokens} tokens and {max_new_tokens} new ones do not fit the model's context of "
+                f"{self.context}; shorten the prompt, use fewer images or lower max_new_tokens"
             )
 
     @torch.inference_mode()
@@ -343,6 +357,19 @@ class BeingVL:
         from tokenizers import Tokenizer
 
         return Tokenizer.from_file(str(self.model_path / "tokenizer.json"))
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Raises InputError for a name that torch does not know, or an accelerator that is not there."""
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch's own builds differ in which they raise
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise InputError(
+            f"device {str(device)!r} cannot be used ({reason}); give cpu, or cuda where there is an accelerator"
+        ) from error
+    return target
 
 
 def _sampling(temperature: float) -> dict[str, Any]:

@@ -223,13 +223,16 @@ def test_every_bad_input_is_one_sentence_and_exit_code_2(
         ([ours, own_vbpe, "--prompt=hi", f"--image={line}"], "has 2000 x 4 pixels"),
         ([ours, own_vbpe, "--prompt=hi", f"--image={tmp_path / 'no.png'}"], "No such file"),
         ([ours, own_vbpe, "--prompt= "], "a prompt is empty"),
+        ([ours, own_vbpe, "--prompt=<image>\n <image>"], "a prompt is empty"),
+        ([ours, own_vbpe, "--prompt=hi", "--device=foo"], "device 'foo' cannot be used"),
+        ([ours, own_vbpe, "--prompt=hi", "--device=cuda:99"], "device 'cuda:99' cannot be used"),
         ([ours, own_vbpe, f"--prompt={'long ' * 200}"], "do not fit the model's context of 512"),
         ([ours, f"--vbpe_path={vbpe}", "--prompt=hi"], "were made with different vbpe"),
         ([f"--model={tmp_path}", "--prompt=hi"], "is not a Being-VL model folder"),
-        ([f"--model={tmp_path / 'nowhere'}", "--prompt=hi"], "is not a Being-VL model folder"),
+        ([f"--model={tmp_path / 'nowhere'}", "--prompt=hi"], "nowhere does not exist; expected a Being-VL model folder"),
     ]:
         capsys.readouterr()
-        assert main(["generate", *options, "--device=cpu"]) == 2, message
+        assert main(["generate", "--device=cpu", *options]) == 2, message
         error = capsys.readouterr().err.strip()
         assert message in error and error.count("\n") == 0 and "Traceback" not in error
 
