@@ -42,6 +42,13 @@ KIND = "evaluation"
 PREDICTIONS_FILE = "predictions.jsonl"
 SCORES_FILE = "scores.json"
 MAX_TABLE_ROWS = 20
+_ANSWER_OPTIONS = ("metric", "image_path", "vq_codes", "vbpe_path", "raw", "max_new_tokens", "batch_size")
+UNUSED_OPTIONS = {
+    "json_path": ("loss_on",),
+    "data": _ANSWER_OPTIONS,
+    "text_parity": (*_ANSWER_OPTIONS, "loss_on", "limit"),
+}
+"""What is evaluated -> the options that say nothing about it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("rows_per_part", "batch_size", "max_new_tokens", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}, expected 1 or more")
+    refuse_unused_options(args)
     rank, num_ranks = ranks_of(args)
     refuse_overwrite_of_many(args.overwrite, num_ranks, args.output_path)
     if args.text_parity:
@@ -90,6 +98,16 @@ def run(args: argparse.Namespace) -> int:
 
         evaluate_in_parts(HeldOutLoss(args, device_of(args)), args, rank, num_ranks)
     return 0
+
+
+def refuse_unused_options(args: argparse.Namespace) -> None:
+    """An option that has no effect on what was asked for, and is not at its default, was meant for something else."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    what = next(name for name in UNUSED_OPTIONS if getattr(args, name) is not None)
+    for name in UNUSED_OPTIONS[what]:
+        if getattr(args, name) != parser.get_default(name):
+            raise InputError(f"--{name} has no effect on --{what}; leave it out")
 
 
 def device_of(args: argparse.Namespace) -> str:

@@ -18,11 +18,12 @@ positions count from each prompt's own first token, so a batch gives the answers
 
 from __future__ import annotations
 
+import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,7 @@ class BeingVL:
 
     def img2codes(self, images: Sequence[Any], batch_size: int = 64) -> np.ndarray:
         """Images (paths or PIL images) to VQ codes `[N, h, w]` uint16."""
+        refuse_one_image(images)
         parts = [
             self.vqgan.encode(self.vqgan.preprocess(images[start : start + batch_size]))
             for start in range(0, len(images), batch_size)
@@ -145,7 +147,7 @@ class BeingVL:
             raise InputError(f"{self.model_path} has no {VBPE_FILE} inside: give vbpe_path, or generate without vBPE")
         ids, offsets = self.vbpe.encode_batch(codes)
         token_ids = self.layout.image_to_token_ids(ids)
-        return [token_ids[start:end] for start, end in pairwise(offsets.tolist())]
+        return [token_ids[start:end] for start, end in itertools.pairwise(offsets.tolist())]
 
     def img2tok(self, images: Sequence[Any], with_vbpe: bool = True) -> list[np.ndarray]:
         """Images (paths or PIL images) to one array of token ids `[n]` int32 per image."""
@@ -167,12 +169,12 @@ class BeingVL:
 
     def tokenize(self, prompt: Prompt, image: Any = None, with_vbpe: bool = True) -> list[int]:
         """One prompt with its image, its list of images or None to the ids that the model continues."""
-        images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+        images = _images(image)
         return self.tokenize_with_tokens(prompt, self.img2tok(images, with_vbpe) if images else [])
 
     def tokenize_with_tokens(self, prompt: Prompt, images: Sequence[np.ndarray]) -> list[int]:
         """The same for images that are token ids already."""
-        turns: list[Turn] = [(prompt, None)] if isinstance(prompt, str) else list(prompt)
+        turns = _turns(prompt)
         if not turns or any(not question.replace(IMAGE_PLACEHOLDER, "").strip() for question, _ in turns):
             raise InputError("a prompt is empty; ask something")
         if turns[-1][1] is not None or any(answer is None for _, answer in turns[:-1]):
@@ -211,10 +213,17 @@ class BeingVL:
     ) -> list[str]:
         if isinstance(prompts, str):
             raise InputError("prompts is one string, expected a list of prompts")
+        refuse_one_image(images)
         images = [None] * len(prompts) if images is None else images
         if len(images) != len(prompts):
             raise InputError(f"{len(prompts)} prompts and {len(images)} images; expected one entry (or None) per prompt")
-        sequences = [self.tokenize(prompt, image, with_vbpe) for prompt, image in zip(prompts, images, strict=True)]
+        images_of = [_images(entry) for entry in images]
+        together = [image for entry in images_of for image in entry]
+        tokens = iter(self.img2tok(together, with_vbpe) if together else [])
+        sequences = [
+            self.tokenize_with_tokens(prompt, list(itertools.islice(tokens, len(entry))))
+            for prompt, entry in zip(prompts, images_of, strict=True)
+        ]
         return self.answer_token_sequences(sequences, max_new_tokens, **options)
 
     def answer_token_sequences(
@@ -357,6 +366,28 @@ class BeingVL:
         from tokenizers import Tokenizer
 
         return Tokenizer.from_file(str(self.model_path / "tokenizer.json"))
+
+
+def _turns(prompt: Prompt) -> list[Turn]:
+    if isinstance(prompt, str):
+        return [(prompt, None)]
+    is_chat = isinstance(prompt, (list, tuple)) and all(
+        isinstance(turn, (list, tuple)) and len(turn) == 2 and isinstance(turn[0], str) and isinstance(turn[1], (str, type(None)))
+        for turn in prompt
+    )
+    if not is_chat:
+        raise InputError(f"a prompt is {str(prompt)[:60]!r}, expected a text or a list of (question, answer) pairs")
+    return [(question, answer) for question, answer in prompt]
+
+
+def _images(entry: Any) -> list[Any]:
+    return [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
+
+
+def refuse_one_image(images: Any) -> None:
+    """Raises InputError for one path or PIL image where a list of them is expected."""
+    if isinstance(images, (str, os.PathLike)) or hasattr(images, "convert"):
+        raise InputError(f"images is one image ({str(images)[:60]}), expected a list of images")
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -260,6 +260,7 @@ def test_refusals(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         ({"conversations": turns, "image": "a.png"}, [f"--image_path={tmp_path}"], "a.png does not exist"),
         ({"conversations": turns, "image": "a.png"}, [codes(run_folder)], "no codes of a.png"),
         ({"id": "a", "conversations": asked("<image> \n"), "answer": "b"}, [], "row 0 (id 'a'): a prompt is empty"),
+        ({"conversations": turns}, ["--loss_on=all"], "--loss_on has no effect on --json_path"),
         ({"conversations": turns}, ["--device=foo"], "device 'foo' cannot be used"),
         ({"conversations": turns}, ["--limit=0"], "--limit is 0"),
         ({"conversations": turns}, ["--rows_per_part=0"], "--rows_per_part is 0"),
