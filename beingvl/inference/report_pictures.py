@@ -176,7 +176,7 @@ def draw_accuracy(axes: Axes, accuracy: Mapping[str, Mapping[str, float]], chanc
     for number, ((question, by_chance), (colour, line, marker)) in enumerate(zip(chance.items(), looks, strict=False)):
         values = [100 * accuracy[stage][question] for stage in accuracy]
         label = textwrap.shorten(question, 40, placeholder="…")
-        size = 10 - number  # equal curves: the one below shows around the markers and between the dashes
+        size = max(10 - 2 * number, 3)  # equal curves: the one below shows around the markers and between the dashes
         axes.plot(positions, values, color=colour, linestyle=line, marker=marker, markersize=size, linewidth=2, label=label)
         axes.axhline(100 * by_chance, color=colour, linewidth=0.9, linestyle=":", alpha=0.6)
     axes.set_xticks(positions, list(accuracy))
