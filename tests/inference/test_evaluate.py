@@ -194,6 +194,7 @@ def test_text_only_rows(run_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "eval"
     assert main([*command(run_folder, output), f"--json_path={tmp_path / 'text.jsonl'}"]) == 0
     assert read_summary(output)["rows"] == 1
+    assert read_predictions(output)[0]["id"] == 1, "not the text '1'"
 
 
 def test_many_questions_print_a_short_table(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
