@@ -149,6 +149,8 @@ class VocabLayout:
     def load(cls, model_folder: Path | str) -> VocabLayout:
         """Read `vocab_layout.json` of a Being-VL model folder."""
         path = Path(model_folder) / LAYOUT_FILE
+        if not Path(model_folder).exists():
+            raise InputError(f"{model_folder} does not exist; expected a Being-VL model folder, as `beingvl convert` makes it")
         if not path.is_file():
             raise InputError(
                 f"{model_folder} has no {LAYOUT_FILE}: it is not a Being-VL model folder; make one with `beingvl convert`"

@@ -29,6 +29,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from beingvl.errors import InputError
 from beingvl.inference.metrics_qa import METRICS
 
 if TYPE_CHECKING:
@@ -41,6 +42,13 @@ KIND = "evaluation"
 PREDICTIONS_FILE = "predictions.jsonl"
 SCORES_FILE = "scores.json"
 MAX_TABLE_ROWS = 20
+_ANSWER_OPTIONS = ("metric", "image_path", "vq_codes", "vbpe_path", "raw", "max_new_tokens", "batch_size")
+UNUSED_OPTIONS = {
+    "json_path": ("loss_on",),
+    "data": _ANSWER_OPTIONS,
+    "text_parity": (*_ANSWER_OPTIONS, "loss_on", "limit"),
+}
+"""What is evaluated -> the options that say nothing about it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,12 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from beingvl.errors import InputError
     from beingvl.parts import ranks_of, refuse_overwrite_of_many
 
     for name in ("rows_per_part", "batch_size", "max_new_tokens", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}, expected 1 or more")
+    refuse_unused_options(args)
     rank, num_ranks = ranks_of(args)
     refuse_overwrite_of_many(args.overwrite, num_ranks, args.output_path)
     if args.text_parity:
@@ -92,11 +100,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def refuse_unused_options(args: argparse.Namespace) -> None:
+    """An option that has no effect on what was asked for, and is not at its default, was meant for something else."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    what = next(name for name in UNUSED_OPTIONS if getattr(args, name) is not None)
+    for name in UNUSED_OPTIONS[what]:
+        if getattr(args, name) != parser.get_default(name):
+            raise InputError(f"--{name} has no effect on --{what}; leave it out")
+
+
 def device_of(args: argparse.Namespace) -> str:
     """The launcher sets LOCAL_RANK, the number of this rank's accelerator on its machine."""
     import torch
 
-    return args.device or (f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+    from beingvl.inference.model import usable_device
+
+    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return str(usable_device(args.device or own))
 
 
 # ---- questions and loss: in parts ----
@@ -155,12 +176,14 @@ def _discard_other_work(args: argparse.Namespace) -> None:
 
 def evaluate_text_parity(args: argparse.Namespace) -> int:
     """Exit code 1 when the text logits should be the base model's and are not."""
+    from beingvl.inference.model import usable_device
     from beingvl.inference.text_parity import check_base, text_parity
     from beingvl.manifest import already_made, read_manifest, start_folder
 
+    device = str(usable_device(args.device or "cpu"))
     request = {**check_base(args.model, args.text_parity), "torch_dtype": args.torch_dtype}
     if not already_made(args.output_path, KIND, request, args.overwrite):
-        found = text_parity(args.model, args.text_parity, args.torch_dtype, args.device or "cpu")
+        found = text_parity(args.model, args.text_parity, args.torch_dtype, device)
         start_folder(args.output_path)
         write_scores(args, found, read_manifest(args.model).lineage, {"request": request})
     else:
@@ -193,6 +216,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
     from beingvl.manifest import read_manifest
 
     read_manifest(folder, KIND)
+    if not (folder / SCORES_FILE).is_file():
+        raise InputError(f"{folder} has no {SCORES_FILE}: an older version made it; evaluate again with --overwrite")
     return json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
 
 

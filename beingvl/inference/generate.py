@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("give either --prompt with a question, or --chat")
     if args.draw and not args.draw.absolute().parent.is_dir():
         raise InputError(f"--draw {args.draw}: its folder does not exist; make it first")
+    if args.draw and (args.draw.suffix.lower() != ".png" or args.draw.is_dir()):
+        raise InputError(f"--draw {args.draw} is {'a folder' if args.draw.is_dir() else 'no .png'}; name a PNG file")
     model = BeingVL(args.model, args.vbpe_path)
     if args.draw:
         draw(model, args)

@@ -18,18 +18,19 @@ positions count from each prompt's own first token, so a batch gives the answers
 
 from __future__ import annotations
 
+import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from beingvl.data.conversation import TextEncoder, Turn, build_sequence
+from beingvl.data.conversation import IMAGE_PLACEHOLDER, TextEncoder, Turn, build_sequence
 from beingvl.errors import InputError
 from beingvl.inference.draw import FittingTokens, OnlyWholeImages
 from beingvl.manifest import join_lineages, read_manifest
@@ -73,15 +74,12 @@ class BeingVL:
         dtype = str(torch_dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise InputError(f"torch_dtype is {dtype!r}, expected one of {list(DTYPES)}")
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        target = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
             with quiet_without_terminal():
                 model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=getattr(torch, dtype))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"{self.model_path} cannot be loaded ({reason}); `beingvl verify` tells which file changed"
-            ) from error
+            raise self._damage(error) from error
         if model.get_input_embeddings().num_embeddings < self.layout.size:
             found = f"{model.get_input_embeddings().num_embeddings} rows"
             raise InputError(f"{self.model_path}: the embedding has {found}, its vocabulary {self.layout.size} ids")
@@ -96,6 +94,21 @@ class BeingVL:
         if self._model is None:
             self.load_model()
         return self._model
+
+    @cached_property
+    def context(self) -> int | None:
+        """Tokens that a prompt and its answer may have together; None when config.json does not say. Needs no weights."""
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.model_path)
+        except (OSError, ValueError) as error:
+            raise self._damage(error) from error
+        return getattr(config, "max_position_embeddings", None)
+
+    def _damage(self, error: Exception) -> InputError:
+        reason = " ".join(str(error).split())[:200]
+        return InputError(f"{self.model_path} cannot be loaded ({reason}); `beingvl verify` tells which file changed")
 
     @cached_property
     def vqgan(self) -> VQGAN:
@@ -119,6 +132,7 @@ class BeingVL:
 
     def img2codes(self, images: Sequence[Any], batch_size: int = 64) -> np.ndarray:
         """Images (paths or PIL images) to VQ codes `[N, h, w]` uint16."""
+        refuse_one_image(images)
         parts = [
             self.vqgan.encode(self.vqgan.preprocess(images[start : start + batch_size]))
             for start in range(0, len(images), batch_size)
@@ -133,7 +147,7 @@ class BeingVL:
             raise InputError(f"{self.model_path} has no {VBPE_FILE} inside: give vbpe_path, or generate without vBPE")
         ids, offsets = self.vbpe.encode_batch(codes)
         token_ids = self.layout.image_to_token_ids(ids)
-        return [token_ids[start:end] for start, end in pairwise(offsets.tolist())]
+        return [token_ids[start:end] for start, end in itertools.pairwise(offsets.tolist())]
 
     def img2tok(self, images: Sequence[Any], with_vbpe: bool = True) -> list[np.ndarray]:
         """Images (paths or PIL images) to one array of token ids `[n]` int32 per image."""
@@ -155,13 +169,13 @@ class BeingVL:
 
     def tokenize(self, prompt: Prompt, image: Any = None, with_vbpe: bool = True) -> list[int]:
         """One prompt with its image, its list of images or None to the ids that the model continues."""
-        images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+        images = _images(image)
         return self.tokenize_with_tokens(prompt, self.img2tok(images, with_vbpe) if images else [])
 
     def tokenize_with_tokens(self, prompt: Prompt, images: Sequence[np.ndarray]) -> list[int]:
         """The same for images that are token ids already."""
-        turns: list[Turn] = [(prompt, None)] if isinstance(prompt, str) else list(prompt)
-        if not turns or any(not question.strip() for question, _ in turns):
+        turns = _turns(prompt)
+        if not turns or any(not question.replace(IMAGE_PLACEHOLDER, "").strip() for question, _ in turns):
             raise InputError("a prompt is empty; ask something")
         if turns[-1][1] is not None or any(answer is None for _, answer in turns[:-1]):
             raise InputError("a chat must have an answer to every question but the last")
@@ -199,10 +213,17 @@ class BeingVL:
     ) -> list[str]:
         if isinstance(prompts, str):
             raise InputError("prompts is one string, expected a list of prompts")
+        refuse_one_image(images)
         images = [None] * len(prompts) if images is None else images
         if len(images) != len(prompts):
             raise InputError(f"{len(prompts)} prompts and {len(images)} images; expected one entry (or None) per prompt")
-        sequences = [self.tokenize(prompt, image, with_vbpe) for prompt, image in zip(prompts, images, strict=True)]
+        images_of = [_images(entry) for entry in images]
+        together = [image for entry in images_of for image in entry]
+        tokens = iter(self.img2tok(together, with_vbpe) if together else [])
+        sequences = [
+            self.tokenize_with_tokens(prompt, list(itertools.islice(tokens, len(entry))))
+            for prompt, entry in zip(prompts, images_of, strict=True)
+        ]
         return self.answer_token_sequences(sequences, max_new_tokens, **options)
 
     def answer_token_sequences(
@@ -258,12 +279,14 @@ class BeingVL:
         for name, value in (("max_new_tokens", max_new_tokens), ("temperature", temperature), ("batch_size", batch_size)):
             if not value > 0:
                 raise InputError(f"{name} is {value}, expected more than 0")
-        longest = max(map(len, sequences), default=0)
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        if context and longest + max_new_tokens > context:
+        self.check_length(max(map(len, sequences), default=0), max_new_tokens)
+
+    def check_length(self, num_tokens: int, max_new_tokens: int) -> None:
+        """Raises InputError when a prompt of `num_tokens` and its answer do not fit the context."""
+        if self.context and num_tokens + max_new_tokens > self.context:
             raise InputError(
-                f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the model's context of {context}; "
-                f"shorten the prompt, use fewer images or lower max_new_tokens"
+                f"a prompt of {num_tokens} tokens and {max_new_tokens} new ones do not fit the model's context of "
+                f"{self.context}; shorten the prompt, use fewer images or lower max_new_tokens"
             )
 
     @torch.inference_mode()
@@ -343,6 +366,41 @@ class BeingVL:
         from tokenizers import Tokenizer
 
         return Tokenizer.from_file(str(self.model_path / "tokenizer.json"))
+
+
+def _turns(prompt: Prompt) -> list[Turn]:
+    if isinstance(prompt, str):
+        return [(prompt, None)]
+    is_chat = isinstance(prompt, (list, tuple)) and all(
+        isinstance(turn, (list, tuple)) and len(turn) == 2 and isinstance(turn[0], str) and isinstance(turn[1], (str, type(None)))
+        for turn in prompt
+    )
+    if not is_chat:
+        raise InputError(f"a prompt is {str(prompt)[:60]!r}, expected a text or a list of (question, answer) pairs")
+    return [(question, answer) for question, answer in prompt]
+
+
+def _images(entry: Any) -> list[Any]:
+    return [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
+
+
+def refuse_one_image(images: Any) -> None:
+    """Raises InputError for one path or PIL image where a list of them is expected."""
+    if isinstance(images, (str, os.PathLike)) or hasattr(images, "convert"):
+        raise InputError(f"images is one image ({str(images)[:60]}), expected a list of images")
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Raises InputError for a name that torch does not know, or an accelerator that is not there."""
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch's own builds differ in which they raise
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise InputError(
+            f"device {str(device)!r} cannot be used ({reason}); give cpu, or cuda where there is an accelerator"
+        ) from error
+    return target
 
 
 def _sampling(temperature: float) -> dict[str, Any]:

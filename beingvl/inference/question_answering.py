@@ -35,9 +35,9 @@ _PART_FILE, _IMAGES_FILE, _COUNTS_FILE = "answers.jsonl", "images.json", "counts
 
 @dataclass(frozen=True)
 class Question:
-    """One row: what is asked about which images, and what is known of the answer."""
+    """One row: what is asked about which images, and what is known of the answer. `id` is the row's own, else its number."""
 
-    id: str
+    id: Any
     prompt: str
     reference: Reference
 
@@ -67,20 +67,22 @@ def read_questions(path: Path, limit: int | None = None, metric: str = "exact_ma
         try:
             questions.append(_question(row, number))
         except InputError as error:
-            raise InputError(f"{_place(path, number, row)}: {error}") from error
+            raise InputError(f"{_place(path, number, row.get('id'))}: {error}") from error
     for number, problem in METRICS[metric].check([question.reference for question in questions]):
-        raise InputError(f"{_place(path, number, rows[number])} {problem}; correct it or choose another --metric")
+        raise InputError(f"{_place(path, number, rows[number].get('id'))} {problem}; correct it or choose another --metric")
     return questions
 
 
-def _place(path: Path, number: int, row: Mapping[str, Any]) -> str:
-    return f"{path}, row {number} (id {row.get('id')!r})"
+def _place(path: Path, number: int, id_: Any) -> str:
+    return f"{path}, row {number} (id {id_!r})"
 
 
 def _question(row: Mapping[str, Any], number: int) -> Question:
     answers = _given_answers(row)
     conversations = row.get("conversations")
-    if answers and isinstance(conversations, list) and len(conversations) == 1:  # the answer stands beside the conversation
+    if isinstance(conversations, list) and len(conversations) == 1:  # the answer stands beside the conversation
+        if not answers:
+            raise InputError("there is no reference answer; give `answer`, `answers` or a gpt turn in `conversations`")
         conversations = [*conversations, {"from": "gpt", "value": answers[0] or "-"}]
     turns = parse_conversation(conversations)
     if len(turns) != 1:
@@ -90,7 +92,7 @@ def _question(row: Mapping[str, Any], number: int) -> Question:
     reference = Reference(
         tuple(answers) or (spoken or "",), None if category is None else str(category), tuple(image_keys(dict(row)))
     )
-    return Question(str(row.get("id", number)), prompt, reference)
+    return Question(row.get("id", number), prompt, reference)
 
 
 def _given_answers(row: Mapping[str, Any]) -> list[str]:
@@ -155,6 +157,9 @@ class Answering:
         lineages = {str(args.model): self._model.manifest.lineage}
         self.lineage = join_lineages(lineages | ({str(args.vq_codes): self._codes.manifest.lineage} if self._codes else {}))
         self.num_rows = len(self.questions)
+        no_tokens = np.empty(0, np.int32)
+        for number, question in enumerate(self.questions):  # what is wrong with a text is told before anything is answered
+            self._prompt(number, [no_tokens] * len(question.images))
 
     @property
     def parts_request(self) -> dict[str, Any]:
@@ -183,9 +188,7 @@ class Answering:
             self._is_loaded = True
         questions = self.questions[rows.start : rows.stop]
         tokens = self._image_tokens(questions)
-        prompts = [
-            self._model.tokenize_with_tokens(question.prompt, [tokens[key] for key in question.images]) for question in questions
-        ]
+        prompts = [self._prompt(number, [tokens[key] for key in self.questions[number].images]) for number in rows]
         answers = self._model.answer_token_sequences(
             prompts,
             self._args.max_new_tokens,
@@ -196,6 +199,16 @@ class Answering:
         (folder / _PART_FILE).write_text("".join(json.dumps(answer) + "\n" for answer in answers), encoding="utf-8")
         (folder / _IMAGES_FILE).write_text(json.dumps(hashes), encoding="utf-8")
         (folder / _COUNTS_FILE).write_text(json.dumps({"seconds": time.perf_counter() - started}), encoding="utf-8")
+
+    def _prompt(self, number: int, images: Sequence[np.ndarray]) -> list[int]:
+        """Token ids of a row's prompt. Raises InputError that names the row."""
+        question = self.questions[number]
+        try:
+            token_ids = self._model.tokenize_with_tokens(question.prompt, images)
+            self._model.check_length(len(token_ids), self._args.max_new_tokens)
+        except InputError as error:
+            raise InputError(f"{_place(self._args.json_path, number, question.id)}: {error}") from error
+        return token_ids
 
     def _image_tokens(self, questions: Sequence[Question]) -> dict[str, np.ndarray]:
         """Image key -> token ids `[n]` int32; every image of the part is encoded once, however many questions are about it."""

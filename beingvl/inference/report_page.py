@@ -25,7 +25,7 @@ body {
 }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 .soft { color: var(--soft) }
-table { border-collapse: collapse; width: 100% }
+.wide { overflow-x: auto } table { border-collapse: collapse; width: 100% }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; font-variant-numeric: tabular-nums }
 th:first-child, td:first-child, .words td, .words th { text-align: left }
 tr.total td { font-weight: 600; border-bottom: none }
@@ -118,7 +118,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "") -
     """Cells are HTML already."""
     top = "".join(f"<th>{name}</th>" for name in head)
     lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table class='{style}'><tr>{top}</tr>{lines}</table>"
+    return f"<div class='wide'><table class='{style}'><tr>{top}</tr>{lines}</table></div>"
 
 
 def accuracy_table(summary: Mapping[str, Any]) -> str:

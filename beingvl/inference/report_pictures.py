@@ -32,6 +32,8 @@ RIGHT, WRONG, INK, GREY, GRID, BORDER = "#1a7f37", "#c62828", "#1f2328", "#6e778
 THEME = {RIGHT: "right", WRONG: "wrong", INK: "ink", GREY: "soft", GRID: "line", "#ffffff": "paper"}
 """Colour in a figure -> name of the page's colour that replaces it."""
 SERIES_COLOURS = ("#4a8fd8", "#d97706", "#2fa34a", "#c2519c", "#0e9bb5", "#9370db")  # readable on white and on black
+LINE_STYLES = ("-", "--", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 COLUMNS = 2
 
 
@@ -170,10 +172,13 @@ def draw_accuracy(axes: Axes, accuracy: Mapping[str, Mapping[str, float]], chanc
     set_title(axes, "Test accuracy after each stage")
     axes.set_ylabel("share of right answers (%)")
     positions = np.arange(len(accuracy))
-    for (question, by_chance), colour in zip(chance.items(), (INK, *SERIES_COLOURS[1:]), strict=False):
+    looks = zip((INK, *SERIES_COLOURS[1:]), itertools.cycle(LINE_STYLES), MARKERS)
+    for number, ((question, by_chance), (colour, line, marker)) in enumerate(zip(chance.items(), looks, strict=False)):
         values = [100 * accuracy[stage][question] for stage in accuracy]
-        axes.plot(positions, values, color=colour, marker="o", linewidth=2, label=textwrap.shorten(question, 40, placeholder="…"))
-        axes.axhline(100 * by_chance, color=colour, linewidth=0.9, linestyle="--", alpha=0.6)
+        label = textwrap.shorten(question, 40, placeholder="…")
+        size = max(10 - 2 * number, 3)  # equal curves: the one below shows around the markers and between the dashes
+        axes.plot(positions, values, color=colour, linestyle=line, marker=marker, markersize=size, linewidth=2, label=label)
+        axes.axhline(100 * by_chance, color=colour, linewidth=0.9, linestyle=":", alpha=0.6)
     axes.set_xticks(positions, list(accuracy))
     axes.set_ylim(-3, 103)
-    axes.legend(fontsize=9, loc="upper left", title="dashed: chance", title_fontsize=9, alignment="left", frameon=False)
+    axes.legend(fontsize=9, loc="upper left", title="thin, dotted: chance", title_fontsize=9, alignment="left", frameon=False)

@@ -154,7 +154,7 @@ def read_run(args: argparse.Namespace) -> Run:
         return given or (default if default.exists() else None)
 
     trained = read_stages(stages, missing)
-    evaluations = read_evaluations(stages / "eval")
+    evaluations = read_evaluations(stages / "eval", missing)
     if not trained and not evaluations:
         raise InputError(f"{stages} holds neither stage-1/{METRICS_HINT} nor a finished evaluation in eval/: nothing to report")
     alike = asked_alike(evaluations)
@@ -171,7 +171,7 @@ def read_run(args: argparse.Namespace) -> Run:
         evaluations=evaluations,
         asked_alike=alike,
         predictions=read_last_predictions(stages / "eval", alike),
-        mean_of_variant=mean_of_variants(folder, alike),
+        mean_of_variant=mean_of_variants(folder, alike, missing),
         frozen=hash_groups(finals, base),
         vbpe=read_vbpe(vbpe_path) if vbpe_path else None,
         codes=read_codes(codes_path) if codes_path else None,
@@ -214,15 +214,28 @@ def read_stages(folder: Path, missing: list[str]) -> dict[str, Stage]:
     return {name: stage for name, stage in found.items() if stage.rows}
 
 
-def read_evaluations(folder: Path) -> dict[str, dict[str, Any]]:
+def read_evaluations(folder: Path, missing: list[str]) -> dict[str, dict[str, Any]]:
     """Scores of every finished evaluation below `folder`, by folder name: base, the stages, then the others."""
-    from beingvl.inference.evaluate import KIND, read_summary
+    from beingvl.inference.evaluate import KIND
     from beingvl.manifest import is_complete, read_manifest
 
     order = ("base", *STAGES)
     paths = [path for path in folder.glob("*") if is_complete(path) and read_manifest(path).kind == KIND]
     paths.sort(key=lambda path: (order.index(path.name) if path.name in order else len(order), path.name))
-    return {path.name: read_summary(path) for path in paths}
+    found = {path.name: read_scores(path, missing) for path in paths}
+    return {name: scores for name, scores in found.items() if scores}
+
+
+def read_scores(folder: Path, missing: list[str]) -> dict[str, Any] | None:
+    """Scores of a finished evaluation; None for one that an older version made, which `missing` then names."""
+    from beingvl.errors import InputError
+    from beingvl.inference.evaluate import read_summary
+
+    try:
+        return read_summary(folder)
+    except InputError as error:
+        missing += [] if str(error) in missing else [str(error)]
+        return None
 
 
 def asked_alike(evaluations: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -240,13 +253,12 @@ def read_last_predictions(folder: Path, alike: Mapping[str, Any]) -> list[dict[s
     return read_predictions(folder / list(alike)[-1]) if alike else []
 
 
-def mean_of_variants(folder: Path, alike: Mapping[str, dict[str, Any]]) -> dict[str, float]:
-    from beingvl.inference.evaluate import read_summary
+def mean_of_variants(folder: Path, alike: Mapping[str, dict[str, Any]], missing: list[str]) -> dict[str, float]:
     from beingvl.manifest import is_complete
 
     paths = [path / "eval" / STAGES[-1] for path in (folder, folder / RAW_FOLDER)]
-    finals = [read_summary(path) for path in paths if is_complete(path)]
-    known = [scores for scores in [*finals, *list(alike.values())[-1:]] if "accuracy_mean" in scores]
+    finals = [read_scores(path, missing) for path in paths if is_complete(path)]
+    known = [scores for scores in [*finals, *list(alike.values())[-1:]] if scores and "accuracy_mean" in scores]
     return {scores["variant"]: scores["accuracy_mean"] for scores in known}
 
 

@@ -344,7 +344,7 @@ def draw_charts(vbpe: VisualBPE, sample: Sample | None) -> dict[str, Figure]:
     labels = [f"{size}" for size in bins[:-1]] + [f"{bins[-1]}+" if largest > bins[-1] else f"{bins[-1]}"]
     axes.set_xticks(bins, labels)
     axes.set(xlabel="cells of a token", ylabel="share (%)")
-    axes.legend(frameon=False, labelcolor=GREY)
+    axes.legend(frameon=False, labelcolor=GREY, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     charts["sizes"] = figure
     if sample is not None:
         figure = Figure((9, 3.2), layout="constrained")

@@ -100,6 +100,8 @@ def test_refusals(
     for more, message in [
         (["--chat", "--draw=a.png"], "give either --draw or --chat"),
         ([f"--draw={tmp_path / 'no' / 'a.png'}"], "its folder does not exist"),
+        ([f"--draw={tmp_path / 'a.jpg'}"], "a.jpg is no .png"),
+        ([f"--draw={tmp_path}"], "is a folder; name a PNG file"),
     ]:
         assert main([*options(run_folder), *more]) == 2
         assert message in capsys.readouterr().err

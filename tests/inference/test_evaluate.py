@@ -194,6 +194,7 @@ def test_text_only_rows(run_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "eval"
     assert main([*command(run_folder, output), f"--json_path={tmp_path / 'text.jsonl'}"]) == 0
     assert read_summary(output)["rows"] == 1
+    assert read_predictions(output)[0]["id"] == 1, "not the text '1'"
 
 
 def test_many_questions_print_a_short_table(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,7 +249,7 @@ def test_refusals(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
     for row, more, message in [
         ({"id": "a", "conversations": turns * 2}, [], "row 0 (id 'a'): found 2 questions, expected one"),
-        ({"id": "a", "conversations": turns[:1]}, [], "row 0 (id 'a'): conversations has 1 entries"),
+        ({"id": "a", "conversations": turns[:1]}, [], "row 0 (id 'a'): there is no reference answer; give `answer`, `answers`"),
         ({"id": "a", "answer": "yes"}, [], "row 0 (id 'a'): conversations is empty or not a list"),
         ({"conversations": asked(), "answers": []}, [], "`answers` is '[]', expected a list of texts"),
         ({"conversations": asked(), "answers": [{"text": "a"}]}, [], "expected a list of texts or of objects with `answer`"),
@@ -259,6 +260,9 @@ def test_refusals(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         ({"conversations": turns, "image": "../a.png"}, [f"--image_path={tmp_path}"], "leaves --image_path"),
         ({"conversations": turns, "image": "a.png"}, [f"--image_path={tmp_path}"], "a.png does not exist"),
         ({"conversations": turns, "image": "a.png"}, [codes(run_folder)], "no codes of a.png"),
+        ({"id": "a", "conversations": asked("<image> \n"), "answer": "b"}, [], "row 0 (id 'a'): a prompt is empty"),
+        ({"conversations": turns}, ["--loss_on=all"], "--loss_on has no effect on --json_path"),
+        ({"conversations": turns}, ["--device=foo"], "device 'foo' cannot be used"),
         ({"conversations": turns}, ["--limit=0"], "--limit is 0"),
         ({"conversations": turns}, ["--rows_per_part=0"], "--rows_per_part is 0"),
     ]:
@@ -268,6 +272,30 @@ def test_refusals(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert main(arguments) == 2, message
         assert message in capsys.readouterr().err
     assert not (tmp_path / "eval").exists()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"), [("<image> hi", "more <image> placeholders than images"), ("long " * 200, "do not fit the model's")]
+)
+def test_a_bad_row_is_named_before_any_is_answered(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], prompt: str, message: str
+) -> None:
+    rows = [{"id": n, "conversations": asked(text), "answer": "yes"} for n, text in enumerate(["hi", prompt])]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    arguments = [*command(run_folder, tmp_path / "eval"), f"--json_path={tmp_path / 'rows.json'}", "--rows_per_part=1"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'rows.json'}, row 1 (id 1): " in error and message in error
+    assert not (tmp_path / "eval").exists()
+
+
+def test_a_row_whose_images_do_not_fit_is_named(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its text fits; how many tokens its images have is known when they are encoded."""
+    row = {"id": "a", "conversations": asked("<image>" * 30 + "hi"), "answer": "yes", "image": ["test/0000.png"] * 30}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    arguments = [*command(run_folder, tmp_path / "eval", codes(run_folder)), f"--json_path={tmp_path / 'rows.json'}", "--raw"]
+    assert main(arguments) == 2
+    assert "row 0 (id 'a'): a prompt of " in capsys.readouterr().err
 
 
 def test_an_unknown_metric_is_refused(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

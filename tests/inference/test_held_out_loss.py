@@ -97,6 +97,7 @@ def test_refusals(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ([f"--model={tmp_path}"], "it is not a Being-VL model folder"),
         ([f"--data={work / 'model'}"], "holds 'model', expected 'shards'"),
         (["--limit=0"], "--limit is 0"),
+        (["--metric=cider"], "--metric has no effect on --data"),
     ]:
         assert evaluate(work, tmp_path / "eval", *more) == 2, message
         assert message in capsys.readouterr().err

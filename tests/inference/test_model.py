@@ -79,13 +79,19 @@ def test_batched_answers_equal_single_ones_and_a_plain_loop(model: BeingVL) -> N
     assert 12 in lengths and min(lengths) < 12, "the prompts should reach both ends: eos and the limit"
 
 
-def test_answers_of_images_chats_and_text_in_one_call_equal_single_ones(model: BeingVL, images: list[Path]) -> None:
+def test_answers_of_images_chats_and_text_in_one_call_equal_single_ones(
+    model: BeingVL, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    img2codes = model.img2codes
     prompts = [QUESTION, "hi", [("one", "1"), ("two", None)], "left <image> right <image>, same?"]
     pictures = [images[0], None, Image.open(images[1]), [images[2], images[3]]]
     for method in (model.generate_with_vbpe, model.generate):
         together = method(prompts, pictures, max_new_tokens=8)
         alone = [method([prompt], [picture], max_new_tokens=8)[0] for prompt, picture in zip(prompts, pictures, strict=True)]
         assert together == alone
+    monkeypatch.setattr(model, "img2codes", lambda images: (calls.append(len(images)), img2codes(images))[1])
+    assert model.generate(prompts, pictures, max_new_tokens=8) == together and calls == [4], "one pass of the VQ-GAN"
     assert model.generate_with_vbpe(["hi"], max_new_tokens=8) == model.generate(["hi"], [None], max_new_tokens=8)
 
 
@@ -223,13 +229,16 @@ def test_every_bad_input_is_one_sentence_and_exit_code_2(
         ([ours, own_vbpe, "--prompt=hi", f"--image={line}"], "has 2000 x 4 pixels"),
         ([ours, own_vbpe, "--prompt=hi", f"--image={tmp_path / 'no.png'}"], "No such file"),
         ([ours, own_vbpe, "--prompt= "], "a prompt is empty"),
+        ([ours, own_vbpe, "--prompt=<image>\n <image>"], "a prompt is empty"),
+        ([ours, own_vbpe, "--prompt=hi", "--device=foo"], "device 'foo' cannot be used"),
+        ([ours, own_vbpe, "--prompt=hi", "--device=cuda:99"], "device 'cuda:99' cannot be used"),
         ([ours, own_vbpe, f"--prompt={'long ' * 200}"], "do not fit the model's context of 512"),
         ([ours, f"--vbpe_path={vbpe}", "--prompt=hi"], "were made with different vbpe"),
         ([f"--model={tmp_path}", "--prompt=hi"], "is not a Being-VL model folder"),
-        ([f"--model={tmp_path / 'nowhere'}", "--prompt=hi"], "is not a Being-VL model folder"),
+        ([f"--model={tmp_path / 'nowhere'}", "--prompt=hi"], "nowhere does not exist; expected a Being-VL model folder"),
     ]:
         capsys.readouterr()
-        assert main(["generate", *options, "--device=cpu"]) == 2, message
+        assert main(["generate", "--device=cpu", *options]) == 2, message
         error = capsys.readouterr().err.strip()
         assert message in error and error.count("\n") == 0 and "Traceback" not in error
 
@@ -270,7 +279,11 @@ def test_what_cannot_be_asked_is_refused(model: BeingVL, images: list[Path], tmp
         (([[("hi", "ho")]],), "an answer to every question but the last"),
         (([[("hi", None), ("ho", None)]],), "an answer to every question but the last"),
         (("hi",), "prompts is one string"),
+        (([None],), "a prompt is 'None', expected a text or a list of"),
+        (([["hi"]],), "expected a text or a list of"),
         ((["hi"], [None, None]), "1 prompts and 2 images"),
+        ((["hi"], str(images[0])), "images is one image"),
+        ((["hi"], images[0]), "images is one image"),
         ((["hi"], [no_image]), "cannot be read as an image"),
         ((["hi"], [[images[0], images[1]]]), "2 images were given for 0 <image> placeholders"),
         ((["<image> hi"],), "more <image> placeholders than images"),
@@ -280,6 +293,8 @@ def test_what_cannot_be_asked_is_refused(model: BeingVL, images: list[Path], tmp
     ]:
         with pytest.raises(InputError, match=message):
             model.generate_with_vbpe(*arguments)
+    with pytest.raises(InputError, match="images is one image"):
+        model.img2tok(Image.open(images[0]))
     with pytest.raises(InputError, match="temperature is 0"):
         model.generate(["hi"], do_sample=True, temperature=0)
     with pytest.raises(InputError, match="streams one answer, found 2"):

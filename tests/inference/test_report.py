@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from beingvl.cli import main
 from beingvl.inference.evaluate import read_summary
 from beingvl.inference.report_frozen import hash_groups
-from beingvl.inference.report_pictures import running_mean, token_borders
+from beingvl.inference.report_pictures import running_mean, token_borders, training_curves
 from beingvl.inference.report_run import Example, add_arguments, choose_examples, read_run
 from beingvl.manifest import read_manifest, verify_folder, write_manifest
 from beingvl.tokenizer import report_vbpe
@@ -66,6 +66,7 @@ def test_page_needs_no_second_file_and_trusts_no_text(run_folder: Path, copied_r
     assert main(["report", "run", str(copied_run), "--peak_memory_bytes=5"]) == 0
     html = (copied_run / "report" / "index.html").read_text()
     assert "<script" not in html and "&lt;script&gt;" in html
+    assert html.count("<div class='wide'><table") >= 3  # scrolls by itself on a narrow screen
     assert html.count("data:image/png;base64,") == html.count("src=") + html.count('xlink:href="data:') > 30
     assert not re.findall(r"""(?:src|href)=["'](?!data:image/png;base64,|#)""", html)
     assert "http" not in html and "url(http" not in html and "@import" not in html
@@ -97,6 +98,13 @@ def test_owners_and_borders_of_a_grid_drawn_by_hand() -> None:
         ((1.5, 1.5), (3.5, 1.5)),  # 0 and 3
     }
     assert inside <= segments and len(segments) == frame + len(inside)
+
+
+def test_equal_curves_can_be_told_apart() -> None:
+    scores = dict.fromkeys("abcdef", 0.5)
+    figure = training_curves({}, {"test_accuracy": {"base": scores, "stage-1": scores}, "chance": scores})
+    curves = [line for line in figure.axes[1].lines if len(line.get_xdata()) == 2 and not line.get_label().startswith("_")]
+    assert len({(line.get_linestyle(), line.get_marker()) for line in curves}) == len({line.get_color() for line in curves}) == 6
 
 
 def test_running_mean() -> None:
@@ -151,6 +159,14 @@ def test_refusals(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]:
         assert main(["report", "run", str(copied_run), *more]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_an_evaluation_of_an_older_version_is_named(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copied_run / "eval" / "stage-3" / "scores.json").unlink()
+    assert main(["report", "run", str(copied_run)]) == 0
+    assert capsys.readouterr().out.count("an older version made it; evaluate again") == 1
+    summary = json.loads((copied_run / "report" / "summary.json").read_text())
+    assert list(summary["test_accuracy"]) == list(STAGES[:-1])
 
 
 def test_a_run_of_which_only_a_stage_is_left(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

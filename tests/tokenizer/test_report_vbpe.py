@@ -81,6 +81,13 @@ def test_page_is_self_contained_and_pictures_exist(vbpe, vq, tmp_path, given):
     )
 
 
+def test_the_legend_of_the_sizes_lies_above_the_bars(vbpe, tmp_path):
+    figure = report_vbpe.draw_charts(vbpe, report_vbpe.measure(vbpe, [tmp_path / "codes.npy"], 2000, 0))["sizes"]
+    figure.draw_without_rendering()
+    [axes] = figure.axes
+    assert axes.bbox.y1 <= axes.get_legend().get_window_extent().y0 and axes.get_legend().get_window_extent().y1 <= figure.bbox.y1
+
+
 def test_borders_lie_between_tokens(vbpe, tmp_path):
     sample = report_vbpe.measure(vbpe, [tmp_path / "codes.npy"], 2000, 0)
     picture = np.asarray(report_vbpe.draw_example(vbpe, sample, 0, None).convert("RGB")).astype(int)
