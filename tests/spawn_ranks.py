@@ -2,8 +2,8 @@
 
     python tests/spawn_ranks.py NUM_RANKS PORT MODULE [arguments]
 
-Two imports of DeepSpeed quicker than its launcher, which the tests of launching and of the whole line go through. Like there, the first rank
-that fails ends the others, and its exit code is this program's.
+Two imports of DeepSpeed quicker than its launcher, which the tests of launching and of the whole line go through. Like there,
+the first rank that fails ends the others, and its exit code is this program's.
 """
 
 import os

@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         print(MARK + json.dumps(reading), flush=True)
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # not through Python's teardown, which the process group's threads may abort (see train_stage)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ SIGUSR1 and SIGINT end it after the running step with a checkpoint and exit code
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -106,10 +108,10 @@ def run(args: argparse.Namespace) -> int:
         exit_code = _replay(stage, args.replay) if args.replay is not None else _train(stage, stop_requested)
     except TrainingError as error:
         print(f"beingvl train: error: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
-        return 1
+        return _leave(1, ranks.num_ranks)
     stop_distributed()
     _ignore_signals()
-    return exit_code
+    return _leave(exit_code, ranks.num_ranks)
 
 
 @dataclass(frozen=True)
@@ -401,6 +403,17 @@ def _catch_signals() -> Callable[[], bool]:
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: received.append(number))
     return lambda: bool(received)
+
+
+def _leave(exit_code: int, num_ranks: int) -> int:
+    """Everything is written and closed: with several ranks the process ends here, without Python's teardown. There a thread of the
+    process group that wants the interpreter back aborts it now and then, and a finished run would count as failed."""
+    if num_ranks == 1:
+        return exit_code
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _ignore_signals() -> None:

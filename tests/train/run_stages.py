@@ -31,6 +31,7 @@ def main() -> None:
         stage = Stage(Path(job["output"]), None, config, model, shards, None, None, identity, ranks)
         assert _train(stage, lambda: False) == 0
     stop_distributed()
+    os._exit(0)  # as a training run of several ranks ends
 
 
 def run_stages(num_ranks: int, jobs: list[dict], folder: Path) -> None:
