@@ -406,8 +406,8 @@ def _catch_signals() -> Callable[[], bool]:
 
 
 def _leave(exit_code: int, num_ranks: int) -> int:
-    """Everything is written and closed: with several ranks the process ends here, without Python's teardown. There a thread of the
-    process group that wants the interpreter back aborts it now and then, and a finished run would count as failed."""
+    """With several ranks the process ends here, everything being written and closed, without Python's teardown: there a thread
+    of the process group that wants the interpreter back aborts it now and then, and a finished run would count as failed."""
     if num_ranks == 1:
         return exit_code
     logging.shutdown()
