@@ -4,10 +4,11 @@
 # <master_node_id> selects hostfiles/hostfile-<id>; 0 is this machine alone. Every path can be set from the environment.
 set -euo pipefail
 
-DATA_PATH="${DATA_PATH:-/path/to/your/workspace/data/tokenized/pt/pretrain_data_vbpe.jsonl}"
-OUTPUT_DIR="${OUTPUT_DIR:-/path/to/your/workspace/models/beingvl/stage-1}"
-LOG_DIR="${LOG_DIR:-/path/to/your/workspace/logs/stage-1}"
-MODEL_PATH="${MODEL_PATH:-/path/to/your/workspace/models/beingvl/base}"
+WORKSPACE="${WORKSPACE:-/path/to/your/workspace}"
+DATA_PATH="${DATA_PATH:-$WORKSPACE/data/tokenized/pt/pretrain_data_vbpe.jsonl}"
+OUTPUT_DIR="${OUTPUT_DIR:-$WORKSPACE/models/beingvl/stage-1}"
+LOG_DIR="${LOG_DIR:-$WORKSPACE/logs/stage-1}"
+MODEL_PATH="${MODEL_PATH:-$WORKSPACE/models/beingvl/base}"
 DS_CONFIG="${DS_CONFIG:-$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../ds_configs/stage1.json}"
 
 STAGE=1

@@ -4,9 +4,10 @@
 # <master_node_id> selects hostfiles/hostfile-<id>; 0 is this machine alone. Every path can be set from the environment.
 set -euo pipefail
 
-DATA_PATH="${DATA_PATH:-/path/to/your/workspace/data/tokenized/sft_stage3/sft_stage3_data_vbpe.jsonl}"
-OUTPUT_DIR="${OUTPUT_DIR:-/path/to/your/workspace/models/beingvl/stage-3}"
-LOG_DIR="${LOG_DIR:-/path/to/your/workspace/logs/stage-3}"
+WORKSPACE="${WORKSPACE:-/path/to/your/workspace}"
+DATA_PATH="${DATA_PATH:-$WORKSPACE/data/tokenized/sft_stage3/sft_stage3_data_vbpe.jsonl}"
+OUTPUT_DIR="${OUTPUT_DIR:-$WORKSPACE/models/beingvl/stage-3}"
+LOG_DIR="${LOG_DIR:-$WORKSPACE/logs/stage-3}"
 MODEL_PATH="${MODEL_PATH:-$(dirname "$OUTPUT_DIR")/stage-2/final}" # stage 2's output, found by itself
 DS_CONFIG="${DS_CONFIG:-$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../ds_configs/stage3.json}"
 

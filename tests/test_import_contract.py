@@ -17,7 +17,7 @@ NOT_EACH_OTHER = {("export", "inference"), ("inference", "export")}
 
 # Library -> where it may be imported.
 HOMES = {
-    "deepspeed": ("train/engine.py", "export/"),
+    "deepspeed": ("train/engine.py",),
     "numba": ("tokenizer/vbpe_numba.py", "data/token_rows_numba.py"),
     "pyarrow": ("data/",),
     "simdjson": ("data/",),

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", type=Path, required=True, help="start model of the stage, a finished stage, or a published folder"
     )
     parser.add_argument("--checkpoint", type=Path, help="STAGE/checkpoints/step-…, or STAGE for its newest one")
-    parser.add_argument("--format", choices=(HF, PUBLISHED), default=HF, help="names and layout of the weights (default: hf)")
+    parser.add_argument("--format", choices=(HF, PUBLISHED), default=HF, help="names and layout of the weights")
     parser.add_argument("--output_path", type=Path, required=True, help="folder to write")
     parser.add_argument("--no_link", action="store_true", help="copy unchanged weight files instead of hard-linking them")
     parser.add_argument("--no_probe", action="store_true", help="do not load the result to compare the checkpoint's probe logits")

@@ -14,7 +14,7 @@ Rows of --json_path: LLaVA format, one question a row. Its reference answer is `
   mme            answer yes or no; `category` is the MME task, two questions an image; perception and cognition score
   scienceqa      answer is a letter A … E, or a number into `choices`
   anls           DocVQA, ST-VQA: similarity with the best of `answers`, 0 below 0.5
-  bleu, cider    captions; pip install 'beingvl[evaluation]'
+  bleu, cider    captions; pip install '.[evaluation]'
 
 OUTPUT_PATH gets scores.json (with standard errors), predictions.jsonl or samples.jsonl, and manifest.json last. The work is cut
 into parts of --rows_per_part (beingvl/parts.py): started by a launcher or as a Slurm array, every rank makes its share; killed,

@@ -10,7 +10,7 @@
     cider          CIDEr-D (Vedantam et al. 2015) of pycocoevalcap, over words as the COCO toolkit cuts them
 
 A metric gets all rows at once and gives numbers for the whole, for its categories, and for every row. `check` says, before the
-model answers anything, which row it cannot score. Only `bleu` and `cider` need libraries (`pip install beingvl[evaluation]`).
+model answers anything, which row it cannot score. Only `bleu` and `cider` need libraries (`pip install '.[evaluation]'`).
 """
 
 from __future__ import annotations
@@ -383,7 +383,7 @@ def bleu(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
     try:
         from sacrebleu.metrics import BLEU
     except ImportError as error:
-        raise InputError("--metric bleu needs sacrebleu: pip install 'beingvl[evaluation]'") from error
+        raise InputError("--metric bleu needs sacrebleu: pip install '.[evaluation]'") from error
     most = max(len(reference.answers) for reference in references)
     streams: list[Any] = [  # None where a question has fewer answers
         [dict(enumerate(reference.answers)).get(number) for reference in references] for number in range(most)
@@ -397,7 +397,7 @@ def cider(predictions: Sequence[str], references: Sequence[Reference]) -> Scores
     try:
         from pycocoevalcap.cider.cider import Cider
     except ImportError as error:
-        raise InputError("--metric cider needs pycocoevalcap: pip install 'beingvl[evaluation]'") from error
+        raise InputError("--metric cider needs pycocoevalcap: pip install '.[evaluation]'") from error
     said = {row: [caption_words(prediction)] for row, prediction in enumerate(predictions)}
     wanted = {row: [caption_words(answer) for answer in reference.answers] for row, reference in enumerate(references)}
     _, of_rows = Cider().compute_score(wanted, said)

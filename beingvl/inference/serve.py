@@ -1,6 +1,6 @@
 """A page to try a model: upload a picture, ask, watch the answer appear, see the borders of the picture's tokens.
 
-    pip install 'beingvl[serve]'
+    pip install '.[serve]'
     beingvl serve --model stage-3/final --vbpe_path vbpe.json         then open http://127.0.0.1:7860
 
 For one person at this machine: it listens on the loopback address, answers one question at a time, and asks nothing of any other
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
             import uvicorn
             from gradio import mount_gradio_app
         except ImportError as error:
-            raise InputError(f"beingvl serve needs gradio ({error}): pip install 'beingvl[serve]'") from error
+            raise InputError(f"beingvl serve needs gradio ({error}): pip install '.[serve]'") from error
         from beingvl.inference.model import BeingVL
 
         model = BeingVL(args.model, args.vbpe_path)

@@ -121,7 +121,7 @@ def test_refusals(run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypa
             assert message in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(command) == 2
-    assert "pip install 'beingvl[serve]'" in capsys.readouterr().err
+    assert "pip install '.[serve]'" in capsys.readouterr().err
 
 
 # ---- in a browser ----
