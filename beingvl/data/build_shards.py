@@ -13,6 +13,7 @@ The result does not depend on workers, ranks or kills.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import threading
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def contents_of(paths: list[Path]) -> list[str]:
 
     with ThreadPoolExecutor(1) as pool:
         contents = pool.submit(lambda: [content_of(path) for path in paths])
-        import beingvl.data.token_rows  # noqa: F401
+        importlib.import_module("beingvl.data.token_rows")
     return contents.result()
 
 
