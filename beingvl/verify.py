@@ -3,6 +3,7 @@
 Every file must have the hash of the manifest; of weight files that a step linked without reading it has one of samples only,
 and their number is printed. Shards and JSONL rows are read again: ids inside the vocabulary, target spans inside their
 rows, index files that agree with the shards. Codes must be inside the code book, keys sorted and unique, merges possible.
+A vbpe.json outside of a folder of its own has no hash; its merges are checked.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="+", type=Path, help="artefact folders")
+    parser.add_argument("paths", nargs="+", type=Path, help="artefact folders, or files like vbpe.json")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -24,6 +25,10 @@ def run(args: argparse.Namespace) -> None:
 
     checks = {"shards": check_shards, "vq_codes": check_codes, "jsonl": check_jsonl, "vbpe": check_vbpe}
     for path in args.paths:
+        if path.suffix == ".json" and path.is_file():
+            check_vbpe(path)
+            print(f"{path}: vbpe, {path.stat().st_size:,} bytes, every merge possible, no hash to compare with")
+            continue
         manifest = verify_folder(path)
         if manifest.kind in checks:
             checks[manifest.kind](path, manifest)
@@ -78,7 +83,7 @@ def check_jsonl(path: Path, manifest: Manifest) -> None:
                 raise InputError(f"{part.path}: {error}; make the file again with `beingvl tokenize`") from error
 
 
-def check_vbpe(path: Path, manifest: Manifest) -> None:
+def check_vbpe(path: Path, manifest: Manifest | None = None) -> None:
     """Raises InputError for merges that no training can have made."""
     from beingvl.tokenizer.vbpe import VisualBPE
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import simdjson
 
 from beingvl.data.arrow_shards import ShardColumns
-from beingvl.data.token_rows_numba import Buffers, parse_lines
+from beingvl.data.token_rows_numba import WORD_BYTES, Buffers, parse_lines, words_of
 from beingvl.errors import InputError
 from beingvl.vocab import VocabLayout
 
@@ -156,7 +156,7 @@ class RowReader:
 
     def _read_block(self, file: int, at: int, stop: int) -> tuple[int, int]:
         """Fill the block; returns (bytes read, where its last whole line ends, 0 without one). A last line gets its newline."""
-        size = os.preadv(file, [memoryview(self._block)[: min(len(self._block) - 1, stop - at)]], at)
+        size = os.preadv(file, [memoryview(self._block)[: min(len(self._block) - WORD_BYTES, stop - at)]], at)
         if size == stop - at and self._block[size - 1] != NEWLINE:
             self._block[size] = NEWLINE
             return size, size + 1
@@ -165,9 +165,10 @@ class RowReader:
     def _parse_block(self, path: Path, offset: int, end: int, buffers: Buffers, row: int) -> int:
         """Append the rows of the block's first `end` bytes; returns how many rows there are now."""
         data = np.frombuffer(self._block, np.uint8)
+        words = words_of(data)
         at = 0
         while True:
-            at, row = parse_lines(data, at, end, buffers, row)
+            at, row = parse_lines(data, words, at, end, buffers, row)
             if at >= end:
                 return row
             line_end = self._block.index(b"\n", at) + 1

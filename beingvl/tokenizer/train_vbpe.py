@@ -1,4 +1,4 @@
-"""[2] Learn a vBPE vocabulary from VQ codes: vq_codes/ (or .npy files) -> vbpe.json.
+"""[2] Learn a vBPE vocabulary from VQ codes: vq_codes/ (or .npy files) -> vbpe/ (vbpe.json and a manifest), or vbpe.json alone.
 
 --data_path takes folders written by `beingvl encode-images`, .npy files, or folders of .npy files, of [N, H, W] or [N, H * W]
 uint16, int32 or int64; sizes may differ between files. The learnt vocabulary is a pure function of codes and options.
@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     import numpy as np
 
     from beingvl.tokenizer.vbpe import VisualBPE
+    from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
 
 CHUNK = 4096  # images that are looked at at once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_path", nargs="+", type=Path, help="VQ codes to learn from")
-    parser.add_argument("--output_path", type=Path, required=True, help="vbpe.json, or the folder to write it in")
+    parser.add_argument(
+        "--output_path", type=Path, required=True, help="folder to write vbpe.json in, or FILE.json without a manifest"
+    )
     parser.add_argument("--num_merges", type=int, default=8192, help="merges to learn")
     parser.add_argument(
         "--alpha", type=float, default=0.3, help="weight of spatial consistency against frequency; 0: frequency alone"
@@ -55,39 +58,88 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="save every MERGES merges (1000 if no number is given) next to the output; the same command continues from there",
     )
     parser.add_argument("--import_pkl", type=Path, help="published vocabulary (pickle) to convert; nothing is learnt")
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished output of other inputs")
 
 
 def run(args: argparse.Namespace) -> None:
     from beingvl.errors import InputError
-    from beingvl.tokenizer.vbpe import VBPE_FILE
 
-    output = args.output_path if args.output_path.suffix == ".json" else args.output_path / VBPE_FILE
     if args.import_pkl:
-        return _import(args, output)
+        return _import(args)
     if not args.data_path:
         raise InputError(
             "--data_path is missing: give VQ codes to learn from (or --import_pkl to convert a published vocabulary)"
         )
     _check_options(args)
     codes = open_codes(args.data_path, args.init_size, args.vocab_pad, args.vocab_end, args.grid)
+    names = ("num_merges", "alpha", "sigma", "min_count", "max_images", "seed", "grid")
+    request = {"codes": codes.hashes, "num_codes": codes.num_codes, "vocab_pad": codes.pad, "lineage": codes.lineage}
+    output = Output(args.output_path, request | {name: getattr(args, name) for name in names})
+    if output.is_made(args.overwrite):
+        return
     usage = count_codes(codes)
     if args.validate_data:
         _print_data(codes, usage)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    arrays = sample_images(codes, args.max_images, args.seed)
-    vbpe = train(codes, arrays, args, output)
-    vbpe.save(output)
-    _partial_path(output).unlink(missing_ok=True)
-    _print_result(vbpe, usage, args.num_merges, output)
+    vbpe = train(codes, sample_images(codes, args.max_images, args.seed), args, output.file)
+    _partial_path(output.file).unlink(missing_ok=True)
+    output.write(vbpe)
+    _print_result(vbpe, usage, args.num_merges, output.file)
 
 
-def _import(args: argparse.Namespace, output: Path) -> None:
+def _import(args: argparse.Namespace) -> None:
+    from beingvl.manifest import hash_file
     from beingvl.tokenizer.vbpe_legacy import import_published
 
     vbpe = import_published(args.import_pkl, args.init_size, args.vocab_pad)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    vbpe.save(output)
-    print(f"{output}: published vocabulary of {vbpe.num_codes} codes and {vbpe.num_merges} merges (legacy: it cannot be decoded)")
+    request = {"import_pkl": hash_file(args.import_pkl), "init_size": args.init_size, "vocab_pad": args.vocab_pad}
+    output = Output(args.output_path, request)
+    if output.is_made(args.overwrite):
+        return
+    output.write(vbpe)
+    found = f"published vocabulary of {vbpe.num_codes} codes and {vbpe.num_merges} merges"
+    print(f"{output.file}: {found} (legacy: it cannot be decoded)")
+
+
+class Output:
+    """Where the vocabulary goes: a folder of its own with a manifest, or one `.json` file among others."""
+
+    def __init__(self, path: Path, request: dict[str, Any]) -> None:
+        from beingvl.tokenizer.vbpe import VBPE_FILE
+
+        self.folder = None if path.suffix == ".json" else path
+        self.file = path / VBPE_FILE if self.folder else path
+        self._request = request
+
+    def is_made(self, overwrite: bool) -> bool:
+        """Whether there is nothing to do; else the place is ready. Raises InputError where something would be lost."""
+        from beingvl.errors import InputError
+        from beingvl.manifest import MANIFEST_FILE, already_made, start_folder
+
+        if self.folder is None:
+            if self.file.exists() and not overwrite:
+                raise InputError(
+                    f"{self.file} exists; choose another name or add --overwrite (in a folder, equal work is reused)"
+                )
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            return False
+        ours = (self.file.name, _partial_path(self.file).name, MANIFEST_FILE, "vbpe_report")
+        others = sorted(path.name for path in self.folder.glob("*") if path.name not in ours)
+        if others:
+            raise InputError(
+                f"{self.folder} holds {others[0]!r} too; give vBPE a folder of its own, or a file: --output_path FILE.json"
+            )
+        if already_made(self.folder, "vbpe", self._request, overwrite):
+            return True
+        start_folder(self.folder)
+        return False
+
+    def write(self, vbpe: VisualBPE | LegacyVisualBPE) -> None:
+        from beingvl.manifest import write_manifest
+
+        vbpe.save(self.file)
+        if self.folder:
+            counts = {"codes": vbpe.num_codes, "merges": vbpe.num_merges}
+            write_manifest(self.folder, "vbpe", counts, vbpe.lineage, {"request": self._request})
 
 
 def _check_options(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -235,13 +236,15 @@ def build_seconds(jsonl: Path, args: argparse.Namespace, pythons: list[str]) -> 
         write_manifest(jsonl.parent, "jsonl", {}, {"vocab": LAYOUT.fingerprint()}, {"layout": LAYOUT.to_dict(), "datasets": {}})
     if not (bare / jsonl.name).is_file():
         (bare / jsonl.name).hardlink_to(jsonl)
-    build = ["-m", "beingvl", "build-shards", "--overwrite"]
+    build = ["-m", "beingvl", "build-shards"]
     build += [f"--output_path={args.folder / 'ours'}", f"--model_path={base}"]
     seconds: dict[str, list[float]] = {}
+    shutil.rmtree(args.folder / "ours", ignore_errors=True)
     warm_up = subprocess.run([sys.executable, *build, f"--jsonl_path={jsonl}"], stdout=subprocess.DEVNULL)
     assert warm_up.returncode == 0  # the file is in the page cache now, and the kernels are compiled
     for _ in range(args.repeats):
         for name, path in (("ours, a file without a manifest", bare / jsonl.name), ("ours, beside its manifest", jsonl)):
+            shutil.rmtree(args.folder / "ours")
             started = time.perf_counter()
             subprocess.run([sys.executable, *build, f"--jsonl_path={path}"], check=True, stdout=subprocess.DEVNULL)
             seconds.setdefault(name, []).append(time.perf_counter() - started)

@@ -8,7 +8,7 @@ import pytest
 import simdjson
 
 from beingvl.data.token_rows import RowReader, make_buffers, parse_row
-from beingvl.data.token_rows_numba import parse_lines
+from beingvl.data.token_rows_numba import WORD_BYTES, parse_lines, words_of
 from beingvl.errors import InputError
 from beingvl.tokenizer.vbpe import VisualBPE
 from tests.tiny import LAYOUT
@@ -35,11 +35,11 @@ ROW = {
 def fast(line: bytes) -> tuple | None:
     """The one row of a line as the compiled reader takes it, None when it leaves the line to its twin."""
     buffers = make_buffers(len(line), keep_codes=True)
-    data = np.frombuffer(bytearray(line + b"\n"), np.uint8)
-    at, rows = parse_lines(data, 0, len(data), buffers, 0)
+    data, size = np.frombuffer(bytearray(line + b"\n" + bytes(WORD_BYTES)), np.uint8), len(line) + 1
+    at, rows = parse_lines(data, words_of(data), 0, size, buffers, 0)
     if not rows:
         return None
-    assert at == len(data) and rows == 1
+    assert at == size and rows == 1
     lists = ((buffers.ids, buffers.id_starts), (buffers.spans, buffers.span_starts))
     lists += ((buffers.codes, buffers.code_starts), (buffers.merged, buffers.merged_starts))
     texts = [text[: starts[1]].tobytes().decode() for text, starts in zip(buffers.text, buffers.text_starts, strict=True)]
@@ -69,6 +69,7 @@ USUAL = [
     text({**ROW, "target_spans": [5, 7], "category": ""}, ensure_ascii=False),
     text({**ROW, "target_spans": []}, ensure_ascii=False),
     b'  {"id":1,"token_0":[ ],"token_1":[0, 10]}\t'[2:],
+    b'{"id":2,"token_0":[123456,100000, 999999,12345,1234567,0,7],"token_1":[654321, 10, 314159,2147483647]}',
     b'{"id" : 1 , "token_0" :[] , "x":{"a":[1,-2.5,{"b":[]}],"c":"\\u00E9\\n"} ,"token_1":[2147483647] } \r',
 ]
 UNUSUAL = [  # rows all the same
@@ -89,6 +90,10 @@ WRONG = [
     b"{}",
     b"[1]",
     b'{"id":1,"token_0":[01],"token_1":[]}',
+    b'{"id":1,"token_0":[012345,1],"token_1":[]}',
+    b'{"id":1,"token_0":[12345:,1],"token_1":[]}',
+    b'{"id":1,"token_0":[123456,],"token_1":[]}',
+    b'{"id":1,"token_0":[12345/,123456;1],"token_1":[]}',
     b'{"id":1,"token_0":[1,],"token_1":[]}',
     b'{"id":1,"token_0":[1],"token_1":[],}',
     b'{"id":1,"token_0":[1],"token_1":[]',

@@ -147,6 +147,44 @@ def test_import_of_a_published_vocabulary(tmp_path, capsys):
     assert "12 codes and 2 merges (legacy: it cannot be decoded)" in capsys.readouterr().out
 
 
+# ---- finished outputs ----
+
+
+def test_a_finished_folder_is_reused_verified_and_never_lost(tmp_path, codes, capsys):
+    source, out = write_codes_folder(tmp_path / "vq_codes", codes), tmp_path / "out"
+    learn = ["--data_path", source, "--output_path", out, "--num_merges"]
+    assert train(*learn, 5) == 0
+    before = (out / "vbpe.json").stat().st_mtime_ns
+    assert train(*learn, 5) == 0
+    assert "is finished already, with the same inputs: reused" in capsys.readouterr().out
+    assert train(*learn, 6) == 2
+    assert "finished, but with another num_merges (found 5, asked for 6)" in capsys.readouterr().err
+    assert (out / "vbpe.json").stat().st_mtime_ns == before
+    assert main(["verify", str(out)]) == 0
+    assert train(*learn, 6, "--overwrite") == 0
+    assert VisualBPE.load(out).num_merges == 6 and main(["verify", str(out)]) == 0
+    text = (out / "vbpe.json").read_text()
+    (out / "vbpe.json").write_text(text.replace('"alpha": 0.3', '"alpha": 0.4'))
+    assert main(["verify", str(out)]) == 2
+    assert "vbpe.json does not have the hash" in capsys.readouterr().err
+
+
+def test_a_single_file_is_not_replaced_unasked(tmp_path, codes, capsys):
+    np.save(tmp_path / "a.npy", codes)
+    learn = ["--data_path", tmp_path / "a.npy", "--output_path", tmp_path / "v.json", "--num_merges"]
+    assert train(*learn, 5) == 0 and main(["verify", str(tmp_path / "v.json")]) == 0
+    assert train(*learn, 6) == 2
+    assert "v.json exists; choose another name or add --overwrite" in capsys.readouterr().err
+    assert VisualBPE.load(tmp_path / "v.json").num_merges == 5
+    assert train(*learn, 6, "--overwrite") == 0 and VisualBPE.load(tmp_path / "v.json").num_merges == 6
+
+
+def test_a_folder_with_other_things_is_not_taken(tmp_path, codes, capsys):
+    np.save(tmp_path / "a.npy", codes)
+    assert train("--data_path", tmp_path / "a.npy", "--output_path", tmp_path) == 2
+    assert "holds 'a.npy' too; give vBPE a folder of its own" in capsys.readouterr().err
+
+
 # ---- wrong input ----
 
 
