@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json_path", type=Path, required=True, help="LLaVA-format JSON array or JSONL")
     parser.add_argument("--image_path", type=Path, help="folder that the rows' image paths start from")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
+    parser.add_argument("--output_dir", "--output_path", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--model_path", type=Path, required=True, help="Being-VL model folder: tokenizer, vocabulary layout, VQ-GAN"
     )

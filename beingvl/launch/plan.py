@@ -24,7 +24,7 @@ USABLE = 0.92
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="start model: base/, or the previous stage's folder")
-    add("--stage", type=Path, required=True, help="the stage's JSON (ds_configs/)")
+    add("--stage", "--deepspeed_config", type=Path, required=True, help="the stage's JSON (ds_configs/)")
     add("--gpus", required=True, metavar="NxMGB", help="GPUs of a node and the memory of each, for example 8x80GB")
     add("--nodes", type=int, default=1, help="number of nodes")
     add("--data", type=Path, help="shard folder, for the time per epoch")

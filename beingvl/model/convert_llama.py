@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--being_tokenizer_config_path", type=Path, help="tokenizer with the visual tokens; default: made from the base's own")
     add("--being_vq_path", type=Path, help=f"VQ-GAN folder, copied into the result; without it: {DEFAULT_CODES} codes")
     add("--output_path", type=Path, required=True, help="folder to write")
-    add("--vbpe", type=Path, help="vbpe.json: decides the number of merges, is copied into the result")
+    add("--vbpe", "--vbpe_path", type=Path, help="vbpe.json: decides the number of merges, is copied into the result")
     add("--num_merges", type=int, help=f"vBPE ids to make room for; default: from --vbpe, else {DEFAULT_MERGES}")
     add("--vocab_size", type=int, help="text ids the base model must have; only checked")
     add("--extended_vocab_size", type=int, help="ids in all, text and visual; another way to say --num_merges")

@@ -3,6 +3,8 @@
 Prints a table and, last, one JSON line. A peer runs in the interpreter that has it (--peer_pythons PATH…: virtual environments of
 their own, since some need other versions of torch); one that is in none of them is null. Every reading is one fresh process that
 imports torch where it has it, opens the data (start-up), and reads samples in one random order into numpy batches of 32.
+
+`--large_gb 20` adds our loader as training uses it, on shards of that size: plan, mixture, 300 packed micro-batches.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from beingvl.data.arrow_shards import Sample, ShardWriter
 from beingvl.data.mixture import Mixture
 from beingvl.data.packing import plan_packing
 from beingvl.manifest import to_json
@@ -111,6 +114,7 @@ def main() -> None:
     parser.add_argument("--read_rows", type=int, default=4_000, help="samples read in random order")
     parser.add_argument("--processes", type=int, default=2, help="of orjson alone: one a core; our build has its default")
     parser.add_argument("--repeats", type=int, default=3, help="builds of each kind, in turn; medians count")
+    parser.add_argument("--large_gb", type=int, default=0, help="GB of shards, random ids, to measure our loader's memory on")
     parser.add_argument("--peer_pythons", nargs="*", default=[], help="interpreters that have the peers")
     args = parser.parse_args()
     small, large = (args.folder / f"rows-{args.rows}x{copies}" / "rows.jsonl" for copies in (1, args.copies))
@@ -132,6 +136,8 @@ def main() -> None:
     print(f"packing 10 million samples: {efficiency:.2%} full, {plan_seconds:.1f} s with drawing them")
     field = {"tokens_per_second": "tokens_per_second", "startup_seconds": "startup", "private_bytes": "private"}
     line |= {key: {peer: found and found[name] for peer, found in reads.items()} for key, name in field.items()}
+    if args.large_gb:
+        line |= loader_on_large_data(args.folder / f"large-{args.large_gb}", args.large_gb)
     print(json.dumps({**line, "packing_efficiency": efficiency, "packing_plan_seconds_10m": plan_seconds}))
 
 
@@ -284,6 +290,45 @@ def read_rate(peer: str, jsonl: Path, args: argparse.Namespace, pythons: list[st
         return None
     found = first_that_runs(pythons, ["-c", PEER, peer, "read", *common])
     return None if found is None else json.loads(found)
+
+
+LARGE = r"""
+import json, sys, time
+import psutil, torch
+process = psutil.Process()
+peak = before = process.memory_full_info().uss
+started = time.perf_counter()
+from beingvl.data.arrow_shards import ShardReader
+from beingvl.data.loader import TrainingData, open_mixture
+shards = ShardReader(sys.argv[1])
+opened = time.perf_counter() - started
+data = TrainingData(shards, open_mixture(shards, {"all": 1.0}, "samples", 0), len(shards), 4096, 8)
+planned = time.perf_counter() - started
+for step in range(300):
+    data.micro_batch(step * (data.num_steps // 300), 0, 0, 1, 8)
+    peak = max(peak, process.memory_full_info().uss)
+print(json.dumps({"large_open_seconds": opened, "large_plan_seconds": planned, "large_private_bytes": peak - before}))
+"""
+
+
+def loader_on_large_data(folder: Path, gigabytes: int) -> dict[str, float]:
+    """Start-up and peak private memory of our loader above a process that has imported torch; the second start finds its plan."""
+    if not (folder / "manifest.json").is_file():
+        random = np.random.default_rng(0)
+        writer = ShardWriter(folder, LAYOUT, rows_per_shard=20_000)
+        left = gigabytes * 250_000_000  # tokens of four bytes
+        while left > 0:
+            ids = random.integers(0, LAYOUT.size, int(random.integers(640, 1100)), np.int32)
+            writer.add(Sample(f"r{left}", "a.jpg", "all", ids, np.array([[len(ids) - 100, len(ids)]], np.int32)))
+            left -= len(ids)
+        writer.finish({"vocab": LAYOUT.fingerprint()}, {})
+    size = sum(path.stat().st_size for path in folder.glob("*.arrow"))
+    for start in ("first", "second"):
+        done = subprocess.run([sys.executable, "-c", LARGE, str(folder)], capture_output=True, text=True, check=True)
+        found: dict[str, float] = json.loads(done.stdout)
+        seconds, private = found["large_plan_seconds"], found["large_private_bytes"]
+        print(f"{size / 1e9:.1f} GB of shards, {start} start: {seconds:.2f} s, {private / 1e6:.0f} MB private at the peak")
+    return found
 
 
 # ---- packing ----
