@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="scratch folder, kept")
     parser.add_argument("--rows", type=int, default=12_000, help="rows of about 14 kB")
     parser.add_argument("--copies", type=int, default=4, help="the larger file to build holds the rows so many times")
-    parser.add_argument("--read_rows", type=int, default=4_000, help="samples read in random order")
+    parser.add_argument("--read_rows", type=int, default=12_000, help="samples read in random order")
     parser.add_argument("--processes", type=int, default=2, help="of orjson alone: one a core; our build has its default")
     parser.add_argument("--repeats", type=int, default=3, help="builds of each kind, in turn; medians count")
     parser.add_argument("--large_gb", type=int, default=0, help="GB of shards, random ids, to measure our loader's memory on")
