@@ -10,7 +10,7 @@ They train on the first --samples of a data set of --rows, with activation check
 The last line is one JSON object:
 
     samples_ratio           ours / theirs, samples per second after 3 steps
-    private_memory_ratio    ours / theirs, peak private memory of a rank above what it had after its imports
+    private_memory_ratio    ours / theirs, peak memory of a rank that is no file's, above what it had after its imports
     overhead_fraction       our step time outside forward, backward, optimizer and collectives
     loss_memory_ratio       peak memory of the chunked loss / of full logits; 144,645 ids, 4096 positions (benchmarks/loss.py)
     startup_ratio           ours / theirs, process start to the end of the first step
@@ -24,6 +24,7 @@ import contextlib
 import importlib
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -150,18 +151,20 @@ def launch(who: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def watch_private_memory(processes: list[subprocess.Popen], imported: list[Path]) -> list[int]:
-    """Until all have ended: each process's peak private memory (USS) above what it wrote to its file after its imports."""
-    import psutil
-
+    """Until all have ended: each process's peak private memory above what it wrote to its file after its imports."""
     added = [0] * len(processes)
     while any(process.poll() is None for process in processes):
         for number, (process, path) in enumerate(zip(processes, imported, strict=True)):
-            with contextlib.suppress(psutil.Error):  # it has just ended
-                if path.is_file() and process.poll() is None:
-                    found = psutil.Process(process.pid).memory_full_info().uss
-                    added[number] = max(added[number], found - int(path.read_text()))
-        time.sleep(0.1)
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # not imported yet, or just ended
+                added[number] = max(added[number], private_bytes(process.pid) - int(path.read_text()))
+        time.sleep(0.02)
     return added
+
+
+def private_bytes(process_id: int) -> int:
+    """Resident memory that is no file's: the kernel keeps the count, so asking does not slow the process as its USS would."""
+    _, resident, of_files, *_ = Path(f"/proc/{process_id}/statm").read_text().split()
+    return (int(resident) - int(of_files)) * resource.getpagesize()
 
 
 DEEPSPEEDS_COMPILED_OPTIMIZER = "deepspeed.runtime.zero.muon.original_muon"  # imports torch's compiler; not memory of theirs
@@ -173,12 +176,10 @@ IMPORTS = {
 
 def run_rank(who: str, folder: Path, their_stage: int) -> None:
     """Import, write down the private memory so far, train."""
-    import psutil
-
     for name in IMPORTS[who]:
         importlib.import_module(name)
     rank = int(os.environ["RANK"])
-    write_atomically(folder / who / f"imported-{rank}", str(psutil.Process().memory_full_info().uss))
+    write_atomically(folder / who / f"imported-{rank}", str(private_bytes(os.getpid())))
     if who == "ours":
         run_ours(folder)
     else:

@@ -56,12 +56,13 @@ def added_bytes(output: Path, num_ranks: int) -> list[int]:
     return [int((output / ADDED_BYTES.format(rank)).read_text()) for rank in range(num_ranks)]
 
 
-def run_stages(num_ranks: int, jobs: list[dict], folder: Path) -> None:
+def run_stages(num_ranks: int, jobs: list[dict], folder: Path, **variables: str) -> None:
     """Start `num_ranks` processes that do all jobs one after another; raises AssertionError with the log when one fails."""
     path = folder / f"jobs-{num_ranks}.json"
     path.write_text(json.dumps(jobs, default=str))
     words = [sys.executable, str(SPAWN_RANKS), str(num_ranks), str(free_port()), "tests.train.run_stages", str(path)]
-    done = subprocess.run(words, env=ENVIRONMENT, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=540)
+    environment, where = {**ENVIRONMENT, **variables}, Path(__file__).parents[2]
+    done = subprocess.run(words, env=environment, cwd=where, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 

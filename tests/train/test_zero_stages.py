@@ -162,6 +162,6 @@ def test_no_rank_ever_holds_the_whole_model(work) -> None:
     few = [f"zero_optimization.stage3_{key}={value}" for key, value in FEW_GATHERED.items()]
     warm_up = job(work, "warm-up", *settings(3, 3, 1), *rules)  # imports, the process group's buffers
     large = {**job(work, "held", *settings(3, 3, 1), *rules, *few), "model": work / "large"}
-    run_stages(3, [warm_up, large], work)
+    run_stages(3, [warm_up, large], work, MALLOC_MMAP_THRESHOLD_="65536")  # what is freed goes back, so the peak is what is held
     shares = [amount / model_bytes for amount in added_bytes(work / "held", 3)]
     assert all(0.33 < share < 0.85 for share in shares), shares
