@@ -155,13 +155,13 @@ FEW_GATHERED = {"max_live_parameters": 2_000_000, "max_reuse_distance": 0, "pref
 
 
 def test_no_rank_ever_holds_the_whole_model(work) -> None:
-    """From building to final/: a rank of three has its third, at the start also the third of the file that it copied it from."""
-    write_model(work / "large", num_layers=16, hidden_size=512)
+    """From building to final/, one of three ranks has its third, beside a few gathered matrices, activations and buffers."""
+    write_model(work / "large", num_layers=4, hidden_size=1024)
     model_bytes = sum(tensor.nbytes for tensor in dict(WeightFolder(work / "large")).values())
-    rules = [f"beingvl.trainable={json.dumps(ROWS_ONLY)}", "beingvl.max_steps=2", "beingvl.checkpoint_every_steps=1"]
+    rules = [f"beingvl.trainable={json.dumps(ROWS_ONLY)}", "beingvl.max_steps=1"]
     few = [f"zero_optimization.stage3_{key}={value}" for key, value in FEW_GATHERED.items()]
     warm_up = job(work, "warm-up", *settings(3, 3, 1), *rules)  # imports, the process group's buffers
     large = {**job(work, "held", *settings(3, 3, 1), *rules, *few), "model": work / "large"}
     run_stages(3, [warm_up, large], work, MALLOC_MMAP_THRESHOLD_="65536")  # what is freed goes back, so the peak is what is held
     shares = [amount / model_bytes for amount in added_bytes(work / "held", 3)]
-    assert all(0.33 < share < 0.85 for share in shares), shares
+    assert all(1 / 3 < share < 0.85 for share in shares), shares
