@@ -156,7 +156,7 @@ FEW_GATHERED = {"max_live_parameters": 2_000_000, "max_reuse_distance": 0, "pref
 
 def test_no_rank_ever_holds_the_whole_model(work) -> None:
     """From building to final/, one of three ranks has its third, beside a few gathered matrices, activations and buffers."""
-    write_model(work / "large", num_layers=4, hidden_size=1024)
+    write_model(work / "large", num_layers=6, hidden_size=1024)
     model_bytes = sum(tensor.nbytes for tensor in dict(WeightFolder(work / "large")).values())
     rules = [f"beingvl.trainable={json.dumps(ROWS_ONLY)}", "beingvl.max_steps=1"]
     few = [f"zero_optimization.stage3_{key}={value}" for key, value in FEW_GATHERED.items()]
