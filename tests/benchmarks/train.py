@@ -212,20 +212,35 @@ def times_of_ours(output: Path) -> dict[str, float]:
 def run_theirs(folder: Path, rank: int, stage: int) -> None:
     import deepspeed
     import torch
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as on our side: it would be compiled at the first start
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    num_ranks = int(os.environ["WORLD_SIZE"])
     times: list[float] = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             times.append(time.time())
 
+    def collate(samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        return {key: torch.tensor([sample[key] for sample in samples]) for key in ("input_ids", "labels")}
+
+    arguments = their_arguments(folder, stage)  # first: under ZeRO-3 transformers then cuts the model while it loads it
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()])
+    trainer.train()
+    trainer.save_model(str(folder / "theirs"))
+    if rank == 0:
+        (folder / "theirs" / STEP_TIMES).write_text(json.dumps(times))
+
+
+def their_arguments(folder: Path, stage: int) -> Any:
+    from transformers import TrainingArguments
+
+    accumulation_steps = SAMPLES_PER_STEP // int(os.environ["WORLD_SIZE"])
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": SAMPLES_PER_STEP // num_ranks,
+        "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": 1.0,
         "optimizer": {
             "type": "AdamW",
@@ -235,10 +250,10 @@ def run_theirs(folder: Path, rank: int, stage: int) -> None:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31 - 1,
     }
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(folder / "theirs"),
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=SAMPLES_PER_STEP // num_ranks,
+        gradient_accumulation_steps=accumulation_steps,
         max_steps=int((folder / "trained").read_text()) // SAMPLES_PER_STEP,
         learning_rate=LEARNING_RATE,
         train_sampling_strategy="sequential",
@@ -253,16 +268,6 @@ def run_theirs(folder: Path, rank: int, stage: int) -> None:
         logging_steps=1,
         disable_tqdm=True,
     )
-
-    def collate(samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        return {key: torch.tensor([sample[key] for sample in samples]) for key in ("input_ids", "labels")}
-
-    model = AutoModelForCausalLM.from_pretrained(folder / "base")
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()])
-    trainer.train()
-    trainer.save_model(str(folder / "theirs"))
-    if rank == 0:
-        (folder / "theirs" / STEP_TIMES).write_text(json.dumps(times))
 
 
 def times_of_theirs(output: Path) -> dict[str, float]:
