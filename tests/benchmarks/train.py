@@ -149,7 +149,7 @@ def launch(who: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             processes.append(subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=log, stderr=log))
     added = watch_private_memory(processes, [folder / who / f"imported-{rank}" for rank in range(num_ranks)])
     codes = [process.wait() for process in processes]
-    assert codes == [0] * num_ranks, (folder / f"{who}-0.log").read_text()[-3000:]
+    assert codes == [0] * num_ranks, (codes, (folder / f"{who}-0.log").read_text()[-3000:])
     result = times_of_ours(folder / who) if who == "ours" else times_of_theirs(folder / who)
     result["startup_seconds"] = result.pop("first_step_done") - started
     return {**result, "added_private_bytes": max(added), "final_loss": loss_of(folder / who, folder)}
@@ -238,6 +238,7 @@ def run_theirs(folder: Path, rank: int, arguments: Any) -> None:
     trainer.save_model(str(folder / "theirs"))
     if rank == 0:
         (folder / "theirs" / STEP_TIMES).write_text(json.dumps(times))
+    os._exit(0)  # as ours ends: a thread of the process group may abort a finished rank while Python is taken down
 
 
 def their_arguments(folder: Path, stage: int, checkpointing: bool) -> Any:
