@@ -68,7 +68,9 @@ class Wanted:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hostfile", type=Path, required=True, help="NAME slots=NUMBER, one line a host")
-    parser.add_argument("--stage", "--deepspeed_config", help="the stage's JSON (ds_configs/): it must be accepted, and equal on every host")
+    parser.add_argument(
+        "--stage", "--deepspeed_config", help="the stage's JSON (ds_configs/): it must be accepted, and equal on every host"
+    )
     parser.add_argument("--model", help="start model; every host must see the same")
     parser.add_argument("--data", help="shard folder; every host must see the same")
     parser.add_argument("--output", help="stage folder that will be written; its disk must have room")

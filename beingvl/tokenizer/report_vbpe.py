@@ -45,7 +45,11 @@ TILE = 88  # pixels of a token's picture
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("vbpe", type=Path, help="vbpe.json, or the folder it lies in")
     parser.add_argument(
-        "--codes", "--vq_codes", nargs="+", type=Path, help="VQ codes (folder or .npy) to measure on; best not those it learnt from"
+        "--codes",
+        "--vq_codes",
+        nargs="+",
+        type=Path,
+        help="VQ codes (folder or .npy) to measure on; best not those it learnt from",
     )
     parser.add_argument("--vq", "--vq_path", type=Path, help="VQ-GAN folder with a decoder, to show pixels instead of colours")
     parser.add_argument("--max_images", type=int, default=2000, help="measure on a sample of this many images")

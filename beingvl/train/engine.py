@@ -39,7 +39,7 @@ from beingvl.model.param_groups import PlannedParameter, plan_parameters
 from beingvl.model.weight_files import WeightFolder
 from beingvl.train.failures import FreezerError
 from beingvl.train.flops import step_flops
-from beingvl.train.memory import predict_memory
+from beingvl.train.memory import predict_memory, reduce_bucket_elements
 from beingvl.train.partitions import MASTER, MOMENTS, STATE_KEYS, partitions_of
 from beingvl.train.stage_config import StageConfig
 from beingvl.vocab import VocabLayout
@@ -114,7 +114,8 @@ def build_engine(
     `adam_steps`: trained name -> updates that its moments will have behind them, where they are carried over or resumed.
     """
     accumulation_steps = config.accumulation_steps(ranks.num_ranks)
-    deepspeed_config = {**config.deepspeed, "gradient_accumulation_steps": accumulation_steps}
+    zero = dict(config.deepspeed["zero_optimization"])
+    deepspeed_config = {**config.deepspeed, "gradient_accumulation_steps": accumulation_steps, "zero_optimization": zero}
     model_config = AutoConfig.from_pretrained(model_folder)
     model = _empty_model(model_config, layout, config, deepspeed_config)
     parameters = dict(model.causal_lm.named_parameters())
@@ -123,6 +124,7 @@ def build_engine(
     _load_weights(parameters, shapes, WeightFolder(model_folder), layout, config, ranks)
     for planned in plan:
         parameters[planned.name].requires_grad_(planned.rule.train)
+    zero["reduce_bucket_size"] = reduce_bucket_elements(plan, config)
     groups = _optimizer_groups(plan, config, adam_steps or {})
     settings = [
         {
@@ -180,6 +182,7 @@ def _load_weights(
         mine = stored.reshape(-1)[start : start + partition.numel()]
         partition.data.zero_()
         partition.data[: mine.numel()].copy_(mine)
+        weights.release()
 
 
 def _restore_rotary_buffers(model: torch.nn.Module, model_config: Any, device: torch.device) -> None:

@@ -6,7 +6,7 @@
     optimizer     trained * 12 (float32 master and two moments; 8 without master: stage 0 in float32); cut from ZeRO-1 on
     activations   with checkpointing the input of every layer and one layer's inside, else every layer's inside
     logits        one chunk of target tokens: b, its float32 copy and that one's gradient
-    buffers       DeepSpeed's reduce and gather buckets, at most as large as what goes through them
+    buffers       DeepSpeed's reduce and gather buckets, at most as large as what goes through them (the engine sees to it)
 
 b is 2 bytes in bf16, 4 in float32. The inside of a layer is taken as 14 hidden sizes and 3 intermediate sizes a token.
 """
@@ -20,6 +20,12 @@ from beingvl.model.param_groups import PlannedParameter
 from beingvl.train.stage_config import StageConfig
 
 DEFAULT_BUCKET_ELEMENTS = 500_000_000
+
+
+def reduce_bucket_elements(plan: Sequence[PlannedParameter], config: StageConfig) -> int:
+    """What the JSON allows, but not more than there are gradients: DeepSpeed allocates all of it, whatever goes through it."""
+    allowed = config.deepspeed["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS)
+    return min(int(allowed), sum(planned.num_elements for planned in plan if planned.rule.train))
 
 
 def predict_memory(
@@ -36,7 +42,7 @@ def predict_memory(
     inputs = num_layers * tokens * hidden * width
     vocabulary = sum(planned.shape[0] for planned in plan if planned.name.endswith("_rows")) // 2  # embedding and head
     largest = max(planned.num_elements for planned in plan)
-    bucket = min(zero.get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS), trained)
+    bucket = reduce_bucket_elements(plan, config)
 
     def cut(amount: int, first_stage: int) -> int:
         return -(-amount // num_ranks) if stage >= first_stage else amount

@@ -3,14 +3,16 @@ micro-batch, JSONL in memory, logits of all tokens. Same small model, same rows,
 
     pip install accelerate
     python -m tests.benchmarks.train [--samples 960] [--rows 20000] [--ranks 2] [--rounds 3] [--their_stage 2]
+                                     [--no_checkpointing]
 
 Both sides make the same updates: the same 16 samples in every step, in our order; eight samples fill a packed sequence exactly.
-They train on the first --samples of a data set of --rows, with activation checkpointing.
+They train on the first --samples of a data set of --rows, with activation checkpointing, as published, or without. TensorBoard
+is off on both sides; what both import after the start of the count is about 130 small modules, 5 MB.
 
 The last line is one JSON object:
 
     samples_ratio           ours / theirs, samples per second after 3 steps
-    private_memory_ratio    ours / theirs, peak private memory of a rank above what it had after its imports
+    private_memory_ratio    ours / theirs, peak memory of a rank that is no file's, above what it had after its imports
     overhead_fraction       our step time outside forward, backward, optimizer and collectives
     loss_memory_ratio       peak memory of the chunked loss / of full logits; 144,645 ids, 4096 positions (benchmarks/loss.py)
     startup_ratio           ours / theirs, process start to the end of the first step
@@ -20,18 +22,21 @@ The last line is one JSON object:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from beingvl.manifest import write_atomically
 from tests.benchmarks.loss import run_alone
 
 REPOSITORY = Path(__file__).parents[2]
@@ -40,6 +45,7 @@ SAMPLES_PER_STEP = 16
 SEQUENCE_LENGTH = 1024
 SHORTEST, LONGEST = 114, 128  # nine of the shortest are too long for a sequence, eight of the longest just fit
 LEARNING_RATE = 1e-3
+STEP_TIMES = "step-times.json"
 
 
 def main() -> int:
@@ -49,12 +55,12 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--their_stage", type=int, default=2, choices=[2, 3], help="ZeRO stage of the other side")
+    parser.add_argument("--no_checkpointing", action="store_true", help="keep all activations, on both sides")
     parser.add_argument("--rank_of", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank_of:
-        run_rank(args.rank_of, args.folder, args.started, args.their_stage)
+        run_rank(args)
     else:
         with tempfile.TemporaryDirectory(prefix="train-benchmark-") as folder:
             print(json.dumps(measure(Path(folder), args)))
@@ -62,7 +68,7 @@ def main() -> int:
 
 
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    make_inputs(folder, args.samples, max(args.rows, args.samples), args.ranks)
+    make_inputs(folder, args.samples, max(args.rows, args.samples), args.ranks, checkpointing=not args.no_checkpointing)
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
     for _ in range(args.rounds):
         for who in found:
@@ -87,7 +93,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def make_inputs(folder: Path, num_samples: int, num_rows: int, num_ranks: int) -> None:
+def make_inputs(folder: Path, num_samples: int, num_rows: int, num_ranks: int, checkpointing: bool) -> None:
     """Samples whose answers (2 … 12 tokens, one id repeated) follow from their first token; rows.jsonl is in training order."""
     import numpy as np
 
@@ -113,6 +119,7 @@ def make_inputs(folder: Path, num_samples: int, num_rows: int, num_ranks: int) -
     fields = stage_fields(sequence_length=SEQUENCE_LENGTH, mixture={"all": 1.0}, checkpoint_every_steps=0, schedule="constant")
     fields["optimizer"]["params"] |= {"lr": LEARNING_RATE, "weight_decay": 0.0}
     fields["beingvl"] |= {"warmup_ratio": 0.0, "max_steps": num_samples // SAMPLES_PER_STEP}
+    fields["beingvl"] |= {"activation_checkpointing": checkpointing}
     fields["zero_optimization"] = {"stage": 3, "overlap_comm": False}
     sequences = SAMPLES_PER_STEP * LONGEST // SEQUENCE_LENGTH
     fields |= {"train_batch_size": sequences, "train_micro_batch_size_per_gpu": sequences // num_ranks}
@@ -126,23 +133,43 @@ def make_inputs(folder: Path, num_samples: int, num_rows: int, num_ranks: int) -
 
 
 def launch(who: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Run all ranks to the end; rank 0's numbers, the memory of the rank that took most."""
+    """Run all ranks to the end: rank 0's times, the memory of the rank that took most."""
     from tests.launcher import ENVIRONMENT, free_port
 
     port, started, processes, num_ranks = str(free_port()), time.time(), [], args.ranks
-    for path in folder.glob(f"{who}-*.json"):
-        path.unlink()
+    shutil.rmtree(folder / who, ignore_errors=True)
+    (folder / who).mkdir()
     for rank in range(num_ranks):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_PORT": port}
-        words = ["--rank_of", who, "--folder", str(folder), "--started", str(started), "--their_stage", str(args.their_stage)]
+        words = ["--rank_of", who, "--folder", str(folder), "--their_stage", str(args.their_stage)]
+        words += ["--no_checkpointing"] if args.no_checkpointing else []
         environment = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", **place}
         with open(folder / f"{who}-{rank}.log", "w") as log:
             command = [sys.executable, "-m", "tests.benchmarks.train", *words]
             processes.append(subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=log, stderr=log))
+    added = watch_private_memory(processes, [folder / who / f"imported-{rank}" for rank in range(num_ranks)])
     codes = [process.wait() for process in processes]
-    assert codes == [0] * num_ranks, (folder / f"{who}-0.log").read_text()[-3000:]
-    results = [json.loads((folder / f"{who}-{rank}.json").read_text()) for rank in range(num_ranks)]
-    return {**results[0], "added_private_bytes": max(result["added_private_bytes"] for result in results)}
+    assert codes == [0] * num_ranks, (codes, (folder / f"{who}-0.log").read_text()[-3000:])
+    result = times_of_ours(folder / who) if who == "ours" else times_of_theirs(folder / who)
+    result["startup_seconds"] = result.pop("first_step_done") - started
+    return {**result, "added_private_bytes": max(added), "final_loss": loss_of(folder / who, folder)}
+
+
+def watch_private_memory(processes: list[subprocess.Popen], imported: list[Path]) -> list[int]:
+    """Until all have ended: each process's peak private memory above what it wrote to its file after its imports."""
+    added = [0] * len(processes)
+    while any(process.poll() is None for process in processes):
+        for number, (process, path) in enumerate(zip(processes, imported, strict=True)):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # not imported yet, or just ended
+                added[number] = max(added[number], private_bytes(process.pid) - int(path.read_text()))
+        time.sleep(0.02)
+    return added
+
+
+def private_bytes(process_id: int) -> int:
+    """Resident memory that is no file's: the kernel keeps the count, so asking does not slow the process as its USS would."""
+    _, resident, of_files, *_ = Path(f"/proc/{process_id}/statm").read_text().split()
+    return (int(resident) - int(of_files)) * resource.getpagesize()
 
 
 DEEPSPEEDS_COMPILED_OPTIMIZER = "deepspeed.runtime.zero.muon.original_muon"  # imports torch's compiler; not memory of theirs
@@ -152,87 +179,75 @@ IMPORTS = {
 }
 
 
-def run_rank(who: str, folder: Path, started: float, their_stage: int) -> None:
+def run_rank(args: argparse.Namespace) -> None:
+    """Import, write down the private memory so far, train."""
+    who, folder = args.rank_of, args.folder
     for name in IMPORTS[who]:
         importlib.import_module(name)
     rank = int(os.environ["RANK"])
-    with PrivateMemory() as memory:
-        result = run_ours(folder, started, rank) if who == "ours" else run_theirs(folder, started, rank, their_stage)
-    (folder / f"{who}-{rank}.json").write_text(json.dumps({**result, "added_private_bytes": memory.added}))
+    write_atomically(folder / who / f"imported-{rank}", str(private_bytes(os.getpid())))
+    if who == "ours":
+        run_ours(folder)
+    else:
+        run_theirs(folder, rank, their_arguments(folder, args.their_stage, not args.no_checkpointing))
 
 
-class PrivateMemory:
-    """Peak of this process's private memory (USS) above its value on entry, sampled in a thread."""
-
-    def __enter__(self) -> PrivateMemory:
-        import psutil
-
-        self._process = psutil.Process()
-        self._first = self._process.memory_full_info().uss
-        self.added = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-        return self
-
-    def _sample(self) -> None:
-        while not self._done.wait(0.2):
-            self.added = max(self.added, self._process.memory_full_info().uss - self._first)
-
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-
-def run_ours(folder: Path, started: float, rank: int) -> dict[str, Any]:
-    import shutil
-
+def run_ours(folder: Path) -> None:
+    """Ends the process."""
     from beingvl.cli import main as beingvl
-    from beingvl.train.metrics import read_metrics
 
-    output = folder / "ours"
-    if rank == 0:
-        shutil.rmtree(output, ignore_errors=True)
     paths = [f"--deepspeed_config={folder / 'stage.json'}", f"--model={folder / 'base'}", f"--data={folder / 'shards'}"]
-    assert beingvl(["train", *paths, f"--output={output}", "--debug"]) == 0
-    if rank != 0:
-        return {}
-    rows = read_metrics(output)[NUM_WARMUP_STEPS:]
+    sys.exit(beingvl(["train", *paths, f"--output={folder / 'ours'}", "--debug"]))
+
+
+def times_of_ours(output: Path) -> dict[str, float]:
+    from beingvl.train.metrics import METRICS_FILE, read_metrics
+
+    all_rows = read_metrics(output)
+    rows = all_rows[NUM_WARMUP_STEPS:]
     seconds = sum(row["seconds"] for row in rows)
     useful = sum(row[f"seconds_{phase}"] for row in rows for phase in ("forward", "backward", "optimizer", "communication"))
+    last_step_done = (output / METRICS_FILE).stat().st_mtime
     return {
         "samples_per_second": len(rows) * SAMPLES_PER_STEP / seconds,
-        "startup_seconds": read_first_step_time(output) - started,
+        "first_step_done": last_step_done - sum(row["seconds"] for row in all_rows[1:]),
         "overhead_fraction": 1 - useful / seconds,
-        "final_loss": loss_of(output / "final", folder),
     }
 
 
-def read_first_step_time(output: Path) -> float:
-    """When the first step was over: the last write of the metrics less the time of all later steps."""
-    from beingvl.train.metrics import METRICS_FILE, read_metrics
-
-    rows = read_metrics(output)
-    return (output / METRICS_FILE).stat().st_mtime - sum(row["seconds"] for row in rows[1:])
-
-
-def run_theirs(folder: Path, started: float, rank: int, stage: int) -> dict[str, Any]:
+def run_theirs(folder: Path, rank: int, arguments: Any) -> None:
+    """`arguments` are there before the model: under ZeRO-3 transformers then cuts it while it loads it."""
     import deepspeed
     import torch
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as on our side: it would be compiled at the first start
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    num_ranks = int(os.environ["WORLD_SIZE"])
     times: list[float] = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             times.append(time.time())
 
+    def collate(samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        return {key: torch.tensor([sample[key] for sample in samples]) for key in ("input_ids", "labels")}
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()])
+    trainer.train()
+    trainer.save_model(str(folder / "theirs"))
+    if rank == 0:
+        (folder / "theirs" / STEP_TIMES).write_text(json.dumps(times))
+    os._exit(0)  # as ours ends: a thread of the process group may abort a finished rank while Python is taken down
+
+
+def their_arguments(folder: Path, stage: int, checkpointing: bool) -> Any:
+    from transformers import TrainingArguments
+
+    accumulation_steps = SAMPLES_PER_STEP // int(os.environ["WORLD_SIZE"])
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": SAMPLES_PER_STEP // num_ranks,
+        "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": 1.0,
         "optimizer": {
             "type": "AdamW",
@@ -242,17 +257,17 @@ def run_theirs(folder: Path, started: float, rank: int, stage: int) -> dict[str,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31 - 1,
     }
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(folder / "theirs"),
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=SAMPLES_PER_STEP // num_ranks,
+        gradient_accumulation_steps=accumulation_steps,
         max_steps=int((folder / "trained").read_text()) // SAMPLES_PER_STEP,
         learning_rate=LEARNING_RATE,
         train_sampling_strategy="sequential",
         adam_beta2=0.95,
         lr_scheduler_type="constant",
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         deepspeed=config,
         use_cpu=True,
         report_to=[],
@@ -261,25 +276,16 @@ def run_theirs(folder: Path, started: float, rank: int, stage: int) -> dict[str,
         disable_tqdm=True,
     )
 
-    def collate(samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        return {key: torch.tensor([sample[key] for sample in samples]) for key in ("input_ids", "labels")}
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "base")
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()])
-    trainer.train()
-    trainer.save_model(str(folder / "theirs"))
-    if rank != 0:
-        return {}
-    steps = len(times) - NUM_WARMUP_STEPS
-    return {
-        "samples_per_second": steps * SAMPLES_PER_STEP / (times[-1] - times[NUM_WARMUP_STEPS - 1]),
-        "startup_seconds": times[0] - started,
-        "final_loss": loss_of(folder / "theirs", folder),
-    }
+def times_of_theirs(output: Path) -> dict[str, float]:
+    times = json.loads((output / STEP_TIMES).read_text())
+    seconds = times[-1] - times[NUM_WARMUP_STEPS - 1]
+    return {"samples_per_second": (len(times) - NUM_WARMUP_STEPS) * SAMPLES_PER_STEP / seconds, "first_step_done": times[0]}
 
 
-def loss_of(model_folder: Path, folder: Path) -> float:
+def loss_of(output: Path, folder: Path) -> float:
     """Mean loss over all targets of the rows trained on, by stock transformers in one process."""
+    model_folder = output / "final" if (output / "final").is_dir() else output
     code = f"""
 import itertools, json, torch
 from transformers import AutoModelForCausalLM
@@ -292,9 +298,7 @@ with torch.no_grad():
         total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum")); count += int((targets >= 0).sum())
 print(total / count)
 """
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return round(float(done.stdout.split()[-1]), 4)
 
 

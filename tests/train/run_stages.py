@@ -2,7 +2,8 @@
 
     python -m tests.train.run_stages JOBS.json      with RANK, WORLD_SIZE … in the environment, as a launcher sets them
 
-JOBS.json: a list of {config, model, data, output, set}; each leaves what `beingvl train` leaves.
+JOBS.json: a list of {config, model, data, output, set}; each leaves what `beingvl train` leaves, and of every rank how much
+memory it took at its peak above what it had before (`added_bytes`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import sys
 from pathlib import Path
 
 from tests.launcher import ENVIRONMENT, SPAWN_RANKS, free_port
+
+ADDED_BYTES = "added-bytes-{:05d}"
 
 
 def main() -> None:
@@ -28,18 +31,38 @@ def main() -> None:
         config = load_stage_config(job["config"], job["set"])
         model, shards = Path(job["model"]), ShardReader(job["data"])
         identity = run_identity(config, read_manifest(model), shards.manifest, {})
-        stage = Stage(Path(job["output"]), None, config, model, shards, None, None, identity, ranks)
+        output = Path(job["output"])
+        stage = Stage(output, None, config, model, shards, None, None, identity, ranks)
+        before = restart_peak()
         assert _train(stage, lambda: False) == 0
+        (output / ADDED_BYTES.format(ranks.rank)).write_text(str(peak_bytes() - before))
     stop_distributed()
     os._exit(0)  # as a training run of several ranks ends
 
 
-def run_stages(num_ranks: int, jobs: list[dict], folder: Path) -> None:
+def restart_peak() -> int:
+    """From now on the kernel keeps a new peak of this process's resident memory; returns what that memory is now, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
+def added_bytes(output: Path, num_ranks: int) -> list[int]:
+    """Peak of each rank during the run that left `output`, above what the rank had before."""
+    return [int((output / ADDED_BYTES.format(rank)).read_text()) for rank in range(num_ranks)]
+
+
+def run_stages(num_ranks: int, jobs: list[dict], folder: Path, **variables: str) -> None:
     """Start `num_ranks` processes that do all jobs one after another; raises AssertionError with the log when one fails."""
     path = folder / f"jobs-{num_ranks}.json"
     path.write_text(json.dumps(jobs, default=str))
     words = [sys.executable, str(SPAWN_RANKS), str(num_ranks), str(free_port()), "tests.train.run_stages", str(path)]
-    done = subprocess.run(words, env=ENVIRONMENT, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=540)
+    environment, where = {**ENVIRONMENT, **variables}, Path(__file__).parents[2]
+    done = subprocess.run(words, env=environment, cwd=where, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 

@@ -15,7 +15,7 @@ from beingvl.data.arrow_shards import ShardReader
 from beingvl.inference.evaluate import read_summary
 from beingvl.model.weight_files import WeightFolder
 from beingvl.train.checkpoint import StateReader, complete_checkpoints, step_of
-from beingvl.train.metrics import VALIDATION_FILE, read_metrics
+from beingvl.train.metrics import VALIDATION_FILE, MetricsWriter, read_metrics
 from beingvl.train.stage_config import load_stage_config
 from tests.launcher import ENVIRONMENT, free_port, log_of, run
 from tests.plain_torch import train_plain
@@ -156,23 +156,73 @@ def test_checkpoints_by_the_clock(work) -> None:
     assert [step_of(path) for path in complete_checkpoints(work / "clock")] == [3, 4]
 
 
-def test_weights_and_biases_gets_every_step(work, tmp_path) -> None:
+def test_weights_and_biases_gets_every_step(work, tmp_path, monkeypatch) -> None:
     """A module of that name, since the service is not reachable from a test; it keeps what it is given."""
     (tmp_path / "wandb.py").write_text(
         "import json, os\n"
+        "def tell(*words): open(os.environ['TOLD'], 'a').write(json.dumps(words) + '\\n')\n"
         "class Run:\n"
-        "    def log(self, values, step): open(os.environ['TOLD'], 'a').write(json.dumps([step, values['loss']]) + '\\n')\n"
-        "    def finish(self, exit_code): open(os.environ['TOLD'], 'a').write(json.dumps(exit_code) + '\\n')\n"
-        "def init(project, **more): return Run()\n"
+        "    def log(self, values, step): tell(step, values['loss'])\n"
+        "    def finish(self, exit_code): tell(exit_code)\n"
+        "def init(project, id, resume, **more): tell(project, id, resume); return Run()\n"
     )
     told = tmp_path / "told"
     paths = f"{tmp_path}:{ENVIRONMENT.get('PYTHONPATH', '')}"
     done = train(work, "wandb", "--set", "beingvl.max_steps=2", WANDB_PROJECT="digits", TOLD=str(told), PYTHONPATH=paths)
     assert done.returncode == 0, done.stderr
     steps = [[row["step"], row["loss"]] for row in read_metrics(work / "wandb")]
-    assert [json.loads(line) for line in told.read_text().splitlines()] == [*steps, 0]
+    first, *others = [json.loads(line) for line in told.read_text().splitlines()]
+    assert first[0] == "digits" and first[2] == "allow" and others == [*steps, [0]]
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("WANDB_PROJECT", "digits"), monkeypatch.setenv("TOLD", str(told))
+    with MetricsWriter(work / "wandb", rank=0, num_ranks=1, first_step=2, num_steps=4):
+        pass
+    assert [json.loads(line) for line in told.read_text().splitlines()][-2:] == [first, [0]]  # a resumed stage: the same run
     done = train(work, "wandb-missing", WANDB_PROJECT="digits")
     assert done.returncode == 2 and "wandb is not installed" in done.stderr
+
+
+READ_WANDB = """
+import json, struct, sys
+from pathlib import Path
+from wandb.proto.wandb_internal_pb2 import Record
+HEADER, BLOCK = 7, 32768  # of a file and of each piece of a record; pieces do not cross blocks
+for path in sorted(Path(sys.argv[1]).glob("wandb/offline-run-*/*.wandb")):
+    data, at, record, found = path.read_bytes(), HEADER, b"", {"steps": {}}
+    while at + HEADER <= len(data):
+        if BLOCK - at % BLOCK < HEADER:
+            at += BLOCK - at % BLOCK
+            continue
+        _, size, piece = struct.unpack_from("<IHB", data, at)
+        record, at = record + data[at + HEADER : at + HEADER + size], at + HEADER + size
+        if piece in (1, 4):  # whole, or the last piece
+            read, record = Record.FromString(record), b""
+            found["id"] = read.run.run_id or found.get("id")
+            values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in read.history.item}
+            if values:
+                found["steps"][values["_step"]] = values["loss"]
+    print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_a_resumed_stage_goes_on_with_its_weights_and_biases_run(work, tmp_path) -> None:
+    """The real package, offline: it writes down what it would send."""
+    packages, output = tmp_path / "packages", work / "wandb-offline"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--target", packages, "wandb"], check=True)
+    paths = f"{ENVIRONMENT.get('PYTHONPATH', '')}:{packages}"  # last: our versions of what both need
+    settings = {"WANDB_PROJECT": "digits", "WANDB_MODE": "offline", "PYTHONPATH": paths}
+    assert train(work, output.name, "--set", "beingvl.max_steps=4", **settings).returncode == 0
+    losses = {str(row["step"]): row["loss"] for row in read_metrics(output)}
+    for folder in (output / "final", output / "checkpoints" / "step-00000004"):  # as if killed in step 4
+        (folder / "manifest.json").unlink()
+    done = train(work, output.name, "--set", "beingvl.max_steps=4", **settings)
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
+    command = [sys.executable, "-c", READ_WANDB, str(output)]
+    read = subprocess.run(command, env={**ENVIRONMENT, "PYTHONPATH": paths}, capture_output=True, text=True, check=True)
+    first, second = sorted((json.loads(line) for line in read.stdout.splitlines()), key=lambda run: -len(run["steps"]))
+    assert first["id"] == second["id"] == (output / "wandb-run-id").read_text()
+    assert first["steps"] == losses and second["steps"] == {step: losses[step] for step in ("3", "4")}
 
 
 def test_metrics_say_where_the_time_of_a_step_goes(plain_run) -> None:

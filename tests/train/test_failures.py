@@ -117,6 +117,7 @@ config = load_stage_config(work / "all.json", ["zero_optimization.stage=" + stag
 shards = ShardReader(work / "shards")
 engine = build_engine(work / "base", shards.layout, config, start_distributed(60))
 engine.check_frozen()
+assert not any(engine._parameters[each.name].requires_grad for each in engine.plan if not each.rule.train)
 if plant == "cut":  # a trained weight that the loss does not reach
     projection = engine._model.causal_lm.model.layers[1].mlp.down_proj
     projection.forward = lambda x: torch.nn.functional.linear(x, projection.weight.detach())

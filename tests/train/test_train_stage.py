@@ -134,9 +134,12 @@ def test_a_stage_folder_serves_as_start_model_and_export_equals_final(work, whol
 
 
 def test_bf16_keeps_rotary_frequencies_and_masters_in_float32_in_every_stage(work) -> None:
-    """Masters are the start model's weights: DeepSpeed's stage 0 makes a decaying update with zero gradients when it is built."""
+    """Masters are the start model's weights: DeepSpeed's stage 0 makes a decaying update with zero gradients when it is built.
+
+    The buffer for gradients under way is no larger than they are.
+    """
     code = f"""
-import torch
+import math, torch
 from pathlib import Path
 from beingvl.model.extended_vocab import stored_slice
 from beingvl.model.weight_files import WeightFolder
@@ -157,6 +160,8 @@ for stage in (0, 1, 2, 3):
         master = engine._partitions.read(name, "master")
         assert engine._partitions.held_weights(name).dtype == torch.bfloat16 and master.dtype == torch.float32
         assert torch.equal(master, weights[stored][rows].reshape(-1).bfloat16().float()), (stage, name)
+buckets = engine._engine.optimizer.ipg_buckets.values()  # stage 3 allocates them when it is built, whatever goes through them
+assert sum(bucket.buffer.numel() for bucket in buckets) == sum(map(math.prod, engine.trained_shapes.values()))
 print("fine")
 """
     environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port())}

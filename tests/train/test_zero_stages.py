@@ -14,8 +14,8 @@ from beingvl.model.weight_files import WeightFolder
 from beingvl.train.metrics import read_metrics
 from beingvl.train.stage_config import load_stage_config
 from tests.plain_torch import train_plain
-from tests.tiny import LAYOUT, stage_fields, write_inputs
-from tests.train.run_stages import run_stages
+from tests.tiny import LAYOUT, stage_fields, write_inputs, write_model
+from tests.train.run_stages import added_bytes, run_stages
 
 ROWS_AND_LAYERS = [{"match": "visual_rows"}, {"match": "layers[:2]"}, {"match": ".*", "train": False}]
 OFFLOAD = ["zero_optimization.offload_optimizer.device=cpu", "zero_optimization.offload_param.device=cpu"]
@@ -147,3 +147,21 @@ def test_frozen_stays_frozen_in_every_stage_and_any_stage_resumes_any_other(work
     for stage in (0, 1, 2, 3):
         for name, tensor in dict(WeightFolder(work / f"frozen-{stage}" / "final")).items():
             assert (tensor - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+ROWS_ONLY = [{"match": "visual_rows"}, {"match": ".*", "train": False}]
+# DeepSpeed keeps a billion gathered parameters by default, which is all of a small model.
+FEW_GATHERED = {"max_live_parameters": 2_000_000, "max_reuse_distance": 0, "prefetch_bucket_size": 500_000}
+
+
+def test_no_rank_ever_holds_the_whole_model(work) -> None:
+    """From building to final/, one of three ranks has its third, beside a few gathered matrices, activations and buffers."""
+    write_model(work / "large", num_layers=6, hidden_size=1024)
+    model_bytes = sum(tensor.nbytes for tensor in dict(WeightFolder(work / "large")).values())
+    rules = [f"beingvl.trainable={json.dumps(ROWS_ONLY)}", "beingvl.max_steps=1"]
+    few = [f"zero_optimization.stage3_{key}={value}" for key, value in FEW_GATHERED.items()]
+    warm_up = job(work, "warm-up", *settings(3, 3, 1), *rules)  # imports, the process group's buffers
+    large = {**job(work, "held", *settings(3, 3, 1), *rules, *few), "model": work / "large"}
+    run_stages(3, [warm_up, large], work, MALLOC_MMAP_THRESHOLD_="65536")  # what is freed goes back, so the peak is what is held
+    shares = [amount / model_bytes for amount in added_bytes(work / "held", 3)]
+    assert all(1 / 3 < share < 0.85 for share in shares), shares
