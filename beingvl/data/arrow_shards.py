@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +269,7 @@ class _Shard:
         if batch.schema != SCHEMA:
             raise InputError(f"{path} has the columns {batch.schema.names}, expected {SCHEMA.names}; build the shards again")
         self.num_rows = batch.num_rows
-        self._text = {name: _text_views(batch.column(name)) for name in ("id", "image", "category")}
+        self._text = {name: _text_views(batch.column(name)) for name in ("id", "image")}
         self._lists = {
             name: (batch.column(name).offsets.to_numpy(), batch.column(name).values.to_numpy())
             for name in ("input_ids", "target_spans")
@@ -301,7 +303,7 @@ class ShardReader:
     `lengths` [num_samples] int32 (tokens), `source_of` [num_samples] uint8 (index into `sources`), both memory-mapped. Shards are
     opened when they are first read. A page that is read stays in the map, and counts as this process's own memory, until it is
     given back: that happens when the pages that were mapped since the last time exceed `bytes_mapped_at_most`. They are measured,
-    because the kernel maps more than was asked for: 64 KiB around each of the nine places of a sample.
+    because the kernel maps more than was asked for: 64 KiB around each of the eight places of a sample.
     """
 
     def __init__(self, folder: Path | str, bytes_mapped_at_most: int = 24 << 20) -> None:
@@ -315,7 +317,7 @@ class ShardReader:
             raise InputError(f"{folder} was made by an older beingvl; build the shards again")
         for name in self._names:
             self._check_size(name)
-        self._starts = np.cumsum([0, *(rows[name] for name in self._names)])
+        self._starts = list(accumulate((rows[name] for name in self._names), initial=0))
         expected = self.manifest.counts["samples"]
         if self._starts[-1] != expected:
             raise InputError(f"{folder} holds {self._starts[-1]} samples, its manifest says {expected}; build the shards again")
@@ -390,21 +392,22 @@ class ShardReader:
                 raise InputError(f"{self.folder}: the index files do not fit {name}; build the shards again")
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def __getitem__(self, index: int) -> Sample:
         """One sample. Raises InputError where a damaged file gives what could not have been written."""
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        number = bisect_right(self._starts, index) - 1
         shard, row = self._shard(number), int(index - self._starts[number])
         ids, spans = shard.list("input_ids", row), shard.list("target_spans", row)
         if len(ids) != self.lengths[index] or _largest(ids) >= self.layout.size or _largest(spans) > len(ids) or len(spans) % 2:
             raise _damaged(self.folder / self._names[number], f"its row {row} has impossible ids, spans or length")
         try:
-            texts = [shard.text(name, row) for name in ("id", "image", "category")]
-        except UnicodeDecodeError as error:
-            raise _damaged(self.folder / self._names[number], f"its row {row} has an impossible text") from error
+            source = self.sources[self.source_of[index]]  # the row's category, without touching two more pages
+            sample = Sample(shard.text("id", row), shard.text("image", row), source, ids, spans.reshape(-1, 2))
+        except (UnicodeDecodeError, IndexError) as error:
+            raise _damaged(self.folder / self._names[number], f"its row {row} has an impossible text or source") from error
         self._count_read()
-        return Sample(texts[0], texts[1], texts[2], ids, spans.reshape(-1, 2))
+        return sample
 
     def _count_read(self) -> None:
         self._num_reads += 1

@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=4, help="the larger file to build holds the rows so many times")
     parser.add_argument("--read_rows", type=int, default=12_000, help="samples read in random order")
     parser.add_argument("--processes", type=int, default=2, help="of orjson alone: one a core; our build has its default")
-    parser.add_argument("--repeats", type=int, default=3, help="builds of each kind, in turn; medians count")
+    parser.add_argument("--repeats", type=int, default=3, help="builds and readings of each kind, in turn; medians count")
     parser.add_argument("--large_gb", type=int, default=0, help="GB of shards, random ids, to measure our loader's memory on")
     parser.add_argument("--peer_pythons", nargs="*", default=[], help="interpreters that have the peers")
     args = parser.parse_args()
@@ -124,7 +124,8 @@ def main() -> None:
         write_copies(small, large, args.copies)
     pythons = [sys.executable, *args.peer_pythons]
     line = report_builds(small, large, args, pythons)
-    reads = {peer: read_rate(peer, small, args, pythons) for peer in PEERS}
+    rounds = [{peer: read_rate(peer, small, args, pythons) for peer in PEERS} for _ in range(args.repeats)]
+    reads = {peer: medians([found[peer] for found in rounds]) for peer in PEERS}
     efficiency, plan_seconds = packing_of_ten_million()
     for peer, found in reads.items():
         shown = "absent"
@@ -277,6 +278,13 @@ def first_that_runs(pythons: list[str], arguments: list[str]) -> str | None:
 
 
 # ---- reading ----
+
+
+def medians(found: list[dict[str, float] | None]) -> dict[str, float] | None:
+    """Of every number; None for a peer that is absent."""
+    if found[0] is None:
+        return None
+    return {name: statistics.median(one[name] for one in found if one) for name in found[0]}
 
 
 def read_rate(peer: str, jsonl: Path, args: argparse.Namespace, pythons: list[str]) -> dict[str, float] | None:
