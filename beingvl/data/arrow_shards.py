@@ -306,7 +306,7 @@ class ShardReader:
     because the kernel maps more than was asked for: 64 KiB around each of the eight places of a sample.
     """
 
-    def __init__(self, folder: Path | str, bytes_mapped_at_most: int = 24 << 20) -> None:
+    def __init__(self, folder: Path | str, bytes_mapped_at_most: int = 48 << 20) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(folder, "shards")
         self.layout = VocabLayout.from_dict(self.manifest.details["layout"], f"{folder}/manifest.json")
