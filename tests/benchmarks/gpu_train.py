@@ -5,8 +5,8 @@
     python -m tests.benchmarks.gpu_train --size tiny --device cpu --sequence_lengths 2048 --against published    a rehearsal
 
 The loop, the engine, the loader and the shipped ds_configs/stage*.json are the real ones; there are no checkpoints, and weights
-and samples are random (gpu_inputs.py). A step has as many sequences as one of the 8 GPUs of the published recipe would have. Every
-case is a process of its own with a time limit: one that fails is a line of the table, and not the end. `--total_seconds` is the
+and samples are random (gpu_inputs.py). A step has as many sequences as one of the 8 GPUs of the published recipe would have.
+Every case is a process of its own with a time limit: one that fails is a line of the table, and not the end. `--total_seconds` is the
 limit of them all; what is left out then is named.
 
     tok/s       tokens, and target tokens, a second, over --steps steps after --warmup_steps
@@ -32,8 +32,8 @@ To tune, all off by default:
     --pad_vocabulary 128            head and embedding of a multiple of so many rows, as `beingvl convert` can make them
     --set beingvl.loss_chunk_tokens=1024 zero_optimization.reduce_bucket_size=… train_micro_batch_size_per_gpu=2 …
 
-Not run on a GPU yet: all of it. Run on a CPU: the tiny size. Not here: Liger's kernels, which want one matrix for the head, or the
-model's own forward; DeepSpeed's DeepCompile, which takes over the engine's forward; torchtitan and LLaMA-Factory.
+Not run on a GPU yet: all of it. Run on a CPU: the tiny size. Not here: Liger's kernels, which want one matrix for the head, or
+the model's own forward; DeepSpeed's DeepCompile, which takes over the engine's forward; torchtitan and LLaMA-Factory.
 
 The last line is one JSON object.
 """
