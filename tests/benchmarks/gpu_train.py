@@ -6,8 +6,8 @@
 
 The loop, the engine, the loader and the shipped ds_configs/stage*.json are the real ones; there are no checkpoints, and weights
 and samples are random (gpu_inputs.py). A step has as many sequences as one of the 8 GPUs of the published recipe would have.
-Every case is a process of its own with a time limit: one that fails is a line of the table, and not the end. `--total_seconds` is the
-limit of them all; what is left out then is named.
+Every case is a process of its own with a time limit: one that fails is a line of the table, and not the end. `--total_seconds` is
+the limit of them all; what is left out then is named.
 
     tok/s       tokens, and target tokens, a second, over --steps steps after --warmup_steps
     MFU         FLOPs that the model needs (train/flops.py: frozen parts count what they need) / seconds / the data sheet's peak
@@ -300,11 +300,11 @@ def run_ours(case: dict[str, Any]) -> dict[str, Any]:
 
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    recorder = Recorder()
+    recorder: Any = Recorder()
     with WaitingPhases(folder / "run", 0, 1, 1800) as phases:
         # one step is already applied: the freezer's check of the first one hashes all masters twice
         done = Progress(num_applied_steps=1)
-        finished = train(engine, data, config, done, recorder, phases, recorder, lambda step: None, lambda: False)  # type: ignore[arg-type]
+        finished = train(engine, data, config, done, recorder, phases, recorder, lambda step: None, lambda: False)
     assert finished and all(not step["skipped"] for step in recorder.steps), "a step was skipped: its loss was not finite"
     return summarize(engine, data, config, recorder.steps, timed)
 
