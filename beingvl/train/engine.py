@@ -19,6 +19,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -361,7 +362,8 @@ class TrainingEngine:
     # ---- the freezer's checks ----
     def _hash_frozen(self) -> dict[str, str]:
         names = [planned.name for planned in self.plan if not planned.rule.train]
-        return {name: hash_tensor(self._partitions.held_weights(name)) for name in names}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing gives the interpreter's lock back
+            return dict(zip(names, pool.map(lambda name: hash_tensor(self._partitions.held_weights(name)), names), strict=True))
 
     def check_frozen(self) -> None:
         """Raises FreezerError when a frozen parameter is no longer what it was at the start."""

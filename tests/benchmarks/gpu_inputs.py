@@ -30,9 +30,9 @@ ANSWER_TOKENS = {"foundation": 60, "perception": 15, "reasoning": 120, "instruct
 LONGEST_SAMPLE = 2000
 
 
-def write_model(folder: Path, size: str, pad_to_multiple_of: int = 1) -> Path:
+def write_model(folder: Path, size: str, pad_to_multiple_of: int = 1, num_layers: int | None = None) -> Path:
     """config.json and the vocabulary layout of Llama 3's shape; `RandomWeights` has the weights."""
-    layout, fields = LAYOUTS[size], SIZES[size]
+    layout, fields = LAYOUTS[size], SIZES[size] | ({"num_hidden_layers": num_layers} if num_layers else {})
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -67,6 +67,10 @@ class RandomWeights(Mapping[str, torch.Tensor]):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self._device = device
+
+    @property
+    def num_elements(self) -> int:
+        return sum(int(np.prod(shape)) for shape in self._shapes.values())
 
     def __contains__(self, name: object) -> bool:
         return name in self._shapes

@@ -30,6 +30,7 @@ To tune, all off by default:
                                     zero_optimization.stage=1, which on one GPU costs nothing)
     --fused_optimizer               torch's fused AdamW, also for a CPU offload
     --pad_vocabulary 128            head and embedding of a multiple of so many rows, as `beingvl convert` can make them
+    --layers 20                     fewer layers: an offload of all of 8B needs 147 GB of host memory, 18 bytes a weight
     --set beingvl.loss_chunk_tokens=1024 zero_optimization.reduce_bucket_size=… train_micro_batch_size_per_gpu=2 …
 
 Not run on a GPU yet: all of it. Run on a CPU: the tiny size. Not here: Liger's kernels, which want one matrix for the head, or
@@ -55,6 +56,8 @@ from tests.benchmarks.convert import SIZES
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE_GPUS = 8
+OFFLOAD_STEPS = {"warmup_steps": 1, "steps": 2, "phase_steps": 1}  # a step takes as long as ten others
+HOST_BYTES = 18  # an offloaded weight: master, two moments and gradient in float32, gradient in bf16
 STATE_BYTES = 28  # a trained weight: master and two moments read and written, gradient read, weight written
 NO_GPU = "torch finds no GPU: nothing is measured; --device cpu --size tiny rehearses it"
 
@@ -89,6 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--without_checkpointing", type=int, nargs="*", default=[], help="stages that keep all activations")
     parser.add_argument("--compile_layers", action="store_true", help="torch.compile of every decoder layer")
     parser.add_argument("--fused_optimizer", action="store_true", help="torch's fused AdamW")
+    parser.add_argument("--layers", type=int, help="fewer decoder layers than the size has")
     parser.add_argument("--pad_vocabulary", type=int, default=1, help="pad the vocabulary to a multiple of this")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="keys of the stage's JSON")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -107,7 +111,7 @@ def find_gpu() -> str | None:
 def measure(folder: Path, args: argparse.Namespace, device: str, deadline: float) -> dict[str, Any]:
     from tests.benchmarks.gpu_inputs import LAYOUTS, write_model, write_shards
 
-    write_model(folder / "base", args.size, args.pad_vocabulary)
+    write_model(folder / "base", args.size, args.pad_vocabulary, args.layers)
     write_shards(folder / "shards", LAYOUTS[args.size], 600 if args.size == "tiny" else 3000)
     common = {"folder": str(folder), "device": device}
     floors = run_case({**common, "kind": "floors"}, args, deadline)
@@ -146,21 +150,23 @@ def overrides_of(args: argparse.Namespace, stage: int, sequence_length: int) -> 
     """A case: the shipped stage, what is changed in it, and how many steps."""
     shipped = REPOSITORY / f"ds_configs/stage{stage}.json"
     fields = json.loads(shipped.read_text())
-    num_steps = args.warmup_steps + args.steps + args.phase_steps
+    steps = {name: getattr(args, name) for name in OFFLOAD_STEPS}
+    offload = args.size == "8b" and stage == 3  # 16 bytes a weight are 130 GB: masters and moments go to the host
+    if offload:
+        steps = {name: min(steps[name], most) for name, most in OFFLOAD_STEPS.items()}
     overrides = {
         "train_batch_size": fields["train_batch_size"] // RECIPE_GPUS,
         "beingvl.sequence_length": sequence_length,
-        "beingvl.max_steps": num_steps,
+        "beingvl.max_steps": sum(steps.values()),
         "beingvl.checkpoint_every_steps": 0,
         "beingvl.activation_checkpointing": stage not in args.without_checkpointing,
         "beingvl.stall_timeout_seconds": 1800,
     }
-    if args.size == "8b" and stage == 3:  # 16 bytes a weight are 130 GB: masters and moments go to the host
+    if offload:
         overrides["zero_optimization.offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if args.fused_optimizer:
         overrides["optimizer.params.fused"] = True
     words = [f"{key}={json.dumps(value)}" for key, value in overrides.items()] + args.set
-    steps = {"warmup_steps": args.warmup_steps, "steps": args.steps}
     return {"config": str(shipped), "set": words, "compile_layers": args.compile_layers, **steps}
 
 
@@ -283,7 +289,10 @@ def run_ours(case: dict[str, Any]) -> dict[str, Any]:
     folder = Path(case["folder"])
     config, shards = load_stage_config(case["config"], case["set"]), ShardReader(folder / "shards")
     ranks = start_distributed(1800)
-    engine = build_engine(folder / "base", shards.layout, config, ranks, weights=RandomWeights(folder / "base", ranks.device))
+    weights = RandomWeights(folder / "base", ranks.device)
+    if is_offloaded(config):
+        check_host_memory(weights.num_elements)
+    engine = build_engine(folder / "base", shards.layout, config, ranks, weights=weights)
     if case["compile_layers"]:
         for layer in engine.model.causal_lm.base_model.layers:
             layer.compile()
@@ -309,6 +318,19 @@ def run_ours(case: dict[str, Any]) -> dict[str, Any]:
     return summarize(engine, data, config, recorder.steps, timed)
 
 
+def is_offloaded(config: Any) -> bool:
+    return (config.deepspeed["zero_optimization"].get("offload_optimizer") or {}).get("device") == "cpu"
+
+
+def check_host_memory(num_parameters: int) -> None:
+    """Rather one line than the kernel's end of whichever process it likes."""
+    import psutil
+
+    needed, found = HOST_BYTES * num_parameters, psutil.virtual_memory().total
+    if needed > 0.95 * found:
+        raise MemoryError(f"offload needs {needed / 1e9:.0f} GB of host memory, here are {found / 1e9:.0f}: see --layers")
+
+
 def summarize(engine: Any, data: Any, config: Any, steps: list[dict[str, Any]], timed: range) -> dict[str, Any]:
     from beingvl.train.flops import peak_flops
     from beingvl.train.memory import device_bytes
@@ -322,7 +344,6 @@ def summarize(engine: Any, data: Any, config: Any, steps: list[dict[str, Any]], 
     needed = sum(row["flops"] for row in rows)
     recomputed = sum(recomputed_flops(engine, data, config, step) for step in timed)
     peak = peak_flops(engine.ranks.device) if engine.ranks.device.type == "cuda" else None
-    offload = (config.deepspeed["zero_optimization"].get("offload_optimizer") or {}).get("device") == "cpu"
     return {
         "tokens_per_second": sum(row["tokens"] for row in rows) / total,
         "target_tokens_per_second": sum(row["target_tokens"] for row in rows) / total,
@@ -333,7 +354,7 @@ def summarize(engine: Any, data: Any, config: Any, steps: list[dict[str, Any]], 
         "seconds_per_step": total / len(rows),
         "num_trained": sum(planned.num_elements for planned in engine.plan if planned.rule.train),
         "num_parameters": sum(planned.num_elements for planned in engine.plan),
-        "offload": offload,
+        "offload": is_offloaded(config),
         "peak_memory_bytes": rows[-1]["peak_memory_bytes"],
         "predicted_memory_bytes": device_bytes(engine.predicted_memory()),
         "predicted_memory": engine.predicted_memory(),
