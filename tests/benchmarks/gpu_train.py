@@ -315,7 +315,15 @@ def run_ours(case: dict[str, Any]) -> dict[str, Any]:
         done = Progress(num_applied_steps=1)
         finished = train(engine, data, config, done, recorder, phases, recorder, lambda step: None, lambda: False)
     assert finished and all(not step["skipped"] for step in recorder.steps), "a step was skipped: its loss was not finite"
-    return summarize(engine, data, config, recorder.steps, timed)
+    graphs = {"compiled_graphs": count_compiled_graphs()} if case["compile_layers"] else {}
+    return {**summarize(engine, data, config, recorder.steps, timed), **graphs}
+
+
+def count_compiled_graphs() -> int:
+    from torch._dynamo.utils import counters
+
+    assert counters["stats"]["unique_graphs"], "torch.compile compiled nothing"
+    return counters["stats"]["unique_graphs"]
 
 
 def is_offloaded(config: Any) -> bool:
