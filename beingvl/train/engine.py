@@ -193,7 +193,8 @@ def _load_weights(
         mine = stored.reshape(-1)[start : start + partition.numel()]
         partition.data.zero_()
         partition.data[: mine.numel()].copy_(mine)
-        weights.release()
+        if isinstance(weights, WeightFolder):
+            weights.release()
 
 
 def _restore_rotary_buffers(model: torch.nn.Module, model_config: Any, device: torch.device) -> None:

@@ -404,7 +404,7 @@ def run_published(case: dict[str, Any], device: Any) -> dict[str, Any]:
     from beingvl.train.stage_config import load_stage_config
     from beingvl.train.train_stage import build_data
     from tests.benchmarks.gpu_inputs import rows_of
-    from tests.benchmarks.train import train_as_published
+    from tests.benchmarks.train import their_arguments, train_as_published
     from tests.launcher import free_port
 
     folder = Path(case["folder"])
@@ -417,6 +417,8 @@ def run_published(case: dict[str, Any], device: Any) -> dict[str, Any]:
     per_step = len(rows) // num_steps
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     os.environ.update(place)
+    on_cpu = {"use_cpu": True} if device.type == "cpu" else {}
+    arguments = their_arguments(folder / "theirs", num_steps, per_step, zero_stage=2, checkpointing=True, bf16=True, **on_cpu)
     with device:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "base"), dtype=torch.bfloat16)
     times: list[float] = []
@@ -426,8 +428,7 @@ def run_published(case: dict[str, Any], device: Any) -> dict[str, Any]:
             torch.cuda.synchronize()
         times.append(time.perf_counter())
 
-    settings = {"use_cpu": True} if device.type == "cpu" else {}
-    train_as_published(model, rows, folder / "theirs", per_step, num_steps, 2, clock, bf16=True, **settings)
+    train_as_published(model, rows, arguments, clock)
     seconds = times[-1] - times[case["warmup_steps"] - 1]
     timed = rows[case["warmup_steps"] * per_step : num_steps * per_step]
     return {

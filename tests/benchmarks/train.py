@@ -236,9 +236,7 @@ def run_theirs(folder: Path, rank: int, zero_stage: int, checkpointing: bool) ->
     os._exit(0)  # as ours ends: a thread of the process group may abort a finished rank while Python is taken down
 
 
-def train_as_published(
-    model: Any, rows: list[dict[str, list[int]]], arguments: Any, on_step_end: Callable[[], object]
-) -> Any:
+def train_as_published(model: Any, rows: list[dict[str, list[int]]], arguments: Any, on_step_end: Callable[[], object]) -> Any:
     """Hugging Face's Trainer over `rows` (`input_ids`, `labels`) in their order; returns it.
 
     `on_step_end` is called after every optimizer step.
