@@ -46,7 +46,7 @@ def codes(tmp_path_factory, device) -> dict[str, np.ndarray]:
 def test_codes_in_float32_are_those_of_the_cpu(codes) -> None:
     """But where two codes are equally near within float32; with TF32 convolutions many more would differ."""
     differs = codes["cpu"] != codes["torch.float32"]
-    assert not differs[codes["margin"] > 1e-5].any()
+    assert not differs[codes["margin"] > 1e-4].any()
     assert differs.mean() < 1e-3
     assert len(np.unique(codes["cpu"])) > 4, "pictures of one code say nothing"
 
