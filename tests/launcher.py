@@ -28,19 +28,22 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def start(num_ranks: int, config: Path, model: Path, data: Path, output: Path, *overrides: str) -> subprocess.Popen:
-    """Start one stage; standard output and error end up in OUTPUT.log."""
+def start(
+    num_ranks: int, config: Path, model: Path, data: Path, output: Path, *overrides: str, device: str = "cpu"
+) -> subprocess.Popen:
+    """Start one stage on devices of a type (`cpu`, `cuda`); standard output and error end up in OUTPUT.log."""
     command = [sys.executable, str(SPAWN_RANKS), str(num_ranks), str(free_port()), "beingvl.train.train_stage"]
     command += ["--deepspeed_config", str(config), "--model", str(model), "--data", str(data), "--output", str(output)]
     if overrides:
         command += ["--set", *overrides]
     with open(f"{output}.log", "a") as log:
-        return subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
+        environment = {**ENVIRONMENT, "DS_ACCELERATOR": device}
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def run(num_ranks: int, config: Path, model: Path, data: Path, output: Path, *overrides: str) -> int:
+def run(num_ranks: int, config: Path, model: Path, data: Path, output: Path, *overrides: str, device: str = "cpu") -> int:
     """Run one stage to its end; returns the launcher's exit code."""
-    return start(num_ranks, config, model, data, output, *overrides).wait(timeout=300)
+    return start(num_ranks, config, model, data, output, *overrides, device=device).wait(timeout=300)
 
 
 def log_of(output: Path) -> str:

@@ -133,6 +133,7 @@ def token_losses(model: PackedCausalLM, batch: MicroBatch, device: torch.device)
         cu_seqlens=tensor(batch.cu_seqlens),
         target_positions=tensor(positions),
         target_ids=tensor(batch.target_ids[positions]),
+        longest=int(np.diff(batch.cu_seqlens).max()),
     )
     return losses.cpu().numpy()
 

@@ -112,11 +112,14 @@ class BeingVL:
 
     @cached_property
     def vqgan(self) -> VQGAN:
-        """The VQ-GAN inside the model folder. Raises InputError when it is missing or not the one the model was trained with."""
+        """The VQ-GAN inside the model folder, on the model's device once that is loaded, in float32.
+
+        Raises InputError when it is missing or not the one the model was trained with.
+        """
         folder = self.model_path / VQGAN_FOLDER
         if not folder.is_dir():
             raise InputError(f"{self.model_path} has no {VQGAN_FOLDER}/, so it reads no images; convert with --being_vq_path")
-        vqgan = VQGAN.load(folder)
+        vqgan = VQGAN.load(folder, self._model.device if self._model is not None else "cpu")
         join_lineages({str(self.model_path): self.manifest.lineage, str(folder): {"vqgan": vqgan.fingerprint()}})
         return vqgan
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+ROW_ALIGNMENT = 64  # elements
 TEXT_ROWS = "text_rows"
 VISUAL_ROWS = "visual_rows"
 
@@ -93,13 +94,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for rows in _chunks(len(hidden), ctx.chunk):
             of_logits = _chunk_logits(hidden[rows], text_rows, visual_rows).sub_(normalizers[rows, None]).exp_()
             of_logits[torch.arange(len(of_logits), device=hidden.device), target_ids[rows]] -= 1
-            of_logits = of_logits.mul_(of_losses[rows, None]).to(hidden.dtype)
-            text, visual = of_logits.split([len(text_rows), len(visual_rows)], dim=1)
+            low = _logits_buffer(hidden[rows], of_logits.shape[1])
+            low.copy_(of_logits.mul_(of_losses[rows, None]))
+            text, visual = low.split([len(text_rows), len(visual_rows)], dim=1)
             of_hidden[rows] = (text @ text_rows).addmm_(visual, visual_rows)
             for of_rows, part in ((of_text, text), (of_visual, visual)):
                 if of_rows is not None:
                     of_rows.addmm_(part.T, hidden[rows])
-            del of_logits, text, visual, part
+            del of_logits, low, text, visual, part
         return of_hidden, None, of_text, of_visual, None
 
 
@@ -109,11 +111,19 @@ def _chunks(length: int, chunk: int) -> list[slice]:
 
 def _chunk_logits(hidden: torch.Tensor, text_rows: torch.Tensor, visual_rows: torch.Tensor) -> torch.Tensor:
     """Float32 logits `[n, vocabulary]`, both products written to their place in one buffer; without gradients."""
-    logits = hidden.new_empty(len(hidden), len(text_rows) + len(visual_rows))
+    logits = _logits_buffer(hidden, len(text_rows) + len(visual_rows))
     text, visual = logits.split([len(text_rows), len(visual_rows)], dim=1)
     torch.mm(hidden, text_rows.T, out=text)
     torch.mm(hidden, visual_rows.T, out=visual)
     return logits.float()
+
+
+def _logits_buffer(hidden: torch.Tensor, width: int) -> torch.Tensor:
+    """Uninitialised `[n, width]` in the dtype of `hidden` whose rows start at multiples of 128 bytes.
+
+    GPU matrix kernels read and write rows 16 bytes at a time where these are aligned; 144,645 columns of 2 bytes are not.
+    """
+    return hidden.new_empty(len(hidden), -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT)[:, :width]
 
 
 def _logits(hidden: torch.Tensor, text_rows: torch.Tensor, visual_rows: torch.Tensor) -> torch.Tensor:
@@ -138,6 +148,7 @@ class PackedCausalLM(nn.Module):
         cu_seqlens: torch.Tensor,
         target_positions: torch.Tensor,
         target_ids: torch.Tensor | None = None,
+        longest: int | None = None,
     ) -> torch.Tensor:
         """Losses `[num_targets]` float32 of one packed row; without `target_ids` the logits `[num_targets, vocabulary]`.
 
@@ -145,6 +156,7 @@ class PackedCausalLM(nn.Module):
             input_ids, position_ids: `[1, num_tokens]`.
             cu_seqlens: `[num_documents + 1]` int32.
             target_positions, target_ids: `[num_targets]`; position p predicts its target id.
+            longest: tokens of the longest document; without it a GPU is asked in every layer.
         """
         hidden = self.causal_lm.base_model(
             input_ids=input_ids,
@@ -152,6 +164,7 @@ class PackedCausalLM(nn.Module):
             attention_mask=None,
             use_cache=False,  # with a cache transformers attends across samples
             cu_seq_lens_q=cu_seqlens,
+            max_length_q=longest,
         ).last_hidden_state
         return self.causal_lm.get_output_embeddings()(hidden[0, target_positions], target_ids)
 
@@ -174,7 +187,9 @@ def build_packed_model(
     causal_lm.set_input_embeddings(ExtendedEmbedding(num_text, num_visual, config.hidden_size))
     causal_lm.set_output_embeddings(ExtendedHead(num_text, num_visual, config.hidden_size, loss_chunk_tokens))
     if activation_checkpointing:
-        causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+        # transformers gave it this name in 2026; its old one is gone from version 6 on
+        enable = getattr(causal_lm, "activation_checkpointing_enable", None) or causal_lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return PackedCausalLM(causal_lm)
 
 

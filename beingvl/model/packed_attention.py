@@ -5,12 +5,17 @@ the end, handed through the model's forward as a keyword argument. transformers 
 know, so there is nothing that could let samples leak into each other.
 
     CPU  per-document scaled_dot_product_attention (flex_attention has no CPU backward)
-    GPU  torch.nn.attention.varlen.varlen_attn where this torch has it (bf16/fp16), else the CPU path
+    GPU  torch.nn.attention.varlen.varlen_attn (bf16/fp16; torch 2.11 and later), else the CPU path
+
+`max_length_q`, the longest document as an integer, spares every layer a wait for the GPU to find it out.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,6 +41,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one packed row.
@@ -49,8 +55,10 @@ def packed_attention(
     """
     assert cu_seq_lens_q is not None and attention_mask is None, "packed attention takes document borders and no mask"
     assert query.shape[0] == 1, "packed samples lie end to end in one row"
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.nn.attention, "varlen"):
-        return _varlen(query, key, value, cu_seq_lens_q, scaling), None
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and (varlen := varlen_kernel()):
+        longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else max_length_q
+        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [num_tokens, heads, head_dim]
+        return varlen(*rows, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling).unsqueeze(0), None
     borders = cu_seq_lens_q.tolist()
     documents = [
         F.scaled_dot_product_attention(
@@ -67,21 +75,26 @@ def packed_attention(
     return torch.cat(documents, dim=2).transpose(1, 2), None
 
 
-def _varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scaling: float | None
-) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+@cache
+def varlen_kernel() -> Callable[..., torch.Tensor] | None:
+    """torch's causal attention over documents laid end to end, `(query, key, value, starts, starts, longest, longest, scale=…)`.
 
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [num_tokens, heads, head_dim]
-    longest = int(cu_seqlens.diff().max())
-    out = varlen_attn(
-        *rows,
-        cu_seqlens,
-        cu_seqlens,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1, 0),  # causal
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out.unsqueeze(0)
+    None where this torch has none. The module must be imported: `torch.nn.attention` does not have it as an attribute before.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    if "window_size" not in known:  # torch 2.10: neither this nor, always, a scale
+        return None
+
+    def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *lengths: Any, scale: float | None) -> torch.Tensor:
+        if "enable_gqa" in known:
+            grouped = query.shape[1] != key.shape[1]
+            return varlen_attn(query, key, value, *lengths, scale=scale, window_size=(-1, 0), enable_gqa=grouped)
+        repeats = query.shape[1] // key.shape[1]  # torch 2.11 wants equal numbers of heads
+        key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+        return varlen_attn(query, key, value, *lengths, scale=scale, window_size=(-1, 0))
+
+    return causal

@@ -19,6 +19,7 @@ import json
 import struct
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,10 @@ class VQGAN:
             raise InputError(f"{source} has {model.config.num_embeddings} codes, expected at most {MAX_CODES} (16 bits)")
         self._fingerprint = _hash_what_decides_codes(model, processor)
         self._device, self._dtype = torch.device(device), dtype
+        codebook = model.quantize.embedding.weight.detach().float().clone()  # or 16 bits would round it
         self.model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
         self.model.quantize.float()
+        self.model.quantize.embedding.weight.data.copy_(codebook)
 
     @classmethod
     def load(cls, folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> VQGAN:
@@ -141,7 +144,8 @@ class VQGAN:
         if tuple(pixel_values.shape[1:]) != (3, side, side):
             raise InputError(f"{self.source}: pixels have shape {list(pixel_values.shape)}, expected [N, 3, {side}, {side}]")
         pixels = pixel_values.to(device=self._device, dtype=self._dtype)
-        latents = self.model.quant_conv(self.model.encoder(pixels))
+        with self._whole_float32():
+            latents = self.model.quant_conv(self.model.encoder(pixels))
         _, _, indices = self.model.quantize(latents.float())
         return indices.view(-1, *self.grid).cpu().numpy().astype(np.uint16)
 
@@ -155,8 +159,15 @@ class VQGAN:
             raise InputError(f"{self.source}: {found}, expected [N, {self.grid[0]}, {self.grid[1]}] below {self.num_codes}")
         flat = torch.from_numpy(codes.astype(np.int64)).view(len(codes), -1).to(self._device)
         vectors = self.model.quantize.get_codebook_entry(flat)
-        pixels = self.model.decoder(self.model.post_quant_conv(vectors.to(self._dtype)))
+        with self._whole_float32():
+            pixels = self.model.decoder(self.model.post_quant_conv(vectors.to(self._dtype)))
         return self.to_uint8(pixels)
+
+    def _whole_float32(self) -> AbstractContextManager[None]:
+        """In float32 a GPU's convolutions must not round to 10 bits (TF32), which torch lets cuDNN do by default."""
+        if self._device.type != "cuda" or self._dtype != torch.float32:
+            return nullcontext()
+        return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
     def to_uint8(self, pixel_values: torch.Tensor) -> np.ndarray:
         """Undo rescaling and normalisation: pixels `[N, 3, H, W]` to images `[N, H, W, 3]` uint8."""

@@ -19,6 +19,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -62,8 +63,11 @@ class StepResult:
     gradient_norm: float
 
 
-def start_distributed(stall_timeout_seconds: int) -> Ranks:
+def start_distributed(stall_timeout_seconds: int, deterministic: bool = False) -> Ranks:
     """Join the launcher's process group; a process started without a launcher is a world of one."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        torch.use_deterministic_algorithms(True)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     for name, value in {
         "RANK": "0",
@@ -107,11 +111,17 @@ def gather_objects(value: Any, num_ranks: int) -> list[Any]:
 
 
 def build_engine(
-    model_folder: Path, layout: VocabLayout, config: StageConfig, ranks: Ranks, adam_steps: Mapping[str, int] | None = None
+    model_folder: Path,
+    layout: VocabLayout,
+    config: StageConfig,
+    ranks: Ranks,
+    adam_steps: Mapping[str, int] | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> TrainingEngine:
     """Build the stage's model, load the start model's weights, freeze by plan, hand over to DeepSpeed.
 
     `adam_steps`: trained name -> updates that its moments will have behind them, where they are carried over or resumed.
+    `weights`: tensors by their names on disk, in place of those in the folder, of which only config.json is read then.
     """
     accumulation_steps = config.accumulation_steps(ranks.num_ranks)
     zero = dict(config.deepspeed["zero_optimization"])
@@ -121,7 +131,7 @@ def build_engine(
     parameters = dict(model.causal_lm.named_parameters())
     shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters.items()}
     plan = plan_parameters(shapes, config.beingvl.trainable)
-    _load_weights(parameters, shapes, WeightFolder(model_folder), layout, config, ranks)
+    _load_weights(parameters, shapes, model_folder, weights or WeightFolder(model_folder), layout, config, ranks)
     for planned in plan:
         parameters[planned.name].requires_grad_(planned.rule.train)
     zero["reduce_bucket_size"] = reduce_bucket_elements(plan, config)
@@ -159,20 +169,21 @@ def _empty_model(model_config: Any, layout: VocabLayout, config: StageConfig, de
 def _load_weights(
     parameters: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
-    weights: WeightFolder,
+    folder: Path,
+    weights: Mapping[str, torch.Tensor],
     layout: VocabLayout,
     config: StageConfig,
     ranks: Ranks,
 ) -> None:
-    """Copy what this rank holds of every parameter from the memory map. Raises InputError for what does not fit."""
+    """Copy what this rank holds of every parameter, from the memory map for one. Raises InputError for what does not fit."""
     dtype = torch.bfloat16 if config.is_bf16 else torch.float32
     for name, parameter in parameters.items():
         stored_name, rows = stored_slice(name, layout.num_text)
         if stored_name not in weights:
-            raise InputError(f"{weights.folder} has no tensor {stored_name!r}; it is not a whole Being-VL model folder")
+            raise InputError(f"{folder} has no tensor {stored_name!r}; it is not a whole Being-VL model folder")
         stored = weights[stored_name][rows]
         if tuple(stored.shape) != shapes[name]:
-            found = f"{weights.folder}: {stored_name!r} gives {tuple(stored.shape)} for {name!r}"
+            found = f"{folder}: {stored_name!r} gives {tuple(stored.shape)} for {name!r}"
             raise InputError(f"{found}, expected {shapes[name]}; config.json and weights disagree")
         if config.zero_stage < 3:
             parameter.data = stored.to(ranks.device, dtype, copy=True)
@@ -182,7 +193,8 @@ def _load_weights(
         mine = stored.reshape(-1)[start : start + partition.numel()]
         partition.data.zero_()
         partition.data[: mine.numel()].copy_(mine)
-        weights.release()
+        if isinstance(weights, WeightFolder):
+            weights.release()
 
 
 def _restore_rotary_buffers(model: torch.nn.Module, model_config: Any, device: torch.device) -> None:
@@ -221,7 +233,7 @@ class TrainingEngine:
         accumulation_steps: int,
     ) -> None:
         self._engine = engine
-        self._model = model
+        self.model = model
         self._parameters = parameters
         self._config = config
         self.plan = plan
@@ -241,6 +253,7 @@ class TrainingEngine:
             cu_seqlens=self._tensor(batch.cu_seqlens),
             target_positions=self._tensor(positions),
             target_ids=self._tensor(batch.target_ids[positions]),
+            longest=int(np.diff(batch.cu_seqlens).max()),
         )
 
     @torch.no_grad()
@@ -261,12 +274,16 @@ class TrainingEngine:
             position_ids=torch.arange(len(input_ids), device=device)[None],
             cu_seqlens=torch.tensor([0, len(input_ids)], dtype=torch.int32, device=device),
             target_positions=positions.to(device),
+            longest=len(input_ids),
         )
         self._engine.train()
         return logits.float()
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.ranks.device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        if self.ranks.device.type == "cuda" and not tensor.is_pinned():
+            tensor = tensor.pin_memory()  # a copy from other memory waits for what the GPU has to do before it
+        return tensor.to(self.ranks.device, non_blocking=True)
 
     def backward(self, scaled_loss: torch.Tensor) -> None:
         self._engine.backward(scaled_loss)
@@ -301,7 +318,7 @@ class TrainingEngine:
 
     def step_flops(self, num_tokens: int, num_pairs: int, num_target_tokens: int) -> float:
         """Forward and backward of a step, as train/flops.py counts them."""
-        config = self._model.causal_lm.config
+        config = self.model.causal_lm.config
         width = config.num_attention_heads * (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
@@ -309,7 +326,7 @@ class TrainingEngine:
 
     def predicted_memory(self) -> dict[str, int]:
         """Bytes by purpose, as train/memory.py predicts them for one rank."""
-        return predict_memory(self.plan, self._model.causal_lm.config, self._config, self.ranks.num_ranks)
+        return predict_memory(self.plan, self.model.causal_lm.config, self._config, self.ranks.num_ranks)
 
     # ---- what checkpoints need ----
     @property
@@ -346,7 +363,8 @@ class TrainingEngine:
     # ---- the freezer's checks ----
     def _hash_frozen(self) -> dict[str, str]:
         names = [planned.name for planned in self.plan if not planned.rule.train]
-        return {name: hash_tensor(self._partitions.held_weights(name)) for name in names}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing gives the interpreter's lock back
+            return dict(zip(names, pool.map(lambda name: hash_tensor(self._partitions.held_weights(name)), names), strict=True))
 
     def check_frozen(self) -> None:
         """Raises FreezerError when a frozen parameter is no longer what it was at the start."""
@@ -365,7 +383,7 @@ class TrainingEngine:
 
         Rows of the input embedding are excused when no token of the step looked them up. All ranks call together.
         """
-        embedding = self._model.causal_lm.get_input_embeddings()
+        embedding = self.model.causal_lm.get_input_embeddings()
         unseen = [] if saw_text else [embedding.text_rows]
         unseen += [] if saw_visual else [embedding.visual_rows]
         after = self.hash_trained()

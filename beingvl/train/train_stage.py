@@ -52,6 +52,7 @@ SAME_RESULT = {
     "tensorboard",
     "max_skipped_steps",
     "stall_timeout_seconds",
+    "deterministic",
 }
 
 
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     from beingvl.train.engine import start_distributed, stop_distributed
     from beingvl.train.failures import TrainingError
 
-    ranks = start_distributed(config.beingvl.stall_timeout_seconds)
+    ranks = start_distributed(config.beingvl.stall_timeout_seconds, config.beingvl.deterministic)
     stage = Stage(args.output, args.log_dir, config, model, shards, validation, moments, identity, ranks)
     try:
         exit_code = _replay(stage, args.replay) if args.replay is not None else _train(stage, stop_requested)

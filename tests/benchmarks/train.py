@@ -33,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ def run_rank(args: argparse.Namespace) -> None:
     if who == "ours":
         run_ours(folder)
     else:
-        run_theirs(folder, rank, their_arguments(folder, args.their_stage, not args.no_checkpointing))
+        run_theirs(folder, rank, args.their_stage, not args.no_checkpointing)
 
 
 def run_ours(folder: Path) -> None:
@@ -218,36 +219,52 @@ def times_of_ours(output: Path) -> dict[str, float]:
     }
 
 
-def run_theirs(folder: Path, rank: int, arguments: Any) -> None:
-    """`arguments` are there before the model: under ZeRO-3 transformers then cuts it while it loads it."""
-    import deepspeed
-    import torch
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+def run_theirs(folder: Path, rank: int, zero_stage: int, checkpointing: bool) -> None:
+    """The arguments are there before the model: under ZeRO-3 transformers then cuts it while it loads it."""
+    from transformers import AutoModelForCausalLM
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as on our side: it would be compiled at the first start
+    accumulation_steps = SAMPLES_PER_STEP // int(os.environ["WORLD_SIZE"])
+    num_steps = int((folder / "trained").read_text()) // SAMPLES_PER_STEP
+    arguments = their_arguments(folder / "theirs", num_steps, accumulation_steps, zero_stage, checkpointing, use_cpu=True)
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     times: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            times.append(time.time())
-
-    def collate(samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        return {key: torch.tensor([sample[key] for sample in samples]) for key in ("input_ids", "labels")}
-
     model = AutoModelForCausalLM.from_pretrained(folder / "base")
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()])
-    trainer.train()
+    trainer = train_as_published(model, rows, arguments, lambda: times.append(time.time()))
     trainer.save_model(str(folder / "theirs"))
     if rank == 0:
         (folder / "theirs" / STEP_TIMES).write_text(json.dumps(times))
     os._exit(0)  # as ours ends: a thread of the process group may abort a finished rank while Python is taken down
 
 
-def their_arguments(folder: Path, stage: int, checkpointing: bool) -> Any:
+def train_as_published(model: Any, rows: list[dict[str, list[int]]], arguments: Any, on_step_end: Callable[[], object]) -> Any:
+    """Hugging Face's Trainer over `rows` (`input_ids`, `labels`) in their order; returns it.
+
+    `on_step_end` is called after every optimizer step.
+    """
+    import deepspeed
+    import torch
+    from transformers import Trainer, TrainerCallback
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as on our side: it would be compiled at the first start
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            on_step_end()
+
+    def collate(samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        return {key: torch.tensor([sample[key] for sample in samples]) for key in ("input_ids", "labels")}
+
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()])
+    trainer.train()
+    return trainer
+
+
+def their_arguments(
+    output: Path, num_steps: int, accumulation_steps: int, zero_stage: int, checkpointing: bool, bf16: bool = False, **more: Any
+) -> Any:
+    """TrainingArguments with DeepSpeed, one row a micro-batch; `more` are arguments of theirs."""
     from transformers import TrainingArguments
 
-    accumulation_steps = SAMPLES_PER_STEP // int(os.environ["WORLD_SIZE"])
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation_steps,
@@ -256,15 +273,16 @@ def their_arguments(folder: Path, stage: int, checkpointing: bool) -> Any:
             "type": "AdamW",
             "params": {"lr": LEARNING_RATE, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True},
         },
-        "zero_optimization": {"stage": stage, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": True},
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {"stage": zero_stage, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": True},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31 - 1,
     }
     return TrainingArguments(
-        output_dir=str(folder / "theirs"),
+        output_dir=str(output),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=accumulation_steps,
-        max_steps=int((folder / "trained").read_text()) // SAMPLES_PER_STEP,
+        max_steps=num_steps,
         learning_rate=LEARNING_RATE,
         train_sampling_strategy="sequential",
         adam_beta2=0.95,
@@ -272,11 +290,12 @@ def their_arguments(folder: Path, stage: int, checkpointing: bool) -> Any:
         gradient_checkpointing=checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         deepspeed=config,
-        use_cpu=True,
+        bf16=bf16,
         report_to=[],
         save_strategy="no",
         logging_steps=1,
         disable_tqdm=True,
+        **more,
     )
 
 

@@ -10,7 +10,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from beingvl.data.arrow_shards import Sample
 from beingvl.data.loader import IGNORED, MicroBatch, collate, shifted_targets
-from beingvl.model.extended_vocab import ExtendedHead, PackedCausalLM, build_packed_model, stored_slice
+from beingvl.model.extended_vocab import ExtendedHead, PackedCausalLM, _logits_buffer, build_packed_model, stored_slice
+from beingvl.model.packed_attention import varlen_kernel
 from beingvl.model.weight_files import WeightFolder
 from tests.tiny import LAYOUT, write_model
 
@@ -120,6 +121,16 @@ def test_the_loss_is_float32_arithmetic_in_a_bf16_model() -> None:
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found, hidden.grad, rtol=2e-2, atol=1e-2)
+
+
+def test_rows_of_logits_start_where_matrix_kernels_of_a_gpu_want_them() -> None:
+    buffer = _logits_buffer(torch.empty(3, 8, dtype=torch.bfloat16), 145)
+    assert buffer.shape == (3, 145) and buffer.stride() == (192, 1)
+
+
+def test_the_varlen_kernel_of_this_torch_is_found() -> None:
+    """It was not for as long as `torch.nn.attention` was asked for an attribute that only importing it makes."""
+    assert varlen_kernel() is not None
 
 
 def test_frozen_rows_get_no_gradient() -> None:

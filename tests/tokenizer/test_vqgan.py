@@ -342,3 +342,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
         picture.save(tmp_path / name)
         out = subprocess.run([sys.executable, "-c", script, tmp_path / name], capture_output=True, text=True, check=True).stdout
         assert printed in out and float(out.splitlines()[-1]) < megabytes, out
+
+
+def test_the_code_book_stays_float32_beside_a_16_bit_encoder(folder) -> None:
+    exact, low = VQGAN.load(folder), VQGAN.load(folder, dtype=torch.bfloat16)
+    np.testing.assert_array_equal(low.codebook, exact.codebook)
+    assert low.fingerprint() == exact.fingerprint()
+    assert next(low.model.encoder.parameters()).dtype == torch.bfloat16

@@ -119,7 +119,7 @@ engine = build_engine(work / "base", shards.layout, config, start_distributed(60
 engine.check_frozen()
 assert not any(engine._parameters[each.name].requires_grad for each in engine.plan if not each.rule.train)
 if plant == "cut":  # a trained weight that the loss does not reach
-    projection = engine._model.causal_lm.model.layers[1].mlp.down_proj
+    projection = engine.model.causal_lm.model.layers[1].mlp.down_proj
     projection.forward = lambda x: torch.nn.functional.linear(x, projection.weight.detach())
 before = engine.hash_trained()
 batch = build_data(config, shards).micro_batch(0, 0, 0, 1, 4)

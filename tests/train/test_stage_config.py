@@ -105,7 +105,7 @@ def test_what_may_change_a_sample_or_an_update_makes_another_run() -> None:
     """So a checkpoint of another trainable set, mixture or seed is never resumed; how often to save may change."""
     other = {"trainable": [{"match": "visual_rows"}], "mixture": {"foundation": 1.0}, "max_steps": 7, "packing": False}
     other |= {"loss_on": "all", "schedule": "constant", "mixture_by": "tokens", "activation_checkpointing": False}
-    other |= {"tensorboard": True, "background_save": True}
+    other |= {"tensorboard": True, "background_save": True, "deterministic": True}
 
     def identity(fields: dict) -> dict:
         nothing = Manifest("model", "", {}, {}, {})

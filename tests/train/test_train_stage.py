@@ -152,7 +152,7 @@ layout, weights = VocabLayout.load(base), WeightFolder(base)
 for stage in (0, 1, 2, 3):
     config = load_stage_config({str(work / "all.json")!r}, ["bf16.enabled=true", f"zero_optimization.stage={{stage}}"])
     engine = build_engine(base, layout, config, ranks)
-    rotary = engine._model.causal_lm.model.rotary_emb
+    rotary = engine.model.causal_lm.model.rotary_emb
     assert rotary.inv_freq.dtype == torch.float32
     assert torch.equal(rotary.inv_freq, 1 / 10000 ** (torch.arange(0, 8, 2) / 8)), rotary.inv_freq
     for name in engine.trained_shapes:
