@@ -117,9 +117,8 @@ def test_inputs_that_contradict_each_other_are_refused(inputs, capsys) -> None:
 
 def test_a_vbpe_too_large_for_the_vocabulary(inputs, capsys) -> None:
     folder = inputs / "vq_codes"
-    assert (
-        cli.main(["train-vbpe", "--data_path", str(folder), "--output_path", str(inputs / "vbpe.json"), "--num_merges", "9"]) == 0
-    )
+    learn = ["train-vbpe", "--data_path", str(folder), "--output_path", str(inputs / "vbpe.json"), "--num_merges", "9"]
+    assert cli.main([*learn, "--overwrite"]) == 0
     assert tokenize(inputs, [row(0)]) == 2
     assert "9 merges, the model's vocabulary has room for 16 and 8" in capsys.readouterr().err
 
