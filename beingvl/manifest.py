@@ -21,6 +21,7 @@ import json
 import os
 import shlex
 import sys
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -131,7 +132,7 @@ def has_hash(path: Path, recorded: str) -> bool:
 def write_atomically(path: Path | str, data: bytes | str) -> None:
     """Write to a temporary neighbour, flush to disk, rename: a reader sees the old file or the new one, never a part."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # another host may have a process of the same number
     try:
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)

@@ -67,12 +67,16 @@ def check_jsonl(path: Path, manifest: Manifest) -> None:
     """Raises InputError that names the line which is not a token row, or the sample that cannot be trained on."""
     from beingvl.data.arrow_shards import check_columns
     from beingvl.data.build_shards import plan_parts
+    from beingvl.data.dataset_folder import REJECTED_FILE
     from beingvl.data.token_rows import RowReader
     from beingvl.errors import InputError
+    from beingvl.manifest import verify_folder
     from beingvl.vocab import VocabLayout
 
     layout = VocabLayout.from_dict(manifest.details["layout"], f"{path}/manifest.json")
-    files = [path / name for name in manifest.files if name.endswith(".jsonl") and "rejected" not in name]
+    for shards in sorted({path / name.split("/")[0] for name in manifest.files if "/" in name}):
+        check_shards(shards, verify_folder(shards))
+    files = [path / name for name in manifest.files if name.endswith(".jsonl") and name != REJECTED_FILE]
     reader = RowReader(layout)
     for part in plan_parts(files, 64 << 20):
         rows = reader.read(part.path, part.start, part.stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -54,9 +55,10 @@ def rank_processes(launcher: subprocess.Popen) -> dict[int, psutil.Process]:
     """Rank -> its process. Signals go to ranks: DeepSpeed's runner answers a signal with pkill on every host."""
     found = {}
     for child in psutil.Process(launcher.pid).children(recursive=True):
-        for word in child.cmdline():
-            if word.startswith("--local_rank="):
-                found[int(word.split("=")[1])] = child
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended; a zombie is one of these
+            for word in child.cmdline():
+                if word.startswith("--local_rank="):
+                    found[int(word.split("=")[1])] = child
     return found
 
 

@@ -101,8 +101,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     from beingvl.errors import InputError
 
     for name, least in (("rows_per_part", 1), ("num_workers", 0), ("max_rejected", 0)):
-        if getattr(args, name) < least:
+        if not getattr(args, name) >= least:  # nor NaN
             raise InputError(f"--{name} is {getattr(args, name)}, expected at least {least}")
+    if Path(args.dataset_name).name != args.dataset_name:
+        raise InputError(f"--dataset_name is {args.dataset_name!r}, expected a file name without folders")
     if args.max_length is not None and args.max_length < 1:
         raise InputError(f"--max_length is {args.max_length}, expected at least 1")
 
@@ -186,7 +188,7 @@ def tokenize_parts(parts: Parts, args: argparse.Namespace, codes: CodeFolder | N
 
 def tokenize_part(task: tuple[int, list[dict]]) -> int:
     """One part: rows to token rows of every variant. Returns the number of rows."""
-    from beingvl.data.row_tokenizer import fit, num_tokens
+    from beingvl.data.row_tokenizer import fit, num_tokens, printable
     from beingvl.errors import InputError
 
     number, rows = task
@@ -198,7 +200,8 @@ def tokenize_part(task: tuple[int, list[dict]]) -> int:
         try:
             variants, truncated = fit(tokenizer(row), args.max_length, args.too_long)
         except InputError as error:
-            entry = {"dataset": args.dataset_name, "index": index, "id": row.get("id"), "reason": str(error)}
+            name = printable(row["id"]) if isinstance(row.get("id"), str) else row.get("id")
+            entry = {"dataset": args.dataset_name, "index": index, "id": name, "reason": printable(str(error))}
             rejected.append(entry)
             continue
         counts["rows"] += 1

@@ -97,7 +97,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     from beingvl.errors import InputError
 
     for name, least in (("batch_size", 1), ("images_per_part", 1), ("num_workers", 0), ("max_rejected", 0)):
-        if getattr(args, name) < least:
+        if not getattr(args, name) >= least:  # nor NaN
             raise InputError(f"--{name} is {getattr(args, name)}, expected at least {least}")
     if args.json_path and args.list_path:
         raise InputError("--json_path and --list_path both say which images to encode: give one of them")

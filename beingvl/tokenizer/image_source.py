@@ -49,6 +49,8 @@ class FolderImages:
             return (self._folder / key).read_bytes()
         except OSError as error:
             raise InputError(f"{key}: {error.strerror}") from error
+        except ValueError as error:  # a name that no file system takes
+            raise InputError(f"{key!r}: {error}") from error
 
 
 class _ForgetfulTarFile(tarfile.TarFile):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
 
 CHUNK = 4096  # images that are looked at at once
+REPORT_FOLDER = "vbpe_report"  # where `beingvl report vbpe` writes by default
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,10 +79,10 @@ def run(args: argparse.Namespace) -> None:
     if output.is_made(args.overwrite):
         return
     usage = count_codes(codes)
+    output.prepare()
     if args.validate_data:
         _print_data(codes, usage)
     vbpe = train(codes, sample_images(codes, args.max_images, args.seed), args, output.file)
-    _partial_path(output.file).unlink(missing_ok=True)
     output.write(vbpe)
     _print_result(vbpe, usage, args.num_merges, output.file)
 
@@ -95,6 +96,7 @@ def _import(args: argparse.Namespace) -> None:
     output = Output(args.output_path, request)
     if output.is_made(args.overwrite):
         return
+    output.prepare()
     output.write(vbpe)
     found = f"published vocabulary of {vbpe.num_codes} codes and {vbpe.num_merges} merges"
     print(f"{output.file}: {found} (legacy: it cannot be decoded)")
@@ -111,32 +113,47 @@ class Output:
         self._request = request
 
     def is_made(self, overwrite: bool) -> bool:
-        """Whether there is nothing to do; else the place is ready. Raises InputError where something would be lost."""
+        """Whether there is nothing to do. Raises InputError where something would be lost."""
         from beingvl.errors import InputError
-        from beingvl.manifest import MANIFEST_FILE, already_made, start_folder
+        from beingvl.manifest import MANIFEST_FILE, already_made, is_complete
 
         if self.folder is None:
+            if self.file.is_dir() or is_complete(self.file.parent):
+                found = "is a folder" if self.file.is_dir() else "lies in a folder with a manifest"
+                raise InputError(f"{self.file} {found}; choose another name")
             if self.file.exists() and not overwrite:
                 raise InputError(
                     f"{self.file} exists; choose another name or add --overwrite (in a folder, equal work is reused)"
                 )
-            self.file.parent.mkdir(parents=True, exist_ok=True)
             return False
-        ours = (self.file.name, _partial_path(self.file).name, MANIFEST_FILE, "vbpe_report")
-        others = sorted(path.name for path in self.folder.glob("*") if path.name not in ours)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"{self.folder} is a file; give a folder, or --output_path FILE.json")
+        ours = (self.file.name, _partial_path(self.file).name, MANIFEST_FILE, REPORT_FOLDER)
+        others = sorted(path.name for path in self.folder.glob("*") if path.name not in ours and path.suffix != ".tmp")
         if others:
             raise InputError(
                 f"{self.folder} holds {others[0]!r} too; give vBPE a folder of its own, or a file: --output_path FILE.json"
             )
-        if already_made(self.folder, "vbpe", self._request, overwrite):
-            return True
-        start_folder(self.folder)
-        return False
+        if self.file.exists() and not is_complete(self.folder) and not overwrite:
+            raise InputError(f"{self.folder} holds a vocabulary without a manifest; choose another folder or add --overwrite")
+        return already_made(self.folder, "vbpe", self._request, overwrite)
+
+    def prepare(self) -> None:
+        """Make the place ready, once the inputs are known to be good: from here on a folder is incomplete."""
+        import shutil
+
+        from beingvl.manifest import start_folder
+
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        if self.folder:
+            start_folder(self.folder)
+            shutil.rmtree(self.folder / REPORT_FOLDER, ignore_errors=True)  # of the vocabulary before
 
     def write(self, vbpe: VisualBPE | LegacyVisualBPE) -> None:
         from beingvl.manifest import write_manifest
 
         vbpe.save(self.file)
+        _partial_path(self.file).unlink(missing_ok=True)
         if self.folder:
             counts = {"codes": vbpe.num_codes, "merges": vbpe.num_merges}
             write_manifest(self.folder, "vbpe", counts, vbpe.lineage, {"request": self._request})

@@ -127,6 +127,10 @@ def build_engine(
     zero = dict(config.deepspeed["zero_optimization"])
     deepspeed_config = {**config.deepspeed, "gradient_accumulation_steps": accumulation_steps, "zero_optimization": zero}
     model_config = AutoConfig.from_pretrained(model_folder)
+    window = getattr(model_config, "sliding_window", None) if getattr(model_config, "use_sliding_window", True) else None
+    if window is not None and window < config.beingvl.sequence_length:
+        found = f"{model_folder}: its layers look back {window} tokens at most (sliding_window), samples may have"
+        raise InputError(f"{found} {config.beingvl.sequence_length} (beingvl.sequence_length); lower that to {window}")
     model = _empty_model(model_config, layout, config, deepspeed_config)
     parameters = dict(model.causal_lm.named_parameters())
     shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters.items()}

@@ -39,17 +39,17 @@ DEEPSPEED_KEYS: dict[str, set[str] | None] = {
     "memory_breakdown": None,
     "dump_state": None,
     "aio": {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"},
-    "compile": None,
     "comms_logger": {"enabled", "verbose", "prof_all", "prof_ops", "debug"},
     "flops_profiler": {"enabled", "profile_step", "module_depth", "top_modules", "detailed", "output_file"},
     "timers": {"throughput"},
-    "seed": None,
 }
 REFUSED_KEYS = {
     "scheduler": "the learning rate is a pure function of the step: use beingvl.schedule and beingvl.warmup_ratio",
     "gradient_accumulation_steps": "it follows from train_batch_size, the micro-batch size and the number of ranks; remove it",
     "fp16": "loss scaling makes steps depend on history: use bf16 or neither",
     "tensorboard": "metrics are beingvl's own: beingvl.tensorboard",
+    "seed": "the data order's seed is beingvl.seed, and nothing else is drawn",
+    "compile": "DeepSpeed's compilation is not used here; remove it",
     "data_efficiency": "the data order is beingvl's own: beingvl.mixture",
     "activation_checkpointing": "it is beingvl's own: beingvl.activation_checkpointing",
 }
@@ -205,6 +205,8 @@ def parse_stage_config(fields: Mapping[str, Any], source: str) -> StageConfig:
         raise InputError(f"{source}: optimizer must be of type Adam or AdamW with params.lr")
     if fields["optimizer"]["params"].get("torch_adam") is not True:
         raise InputError(f"{source}: optimizer.params.torch_adam must be true; checkpoints restore the moments of torch's Adam")
+    if fields.get("bf16", {}).get("check_grad_overflow", True) is not True:
+        raise InputError(f"{source}: bf16.check_grad_overflow must be true, or weights that are not finite would be kept")
     _check_zero(fields["zero_optimization"], source)
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
         if not isinstance(fields[key], int) or fields[key] < 1:
@@ -217,6 +219,10 @@ def _check_zero(zero: Mapping[str, Any], source: str) -> None:
     """The stage must be written out, and what is offloaded goes to the CPU's memory."""
     if zero.get("stage") not in (0, 1, 2, 3):
         raise InputError(f"{source}: zero_optimization.stage is {zero.get('stage')!r}, expected 0, 1, 2 or 3")
+    if zero.get("compute_grad_norm", True) is not True:
+        raise InputError(
+            f"{source}: zero_optimization.compute_grad_norm must be true; steps that are not finite show in the norm"
+        )
     for key in ("offload_optimizer", "offload_param"):
         device = (zero.get(key) or {}).get("device", "none")
         if device not in ("none", "cpu"):
@@ -234,6 +240,9 @@ def _parse_block(block: Any, source: str) -> BeingVLBlock:
             raise InputError(f"{source}: beingvl.{name} is missing")
     for name, value in block.items():
         _check_type(name, value, str(known[name].type), source)
+    for name in ("epochs", "sequence_length", "log_every_steps", "loss_chunk_tokens"):
+        if block.get(name, 1) <= 0:
+            raise InputError(f"{source}: beingvl.{name} is {block[name]!r}, expected more than 0")
     for name, choices in CHOICES.items():
         if block.get(name, choices[0]) not in choices:
             raise InputError(f"{source}: beingvl.{name} is {block[name]!r}, expected one of {list(choices)}")

@@ -158,6 +158,7 @@ def run_identity(config: StageConfig, model: Manifest, shards: Manifest, lineage
 
     block = {key: value for key, value in asdict(config.beingvl).items() if key not in SAME_RESULT}
     block["trainable"] = list(block["trainable"])
+    block["mixture"] = [list(item) for item in block["mixture"].items()]  # its order decides the order of samples
     kept = ("train_batch_size", "optimizer", "gradient_clipping", "bf16")
     return {
         "start_model": model.content_hash,

@@ -109,6 +109,26 @@ def test_max_length(inputs) -> None:
     assert read(inputs, "base") == []
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"category": 5}, "category is 5, expected a text"),
+        ({"id": "cut \ud83d"}, "half of a surrogate pair"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "\ud83d"}]}, "half of a surrogate pair"),
+    ],
+)
+def test_a_row_that_no_file_could_hold_is_rejected_alone(inputs, change, reason) -> None:
+    assert tokenize(inputs, [row(0), {**row(1), **change}], "--max_rejected", "1") == 0
+    assert [line["id"] for line in read(inputs, "base")] == [row(0)["id"]]
+    assert reason in next(inputs.rglob("rejected.jsonl")).read_text()
+
+
+@pytest.mark.parametrize("options", [("--max_rejected", "nan"), ("--dataset_name", "../x")])
+def test_impossible_options_are_refused(inputs, capsys, options) -> None:
+    assert tokenize(inputs, [row(0)], *options) == 2
+    assert f"{options[0]} is" in capsys.readouterr().err
+
+
 def test_inputs_that_contradict_each_other_are_refused(inputs, capsys) -> None:
     write_manifest(inputs / "vq_codes", "vq_codes", {}, {"vqgan": "sha256:" + "2" * 64}, {"num_codes": 16, "grid": [4, 4]})
     assert tokenize(inputs, [row(0)]) == 2

@@ -185,6 +185,22 @@ def test_a_folder_with_other_things_is_not_taken(tmp_path, codes, capsys):
     assert "holds 'a.npy' too; give vBPE a folder of its own" in capsys.readouterr().err
 
 
+def test_nothing_finished_is_lost_or_mistaken(tmp_path, codes, capsys):
+    source, out = write_codes_folder(tmp_path / "vq_codes", codes), tmp_path / "out"
+    learn = ["--data_path", source, "--num_merges", 5]
+    assert train(*learn, "--output_path", out) == 0
+    text = (out / "vbpe.json").read_text()
+    assert train(*learn, "--output_path", out / "vbpe.json", "--overwrite") == 2  # or the manifest would be wrong
+    assert train(*learn, "--output_path", out, "--overwrite", "--init_size", 5) == 2  # a wrong number of codes
+    assert (out / "vbpe.json").read_text() == text and main(["verify", str(out)]) == 0
+    (out / "manifest.json").unlink()
+    (out / ".vbpe.json.12.tmp").write_text("a write that was killed")
+    assert train(*learn, "--output_path", out) == 2
+    assert "holds a vocabulary without a manifest" in capsys.readouterr().err
+    assert train(*learn, "--output_path", out, "--overwrite") == 0 and (out / "vbpe.json").read_text() == text
+    assert train(*learn, "--output_path", source / "codes.npy") == 2
+
+
 # ---- wrong input ----
 
 
