@@ -127,10 +127,7 @@ def build_engine(
     zero = dict(config.deepspeed["zero_optimization"])
     deepspeed_config = {**config.deepspeed, "gradient_accumulation_steps": accumulation_steps, "zero_optimization": zero}
     model_config = AutoConfig.from_pretrained(model_folder)
-    window = getattr(model_config, "sliding_window", None) if getattr(model_config, "use_sliding_window", True) else None
-    if window is not None and window < config.beingvl.sequence_length:
-        found = f"{model_folder}: its layers look back {window} tokens at most (sliding_window), samples may have"
-        raise InputError(f"{found} {config.beingvl.sequence_length} (beingvl.sequence_length); lower that to {window}")
+    refuse_short_window(model_config, config.beingvl.sequence_length)
     model = _empty_model(model_config, layout, config, deepspeed_config)
     parameters = dict(model.causal_lm.named_parameters())
     shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters.items()}
@@ -152,6 +149,14 @@ def build_engine(
     _restore_rotary_buffers(model, model_config, ranks.device)
     multipliers = [multiplier for multiplier, _, _ in groups]
     return TrainingEngine(engine, model, parameters, plan, multipliers, config, ranks, accumulation_steps)
+
+
+def refuse_short_window(model_config: Any, sequence_length: int) -> None:
+    """Raises InputError for a model whose layers look back fewer tokens than a sample may have: packed attention sees all."""
+    window = getattr(model_config, "sliding_window", None) if getattr(model_config, "use_sliding_window", True) else None
+    if window is not None and window < sequence_length:
+        found = f"the start model's layers look back {window} tokens (sliding_window), samples may have {sequence_length}"
+        raise InputError(f"{found}; lower beingvl.sequence_length to {window}")
 
 
 def _empty_model(model_config: Any, layout: VocabLayout, config: StageConfig, deepspeed_config: dict[str, Any]) -> PackedCausalLM:

@@ -10,9 +10,12 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from beingvl.data.arrow_shards import Sample
 from beingvl.data.loader import IGNORED, MicroBatch, collate, shifted_targets
+from beingvl.errors import InputError
 from beingvl.model.extended_vocab import ExtendedHead, PackedCausalLM, _logits_buffer, build_packed_model, stored_slice
 from beingvl.model.packed_attention import varlen_kernel
 from beingvl.model.weight_files import WeightFolder
+from beingvl.train.engine import refuse_short_window
+from tests.model.small_models import family_config
 from tests.tiny import LAYOUT, write_model
 
 
@@ -70,6 +73,35 @@ def test_packed_losses_and_gradients_equal_each_sample_alone_in_the_stock_model(
     for name, parameter in model.causal_lm.named_parameters():
         stored, rows = stored_slice(name, LAYOUT.num_text)
         torch.testing.assert_close(parameter.grad, stock_gradients[stored][rows], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen2", "gpt2"])
+def test_other_families_compute_what_their_stock_model_does(family) -> None:
+    stock = AutoModelForCausalLM.from_config(family_config(family, LAYOUT.size, 0, 1), attn_implementation="eager").eval()
+    config = stock.config
+    packed = build_packed_model(type(stock), config, LAYOUT.num_text, config.vocab_size - LAYOUT.num_text, 64, False).eval()
+    state = stock.state_dict()
+    for name, parameter in packed.causal_lm.named_parameters():
+        stored, rows = stored_slice(name, LAYOUT.num_text)
+        parameter.data = state[stored][rows].clone()
+    ids = torch.arange(40) * 7 % LAYOUT.size
+    with torch.no_grad():
+        found = packed(ids[None], torch.arange(40)[None], torch.tensor([0, 40], dtype=torch.int32), torch.arange(40))
+        torch.testing.assert_close(found, stock(ids[None]).logits[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "message"), [("gemma2", "scale their embedding"), ("phi", "a bias of the output head")])
+def test_models_that_would_become_others_are_refused(family, message) -> None:
+    config = family_config(family, LAYOUT.size, 0, 1)
+    with pytest.raises(InputError, match=message):
+        build_packed_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, LAYOUT.num_text, LAYOUT.num_visual, 64, False)
+
+
+def test_a_window_shorter_than_a_sample_is_refused() -> None:
+    config = family_config("mistral", LAYOUT.size, 0, 1)
+    refuse_short_window(config, 16)
+    with pytest.raises(InputError, match=r"look back 16 tokens .* lower beingvl.sequence_length to 16"):
+        refuse_short_window(config, 17)
 
 
 def test_a_sample_does_not_see_its_neighbours(folder) -> None:

@@ -87,6 +87,13 @@ def broken(path: str, value: object) -> dict:
         ("zero_optimization", {"stage": 3, "offload_param": {"device": "nvme"}}, "use 'cpu' or 'none'"),
         ("zero_optimization", {"stage": 2, "offload_param": {"device": "cpu"}}, "needs a higher stage than 2"),
         ("train_batch_size", "auto", "expected an integer"),
+        ("bf16", {"enabled": True, "check_grad_overflow": False}, "check_grad_overflow must be true"),
+        ("zero_optimization", {"stage": 3, "compute_grad_norm": False}, "compute_grad_norm must be true"),
+        ("seed", 1, "seed is beingvl.seed"),
+        ("compile", {}, "not used here"),
+        ("beingvl.log_every_steps", 0, "more than 0"),
+        ("beingvl.loss_chunk_tokens", 0, "more than 0"),
+        ("beingvl.epochs", 0, "more than 0"),
         ("beingvl.epochs", "two", "expected a number"),
         ("beingvl.epochs", -1, "not negative"),
         ("beingvl.sequence_length", True, "expected a whole number"),
@@ -117,6 +124,8 @@ def test_what_may_change_a_sample_or_an_update_makes_another_run() -> None:
         assert changed == (entry.name not in SAME_RESULT), entry.name
     for key in ("train_batch_size", "gradient_clipping"):
         assert identity(stage_fields() | {key: 8}) != identity(stage_fields())
+    orders = [stage_fields(mixture=mixture) for mixture in ({"a": 0.5, "b": 0.5}, {"b": 0.5, "a": 0.5})]
+    assert identity(orders[0]) != identity(orders[1]), "samples are drawn in another order"
 
 
 def test_overrides(tmp_path) -> None:
