@@ -111,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"beingvl train: error: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
         return _leave(1, ranks.num_ranks)
     stop_distributed()
+    if exit_code == 0 and args.replay is None and ranks.rank == 0:
+        write_final(stage)
     _ignore_signals()
     return _leave(exit_code, ranks.num_ranks)
 
@@ -170,10 +172,8 @@ def run_identity(config: StageConfig, model: Manifest, shards: Manifest, lineage
 
 
 def _train(stage: Stage, stop_requested: Callable[[], bool]) -> int:
-    """Build, resume, train, write final/. Returns the exit code."""
-    from beingvl.train.checkpoint import complete_checkpoints
+    """Build, resume, train. Returns the exit code."""
     from beingvl.train.failures import StallError, TrainingError
-    from beingvl.train.hf_folder import write_hf_folder
     from beingvl.train.phases import Phases
 
     output, ranks = stage.output, stage.ranks
@@ -188,12 +188,17 @@ def _train(stage: Stage, stop_requested: Callable[[], bool]) -> int:
             if not isinstance(error, TrainingError):
                 print(f"failed at {place}", file=sys.stderr, flush=True)
             raise
-    if not finished:
-        return EXIT_REQUEUE
-    if ranks.rank == 0:
-        write_hf_folder(stage.model, complete_checkpoints(output)[-1], output / "final")
-        print(f"{output / 'final'} is finished: a stock Hugging Face folder, the start model of the next stage", flush=True)
-    return 0
+    return 0 if finished else EXIT_REQUEUE
+
+
+def write_final(stage: Stage) -> None:
+    """`final/` from the last checkpoint, by one rank; no other may wait for it, since a slow disk outlasts the stall timeout."""
+    from beingvl.train.checkpoint import complete_checkpoints
+    from beingvl.train.hf_folder import write_hf_folder
+
+    final = stage.output / "final"
+    write_hf_folder(stage.model, complete_checkpoints(stage.output)[-1], final)
+    print(f"{final} is finished: a stock Hugging Face folder, the start model of the next stage", flush=True)
 
 
 def _is_collective_failure(error: BaseException) -> bool:

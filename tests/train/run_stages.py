@@ -24,7 +24,7 @@ def main() -> None:
     from beingvl.manifest import read_manifest
     from beingvl.train.engine import start_distributed, stop_distributed
     from beingvl.train.stage_config import load_stage_config
-    from beingvl.train.train_stage import Stage, _train, run_identity
+    from beingvl.train.train_stage import Stage, _train, run_identity, write_final
 
     ranks = start_distributed(120)
     for job in json.loads(Path(sys.argv[-1]).read_text()):
@@ -35,6 +35,8 @@ def main() -> None:
         stage = Stage(output, None, config, model, shards, None, None, identity, ranks)
         before = restart_peak()
         assert _train(stage, lambda: False) == 0
+        if ranks.rank == 0:
+            write_final(stage)
         (output / ADDED_BYTES.format(ranks.rank)).write_text(str(peak_bytes() - before))
     stop_distributed()
     os._exit(0)  # as a training run of several ranks ends
