@@ -17,6 +17,7 @@ import gc
 import importlib
 import json
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -240,7 +241,7 @@ def join_shards(
     from beingvl.data.arrow_shards import finish_shards
 
     if args.duplicate_ids == "refuse":
-        refuse_duplicates(parts, tasks)
+        refuse_duplicates(parts, [task.path for task in tasks], "shard.arrow")
     shards = link_shards(parts, len(tasks), args.output_path, "shard")
     manifest = finish_shards(args.output_path, shards, layout, lineage, {"request": request})
     parts.remove()
@@ -270,24 +271,24 @@ def link_shards(parts: Parts, num_parts: int, output: Path, name: str) -> dict[s
     return shards
 
 
-def refuse_duplicates(parts: Parts, tasks: list[PartOfLines]) -> None:
-    """Raises InputError that names an id which two rows have. Takes 16 bytes a row."""
+def refuse_duplicates(parts: Parts, sources: Sequence[Path], shard: str) -> None:
+    """Raises InputError that names an id which two rows have. Takes 16 bytes a row. `sources`: the file of every part."""
     import numpy as np
 
     from beingvl.data.arrow_shards import open_batch
     from beingvl.errors import InputError
 
-    files = [parts.path(task.number) / "id_hashes" for task in tasks]
+    files = [parts.path(number) / "id_hashes" for number in range(len(sources))]
     all_hashes = np.sort(
         np.concatenate([np.fromfile(path, np.uint64) for path in files if path.is_file()] or [np.empty(0, np.uint64)])
     )
     twice = all_hashes[1:][all_hashes[1:] == all_hashes[:-1]]
     if not len(twice):
         return
-    for task, path in zip(tasks, files, strict=True):
+    for source, path in zip(sources, files, strict=True):
         if path.is_file() and len(rows := np.flatnonzero(np.fromfile(path, np.uint64) == twice[0])):
-            name = open_batch(path.with_name("shard.arrow")).column("id")[int(rows[0])].as_py()
-            found = f"{len(twice)} rows repeat the id of another row, the first is {name!r} in {task.path}"
+            name = open_batch(path.with_name(shard)).column("id")[int(rows[0])].as_py()
+            found = f"{len(twice)} rows repeat the id of another row, the first is {name!r} in {source}"
             raise InputError(f"{found}; give every row its own id, or start again with --duplicate_ids keep")
 
 

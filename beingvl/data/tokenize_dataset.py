@@ -58,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--too_long", choices=["reject", "truncate"], default="reject", help="what happens to samples over --max_length"
     )
     parser.add_argument("--rows_per_part", type=int, default=4096, help="rows that are finished, or lost by a kill, together")
+    parser.add_argument(
+        "--duplicate_ids",
+        choices=["refuse", "keep"],
+        default="refuse",
+        help="two rows with one id in --format arrow: an error, or two samples (for JSONL build-shards asks)",
+    )
     parser.add_argument("--max_rejected", type=float, default=0.01, help="fail when more than this share of rows is rejected")
     parser.add_argument("--batch_size", type=int, default=16, help="images a batch, when images are encoded now")
     parser.add_argument("--num_workers", type=int, default=1, help="processes that tokenize, or decode images")
@@ -188,6 +194,7 @@ def tokenize_parts(parts: Parts, args: argparse.Namespace, codes: CodeFolder | N
 
 def tokenize_part(task: tuple[int, list[dict]]) -> int:
     """One part: rows to token rows of every variant. Returns the number of rows."""
+    from beingvl.data.build_shards import hashes
     from beingvl.data.row_tokenizer import fit, num_tokens, printable
     from beingvl.errors import InputError
 
@@ -217,6 +224,8 @@ def tokenize_part(task: tuple[int, list[dict]]) -> int:
             if args.format == "arrow":
                 _write_shard(folder, variant, path)
                 path.unlink()
+        if args.format == "arrow":
+            hashes([row["id"] for row in made["base"]]).tofile(folder / "id_hashes")
         (folder / "rejected.jsonl").write_text("".join(map(_line, rejected)), encoding="utf-8")
         (folder / "counts.json").write_text(json.dumps(counts))
     return len(rows)
@@ -242,7 +251,9 @@ def _write_shard(folder: Path, variant: str, path: Path) -> None:
 def join_dataset(
     output: DatasetFolder, parts: Parts, num_parts: int, num_rows: int, args: argparse.Namespace, request: dict[str, Any]
 ) -> None:
-    """All parts to the dataset's files. Raises InputError when too many rows were rejected."""
+    """All parts to the dataset's files. Raises InputError when too many rows were rejected, or ids of shards repeat."""
+    from beingvl.data.build_shards import refuse_duplicates
+
     counts = {"rows": 0, "rejected": 0, "truncated": 0, "longest_sample_tokens": 0}
     for part in parts.read_json(num_parts, "counts.json"):
         for name, value in part.items():
@@ -251,6 +262,8 @@ def join_dataset(
     parts.join(num_parts, "rejected.jsonl", listing)
     rejected = listing.read_text(encoding="utf-8").split("\n")[:-1]
     _check_rejected(output, rejected, num_rows, args)
+    if args.format == "arrow" and args.duplicate_ids == "refuse":
+        refuse_duplicates(parts, [args.json_path] * num_parts, "base.arrow")
     hashes: dict[str, str] = {}
     for variant in ("base", "vbpe") if args.vbpe_path else ("base",):
         if args.format == "arrow":

@@ -123,6 +123,12 @@ def test_a_row_that_no_file_could_hold_is_rejected_alone(inputs, change, reason)
     assert reason in next(inputs.rglob("rejected.jsonl")).read_text()
 
 
+def test_shards_hold_no_id_twice_unasked(inputs, capsys) -> None:
+    assert tokenize(inputs, [row(0), row(1), row(0)], "--format", "arrow") == 2
+    assert "1 rows repeat the id of another row" in capsys.readouterr().err
+    assert tokenize(inputs, [row(0), row(1), row(0)], "--format", "arrow", "--duplicate_ids", "keep") == 0
+
+
 @pytest.mark.parametrize("options", [("--max_rejected", "nan"), ("--dataset_name", "../x")])
 def test_impossible_options_are_refused(inputs, capsys, options) -> None:
     assert tokenize(inputs, [row(0)], *options) == 2
