@@ -34,6 +34,7 @@ setup(
         "matplotlib>=3.8",
         "tqdm>=4.66",
         "psutil>=5.9",
+        "blake3>=1.0",
     ],
     extras_require={
         "quickstart": ["scikit-learn>=1.4"],

@@ -22,16 +22,20 @@ import os
 import shlex
 import sys
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
 
 from beingvl import __version__
 from beingvl.errors import InputError
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
-SAMPLED, PIECES = "sampled-sha256:", "pieces-sha256:"
+BLAKE3, SAMPLED, PIECES = "blake3:", "sampled-sha256:", "pieces-blake3:"
+HASHES: dict[str, Callable[[], Any]] = {BLAKE3: blake3, "sha256:": hashlib.sha256}  # of whole files; the second was used before
 
 # What makes each kind of artefact, for messages that say what to run.
 MADE_BY = {
@@ -73,15 +77,17 @@ class Manifest:
 
 
 def hash_bytes(data: bytes) -> str:
-    return "sha256:" + hashlib.sha256(data).hexdigest()
+    return BLAKE3 + blake3(data).hexdigest()
 
 
-def hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return "sha256:" + digest.hexdigest()
+def hash_file(path: Path, algorithm: str = BLAKE3) -> str:
+    """Hash of a file's bytes, which `b3sum` gives too. BLAKE3 is four times as fast as SHA-256 with the processor's own help."""
+    digest = HASHES[algorithm]()
+    block = memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
+    return algorithm + digest.hexdigest()
 
 
 def hash_pieces(path: Path, piece_bytes: int = 1 << 26) -> str:
@@ -89,7 +95,7 @@ def hash_pieces(path: Path, piece_bytes: int = 1 << 26) -> str:
     from concurrent.futures import ThreadPoolExecutor
 
     def hash_piece(start: int) -> bytes:
-        digest = hashlib.sha256()
+        digest = blake3()
         with open(path, "rb") as file:
             file.seek(start)
             left = piece_bytes
@@ -100,7 +106,7 @@ def hash_pieces(path: Path, piece_bytes: int = 1 << 26) -> str:
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         pieces = b"".join(pool.map(hash_piece, range(0, path.stat().st_size, piece_bytes)))
-    return PIECES + hashlib.sha256(pieces).hexdigest()
+    return PIECES + blake3(pieces).hexdigest()
 
 
 def hash_sample(path: Path) -> str:
@@ -126,7 +132,8 @@ def hash_inputs(folder: Path, names: Iterable[str], sampled: Iterable[str] = ())
 
 def has_hash(path: Path, recorded: str) -> bool:
     """Whether a file still has the hash that a manifest recorded, of whichever kind it is."""
-    return recorded == (hash_sample(path) if recorded.startswith(SAMPLED) else hash_file(path))
+    algorithm = recorded.partition(":")[0] + ":"
+    return recorded == (hash_file(path, algorithm) if algorithm in HASHES else hash_sample(path))
 
 
 def write_atomically(path: Path | str, data: bytes | str) -> None:

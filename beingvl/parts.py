@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -25,8 +24,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blake3 import blake3
+
 from beingvl.errors import InputError
-from beingvl.manifest import is_complete, to_json, write_atomically
+from beingvl.manifest import BLAKE3, is_complete, to_json, write_atomically
 
 if TYPE_CHECKING:
     import argparse
@@ -130,7 +131,7 @@ class Parts:
 
     def join(self, num_parts: int, file: str, target: Path, head: bytes = b"") -> str:
         """Lay one file of every part end to end in `target`, behind `head`; returns its hash."""
-        digest = hashlib.sha256(head)
+        digest = blake3(head)
         temporary = target.with_name(f"{target.name}.tmp")
         with open(temporary, "wb") as out:
             out.write(head)
@@ -141,7 +142,7 @@ class Parts:
                         out.write(block)
         _sync(temporary)
         os.replace(temporary, target)
-        return "sha256:" + digest.hexdigest()
+        return BLAKE3 + digest.hexdigest()
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

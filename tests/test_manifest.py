@@ -112,6 +112,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_files_have_the_published_hash_and_the_one_of_earlier_versions(tmp_path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"abc")  # the first vector of both
+    blake3 = "blake3:6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
+    sha256 = "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert manifest.hash_file(path) == manifest.hash_bytes(b"abc") == blake3
+    assert manifest.has_hash(path, blake3) and manifest.has_hash(path, sha256)
+    path.write_bytes(b"abd")
+    assert not manifest.has_hash(path, blake3) and not manifest.has_hash(path, sha256)
+
+
 def test_a_hash_of_pieces_depends_on_every_byte(tmp_path) -> None:
     path = tmp_path / "x"
     path.write_bytes(bytes(range(100)))

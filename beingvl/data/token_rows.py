@@ -22,7 +22,7 @@ import pyarrow as pa
 import simdjson
 
 from beingvl.data.arrow_shards import ShardColumns
-from beingvl.data.token_rows_numba import WORD_BYTES, Buffers, parse_lines, words_of
+from beingvl.data.token_rows_numba import BYTES_AHEAD, FIELDS, Buffers, parse_lines, words_of
 from beingvl.errors import InputError
 from beingvl.vocab import VocabLayout
 
@@ -156,7 +156,7 @@ class RowReader:
 
     def _read_block(self, file: int, at: int, stop: int) -> tuple[int, int]:
         """Fill the block; returns (bytes read, where its last whole line ends, 0 without one). A last line gets its newline."""
-        size = os.preadv(file, [memoryview(self._block)[: min(len(self._block) - WORD_BYTES, stop - at)]], at)
+        size = os.preadv(file, [memoryview(self._block)[: min(len(self._block) - BYTES_AHEAD, stop - at)]], at)
         if size == stop - at and self._block[size - 1] != NEWLINE:
             self._block[size] = NEWLINE
             return size, size + 1
@@ -226,7 +226,7 @@ class RowReader:
 
 def make_buffers(num_bytes: int, keep_codes: bool) -> Buffers:
     """Room for the rows of so many bytes: an integer takes two of them, a row at least BYTES_OF_THE_SHORTEST_ROW."""
-    num_rows, num_integers = num_bytes // BYTES_OF_THE_SHORTEST_ROW + 2, num_bytes // 2 + 8
+    num_rows, num_integers = num_bytes // BYTES_OF_THE_SHORTEST_ROW + 2, num_bytes // 2 + BYTES_AHEAD
 
     def integers() -> np.ndarray:
         return np.empty(num_integers, np.int32)
@@ -236,6 +236,7 @@ def make_buffers(num_bytes: int, keep_codes: bool) -> Buffers:
 
     return Buffers(
         keep_codes,
+        place=np.empty((len(FIELDS), 2), np.int64),
         scratch=integers(),
         ids=integers(),
         id_starts=starts(),

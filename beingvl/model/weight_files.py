@@ -17,7 +17,6 @@ vocabularies or training: the converter and the end of a training stage call the
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import mmap
@@ -26,17 +25,18 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from tqdm import tqdm
 
 from beingvl.errors import InputError
-from beingvl.manifest import hash_file, hash_sample, is_complete, read_manifest, to_json, write_atomically
+from beingvl.manifest import BLAKE3, hash_file, hash_sample, is_complete, read_manifest, to_json, write_atomically
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -460,8 +460,8 @@ class _HashedOutput:
 
     def __init__(self, file: io.FileIO, pool: ThreadPoolExecutor, report: Callable[[int], Any]) -> None:
         self.file, self.pool, self.report = file, pool, report
-        self._digest = hashlib.sha256()
-        self._pending = pool.submit(lambda: None)
+        self._digest = blake3()
+        self._pending: Future[Any] = pool.submit(lambda: None)
         self._buffers = [memoryview(bytearray(_COPY_BYTES)) for _ in range(2)]
 
     def write(self, block: bytes | memoryview) -> None:
@@ -488,7 +488,7 @@ class _HashedOutput:
         """Flush to the disk; returns the hash of all blocks."""
         self._pending.result()
         os.fsync(self.file.fileno())
-        return "sha256:" + self._digest.hexdigest()
+        return BLAKE3 + self._digest.hexdigest()
 
 
 def _stream_tensors(plan: _FilePlan, output: _HashedOutput) -> None:

@@ -8,7 +8,7 @@ import pytest
 import simdjson
 
 from beingvl.data.token_rows import RowReader, make_buffers, parse_row
-from beingvl.data.token_rows_numba import WORD_BYTES, parse_lines, words_of
+from beingvl.data.token_rows_numba import BYTES_AHEAD, parse_lines, words_of
 from beingvl.errors import InputError
 from beingvl.tokenizer.vbpe import VisualBPE
 from tests.tiny import LAYOUT
@@ -30,12 +30,13 @@ ROW = {
     "kept": True,
     "note": None,
 }
+MANY = [*range(100_000, 100_100), *range(999_900, 1_000_000), *range(123_456, 200_000, 777)]
 
 
 def fast(line: bytes) -> tuple | None:
     """The one row of a line as the compiled reader takes it, None when it leaves the line to its twin."""
     buffers = make_buffers(len(line), keep_codes=True)
-    data, size = np.frombuffer(bytearray(line + b"\n" + bytes(WORD_BYTES)), np.uint8), len(line) + 1
+    data, size = np.frombuffer(bytearray(line + b"\n" + bytes(BYTES_AHEAD)), np.uint8), len(line) + 1
     at, rows = parse_lines(data, words_of(data), 0, size, buffers, 0)
     if not rows:
         return None
@@ -70,6 +71,10 @@ USUAL = [
     text({**ROW, "target_spans": []}, ensure_ascii=False),
     b'  {"id":1,"token_0":[ ],"token_1":[0, 10]}\t'[2:],
     b'{"id":2,"token_0":[123456,100000, 999999,12345,1234567,0,7],"token_1":[654321, 10, 314159,2147483647]}',
+    text({**ROW, "token_0": MANY}, ensure_ascii=False),
+    text({**ROW, "token_0": MANY}, ensure_ascii=False, separators=(",", ":")),
+    text({**ROW, "token_0": [*MANY[:70], 5, *MANY[:70]]}, ensure_ascii=False, separators=(",", ":")),
+    text({**ROW, "token_0": MANY}, ensure_ascii=False).replace(b", 11", b",11"),
     b'{"id" : 1 , "token_0" :[] , "x":{"a":[1,-2.5,{"b":[]}],"c":"\\u00E9\\n"} ,"token_1":[2147483647] } \r',
 ]
 UNUSUAL = [  # rows all the same
@@ -86,6 +91,12 @@ UNUSUAL = [  # rows all the same
     text({**ROW, "x": eval("[" * 70 + "]" * 70), "image": "a"}),
 ]
 WRONG = [
+    *(
+        text({**ROW, "token_0": MANY}, ensure_ascii=False, separators=(comma, ":")).replace(right, wrong)
+        for comma in (",", ", ")
+        for right, wrong in ((b"100047", b"000047"), (b"100041", b"10004:"), (b"100063", b"100/63"), (b"100002,", b"100002;"))
+    ),
+    text({**ROW, "token_0": MANY}, ensure_ascii=False).replace(b" 100044", b"x100044"),
     b"",
     b"{}",
     b"[1]",
@@ -164,7 +175,7 @@ def test_any_block_size_reads_the_same_rows(tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(lines))
     found = []
-    for size in (16, 700, 1 << 20):
+    for size in (BYTES_AHEAD + 16, BYTES_AHEAD + 700, 1 << 20):
         reader = RowReader(LAYOUT)
         reader._block = bytearray(size)
         rows = reader.read(path, 0, path.stat().st_size)
