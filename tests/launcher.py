@@ -47,6 +47,19 @@ def run(num_ranks: int, config: Path, model: Path, data: Path, output: Path, *ov
     return start(num_ranks, config, model, data, output, *overrides, device=device).wait(timeout=300)
 
 
+def run_each(commands: list[list[str]]) -> list[subprocess.CompletedProcess]:
+    """One command a rank, as if each were started on its own host."""
+    common, started = {**ENVIRONMENT, "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(commands))}, []
+    for rank, command in enumerate(commands):
+        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    shown = [process.communicate(timeout=300) for process in started]
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *texts)
+        for process, texts in zip(started, shown, strict=True)
+    ]
+
+
 def log_of(output: Path) -> str:
     return Path(f"{output}.log").read_text()
 

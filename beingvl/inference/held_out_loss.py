@@ -26,6 +26,7 @@ from beingvl.inference.model import quiet_without_terminal
 from beingvl.manifest import join_lineages, read_manifest
 from beingvl.model import packed_attention
 from beingvl.model.extended_vocab import PackedCausalLM, pack_stock_model
+from beingvl.model.packed_check import refuse_short_window, refuse_unlike_packed
 from beingvl.parts import Parts
 from beingvl.train.loss import LossSums
 from beingvl.train.validation import held_out_batch, pack_in_order
@@ -50,6 +51,7 @@ class HeldOutLoss:
         lineages = {str(args.model): self._manifest.lineage, str(args.data): self._shards.manifest.lineage}
         self.lineage = join_lineages({**lineages, f"{args.model}/vocab_layout.json": {"vocab": layout.fingerprint()}})
         self.num_rows = min(len(self._shards), args.limit or len(self._shards))
+        self._longest = int(self._shards.lengths[: self.num_rows].max(initial=0))
         self._model: PackedCausalLM | None = None
 
     @property
@@ -66,7 +68,7 @@ class HeldOutLoss:
     def write_part(self, rows: range, folder: Path, on_rows: Callable[[int], object]) -> None:
         """Losses of the samples `rows`; `on_rows` hears how many more are done."""
         started = time.perf_counter()
-        model = self._model = self._model or load_packed(self._args.model, self._args.torch_dtype, self._device)
+        model = self._model = self._model or load_packed(self._args.model, self._args.torch_dtype, self._device, self._longest)
         lengths = self._shards.lengths[rows.start : rows.stop]
         sums = LossSums.zero(self._shards.layout, self._shards.sources)
         of_samples: dict[int, tuple[float, int]] = {}
@@ -103,16 +105,17 @@ class HeldOutLoss:
         return summarize_losses(sums, samples), self.request(), {"seconds": sum(part["seconds"] for part in found)}
 
 
-def load_packed(folder: Path, torch_dtype: str, device: torch.device) -> PackedCausalLM:
-    """A model folder as training sees it. Raises InputError for a head that training could not have made."""
-    from transformers import AutoModelForCausalLM
+def load_packed(folder: Path, torch_dtype: str, device: torch.device, longest: int) -> PackedCausalLM:
+    """A model folder as training sees it. Raises InputError for one that packing changes; `longest`: tokens of a sample."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(folder)
+    refuse_short_window(config, longest, "score it with --json_path")
+    refuse_unlike_packed(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
     with quiet_without_terminal():
         causal_lm = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, torch_dtype), attn_implementation=packed_attention.register()
         )
-    if getattr(causal_lm.get_output_embeddings(), "bias", None) is not None:
-        raise InputError(f"{folder}: its output head has a bias, which the packed model has not; score it with --json_path")
     causal_lm.to(device).eval().requires_grad_(False)
     return pack_stock_model(causal_lm, VocabLayout.load(folder).num_text, _LOSS_CHUNK_TOKENS)
 

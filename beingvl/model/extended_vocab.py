@@ -20,8 +20,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from beingvl.errors import InputError
-
 ROW_ALIGNMENT = 64  # elements
 TEXT_ROWS = "text_rows"
 VISUAL_ROWS = "visual_rows"
@@ -188,11 +186,6 @@ def build_packed_model(
         setattr(small, name, 0.0)  # its random numbers are in no checkpoint, so a resumed run would be another
     with no_init_weights():
         causal_lm = model_class._from_config(small, attn_implementation=packed_attention.register())
-    if type(causal_lm.get_input_embeddings()) is not nn.Embedding:
-        raise InputError(
-            f"models of type {config.model_type!r} scale their embedding, which split rows do not; it cannot be trained"
-        )
-    refuse_unlike_packed(causal_lm)
     causal_lm.set_input_embeddings(ExtendedEmbedding(num_text, num_visual, config.hidden_size))
     causal_lm.set_output_embeddings(ExtendedHead(num_text, num_visual, config.hidden_size, loss_chunk_tokens))
     if activation_checkpointing:
@@ -200,19 +193,6 @@ def build_packed_model(
         enable = getattr(causal_lm, "activation_checkpointing_enable", None) or causal_lm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return PackedCausalLM(causal_lm)
-
-
-def refuse_unlike_packed(causal_lm: Any) -> None:
-    """Raises InputError for a model whose head or attention does more than the packed one's: it would be another model."""
-    config = causal_lm.config
-    found = [name for name in ("attn_logit_softcapping", "final_logit_softcapping") if getattr(config, name, None) is not None]
-    found += [name for name in ("logit_scale", "logits_scaling") if getattr(config, name, None) not in (None, 1)]
-    if getattr(causal_lm.get_output_embeddings(), "bias", None) is not None:
-        found.append("a bias of the output head")
-    if found:
-        raise InputError(
-            f"models of type {config.model_type!r} have {found[0]}, which the packed model has not; use another base"
-        )
 
 
 def pack_stock_model(causal_lm: Any, num_text: int, loss_chunk_tokens: int) -> PackedCausalLM:

@@ -24,7 +24,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -298,6 +298,21 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def make_header(tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
+    """A safetensors file's first bytes, for name -> (dtype, shape, bytes) in the order of what follows.
+
+    Length and JSON of the header, padded with spaces to a multiple of 8.
+    """
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, (dtype, shape, num_bytes) in tensors.items():
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, start + num_bytes]}
+        start += num_bytes
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
     """State dict of a `.bin` file: memory-mapped when it is the zip format, and never executing what is in it."""
     if path.stat().st_size < _MIN_PICKLE_BYTES:
@@ -335,17 +350,16 @@ class _FilePlan:
 
     @property
     def header(self) -> bytes:
-        """Length and JSON of the safetensors header, padded with spaces to a multiple of 8."""
-        fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        start = 0
-        for name, tensor in self.tensors.items():
-            dtype = tensor.dtype if isinstance(tensor, StoredTensor) else _DTYPE_NAMES[tensor.dtype]
-            stop = start + tensor.num_bytes
-            fields[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, stop]}
-            start = stop
-        text = json.dumps(fields, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        return make_header(
+            {
+                name: (
+                    tensor.dtype if isinstance(tensor, StoredTensor) else _DTYPE_NAMES[tensor.dtype],
+                    tensor.shape,
+                    tensor.num_bytes,
+                )
+                for name, tensor in self.tensors.items()
+            }
+        )
 
     @property
     def num_bytes(self) -> int:

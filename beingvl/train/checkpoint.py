@@ -15,9 +15,11 @@ a range of the flattened parameter, so another number of ranks, or another ZeRO 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -27,14 +29,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from beingvl.errors import InputError
-from beingvl.manifest import hash_file, is_complete, read_manifest, start_folder, to_json, write_atomically, write_manifest
-from beingvl.train.failures import SaveError
+from beingvl.manifest import MANIFEST_FILE, is_complete, read_manifest, start_folder, to_json, write_atomically, write_manifest
+from beingvl.model.weight_files import make_header
+from beingvl.train.failures import SaveError, TrainingError
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.json"
+FLUSH_BYTES = 1 << 28  # so much is written before the disk is waited for: one part of the phase "save"
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,30 @@ def complete_checkpoints(output: Path) -> list[Path]:
     return sorted(path for path in (output / CHECKPOINTS).glob("step-*") if is_complete(path))
 
 
+def agree_on_newest(
+    output: Path, gather: Callable[[Any], list[Any]], patience_seconds: float, before_step: int | None = None
+) -> Path | None:
+    """The newest complete checkpoint (of a step before `before_step`) as rank 0 sees it, on every rank; None without any.
+
+    Hosts may see a network disk as it was at different times, so a rank that does not see rank 0's choice yet waits for it.
+    Raises TrainingError, on all ranks, that names those which still do not. `gather` hands every rank's value to all.
+    """
+    found = [folder.name for folder in complete_checkpoints(output) if before_step is None or step_of(folder) < before_step]
+    name = gather(found[-1] if found else None)[0]
+    if name is None:
+        return None
+    newest, started = output / CHECKPOINTS / name, time.monotonic()
+    while not is_complete(newest) and time.monotonic() - started < patience_seconds:
+        time.sleep(0.2)
+    blind = [str(rank) for rank, sees_it in enumerate(gather(is_complete(newest))) if not sees_it]
+    if blind:
+        raise TrainingError(
+            f"rank {', '.join(blind)} cannot see {newest}, which rank 0 goes on from; all hosts need the same output folder: "
+            "share it, or start again when its disk shows the same to all"
+        )
+    return newest
+
+
 def rank_file(rank: int, num_ranks: int) -> str:
     return f"rank-{rank:05d}-of-{num_ranks:05d}.safetensors"
 
@@ -74,8 +101,9 @@ class CheckpointWriter:
     what was written of this checkpoint is removed to make room.
     """
 
-    def __init__(self, rank: int, gather: Callable[[Any], list[Any]]) -> None:
-        self._rank, self._gather = rank, gather
+    def __init__(self, rank: int, gather: Callable[[Any], list[Any]], advance: Callable[[], object] = lambda: None) -> None:
+        """`advance` hears, from a thread, of every slice that is written."""
+        self._rank, self._gather, self._advance = rank, gather, advance
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._begun: _BegunCheckpoint | None = None
 
@@ -90,7 +118,7 @@ class CheckpointWriter:
         self.commit()
         self._together(folder, lambda: start_folder(folder) if self._rank == 0 else None)
         path = folder / rank_file(self._rank, state.num_ranks)
-        self._begun = _BegunCheckpoint(folder, state, write_more, self._pool.submit(_write_slices, path, tensors))
+        self._begun = _BegunCheckpoint(folder, state, write_more, self._pool.submit(_write_slices, path, tensors, self._advance))
 
     @property
     def is_written(self) -> bool:
@@ -135,14 +163,29 @@ class _BegunCheckpoint:
         write_manifest(self.folder, "checkpoint", counts, self.state.identity["lineage"], known_hashes=hashes)
 
 
-def _write_slices(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[str, str]:
-    """Write one rank's file, on disk before it has its name; returns (name, hash)."""
+def _write_slices(path: Path, tensors: Mapping[str, torch.Tensor], advance: Callable[[], object]) -> tuple[str, str]:
+    """Write one rank's file of float32 slices, on disk before it has its name; returns (name, hash)."""
     temporary = path.with_suffix(".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    with open(temporary, "rb") as file:
+    digest, unflushed = hashlib.sha256(), 0
+    with open(temporary, "wb") as file:
+
+        def write(data: bytes | memoryview) -> None:
+            file.write(data)
+            digest.update(data)
+
+        write(make_header({name: ("F32", tensor.shape, 4 * tensor.numel()) for name, tensor in tensors.items()}))
+        for name, tensor in tensors.items():
+            assert tensor.dtype == torch.float32, (name, tensor.dtype)
+            write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            unflushed += 4 * tensor.numel()
+            if unflushed >= FLUSH_BYTES:
+                os.fsync(file.fileno())
+                unflushed = 0
+            advance()
+        file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    return path.name, hash_file(path)
+    return path.name, "sha256:" + digest.hexdigest()
 
 
 def delete_old_checkpoints(output: Path, keep_last: int, keep_every: int = 0) -> None:
@@ -165,8 +208,15 @@ def read_state(folder: Path) -> CheckpointState:
     read_manifest(folder, "checkpoint")
     try:
         return CheckpointState(**json.loads((folder / STATE_FILE).read_text()))
-    except (OSError, json.JSONDecodeError, TypeError) as error:
-        raise InputError(f"{folder / STATE_FILE} is damaged ({error}); remove the folder to resume from an older one") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(folder, STATE_FILE, str(error)) from error
+
+
+def _damaged(folder: Path, name: str, found: str) -> InputError:
+    """The error for a file of a checkpoint; it says which older one there is."""
+    older = [other for other in complete_checkpoints(folder.parent.parent) if other.name < folder.name]
+    what = f"to go on from {older[-1].name}, the next older one" if older else "to begin anew, since there is no older one"
+    return InputError(f"{folder / name} is missing or damaged: {found}; remove {folder} {what}")
 
 
 def check_identity(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -180,16 +230,25 @@ def check_identity(folder: Path, found: Mapping[str, Any], expected: Mapping[str
 
 
 class StateReader:
-    """The saved slices of one checkpoint, open for reading: `with StateReader(folder) as reader: reader.fetch(...)`."""
+    """The saved slices of one checkpoint, open for reading: `with StateReader(folder) as reader: reader.fetch(...)`.
+
+    Raises InputError that names the file which is missing or damaged, and the checkpoint before.
+    """
 
     def __init__(self, folder: Path, state: CheckpointState | None = None) -> None:
-        self.state = state or read_state(folder)
-        names = [rank_file(rank, self.state.num_ranks) for rank in range(self.state.num_ranks)]
-        for name in names:
-            if not (folder / name).is_file():
-                raise InputError(f"{folder / name} is missing; remove the folder to resume from an older checkpoint")
+        self._folder, self.state = folder, state or read_state(folder)
+        listed = read_manifest(folder, "checkpoint").files
         self._stack = ExitStack()
-        self._files = [self._stack.enter_context(safe_open(folder / name, framework="pt")) for name in names]
+        self._files = []
+        for rank in range(self.state.num_ranks):
+            name = rank_file(rank, self.state.num_ranks)
+            found, expected = _num_bytes(folder / name), listed.get(name, {}).get("bytes")
+            if found != expected:
+                raise _damaged(folder, name, f"it has {found} bytes, {MANIFEST_FILE} says {expected}")
+            try:
+                self._files.append(self._stack.enter_context(safe_open(folder / name, framework="pt")))
+            except SafetensorError as error:
+                raise _damaged(folder, name, str(error)) from error
 
     def __enter__(self) -> StateReader:
         return self
@@ -199,14 +258,22 @@ class StateReader:
 
     def fetch(self, name: str, key: str, start: int, stop: int) -> torch.Tensor:
         """Elements start … stop of a flattened parameter; `key` is master, exp_avg or exp_avg_sq. Float32."""
-        flat = torch.empty(stop - start)
-        for file, (first, last) in zip(self._files, self.state.parameters[name]["spans"], strict=True):
-            low, high = max(start, first), min(stop, last)
-            if low < high:
-                flat[low - start : high - start] = file.get_slice(f"{name}.{key}")[low - first : high - first]
+        flat, reached = torch.empty(stop - start), start
+        spans = self.state.parameters[name]["spans"]
+        for file, (first, last) in zip(self._files, spans, strict=True):
+            high = min(stop, last)
+            if first <= reached < high:
+                flat[reached - start : high - start] = file.get_slice(f"{name}.{key}")[reached - first : high - first]
+                reached = high
+        if reached < stop:
+            raise _damaged(self._folder, STATE_FILE, f"its spans {spans} of {name} do not give the elements {start} … {stop}")
         return flat
 
     def master(self, name: str) -> torch.Tensor:
         """A trained parameter's float32 weights, whole, in its own shape."""
         shape = self.state.parameters[name]["shape"]
         return self.fetch(name, "master", 0, torch.Size(shape).numel()).view(shape)
+
+
+def _num_bytes(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0

@@ -36,6 +36,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from beingvl.data.loader import IGNORED, MicroBatch
 from beingvl.errors import InputError
 from beingvl.model.extended_vocab import PackedCausalLM, build_packed_model, stored_slice
+from beingvl.model.packed_check import refuse_short_window, refuse_unlike_packed
 from beingvl.model.param_groups import PlannedParameter, plan_parameters
 from beingvl.model.weight_files import WeightFolder
 from beingvl.train.failures import FreezerError
@@ -55,6 +56,10 @@ class Ranks:
     device: torch.device
 
 
+# Heartbeats find a rank that is lost or stalled (train/phases.py); a collective may wait as long as another rank works.
+LONGEST_COLLECTIVE = timedelta(days=1)
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What an optimizer step did. `applied` is False when DeepSpeed skipped it for a non-finite gradient."""
@@ -63,7 +68,7 @@ class StepResult:
     gradient_norm: float
 
 
-def start_distributed(stall_timeout_seconds: int, deterministic: bool = False) -> Ranks:
+def start_distributed(deterministic: bool = False) -> Ranks:
     """Join the launcher's process group; a process started without a launcher is a world of one."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
@@ -85,7 +90,7 @@ def start_distributed(stall_timeout_seconds: int, deterministic: bool = False) -
     local_rank = int(os.environ["LOCAL_RANK"])
     accelerator = get_accelerator()
     accelerator.set_device(local_rank)
-    deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=stall_timeout_seconds))
+    deepspeed.init_distributed(verbose=False, timeout=LONGEST_COLLECTIVE)
     device = torch.device(accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu")
     return Ranks(deepspeed.comm.get_rank(), deepspeed.comm.get_world_size(), device)
 
@@ -117,22 +122,26 @@ def build_engine(
     ranks: Ranks,
     adam_steps: Mapping[str, int] | None = None,
     weights: Mapping[str, torch.Tensor] | None = None,
+    advance: Callable[[], object] = lambda: None,
 ) -> TrainingEngine:
     """Build the stage's model, load the start model's weights, freeze by plan, hand over to DeepSpeed.
 
     `adam_steps`: trained name -> updates that its moments will have behind them, where they are carried over or resumed.
     `weights`: tensors by their names on disk, in place of those in the folder, of which only config.json is read then.
+    `advance` hears, from any thread, of every parameter and every batch that is done.
     """
     accumulation_steps = config.accumulation_steps(ranks.num_ranks)
     zero = dict(config.deepspeed["zero_optimization"])
     deepspeed_config = {**config.deepspeed, "gradient_accumulation_steps": accumulation_steps, "zero_optimization": zero}
     model_config = AutoConfig.from_pretrained(model_folder)
-    refuse_short_window(model_config, config.beingvl.sequence_length)
-    model = _empty_model(model_config, layout, config, deepspeed_config)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
+    refuse_short_window(model_config, config.beingvl.sequence_length, "lower beingvl.sequence_length to {window}")
+    refuse_unlike_packed(model_class, model_config)
+    model = _empty_model(model_class, model_config, layout, config, deepspeed_config)
     parameters = dict(model.causal_lm.named_parameters())
     shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters.items()}
     plan = plan_parameters(shapes, config.beingvl.trainable)
-    _load_weights(parameters, shapes, model_folder, weights or WeightFolder(model_folder), layout, config, ranks)
+    _load_weights(parameters, shapes, model_folder, weights or WeightFolder(model_folder), layout, config, ranks, advance)
     for planned in plan:
         parameters[planned.name].requires_grad_(planned.rule.train)
     zero["reduce_bucket_size"] = reduce_bucket_elements(plan, config)
@@ -145,23 +154,19 @@ def build_engine(
         }
         for (multiplier, decay, _), names in groups.items()
     ]
+    assert sorted(name for names in groups.values() for name in names) == sorted(
+        name for name, parameter in parameters.items() if parameter.requires_grad
+    ), "weight decay moves what is in the optimizer, frozen or not"
     engine, *_ = deepspeed.initialize(model=model, model_parameters=settings, config=deepspeed_config)
     _restore_rotary_buffers(model, model_config, ranks.device)
     multipliers = [multiplier for multiplier, _, _ in groups]
-    return TrainingEngine(engine, model, parameters, plan, multipliers, config, ranks, accumulation_steps)
+    return TrainingEngine(engine, model, parameters, plan, multipliers, config, ranks, accumulation_steps, advance)
 
 
-def refuse_short_window(model_config: Any, sequence_length: int) -> None:
-    """Raises InputError for a model whose layers look back fewer tokens than a sample may have: packed attention sees all."""
-    window = getattr(model_config, "sliding_window", None) if getattr(model_config, "use_sliding_window", True) else None
-    if window is not None and window < sequence_length:
-        found = f"the start model's layers look back {window} tokens (sliding_window), samples may have {sequence_length}"
-        raise InputError(f"{found}; lower beingvl.sequence_length to {window}")
-
-
-def _empty_model(model_config: Any, layout: VocabLayout, config: StageConfig, deepspeed_config: dict[str, Any]) -> PackedCausalLM:
+def _empty_model(
+    model_class: Any, model_config: Any, layout: VocabLayout, config: StageConfig, deepspeed_config: dict[str, Any]
+) -> PackedCausalLM:
     """The stage's model without weights; every parameter partitioned as soon as it is made, when the stage is 3."""
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
     # zero.Init with dtype= given takes 16 bits whatever is given, so the JSON decides alone
     is_cut = config.zero_stage == 3
     with deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if is_cut else contextlib.nullcontext():
@@ -183,10 +188,12 @@ def _load_weights(
     layout: VocabLayout,
     config: StageConfig,
     ranks: Ranks,
+    advance: Callable[[], object],
 ) -> None:
     """Copy what this rank holds of every parameter, from the memory map for one. Raises InputError for what does not fit."""
     dtype = torch.bfloat16 if config.is_bf16 else torch.float32
     for name, parameter in parameters.items():
+        advance()
         stored_name, rows = stored_slice(name, layout.num_text)
         if stored_name not in weights:
             raise InputError(f"{folder} has no tensor {stored_name!r}; it is not a whole Being-VL model folder")
@@ -240,6 +247,7 @@ class TrainingEngine:
         config: StageConfig,
         ranks: Ranks,
         accumulation_steps: int,
+        advance: Callable[[], object],
     ) -> None:
         self._engine = engine
         self.model = model
@@ -249,6 +257,7 @@ class TrainingEngine:
         self.ranks = ranks
         self.accumulation_steps = accumulation_steps
         self._lr_multipliers = lr_multipliers
+        self._advance = advance
         self._partitions = partitions_of(config.zero_stage, engine, parameters, ranks.rank, ranks.num_ranks)
         self._frozen_hashes = self._hash_frozen()
 
@@ -268,6 +277,7 @@ class TrainingEngine:
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> torch.Tensor:
         """As `forward`, without gradients and in evaluation mode; all ranks call together."""
+        self._advance()
         self._engine.eval()
         losses = self.forward(batch)
         self._engine.train()
@@ -351,9 +361,16 @@ class TrainingEngine:
         """The flat range [start, stop) of a trained parameter that this rank saves."""
         return self._partitions.span(name)
 
-    def local_state(self) -> dict[str, torch.Tensor]:
-        """`NAME.master`, `NAME.exp_avg`, `NAME.exp_avg_sq`: this rank's flat float32 slices of every trained parameter."""
-        return {f"{name}.{key}": self._partitions.read(name, key) for name in self.trained_shapes for key in STATE_KEYS}
+    def local_state(self, copy: bool = False) -> dict[str, torch.Tensor]:
+        """`NAME.master`, `NAME.exp_avg`, `NAME.exp_avg_sq`: this rank's flat float32 slices of every trained parameter.
+
+        On the CPU. With `copy` they stay what they are when training goes on.
+        """
+        state: dict[str, torch.Tensor] = {}
+        for name in self.trained_shapes:
+            self._advance()
+            state |= {f"{name}.{key}": self._partitions.read(name, key).to("cpu", copy=copy) for key in STATE_KEYS}
+        return state
 
     def load_state(
         self,
@@ -367,17 +384,30 @@ class TrainingEngine:
         """
         self._partitions.create_moments(adam_steps)
         for name in only_moments_of or self.trained_shapes:
+            self._advance()
             self._partitions.write(name, partial(fetch, name), MOMENTS if only_moments_of else STATE_KEYS)
 
     # ---- the freezer's checks ----
     def _hash_frozen(self) -> dict[str, str]:
         names = [planned.name for planned in self.plan if not planned.rule.train]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing gives the interpreter's lock back
-            return dict(zip(names, pool.map(lambda name: hash_tensor(self._partitions.held_weights(name)), names), strict=True))
+            return dict(zip(names, pool.map(lambda name: self._hash(self._partitions.held_weights(name)), names), strict=True))
+
+    def _hash(self, tensor: torch.Tensor) -> str:
+        self._advance()
+        data = tensor.detach().cpu().contiguous().view(-1)
+        return hashlib.sha256(data.view(torch.uint8).numpy()).hexdigest()
 
     def check_frozen(self) -> None:
-        """Raises FreezerError when a frozen parameter is no longer what it was at the start."""
-        changed = [name for name, found in self._hash_frozen().items() if found != self._frozen_hashes[name]]
+        """Raises FreezerError, on all ranks, when a frozen parameter is no longer what it was at the start on any of them.
+
+        All ranks call together.
+        """
+        if not self._frozen_hashes:
+            return
+        now = self._hash_frozen()
+        counts = sum_over_ranks([now[name] != then for name, then in self._frozen_hashes.items()], self.ranks.device)
+        changed = [name for name, count in zip(self._frozen_hashes, counts, strict=True) if count]
         if changed:
             raise FreezerError(
                 f"the frozen parameter {changed[0]} changed during training ({len(changed)} did); nothing is saved"
@@ -385,7 +415,7 @@ class TrainingEngine:
 
     def hash_trained(self) -> dict[str, str]:
         """Hash of this rank's masters, before the first step, for `check_trained`."""
-        return {name: hash_tensor(self._partitions.read(name, MASTER)) for name in self.trained_shapes}
+        return {name: self._hash(self._partitions.read(name, MASTER)) for name in self.trained_shapes}
 
     def check_trained(self, before: Mapping[str, str], saw_text: bool = True, saw_visual: bool = True) -> None:
         """After the first update. Raises FreezerError when a parameter declared trained got no gradient or did not move.
@@ -403,8 +433,3 @@ class TrainingEngine:
             if not (moved and got_gradient) and not any(self._parameters[name] is rows for rows in unseen):
                 what = "did not move" if got_gradient else "got no gradient"
                 raise FreezerError(f"{name} is declared trained but {what} in the first step; correct beingvl.trainable")
-
-
-def hash_tensor(tensor: torch.Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().view(-1)
-    return hashlib.sha256(data.view(torch.uint8).numpy()).hexdigest()

@@ -21,7 +21,7 @@ from beingvl.train.engine import TrainingEngine, sum_over_ranks
 from beingvl.train.failures import NonFiniteError
 from beingvl.train.loss import LossSums, backward_scale, learning_rate_at
 from beingvl.train.metrics import MetricsWriter, SpikeDetector, peak_memory_bytes
-from beingvl.train.phases import Phases
+from beingvl.train.phases import BETWEEN_STEPS, STEP_PHASES, Phases
 from beingvl.train.stage_config import StageConfig
 from beingvl.train.window import WindowFetcher
 
@@ -127,7 +127,7 @@ def train(
 
         # ---- log ----
         phases.enter(step + 1, "log")
-        seconds = phases.take_seconds()
+        seconds = phases.take_seconds(STEP_PHASES)
         is_spike = is_good and spikes.add(means["loss"])
         if progress.step % block.log_every_steps == 0 or progress.step == num_steps or not is_good or is_spike:
             metrics.write_step(
@@ -144,7 +144,7 @@ def train(
                     "peak_memory_bytes": peak_memory_bytes(ranks.device),
                 },
                 engine.step_flops(num_tokens, num_pairs, num_target_tokens),
-                seconds,
+                seconds | phases.take_seconds(BETWEEN_STEPS),
                 windows.sample_ids(step) if (is_spike or not is_good) and ranks.rank == 0 else [],
             )
         if block.validation_every_steps and progress.step % block.validation_every_steps == 0:

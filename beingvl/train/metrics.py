@@ -21,11 +21,11 @@ from tqdm import tqdm
 from beingvl.errors import InputError
 from beingvl.manifest import write_atomically
 from beingvl.train.flops import ASSUMED_MFU
+from beingvl.train.phases import STEP_PHASES
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 WANDB_VARIABLE = "WANDB_PROJECT"
-STEP_PHASES = ("data", "communication", "forward", "backward", "optimizer", "check", "log")
 
 
 class MetricsWriter:
@@ -62,8 +62,8 @@ class MetricsWriter:
     def write_step(
         self, step: int, values: dict[str, Any], flops: float, seconds_of: dict[str, float], sample_ids: list[str]
     ) -> None:
-        """`step` counts finished optimizer steps, from 1. `seconds_of`: phase -> seconds; `save`, `validation` and `start` are
-        what lay between the step before and this one. `flops` are this step's, on all devices.
+        """`step` counts finished optimizer steps, from 1. `seconds_of`: phase -> seconds of this step; `save`, `validation` and
+        `start` are all that lay between the line before and this one. `flops` are this step's, on all devices.
         """
         if not self._is_writer:
             return

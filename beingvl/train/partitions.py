@@ -5,7 +5,7 @@
     stage 0     everything is whole on every rank; each rank saves the r-th part
 
     span(name)                  the flat range [start, stop) that this rank saves
-    read(name, key)             those float32 elements, key one of master, exp_avg, exp_avg_sq
+    read(name, key)             those float32 elements where they lie, key one of master, exp_avg, exp_avg_sq
     write(name, fetch, keys)    put a parameter back: `fetch(key, start, stop)` gives any flat float32 range of it
     held_weights(name)          the weights as the forward pass uses them, as far as this rank holds them
 
@@ -64,7 +64,7 @@ class CutPartitions:
     def read(self, name: str, key: str) -> torch.Tensor:
         start, stop = self.span(name)
         state = self._zero.get_local_fp32_param(self._parameters[name], None if key == MASTER else key)
-        return state[: stop - start].detach().cpu()
+        return state[: stop - start].detach()
 
     def write(self, name: str, fetch: Fetch, keys: Sequence[str] = STATE_KEYS) -> None:
         parameter = self._parameters[name]
@@ -106,7 +106,7 @@ class FlatPartitions:
         link = self._parameters[name]._hp_mapping
         if link is None:
             return torch.empty(0)
-        return link.get_hp_fragment(None if key == MASTER else key).detach().float().cpu()
+        return link.get_hp_fragment(None if key == MASTER else key).detach().float()
 
     def write(self, name: str, fetch: Fetch, keys: Sequence[str] = STATE_KEYS) -> None:
         parameter = self._parameters[name]
@@ -150,7 +150,7 @@ class WholePartitions:
         start, stop = self.span(name)
         master = self._masters[name]
         whole = master if key == MASTER else self._adam.state[master][key]
-        return whole.detach().view(-1)[start:stop].cpu()
+        return whole.detach().view(-1)[start:stop]
 
     def write(self, name: str, fetch: Fetch, keys: Sequence[str] = STATE_KEYS) -> None:
         master = self._masters[name]

@@ -74,8 +74,8 @@ class BeingVLBlock:
     checkpoint_every_steps, checkpoint_every_minutes: 0 means not for this reason; one is written at the end always.
     background_save: a thread writes it from a copy in host memory while training goes on. keep_last: how many checkpoints
     stay, and keep_every: those of every so many steps stay as well. loss_chunk_tokens: target tokens whose logits exist at a
-    time. validation_every_steps: 0 means never. stall_timeout_seconds: when the others give up on a rank. deterministic: only
-    kernels that give the same bits every time, which on a GPU are slower.
+    time. validation_every_steps: 0 means never. stall_timeout_seconds: when a rank that finishes no part of its work is
+    given up. deterministic: only kernels that give the same bits every time, which on a GPU are slower.
     """
 
     epochs: float

@@ -20,7 +20,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from beingvl.train.stage_config import StageConfig
 
 EXIT_REQUEUE = 85
+LONGEST_PATIENCE_SECONDS = 60  # after which NFS, by its default, asks its server again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 # Keys of the block "beingvl" that change neither a sample nor an update, so that a resumed run may change them.
@@ -92,29 +95,30 @@ def run(args: argparse.Namespace) -> int:
     identity = run_identity(config, model_manifest, shards.manifest, join_lineages(inputs))
     if moments:
         identity["moments"] = read_manifest(moments, "checkpoint").content_hash
-    final = args.output / "final"
-    if is_complete(final) and args.replay is None:
-        from beingvl.train.checkpoint import check_identity
 
-        check_identity(final, read_manifest(final, "model").details.get("identity", {}), identity)
-        print(f"{final} is finished already: nothing to do")
-        return 0
-
-    from beingvl.train.engine import start_distributed, stop_distributed
     from beingvl.train.failures import TrainingError
+    from beingvl.train.phases import Phases
 
-    ranks = start_distributed(config.beingvl.stall_timeout_seconds, config.beingvl.deterministic)
-    stage = Stage(args.output, args.log_dir, config, model, shards, validation, moments, identity, ranks)
-    try:
-        exit_code = _replay(stage, args.replay) if args.replay is not None else _train(stage, stop_requested)
-    except TrainingError as error:
-        print(f"beingvl train: error: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
-        return _leave(1, ranks.num_ranks)
-    stop_distributed()
-    if exit_code == 0 and args.replay is None and ranks.rank == 0:
+    is_replay = args.replay is not None
+    rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    phases = Phases(args.output, rank, num_ranks, config.beingvl.stall_timeout_seconds)
+    with nullcontext() if is_replay else phases:  # the heartbeats of a run are not those of who looks at it
+        from beingvl.train.engine import start_distributed, stop_distributed
+
+        ranks = start_distributed(config.beingvl.deterministic)
+        stage = Stage(args.output, args.log_dir, config, model, shards, validation, moments, identity, ranks, phases)
+        try:
+            exit_code = _replay(stage, args.replay) if is_replay else _train(stage, stop_requested)
+        except (TrainingError, InputError) as error:
+            if args.debug:
+                raise
+            print(f"beingvl train: error: rank {rank}: {error}", file=sys.stderr, flush=True)
+            return _leave(2 if isinstance(error, InputError) else 1, num_ranks)
+        stop_distributed()
+    if exit_code == 0 and not is_replay and rank == 0 and not is_complete(args.output / "final"):
         write_final(stage)
     _ignore_signals()
-    return _leave(exit_code, ranks.num_ranks)
+    return _leave(exit_code, num_ranks)
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,7 @@ class Stage:
     moments: Path | None
     identity: dict[str, Any]
     ranks: Ranks
+    phases: Phases
 
 
 def find_start_model(path: Path) -> Path:
@@ -172,23 +177,58 @@ def run_identity(config: StageConfig, model: Manifest, shards: Manifest, lineage
 
 
 def _train(stage: Stage, stop_requested: Callable[[], bool]) -> int:
-    """Build, resume, train. Returns the exit code."""
+    """Build, resume, train, unless the stage is finished. Returns the exit code."""
+    from beingvl.errors import InputError
+    from beingvl.train.engine import gather_objects
     from beingvl.train.failures import StallError, TrainingError
-    from beingvl.train.phases import Phases
 
-    output, ranks = stage.output, stage.ranks
-    output.mkdir(parents=True, exist_ok=True)
-    with Phases(output, ranks.rank, ranks.num_ranks, stage.config.beingvl.stall_timeout_seconds) as phases:
-        try:
-            finished = _run_loop(stage, phases, stop_requested)
-        except Exception as error:
-            place = phases.where()
-            if _is_collective_failure(error):
-                raise StallError(f"a collective failed at step and phase of {place}: {phases.find_lost_ranks()}") from error
-            if not isinstance(error, TrainingError):
-                print(f"failed at {place}", file=sys.stderr, flush=True)
-            raise
+    try:
+        refuse_different_inputs(gather_objects(stage.identity, stage.ranks.num_ranks))
+        finished = _is_finished(stage) or _run_loop(stage, stop_requested)
+    except Exception as error:
+        place = stage.phases.where()
+        if _is_collective_failure(error):
+            raise StallError(f"a collective failed at step and phase of {place}: {stage.phases.find_lost_ranks()}") from error
+        if not isinstance(error, (TrainingError, InputError)):
+            print(f"failed at {place}", file=sys.stderr, flush=True)
+        raise
     return 0 if finished else EXIT_REQUEUE
+
+
+def refuse_different_inputs(identities: list[dict[str, Any]]) -> None:
+    """Raises InputError when a host reads another model, other shards or another JSON than rank 0's; one identity a rank."""
+    from beingvl.errors import InputError
+
+    first, *others = identities
+    for rank, identity in enumerate(others, 1):
+        for key in {**first, **identity}:
+            if first.get(key) != identity.get(key):
+                found = f"rank {rank} was given another {key} than rank 0 ({identity.get(key)!r} and {first.get(key)!r})"
+                raise InputError(f"{found}; every host must read the same files")
+
+
+def _is_finished(stage: Stage) -> bool:
+    """Whether `final/` is there, as rank 0 sees it. Raises InputError when it is another run's."""
+    from beingvl.manifest import is_complete, read_manifest
+    from beingvl.train.checkpoint import check_identity
+    from beingvl.train.engine import gather_objects
+
+    final, ranks = stage.output / "final", stage.ranks
+    finished = gather_objects(is_complete(final), ranks.num_ranks)[0]
+    if finished and is_complete(final):
+        check_identity(final, read_manifest(final, "model").details.get("identity", {}), stage.identity)
+    if finished and ranks.rank == 0:
+        print(f"{final} is finished already: nothing to do", flush=True)
+    return finished
+
+
+def _newest_checkpoint(stage: Stage, before_step: int | None = None) -> Path | None:
+    """What all ranks go on from; see `agree_on_newest`."""
+    from beingvl.train.checkpoint import agree_on_newest
+    from beingvl.train.engine import gather_objects
+
+    patience = min(LONGEST_PATIENCE_SECONDS, stage.config.beingvl.stall_timeout_seconds / 2)
+    return agree_on_newest(stage.output, partial(gather_objects, num_ranks=stage.ranks.num_ranks), patience, before_step)
 
 
 def write_final(stage: Stage) -> None:
@@ -208,7 +248,7 @@ def _is_collective_failure(error: BaseException) -> bool:
     return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def _run_loop(stage: Stage, phases: Phases, stop_requested: Callable[[], bool]) -> bool:
+def _run_loop(stage: Stage, stop_requested: Callable[[], bool]) -> bool:
     from beingvl.model.param_groups import format_plan
     from beingvl.train.flops import peak_flops
     from beingvl.train.loop import num_steps_of, train
@@ -219,7 +259,7 @@ def _run_loop(stage: Stage, phases: Phases, stop_requested: Callable[[], bool]) 
     config, ranks = stage.config, stage.ranks
     data = build_data(config, stage.shards)
     probe = Probe.of_shards(stage.shards)
-    engine, progress, adam_steps = _build_or_resume(stage, probe)
+    engine, progress, adam_steps = _build_or_resume(stage, probe, _newest_checkpoint(stage))
     if ranks.rank == 0:
         plan = format_plan(engine.plan, config.beingvl.trainable)
         (stage.output / "plan.txt").write_text(plan + "\n")
@@ -239,7 +279,7 @@ def _run_loop(stage: Stage, phases: Phases, stop_requested: Callable[[], bool]) 
     )
     with writer as metrics:
         validate = validator(engine, stage.validation, config, metrics)
-        finished = train(engine, data, config, progress, metrics, phases, saver, validate, stop_requested)
+        finished = train(engine, data, config, progress, metrics, stage.phases, saver, validate, stop_requested)
     if ranks.rank == 0:
         print(f"{_memory_report(engine)}\n{writer.describe_time()}", flush=True)
     if ranks.rank == 0 and not finished:
@@ -261,7 +301,6 @@ def _memory_report(engine: TrainingEngine) -> str:
 def _replay(stage: Stage, step: int) -> int:
     """Show the samples of a step and compute its loss with the nearest weights before it."""
     from beingvl.errors import InputError
-    from beingvl.train.checkpoint import complete_checkpoints, step_of
     from beingvl.train.loop import num_steps_of
     from beingvl.train.probe import Probe
     from beingvl.train.replay import replay
@@ -269,8 +308,7 @@ def _replay(stage: Stage, step: int) -> int:
     data = build_data(stage.config, stage.shards)
     if not 1 <= step <= num_steps_of(data, stage.config):
         raise InputError(f"--replay {step}: this run has the steps 1 … {num_steps_of(data, stage.config)}")
-    before = [folder for folder in complete_checkpoints(stage.output) if step_of(folder) < step]
-    engine, progress, _ = _build_or_resume(stage, Probe.of_shards(stage.shards), before[-1:])
+    engine, progress, _ = _build_or_resume(stage, Probe.of_shards(stage.shards), _newest_checkpoint(stage, before_step=step))
     replay(engine, data, stage.config, stage.model, stage.output, step, progress.step)
     return 0
 
@@ -298,35 +336,33 @@ def _describe(data: TrainingData, config: StageConfig, engine: TrainingEngine) -
     )
 
 
-def _build_or_resume(
-    stage: Stage, probe: Probe, checkpoints: list[Path] | None = None
-) -> tuple[TrainingEngine, Progress, dict[str, int]]:
-    """The engine with the start model's weights, or with those of the newest of `checkpoints` (default: of the output folder).
+def _build_or_resume(stage: Stage, probe: Probe, checkpoint: Path | None) -> tuple[TrainingEngine, Progress, dict[str, int]]:
+    """The engine with the start model's weights, or with those of a checkpoint.
 
     The third value says of every trained parameter how many updates its moments have behind them.
     """
-    from beingvl.train.checkpoint import StateReader, check_identity, complete_checkpoints
+    from beingvl.train.checkpoint import StateReader, check_identity
     from beingvl.train.engine import build_engine
     from beingvl.train.loop import Progress
 
-    found = complete_checkpoints(stage.output) if checkpoints is None else checkpoints
-    source = found[-1] if found else stage.moments
+    build = partial(build_engine, stage.model, stage.shards.layout, stage.config, stage.ranks, advance=stage.phases.advance)
+    source = checkpoint or stage.moments
     if source is None:
-        engine = build_engine(stage.model, stage.shards.layout, stage.config, stage.ranks)
+        engine = build()
         return engine, Progress(), dict.fromkeys(engine.trained_shapes, 0)
     with StateReader(source) as reader:
-        if found:
+        if checkpoint:
             check_identity(source, reader.state.identity, stage.identity)
         adam_steps = {name: entry["adam_steps"] for name, entry in reader.state.parameters.items()}
-        engine = build_engine(stage.model, stage.shards.layout, stage.config, stage.ranks, adam_steps)
+        engine = build(adam_steps)
         adam_steps = {name: adam_steps.get(name, 0) for name in engine.trained_shapes}
-        surviving = [] if found else [name for name in adam_steps if name in reader.state.parameters]
+        surviving = [] if checkpoint else [name for name in adam_steps if name in reader.state.parameters]
         engine.load_state(reader.fetch, adam_steps, only_moments_of=surviving)
-    progress = Progress(step=reader.state.step, num_applied_steps=reader.state.num_applied_steps) if found else Progress()
-    if found:
+    progress = Progress(step=reader.state.step, num_applied_steps=reader.state.num_applied_steps) if checkpoint else Progress()
+    if checkpoint:
         _check_probe(source, engine, probe)
     if stage.ranks.rank == 0:
-        print(f"{'resumed' if found else 'optimizer moments carried over'} from {source}", flush=True)
+        print(f"{'resumed' if checkpoint else 'optimizer moments carried over'} from {source}", flush=True)
     return engine, progress, adam_steps
 
 
@@ -354,7 +390,8 @@ class Saver:
         self._stage, self._engine, self._probe, self._carried_steps = stage, engine, probe, carried_steps
         num_ranks = engine.ranks.num_ranks
         self._spans = gather_objects({name: engine.span(name) for name in engine.trained_shapes}, num_ranks)
-        self._writer = CheckpointWriter(engine.ranks.rank, lambda value: gather_objects(value, num_ranks))
+        gather = partial(gather_objects, num_ranks=num_ranks)
+        self._writer = CheckpointWriter(engine.ranks.rank, gather, stage.phases.advance)
 
     @property
     def is_written(self) -> bool:
@@ -370,11 +407,10 @@ class Saver:
         self.commit()
         engine.check_frozen()
         logits = engine.logits(probe.input_ids, probe.positions)
-        state = engine.local_state()
         self._writer.begin(
             checkpoint_folder(self._stage.output, progress.step),
             self._describe(progress),
-            {name: tensor.to("cpu", copy=True) for name, tensor in state.items()} if in_background else state,
+            engine.local_state(copy=in_background),
             write_more=lambda folder: save_probe(folder, probe, logits),
         )
         if not in_background:

@@ -288,7 +288,7 @@ def run_ours(case: dict[str, Any]) -> dict[str, Any]:
 
     folder = Path(case["folder"])
     config, shards = load_stage_config(case["config"], case["set"]), ShardReader(folder / "shards")
-    ranks = start_distributed(1800)
+    ranks = start_distributed()
     weights = RandomWeights(folder / "base", ranks.device)
     if is_offloaded(config):
         check_host_memory(weights.num_elements)

@@ -80,7 +80,7 @@ def test_another_answer_to_the_probe_leaves_no_finished_folder(tmp_path, base, c
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"), [("no probe", "probe.safetensors is missing"), ("truncated", "damaged or cut off file")]
+    ("damage", "message"), [("no probe", "probe.safetensors is missing"), ("truncated", "is missing or damaged: it has")]
 )
 def test_a_damaged_checkpoint_is_named_before_anything_is_written(tmp_path, base, checkpoint, damage, message, capsys):
     if damage == "no probe":

@@ -103,12 +103,14 @@ def test_refusals(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert message in capsys.readouterr().err
 
 
-def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
-    from transformers import PhiForCausalLM
-
-    PhiForCausalLM(family_config("phi", LAYOUT.size, LAYOUT.bos_id, LAYOUT.eos_id)).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="its output head has a bias"):
-        load_packed(tmp_path, "float32", torch.device("cpu"))
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [("phi", "type 'phi' compute something else"), ("mistral", "look back 16 .* score it with --json_path")],
+)
+def test_models_that_packing_changes_are_refused(tmp_path: Path, family: str, message: str) -> None:
+    family_config(family, LAYOUT.size, LAYOUT.bos_id, LAYOUT.eos_id).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=message):
+        load_packed(tmp_path, "float32", torch.device("cpu"), longest=17)
 
 
 def test_shards_without_a_target_have_no_loss(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

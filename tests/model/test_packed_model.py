@@ -10,11 +10,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from beingvl.data.arrow_shards import Sample
 from beingvl.data.loader import IGNORED, MicroBatch, collate, shifted_targets
-from beingvl.errors import InputError
 from beingvl.model.extended_vocab import ExtendedHead, PackedCausalLM, _logits_buffer, build_packed_model, stored_slice
 from beingvl.model.packed_attention import varlen_kernel
 from beingvl.model.weight_files import WeightFolder
-from beingvl.train.engine import refuse_short_window
 from tests.model.small_models import family_config
 from tests.tiny import LAYOUT, write_model
 
@@ -88,20 +86,6 @@ def test_other_families_compute_what_their_stock_model_does(family) -> None:
     with torch.no_grad():
         found = packed(ids[None], torch.arange(40)[None], torch.tensor([0, 40], dtype=torch.int32), torch.arange(40))
         torch.testing.assert_close(found, stock(ids[None]).logits[0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("family", "message"), [("gemma2", "scale their embedding"), ("phi", "a bias of the output head")])
-def test_models_that_would_become_others_are_refused(family, message) -> None:
-    config = family_config(family, LAYOUT.size, 0, 1)
-    with pytest.raises(InputError, match=message):
-        build_packed_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, LAYOUT.num_text, LAYOUT.num_visual, 64, False)
-
-
-def test_a_window_shorter_than_a_sample_is_refused() -> None:
-    config = family_config("mistral", LAYOUT.size, 0, 1)
-    refuse_short_window(config, 16)
-    with pytest.raises(InputError, match=r"look back 16 tokens .* lower beingvl.sequence_length to 16"):
-        refuse_short_window(config, 17)
 
 
 def test_a_sample_does_not_see_its_neighbours(folder) -> None:

@@ -23,18 +23,20 @@ def main() -> None:
     from beingvl.data.arrow_shards import ShardReader
     from beingvl.manifest import read_manifest
     from beingvl.train.engine import start_distributed, stop_distributed
+    from beingvl.train.phases import Phases
     from beingvl.train.stage_config import load_stage_config
     from beingvl.train.train_stage import Stage, _train, run_identity, write_final
 
-    ranks = start_distributed(120)
+    ranks = start_distributed()
     for job in json.loads(Path(sys.argv[-1]).read_text()):
         config = load_stage_config(job["config"], job["set"])
         model, shards = Path(job["model"]), ShardReader(job["data"])
         identity = run_identity(config, read_manifest(model), shards.manifest, {})
         output = Path(job["output"])
-        stage = Stage(output, None, config, model, shards, None, None, identity, ranks)
         before = restart_peak()
-        assert _train(stage, lambda: False) == 0
+        with Phases(output, ranks.rank, ranks.num_ranks, 120) as phases:
+            stage = Stage(output, None, config, model, shards, None, None, identity, ranks, phases)
+            assert _train(stage, lambda: False) == 0
         if ranks.rank == 0:
             write_final(stage)
         (output / ADDED_BYTES.format(ranks.rank)).write_text(str(peak_bytes() - before))

@@ -1,6 +1,8 @@
 import itertools
 import json
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from beingvl.train.checkpoint import (
     complete_checkpoints,
     read_state,
 )
-from beingvl.train.failures import SaveError
+from beingvl.train.failures import SaveError, TrainingError
 
 SHAPES = {"a": (3, 5), "b": (7,)}
 KEYS = ("master", "exp_avg", "exp_avg_sq")
@@ -73,12 +75,82 @@ def test_damage_and_other_runs_are_named(tmp_path) -> None:
     folder, state = write(tmp_path, 1, [0.5])
     with pytest.raises(InputError, match=r"belongs to another run: its seed is 0, this run's is 1"):
         check_identity(folder, state.identity, {"seed": 1, "lineage": {}})
-    (folder / "rank-00001-of-00002.safetensors").unlink()
-    with pytest.raises(InputError, match="is missing"):
+    path = folder / "rank-00001-of-00002.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(b"\xff" * len(whole))
+    with pytest.raises(InputError, match=r"is missing or damaged: .*header"):
+        StateReader(folder)
+    path.unlink()
+    with pytest.raises(InputError, match="is missing or damaged: it has 0 bytes"):
         StateReader(folder)
     (folder / "state.json").write_text(json.dumps({"step": 1}))
-    with pytest.raises(InputError, match="is damaged"):
+    with pytest.raises(InputError, match="is missing or damaged"):
         read_state(folder)
+
+
+def test_a_cut_off_file_is_named_with_the_older_checkpoint_that_is_whole(tmp_path) -> None:
+    for step in (1, 2, 3):
+        folder, _ = write(tmp_path, step, [0.5])
+    path = folder / "rank-00001-of-00002.safetensors"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-4])
+    found = f"has {size - 4} bytes, manifest.json says {size}; remove .*step-00000003 to go on from step-00000002"
+    with pytest.raises(InputError, match=rf"{path.name} is missing or damaged: it {found}"):
+        StateReader(folder)
+    (tmp_path / "checkpoints" / "step-00000002" / "manifest.json").unlink()
+    with pytest.raises(InputError, match="to go on from step-00000001"):
+        StateReader(folder)
+
+
+@pytest.mark.parametrize("spans", [[[0, 3], [4, 7]], [[0, 4], [2, 5]], [[0, 0], [4, 7]]])
+def test_spans_that_leave_elements_out_give_no_memory_that_nobody_wrote(tmp_path, spans) -> None:
+    folder, state = write(tmp_path, 1, [4 / 7])
+    state.parameters["b"]["spans"] = spans
+    with StateReader(folder, state) as reader, pytest.raises(InputError, match="do not give the elements 0 … 7"):
+        reader.fetch("b", "master", 0, 7)
+
+
+def meet(num_ranks: int, work) -> list:
+    """`work(rank, gather)` in a thread a rank, with a `gather` that waits for all; results or errors, in rank order."""
+    values, barrier = [None] * num_ranks, threading.Barrier(num_ranks)
+
+    def gather(rank, value):
+        values[rank] = value
+        barrier.wait(timeout=20)
+        everything = list(values)
+        barrier.wait(timeout=20)
+        return everything
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        futures = [pool.submit(work, rank, lambda value, rank=rank: gather(rank, value)) for rank in range(num_ranks)]
+    return [future.exception() or future.result() for future in futures]
+
+
+def test_all_ranks_take_the_checkpoint_that_rank_0_sees(tmp_path) -> None:
+    """Rank 1 sees an older listing for a while, rank 2 one that is ahead of rank 0's."""
+    views = [tmp_path / name for name in ("a", "b", "c")]
+    for view, steps in zip(views, ([1, 2], [1], [1, 2, 3]), strict=True):
+        for step in steps:
+            write(view, step, [])
+
+    def late(rank, gather):
+        if rank == 1:
+            threading.Timer(0.5, lambda: write(views[1], 2, [])).start()
+        return checkpoint.agree_on_newest(views[rank], gather, 20).name
+
+    assert meet(3, late) == ["step-00000002"] * 3
+    assert (
+        meet(3, lambda rank, gather: checkpoint.agree_on_newest(views[rank], gather, 0, before_step=2).name)
+        == ["step-00000001"] * 3
+    )
+    assert meet(2, lambda rank, gather: checkpoint.agree_on_newest(tmp_path / "none", gather, 0)) == [None, None]
+
+
+def test_ranks_that_never_see_it_are_named_on_all_ranks(tmp_path) -> None:
+    write(tmp_path / "0", 1, [])
+    errors = meet(3, lambda rank, gather: checkpoint.agree_on_newest(tmp_path / str(rank), gather, 0.3))
+    assert all(isinstance(error, TrainingError) for error in errors)
+    assert {str(error).partition(" cannot see ")[0] for error in errors} == {"rank 1, 2"}
 
 
 def test_every_nth_checkpoint_stays(tmp_path) -> None:

@@ -47,7 +47,8 @@ def plain_run(work) -> Path:
 
 
 def test_validation_counts_every_held_out_sample_once_and_changes_nothing(work, plain_run) -> None:
-    done = train(work, "validated", "--validation_data", str(work / "held-out"), "--set", "beingvl.validation_every_steps=2")
+    settings = ["--set", "beingvl.validation_every_steps=2", "beingvl.log_every_steps=2"]
+    done = train(work, "validated", "--validation_data", str(work / "held-out"), *settings)
     assert done.returncode == 0, done.stderr
     expected = dict(WeightFolder(plain_run / "final"))
     for name, tensor in dict(WeightFolder(work / "validated" / "final")).items():
@@ -55,6 +56,8 @@ def test_validation_counts_every_held_out_sample_once_and_changes_nothing(work, 
     rows = read_metrics(work / "validated", VALIDATION_FILE)
     assert [row["step"] for row in rows] == [row["step"] for row in read_metrics(plain_run) if row["step"] % 2 == 0]
     assert {"validation/loss/source/foundation", "validation/loss/source/reasoning"} <= set(rows[0])
+    logged = read_metrics(work / "validated")  # validation comes after the line of its step, so its time is in the next one
+    assert [row.get("seconds_validation", 0) > 0 for row in logged] == [False] + [True] * (len(logged) - 1)
     last = rows[-1]
     assert last["step"] == read_metrics(plain_run)[-1]["step"], "the finished model is the one that was validated last"
     assert last["validation/loss"] == pytest.approx(stock_loss(work / "validated" / "final", work / "held-out"), rel=1e-5)
@@ -109,11 +112,15 @@ def test_replay_shows_the_samples_of_a_step_and_finds_its_loss(work, plain_run) 
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_moments_of_surviving_tensors_can_be_carried_over(work, plain_run, stage: int) -> None:
-    """One more update from carried moments: exp_avg = 0.9 old + 0.1 gradient, so it differs from 0.1 gradient by 0.9 old."""
-    settings = ["--set", f"zero_optimization.stage={stage}", "beingvl.max_steps=1"]
-    assert train(work, f"fresh-{stage}", *settings, model=plain_run).returncode == 0
-    done = train(work, f"carried-{stage}", "--carry_moments", *settings, model=plain_run)
-    assert done.returncode == 0 and "optimizer moments carried over" in done.stdout, done.stderr
+    """One more update from carried moments: exp_avg = 0.9 old + 0.1 gradient, so it differs from 0.1 gradient by 0.9 old.
+
+    Two ranks carry over what one rank had.
+    """
+    settings = [f"zero_optimization.stage={stage}", "beingvl.max_steps=1"]
+    for name, more in (("fresh", []), ("carried", ["--carry_moments"])):
+        output = work / f"{name}-{stage}"
+        assert run(2, work / "all.json", plain_run, work / "shards", output, *settings, *more) == 0, log_of(output)
+        assert ("optimizer moments carried over" in log_of(output)) == (name == "carried")
     old = StateReader(complete_checkpoints(plain_run)[-1])
     fresh, carried = (StateReader(complete_checkpoints(work / f"{name}-{stage}")[-1]) for name in ("fresh", "carried"))
     for name, entry in carried.state.parameters.items():
@@ -124,7 +131,7 @@ def test_moments_of_surviving_tensors_can_be_carried_over(work, plain_run, stage
         torch.testing.assert_close(found, 0.9 * before + without, rtol=1e-4, atol=1e-7)
 
 
-def test_two_ranks_go_on_where_one_rank_was(work, plain_run) -> None:
+def test_two_ranks_go_on_where_one_rank_was_and_one_where_two_were(work, plain_run) -> None:
     """Same samples, so the same losses; at the end the same weights and moments, up to rounding. Writing in the background."""
     output = work / "one-to-two"
     for checkpoint in complete_checkpoints(plain_run):
@@ -136,13 +143,35 @@ def test_two_ranks_go_on_where_one_rank_was(work, plain_run) -> None:
     expected = [row["loss"] for row in read_metrics(plain_run)]
     assert [row["loss"] for row in read_metrics(output)] == pytest.approx(expected, rel=1e-5)
     assert [step_of(path) for path in complete_checkpoints(output)] == list(range(2, len(expected) + 1))
-    found, reference = (StateReader(complete_checkpoints(folder)[-1]) for folder in (output, plain_run))
-    assert found.state.num_ranks == 2 and reference.state.num_ranks == 1
-    for name, entry in reference.state.parameters.items():
-        assert found.state.parameters[name]["adam_steps"] == entry["adam_steps"]
-        for key in ("exp_avg", "exp_avg_sq"):
-            theirs, ours = (reader.fetch(name, key, 0, torch.Size(entry["shape"]).numel()) for reader in (reference, found))
-            assert (ours - theirs).norm() <= 1e-3 * theirs.norm(), (name, key)
+    assert_ends_as(output, plain_run, num_ranks=2)
+    for folder in (*complete_checkpoints(output)[-2:], output / "final"):  # as if killed two steps before the end
+        (folder / "manifest.json").unlink()
+    done = train(work, output.name)
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
+    assert [row["loss"] for row in read_metrics(output)] == pytest.approx(expected, rel=1e-5)
+    assert_ends_as(output, plain_run, num_ranks=1)
+
+
+def assert_ends_as(output: Path, reference: Path, num_ranks: int) -> None:
+    """The last checkpoint, of `num_ranks` ranks, has the weights and moments of a run of one rank."""
+    with StateReader(complete_checkpoints(output)[-1]) as found, StateReader(complete_checkpoints(reference)[-1]) as expected:
+        assert (found.state.num_ranks, expected.state.num_ranks) == (num_ranks, 1)
+        for name, entry in expected.state.parameters.items():
+            assert found.state.parameters[name]["adam_steps"] == entry["adam_steps"]
+            for key in ("master", "exp_avg", "exp_avg_sq"):
+                theirs, ours = (reader.fetch(name, key, 0, torch.Size(entry["shape"]).numel()) for reader in (expected, found))
+                assert (ours - theirs).norm() <= 1e-3 * theirs.norm(), (name, key)
+
+
+def test_a_cut_off_checkpoint_is_one_sentence_with_what_to_do(work, plain_run) -> None:
+    shutil.copytree(plain_run / "checkpoints", work / "cut-off" / "checkpoints")
+    *_, older, newest = complete_checkpoints(work / "cut-off")
+    path = newest / "rank-00000-of-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    done = train(work, "cut-off")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "defect" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert f"{path} is missing or damaged" in line and f"remove {newest} to go on from {older.name}" in line
 
 
 def test_carrying_moments_needs_a_stage_folder(work) -> None:

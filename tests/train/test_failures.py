@@ -2,6 +2,7 @@
 
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from beingvl.train.checkpoint import complete_checkpoints, step_of
 from beingvl.train.metrics import SpikeDetector, read_metrics
 from beingvl.train.stage_config import load_stage_config
 from beingvl.train.train_stage import build_data
-from tests.launcher import ENVIRONMENT, free_port, log_of, rank_processes, run, start, wait_for_step
+from tests.launcher import ENVIRONMENT, free_port, log_of, rank_processes, run, run_each, start, wait_for_step
 from tests.train.conftest import STALL_SECONDS
 
 
@@ -111,47 +112,67 @@ from beingvl.train.engine import build_engine, start_distributed
 from beingvl.train.failures import FreezerError
 from beingvl.train.stage_config import load_stage_config
 from beingvl.train.train_stage import build_data
-work, stage, plant = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+work, stage, plant, advanced = Path(sys.argv[1]), sys.argv[2], sys.argv[3], []
 rules = 'beingvl.trainable=[{"match": "visual_rows"}, {"match": "layers[:2]"}, {"match": ".*", "train": false}]'
 config = load_stage_config(work / "all.json", ["zero_optimization.stage=" + stage, rules])
 shards = ShardReader(work / "shards")
-engine = build_engine(work / "base", shards.layout, config, start_distributed(60))
+engine = build_engine(work / "base", shards.layout, config, start_distributed(), advance=lambda: advanced.append(1))
+num_frozen = len(engine.plan) - len(engine.trained_shapes)
+assert len(advanced) == len(engine.plan) + num_frozen  # loaded; hashed
 engine.check_frozen()
+assert len(advanced) == len(engine.plan) + 2 * num_frozen
 assert not any(engine._parameters[each.name].requires_grad for each in engine.plan if not each.rule.train)
 if plant == "cut":  # a trained weight that the loss does not reach
     projection = engine.model.causal_lm.model.layers[1].mlp.down_proj
     projection.forward = lambda x: torch.nn.functional.linear(x, projection.weight.detach())
 before = engine.hash_trained()
 batch = build_data(config, shards).micro_batch(0, 0, 0, 1, 4)
+advanced.clear()
+engine.evaluate(batch)
+assert len(advanced) == 1
 for micro_step in range(engine.accumulation_steps):
     engine.backward(engine.forward(batch).mean())
     engine.step(1e-3 if micro_step == engine.accumulation_steps - 1 else None)
 try:
     engine.check_trained(before)
-    if plant == "leak":  # one row of a frozen matrix
+    engine.check_frozen()
+    print("all in order")
+    if plant == "leak" and engine.ranks.rank == engine.ranks.num_ranks - 1:  # one row of a frozen matrix, on one rank
         held = engine._partitions.held_weights("model.layers.3.mlp.up_proj.weight")
         held.view(-1)[:32] += 1e-6
     engine.check_frozen()
-    print("all in order")
 except FreezerError as error:
     print("caught:", error)
 """
 
 
 @pytest.mark.parametrize(
-    ("stage", "plant", "message"),
+    ("stage", "num_ranks", "plant", "message"),
     [
-        (3, "nothing", "all in order"),
-        (0, "leak", "caught: the frozen parameter model.layers.3.mlp.up_proj.weight changed"),
-        (3, "leak", "caught: the frozen parameter model.layers.3.mlp.up_proj.weight changed"),
-        (2, "cut", "caught: model.layers.1.mlp.down_proj.weight is declared trained but"),
+        (0, 1, "leak", "caught: the frozen parameter model.layers.3.mlp.up_proj.weight changed"),
+        (3, 2, "leak", "caught: the frozen parameter model.layers.3.mlp.up_proj.weight changed"),
+        (2, 1, "cut", "caught: model.layers.1.mlp.down_proj.weight is declared trained but"),
     ],
 )
-def test_the_freezer_catches_a_leaked_row_and_a_trained_tensor_without_gradient(work, stage, plant, message) -> None:
-    environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port())}
+def test_the_freezer_catches_a_leaked_row_and_a_trained_tensor_without_gradient(work, stage, num_ranks, plant, message) -> None:
+    """Every rank says so, also one whose own part is as it was; and nobody does before the leak."""
     command = [sys.executable, "-c", PLANT, str(work), str(stage), plant]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert message in done.stdout, done.stdout + done.stderr[-3000:]
+    for done in run_each([command] * num_ranks):
+        assert message in done.stdout, done.stdout + done.stderr[-3000:]
+        assert ("all in order" in done.stdout) == (plant == "leak")
+
+
+def test_hosts_without_a_common_output_folder_end_together(work, whole_run) -> None:
+    """Rank 1's output folder is another than rank 0's, as on a disk that hosts do not share."""
+    base = [sys.executable, "-m", "beingvl", "train", "--model", str(work / "base"), "--data", str(work / "shards")]
+    base += ["--deepspeed_config", str(work / "all.json"), "--output"]
+    unfinished = work / "unfinished"
+    shutil.copytree(whole_run / "checkpoints", unfinished / "checkpoints")
+    short = ["--set", "beingvl.stall_timeout_seconds=12"]
+    blind = run_each([[*base, str(unfinished), *short], [*base, str(work / "elsewhere"), *short]])
+    assert [done.returncode for done in blind] == [1, 1], blind
+    for done in blind:
+        assert "rank 1 cannot see" in done.stderr and "all hosts need the same output folder" in done.stderr, done.stderr
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_and_the_run_goes_on_from_it(work, whole_run) -> None:

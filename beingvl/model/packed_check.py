@@ -1,0 +1,104 @@
+"""Would packed training train another model than the stock one? A small random model of the same class is asked before.
+
+    the start model's config.json   few layers, few heads, short vocabulary; everything else as it is
+    stock      two documents, one after the other, through transformers' own model
+    packed     the same weights with split rows, both documents in one row (model/extended_vocab.py)
+
+Equal logits, or the base is refused: a head that does more than a matrix product, an attention with more than scaled dot
+products, positions that do not come from `position_ids`, layers that carry a state from one document to the next, and what
+nobody here has heard of yet. Takes hundredths of a second.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from beingvl.errors import InputError
+from beingvl.model.extended_vocab import build_packed_model, stored_slice
+
+NUM_TEXT, NUM_VISUAL, NUM_HEADS, LONGEST_DOCUMENT = 32, 8, 4, 12
+WEIGHT_SCALE = 0.3  # large enough for soft caps to bend logits
+LARGEST_DIFFERENCE_NATS = 1e-3  # float32 differs by 1e-5, the least of the refused families by 9e-2
+
+
+def refuse_unlike_packed(model_class: Any, config: Any) -> None:
+    """Raises InputError for a class of models that gives other logits when it is packed, or that cannot be asked."""
+    try:
+        difference = _largest_difference(model_class, small_config(config))
+    except Exception as error:  # any code of any model: what cannot be compared is not trained
+        raise InputError(
+            f"models of type {config.model_type!r} cannot be packed ({type(error).__name__}: {error}); use another base"
+        ) from error
+    if not difference <= LARGEST_DIFFERENCE_NATS:
+        raise InputError(
+            f"models of type {config.model_type!r} compute something else when samples are packed (a small random one is "
+            f"{difference:.2g} nats off); use another base"
+        )
+
+
+def refuse_short_window(config: Any, longest: int, remedy: str) -> None:
+    """Raises InputError for a model whose layers look back fewer tokens than a sample may have: packed attention sees all."""
+    window = _window(config)
+    if window is not None and window < longest:
+        found = f"the model's layers look back {window} tokens (sliding_window), samples may have {longest}"
+        raise InputError(f"{found}; {remedy.format(window=window)}")
+
+
+def small_config(config: Any) -> Any:
+    """The same kind of model with two layers and four heads as wide as they were, in float32 and without dropout."""
+    small = copy.deepcopy(config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    grouped = getattr(config, "num_key_value_heads", None) not in (None, config.num_attention_heads)
+    sizes = {
+        "vocab_size": NUM_TEXT + NUM_VISUAL,
+        "num_hidden_layers": 2,
+        "hidden_size": NUM_HEADS * head_dim,
+        "intermediate_size": 48,
+        "num_attention_heads": NUM_HEADS,
+        "num_key_value_heads": NUM_HEADS // 2 if grouped else NUM_HEADS,
+    }
+    for name, size in sizes.items():
+        if getattr(small, name, None) is not None:
+            setattr(small, name, size)
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:2]
+    small.dtype, small.pad_token_id, small.tie_word_embeddings = torch.float32, None, False
+    for name in [name for name in small.to_dict() if name.endswith(("dropout", "_pdrop"))]:
+        setattr(small, name, 0.0)
+    return small
+
+
+@torch.no_grad()
+def _largest_difference(model_class: Any, config: Any) -> float:
+    """Nats between the log-probabilities of both models, at the token where they differ most."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        stock = model_class._from_config(config, attn_implementation="eager").eval()
+    packed = build_packed_model(model_class, config, NUM_TEXT, NUM_VISUAL, 1, False).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in stock.parameters():
+        parameter.normal_(0, WEIGHT_SCALE, generator=generator)
+    weights = dict(stock.named_parameters())
+    for name, parameter in packed.causal_lm.named_parameters():
+        stored, rows = stored_slice(name, NUM_TEXT)
+        parameter.copy_(weights[stored][rows])
+
+    longest = min(LONGEST_DOCUMENT, _window(config) or LONGEST_DOCUMENT)
+    lengths = [longest, longest - longest // 3]
+    documents = [torch.randint(0, NUM_TEXT + NUM_VISUAL, (length,), generator=generator) for length in lengths]
+    expected = torch.cat([stock(input_ids=ids[None], use_cache=False).logits[0] for ids in documents])
+    found = packed(
+        torch.cat(documents)[None],
+        torch.cat([torch.arange(length) for length in lengths])[None],
+        torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        torch.arange(sum(lengths)),
+    )
+    return float((expected.log_softmax(-1) - found.log_softmax(-1)).abs().max())
+
+
+def _window(config: Any) -> int | None:
+    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
