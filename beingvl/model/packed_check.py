@@ -1,6 +1,6 @@
 """Would packed training train another model than the stock one? A small random model of the same class is asked before.
 
-    the start model's config.json   few layers, few heads, short vocabulary; everything else as it is
+    the start model's config.json   a layer of each kind, few heads, short vocabulary; everything else as it is
     stock      two documents, one after the other, through transformers' own model
     packed     the same weights with split rows, both documents in one row (model/extended_vocab.py)
 
@@ -48,13 +48,15 @@ def refuse_short_window(config: Any, longest: int, remedy: str) -> None:
 
 
 def small_config(config: Any) -> Any:
-    """The same kind of model with two layers and four heads as wide as they were, in float32 and without dropout."""
+    """The same kind of model with a layer of each kind and four heads as wide as they were, in float32 and without dropout."""
     small = copy.deepcopy(config)
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ["the only one"]))
+    num_layers = max(2, len(kinds))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     grouped = getattr(config, "num_key_value_heads", None) not in (None, config.num_attention_heads)
     sizes = {
         "vocab_size": NUM_TEXT + NUM_VISUAL,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": num_layers,
         "hidden_size": NUM_HEADS * head_dim,
         "intermediate_size": 48,
         "num_attention_heads": NUM_HEADS,
@@ -64,7 +66,7 @@ def small_config(config: Any) -> Any:
         if getattr(small, name, None) is not None:
             setattr(small, name, size)
     if getattr(small, "layer_types", None):
-        small.layer_types = small.layer_types[:2]
+        small.layer_types = (2 * kinds)[:num_layers]
     small.dtype, small.pad_token_id, small.tie_word_embeddings = torch.float32, None, False
     for name in [name for name in small.to_dict() if name.endswith(("dropout", "_pdrop"))]:
         setattr(small, name, 0.0)
