@@ -342,7 +342,7 @@ def check_host_memory(num_parameters: int) -> None:
 def summarize(engine: Any, data: Any, config: Any, steps: list[dict[str, Any]], timed: range) -> dict[str, Any]:
     from beingvl.train.flops import peak_flops
     from beingvl.train.memory import device_bytes
-    from beingvl.train.metrics import STEP_PHASES
+    from beingvl.train.phases import STEP_PHASES
 
     def seconds(step: dict[str, Any]) -> float:
         return sum(value for phase, value in step["seconds_of"].items() if phase in STEP_PHASES)
