@@ -15,7 +15,6 @@ a range of the flattened parameter, so another number of ranks, or another ZeRO 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -28,10 +27,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
 from beingvl.errors import InputError
-from beingvl.manifest import MANIFEST_FILE, is_complete, read_manifest, start_folder, to_json, write_atomically, write_manifest
+from beingvl.manifest import (
+    BLAKE3,
+    MANIFEST_FILE,
+    is_complete,
+    read_manifest,
+    start_folder,
+    to_json,
+    write_atomically,
+    write_manifest,
+)
 from beingvl.model.weight_files import make_header
 from beingvl.train.failures import SaveError, TrainingError
 
@@ -166,7 +175,7 @@ class _BegunCheckpoint:
 def _write_slices(path: Path, tensors: Mapping[str, torch.Tensor], advance: Callable[[], object]) -> tuple[str, str]:
     """Write one rank's file of float32 slices, on disk before it has its name; returns (name, hash)."""
     temporary = path.with_suffix(".tmp")
-    digest, unflushed = hashlib.sha256(), 0
+    digest, unflushed = blake3(), 0
     with open(temporary, "wb") as file:
 
         def write(data: bytes | memoryview) -> None:
@@ -185,7 +194,7 @@ def _write_slices(path: Path, tensors: Mapping[str, torch.Tensor], advance: Call
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    return path.name, "sha256:" + digest.hexdigest()
+    return path.name, BLAKE3 + digest.hexdigest()
 
 
 def delete_old_checkpoints(output: Path, keep_last: int, keep_every: int = 0) -> None:

@@ -14,7 +14,6 @@ rank, they are copied one by one. train/partitions.py knows where each stage kee
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import warnings
@@ -29,6 +28,7 @@ from typing import Any
 import deepspeed
 import numpy as np
 import torch
+from blake3 import blake3
 from deepspeed.accelerator import get_accelerator
 from numpy.typing import ArrayLike
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
@@ -396,7 +396,7 @@ class TrainingEngine:
     def _hash(self, tensor: torch.Tensor) -> str:
         self._advance()
         data = tensor.detach().cpu().contiguous().view(-1)
-        return hashlib.sha256(data.view(torch.uint8).numpy()).hexdigest()
+        return blake3(memoryview(data.view(torch.uint8).numpy())).hexdigest()
 
     def check_frozen(self) -> None:
         """Raises FreezerError, on all ranks, when a frozen parameter is no longer what it was at the start on any of them.
