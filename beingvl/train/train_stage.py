@@ -278,7 +278,7 @@ def _run_loop(stage: Stage, stop_requested: Callable[[], bool]) -> bool:
         peak and peak * ranks.num_ranks,
     )
     with writer as metrics:
-        validate = validator(engine, stage.validation, config, metrics)
+        validate = validator(engine, stage.validation, config, metrics, stop_requested)
         finished = train(engine, data, config, progress, metrics, stage.phases, saver, validate, stop_requested)
     if ranks.rank == 0:
         print(f"{_memory_report(engine)}\n{writer.describe_time()}", flush=True)

@@ -40,9 +40,14 @@ def held_out_batch(shards: ShardReader, indices: Sequence[int], loss_on: str) ->
 
 
 def validator(
-    engine: TrainingEngine, shards: ShardReader | None, config: StageConfig, metrics: MetricsWriter
+    engine: TrainingEngine,
+    shards: ShardReader | None,
+    config: StageConfig,
+    metrics: MetricsWriter,
+    stop_requested: Callable[[], bool],
 ) -> Callable[[int], None]:
-    """The function the loop calls after a step; all ranks call together."""
+    """The function the loop calls after a step; all ranks call together. It gives up between two batches when any rank is asked
+    to stop, and writes nothing then."""
     from beingvl.train.engine import sum_over_ranks
 
     if shards is None:
@@ -56,6 +61,10 @@ def validator(
             number = first + ranks.rank  # past the end: a batch without targets, because every rank must take part
             batch = held_out_batch(shards, sequences[number] if number < len(sequences) else [], config.beingvl.loss_on)
             sums.add(batch, engine.evaluate(batch).cpu().numpy())
+            if sum_over_ranks([int(stop_requested())], ranks.device)[0]:
+                if ranks.rank == 0:
+                    print(f"asked to stop: the validation after step {step} is left out", flush=True)
+                return
         sums.values = np.asarray(sum_over_ranks(sums.values, ranks.device))
         metrics.write_validation(step, sums.means())
 
