@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import os
 import sys
 import tempfile
@@ -80,6 +81,9 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args([_underscored(word) for word in argv])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may be any bytes, and a terminal may know few letters
     try:
         return module.run(args) or 0
     except (InputError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:

@@ -150,6 +150,11 @@ def write_atomically(path: Path | str, data: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def printable(text: str) -> str:
+    """The same text, but for what UTF-8 cannot write, which becomes an escape: names of files may be any bytes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def to_json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
@@ -174,7 +179,7 @@ def write_manifest(
         unfinished = any(part.endswith(".tmp") for part in path.relative_to(folder).parts)
         if path.is_file() and path.name != MANIFEST_FILE and not unfinished:
             files[name] = {"bytes": path.stat().st_size, "hash": known.get(name) or hash_file(path)}
-    manifest = Manifest(kind, shlex.join(sys.argv), dict(counts), dict(lineage), files, dict(details or {}))
+    manifest = Manifest(kind, printable(shlex.join(sys.argv)), dict(counts), dict(lineage), files, dict(details or {}))
     write_atomically(folder / MANIFEST_FILE, to_json(asdict(manifest)))
     return manifest
 

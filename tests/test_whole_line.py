@@ -105,6 +105,8 @@ def test_4_the_guides_stage_scripts(work, stage: int) -> None:
     verify_folder(output / "final")
     assert (output / f"train-stage-{stage}.sh").is_file() and (output / "metrics.jsonl").is_file()
     assert list((work / f"logs/stage-{stage}").glob("events.out.tfevents*"))
+    if stage == 1:
+        assert read_manifest(work / "pt/pretrain_data_vbpe_shards").details["merged_images"] == "decoded"
     if stage > 1:  # it found the previous stage's output by itself
         before = read_manifest(work / f"models/beingvl/stage-{stage - 1}/final").content_hash
         assert read_manifest(output / "final").details["identity"]["start_model"] == before

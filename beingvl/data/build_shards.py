@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from beingvl.errors import InputError
     from beingvl.manifest import already_made, is_complete, read_manifest, start_folder
-    from beingvl.parts import Parts, locked, ranks_of, refuse_overwrite_of_many
+    from beingvl.parts import Parts, locked, ranks_of, refuse_overwrite_of_many, remove_parts
 
     if not 1 <= args.part_bytes <= MAX_PART_BYTES:
         raise InputError(f"--part_bytes is {args.part_bytes}, expected 1 … {MAX_PART_BYTES}")
@@ -129,14 +129,6 @@ def _decoder(vbpe: VisualBPE | LegacyVisualBPE | None) -> VisualBPE | None:
     from beingvl.tokenizer.vbpe import VisualBPE
 
     return vbpe if isinstance(vbpe, VisualBPE) else None  # a published vocabulary cannot decode
-
-
-def remove_parts(output: Path) -> None:
-    import shutil
-
-    from beingvl.parts import FOLDER
-
-    shutil.rmtree(output / FOLDER, ignore_errors=True)
 
 
 def contents_of(paths: list[Path]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from beingvl.data.conversation import TextEncoder, TokenizedSample, build_sequence, parse_conversation
 from beingvl.errors import InputError
+from beingvl.manifest import printable
 from beingvl.tokenizer.llava_json import image_keys
 from beingvl.tokenizer.vbpe import VisualBPE
 from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
@@ -68,11 +69,6 @@ class RowTokenizer:
             "token_1": sample.token_1,
             "target_spans": sample.target_spans,
         }
-
-
-def printable(text: str) -> str:
-    """The same text, but for what UTF-8 cannot write, which becomes an escape."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def fit(variants: dict[str, dict], max_length: int | None, too_long: str) -> tuple[dict[str, dict], bool]:

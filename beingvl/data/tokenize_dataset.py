@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from beingvl.parts import Parts, locked, ranks_of, refuse_overwrite_of_many
+    from beingvl.parts import Parts, locked, ranks_of, refuse_overwrite_of_many, remove_parts
     from beingvl.vocab import VocabLayout
 
     check_arguments(args)
@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
         if args.overwrite:
             output.remove()
         if output.is_made_by(request):
+            remove_parts(output.folder, output.parts_name)
             return
         parts = Parts(args.output_dir, request, output.parts_name)
     num_rows = tokenize_parts(parts, args, codes, rank, num_ranks)
@@ -195,8 +196,9 @@ def tokenize_parts(parts: Parts, args: argparse.Namespace, codes: CodeFolder | N
 def tokenize_part(task: tuple[int, list[dict]]) -> int:
     """One part: rows to token rows of every variant. Returns the number of rows."""
     from beingvl.data.build_shards import hashes
-    from beingvl.data.row_tokenizer import fit, num_tokens, printable
+    from beingvl.data.row_tokenizer import fit, num_tokens
     from beingvl.errors import InputError
+    from beingvl.manifest import printable
 
     number, rows = task
     args, tokenizer = _process.args, _process.tokenizer

@@ -13,14 +13,14 @@ import io
 import json
 import mmap
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from beingvl.errors import InputError
-from beingvl.manifest import Manifest, hash_bytes, read_manifest, write_manifest
+from beingvl.manifest import Manifest, hash_bytes, printable, read_manifest, write_manifest
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 CODES_FILE, KEYS_FILE, KEY_OFFSETS_FILE, REJECTED_FILE = "codes.npy", "keys.jsonl", "key_offsets.npy", "rejected.jsonl"
@@ -80,8 +80,8 @@ class CodeFolder:
         row = self._find(key)
         if row is not None:
             return row
-        if key in self._reasons:
-            raise InputError(f"{key} was rejected when {self.path} was made: {self._reasons[key]}")
+        if (name := printable(key)) in self._reasons:
+            raise InputError(f"{name} was rejected when {self.path} was made: {self._reasons[name]}")
         known = f"{self.path} has no codes of {key} (it has {len(self.codes)} images)"
         raise InputError(f"{known}; make it again with `beingvl encode-images`")
 
@@ -106,7 +106,7 @@ def key_line(key: str) -> str:
 
 
 def rejected_line(key: str, reason: str) -> str:
-    return json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n"
+    return json.dumps({"key": printable(key), "reason": printable(reason)}, ensure_ascii=False) + "\n"
 
 
 def codes_header(num_rows: int, grid: tuple[int, int]) -> bytes:
@@ -134,11 +134,19 @@ def find_images(folder: Path) -> list[str]:
     """Sorted keys of all image files below `folder`, hidden ones left out. Raises InputError when there are none."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the folder that holds the images")
-    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    keys = sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
+    keys = sorted(iterate_images(folder))
     if not keys:
         raise InputError(f"{folder} has no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))}, also in subfolders)")
     return keys
+
+
+def iterate_images(folder: Path) -> Iterator[str]:
+    """Keys of all image files below `folder`, hidden ones left out, in any order."""
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+            key = path.relative_to(folder)
+            if not any(part.startswith(".") for part in key.parts):
+                yield key.as_posix()
 
 
 def hash_images(folder: Path, keys: list[str]) -> str:

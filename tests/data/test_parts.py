@@ -160,6 +160,23 @@ def test_twenty_kills(inputs, tmp_path, step) -> None:
 
 
 @pytest.mark.parametrize("step", STEPS)
+def test_parts_that_a_kill_behind_the_manifest_left_are_removed_by_the_next_start(inputs, tmp_path, step, monkeypatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(parts: Parts) -> None:
+        raise Killed
+
+    command = commands(inputs, tmp_path)[step]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Parts, "remove", kill)
+        cli.main(command)
+    assert is_complete(tmp_path / step) and len(finished_parts(tmp_path / step)) > 1
+    assert cli.main(command) == 0
+    assert not list((tmp_path / step).glob("*parts.tmp"))
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_a_full_disk_loses_nothing_that_was_finished(inputs, tmp_path, step) -> None:
     code = (
         "import resource, sys; from beingvl.cli import main; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
