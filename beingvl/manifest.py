@@ -249,16 +249,20 @@ def verify_folder(folder: Path | str) -> Manifest:
     folder = Path(folder)
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise InputError(f"{path} is missing although {MANIFEST_FILE} lists it; make the folder again")
-        if path.stat().st_size != entry["bytes"]:
-            raise InputError(
-                f"{path} has {path.stat().st_size} bytes, {MANIFEST_FILE} says {entry['bytes']}; it changed or was cut off"
-            )
-        if not has_hash(path, str(entry["hash"])):
-            raise InputError(f"{path} does not have the hash that {MANIFEST_FILE} says; it changed after it was written")
+        verify_file(folder / name, entry)
     return manifest
+
+
+def verify_file(path: Path, entry: Mapping[str, int | str]) -> None:
+    """Re-hash one file that a manifest lists as `entry`. Raises InputError when it is missing or changed."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing although {MANIFEST_FILE} lists it; make the folder again")
+    if path.stat().st_size != entry["bytes"]:
+        raise InputError(
+            f"{path} has {path.stat().st_size} bytes, {MANIFEST_FILE} says {entry['bytes']}; it changed or was cut off"
+        )
+    if not has_hash(path, str(entry["hash"])):
+        raise InputError(f"{path} does not have the hash that {MANIFEST_FILE} says; it changed after it was written")
 
 
 def join_lineages(lineages: Mapping[str, Mapping[str, str]]) -> dict[str, str]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from beingvl.data.conversation import TextEncoder, TokenizedSample, build_sequence, parse_conversation
 from beingvl.errors import InputError
-from beingvl.manifest import printable
 from beingvl.tokenizer.llava_json import image_keys
 from beingvl.tokenizer.vbpe import VisualBPE
 from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
@@ -42,8 +40,6 @@ class RowTokenizer:
         """Variant -> JSONL row. Raises InputError that says what is malformed."""
         if not isinstance(row.get("category"), str | None):
             raise InputError(f"category is {row['category']!r}, expected a text")
-        if printable(text := json.dumps(row, ensure_ascii=False)) != text:
-            raise InputError("a text holds half of a surrogate pair, as a cut emoji leaves it")
         turns = parse_conversation(row.get("conversations"))
         grids = [self._codes.codes[self._codes.row(key)] for key in image_keys(row)] if self._codes else []
         raw_images = [self._layout.image_to_token_ids(grid.ravel()) for grid in grids]

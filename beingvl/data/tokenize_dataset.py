@@ -196,6 +196,7 @@ def tokenize_parts(parts: Parts, args: argparse.Namespace, codes: CodeFolder | N
 def tokenize_part(task: tuple[int, list[dict]]) -> int:
     """One part: rows to token rows of every variant. Returns the number of rows."""
     from beingvl.data.build_shards import hashes
+    from beingvl.data.conversation import CUT_CHARACTER
     from beingvl.data.row_tokenizer import fit, num_tokens
     from beingvl.errors import InputError
     from beingvl.manifest import printable
@@ -203,32 +204,34 @@ def tokenize_part(task: tuple[int, list[dict]]) -> int:
     number, rows = task
     args, tokenizer = _process.args, _process.tokenizer
     counts = {"rows": 0, "rejected": 0, "truncated": 0, "longest_sample_tokens": 0}
-    made: dict[str, list[dict]] = {variant: [] for variant in tokenizer.variants}
-    rejected = []
+    made: dict[str, list[bytes]] = {variant: [] for variant in tokenizer.variants}
+    ids, rejected = [], []
     for index, row in enumerate(rows, number * args.rows_per_part):
         try:
             variants, truncated = fit(tokenizer(row), args.max_length, args.too_long)
-        except InputError as error:
-            name = printable(row["id"]) if isinstance(row.get("id"), str) else row.get("id")
-            entry = {"dataset": args.dataset_name, "index": index, "id": name, "reason": printable(str(error))}
-            rejected.append(entry)
+            lines = {variant: _line(fields) for variant, fields in variants.items()}
+        except (InputError, UnicodeEncodeError) as error:
+            name = row.get("id") if isinstance(row.get("id"), int | None) else printable(str(row["id"]))
+            reason = printable(str(error)) if isinstance(error, InputError) else f"a text {CUT_CHARACTER}"
+            rejected.append(_line({"dataset": args.dataset_name, "index": index, "id": name, "reason": reason}))
             continue
         counts["rows"] += 1
         counts["truncated"] += truncated
         counts["longest_sample_tokens"] = max(counts["longest_sample_tokens"], *map(num_tokens, variants.values()))
-        for variant, out in variants.items():
-            made[variant].append(out)
+        ids.append(variants["base"]["id"])
+        for variant, line in lines.items():
+            made[variant].append(line)
     counts["rejected"] = len(rejected)
     with _process.parts.writing(number) as folder:
-        for variant, variant_rows in made.items():
+        for variant, variant_lines in made.items():
             path = folder / f"{variant}.jsonl"
-            path.write_text("".join(map(_line, variant_rows)), encoding="utf-8")
+            path.write_bytes(b"".join(variant_lines))
             if args.format == "arrow":
                 _write_shard(folder, variant, path)
                 path.unlink()
         if args.format == "arrow":
-            hashes([row["id"] for row in made["base"]]).tofile(folder / "id_hashes")
-        (folder / "rejected.jsonl").write_text("".join(map(_line, rejected)), encoding="utf-8")
+            hashes(ids).tofile(folder / "id_hashes")
+        (folder / "rejected.jsonl").write_bytes(b"".join(rejected))
         (folder / "counts.json").write_text(json.dumps(counts))
     return len(rows)
 
@@ -352,8 +355,8 @@ def _lineages(
     return lineages
 
 
-def _line(value: dict) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n"
+def _line(value: dict) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
 
 
 if __name__ == "__main__":

@@ -257,6 +257,26 @@ def test_verify_reads_rows_and_merges_again(tmp_path, capsys) -> None:
     assert "vbpe.json" in capsys.readouterr().err
 
 
+def test_verify_of_one_file(tmp_path, capsys) -> None:
+    assert cli.main(["verify", str(tmp_path / "nope.json")]) == 2
+    assert "nope.json does not exist" in capsys.readouterr().err
+    path = tmp_path / "vbpe.json"
+    VisualBPE(16, np.array([[0, 1, 0, 1]], np.int32)).save(path)
+    assert cli.main(["verify", str(path)]) == 0
+    assert "every merge possible, no hash to compare with" in capsys.readouterr().out
+    write_manifest(tmp_path, "vbpe", {}, {})
+    assert cli.main(["verify", str(path)]) == 0
+    assert "every merge possible, the hash that the manifest beside it says" in capsys.readouterr().out
+    VisualBPE(16, np.array([[0, 2, 0, 1]], np.int32)).save(path)
+    assert cli.main(["verify", str(path)]) == 2
+    assert "vbpe.json does not have the hash that manifest.json says" in capsys.readouterr().err
+    shards = write_shards(tmp_path / "shards")
+    assert cli.main(["verify", str(shards / "lengths.npy")]) == 0
+    (shards / "lengths.npy").write_bytes(b"cut")
+    assert cli.main(["verify", str(shards / "lengths.npy")]) == 2
+    assert "lengths.npy has 3 bytes" in capsys.readouterr().err
+
+
 def test_parts_of_any_size_give_the_same_rows(tmp_path) -> None:
     rows = [{**ROW, "id": n, "image": [f"{n}.png"], "conversations": "é" * n} for n in range(30)]
     found = []

@@ -114,6 +114,7 @@ def test_max_length(inputs) -> None:
     [
         ({"category": 5}, "category is 5, expected a text"),
         ({"id": "cut \ud83d"}, "half of a surrogate pair"),
+        ({"id": ["\ud83d"], "category": "\ud83d"}, "half of a surrogate pair"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "\ud83d"}]}, "half of a surrogate pair"),
     ],
 )
