@@ -39,6 +39,7 @@ COMMANDS = {
     "plan": ("beingvl.launch.plan", "predict memory and time of a stage before it runs"),
     "verify": ("beingvl.verify", "re-hash an artefact of any step against its manifest"),
 }
+WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -86,7 +87,7 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
             stream.reconfigure(errors="backslashreplace")  # a path may be any bytes, and a terminal may know few letters
     try:
         return module.run(args) or 0
-    except (InputError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+    except (InputError, *WRONG_PATH) as error:
         if args.debug:
             raise
         print(f"beingvl {name}: error: {error}", file=sys.stderr, flush=True)

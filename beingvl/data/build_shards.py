@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> None:
 
     if not 1 <= args.part_bytes <= MAX_PART_BYTES:
         raise InputError(f"--part_bytes is {args.part_bytes}, expected 1 … {MAX_PART_BYTES}")
+    if args.num_workers is not None and args.num_workers < 0:
+        raise InputError(f"--num_workers is {args.num_workers}, expected at least 0")
     rank, num_ranks = ranks_of(args)
     refuse_overwrite_of_many(args.overwrite, num_ranks, args.output_path)
     gc.disable()  # no step here makes cycles; collecting during the imports and at the exit is a quarter of a second
@@ -171,7 +173,8 @@ def _layout_and_lineage(
     lineages = {str(model_path): read_manifest(model_path, "model").lineage} if model_path else {}
     for path in paths:
         if not path.is_file():
-            raise InputError(f"{path} does not exist; make it with `beingvl tokenize`")
+            found = "is not a file" if path.exists() else "does not exist"
+            raise InputError(f"{path} {found}; give a JSONL file, as `beingvl tokenize` makes it")
         if is_complete(path.parent):
             manifest = read_manifest(path.parent, "jsonl")
             lineages[str(path.parent)] = manifest.lineage

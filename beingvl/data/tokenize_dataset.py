@@ -110,7 +110,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name, least in (("rows_per_part", 1), ("num_workers", 0), ("max_rejected", 0)):
         if not getattr(args, name) >= least:  # nor NaN
             raise InputError(f"--{name} is {getattr(args, name)}, expected at least {least}")
-    if Path(args.dataset_name).name != args.dataset_name:
+    if not args.dataset_name or Path(args.dataset_name).name != args.dataset_name:
         raise InputError(f"--dataset_name is {args.dataset_name!r}, expected a file name without folders")
     if args.max_length is not None and args.max_length < 1:
         raise InputError(f"--max_length is {args.max_length}, expected at least 1")

@@ -34,6 +34,8 @@ def open_images(paths: Sequence[Path]) -> ImageSource:
             raise InputError(f"{found}: name the tar files themselves, or move them out of the folder to take its images")
         return TarImages(tars) if tars else FolderImages(paths[0])
     for path in paths:
+        if path.is_dir():
+            raise InputError(f"--image_path {path} is a folder beside other paths; give one folder, or tar files")
         if not path.is_file():
             raise InputError(f"--image_path {path} is not a folder and not a tar file")
     return TarImages(paths)
@@ -128,7 +130,7 @@ def named_images(json_path: Path) -> list[str]:
 def listed_images(list_path: Path) -> list[str]:
     """Sorted keys of a text file, one a line. Raises InputError when it is empty or no text."""
     try:
-        text = list_path.read_text(encoding="utf-8")
+        text = list_path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{list_path} is not UTF-8 text ({error}); expected one image a line") from error
     return _some({line.strip() for line in text.split("\n")} - {""}, list_path)

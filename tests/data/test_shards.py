@@ -124,6 +124,8 @@ def test_rows_with_and_without_target_spans_and_merged_image(tmp_path) -> None:
     ("row", "message"),
     [
         ("{not json", "line 2: not a token row"),
+        ("[1]", "line 2: not a token row (the line is no object)"),
+        ('{"id":' + "1" * 30 + ',"token_0":[1],"token_1":[]}', "line 2: not a token row (BIGINT_ERROR"),
         ({"id": 1, "token_0": []}, "missing field 'token_1'"),
         ({**ROW, "token_1": [2**40]}, "has id 1099511627776, the vocabulary ends"),
         ({**ROW, "token_1": [100000]}, "vocabulary"),

@@ -51,7 +51,7 @@ def readable(line: bytes) -> tuple | None:
     """The same from the readable one, None when the line is no row."""
     try:
         row = parse_row(simdjson.Parser(), line, keep_codes=True)
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, RuntimeError):
         return None
     lists = (row.input_ids, row.target_spans, row.codes, row.merged)
     return (row.id, row.image, row.category, *(values.tolist() for values in lists))
@@ -121,6 +121,10 @@ WRONG = [
     b'{"id":1,"token_0":[1],"token_1":[],"x":tru}',
     b'{"id":1,"token_0":[1],"token_1":[],"x":1.}',
     b'{"id":1,"token_0":[1],"token_1":[],"x":[1}',
+    b'{"id":1,"token_0":[1],"token_1":[],"image":5}',
+    b'{"id":1,"token_0":[1],"token_1":[],"image":{"a":"b"}}',
+    b'{"id":123456789012345678901234567890,"token_0":[1],"token_1":[]}',
+    b'{"id":1,"token_0":[1],"token_1":[],"x":' + b"[" * 2000 + b"]" * 2000 + b"}",
     b'{"id":1,"token_0":[1],"token_1":[],"x":"\xff"}',
     b'{"id":1,"token_0":[1],"token_1":[],"x":"\xc0\x80"}',
     b'{"id":1,"token_0":[1],"token_1":[],"x":"\xe0\x80\x80"}',

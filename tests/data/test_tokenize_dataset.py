@@ -130,7 +130,7 @@ def test_shards_hold_no_id_twice_unasked(inputs, capsys) -> None:
     assert tokenize(inputs, [row(0), row(1), row(0)], "--format", "arrow", "--duplicate_ids", "keep") == 0
 
 
-@pytest.mark.parametrize("options", [("--max_rejected", "nan"), ("--dataset_name", "../x")])
+@pytest.mark.parametrize("options", [("--max_rejected", "nan"), ("--dataset_name", "../x"), ("--dataset_name", "")])
 def test_impossible_options_are_refused(inputs, capsys, options) -> None:
     assert tokenize(inputs, [row(0)], *options) == 2
     assert f"{options[0]} is" in capsys.readouterr().err

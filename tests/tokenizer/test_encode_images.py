@@ -186,6 +186,11 @@ def test_wrong_options_are_refused(image_path, vq_path, tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert encode(tmp_path / "nowhere", vq_path, tmp_path / "codes") == 2
     assert "nowhere is not a folder and not a tar file" in capsys.readouterr().err
+    assert main(["encode-images", "--image_path", "/", "/", f"--vq_path={vq_path}", f"--output_path={tmp_path}/codes"]) == 2
+    assert "/ is a folder beside other paths" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert encode(image_path, vq_path, tmp_path / "file") == 2
+    assert "File exists" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert encode(tmp_path / "empty", vq_path, tmp_path / "codes") == 2
     assert "has no images" in capsys.readouterr().err
@@ -206,7 +211,7 @@ def test_tar_files_and_lists_give_the_rows_of_the_folder(image_path, vq_path, tm
             for key in keys:
                 tar.add(image_path / key, key)
                 tar.add(image_path / "notes.txt", f"{key}.txt")
-    (tmp_path / "list.txt").write_text("\n".join([*KEYS, "a.png", ""]))
+    (tmp_path / "list.txt").write_text("\ufeff" + "\r\n".join([*KEYS, "a.png", ""]), encoding="utf-8")
     outputs = [tmp_path / name for name in ("folder", "tars", "folder_of_tars", "list")]
     assert encode(image_path, vq_path, outputs[0]) == 0
     two = ["--image_path", f"{tars}/0.tar", f"{tars}/1.tar", f"--vq_path={vq_path}", f"--output_path={outputs[1]}"]
