@@ -16,6 +16,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -32,12 +33,7 @@ class CodeFolder:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.manifest: Manifest = read_manifest(self.path, "vq_codes")
-        try:
-            self.codes: np.ndarray = np.load(self.path / CODES_FILE, mmap_mode="r", allow_pickle=False)
-        except (ValueError, FileNotFoundError) as error:
-            raise InputError(
-                f"{self.path / CODES_FILE} is damaged ({error}); make it again with `beingvl encode-images`"
-            ) from error
+        self.codes = load_mapped(self.path / CODES_FILE, "make it again with `beingvl encode-images`")
 
     @property
     def num_codes(self) -> int:
@@ -90,7 +86,7 @@ class _MappedKeys:
     """keys.jsonl as a sorted sequence of strings, read where it is asked."""
 
     def __init__(self, folder: Path) -> None:
-        self._offsets = np.load(folder / KEY_OFFSETS_FILE, mmap_mode="r", allow_pickle=False)
+        self._offsets = load_mapped(folder / KEY_OFFSETS_FILE, "make it again with `beingvl encode-images`")
         with open(folder / KEYS_FILE, "rb") as file:
             self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -99,6 +95,14 @@ class _MappedKeys:
 
     def __getitem__(self, row: int) -> str:
         return json.loads(self._lines[int(self._offsets[row]) : int(self._offsets[row + 1])])
+
+
+def load_mapped(path: Path, remedy: str) -> np.ndarray:
+    """A .npy file through the memory map. Raises InputError with the remedy for a damaged one."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError, SyntaxError, TokenError) as error:  # numpy reads the header as Python
+        raise InputError(f"{path} is damaged ({error}); {remedy}") from error
 
 
 def key_line(key: str) -> str:

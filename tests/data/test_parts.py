@@ -119,7 +119,7 @@ def check_kills(inputs: Path, output: Path, step: str, num_kills: int, seed: int
     """
     random_source = random.Random(seed)
     kills: list[Kill] = []
-    for round_number in range(num_kills):
+    for round_number in range(10 * num_kills):
         folder = output / str(round_number)
         command = commands(inputs, folder)[step]
         while len(kills) < num_kills and not is_complete(folder / step):
