@@ -22,10 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from beingvl.errors import InputError
-    from beingvl.manifest import verify_folder
+    from beingvl.manifest import MANIFEST_FILE, verify_folder
 
     checks = {"shards": check_shards, "vq_codes": check_codes, "jsonl": check_jsonl, "vbpe": check_vbpe}
-    for path in args.paths:
+    for given in args.paths:
+        path = given.parent if given.name == MANIFEST_FILE else given
         if not path.exists():
             raise InputError(f"{path} does not exist; give an artefact folder, or one of its files")
         if path.is_file():

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from beingvl.data.arrow_shards import LENGTHS_FILE, MEMBERS_FILE, Sample, ShardReader, damaged
-from beingvl.data.mixture import Mixture
+from beingvl.data.mixture import Mixture, check_weights
 from beingvl.data.packing import WINDOW, PackingPlan, pack_window
 from beingvl.errors import InputError
 from beingvl.manifest import hash_bytes, write_atomically
@@ -172,6 +172,7 @@ class TrainingData:
 def open_mixture(shards: ShardReader, weights: Mapping[str, float], by: str, seed: int) -> Mixture:
     """The mixture of a stage's JSON: `weights` are shares `by` samples or tokens. Raises InputError for impossible ones."""
     weights = dict(weights)
+    check_weights(weights)
     if by == "tokens":  # a share of tokens is a share of samples, divided by their mean length
         for name, entry in shards.manifest.details["sources"].items():
             if name in weights:

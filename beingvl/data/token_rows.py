@@ -288,8 +288,10 @@ def _line_number(path: Path, position: int) -> int:
 def check_decodes(merged: np.ndarray, codes: np.ndarray, layout: VocabLayout, vbpe: VisualBPE) -> None:
     """Raises ValueError when the merged stream does not stand for the row's own codes, on a grid of some width."""
     image_ids, expected = layout.token_to_image_ids(merged), layout.token_to_image_ids(codes)
-    is_known = not image_ids.size or image_ids.max() < vbpe.num_ids
-    num_cells = int(vbpe.sizes[image_ids].sum()) if is_known else -1
+    if image_ids.size and image_ids.max() >= vbpe.num_ids:
+        found = f"the image id {image_ids.max()}, the vBPE's ids end at {vbpe.num_ids - 1}"
+        raise ValueError(f"token_image_new holds {found}: is it another vBPE?")
+    num_cells = int(vbpe.sizes[image_ids].sum())
     if num_cells != len(expected):
         raise ValueError(f"token_image_new covers {num_cells} cells, token_image has {len(expected)}: is it another vBPE?")
     side = round(len(expected) ** 0.5)

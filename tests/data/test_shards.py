@@ -273,7 +273,7 @@ def test_verify_of_one_file(tmp_path, capsys) -> None:
     assert cli.main(["verify", str(path)]) == 2
     assert "vbpe.json does not have the hash that manifest.json says" in capsys.readouterr().err
     shards = write_shards(tmp_path / "shards")
-    assert cli.main(["verify", str(shards / "lengths.npy")]) == 0
+    assert cli.main(["verify", str(shards / "lengths.npy"), str(shards / "manifest.json")]) == 0
     (shards / "lengths.npy").write_bytes(b"cut")
     assert cli.main(["verify", str(shards / "lengths.npy")]) == 2
     assert "lengths.npy has 3 bytes" in capsys.readouterr().err

@@ -218,7 +218,7 @@ def merged_rows(path, vbpe: VisualBPE, grids: list[np.ndarray], change) -> None:
         (lambda row: row, None),
         (lambda row: {**row, "token_image": row["token_image"][:-1]}, "cells, token_image has"),
         (lambda row: {**row, "token_image_new": [*row["token_image_new"], 0]}, "not all image tokens"),
-        (lambda row: {**row, "token_image_new": [LAYOUT.size - 1] * 4}, "covers -1 cells"),
+        (lambda row: {**row, "token_image_new": [LAYOUT.size - 1] * 4}, "holds the image id 23, the vBPE's ids end at 17"),
         (lambda row: {**row, "token_image": [263 + 15, *row["token_image"][1:]]}, "does not decode"),
     ],
 )
