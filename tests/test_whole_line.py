@@ -96,7 +96,7 @@ def test_4_the_guides_stage_scripts(work, stage: int) -> None:
         "LOG_DIR": work / f"logs/stage-{stage}",
         "DS_CONFIG": REPOSITORY / f"ds_configs/quickstart-stage{stage}.json",
         "DATA_PATH": work / "pt/pretrain_data_vbpe.jsonl" if stage == 1 else work / "shards",
-        **({"MODEL_PATH": work / "models/beingvl/base"} if stage == 1 else {}),
+        **({"MODEL_PATH": work / "models/beingvl/base", "VBPE_PATH": work / "vbpe.json"} if stage == 1 else {}),
     }
     script = f"beingvl/scripts/train-stage-{stage}.sh"
     shown = must(["bash", script, 0, "--set", "beingvl.max_steps=2"], **environment)
