@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import os
 import sys
 import tempfile
@@ -38,6 +39,7 @@ COMMANDS = {
     "plan": ("beingvl.launch.plan", "predict memory and time of a stage before it runs"),
     "verify": ("beingvl.verify", "re-hash an artefact of any step against its manifest"),
 }
+WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -80,9 +82,12 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args([_underscored(word) for word in argv])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may be any bytes, and a terminal may know few letters
     try:
         return module.run(args) or 0
-    except (InputError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+    except (InputError, *WRONG_PATH) as error:
         if args.debug:
             raise
         print(f"beingvl {name}: error: {error}", file=sys.stderr, flush=True)

@@ -150,6 +150,11 @@ def write_atomically(path: Path | str, data: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def printable(text: str) -> str:
+    """The same text, but for what UTF-8 cannot write, which becomes an escape: names of files may be any bytes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def to_json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
@@ -174,7 +179,7 @@ def write_manifest(
         unfinished = any(part.endswith(".tmp") for part in path.relative_to(folder).parts)
         if path.is_file() and path.name != MANIFEST_FILE and not unfinished:
             files[name] = {"bytes": path.stat().st_size, "hash": known.get(name) or hash_file(path)}
-    manifest = Manifest(kind, shlex.join(sys.argv), dict(counts), dict(lineage), files, dict(details or {}))
+    manifest = Manifest(kind, printable(shlex.join(sys.argv)), dict(counts), dict(lineage), files, dict(details or {}))
     write_atomically(folder / MANIFEST_FILE, to_json(asdict(manifest)))
     return manifest
 
@@ -244,16 +249,20 @@ def verify_folder(folder: Path | str) -> Manifest:
     folder = Path(folder)
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise InputError(f"{path} is missing although {MANIFEST_FILE} lists it; make the folder again")
-        if path.stat().st_size != entry["bytes"]:
-            raise InputError(
-                f"{path} has {path.stat().st_size} bytes, {MANIFEST_FILE} says {entry['bytes']}; it changed or was cut off"
-            )
-        if not has_hash(path, str(entry["hash"])):
-            raise InputError(f"{path} does not have the hash that {MANIFEST_FILE} says; it changed after it was written")
+        verify_file(folder / name, entry)
     return manifest
+
+
+def verify_file(path: Path, entry: Mapping[str, int | str]) -> None:
+    """Re-hash one file that a manifest lists as `entry`. Raises InputError when it is missing or changed."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing although {MANIFEST_FILE} lists it; make the folder again")
+    if path.stat().st_size != entry["bytes"]:
+        raise InputError(
+            f"{path} has {path.stat().st_size} bytes, {MANIFEST_FILE} says {entry['bytes']}; it changed or was cut off"
+        )
+    if not has_hash(path, str(entry["hash"])):
+        raise InputError(f"{path} does not have the hash that {MANIFEST_FILE} says; it changed after it was written")
 
 
 def join_lineages(lineages: Mapping[str, Mapping[str, str]]) -> dict[str, str]:

@@ -145,7 +145,12 @@ class Parts:
         return BLAKE3 + digest.hexdigest()
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_parts(self.folder.parent, self.folder.name)
+
+
+def remove_parts(output: Path, name: str = FOLDER) -> None:
+    """Also at the start of a step that is finished: it may have been killed between its manifest and this."""
+    shutil.rmtree(output / name, ignore_errors=True)
 
 
 def _rename_folder(source: Path, target: Path) -> None:

@@ -3,7 +3,7 @@
 Every file must have the hash of the manifest; of weight files that a step linked without reading it has one of samples only,
 and their number is printed. Shards and JSONL rows are read again: ids inside the vocabulary, target spans inside their
 rows, index files that agree with the shards. Codes must be inside the code book, keys sorted and unique, merges possible.
-A vbpe.json outside of a folder of its own has no hash; its merges are checked.
+A single file is compared with the manifest beside it; a vbpe.json without one has no hash, its merges are checked.
 """
 
 from __future__ import annotations
@@ -21,19 +21,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from beingvl.manifest import verify_folder
+    from beingvl.errors import InputError
+    from beingvl.manifest import MANIFEST_FILE, verify_folder
 
     checks = {"shards": check_shards, "vq_codes": check_codes, "jsonl": check_jsonl, "vbpe": check_vbpe}
-    for path in args.paths:
-        if path.suffix == ".json" and path.is_file():
-            check_vbpe(path)
-            print(f"{path}: vbpe, {path.stat().st_size:,} bytes, every merge possible, no hash to compare with")
+    for given in args.paths:
+        path = given.parent if given.name == MANIFEST_FILE else given
+        if not path.exists():
+            raise InputError(f"{path} does not exist; give an artefact folder, or one of its files")
+        if path.is_file():
+            verify_one(path)
             continue
         manifest = verify_folder(path)
         if manifest.kind in checks:
             checks[manifest.kind](path, manifest)
         size = sum(int(entry["bytes"]) for entry in manifest.files.values())
         print(f"{path}: {manifest.kind}, {size:,} bytes, {manifest.hashed()}, every hash as written")
+
+
+def verify_one(path: Path) -> None:
+    """A file of an artefact folder, or a vbpe.json anywhere. Raises InputError for a changed one, or an unknown one."""
+    from beingvl.manifest import is_complete, read_manifest, verify_file
+    from beingvl.tokenizer.vbpe import VBPE_FILE
+
+    entry = read_manifest(path.parent).files.get(path.name) if is_complete(path.parent) else None
+    found = "no hash to compare with"
+    if entry is not None:
+        verify_file(path, entry)
+        found = "the hash that the manifest beside it says"
+    if entry is None or path.name == VBPE_FILE:
+        check_vbpe(path)
+        found = f"every merge possible, {found}"
+    print(f"{path}: {path.stat().st_size:,} bytes, {found}")
 
 
 def check_shards(path: Path, manifest: Manifest) -> None:

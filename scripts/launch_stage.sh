@@ -1,6 +1,7 @@
 # Sourced by train-stage-{1,2,3}.sh: checks inputs, makes shards from a JSONL file, and starts the DeepSpeed launcher.
 # Wants: STAGE MODEL_PATH DATA_PATH OUTPUT_DIR LOG_DIR DS_CONFIG MASTER_NODE_ID, and in "$@" more arguments for the trainer.
-# From the environment: MASTER_PORT, NUM_RANKS (this machine alone), HOSTFILE (instead of hostfiles/hostfile-<id>), DRY_RUN=1.
+# From the environment: MASTER_PORT, NUM_RANKS (this machine alone), HOSTFILE (instead of hostfiles/hostfile-<id>), VBPE_PATH
+# (for new shards; else the vbpe.json in MODEL_PATH), DRY_RUN=1.
 
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -21,7 +22,7 @@ echo "stage $STAGE: start model $MODEL_PATH"
 
 if [ -f "$DATA_PATH" ]; then # a JSONL file, as in the training guide: its shards lie beside it and are made once
     SHARDS="${DATA_PATH%.jsonl}_shards"
-    [ -n "${DRY_RUN:-}" ] || "$PYTHON" -m beingvl build-shards --jsonl_path "$DATA_PATH" --model_path "$MODEL_PATH" --output_path "$SHARDS" ${BUILD_OPTIONS:-}
+    [ -n "${DRY_RUN:-}" ] || "$PYTHON" -m beingvl build-shards --jsonl_path "$DATA_PATH" --model_path "$MODEL_PATH" ${VBPE_PATH:+--vbpe_path "$VBPE_PATH"} --output_path "$SHARDS" ${BUILD_OPTIONS:-}
     DATA_PATH="$SHARDS"
 fi
 

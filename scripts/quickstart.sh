@@ -48,7 +48,7 @@ beingvl tokenize --mode sft --json_path "$RUN/data/train.json" --vq_codes "$RUN/
     --model_path "$RUN/base" --output_dir "$RUN/tokenized" --dataset_name digits
 
 say "[4] build-shards"
-beingvl build-shards --jsonl_path "$RUN/tokenized/digits_$VARIANT.jsonl" --output_path "$RUN/shards-$VARIANT"
+beingvl build-shards --jsonl_path "$RUN/tokenized/digits_$VARIANT.jsonl" --vbpe_path "$RUN/vbpe" --output_path "$RUN/shards-$VARIANT"
 
 evaluate() { # model folder, output folder
     beingvl evaluate --model "$1" --vbpe_path "$RUN/vbpe" --json_path "$RUN/data/test.json" --vq_codes "$RUN/vq_codes/test" \

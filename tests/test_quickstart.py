@@ -4,6 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
+from beingvl.manifest import read_manifest
 from tests.launcher import ENVIRONMENT, free_port
 
 REPOSITORY = Path(__file__).parents[1]
@@ -16,6 +17,7 @@ def test_answers_about_images_it_has_never_seen(tmp_path) -> None:
         ["bash", "scripts/quickstart.sh"], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1500
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert read_manifest(tmp_path / "run" / "shards-vbpe").details["merged_images"] == "decoded"
     report = tmp_path / "run" / "report"
     summary = json.loads((report / "summary.json").read_text())
     assert summary["test_accuracy_mean"] >= 0.80, done.stdout[-3000:]

@@ -96,7 +96,7 @@ def test_4_the_guides_stage_scripts(work, stage: int) -> None:
         "LOG_DIR": work / f"logs/stage-{stage}",
         "DS_CONFIG": REPOSITORY / f"ds_configs/quickstart-stage{stage}.json",
         "DATA_PATH": work / "pt/pretrain_data_vbpe.jsonl" if stage == 1 else work / "shards",
-        **({"MODEL_PATH": work / "models/beingvl/base"} if stage == 1 else {}),
+        **({"MODEL_PATH": work / "models/beingvl/base", "VBPE_PATH": work / "vbpe.json"} if stage == 1 else {}),
     }
     script = f"beingvl/scripts/train-stage-{stage}.sh"
     shown = must(["bash", script, 0, "--set", "beingvl.max_steps=2"], **environment)
@@ -105,6 +105,8 @@ def test_4_the_guides_stage_scripts(work, stage: int) -> None:
     verify_folder(output / "final")
     assert (output / f"train-stage-{stage}.sh").is_file() and (output / "metrics.jsonl").is_file()
     assert list((work / f"logs/stage-{stage}").glob("events.out.tfevents*"))
+    if stage == 1:
+        assert read_manifest(work / "pt/pretrain_data_vbpe_shards").details["merged_images"] == "decoded"
     if stage > 1:  # it found the previous stage's output by itself
         before = read_manifest(work / f"models/beingvl/stage-{stage - 1}/final").content_hash
         assert read_manifest(output / "final").details["identity"]["start_model"] == before

@@ -27,6 +27,7 @@ import pyarrow as pa
 
 from beingvl.errors import InputError
 from beingvl.manifest import Manifest, hash_file, read_manifest, start_folder, write_manifest
+from beingvl.tokenizer.vq_codes import load_mapped
 from beingvl.vocab import VocabLayout
 
 SCHEMA = pa.schema(
@@ -264,7 +265,7 @@ class _Shard:
         _without_huge_pages(self._map)
         try:
             batch = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map))).get_batch(0)
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path} is not a readable Arrow file ({error}); build the shards again") from error
         if batch.schema != SCHEMA:
             raise InputError(f"{path} has the columns {batch.schema.names}, expected {SCHEMA.names}; build the shards again")
@@ -345,10 +346,7 @@ class ShardReader:
             )
 
     def _index(self, name: str) -> np.ndarray:
-        try:
-            array = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError) as error:
-            raise InputError(f"{self.folder / name} is damaged ({error}); build the shards again") from error
+        array: Any = load_mapped(self.folder / name, "build the shards again")
         if len(array) != len(self):
             raise InputError(f"{self.folder / name} holds {len(array)} samples, the manifest {len(self)}; build the shards again")
         self._index_maps.append(array.base)
@@ -376,7 +374,7 @@ class ShardReader:
         for number, name in enumerate(self._names):
             ids = self._shard(number).lists()[0][1]
             if _largest(ids) >= self.layout.size:
-                raise _damaged(self.folder / name, "it holds an id outside the vocabulary")
+                raise damaged(self.folder / name, "it holds an id outside the vocabulary")
             yield ids
             self._shard(number).give_back_pages()
 
@@ -400,12 +398,12 @@ class ShardReader:
         shard, row = self._shard(number), int(index - self._starts[number])
         ids, spans = shard.list("input_ids", row), shard.list("target_spans", row)
         if len(ids) != self.lengths[index] or _largest(ids) >= self.layout.size or _largest(spans) > len(ids) or len(spans) % 2:
-            raise _damaged(self.folder / self._names[number], f"its row {row} has impossible ids, spans or length")
+            raise damaged(self.folder / self._names[number], f"its row {row} has impossible ids, spans or length")
         try:
             source = self.sources[self.source_of[index]]  # the row's category, without touching two more pages
             sample = Sample(shard.text("id", row), shard.text("image", row), source, ids, spans.reshape(-1, 2))
         except (UnicodeDecodeError, IndexError) as error:
-            raise _damaged(self.folder / self._names[number], f"its row {row} has an impossible text or source") from error
+            raise damaged(self.folder / self._names[number], f"its row {row} has an impossible text or source") from error
         self._count_read()
         return sample
 
@@ -443,7 +441,7 @@ def _largest(values: np.ndarray) -> int:
     return int(values.view(np.uint32).max(initial=0))
 
 
-def _damaged(path: Path, found: str) -> InputError:
+def damaged(path: Path, found: str) -> InputError:
     return InputError(
         f"{path} is damaged: {found}; `beingvl verify {path.parent}` checks every file, then build the shards again"
     )

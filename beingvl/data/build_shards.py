@@ -7,6 +7,7 @@
 The sequence of a row is token_0 + image + token_1, where image is token_image_new when the row has it, else token_image.
 A published file without target_spans is accepted: its targets are token_1. A file that `beingvl tokenize` wrote brings its
 vocabulary and lineage in the manifest beside it; for any other file --model_path says which vocabulary its ids belong to.
+Merged images are decoded and compared with their codes when the vBPE is known: --vbpe_path, or the vbpe.json in --model_path.
 The result does not depend on workers, ranks or kills.
 """
 
@@ -18,7 +19,7 @@ import gc
 import importlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,10 @@ MAX_PART_BYTES = 1 << 30  # a shard's offsets are 32 bits
 if TYPE_CHECKING:
     import numpy as np
 
+    from beingvl.manifest import Manifest
     from beingvl.parts import Parts
     from beingvl.tokenizer.vbpe import VisualBPE
+    from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
     from beingvl.vocab import VocabLayout
 
 
@@ -42,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model_path", type=Path, help="model folder whose vocabulary the ids belong to, for files without a manifest"
     )
     parser.add_argument(
-        "--vbpe_path", type=Path, help="check that every merged image decodes to a whole grid with this vbpe.json"
+        "--vbpe_path",
+        type=Path,
+        help="vbpe.json that every merged image must decode with, to its own codes; default: the one in --model_path, if any",
     )
     parser.add_argument("--part_bytes", type=int, default=64 << 20, help="bytes of JSONL that become one shard")
     parser.add_argument("--num_workers", type=int, help="threads; default: one a CPU core, and two that wait for the disk")
@@ -55,36 +60,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from beingvl.errors import InputError
-    from beingvl.manifest import already_made, is_complete, start_folder
-    from beingvl.parts import Parts, locked, ranks_of, refuse_overwrite_of_many
+    from beingvl.manifest import already_made, is_complete, read_manifest, start_folder
+    from beingvl.parts import Parts, locked, ranks_of, refuse_overwrite_of_many, remove_parts
 
     if not 1 <= args.part_bytes <= MAX_PART_BYTES:
         raise InputError(f"--part_bytes is {args.part_bytes}, expected 1 … {MAX_PART_BYTES}")
+    if args.num_workers is not None and args.num_workers < 0:
+        raise InputError(f"--num_workers is {args.num_workers}, expected at least 0")
     rank, num_ranks = ranks_of(args)
     refuse_overwrite_of_many(args.overwrite, num_ranks, args.output_path)
     gc.disable()  # no step here makes cycles; collecting during the imports and at the exit is a quarter of a second
     atexit.register(gc.freeze)
-    layout, lineage = _layout_and_lineage(args.jsonl_path, args.model_path, args.vbpe_path)
-    of_parts = {"jsonl": contents_of(args.jsonl_path), "lineage": lineage, "part_bytes": args.part_bytes}
-    request = {**of_parts, "duplicate_ids": args.duplicate_ids}
+    vbpe = _open_vbpe(args)
+    layout, lineage = _layout_and_lineage(args.jsonl_path, args.model_path, vbpe)
+    decoder = _decoder(vbpe)
+    content = {"jsonl": contents_of(args.jsonl_path), "lineage": lineage, "part_bytes": args.part_bytes}
+    request = {**content, "duplicate_ids": args.duplicate_ids}
     with locked(args.output_path):
         if args.overwrite:
             start_folder(args.output_path)
             remove_parts(args.output_path)
         if already_made(args.output_path, "shards", request):
             remove_parts(args.output_path)
+            warn_of_merged(read_manifest(args.output_path))
             return
-        parts = Parts(args.output_path, of_parts)
+        parts = Parts(args.output_path, {**content, "decoded": decoder is not None})
     tasks = plan_parts(args.jsonl_path, args.part_bytes)
     mine = [tasks[number] for number in parts.missing(len(tasks)) if number % num_ranks == rank]
-    build_parts(ShardBuilder(parts, layout, _vbpe_that_decodes(args.vbpe_path)), mine, args.num_workers)
+    build_parts(ShardBuilder(parts, layout, decoder), mine, args.num_workers)
     with locked(args.output_path):
         if is_complete(args.output_path):
             return
         if missing := parts.missing(len(tasks)):
             print(f"rank {rank} of {num_ranks} has finished its parts; {len(missing)} of {len(tasks)} are still missing")
             return
-        join_shards(parts, tasks, args, layout, lineage, request)
+        join_shards(parts, tasks, args, layout, decoder is not None, request)
 
 
 def build_parts(builder: ShardBuilder, tasks: list[PartOfLines], num_threads: int | None) -> None:
@@ -104,21 +114,23 @@ def build_parts(builder: ShardBuilder, tasks: list[PartOfLines], num_threads: in
             pool.shutdown(cancel_futures=True)
 
 
-def _vbpe_that_decodes(path: Path | None) -> VisualBPE | None:
-    if path is None:
+def _open_vbpe(args: argparse.Namespace) -> VisualBPE | LegacyVisualBPE | None:
+    path = args.vbpe_path
+    if path is None and args.model_path and (args.model_path / "vbpe.json").is_file():
+        path = args.model_path
+    if path is None:  # vBPE code is not imported where none is asked for
         return None
     from beingvl.tokenizer.vbpe import VisualBPE
 
-    vbpe = VisualBPE.load(path)
+    return VisualBPE.load(path)
+
+
+def _decoder(vbpe: VisualBPE | LegacyVisualBPE | None) -> VisualBPE | None:
+    if vbpe is None:
+        return None
+    from beingvl.tokenizer.vbpe import VisualBPE
+
     return vbpe if isinstance(vbpe, VisualBPE) else None  # a published vocabulary cannot decode
-
-
-def remove_parts(output: Path) -> None:
-    import shutil
-
-    from beingvl.parts import FOLDER
-
-    shutil.rmtree(output / FOLDER, ignore_errors=True)
 
 
 def contents_of(paths: list[Path]) -> list[str]:
@@ -150,7 +162,9 @@ def content_of(path: Path) -> str:
     return str(entry["hash"])
 
 
-def _layout_and_lineage(paths: list[Path], model_path: Path | None, vbpe_path: Path | None) -> tuple[VocabLayout, dict[str, str]]:
+def _layout_and_lineage(
+    paths: list[Path], model_path: Path | None, vbpe: VisualBPE | LegacyVisualBPE | None
+) -> tuple[VocabLayout, dict[str, str]]:
     from beingvl.errors import InputError
     from beingvl.manifest import is_complete, join_lineages, read_manifest
     from beingvl.vocab import VocabLayout
@@ -159,18 +173,16 @@ def _layout_and_lineage(paths: list[Path], model_path: Path | None, vbpe_path: P
     lineages = {str(model_path): read_manifest(model_path, "model").lineage} if model_path else {}
     for path in paths:
         if not path.is_file():
-            raise InputError(f"{path} does not exist; make it with `beingvl tokenize`")
+            found = "is not a file" if path.exists() else "does not exist"
+            raise InputError(f"{path} {found}; give a JSONL file, as `beingvl tokenize` makes it")
         if is_complete(path.parent):
             manifest = read_manifest(path.parent, "jsonl")
             lineages[str(path.parent)] = manifest.lineage
             layout = layout or VocabLayout.from_dict(manifest.details["layout"], f"{path.parent}/manifest.json")
     if layout is None:
         raise InputError(f"{paths[0]} has no manifest beside it: say with --model_path which vocabulary its ids belong to")
-    if vbpe_path:
-        from beingvl.tokenizer.vbpe import VisualBPE
-
-        vbpe = VisualBPE.load(vbpe_path)
-        lineages[str(vbpe_path)] = {**vbpe.lineage, "vbpe": vbpe.fingerprint()}
+    if vbpe:
+        lineages[vbpe.source] = {**vbpe.lineage, "vbpe": vbpe.fingerprint()}
     return layout, {**join_lineages({**lineages, "the vocabulary layout": {"vocab": layout.fingerprint()}})}
 
 
@@ -238,17 +250,39 @@ def hashes(ids: list[str]) -> np.ndarray:
 
 
 def join_shards(
-    parts: Parts, tasks: list[PartOfLines], args: argparse.Namespace, layout: VocabLayout, lineage: dict[str, str], request: dict
+    parts: Parts,
+    tasks: list[PartOfLines],
+    args: argparse.Namespace,
+    layout: VocabLayout,
+    is_decoded: bool,
+    request: dict[str, Any],
 ) -> None:
     from beingvl.data.arrow_shards import finish_shards
 
     if args.duplicate_ids == "refuse":
         refuse_duplicates(parts, [task.path for task in tasks], "shard.arrow")
     shards = link_shards(parts, len(tasks), args.output_path, "shard")
-    manifest = finish_shards(args.output_path, shards, layout, lineage, {"request": request})
+    merged = "decoded" if is_decoded else "not decoded" if _hold_merged(args.output_path, shards, layout) else "none"
+    details = {"request": request, "merged_images": merged}
+    manifest = finish_shards(args.output_path, shards, layout, request["lineage"], details)
     parts.remove()
     samples, tokens, targets = (manifest.counts[name] for name in ("samples", "tokens", "target_tokens"))
     print(f"{args.output_path}: {samples:,} samples, {tokens:,} tokens, {targets:,} of them targets")
+    warn_of_merged(manifest)
+
+
+def warn_of_merged(manifest: Manifest) -> None:
+    if manifest.details.get("merged_images") == "not decoded":
+        remedy = "build them with --vbpe_path (a published vBPE cannot decode)"
+        print(f"warning: the merged images in these shards were never decoded and compared with their codes; {remedy}")
+
+
+def _hold_merged(folder: Path, shards: Iterable[str], layout: VocabLayout) -> bool:
+    """Whether there are vBPE ids among the first ids of some shard."""
+    from beingvl.data.arrow_shards import open_batch
+
+    ids = (open_batch(folder / name).column("input_ids").values[: 1 << 16].to_numpy() for name in shards)
+    return any(first.max() >= layout.first_vbpe_id for first in ids)
 
 
 def link_shards(parts: Parts, num_parts: int, output: Path, name: str) -> dict[str, dict[str, Any]]:

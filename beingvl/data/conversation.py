@@ -27,10 +27,12 @@ from typing import Any
 import numpy as np
 
 from beingvl.errors import InputError
+from beingvl.manifest import printable
 from beingvl.vocab import VocabLayout
 
 IMAGE_PLACEHOLDER = "<image>"
 TEMPLATES = ("default", "being-vl-0.5")
+CUT_CHARACTER = "holds what is no character: bytes that are not UTF-8, or half of a surrogate pair, as a cut emoji leaves it"
 HUMAN_NAMES = ("human", "user")
 ASSISTANT_NAMES = ("gpt", "assistant")
 
@@ -72,8 +74,7 @@ class TextEncoder:
 
     def plain(self, text: str) -> list[int]:
         """Ids of `text` as ordinary text. Raises InputError when it spells a reserved token such as `IMGIMGAAAAAAZ`."""
-        self._tokenizer.encode_special_tokens = True
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._encode(text, with_specials=False)
         reserved = [token for token in ids if token >= self._layout.num_text]
         if reserved:
             raise InputError(f"the text {text[:60]!r} spells the reserved token {self._tokenizer.id_to_token(reserved[0])!r}")
@@ -81,7 +82,12 @@ class TextEncoder:
 
     def with_specials(self, text: str) -> list[int]:
         """Ids of `text` in which special tokens may be spelled out (template `being-vl-0.5` only)."""
-        self._tokenizer.encode_special_tokens = False
+        return self._encode(text, with_specials=True)
+
+    def _encode(self, text: str, with_specials: bool) -> list[int]:
+        if printable(text) != text:
+            raise InputError(f"the text {printable(text[:60])!r} {CUT_CHARACTER}")
+        self._tokenizer.encode_special_tokens = not with_specials
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
 

@@ -63,9 +63,8 @@ class DatasetFolder:
 
     def remove(self) -> None:
         """Take this dataset out of the folder; the others stay complete."""
-        import shutil
-
         from beingvl.manifest import MANIFEST_FILE
+        from beingvl.parts import remove_parts
 
         manifest = self._manifest()
         if manifest is not None and self.name in manifest.details["datasets"]:
@@ -75,7 +74,7 @@ class DatasetFolder:
             self._delete_files()
             if others:
                 self._write(others, lines, {name: str(entry["hash"]) for name, entry in manifest.files.items()})
-        shutil.rmtree(self.folder / self.parts_name, ignore_errors=True)
+        remove_parts(self.folder, self.parts_name)
 
     def _delete_files(self) -> None:
         import shutil

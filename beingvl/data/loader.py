@@ -1,7 +1,7 @@
 """The loader: from (step, rank, micro step) to one packed micro-batch, as a pure function.
 
     1. Mixture.draw          k-th sample of the global order      [num_samples]
-    2. plan_packing          how many sequences each window of 4096 samples packs into     [num_windows]
+    2. PackingPlan           how many sequences each window of 4096 samples packs into     [num_windows]
     3. step s                takes sequences s*B … (s+1)*B - 1,   B = sequences_per_step
     4. TrainingData.micro_batch   this rank's share of one micro step, concatenated into one row
 
@@ -15,17 +15,21 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from beingvl.data.arrow_shards import Sample, ShardReader
-from beingvl.data.mixture import Mixture
-from beingvl.data.packing import WINDOW, PackingPlan, pack_window, plan_packing
+from beingvl.data.arrow_shards import LENGTHS_FILE, MEMBERS_FILE, Sample, ShardReader, damaged
+from beingvl.data.mixture import Mixture, check_weights
+from beingvl.data.packing import WINDOW, PackingPlan, pack_window
+from beingvl.errors import InputError
 from beingvl.manifest import hash_bytes, write_atomically
 from beingvl.vocab import VocabLayout
 
 IGNORED = -100
-PLAN_VERSION = 1  # of the arithmetic of mixture and packing
+PLAN_VERSION = 2  # of the arithmetic of mixture and packing
 WINDOWS_KEPT = 2
 LOSS_ON = ("response", "text", "all")
 
@@ -56,8 +60,9 @@ class MicroBatch:
 class TrainingData:
     """What a stage trains on: shards in mixture order, packed, cut into optimizer steps.
 
-    Opening it plans the number of sequences of every window of the global order; that is kept in a small file beside the shards,
-    so that the next rank, or the next start, has it at once. A window's samples are drawn and packed when a step reads it.
+    Opening it begins to plan the number of sequences of every window of the global order, in a thread; `num_steps` waits for it,
+    and keeps it in a small file beside the shards, so that the next start has it at once. A step waits for the windows up to its
+    own only. A window's samples are drawn and packed when a step reads it.
     """
 
     def __init__(
@@ -76,56 +81,79 @@ class TrainingData:
         self._num_samples, self._sequence_length, self._packing = num_samples, sequence_length, packing
         self._loss_on = loss_on
         self._windows: dict[int, list[np.ndarray]] = {}
-        self.plan = self._kept_plan()
+        self._plan_path = self._path_of_plan()
+        self.plan = PackingPlan(self._lengths, num_samples, sequence_length, packing, self._kept_plan())
+        if shards.manifest.counts["longest_sample_tokens"] > sequence_length:
+            self.plan.num_sequences  # noqa: B018  an error now, not when the step of such a sample comes
+
+    def _draw(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples at these places of the global order, and their lengths. Raises InputError for a damaged index."""
+        drawn = self.mixture.draw(start, stop)
+        if drawn.max(initial=0) >= len(self.shards):
+            raise damaged(self.shards.folder / MEMBERS_FILE, f"it names the sample {drawn.max()}")
+        lengths = self.shards.lengths[drawn]
+        if lengths.min(initial=1) < 1:
+            raise damaged(self.shards.folder / LENGTHS_FILE, f"it holds a length of {lengths.min()} tokens")
+        return drawn, lengths
 
     def _lengths(self, start: int, stop: int) -> np.ndarray:
-        return self.shards.lengths[self.mixture.draw(start, stop)]
+        return self._draw(start, stop)[1]
 
-    def _kept_plan(self) -> PackingPlan:
-        """The plan from its file, or made now. Its name is a hash of all that decides it, so it is never out of date."""
+    def _path_of_plan(self) -> Path:
+        """Its name is a hash of all that decides the plan, so it is never out of date."""
         decides = [PLAN_VERSION, WINDOW, self.shards.manifest.content_hash, self.mixture.identity]
         decides += [self._num_samples, self._sequence_length, self._packing]
         # Manifests leave out what ends in .tmp: a plan is no part of the shards.
-        path = self.shards.folder / f"plan-{hash_bytes(json.dumps(decides).encode())[7:23]}.tmp"
-        if path.is_file():
-            fields = json.loads(path.read_text())
-            return PackingPlan(np.cumsum([0, *fields["sequences"]], dtype=np.int64), fields["efficiency"])
-        plan = plan_packing(self._lengths, self._num_samples, self._sequence_length, self._packing)
-        self.shards.give_back_pages()
-        if os.access(self.shards.folder, os.W_OK):  # shards may lie on a read-only disk: then every start plans anew
-            fields = {"sequences": np.diff(plan.starts).tolist(), "efficiency": plan.efficiency}
-            write_atomically(path, json.dumps(fields))
-        return plan
+        return self.shards.folder / f"plan-{hash_bytes(json.dumps(decides).encode())[7:23]}.tmp"
 
-    @property
+    def _kept_plan(self) -> dict[str, Any] | None:
+        """What an earlier start kept. Raises InputError for a damaged file."""
+        if not self._plan_path.is_file():
+            return None
+        try:
+            kept = json.loads(self._plan_path.read_text())
+            if len(kept["sequences"]) != -(-self._num_samples // WINDOW) or min(kept["sequences"]) < 1 or kept["tokens"] < 1:
+                raise ValueError("other windows")
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{self._plan_path} is damaged ({error}); remove it, it is made again") from error
+        return kept
+
+    @cached_property
     def num_steps(self) -> int:
-        """Optimizer steps; the last one may hold fewer sequences."""
-        return -(-self.plan.num_sequences // self.sequences_per_step)
+        """Optimizer steps; the last one may hold fewer sequences. Waits for the whole plan."""
+        num_sequences = self.plan.num_sequences
+        self.shards.give_back_pages()
+        # shards may lie on a read-only disk: then every start plans anew
+        if not self._plan_path.is_file() and os.access(self.shards.folder, os.W_OK):
+            write_atomically(self._plan_path, json.dumps(self.plan.counts))
+        return -(-num_sequences // self.sequences_per_step)
 
     def sequence_numbers(self, step: int, micro_step: int, rank: int, num_ranks: int, micro_batch_size: int) -> range:
         """The sequences of one micro step of one rank; shorter or empty at the very end of the run."""
         start = step * self.sequences_per_step + (micro_step * num_ranks + rank) * micro_batch_size
-        end = min(start + micro_batch_size, self.plan.num_sequences)
+        end = self.plan.at_most(start + micro_batch_size)
         return range(start, max(start, end))
 
     def samples_of(self, sequence: int) -> np.ndarray:
         """Sample indices of one sequence."""
-        window, number = self.plan.window_of(sequence)
+        window, number, num_sequences = self.plan.window_of(sequence)
         sequences = self._windows.get(window)  # once: a thread that fetches ahead may drop it meanwhile
         if sequences is None:
-            sequences = self._pack(window)
+            sequences = self._pack(window, num_sequences)
             if len(self._windows) >= WINDOWS_KEPT:
                 self._windows.pop(next(iter(self._windows)), None)
             self._windows[window] = sequences
         return sequences[number]
 
-    def _pack(self, window: int) -> list[np.ndarray]:
+    def _pack(self, window: int, num_sequences: int) -> list[np.ndarray]:
+        """Samples of the window's sequences. Raises InputError when there are not as many as were planned."""
         start = window * WINDOW
-        drawn = self.mixture.draw(start, min(start + WINDOW, self._num_samples))
+        drawn, lengths = self._draw(start, min(start + WINDOW, self._num_samples))
         if not self._packing:
             return list(drawn.reshape(-1, 1))
-        sequences = [drawn[positions] for positions in pack_window(self.shards.lengths[drawn], self._sequence_length)]
-        assert len(sequences) == self.plan.starts[window + 1] - self.plan.starts[window]
+        sequences = [drawn[positions] for positions in pack_window(lengths, self._sequence_length)]
+        if len(sequences) != num_sequences:
+            raise damaged(self.shards.folder / LENGTHS_FILE, f"it does not fit {self._plan_path.name}, which was made of it")
         return sequences
 
     def micro_batch(self, step: int, micro_step: int, rank: int, num_ranks: int, micro_batch_size: int) -> MicroBatch:
@@ -144,6 +172,7 @@ class TrainingData:
 def open_mixture(shards: ShardReader, weights: Mapping[str, float], by: str, seed: int) -> Mixture:
     """The mixture of a stage's JSON: `weights` are shares `by` samples or tokens. Raises InputError for impossible ones."""
     weights = dict(weights)
+    check_weights(weights)
     if by == "tokens":  # a share of tokens is a share of samples, divided by their mean length
         for name, entry in shards.manifest.details["sources"].items():
             if name in weights:

@@ -11,6 +11,7 @@ Nothing is stored: a permutation is a formula (`permute`), so any range of the o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -38,9 +39,8 @@ class Mixture:
         unknown = sorted(set(weights) - set(sources))
         if unknown:
             raise InputError(f"the mixture names the source {unknown[0]!r}, the shards hold {sources}; correct beingvl.mixture")
+        check_weights(weights)
         drawn = {name: Fraction(str(weight)) for name, weight in weights.items() if weight > 0}
-        if not drawn or min(weights.values()) < 0:
-            raise InputError(f"the mixture weights are {dict(weights)}, expected none negative and at least one above 0")
         self.sources = sources
         self.seed = seed
         self._indices = [sources.index(name) for name in drawn]
@@ -113,6 +113,13 @@ class Mixture:
 
     def _key(self, stream: int, number: int) -> int:
         return int(np.random.SeedSequence([self.seed, stream, number]).generate_state(1, np.uint64)[0])
+
+
+def check_weights(weights: Mapping[str, Any]) -> None:
+    """Raises InputError for weights that are no finite numbers, negative, or all 0."""
+    are_numbers = all(isinstance(weight, int | float) and not isinstance(weight, bool) for weight in weights.values())
+    if not are_numbers or not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
+        raise InputError(f"the mixture weights are {dict(weights)}, expected numbers, none negative and at least one above 0")
 
 
 def mix(values: np.ndarray, key: int) -> np.ndarray:

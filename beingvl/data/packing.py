@@ -12,54 +12,111 @@ window: which samples a sequence holds is found again, in milliseconds, when its
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from threading import Condition, Thread
+from typing import Any
 
 import numpy as np
 
 from beingvl.errors import InputError
 
 WINDOW = 4096
-WINDOWS_AT_ONCE = 64  # bounds the memory of a long plan
+WINDOWS_AT_ONCE = 16  # so many samples are drawn together
 
 
-@dataclass(frozen=True)
 class PackingPlan:
-    """`starts` `[num_windows + 1]` int64: sequence s lies in the window w with `starts[w] <= s < starts[w + 1]`.
+    """The number of sequences of every window of samples 0 … num_samples - 1, found in a thread of its own, in order.
 
-    `efficiency` is the share of the sequences' tokens that are used.
+    Whoever asks waits for as much as the answer needs: the first sequences are known at once, their number at the end.
+
+    Args:
+        lengths_of: (start, stop) -> tokens of these samples of the global order. Its errors reach whoever asks.
+        known: what an earlier plan was told by `counts`.
     """
 
-    starts: np.ndarray
-    efficiency: float
+    def __init__(
+        self,
+        lengths_of: Callable[[int, int], np.ndarray],
+        num_samples: int,
+        sequence_length: int,
+        packing: bool = True,
+        known: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._starts: list[int] = [0]
+        self._num_tokens, self._sequence_length = 0, sequence_length
+        self._is_finished = False
+        self._error: Exception | None = None
+        self._grown = Condition()
+        if known is not None:
+            self._add(known["sequences"], known["tokens"])
+            self._is_finished = True
+        else:
+            Thread(target=self._run, args=(lengths_of, num_samples, packing), daemon=True).start()
+
+    def _run(self, lengths_of: Callable[[int, int], np.ndarray], num_samples: int, packing: bool) -> None:
+        try:
+            for start in range(0, num_samples, WINDOWS_AT_ONCE * WINDOW):
+                lengths = lengths_of(start, min(start + WINDOWS_AT_ONCE * WINDOW, num_samples))
+                check_lengths(lengths, self._sequence_length)
+                windows = [lengths[at : at + WINDOW] for at in range(0, len(lengths), WINDOW)]
+                counts = [count_sequences(window, self._sequence_length) if packing else len(window) for window in windows]
+                self._add(counts, int(lengths.sum(dtype=np.int64)))
+        except Exception as error:
+            self._error = error
+        finally:
+            with self._grown:
+                self._is_finished = True
+                self._grown.notify_all()
+
+    def _add(self, counts: Sequence[int], num_tokens: int) -> None:
+        with self._grown:
+            self._num_tokens += num_tokens
+            self._starts += accumulate(counts[1:], initial=self._starts[-1] + counts[0])
+            self._grown.notify_all()
+
+    def _wait(self, num_sequences: float) -> None:
+        """Until so many sequences are known, or all."""
+        with self._grown:
+            self._grown.wait_for(lambda: self._is_finished or self._starts[-1] >= num_sequences)
+        if self._error is not None and self._starts[-1] < num_sequences:
+            raise self._error
+
+    @property
+    def starts(self) -> np.ndarray:
+        """`[num_windows + 1]` int64: sequence s lies in the window w with `starts[w] <= s < starts[w + 1]`."""
+        self._wait(math.inf)
+        return np.array(self._starts)
 
     @property
     def num_sequences(self) -> int:
-        return int(self.starts[-1])
+        self._wait(math.inf)
+        return self._starts[-1]
 
-    def window_of(self, sequence: int) -> tuple[int, int]:
-        """(window, number of the sequence in it)."""
-        window = int(np.searchsorted(self.starts, sequence, side="right")) - 1
-        return window, int(sequence - self.starts[window])
+    @property
+    def efficiency(self) -> float:
+        """Share of the sequences' tokens that are used."""
+        capacity = self.num_sequences * self._sequence_length  # waits
+        return self._num_tokens / max(1, capacity)
 
+    @property
+    def counts(self) -> dict[str, Any]:
+        """All of the plan, for JSON."""
+        sequences = np.diff(self.starts).tolist()  # waits
+        return {"sequences": sequences, "tokens": self._num_tokens}
 
-def plan_packing(
-    lengths_of: Callable[[int, int], np.ndarray], num_samples: int, sequence_length: int, packing: bool = True
-) -> PackingPlan:
-    """Plan samples 0 … num_samples - 1 of the global order, whose tokens `lengths_of(start, stop)` says.
+    def at_most(self, sequence: int) -> int:
+        """`sequence`, or the number of sequences where there are fewer."""
+        self._wait(sequence)
+        return min(sequence, self._starts[-1])
 
-    Without `packing` every sample is a sequence. Raises InputError when a sample does not fit at all.
-    """
-    counts, tokens = [0], 0
-    for start in range(0, num_samples, WINDOWS_AT_ONCE * WINDOW):
-        lengths = lengths_of(start, min(start + WINDOWS_AT_ONCE * WINDOW, num_samples))
-        check_lengths(lengths, sequence_length)
-        tokens += int(lengths.sum(dtype=np.int64))
-        windows = [lengths[at : at + WINDOW] for at in range(0, len(lengths), WINDOW)]
-        counts += [count_sequences(window, sequence_length) if packing else len(window) for window in windows]
-    starts = np.cumsum(counts, dtype=np.int64)
-    return PackingPlan(starts, tokens / max(1, int(starts[-1]) * sequence_length))
+    def window_of(self, sequence: int) -> tuple[int, int, int]:
+        """(window, number of the sequence in it, number of its sequences)."""
+        self._wait(sequence + 1)
+        window = bisect_right(self._starts, sequence) - 1
+        return window, sequence - self._starts[window], self._starts[window + 1] - self._starts[window]
 
 
 def check_lengths(lengths: np.ndarray, sequence_length: int) -> None:

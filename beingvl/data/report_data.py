@@ -91,11 +91,11 @@ def count_ids(shards: ShardReader) -> np.ndarray:
 
 
 def packing_fact(lengths: np.ndarray, sequence_length: int) -> str:
-    from beingvl.data.packing import plan_packing
+    from beingvl.data.packing import PackingPlan
 
     if lengths.max() > sequence_length:
         return f"{int((lengths > sequence_length).sum())} samples are longer than {sequence_length}"
-    plan = plan_packing(lambda start, stop: lengths[start:stop], len(lengths), sequence_length)
+    plan = PackingPlan(lambda start, stop: lengths[start:stop], len(lengths), sequence_length)
     return f"{plan.num_sequences:,} sequences of {sequence_length}, {plan.efficiency:.2%} full"
 
 

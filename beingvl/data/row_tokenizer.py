@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from beingvl.data.conversation import TextEncoder, TokenizedSample, build_sequence, parse_conversation
@@ -41,8 +40,6 @@ class RowTokenizer:
         """Variant -> JSONL row. Raises InputError that says what is malformed."""
         if not isinstance(row.get("category"), str | None):
             raise InputError(f"category is {row['category']!r}, expected a text")
-        if printable(text := json.dumps(row, ensure_ascii=False)) != text:
-            raise InputError("a text holds half of a surrogate pair, as a cut emoji leaves it")
         turns = parse_conversation(row.get("conversations"))
         grids = [self._codes.codes[self._codes.row(key)] for key in image_keys(row)] if self._codes else []
         raw_images = [self._layout.image_to_token_ids(grid.ravel()) for grid in grids]
@@ -68,11 +65,6 @@ class RowTokenizer:
             "token_1": sample.token_1,
             "target_spans": sample.target_spans,
         }
-
-
-def printable(text: str) -> str:
-    """The same text, but for what UTF-8 cannot write, which becomes an escape."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def fit(variants: dict[str, dict], max_length: int | None, too_long: str) -> tuple[dict[str, dict], bool]:

@@ -57,11 +57,13 @@ NOTHING = np.empty(0, np.int64)
 
 
 def parse_row(parser: Any, line: bytes, keep_codes: bool) -> TokenRow:
-    """A line with simdjson. Raises ValueError, TypeError or AttributeError when it is not a token row.
+    """A line with simdjson. Raises ValueError, TypeError or RuntimeError when it is not a token row.
 
     When it returns, no name may refer to a part of the document, or the parser refuses the next line.
     """
     fields = parser.parse(line)
+    if not isinstance(fields, simdjson.Object):
+        raise ValueError("the line is no object")
     before, after = _integers(fields, "token_0"), _integers(fields, "token_1")
     has_merged = fields.get("token_image_new") is not None
     image = _integers(fields, "token_image_new" if has_merged else "token_image", required=False)
@@ -105,6 +107,8 @@ def _identifier(value: Any) -> str:
 
 def _image(value: Any) -> str:
     """A path; a list of them as JSON."""
+    if value is not None and type(value) not in (str, simdjson.Array):
+        raise ValueError("image is neither a path nor a list of paths")
     return value if isinstance(value, str) else "" if value is None else value.mini.decode()
 
 
@@ -176,7 +180,7 @@ class RowReader:
             if not line.isspace():
                 try:
                     self._append(parse_row(self._parser, line, buffers.keep_codes), buffers, row)
-                except (ValueError, TypeError, AttributeError) as error:
+                except (ValueError, TypeError, RuntimeError) as error:
                     where = f"{path}, line {_line_number(path, offset + at)}"
                     raise InputError(
                         f"{where}: not a token row ({error}); make the file again with `beingvl tokenize`"
@@ -284,8 +288,10 @@ def _line_number(path: Path, position: int) -> int:
 def check_decodes(merged: np.ndarray, codes: np.ndarray, layout: VocabLayout, vbpe: VisualBPE) -> None:
     """Raises ValueError when the merged stream does not stand for the row's own codes, on a grid of some width."""
     image_ids, expected = layout.token_to_image_ids(merged), layout.token_to_image_ids(codes)
-    is_known = not image_ids.size or image_ids.max() < vbpe.num_ids
-    num_cells = int(vbpe.sizes[image_ids].sum()) if is_known else -1
+    if image_ids.size and image_ids.max() >= vbpe.num_ids:
+        found = f"the image id {image_ids.max()}, the vBPE's ids end at {vbpe.num_ids - 1}"
+        raise ValueError(f"token_image_new holds {found}: is it another vBPE?")
+    num_cells = int(vbpe.sizes[image_ids].sum())
     if num_cells != len(expected):
         raise ValueError(f"token_image_new covers {num_cells} cells, token_image has {len(expected)}: is it another vBPE?")
     side = round(len(expected) ** 0.5)

@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from beingvl.parts import Parts, locked, ranks_of, refuse_overwrite_of_many
+    from beingvl.parts import Parts, locked, ranks_of, refuse_overwrite_of_many, remove_parts
     from beingvl.vocab import VocabLayout
 
     check_arguments(args)
@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
         if args.overwrite:
             output.remove()
         if output.is_made_by(request):
+            remove_parts(output.folder, output.parts_name)
             return
         parts = Parts(args.output_dir, request, output.parts_name)
     num_rows = tokenize_parts(parts, args, codes, rank, num_ranks)
@@ -109,7 +110,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name, least in (("rows_per_part", 1), ("num_workers", 0), ("max_rejected", 0)):
         if not getattr(args, name) >= least:  # nor NaN
             raise InputError(f"--{name} is {getattr(args, name)}, expected at least {least}")
-    if Path(args.dataset_name).name != args.dataset_name:
+    if not args.dataset_name or Path(args.dataset_name).name != args.dataset_name:
         raise InputError(f"--dataset_name is {args.dataset_name!r}, expected a file name without folders")
     if args.max_length is not None and args.max_length < 1:
         raise InputError(f"--max_length is {args.max_length}, expected at least 1")
@@ -195,38 +196,42 @@ def tokenize_parts(parts: Parts, args: argparse.Namespace, codes: CodeFolder | N
 def tokenize_part(task: tuple[int, list[dict]]) -> int:
     """One part: rows to token rows of every variant. Returns the number of rows."""
     from beingvl.data.build_shards import hashes
-    from beingvl.data.row_tokenizer import fit, num_tokens, printable
+    from beingvl.data.conversation import CUT_CHARACTER
+    from beingvl.data.row_tokenizer import fit, num_tokens
     from beingvl.errors import InputError
+    from beingvl.manifest import printable
 
     number, rows = task
     args, tokenizer = _process.args, _process.tokenizer
     counts = {"rows": 0, "rejected": 0, "truncated": 0, "longest_sample_tokens": 0}
-    made: dict[str, list[dict]] = {variant: [] for variant in tokenizer.variants}
-    rejected = []
+    made: dict[str, list[bytes]] = {variant: [] for variant in tokenizer.variants}
+    ids, rejected = [], []
     for index, row in enumerate(rows, number * args.rows_per_part):
         try:
             variants, truncated = fit(tokenizer(row), args.max_length, args.too_long)
-        except InputError as error:
-            name = printable(row["id"]) if isinstance(row.get("id"), str) else row.get("id")
-            entry = {"dataset": args.dataset_name, "index": index, "id": name, "reason": printable(str(error))}
-            rejected.append(entry)
+            lines = {variant: _line(fields) for variant, fields in variants.items()}
+        except (InputError, UnicodeEncodeError) as error:
+            name = row.get("id") if isinstance(row.get("id"), int | None) else printable(str(row["id"]))
+            reason = printable(str(error)) if isinstance(error, InputError) else f"a text {CUT_CHARACTER}"
+            rejected.append(_line({"dataset": args.dataset_name, "index": index, "id": name, "reason": reason}))
             continue
         counts["rows"] += 1
         counts["truncated"] += truncated
         counts["longest_sample_tokens"] = max(counts["longest_sample_tokens"], *map(num_tokens, variants.values()))
-        for variant, out in variants.items():
-            made[variant].append(out)
+        ids.append(variants["base"]["id"])
+        for variant, line in lines.items():
+            made[variant].append(line)
     counts["rejected"] = len(rejected)
     with _process.parts.writing(number) as folder:
-        for variant, variant_rows in made.items():
+        for variant, variant_lines in made.items():
             path = folder / f"{variant}.jsonl"
-            path.write_text("".join(map(_line, variant_rows)), encoding="utf-8")
+            path.write_bytes(b"".join(variant_lines))
             if args.format == "arrow":
                 _write_shard(folder, variant, path)
                 path.unlink()
         if args.format == "arrow":
-            hashes([row["id"] for row in made["base"]]).tofile(folder / "id_hashes")
-        (folder / "rejected.jsonl").write_text("".join(map(_line, rejected)), encoding="utf-8")
+            hashes(ids).tofile(folder / "id_hashes")
+        (folder / "rejected.jsonl").write_bytes(b"".join(rejected))
         (folder / "counts.json").write_text(json.dumps(counts))
     return len(rows)
 
@@ -350,8 +355,8 @@ def _lineages(
     return lineages
 
 
-def _line(value: dict) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n"
+def _line(value: dict) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def device_of(args: argparse.Namespace) -> str:
     """The launcher sets LOCAL_RANK, the number of this rank's accelerator on its machine."""
     import torch
 
-    from beingvl.inference.model import usable_device
+    from beingvl.tokenizer.vqgan import usable_device
 
     own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     return str(usable_device(args.device or own))
@@ -125,14 +125,17 @@ def device_of(args: argparse.Namespace) -> str:
 
 def evaluate_in_parts(work: Answering | HeldOutLoss, args: argparse.Namespace, rank: int, num_ranks: int) -> None:
     """Make this rank's missing parts; the rank that finds all of them finished joins them."""
-    from beingvl.manifest import already_made, is_complete
-    from beingvl.parts import Parts, locked
+    from beingvl.manifest import already_made, is_complete, start_folder
+    from beingvl.parts import Parts, locked, remove_parts
 
     output = args.output_path
     with locked(output):
-        _discard_other_work(args)
+        if args.overwrite:
+            start_folder(output)
+            remove_parts(output)
         if is_complete(output):
             already_made(output, KIND, work.request())
+            remove_parts(output)
             print_scores(read_summary(output))
             return
         parts = Parts(output, {**work.parts_request, "rows_per_part": args.rows_per_part})
@@ -160,25 +163,14 @@ def _make_parts(work: Answering | HeldOutLoss, parts: Any, numbers: list[int], r
                 work.write_part(rows, folder, bar.update)
 
 
-def _discard_other_work(args: argparse.Namespace) -> None:
-    import shutil
-
-    from beingvl.manifest import start_folder
-    from beingvl.parts import FOLDER
-
-    if args.overwrite:
-        start_folder(args.output_path)
-        shutil.rmtree(args.output_path / FOLDER, ignore_errors=True)
-
-
 # ---- text parity ----
 
 
 def evaluate_text_parity(args: argparse.Namespace) -> int:
     """Exit code 1 when the text logits should be the base model's and are not."""
-    from beingvl.inference.model import usable_device
     from beingvl.inference.text_parity import check_base, text_parity
     from beingvl.manifest import already_made, read_manifest, start_folder
+    from beingvl.tokenizer.vqgan import usable_device
 
     device = str(usable_device(args.device or "cpu"))
     request = {**check_base(args.model, args.text_parity), "torch_dtype": args.torch_dtype}

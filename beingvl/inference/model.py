@@ -36,7 +36,7 @@ from beingvl.inference.draw import FittingTokens, OnlyWholeImages
 from beingvl.manifest import join_lineages, read_manifest
 from beingvl.tokenizer.vbpe import VBPE_FILE, VisualBPE
 from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
-from beingvl.tokenizer.vqgan import VQGAN
+from beingvl.tokenizer.vqgan import VQGAN, usable_device
 from beingvl.vocab import VocabLayout
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -391,19 +391,6 @@ def refuse_one_image(images: Any) -> None:
     """Raises InputError for one path or PIL image where a list of them is expected."""
     if isinstance(images, (str, os.PathLike)) or hasattr(images, "convert"):
         raise InputError(f"images is one image ({str(images)[:60]}), expected a list of images")
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    """Raises InputError for a name that torch does not know, or an accelerator that is not there."""
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError, ImportError) as error:  # torch's own builds differ in which they raise
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise InputError(
-            f"device {str(device)!r} cannot be used ({reason}); give cpu, or cuda where there is an accelerator"
-        ) from error
-    return target
 
 
 def _sampling(temperature: float) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from beingvl.data.tokenize_dataset import image_keys, read_rows
 from beingvl.errors import InputError
 from beingvl.inference.metrics_qa import METRICS, Reference, Scores
 from beingvl.inference.model import BeingVL
-from beingvl.manifest import hash_bytes, hash_file, join_lineages, write_atomically
+from beingvl.manifest import hash_bytes, hash_file, join_lineages, printable, write_atomically
 from beingvl.parts import Parts
 from beingvl.tokenizer.vq_codes import CodeFolder
 
@@ -257,7 +257,7 @@ def write_predictions(path: Path, questions: Sequence[Question], predictions: Se
         if scores.of_rows is not None:
             fields |= {"score": scores.of_rows[row], "correct": scores.of_rows[row] == 1}
         lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
-    write_atomically(path, "".join(lines))
+    write_atomically(path, printable("".join(lines)))  # half a surrogate pair stays the escape that it was in the input
 
 
 def summarize(metric: str, questions: Sequence[Question], predictions: Sequence[str], scores: Scores) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from beingvl.manifest import already_made, is_complete, start_folder
-    from beingvl.parts import Parts, locked, ranks_of, refuse_overwrite_of_many
+    from beingvl.parts import Parts, locked, ranks_of, refuse_overwrite_of_many, remove_parts
     from beingvl.tokenizer.image_source import open_images
     from beingvl.tokenizer.vqgan import VQGAN
 
@@ -74,10 +74,10 @@ def run(args: argparse.Namespace) -> None:
     with locked(args.output_path):
         if args.overwrite:
             start_folder(args.output_path)
-            _discard_parts(args.output_path)
+            remove_parts(args.output_path)
         if is_complete(args.output_path):
             already_made(args.output_path, "vq_codes", {**request, "images": hash_all(images, keys)})
-            _discard_parts(args.output_path)
+            remove_parts(args.output_path)
             return
         parts = Parts(args.output_path, {**request, **_split(args, keys)})
     num_parts = -(-len(keys) // args.images_per_part)
@@ -115,9 +115,12 @@ def _device_and_dtype(args: argparse.Namespace) -> tuple[str, str]:
     """The launcher sets LOCAL_RANK, the number of this rank's GPU on its machine."""
     import torch
 
+    from beingvl.tokenizer.vqgan import usable_device
+
     device = args.device
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    device = str(usable_device(device))
     return device, args.dtype if args.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
 
 
@@ -125,16 +128,8 @@ def _split(args: argparse.Namespace, keys: list[str]) -> dict[str, Any]:
     """What decides the bytes of the parts beside the VQ-GAN. A batch's size may change the last bit on a GPU."""
     from beingvl.manifest import hash_bytes
 
-    names = hash_bytes("\n".join(keys).encode("utf-8", "surrogateescape"))
+    names = hash_bytes("\n".join(keys).encode("utf-8", "surrogatepass"))
     return {"image names": names, "images_per_part": args.images_per_part, "batch_size": args.batch_size}
-
-
-def _discard_parts(output: Path) -> None:
-    import shutil
-
-    from beingvl.parts import FOLDER
-
-    shutil.rmtree(output / FOLDER, ignore_errors=True)
 
 
 def hash_all(images: ImageSource, keys: list[str]) -> str:

@@ -12,8 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from beingvl.errors import InputError
+from beingvl.manifest import printable
 from beingvl.tokenizer.llava_json import image_keys, stream_rows
-from beingvl.tokenizer.vq_codes import IMAGE_SUFFIXES, find_images
+from beingvl.tokenizer.vq_codes import IMAGE_SUFFIXES, find_images, iterate_images
 
 
 class ImageSource(Protocol):
@@ -25,14 +26,25 @@ class ImageSource(Protocol):
 
 
 def open_images(paths: Sequence[Path]) -> ImageSource:
-    """One folder of image files, one folder of tar files, or tar files. Raises InputError for anything else."""
+    """One folder of image files, one folder of tar files, or tar files. Raises InputError for anything else, or a mixture."""
     if len(paths) == 1 and paths[0].is_dir():
         tars = sorted(paths[0].glob("*.tar"))
+        if tars and (image := next(iterate_images(paths[0]), None)) is not None:
+            found = f"--image_path {paths[0]} holds tar files ({tars[0].name}) and images ({image})"
+            raise InputError(f"{found}: name the tar files themselves, or move them out of the folder to take its images")
         return TarImages(tars) if tars else FolderImages(paths[0])
     for path in paths:
+        if path.is_dir():
+            raise InputError(f"--image_path {path} is a folder beside other paths; give one folder, or tar files")
         if not path.is_file():
             raise InputError(f"--image_path {path} is not a folder and not a tar file")
     return TarImages(paths)
+
+
+def _refuse_names_without_text(key: str) -> None:
+    """Raises InputError for a name that is no UTF-8: neither an index nor a JSON file could hold it."""
+    if (name := printable(key)) != key:
+        raise InputError(f"{name}: the name is not UTF-8; rename the file")
 
 
 class FolderImages:
@@ -43,6 +55,7 @@ class FolderImages:
         return find_images(self._folder)
 
     def read(self, key: str) -> bytes:
+        _refuse_names_without_text(key)
         if PurePosixPath(key).is_absolute() or ".." in PurePosixPath(key).parts:
             raise InputError(f"{key} leaves the image folder")
         try:
@@ -92,6 +105,7 @@ class TarImages:
         return sorted(self._places)
 
     def read(self, key: str) -> bytes:
+        _refuse_names_without_text(key)
         if key not in self._places:
             raise InputError(f"{key}: not in the tar files")
         number, offset, size = self._places[key]
@@ -116,7 +130,7 @@ def named_images(json_path: Path) -> list[str]:
 def listed_images(list_path: Path) -> list[str]:
     """Sorted keys of a text file, one a line. Raises InputError when it is empty or no text."""
     try:
-        text = list_path.read_text(encoding="utf-8")
+        text = list_path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{list_path} is not UTF-8 text ({error}); expected one image a line") from error
     return _some({line.strip() for line in text.split("\n")} - {""}, list_path)

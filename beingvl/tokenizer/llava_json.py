@@ -16,6 +16,7 @@ from beingvl.errors import InputError
 
 BLOCK_CHARS = 1 << 20
 MAX_ROW_CHARS = 1 << 26
+NOT_READABLE = (ValueError, RecursionError)  # no JSON, a number of thousands of digits; nested too deeply
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -65,7 +66,7 @@ def _line_values(file: IO[str], path: Path) -> Iterator[Any]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
+            except NOT_READABLE as error:
                 raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
 
 
@@ -88,7 +89,7 @@ def _array_values(file: IO[str], path: Path, buffer: str, at: int) -> Iterator[A
         if token and not after_value:
             try:
                 value, at = decode(buffer, at)
-            except json.JSONDecodeError as error:
+            except NOT_READABLE as error:
                 problem = str(error)
             else:
                 count, after_value = count + 1, True

@@ -61,9 +61,10 @@ def run(args: argparse.Namespace) -> None:
 
     from beingvl.manifest import already_made
     from beingvl.tokenizer.vq_codes import find_images, hash_images
-    from beingvl.tokenizer.vqgan import VQGAN, make_processor
+    from beingvl.tokenizer.vqgan import VQGAN, make_processor, usable_device
 
     check_arguments(args)
+    usable_device(args.device)
     folders = [args.image_path] + ([args.validation_path] if args.validation_path else [])
     images = {str(number): hash_images(folder, find_images(folder)) for number, folder in enumerate(folders)}
     request = {**{name: getattr(args, name) for name in REQUEST_FIELDS}, "images": images}

@@ -13,14 +13,15 @@ import io
 import json
 import mmap
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
 from beingvl.errors import InputError
-from beingvl.manifest import Manifest, hash_bytes, read_manifest, write_manifest
+from beingvl.manifest import Manifest, hash_bytes, printable, read_manifest, write_manifest
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 CODES_FILE, KEYS_FILE, KEY_OFFSETS_FILE, REJECTED_FILE = "codes.npy", "keys.jsonl", "key_offsets.npy", "rejected.jsonl"
@@ -32,12 +33,7 @@ class CodeFolder:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.manifest: Manifest = read_manifest(self.path, "vq_codes")
-        try:
-            self.codes: np.ndarray = np.load(self.path / CODES_FILE, mmap_mode="r", allow_pickle=False)
-        except (ValueError, FileNotFoundError) as error:
-            raise InputError(
-                f"{self.path / CODES_FILE} is damaged ({error}); make it again with `beingvl encode-images`"
-            ) from error
+        self.codes = load_mapped(self.path / CODES_FILE, "make it again with `beingvl encode-images`")
 
     @property
     def num_codes(self) -> int:
@@ -80,8 +76,8 @@ class CodeFolder:
         row = self._find(key)
         if row is not None:
             return row
-        if key in self._reasons:
-            raise InputError(f"{key} was rejected when {self.path} was made: {self._reasons[key]}")
+        if (name := printable(key)) in self._reasons:
+            raise InputError(f"{name} was rejected when {self.path} was made: {self._reasons[name]}")
         known = f"{self.path} has no codes of {key} (it has {len(self.codes)} images)"
         raise InputError(f"{known}; make it again with `beingvl encode-images`")
 
@@ -90,7 +86,7 @@ class _MappedKeys:
     """keys.jsonl as a sorted sequence of strings, read where it is asked."""
 
     def __init__(self, folder: Path) -> None:
-        self._offsets = np.load(folder / KEY_OFFSETS_FILE, mmap_mode="r", allow_pickle=False)
+        self._offsets = load_mapped(folder / KEY_OFFSETS_FILE, "make it again with `beingvl encode-images`")
         with open(folder / KEYS_FILE, "rb") as file:
             self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -101,12 +97,20 @@ class _MappedKeys:
         return json.loads(self._lines[int(self._offsets[row]) : int(self._offsets[row + 1])])
 
 
+def load_mapped(path: Path, remedy: str) -> np.ndarray:
+    """A .npy file through the memory map. Raises InputError with the remedy for a damaged one."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError, SyntaxError, TokenError) as error:  # numpy reads the header as Python
+        raise InputError(f"{path} is damaged ({error}); {remedy}") from error
+
+
 def key_line(key: str) -> str:
     return json.dumps(key, ensure_ascii=False) + "\n"
 
 
 def rejected_line(key: str, reason: str) -> str:
-    return json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n"
+    return json.dumps({"key": printable(key), "reason": printable(reason)}, ensure_ascii=False) + "\n"
 
 
 def codes_header(num_rows: int, grid: tuple[int, int]) -> bytes:
@@ -134,11 +138,19 @@ def find_images(folder: Path) -> list[str]:
     """Sorted keys of all image files below `folder`, hidden ones left out. Raises InputError when there are none."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the folder that holds the images")
-    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    keys = sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
+    keys = sorted(iterate_images(folder))
     if not keys:
         raise InputError(f"{folder} has no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))}, also in subfolders)")
     return keys
+
+
+def iterate_images(folder: Path) -> Iterator[str]:
+    """Keys of all image files below `folder`, hidden ones left out, in any order."""
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+            key = path.relative_to(folder)
+            if not any(part.startswith(".") for part in key.parts):
+                yield key.as_posix()
 
 
 def hash_images(folder: Path, keys: list[str]) -> str:

@@ -323,3 +323,16 @@ def _hash_what_decides_codes(model: ChameleonVQVAE | JanusVQVAE, processor: Cham
 def _plain(value: Any) -> Any:
     """Sizes and enumerations of the image processor as JSON."""
     return dict(value) if hasattr(value, "keys") else int(value)
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Raises InputError for a name that torch does not know, or an accelerator that is not there."""
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch's own builds differ in which they raise
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise InputError(
+            f"device {str(device)!r} cannot be used ({reason}); give cpu, or cuda where there is an accelerator"
+        ) from error
+    return target

@@ -37,7 +37,8 @@ in_queue() { squeue --noheader --jobs="$1" --states=all --format=%T 2> /dev/null
 D="${DATA_OPTIONS:-}"
 S="$REPOSITORY/scripts/slurm"
 submit encode-images "$VQ_CODES/manifest.json" '' $D --array="0-$((${ENCODE_TASKS:-1} - 1))" "$S/encode-images.sbatch"
-submit train-vbpe "$VBPE_PATH/manifest.json" 'encode-images' $D "$S/train-vbpe.sbatch"
+case "$VBPE_PATH" in *.json) VBPE_MARKER="$VBPE_PATH" ;; *) VBPE_MARKER="$VBPE_PATH/manifest.json" ;; esac # a file has no manifest
+submit train-vbpe "$VBPE_MARKER" 'encode-images' $D "$S/train-vbpe.sbatch"
 submit convert "$BASE_PATH/manifest.json" 'train-vbpe' $D "$S/convert.sbatch"
 # a folder of token rows may hold several datasets; the manifest must list this one
 grep -qsF "\"${DATASET_NAME:-data}_vbpe.jsonl\"" "$TOKENIZED/manifest.json" && TOKENIZED_MARKER="$TOKENIZED/manifest.json" || TOKENIZED_MARKER=''

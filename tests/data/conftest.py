@@ -48,6 +48,7 @@ def commands(inputs: Path, output: Path) -> dict[str, list[str]]:
     tokenize = [f"--json_path={inputs}/rows.json", f"--vq_codes={inputs}/encode-images", f"--vbpe_path={inputs}/vbpe.json"]
     tokenize += [f"--model_path={inputs}/base", f"--output_dir={output}/tokenize", "--rows_per_part=16"]
     build = [f"--jsonl_path={inputs}/tokenize/data_vbpe.jsonl", "--part_bytes=10000", "--num_workers=0"]
+    build += [f"--vbpe_path={inputs}/vbpe.json"]
     return {
         "encode-images": ["encode-images", *encode, f"--output_path={output}/encode-images", "--max_rejected=0.1"],
         "tokenize": ["tokenize", *tokenize, "--max_rejected=0.1"],

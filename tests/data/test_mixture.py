@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -49,7 +51,13 @@ def test_seed_and_missing_sources() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"), [({"x": 1}, "'x'"), ({"a": 0}, "at least one above 0"), ({"a": -1, "b": 1}, "negative")]
+    ("weights", "message"),
+    [
+        ({"x": 1}, "'x'"),
+        ({"a": 0}, "at least one above 0"),
+        ({"a": -1, "b": 1}, "negative"),
+        *(({"a": weight, "b": 1}, "expected numbers") for weight in (math.inf, math.nan, "1", True, None)),
+    ],
 )
 def test_bad_weights(weights, message) -> None:
     with pytest.raises(InputError, match=message):

@@ -1,15 +1,17 @@
+from threading import Event
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beingvl.data.packing import WINDOW, count_sequences, pack_window, plan_packing
+from beingvl.data.packing import WINDOW, WINDOWS_AT_ONCE, PackingPlan, count_sequences, pack_window
 from beingvl.errors import InputError
 
 
 def plan(lengths, sequence_length, packing=True):
     lengths = np.array(lengths)
-    return plan_packing(lambda start, stop: lengths[start:stop], len(lengths), sequence_length, packing)
+    return PackingPlan(lambda start, stop: lengths[start:stop], len(lengths), sequence_length, packing)
 
 
 def test_the_documented_example() -> None:
@@ -42,13 +44,40 @@ def test_realistic_lengths_fill_98_percent_and_are_counted_right(sequence_length
 
 def test_where_a_sequence_lies() -> None:
     found = plan([8] * (WINDOW + 3), 8)
-    assert [found.window_of(s) for s in (0, WINDOW - 1, WINDOW, WINDOW + 2)] == [(0, 0), (0, WINDOW - 1), (1, 0), (1, 2)]
+    places = [(0, 0, WINDOW), (0, WINDOW - 1, WINDOW), (1, 0, 3), (1, 2, 3)]
+    assert [found.window_of(s) for s in (0, WINDOW - 1, WINDOW, WINDOW + 2)] == places
+    assert found.at_most(WINDOW) == WINDOW and found.at_most(2 * WINDOW) == WINDOW + 3
+    kept = PackingPlan(lambda start, stop: 1 / 0, WINDOW + 3, 8, known=found.counts)
+    assert kept.starts.tolist() == found.starts.tolist() and kept.efficiency == found.efficiency
+
+
+def test_the_first_sequences_are_known_before_the_last_samples_are_looked_at() -> None:
+    asked, may_go_on = Event(), Event()
+
+    def lengths_of(start: int, stop: int) -> np.ndarray:
+        if start:
+            asked.set()
+            assert may_go_on.wait(20)
+        return np.full(stop - start, 8)
+
+    found = PackingPlan(lengths_of, WINDOWS_AT_ONCE * WINDOW + 1, 8)
+    assert asked.wait(20) and found.window_of(WINDOW) == (1, 0, WINDOW)
+    may_go_on.set()
+    assert found.num_sequences == WINDOWS_AT_ONCE * WINDOW + 1
+
+
+def test_an_error_reaches_whoever_asks_for_what_lies_behind_it() -> None:
+    found = plan([8] * WINDOW * WINDOWS_AT_ONCE + [9], 8)
+    assert found.window_of(3) == (0, 3, WINDOW)
+    for _ in range(2):
+        with pytest.raises(InputError, match="longer than sequence_length"):
+            found.num_sequences  # noqa: B018
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_too_long_a_sample_is_named(packing) -> None:
     with pytest.raises(InputError, match=r"1 of 2 samples are longer than sequence_length 8 \(the longest has 9"):
-        plan([3, 9], 8, packing)
+        plan([3, 9], 8, packing).num_sequences  # noqa: B018
 
 
 def test_unpacked_is_one_sample_a_sequence() -> None:

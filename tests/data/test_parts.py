@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import pytest
 
 from beingvl import cli
 from beingvl.errors import InputError
-from beingvl.manifest import read_manifest, verify_folder
-from beingvl.parts import FOLDER, Parts, ranks_of, wait_until_complete
+from beingvl.manifest import is_complete, read_manifest, verify_folder
+from beingvl.parts import FOLDER, LOCK, Parts, ranks_of, wait_until_complete
 from tests.data.conftest import commands
 
 
@@ -62,33 +64,81 @@ def test_waiting_for_ranks_that_do_nothing_ends(tmp_path) -> None:
 # ---- kills ----
 
 
-def killed_while_working(command: list[str], output: Path, after_parts: int, delay: float) -> int:
-    """Start the command, SIGKILL it `delay` seconds after `after_parts` parts are there; returns its exit code."""
+JOINING = -1
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Where a kill hit: how many parts were finished, and what was being done."""
+
+    parts: int
+    doing: str
+
+
+def kill_while_working(command: list[str], output: Path, new_parts: int, delay: float) -> Kill | None:
+    """Start the command and SIGKILL it `delay` seconds after it has finished `new_parts` parts or begun JOINING them.
+
+    None when it had ended before: that is no kill.
+    """
+    lock = output / LOCK
+    lock.unlink(missing_ok=True)
+    before = len(finished_parts(output))
     process = subprocess.Popen([sys.executable, "-m", "beingvl", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(process, lock.exists)  # taken first to begin, then to join
+    if new_parts == JOINING:
+        lock.unlink(missing_ok=True)
+        wait_for(process, lock.exists)
+    else:
+        wait_for(process, lambda: len(finished_parts(output)) >= before + new_parts)
+    time.sleep(delay)
+    process.kill()
+    if process.wait() != -signal.SIGKILL:
+        assert process.returncode == 0
+        return None
+    is_in_a_part = any(output.glob(f"*parts.tmp/.*.{process.pid}"))
+    return Kill(
+        len(finished_parts(output)), "writing a part" if is_in_a_part else "joining" if new_parts == JOINING else "between"
+    )
+
+
+def wait_for(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
-    while process.poll() is None and len(list(output.glob("*parts.tmp/[0-9]*"))) < after_parts:
+    while process.poll() is None and not condition():
         assert time.monotonic() < deadline
         time.sleep(0.0005)
-    time.sleep(delay)
-    if process.poll() is None:
-        process.send_signal(signal.SIGKILL)
-    return process.wait()
 
 
-def check_kills(inputs: Path, output: Path, step: str, kills: int, seed: int) -> None:
-    """Kill a step `kills` times, each time with another number of ranks, then finish it with three."""
+def finished_parts(output: Path) -> list[Path]:
+    return list(output.glob("*parts.tmp/[0-9]*"))
+
+
+def check_kills(inputs: Path, output: Path, step: str, num_kills: int, seed: int) -> None:
+    """Kill a step `num_kills` times, each time with some other number of ranks, then finish it with three.
+
+    When nothing is left to kill, the finished output is checked and the rest of the kills hit another one.
+    """
     random_source = random.Random(seed)
-    command = commands(inputs, output)[step]
-    num_killed = 0
-    for number in range(kills):
-        num_ranks = random_source.choice([1, 2, 3])
-        done = len(list((output / step).glob("*parts.tmp/[0-9]*")))
-        ranks = [f"--rank={number % num_ranks}", f"--num_ranks={num_ranks}"]
-        after = done + random_source.choice([0, 0, 1, 2])
-        num_killed += killed_while_working([*command, *ranks], output / step, after, random_source.uniform(0, 0.01)) == -9
-    assert num_killed
+    kills: list[Kill] = []
+    for round_number in range(10 * num_kills):
+        folder = output / str(round_number)
+        command = commands(inputs, folder)[step]
+        while len(kills) < num_kills and not is_complete(folder / step):
+            num_ranks = random_source.choice([1, 2, 3])
+            ranks = [f"--rank={random_source.randrange(num_ranks)}", f"--num_ranks={num_ranks}"]
+            moment = random_source.choice([0, 1, 2, 5, JOINING]), random_source.uniform(0, 0.03)
+            if kill := kill_while_working([*command, *ranks], folder / step, *moment):
+                kills.append(kill)
+        check_finished(inputs, folder, step)
+        if len(kills) == num_kills:
+            break
+    print(f"{step}: {len(kills)} kills, finished parts and what was being done: {[astuple(kill) for kill in kills]}")
+    assert len(kills) == num_kills
+
+
+def check_finished(inputs: Path, output: Path, step: str) -> None:
+    """Three ranks finish the step, and its output is that of an uninterrupted run."""
     for rank in range(3):
-        assert cli.main([*command, f"--rank={rank}", "--num_ranks=3"]) == 0
+        assert cli.main([*commands(inputs, output)[step], f"--rank={rank}", "--num_ranks=3"]) == 0
     found, expected = verify_folder(output / step), verify_folder(inputs / step)
     assert found.content_hash == expected.content_hash
     assert (found.counts, found.lineage, found.details) == (expected.counts, expected.lineage, expected.details)
@@ -100,13 +150,30 @@ STEPS = ("encode-images", "tokenize", "build-shards")
 
 @pytest.mark.parametrize("step", STEPS)
 def test_one_kill(inputs, tmp_path, step) -> None:
-    check_kills(inputs, tmp_path, step, kills=1, seed=0)
+    check_kills(inputs, tmp_path, step, num_kills=1, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_twenty_kills(inputs, tmp_path, step) -> None:
-    check_kills(inputs, tmp_path, step, kills=20, seed=1)
+    check_kills(inputs, tmp_path, step, num_kills=20, seed=1)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_parts_that_a_kill_behind_the_manifest_left_are_removed_by_the_next_start(inputs, tmp_path, step, monkeypatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(parts: Parts) -> None:
+        raise Killed
+
+    command = commands(inputs, tmp_path)[step]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Parts, "remove", kill)
+        cli.main(command)
+    assert is_complete(tmp_path / step) and len(finished_parts(tmp_path / step)) > 1
+    assert cli.main(command) == 0
+    assert not list((tmp_path / step).glob("*parts.tmp"))
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -124,6 +124,8 @@ def test_rows_with_and_without_target_spans_and_merged_image(tmp_path) -> None:
     ("row", "message"),
     [
         ("{not json", "line 2: not a token row"),
+        ("[1]", "line 2: not a token row (the line is no object)"),
+        ('{"id":' + "1" * 30 + ',"token_0":[1],"token_1":[]}', "line 2: not a token row (BIGINT_ERROR"),
         ({"id": 1, "token_0": []}, "missing field 'token_1'"),
         ({**ROW, "token_1": [2**40]}, "has id 1099511627776, the vocabulary ends"),
         ({**ROW, "token_1": [100000]}, "vocabulary"),
@@ -257,6 +259,26 @@ def test_verify_reads_rows_and_merges_again(tmp_path, capsys) -> None:
     assert "vbpe.json" in capsys.readouterr().err
 
 
+def test_verify_of_one_file(tmp_path, capsys) -> None:
+    assert cli.main(["verify", str(tmp_path / "nope.json")]) == 2
+    assert "nope.json does not exist" in capsys.readouterr().err
+    path = tmp_path / "vbpe.json"
+    VisualBPE(16, np.array([[0, 1, 0, 1]], np.int32)).save(path)
+    assert cli.main(["verify", str(path)]) == 0
+    assert "every merge possible, no hash to compare with" in capsys.readouterr().out
+    write_manifest(tmp_path, "vbpe", {}, {})
+    assert cli.main(["verify", str(path)]) == 0
+    assert "every merge possible, the hash that the manifest beside it says" in capsys.readouterr().out
+    VisualBPE(16, np.array([[0, 2, 0, 1]], np.int32)).save(path)
+    assert cli.main(["verify", str(path)]) == 2
+    assert "vbpe.json does not have the hash that manifest.json says" in capsys.readouterr().err
+    shards = write_shards(tmp_path / "shards")
+    assert cli.main(["verify", str(shards / "lengths.npy"), str(shards / "manifest.json")]) == 0
+    (shards / "lengths.npy").write_bytes(b"cut")
+    assert cli.main(["verify", str(shards / "lengths.npy")]) == 2
+    assert "lengths.npy has 3 bytes" in capsys.readouterr().err
+
+
 def test_parts_of_any_size_give_the_same_rows(tmp_path) -> None:
     rows = [{**ROW, "id": n, "image": [f"{n}.png"], "conversations": "é" * n} for n in range(30)]
     found = []
@@ -339,11 +361,60 @@ def test_the_kept_plan_is_the_plan(tmp_path) -> None:
     shards = ShardReader(write_shards(tmp_path))
     mixture = Mixture(shards.members, shards.sources, {"foundation": 0.7, "reasoning": 0.3}, 0)
     made = TrainingData(shards, mixture, 150, 64, 4)
+    assert made.num_steps and len(list(tmp_path.glob("plan-*"))) == 1
     kept = TrainingData(shards, mixture, 150, 64, 4)
-    assert len(list(tmp_path.glob("plan-*"))) == 1
+    assert kept.num_steps == made.num_steps and len(list(tmp_path.glob("plan-*"))) == 1
     assert kept.plan.efficiency == made.plan.efficiency and kept.plan.starts.tolist() == made.plan.starts.tolist()
-    TrainingData(shards, mixture, 150, 80, 4)
-    assert len(list(tmp_path.glob("plan-*"))) == 2
+    assert TrainingData(shards, mixture, 150, 80, 4).num_steps and len(list(tmp_path.glob("plan-*"))) == 2
+    with pytest.raises(InputError, match=r"samples are longer than sequence_length 20 .*tokenize with --max_length"):
+        TrainingData(shards, mixture, 150, 20, 4)
+    for path in tmp_path.glob("plan-*"):
+        path.write_text(path.read_text()[:-3])
+    with pytest.raises(InputError, match=r"plan-\w+\.tmp is damaged .*; remove it, it is made again"):
+        TrainingData(shards, mixture, 150, 64, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("members.npy", 60, "it names the sample 60"), ("lengths.npy", 0, "it holds a length of 0 tokens")],
+)
+def test_an_index_that_was_damaged_stops_the_loader(tmp_path, name, value, message) -> None:
+    write_shards(tmp_path)
+    array = np.load(tmp_path / name)
+    array[7] = value
+    np.save(tmp_path / name, array)
+    shards = ShardReader(tmp_path)
+    data = TrainingData(shards, Mixture(shards.members, shards.sources, {"foundation": 1, "reasoning": 1}, 0), 60, 64, 4)
+    with pytest.raises(InputError, match=f"{name} is damaged: {message}.*beingvl verify"):
+        data.micro_batch(0, 0, 0, 1, 4)
+
+
+def test_lengths_that_changed_since_they_were_planned_stop_the_loader(tmp_path) -> None:
+    shards = ShardReader(write_shards(tmp_path))
+    mixture = Mixture(shards.members, shards.sources, {"foundation": 1}, 0)
+    assert TrainingData(shards, mixture, 40, 64, 4).num_steps
+    np.save(tmp_path / "lengths.npy", np.full(60, 60, np.int32))
+    shards = ShardReader(tmp_path)
+    with pytest.raises(InputError, match=r"lengths.npy is damaged: it does not fit plan-\w+.tmp"):
+        TrainingData(shards, mixture, 40, 64, 4).micro_batch(0, 0, 0, 1, 4)
+
+
+def test_a_bit_flipped_in_the_head_of_a_shard_or_an_index_is_harmless_or_named(tmp_path) -> None:
+    write_shards(tmp_path)
+    for name, places in (("shard-00000.arrow", range(-300, 0)), ("members.npy", range(128))):
+        data = (tmp_path / name).read_bytes()
+        num_refused = 0
+        for place in places:
+            flipped = bytearray(data)
+            flipped[place] ^= 0x40
+            (tmp_path / name).write_bytes(flipped)
+            try:
+                ShardReader(tmp_path)[0]
+            except InputError as error:  # no other kind
+                assert name in str(error)
+                num_refused += 1
+        assert num_refused > 20
+        (tmp_path / name).write_bytes(data)
 
 
 def test_realised_shares_are_those_of_the_draws(tmp_path) -> None:

@@ -51,7 +51,7 @@ def readable(line: bytes) -> tuple | None:
     """The same from the readable one, None when the line is no row."""
     try:
         row = parse_row(simdjson.Parser(), line, keep_codes=True)
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, RuntimeError):
         return None
     lists = (row.input_ids, row.target_spans, row.codes, row.merged)
     return (row.id, row.image, row.category, *(values.tolist() for values in lists))
@@ -121,6 +121,10 @@ WRONG = [
     b'{"id":1,"token_0":[1],"token_1":[],"x":tru}',
     b'{"id":1,"token_0":[1],"token_1":[],"x":1.}',
     b'{"id":1,"token_0":[1],"token_1":[],"x":[1}',
+    b'{"id":1,"token_0":[1],"token_1":[],"image":5}',
+    b'{"id":1,"token_0":[1],"token_1":[],"image":{"a":"b"}}',
+    b'{"id":123456789012345678901234567890,"token_0":[1],"token_1":[]}',
+    b'{"id":1,"token_0":[1],"token_1":[],"x":' + b"[" * 2000 + b"]" * 2000 + b"}",
     b'{"id":1,"token_0":[1],"token_1":[],"x":"\xff"}',
     b'{"id":1,"token_0":[1],"token_1":[],"x":"\xc0\x80"}',
     b'{"id":1,"token_0":[1],"token_1":[],"x":"\xe0\x80\x80"}',
@@ -214,7 +218,7 @@ def merged_rows(path, vbpe: VisualBPE, grids: list[np.ndarray], change) -> None:
         (lambda row: row, None),
         (lambda row: {**row, "token_image": row["token_image"][:-1]}, "cells, token_image has"),
         (lambda row: {**row, "token_image_new": [*row["token_image_new"], 0]}, "not all image tokens"),
-        (lambda row: {**row, "token_image_new": [LAYOUT.size - 1] * 4}, "covers -1 cells"),
+        (lambda row: {**row, "token_image_new": [LAYOUT.size - 1] * 4}, "holds the image id 23, the vBPE's ids end at 17"),
         (lambda row: {**row, "token_image": [263 + 15, *row["token_image"][1:]]}, "does not decode"),
     ],
 )

@@ -114,6 +114,7 @@ def test_max_length(inputs) -> None:
     [
         ({"category": 5}, "category is 5, expected a text"),
         ({"id": "cut \ud83d"}, "half of a surrogate pair"),
+        ({"id": ["\ud83d"], "category": "\ud83d"}, "half of a surrogate pair"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "\ud83d"}]}, "half of a surrogate pair"),
     ],
 )
@@ -129,7 +130,7 @@ def test_shards_hold_no_id_twice_unasked(inputs, capsys) -> None:
     assert tokenize(inputs, [row(0), row(1), row(0)], "--format", "arrow", "--duplicate_ids", "keep") == 0
 
 
-@pytest.mark.parametrize("options", [("--max_rejected", "nan"), ("--dataset_name", "../x")])
+@pytest.mark.parametrize("options", [("--max_rejected", "nan"), ("--dataset_name", "../x"), ("--dataset_name", "")])
 def test_impossible_options_are_refused(inputs, capsys, options) -> None:
     assert tokenize(inputs, [row(0)], *options) == 2
     assert f"{options[0]} is" in capsys.readouterr().err
@@ -228,6 +229,34 @@ def test_rows_of_another_vbpe(inputs, capsys) -> None:
     command = ["build-shards", "--jsonl_path", str(inputs / "out" / "d_vbpe.jsonl"), "--output_path", str(inputs / "shards")]
     assert cli.main([*command, "--vbpe_path", str(inputs / "other.json")]) == 2
     assert "different vbpe" in capsys.readouterr().err
+
+
+def test_shards_say_whether_their_merged_images_were_decoded(inputs, capsys) -> None:
+    assert tokenize(inputs, [row(0)]) == 0
+    own_vbpe = inputs / "base" / "vbpe.json"
+
+    def build(name: str, variant: str, *options: object) -> tuple[str, str]:
+        rows, output = inputs / "out" / f"d_{variant}.jsonl", inputs / name
+        capsys.readouterr()
+        assert cli.main(["build-shards", f"--jsonl_path={rows}", f"--output_path={output}", *map(str, options)]) == 0
+        return read_manifest(output).details["merged_images"], capsys.readouterr().out
+
+    merged, shown = build("unknown", "vbpe")
+    assert merged == "not decoded" and "warning: the merged images" in shown and "--vbpe_path" in shown
+    assert "warning: the merged images" in build("unknown", "vbpe")[1]  # when it is reused
+    assert build("unknown", "vbpe", "--vbpe_path", inputs / "vbpe.json", "--overwrite")[0] == "decoded"
+    merged, shown = build("raw", "base")
+    assert merged == "none" and "warning" not in shown
+    own_vbpe.write_bytes((inputs / "vbpe.json").read_bytes())
+    assert build("own", "vbpe", "--model_path", inputs / "base")[0] == "decoded"
+
+
+def test_parts_made_without_decoding_are_not_passed_off_as_decoded(inputs, capsys) -> None:
+    assert tokenize(inputs, [row(0), row(1)]) == 0
+    command = ["build-shards", f"--jsonl_path={inputs}/out/d_vbpe.jsonl", f"--output_path={inputs}/shards", "--part_bytes=600"]
+    assert cli.main([*command, "--rank=0", "--num_ranks=2"]) == 0
+    assert cli.main([*command, f"--vbpe_path={inputs}/vbpe.json"]) == 2
+    assert "unfinished work of another decoded (found False, asked for True)" in capsys.readouterr().err
 
 
 def test_wrong_options(inputs, capsys) -> None:

@@ -26,6 +26,13 @@ def question(number: int, text: str, answer: str) -> Question:
     return Question(str(number), f"<image>\n{text}", Reference((answer,), None, (f"{number}.png",)))
 
 
+def test_half_a_surrogate_pair_in_a_row_is_written_as_it_was_read(tmp_path) -> None:
+    cut = Question("\ud83d", "hi", Reference(("yes \udcff",)))
+    write_predictions(tmp_path / "predictions.jsonl", [cut], ["no"], METRICS["exact_match"].score(["no"], [cut.reference]))
+    (line,) = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["id"] == cut.id and json.loads(line)["answer"] == "yes \udcff"
+
+
 def test_scores_by_hand() -> None:
     questions = [question(n, WHICH, "one") for n in range(3)] + [question(3, WHICH, "Two"), question(4, EVEN, "yes")]
     predictions = ["one", " ONE ", "two", "two", "no"]

@@ -120,6 +120,7 @@ def test_the_pipeline_from_images_to_stage_3_is_submitted_requeued_and_submitted
         cluster.wait_for(job, "COMPLETED")
     assert [cluster.field_of(task, "Restarts") for task in tasks] == ["0", "1", "0", "0"]
 
+    assert read_manifest(data / "work/data/shards").details["merged_images"] == "decoded"
     stages = data / "work/models/beingvl"
     for stage in (1, 2, 3):
         verify_folder(stages / f"stage-{stage}/final")
@@ -128,6 +129,25 @@ def test_the_pipeline_from_images_to_stage_3_is_submitted_requeued_and_submitted
     assert start == read_manifest(stages / "stage-2/final").content_hash
     assert re.findall(r"^(\S+): finished", cluster.run(*submit, **paths), re.M) == names
     cluster.wait_until_nothing_runs(str(data))
+
+
+@pytest.mark.parametrize("name", ["vbpe.json", "vbpe"])
+def test_a_vbpe_file_or_folder_that_is_finished_is_not_trained_again(tmp_path, name) -> None:
+    sbatch = tmp_path / "bin/sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/sh\necho 7\n")
+    sbatch.chmod(0o755)
+    path = f"{sbatch.parent}:{os.environ['PATH']}"
+    environment = {**ENVIRONMENT, "PATH": path, "WORKSPACE": str(tmp_path), "VBPE_PATH": str(tmp_path / name)}
+
+    def shown() -> str:
+        return subprocess.check_output(["bash", "scripts/slurm/submit-pipeline.sh"], cwd=REPOSITORY, env=environment, text=True)
+
+    assert "train-vbpe: job 7" in shown()
+    marker = tmp_path / name if name.endswith(".json") else tmp_path / name / "manifest.json"
+    marker.parent.mkdir(exist_ok=True)
+    marker.write_text("{}")
+    assert "train-vbpe: finished" in shown()
 
 
 def test_a_stage_without_its_predecessor_says_what_to_run(cluster, work, tmp_path) -> None:

@@ -1,6 +1,7 @@
 """encode-images: the rows are the VQ-GAN's codes in key order, however computed; what cannot be read is accounted for."""
 
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -97,6 +98,29 @@ def test_unreadable_images_are_rejected_with_reasons(image_path, vq_path, tmp_pa
         folder.row("other.png")
 
 
+def test_names_that_are_no_text_are_rejected_with_a_reason(image_path, vq_path, tmp_path, capsys):
+    data = (image_path / "a.png").read_bytes()
+    (image_path / os.fsdecode(b"\xff.png")).write_bytes(data)
+    for output in (tmp_path / "codes", tmp_path / os.fsdecode(b"codes \xff")):  # twice: the second time it is reused
+        for _ in range(2):
+            assert encode(image_path, vq_path, output, max_rejected=0.5) == 0
+    assert "reused" in capsys.readouterr().out
+    folder = CodeFolder(tmp_path / "codes")
+    assert folder.keys == sorted(KEYS) and folder.manifest.counts == {"images": 5, "rejected": 1}
+    with pytest.raises(InputError, match=r"\\udcff.png was rejected .*the name is not UTF-8; rename the file"):
+        folder.row(os.fsdecode(b"\xff.png"))
+
+    names = ["\ud83d.png", "a.png"]
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": name} for name in names]))
+    assert encode(image_path, vq_path, tmp_path / "named", json_path=tmp_path / "rows.json", max_rejected=0.5) == 0
+    assert CodeFolder(tmp_path / "named").keys == ["a.png"]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in (b"\xff.png", b"a.png"):
+            tar.add(image_path / "a.png", os.fsdecode(name))
+    assert encode(tmp_path / "0.tar", vq_path, tmp_path / "tarred", max_rejected=0.5) == 0
+    assert CodeFolder(tmp_path / "tarred").manifest.counts == {"images": 1, "rejected": 1}
+
+
 def test_too_many_unreadable_images_stop_the_run(image_path, vq_path, tmp_path, capsys):
     (image_path / "b/1.png").write_bytes(b"no image")
     assert encode(image_path, vq_path, tmp_path / "codes", max_rejected=0.19) == 2
@@ -155,11 +179,18 @@ def test_wrong_options_are_refused(image_path, vq_path, tmp_path, capsys):
         ({"batch_size": 0}, "--batch_size is 0, expected at least 1"),
         ({"num_workers": -1}, "--num_workers is -1, expected at least 0"),
         ({"max_rejected": -0.1}, "--max_rejected is -0.1, expected at least 0"),
+        ({"device": "gpu0"}, "device 'gpu0' cannot be used"),
+        ({"device": "cuda:77"}, "device 'cuda:77' cannot be used"),
     ]:
         assert encode(image_path, vq_path, tmp_path / "codes", **options) == 2
         assert message in capsys.readouterr().err
     assert encode(tmp_path / "nowhere", vq_path, tmp_path / "codes") == 2
     assert "nowhere is not a folder and not a tar file" in capsys.readouterr().err
+    assert main(["encode-images", "--image_path", "/", "/", f"--vq_path={vq_path}", f"--output_path={tmp_path}/codes"]) == 2
+    assert "/ is a folder beside other paths" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert encode(image_path, vq_path, tmp_path / "file") == 2
+    assert "File exists" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert encode(tmp_path / "empty", vq_path, tmp_path / "codes") == 2
     assert "has no images" in capsys.readouterr().err
@@ -173,27 +204,33 @@ def test_damaged_codes_are_named(image_path, vq_path, tmp_path):
 
 
 def test_tar_files_and_lists_give_the_rows_of_the_folder(image_path, vq_path, tmp_path):
+    tars = tmp_path / "tars_alone"
+    tars.mkdir()
     for number, keys in enumerate([KEYS[:3], KEYS[3:]]):
-        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+        with tarfile.open(tars / f"{number}.tar", "w") as tar:
             for key in keys:
                 tar.add(image_path / key, key)
                 tar.add(image_path / "notes.txt", f"{key}.txt")
-    (tmp_path / "list.txt").write_text("\n".join([*KEYS, "a.png", ""]))
+    (tmp_path / "list.txt").write_text("\ufeff" + "\r\n".join([*KEYS, "a.png", ""]), encoding="utf-8")
     outputs = [tmp_path / name for name in ("folder", "tars", "folder_of_tars", "list")]
     assert encode(image_path, vq_path, outputs[0]) == 0
-    two = ["--image_path", f"{tmp_path}/0.tar", f"{tmp_path}/1.tar", f"--vq_path={vq_path}", f"--output_path={outputs[1]}"]
+    two = ["--image_path", f"{tars}/0.tar", f"{tars}/1.tar", f"--vq_path={vq_path}", f"--output_path={outputs[1]}"]
     assert main(["encode-images", *two, "--num_workers=2"]) == 0
-    assert encode(tmp_path, vq_path, outputs[2]) == 0
+    assert encode(tars, vq_path, outputs[2]) == 0
     assert encode(image_path, vq_path, outputs[3], list_path=tmp_path / "list.txt") == 0
     assert len({read_manifest(output).content_hash for output in outputs}) == 1
 
 
 def test_wrong_tars_and_lists_are_refused(image_path, vq_path, tmp_path, capsys):
-    for name in ("0.tar", "1.tar"):
+    (tmp_path / "tars").mkdir()
+    for name in ("tars/0.tar", "tars/1.tar", "images/stray.tar"):
         with tarfile.open(tmp_path / name, "w") as tar:
             tar.add(image_path / "a.png", "a.png")
-    assert encode(tmp_path, vq_path, tmp_path / "codes") == 2
+    assert encode(tmp_path / "tars", vq_path, tmp_path / "codes") == 2
     assert "both hold a.png" in capsys.readouterr().err
+    assert encode(image_path, vq_path, tmp_path / "codes") == 2
+    assert "holds tar files (stray.tar) and images" in capsys.readouterr().err
+    (image_path / "stray.tar").unlink()
     (tmp_path / "bad.tar").write_bytes(b"x" * 2000)
     assert encode(tmp_path / "bad.tar", vq_path, tmp_path / "codes") == 2
     assert "not a readable, uncompressed tar" in capsys.readouterr().err

@@ -34,10 +34,12 @@ WRONG = {
     "": "non-empty list",
     "[7]": "row 1: expected an object",
     '{"a": 1}\n{': "line 2",
+    '{"a": ' + "1" * 5000 + "}": "line 1: not valid JSON .*digits",
+    "[" + '{"a": ' * 100_000: "behind element 0 .*recursion",
 }
 
 
-@pytest.mark.parametrize("text", WRONG)
+@pytest.mark.parametrize("text", WRONG, ids=lambda text: text[:20])
 def test_damage_is_located(tmp_path, text) -> None:
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(InputError, match=WRONG[text]):

@@ -95,6 +95,7 @@ def test_the_learning_rate_rises_and_falls():
         ("--num_codes=1", "expected 2 … 65536"),
         ("--steps=1", "--steps is 1, expected at least 2"),
         ("--embed_dim=1", "--embed_dim is 1, expected at least 2"),
+        ("--device=gpu0", "device 'gpu0' cannot be used"),
         ("--image_path=/nowhere", "/nowhere is not a folder"),
     ],
 )
