@@ -25,7 +25,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from blake3 import blake3
 
@@ -88,6 +88,26 @@ def hash_file(path: Path, algorithm: str = BLAKE3) -> str:
         while size := file.readinto(block):
             digest.update(block[:size])
     return algorithm + digest.hexdigest()
+
+
+class HashedFile:
+    """Hashes what is written to `file`, which stays its owner's to flush and close. Data without gaps, from the start on."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest = file, blake3()
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None: ...
+
+    @property
+    def hash(self) -> str:
+        """As `hash_file` of all that was written."""
+        return BLAKE3 + self._digest.hexdigest()
 
 
 def hash_pieces(path: Path, piece_bytes: int = 1 << 26) -> str:

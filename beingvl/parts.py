@@ -24,10 +24,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blake3 import blake3
-
 from beingvl.errors import InputError
-from beingvl.manifest import BLAKE3, is_complete, to_json, write_atomically
+from beingvl.manifest import HashedFile, is_complete, to_json, write_atomically
 
 if TYPE_CHECKING:
     import argparse
@@ -131,18 +129,16 @@ class Parts:
 
     def join(self, num_parts: int, file: str, target: Path, head: bytes = b"") -> str:
         """Lay one file of every part end to end in `target`, behind `head`; returns its hash."""
-        digest = blake3(head)
         temporary = target.with_name(f"{target.name}.tmp")
         with open(temporary, "wb") as out:
-            out.write(head)
+            hashed = HashedFile(out)
+            hashed.write(head)
             for number in range(num_parts):
                 with open(self.path(number) / file, "rb") as part:
-                    while block := part.read(1 << 20):
-                        digest.update(block)
-                        out.write(block)
+                    shutil.copyfileobj(part, hashed, 1 << 20)
         _sync(temporary)
         os.replace(temporary, target)
-        return BLAKE3 + digest.hexdigest()
+        return hashed.hash
 
     def remove(self) -> None:
         remove_parts(self.folder.parent, self.folder.name)

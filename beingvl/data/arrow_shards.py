@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from beingvl.errors import InputError
-from beingvl.manifest import Manifest, hash_file, read_manifest, start_folder, write_manifest
+from beingvl.manifest import HashedFile, Manifest, read_manifest, start_folder, write_manifest
 from beingvl.tokenizer.vq_codes import load_mapped
 from beingvl.vocab import VocabLayout
 
@@ -111,9 +111,11 @@ def write_shard(path: Path, rows: ShardColumns, layout: VocabLayout) -> dict[str
     for values, starts in ((rows.ids, rows.id_starts), (rows.spans, rows.span_starts)):
         offsets = pa.array(starts.astype(np.int32))
         columns.append(pa.ListArray.from_arrays(offsets, pa.array(values.astype(np.int32, copy=False))))
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
-    return _summary(path, rows)
+    with open(path, "wb") as file:
+        hashed = HashedFile(file)
+        with pa.ipc.new_file(pa.PythonFile(hashed, "w"), SCHEMA) as writer:
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
+    return {"hash": hashed.hash, **_summary(rows)}
 
 
 def check_columns(rows: ShardColumns, layout: VocabLayout) -> None:
@@ -149,12 +151,11 @@ def _check_spans(rows: ShardColumns) -> None:
         raise InputError(f"{found} outside its tokens 1 … {lengths[row]} or overlapping")
 
 
-def _summary(path: Path, rows: ShardColumns) -> dict[str, Any]:
+def _summary(rows: ShardColumns) -> dict[str, Any]:
     encoded = rows.category.dictionary_encode()
     numbers, names = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
     samples, tokens = np.bincount(numbers), np.bincount(numbers, weights=rows.lengths)
     return {
-        "hash": hash_file(path),
         "samples": len(rows),
         "tokens": len(rows.ids),
         "target_tokens": int((rows.spans[1::2] - rows.spans[::2]).sum(dtype=np.int64)),
@@ -417,7 +418,7 @@ class ShardReader:
 
     def give_back_pages(self) -> None:
         """Let go of all pages that were read; arrays stay valid, and what is asked for again is mapped again."""
-        for shard in self._open.values():  # all: a view of an earlier read may have mapped pages again
+        for shard in list(self._open.values()):  # all, as views map pages again; a copy, as other threads open some
             shard.give_back_pages()
         for index in self._index_maps:
             index.madvise(mmap.MADV_DONTNEED)

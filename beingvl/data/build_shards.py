@@ -27,8 +27,6 @@ from typing import TYPE_CHECKING, Any
 MAX_PART_BYTES = 1 << 30  # a shard's offsets are 32 bits
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from beingvl.manifest import Manifest
     from beingvl.parts import Parts
     from beingvl.tokenizer.vbpe import VisualBPE
@@ -219,7 +217,7 @@ class ShardBuilder:
     def build(self, task: PartOfLines) -> int:
         """One part to one shard; returns its bytes of JSONL. Raises InputError that names the file."""
         from beingvl.data.arrow_shards import write_shard
-        from beingvl.data.token_rows import RowReader
+        from beingvl.data.token_rows import RowReader, hash_ids
         from beingvl.errors import InputError
 
         if not hasattr(self._of_thread, "reader"):
@@ -232,18 +230,9 @@ class ShardBuilder:
                     summary = write_shard(folder / "shard.arrow", rows, self._layout)
                 except InputError as error:
                     raise InputError(f"{task.path}: {error}; make the file again with `beingvl tokenize`") from error
-                hashes(rows.id.to_pylist()).tofile(folder / "id_hashes")
+                hash_ids(rows.id).tofile(folder / "id_hashes")
             (folder / "shard.json").write_text(json.dumps(summary))
         return task.stop - task.start
-
-
-def hashes(ids: list[str]) -> np.ndarray:
-    """`[n]` uint64, equal for equal ids."""
-    from hashlib import blake2b
-
-    import numpy as np
-
-    return np.frombuffer(b"".join(blake2b(name.encode(), digest_size=8).digest() for name in ids), np.uint64)
 
 
 # ---- all parts ----

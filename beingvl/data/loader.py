@@ -87,13 +87,18 @@ class TrainingData:
             self.plan.num_sequences  # noqa: B018  an error now, not when the step of such a sample comes
 
     def _draw(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples at these places of the global order, and their lengths. Raises InputError for a damaged index."""
+        """Samples at these places of the global order, and their lengths. Raises InputError for a damaged index.
+
+        A few thousand of them lie all over the index files, so that their pages are given back at once.
+        """
+        self.shards.give_back_pages()
         drawn = self.mixture.draw(start, stop)
         if drawn.max(initial=0) >= len(self.shards):
             raise damaged(self.shards.folder / MEMBERS_FILE, f"it names the sample {drawn.max()}")
         lengths = self.shards.lengths[drawn]
         if lengths.min(initial=1) < 1:
             raise damaged(self.shards.folder / LENGTHS_FILE, f"it holds a length of {lengths.min()} tokens")
+        self.shards.give_back_pages()
         return drawn, lengths
 
     def _lengths(self, start: int, stop: int) -> np.ndarray:
@@ -122,7 +127,6 @@ class TrainingData:
     def num_steps(self) -> int:
         """Optimizer steps; the last one may hold fewer sequences. Waits for the whole plan."""
         num_sequences = self.plan.num_sequences
-        self.shards.give_back_pages()
         # shards may lie on a read-only disk: then every start plans anew
         if not self._plan_path.is_file() and os.access(self.shards.folder, os.W_OK):
             write_atomically(self._plan_path, json.dumps(self.plan.counts))

@@ -5,7 +5,7 @@
       write_row      token_0 + image + token_1 end to end, target spans, texts
 
 It knows JSON's whole grammar for what it skips, and for what it takes only the shapes that rows have: lists of integers from 0 to
-2^31 - 1, texts without escapes. A line with anything else is left to the twin (a return of -1), which takes it or says what is
+10^7 - 1, texts without escapes. A line with anything else is left to the twin (a return of -1), which takes it or says what is
 wrong with it. So what is accepted here must be exactly what the twin would have made of it, and nothing here reports an error.
 
 Every loop ends at a byte that is not allowed in its place; a line ends in a newline, which is allowed nowhere inside.
@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
 # Nothing here allocates. Without numba's reference counts, which are atomic, a call with three arrays is 50 ns cheaper; the
 # option is not in numba's manual (it is in its CPUTargetOptions), and a numba that no longer knows it says so when compiling.
@@ -27,7 +29,7 @@ _kernel = numba.njit(cache=True, nogil=True, _nrt=False)
 
 LEFT_TO_THE_TWIN = -1
 ABSENT, IS_NULL = -1, -2  # for a field's place; both count as empty ranges
-ZERO_, ONE, SEVEN, EIGHT, NINE, TEN, DIGIT_0, LARGEST = (np.uint64(value) for value in (0, 1, 7, 8, 9, 10, 48, 2**31 - 1))
+ZERO_, ONE, THREE, SEVEN, EIGHT, TEN, SIXTEEN, DIGIT_0 = (np.uint64(value) for value in (0, 1, 3, 7, 8, 10, 16, 48))
 MAX_DEPTH = 60  # of what is skipped: the kinds of the open brackets are bits of one integer
 
 QUOTE, BACKSLASH, COMMA, COLON, NEWLINE, MINUS, POINT, ZERO = 34, 92, 44, 58, 10, 45, 46, 48
@@ -46,16 +48,18 @@ _DEFAULT_CATEGORY, _ALL_OF_IT = np.frombuffer(b"default", np.uint8), np.array([0
 
 
 WORD_BYTES = 8
-MANY = np.uint64(32)  # ids that are parsed at once
-BUT_THE_LAST = MANY - ONE
-BYTES_AHEAD = 320  # so many bytes behind what is parsed may be looked at: MANY times 8 and a word, rounded up
-BEFORE_LAST_BYTE, SPACE = np.uint64(56), np.uint64(32)
 EVERY_BYTE, HIGH_BITS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
 SPACES, QUOTES, BACKSLASHES = (EVERY_BYTE * np.uint64(byte) for byte in (32, QUOTE, BACKSLASH))
-SIX_NIBBLES = np.uint64(0x0F0F0F0F0F0F)  # the values of six digits
-SIX_SIXES, ZEROS_AND_COMMA = np.uint64(0x060606060606), np.uint64(0x2C303030303030)
-NOT_A_DIGIT, LOW_NIBBLE, FIRST_OF_SIX_DIGITS = np.uint64(0xFFF0F0F0F0F0F0), np.uint64(15), np.uint64(100_000)
+ZEROS, SIXES, HIGH_NIBBLES = (EVERY_BYTE * np.uint64(byte) for byte in (DIGIT_0, 0x06, 0xF0))
+ZEROS_AND_COMMA, SIX_SIXES = np.uint64(0x2C303030303030), np.uint64(0x060606060606)
+HIGH_NIBBLES_OF_SIX, FIRST_OF_SIX_DIGITS = np.uint64(0xFFF0F0F0F0F0F0), np.uint64(100_000)
 PAIRS, WEIGHTS_OF_PAIRS = np.uint64(0xFF000000FF), (np.uint64(0xF424000000064), np.uint64(0x271000000001))
+LOW_NIBBLE, LOW_BYTE, WHOLE_BYTES, BEFORE_LAST_BYTE, ALL_BITS = (np.uint64(value) for value in (15, 255, 0x78, 56, 64))
+SPACE = np.uint64(32)
+FNV_OFFSET, FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)  # RFC 9923
+MANY = np.uint64(16)  # ids that are parsed at once
+BUT_THE_LAST = MANY - np.uint64(1)
+BYTES_AHEAD = 160  # so many bytes behind what is parsed may be looked at: MANY times 8 and a word, rounded up
 
 
 def words_of(data: np.ndarray) -> np.ndarray:
@@ -190,6 +194,16 @@ def copy(source: np.ndarray, place: np.ndarray, target: np.ndarray, at: int) -> 
     for n in range(size):
         target[at + n] = source[start + n]
     return at + size
+
+
+@_kernel
+def hash_texts(text: np.ndarray, starts: np.ndarray, out: np.ndarray) -> None:
+    """`out[n]` becomes the 64-bit FNV-1a hash of `text[starts[n]:starts[n + 1]]`."""
+    for row in range(len(out)):
+        value = FNV_OFFSET
+        for at in range(starts[row], starts[row + 1]):
+            value = (value ^ np.uint64(text[at])) * FNV_PRIME
+        out[row] = value
 
 
 # ---- JSON ----
@@ -342,8 +356,8 @@ def parse_integers(data: np.ndarray, words: np.ndarray, at: int, out: np.ndarray
 
 @_kernel
 def parse_flat_integers(data: np.ndarray, words: np.ndarray, start: int, out: np.ndarray, size: int) -> tuple[Any, Any]:
-    """From behind the opening bracket. Nine bytes in ten pass here, nearly all of them as six digits and a comma, which
-    is what an image token is; unsigned places spare the test for indices from the end."""
+    """From behind the opening bracket. Nine bytes in ten pass here, nearly all of them as six digits and a comma, which is what
+    an image token is. Unsigned places spare the test for indices from the end. More than 7 digits are left to the twin."""
     if data[start] == CLOSE_LIST:
         return start + 1, size
     at, entry = np.uint64(start), np.uint64(size)
@@ -351,34 +365,24 @@ def parse_flat_integers(data: np.ndarray, words: np.ndarray, start: int, out: np
         while data[at] == SPACE:
             at += ONE
         word = words[at]
-        if is_six_digits_and_comma(word):
-            stride = SEVEN + np.uint64(word >> BEFORE_LAST_BYTE == SPACE)
-            if is_six_digits_and_comma(words[at + BUT_THE_LAST * stride]) and parse_many(words, at, stride, out, entry):
-                at += MANY * stride
-                entry += MANY
-            else:
-                out[entry] = six_digits(word)
-                at += SEVEN
-                entry += ONE
+        stride = SEVEN + np.uint64(word >> BEFORE_LAST_BYTE == SPACE)
+        last = words[at + BUT_THE_LAST * stride]
+        may_be_many = (others_than_six_digits_and_comma(word) | others_than_six_digits_and_comma(last)) == ZERO_
+        if may_be_many and parse_many(words, at, stride, out, entry):
+            at += MANY * stride
+            entry += MANY
             continue
-        first, value = at, ZERO_
-        while True:
-            digit = np.uint64(data[at]) - DIGIT_0
-            if digit > NINE:  # a smaller byte has wrapped around
-                break
-            value = value * TEN + digit
-            at += ONE
-        length = at - first
-        if length - ONE > NINE or value > LARGEST or (length > ONE and data[first] == ZERO):
+        others = others_than_digits(word)
+        num_bits = trailing_zeros(others) & WHOLE_BYTES  # of the digits before the first other byte
+        has_zero_first = (word & LOW_NIBBLE == ZERO_) & (num_bits > EIGHT)
+        if others == ZERO_ or num_bits == ZERO_ or has_zero_first:
             return LEFT_TO_THE_TWIN, size
-        out[entry] = np.int32(value)
+        out[entry] = np.int32(eight_digits((word ^ ZEROS) << (ALL_BITS - num_bits)))
         entry += ONE
-        after = data[at]
-        at += ONE
-        if after == CLOSE_LIST:
-            return np.int64(at), np.int64(entry)
+        after = np.uint8((word >> num_bits) & LOW_BYTE)
+        at += (num_bits >> THREE) + ONE
         if after != COMMA:
-            return LEFT_TO_THE_TWIN, size
+            return (np.int64(at), np.int64(entry)) if after == CLOSE_LIST else (np.int64(LEFT_TO_THE_TWIN), np.int64(size))
 
 
 @_kernel
@@ -388,7 +392,7 @@ def parse_many(words: np.ndarray, at: int, stride: int, out: np.ndarray, entry: 
     wrong, has_space = ZERO_, stride == EIGHT
     for n in range(MANY):
         word = words[at + np.uint64(n) * stride]
-        value = six_digits(word)
+        value = eight_digits((word ^ ZEROS) << SIXTEEN)
         wrong |= others_than_six_digits_and_comma(word) | np.uint64(value < FIRST_OF_SIX_DIGITS)
         wrong |= np.uint64(has_space & (word >> BEFORE_LAST_BYTE != SPACE))
         out[entry + np.uint64(n)] = np.int32(value)
@@ -396,25 +400,35 @@ def parse_many(words: np.ndarray, at: int, stride: int, out: np.ndarray, entry: 
 
 
 @_kernel
-def is_six_digits_and_comma(word: int) -> bool:
-    """Whether the first seven bytes are those, and the first digit is no zero."""
-    return others_than_six_digits_and_comma(word) == ZERO_ and (word & LOW_NIBBLE) != ZERO_
-
-
-@_kernel
 def others_than_six_digits_and_comma(word: int) -> np.uint64:
-    """Zero when the first seven bytes are those. 0x30 … 0x39 become 0x00 … 0x09, the comma 0x00; 0x0A and more pass 0x0F."""
+    """Zero when the first seven bytes are those: 0x30 … 0x39 become 0x00 … 0x09, the comma 0x00; 0x0A and more pass 0x0F."""
     nibbles = word ^ ZEROS_AND_COMMA
-    return (nibbles | (nibbles + SIX_SIXES)) & NOT_A_DIGIT
+    return (nibbles | (nibbles + SIX_SIXES)) & HIGH_NIBBLES_OF_SIX
 
 
 @_kernel
-def six_digits(word: int) -> np.uint64:
-    """The number that a word's first six bytes write: pairs of digits first, then pairs of pairs."""
-    digits = (word & SIX_NIBBLES) << np.uint64(16)  # two zeros before them
+def others_than_digits(word: int) -> np.uint64:
+    """High nibbles that are not zero: the lowest lies in the first byte that is no digit, those behind it mean nothing."""
+    nibbles = word ^ ZEROS
+    return (nibbles | (nibbles + SIXES)) & HIGH_NIBBLES
+
+
+@_kernel
+def eight_digits(digits: int) -> np.uint64:
+    """The number of eight digits, one a byte: pairs of them first, then pairs of pairs. Zeros may come first."""
     pairs = digits * TEN + (digits >> EIGHT)
-    low, high = pairs & PAIRS, (pairs >> np.uint64(16)) & PAIRS
+    low, high = pairs & PAIRS, (pairs >> SIXTEEN) & PAIRS
     return (low * WEIGHTS_OF_PAIRS[0] + high * WEIGHTS_OF_PAIRS[1]) >> np.uint64(32)
+
+
+@intrinsic
+def trailing_zeros(typing_context: Any, word: Any) -> Any:
+    """How many of a word's lowest bits are zero, 64 of zero: one instruction, which numba has no name for."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], context.get_constant(types.boolean, False))
+
+    return types.uint64(types.uint64), generate
 
 
 @_kernel

@@ -195,7 +195,6 @@ def tokenize_parts(parts: Parts, args: argparse.Namespace, codes: CodeFolder | N
 
 def tokenize_part(task: tuple[int, list[dict]]) -> int:
     """One part: rows to token rows of every variant. Returns the number of rows."""
-    from beingvl.data.build_shards import hashes
     from beingvl.data.conversation import CUT_CHARACTER
     from beingvl.data.row_tokenizer import fit, num_tokens
     from beingvl.errors import InputError
@@ -230,7 +229,11 @@ def tokenize_part(task: tuple[int, list[dict]]) -> int:
                 _write_shard(folder, variant, path)
                 path.unlink()
         if args.format == "arrow":
-            hashes(ids).tofile(folder / "id_hashes")
+            import pyarrow as pa
+
+            from beingvl.data.token_rows import hash_ids
+
+            hash_ids(pa.array(ids, pa.string())).tofile(folder / "id_hashes")
         (folder / "rejected.jsonl").write_bytes(b"".join(rejected))
         (folder / "counts.json").write_text(json.dumps(counts))
     return len(rows)

@@ -27,13 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
 from beingvl.errors import InputError
 from beingvl.manifest import (
-    BLAKE3,
     MANIFEST_FILE,
+    HashedFile,
     is_complete,
     read_manifest,
     start_folder,
@@ -175,17 +174,13 @@ class _BegunCheckpoint:
 def _write_slices(path: Path, tensors: Mapping[str, torch.Tensor], advance: Callable[[], object]) -> tuple[str, str]:
     """Write one rank's file of float32 slices, on disk before it has its name; returns (name, hash)."""
     temporary = path.with_suffix(".tmp")
-    digest, unflushed = blake3(), 0
+    unflushed = 0
     with open(temporary, "wb") as file:
-
-        def write(data: bytes | memoryview) -> None:
-            file.write(data)
-            digest.update(data)
-
-        write(make_header({name: ("F32", tensor.shape, 4 * tensor.numel()) for name, tensor in tensors.items()}))
+        hashed = HashedFile(file)
+        hashed.write(make_header({name: ("F32", tensor.shape, 4 * tensor.numel()) for name, tensor in tensors.items()}))
         for name, tensor in tensors.items():
             assert tensor.dtype == torch.float32, (name, tensor.dtype)
-            write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            hashed.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
             unflushed += 4 * tensor.numel()
             if unflushed >= FLUSH_BYTES:
                 os.fsync(file.fileno())
@@ -194,7 +189,7 @@ def _write_slices(path: Path, tensors: Mapping[str, torch.Tensor], advance: Call
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    return path.name, BLAKE3 + digest.hexdigest()
+    return path.name, hashed.hash
 
 
 def delete_old_checkpoints(output: Path, keep_last: int, keep_every: int = 0) -> None:

@@ -4,10 +4,11 @@ import json
 import random
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import simdjson
 
-from beingvl.data.token_rows import RowReader, make_buffers, parse_row
+from beingvl.data.token_rows import RowReader, hash_ids, make_buffers, parse_row
 from beingvl.data.token_rows_numba import BYTES_AHEAD, parse_lines, words_of
 from beingvl.errors import InputError
 from beingvl.tokenizer.vbpe import VisualBPE
@@ -70,14 +71,15 @@ USUAL = [
     text({**ROW, "target_spans": [5, 7], "category": ""}, ensure_ascii=False),
     text({**ROW, "target_spans": []}, ensure_ascii=False),
     b'  {"id":1,"token_0":[ ],"token_1":[0, 10]}\t'[2:],
-    b'{"id":2,"token_0":[123456,100000, 999999,12345,1234567,0,7],"token_1":[654321, 10, 314159,2147483647]}',
+    b'{"id":2,"token_0":[123456,100000, 999999,12345,1234567,0,7],"token_1":[654321, 10, 314159,9999999]}',
     text({**ROW, "token_0": MANY}, ensure_ascii=False),
     text({**ROW, "token_0": MANY}, ensure_ascii=False, separators=(",", ":")),
     text({**ROW, "token_0": [*MANY[:70], 5, *MANY[:70]]}, ensure_ascii=False, separators=(",", ":")),
     text({**ROW, "token_0": MANY}, ensure_ascii=False).replace(b", 11", b",11"),
-    b'{"id" : 1 , "token_0" :[] , "x":{"a":[1,-2.5,{"b":[]}],"c":"\\u00E9\\n"} ,"token_1":[2147483647] } \r',
+    b'{"id" : 1 , "token_0" :[] , "x":{"a":[1,-2.5,{"b":[]}],"c":"\\u00E9\\n"} ,"token_1":[2147483] } \r',
 ]
 UNUSUAL = [  # rows all the same
+    b'{"id":1,"token_0":[2147483647],"token_1":[1,12345678]}',
     text({**ROW, "conversations": "😀"}),  # escaped surrogates
     text({**ROW, "image": ["a.png", "b.png"]}),
     text({**ROW, "id": "a\nb"}),
@@ -154,7 +156,7 @@ def test_a_damaged_line_is_never_taken_differently() -> None:
     source = random.Random(0)
     num_taken = 0
     for _ in range(20_000):
-        line = bytearray(source.choice(USUAL + UNUSUAL[:8]))
+        line = bytearray(source.choice(USUAL + UNUSUAL[:9]))
         for _ in range(source.choice([1, 1, 2, 5])):
             at = source.randrange(len(line))
             kind = source.randrange(4)
@@ -174,8 +176,15 @@ def test_a_damaged_line_is_never_taken_differently() -> None:
     assert num_taken > 2000
 
 
+def test_hashes_of_ids_are_the_published_ones() -> None:
+    """FNV-1a, 64 bits: test vectors of RFC 9923."""
+    found = hash_ids(pa.array(["", "a", "foobar"])).tolist()
+    assert found == [0xCBF29CE484222325, 0xAF63DC4C8601EC8C, 0x85944171F73967E8]
+    assert not len(hash_ids(pa.array([], pa.string()))) and len(set(hash_ids(pa.array(["", ""])).tolist())) == 1
+
+
 def test_any_block_size_reads_the_same_rows(tmp_path) -> None:
-    lines = [*USUAL, b"", b" \t", *UNUSUAL[:6], USUAL[0]]
+    lines = [*USUAL, b"", b" \t", *UNUSUAL[1:7], USUAL[0]]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(lines))
     found = []
