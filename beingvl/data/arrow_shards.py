@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def _laid_out(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_shard(path: Path, rows: ShardColumns, layout: VocabLayout) -> dict[str, Any]:
-    """Check and write one shard; returns what `finish_shards` wants to know about it.
+    """Check and write one shard, to the disk; returns what `finish_shards` wants to know about it.
 
     Raises InputError for a row without tokens, ids outside the vocabulary or spans outside the row.
     """
@@ -115,6 +116,10 @@ def write_shard(path: Path, rows: ShardColumns, layout: VocabLayout) -> dict[str
         hashed = HashedFile(file)
         with pa.ipc.new_file(pa.PythonFile(hashed, "w"), SCHEMA) as writer:
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
+        file.flush()
+        os.fsync(file.fileno())
+        # the next shard takes its pages, instead of new ones that push what is still to be read out of the page cache
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return {"hash": hashed.hash, **_summary(rows)}
 
 
