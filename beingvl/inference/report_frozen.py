@@ -6,12 +6,12 @@ trained one another. Each model folder is read once.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from blake3 import blake3
 
 from beingvl.manifest import is_complete, read_manifest
 from beingvl.model.extended_vocab import TEXT_ROWS, VISUAL_ROWS, stored_slice
@@ -67,7 +67,7 @@ def finished_models(folders: Mapping[str, Path]) -> dict[str, Path]:
 
 
 def hash_parameters(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Parameter name, as the freezer knows it -> (shape, SHA-256 of its bytes). Embedding and head count as two each."""
+    """Parameter name, as the freezer knows it -> (shape, hash of its bytes). Embedding and head count as two each."""
     from tqdm import tqdm
 
     weights, layout = WeightFolder(folder), VocabLayout.load(folder)
@@ -75,7 +75,7 @@ def hash_parameters(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     for stored in tqdm(list(weights), desc=f"hash {folder}", unit="tensor", disable=None, leave=False):
         for name in _parameters_of(stored, weights.shape(stored), layout):
             part = weights[stored][stored_slice(name, layout.num_text)[1]].contiguous()
-            found[name] = (tuple(part.shape), hashlib.sha256(part.view(-1).view(torch.uint8).numpy()).hexdigest())
+            found[name] = (tuple(part.shape), blake3(memoryview(part.view(-1).view(torch.uint8).numpy())).hexdigest())
         weights.release()
     return found
 
@@ -88,7 +88,7 @@ def _parameters_of(stored: str, shape: tuple[int, ...], layout: VocabLayout) -> 
 
 
 def _joined(hashes: Mapping[str, tuple[tuple[int, ...], str]], names: Sequence[str]) -> str:
-    digest = hashlib.sha256()
+    digest = blake3()
     for name in sorted(names):
         digest.update(f"{name} {hashes[name][1] if name in hashes else None}\n".encode())
     return digest.hexdigest()
