@@ -74,6 +74,13 @@ class _ForgetfulTarFile(tarfile.TarFile):
         return super().next()
 
 
+def _refuse_lost_members(path: Path, end: int) -> None:
+    """tarfile takes any header that it cannot read, but the first, for the end of the tar: a whole one ends with zeros there."""
+    with open(path, "rb") as file:
+        if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"neither a header nor the end of the tar at byte {end}")
+
+
 class TarImages:
     """Images in uncompressed tar files, found through their headers once and then read at their offsets."""
 
@@ -98,6 +105,7 @@ class TarImages:
                             f"{path} and {other} both hold {name}: keys must be unique; rename one or encode them apart"
                         )
                     self._places[name] = (number, member.offset_data, member.size)
+                _refuse_lost_members(path, tar.offset)
         except (tarfile.TarError, OSError) as error:
             raise InputError(f"{path} is not a readable, uncompressed tar file ({error}); was it copied completely?") from error
 

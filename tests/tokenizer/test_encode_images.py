@@ -234,6 +234,18 @@ def test_wrong_tars_and_lists_are_refused(image_path, vq_path, tmp_path, capsys)
     (tmp_path / "bad.tar").write_bytes(b"x" * 2000)
     assert encode(tmp_path / "bad.tar", vq_path, tmp_path / "codes") == 2
     assert "not a readable, uncompressed tar" in capsys.readouterr().err
+    with tarfile.open(tmp_path / "two.tar", "w") as tar:
+        for key in ("a.png", "b.png"):
+            tar.add(image_path / "a.png", key)
+    with tarfile.open(tmp_path / "two.tar") as tar:
+        second = tar.getmembers()[1].offset
+    whole = (tmp_path / "two.tar").read_bytes()
+    flipped = bytearray(whole)
+    flipped[second + 3] ^= 1
+    for damaged in (flipped, whole[:second], whole[: second + 100]):
+        (tmp_path / "bad.tar").write_bytes(damaged)
+        assert encode(tmp_path / "bad.tar", vq_path, tmp_path / "codes") == 2
+        assert f"the end of the tar at byte {second}); was it copied completely?" in capsys.readouterr().err
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass
     assert encode(tmp_path / "empty.tar", vq_path, tmp_path / "codes") == 2
