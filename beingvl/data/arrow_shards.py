@@ -215,8 +215,10 @@ def _write_index(folder: Path, names: list[str], sources: list[str], num_samples
 def open_batch(path: Path) -> pa.RecordBatch:
     """The record batch of a shard through the memory map. Raises InputError when it is not one."""
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-    except (pa.ArrowInvalid, OSError) as error:
+        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        batch.validate()
+        return batch
+    except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a readable Arrow file ({error}); build the shards again") from error
 
 
@@ -271,6 +273,7 @@ class _Shard:
         _without_huge_pages(self._map)
         try:
             batch = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map))).get_batch(0)
+            batch.validate()  # offsets and sizes of a damaged head would be read as addresses
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path} is not a readable Arrow file ({error}); build the shards again") from error
         if batch.schema != SCHEMA:
@@ -313,7 +316,7 @@ class ShardReader:
     because the kernel maps more than was asked for: 64 KiB around each of the eight places of a sample.
     """
 
-    def __init__(self, folder: Path | str, bytes_mapped_at_most: int = 48 << 20) -> None:
+    def __init__(self, folder: Path | str, bytes_mapped_at_most: int = 32 << 20) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(folder, "shards")
         self.layout = VocabLayout.from_dict(self.manifest.details["layout"], f"{folder}/manifest.json")

@@ -147,14 +147,14 @@ def content_of(path: Path) -> str:
     Raises InputError when the file is not the one of its manifest.
     """
     from beingvl.errors import InputError
-    from beingvl.manifest import MANIFEST_FILE, hash_file, hash_pieces, is_complete, read_manifest
+    from beingvl.manifest import MANIFEST_FILE, has_hash, hash_pieces, is_complete, read_manifest
 
     entry = read_manifest(path.parent, "jsonl").files.get(path.name) if is_complete(path.parent) else None
     if entry is None:
         return hash_pieces(path)
     changed = path.stat().st_size != entry["bytes"]
     if not changed and path.stat().st_mtime_ns > (path.parent / MANIFEST_FILE).stat().st_mtime_ns:
-        changed = hash_file(path) != entry["hash"]
+        changed = not has_hash(path, str(entry["hash"]))
     if changed:
         raise InputError(f"{path} changed after its manifest was written; make it again with `beingvl tokenize --overwrite`")
     return str(entry["hash"])

@@ -145,7 +145,7 @@ class TrainingData:
         if sequences is None:
             sequences = self._pack(window, num_sequences)
             if len(self._windows) >= WINDOWS_KEPT:
-                self._windows.pop(next(iter(self._windows)), None)
+                self._windows.pop(next(iter(list(self._windows))), None)  # a copy: another thread may add one
             self._windows[window] = sequences
         return sequences[number]
 

@@ -200,7 +200,7 @@ def delete_old_checkpoints(output: Path, keep_last: int, keep_every: int = 0) ->
     for folder in complete_checkpoints(output)[:-keep_last]:
         if not keep_every or step_of(folder) % keep_every:
             start_folder(folder)
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # a network disk keeps what another process reads
 
 
 def step_of(checkpoint: Path) -> int:

@@ -376,16 +376,16 @@ class TrainingEngine:
         self,
         fetch: Callable[[str, str, int, int], torch.Tensor],
         adam_steps: Mapping[str, int],
-        only_moments_of: Collection[str] = (),
+        only_moments_of: Collection[str] | None = None,
     ) -> None:
         """Put back masters and moments before the first step, or only the moments of some parameters.
 
         `fetch(name, key, start, stop)` gives a flat range; `adam_steps`: name -> updates its moments have behind them.
         """
         self._partitions.create_moments(adam_steps)
-        for name in only_moments_of or self.trained_shapes:
+        for name in self.trained_shapes if only_moments_of is None else only_moments_of:
             self._advance()
-            self._partitions.write(name, partial(fetch, name), MOMENTS if only_moments_of else STATE_KEYS)
+            self._partitions.write(name, partial(fetch, name), STATE_KEYS if only_moments_of is None else MOMENTS)
 
     # ---- the freezer's checks ----
     def _hash_frozen(self) -> dict[str, str]:

@@ -240,7 +240,7 @@ def _parse_block(block: Any, source: str) -> BeingVLBlock:
             raise InputError(f"{source}: beingvl.{name} is missing")
     for name, value in block.items():
         _check_type(name, value, str(known[name].type), source)
-    for name in ("epochs", "sequence_length", "log_every_steps", "loss_chunk_tokens"):
+    for name in ("epochs", "sequence_length", "log_every_steps", "loss_chunk_tokens", "stall_timeout_seconds", "keep_last"):
         if block.get(name, 1) <= 0:
             raise InputError(f"{source}: beingvl.{name} is {block[name]!r}, expected more than 0")
     for name, choices in CHOICES.items():
