@@ -356,7 +356,7 @@ def _build_or_resume(stage: Stage, probe: Probe, checkpoint: Path | None) -> tup
         adam_steps = {name: entry["adam_steps"] for name, entry in reader.state.parameters.items()}
         engine = build(adam_steps)
         adam_steps = {name: adam_steps.get(name, 0) for name in engine.trained_shapes}
-        surviving = [] if checkpoint else [name for name in adam_steps if name in reader.state.parameters]
+        surviving = None if checkpoint else [name for name in adam_steps if name in reader.state.parameters]
         engine.load_state(reader.fetch, adam_steps, only_moments_of=surviving)
     progress = Progress(step=reader.state.step, num_applied_steps=reader.state.num_applied_steps) if checkpoint else Progress()
     if checkpoint:
