@@ -57,7 +57,7 @@ def test_the_probe_prints_what_the_function_returns(work) -> None:
         "stage",
     ):
         assert shown[name] == here[name], name
-    assert here["folders"][str(work / "base")].startswith("sha256:") and here["free_bytes"] > 0 and len(code_hash()) == 12
+    assert here["folders"][str(work / "base")].startswith("blake3:") and here["free_bytes"] > 0 and len(code_hash()) == 12
 
 
 def red(**changes: object) -> dict[str, tuple[str, str]]:
