@@ -71,6 +71,8 @@ class _ForgetfulTarFile(tarfile.TarFile):
 
     def next(self) -> tarfile.TarInfo | None:
         self.members: list[tarfile.TarInfo] = []
+        if self.offset == 0 and self.fileobj.tell():  # an empty tar, seen when it was opened; Python 3.10 seeks before its start
+            return None
         return super().next()
 
 
