@@ -40,3 +40,4 @@ if [ "$(cat .venv/.beingvl-setup 2>/dev/null)" != "$wanted" ]; then
 fi
 
 export PATH="$PWD/.venv/bin:$PATH"
+PYTHON="$PWD/.venv/bin/python" # the stage scripts read it too, when it was exported to choose the interpreter
