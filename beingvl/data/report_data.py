@@ -200,7 +200,8 @@ def examples(shards: ShardReader, args: argparse.Namespace) -> str:
         picture = pictures.data_url(shards.layout.token_to_image_ids(ids)) if len(ids) else None
         shown = f"<img alt='' src='{picture}'>" if picture else ""
         rows.append((shown, escape(sample.id), escape(sample.category), escape(text_of(sample, shards, args.model_path))))
-    return table(["image", "id", "source", "text"], rows)
+    header = "text" if args.model_path else "text ids (--model_path shows them as text)"
+    return table(["image", "id", "source", header], rows)
 
 
 def text_of(sample: Sample, shards: ShardReader, model_path: Path | None) -> str:
