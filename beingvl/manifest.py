@@ -186,10 +186,12 @@ def write_manifest(
     lineage: Mapping[str, str],
     details: Mapping | None = None,
     known_hashes: Mapping[str, str] | None = None,
+    belongs: Callable[[str], bool] = lambda name: True,
 ) -> Manifest:
     """Hash every file below `folder` and write the manifest; call it last.
 
-    `known_hashes` (relative path -> hash) spares reading files whose hash the writer already computed.
+    `known_hashes` (relative path -> hash) spares reading files whose hash the writer already computed. Files that do not
+    `belong` (by relative path) are left out: others' in a folder that several share.
     """
     folder = Path(folder)
     known = known_hashes or {}
@@ -197,7 +199,7 @@ def write_manifest(
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         unfinished = any(part.endswith(".tmp") for part in path.relative_to(folder).parts)
-        if path.is_file() and path.name != MANIFEST_FILE and not unfinished:
+        if path.is_file() and path.name != MANIFEST_FILE and not unfinished and belongs(name):
             files[name] = {"bytes": path.stat().st_size, "hash": known.get(name) or hash_file(path)}
     manifest = Manifest(kind, printable(shlex.join(sys.argv)), dict(counts), dict(lineage), files, dict(details or {}))
     write_atomically(folder / MANIFEST_FILE, to_json(asdict(manifest)))

@@ -107,7 +107,7 @@ def write_shard(path: Path, rows: ShardColumns, layout: VocabLayout) -> dict[str
 
     Raises InputError for a row without tokens, ids outside the vocabulary or spans outside the row.
     """
-    check_columns(rows, layout)
+    largest_id = check_columns(rows, layout)
     columns = [rows.id, rows.image, rows.category]
     for values, starts in ((rows.ids, rows.id_starts), (rows.spans, rows.span_starts)):
         offsets = pa.array(starts.astype(np.int32))
@@ -120,26 +120,29 @@ def write_shard(path: Path, rows: ShardColumns, layout: VocabLayout) -> dict[str
         os.fsync(file.fileno())
         # the next shard takes its pages, instead of new ones that push what is still to be read out of the page cache
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return {"hash": hashed.hash, **_summary(rows)}
+    return {"hash": hashed.hash, "largest_id": largest_id, **_summary(rows)}
 
 
-def check_columns(rows: ShardColumns, layout: VocabLayout) -> None:
-    """Raises InputError that names the first sample without tokens, with ids outside the vocabulary or spans outside the row."""
-    _check_ids(rows, layout)
+def check_columns(rows: ShardColumns, layout: VocabLayout) -> int:
+    """The largest id. Raises InputError that names the first sample without tokens, or ids or spans that are outside."""
+    largest_id = _check_ids(rows, layout)
     _check_spans(rows)
+    return largest_id
 
 
-def _check_ids(rows: ShardColumns, layout: VocabLayout) -> None:
+def _check_ids(rows: ShardColumns, layout: VocabLayout) -> int:
     ids, starts = rows.ids, rows.id_starts
     if len(ids) >= 2**31:
         raise InputError(f"a shard would hold {len(ids)} tokens, more than 2^31; write fewer rows a shard")
     empty = np.flatnonzero(rows.lengths == 0)
     if len(empty):
         raise InputError(f"sample {rows.id[empty[0]].as_py()!r} has no tokens")
-    if ids.min() < 0 or ids.max() >= layout.size:
+    largest = int(ids.max())
+    if ids.min() < 0 or largest >= layout.size:
         at = int(np.argmax((ids < 0) | (ids >= layout.size)))
         row = int(np.searchsorted(starts, at, side="right")) - 1
         raise InputError(f"sample {rows.id[row].as_py()!r} has id {ids[at]}, the vocabulary ends at {layout.size - 1}")
+    return largest
 
 
 def _check_spans(rows: ShardColumns) -> None:
@@ -322,8 +325,8 @@ class ShardReader:
         self.layout = VocabLayout.from_dict(self.manifest.details["layout"], f"{folder}/manifest.json")
         self.sources: list[str] = list(self.manifest.details["sources"])
         rows: dict[str, int] = self.manifest.details.get("rows", {})
-        self._names = sorted(name for name in self.manifest.files if name.endswith(".arrow"))
-        if set(rows) != set(self._names):
+        self._names = list(rows)  # in the order that they were written: of names, shard-100000 is before shard-99999
+        if set(rows) != {name for name in self.manifest.files if name.endswith(".arrow")}:
             raise InputError(f"{folder} was made by an older beingvl; build the shards again")
         for name in self._names:
             self._check_size(name)
