@@ -201,8 +201,9 @@ def test_a_dataset_is_replaced_without_a_moment_at_which_the_others_are_incomple
 
 def test_the_join_hashes_no_shard_again(inputs, monkeypatch) -> None:
     hashed = []
-    monkeypatch.setattr("beingvl.manifest.hash_file", lambda path: hashed.append(path.name) or hash_file(path))
-    assert tokenize(inputs, [row(0)], "--format", "arrow") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("beingvl.manifest.hash_file", lambda path: hashed.append(path.name) or hash_file(path))
+        assert tokenize(inputs, [row(0)], "--format", "arrow") == 0
     assert "lengths.npy" in hashed and not [name for name in hashed if name.endswith(".arrow")]
     assert cli.main(["verify", str(inputs / "out")]) == 0
 
