@@ -169,10 +169,10 @@ def check_checkpoint(path: Path, manifest: Manifest) -> None:
         for name, entry in state.parameters.items():
             start, stop = entry["spans"][rank]
             for key in STATE_KEYS:
-                found = slices[f"{name}.{key}"].num_bytes if f"{name}.{key}" in slices else 0
-                if found != 4 * (stop - start):
-                    expected = f"{4 * (stop - start)} bytes of {name}.{key}, expected by {STATE_FILE}"
-                    raise InputError(f"{file} holds {found} of {expected}; remove {path} and go on from an older checkpoint")
+                held = slices[f"{name}.{key}"].num_bytes if f"{name}.{key}" in slices else 0
+                if held != 4 * (stop - start):
+                    expected = f"{4 * (stop - start)} bytes of {name}.{key} that {STATE_FILE} says"
+                    raise InputError(f"{file} holds {held} of {expected}; remove {path} and go on from an older checkpoint")
 
 
 def check_evaluation(path: Path, manifest: Manifest) -> None:
