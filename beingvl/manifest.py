@@ -6,7 +6,7 @@ the command, counts, a hash of every file, and the *lineage*: the fingerprints o
 lineages name the same thing with different hashes contradict each other and are refused.
 
     write_atomically(path, bytes)       a file appears whole or not at all
-    start_folder(folder)                from here on it is incomplete
+    start_folder(folder, kind)          from here on it is incomplete
     write_manifest(folder, …)           the commit marker
     read_manifest(folder, kind)         refuses the incomplete, the wrong kind, the newer format
     verify_folder(folder)               re-hashes every file
@@ -227,13 +227,20 @@ def read_manifest(folder: Path | str, kind: str | Iterable[str] | None = None) -
     return manifest
 
 
-def start_folder(folder: Path | str) -> Path:
-    """Make `folder` ready to be written: from here on it is incomplete; what an older manifest listed is removed."""
+def start_folder(folder: Path | str, kind: str | None = None) -> Path:
+    """Make `folder` ready to be written: from here on it is incomplete; what an older manifest listed is removed.
+
+    Raises InputError when the folder holds another kind of artefact, such as the input of this step.
+    """
     folder = Path(folder)
     if is_complete(folder):
-        listed = read_manifest(folder).files
+        manifest = read_manifest(folder)
+        if kind not in (None, manifest.kind):
+            raise InputError(
+                f"{folder} holds {manifest.kind!r}, which a step that writes {kind!r} does not replace; choose another folder"
+            )
         (folder / MANIFEST_FILE).unlink()
-        for name in listed:
+        for name in manifest.files:
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -83,6 +83,8 @@ def test_incomplete_wrong_kind_newer_and_damaged_manifests_are_refused(folder, t
 
 
 def test_a_started_folder_is_incomplete_and_empty(folder) -> None:
+    with pytest.raises(InputError, match="holds 'shards', which a step that writes 'vq_codes' does not replace"):
+        start_folder(folder, "vq_codes")
     start_folder(folder)
     assert not manifest.is_complete(folder)
     assert not (folder / "sub" / "a.bin").exists()

@@ -177,7 +177,7 @@ def finish_shards(
 ) -> Manifest:
     """Write the index files and the manifest of shards (file name -> what `write_shard` returned), which lie in `folder`."""
     if not shards:
-        raise InputError(f"{folder}: no sample to write")
+        raise InputError(f"{folder}: no sample to write; every input is empty, or every row was rejected")
     sources: dict[str, dict[str, int]] = {}
     for name in sorted({name for shard in shards.values() for name in shard["sources"]}):
         pairs = [shard["sources"].get(name, (0, 0)) for shard in shards.values()]
@@ -196,7 +196,8 @@ def finish_shards(
         "rows": {name: shard["samples"] for name, shard in shards.items()},
     }
     hashes = {name: shard["hash"] for name, shard in shards.items()}
-    return write_manifest(folder, "shards", {**counts, "shards": len(shards)}, lineage, details, hashes)
+    own = {*shards, LENGTHS_FILE, SOURCE_OF_FILE, MEMBERS_FILE}  # somebody's files that lie there are never listed, nor removed
+    return write_manifest(folder, "shards", {**counts, "shards": len(shards)}, lineage, details, hashes, own.__contains__)
 
 
 def _write_index(folder: Path, names: list[str], sources: list[str], num_samples: int) -> None:
@@ -236,7 +237,7 @@ class ShardWriter:
     """Collects samples and writes a shard whenever `rows_per_shard` are there; `finish` writes the manifest."""
 
     def __init__(self, folder: Path, layout: VocabLayout, rows_per_shard: int = ROWS_PER_SHARD) -> None:
-        self._folder = start_folder(folder)
+        self._folder = start_folder(folder, "shards")
         self._layout = layout
         self._rows_per_shard = rows_per_shard
         self._rows: list[Sample] = []

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     request = {**content, "duplicate_ids": args.duplicate_ids}
     with locked(args.output_path):
         if args.overwrite:
-            start_folder(args.output_path)
+            start_folder(args.output_path, "shards")
             remove_parts(args.output_path)
         if already_made(args.output_path, "shards", request):
             remove_parts(args.output_path)

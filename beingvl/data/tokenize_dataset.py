@@ -324,7 +324,7 @@ def _join_shards(output: DatasetFolder, parts: Parts, num_parts: int, variant: s
     from beingvl.data.build_shards import link_shards
     from beingvl.manifest import start_folder
 
-    folder = start_folder(output.shards(variant))
+    folder = start_folder(output.shards(variant), "shards")
     shards = link_shards(parts, num_parts, folder, variant)
     manifest = finish_shards(folder, shards, output.layout, request["lineage"], {"request": request})
     return {f"{folder.name}/{name}": str(entry["hash"]) for name, entry in manifest.files.items()}

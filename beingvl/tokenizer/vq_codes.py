@@ -131,7 +131,8 @@ def finish_codes(
     with open(temporary, "wb") as file:
         np.save(file, np.concatenate([[0], np.cumsum(lengths)]).astype("<i8"))
     temporary.replace(folder / KEY_OFFSETS_FILE)
-    write_manifest(folder, "vq_codes", counts, lineage, details, known_hashes)
+    own = {CODES_FILE, KEYS_FILE, KEY_OFFSETS_FILE, REJECTED_FILE}  # images that lie there are never listed, nor removed
+    write_manifest(folder, "vq_codes", counts, lineage, details, known_hashes, own.__contains__)
 
 
 def find_images(folder: Path) -> list[str]:

@@ -180,6 +180,22 @@ def test_shards_that_a_kill_in_the_join_left_get_into_no_manifest(tmp_path) -> N
     assert len(ShardReader(tmp_path / "shards")) == 1
 
 
+def test_an_overwrite_removes_shards_only(tmp_path, capsys) -> None:
+    model = ["--model_path", str(tmp_path / "base")]
+    assert build_shards(tmp_path, [ROW], *model) == 0
+    (tmp_path / "shards" / "picture.png").write_bytes(b"somebody's")
+    assert build_shards(tmp_path, [ROW], *model, "--overwrite") == 0
+    assert build_shards(tmp_path, [ROW, {**ROW, "id": 8}], *model, "--overwrite") == 0
+    assert (tmp_path / "shards" / "picture.png").read_bytes() == b"somebody's"
+    assert "picture.png" not in read_manifest(tmp_path / "shards").files
+    rows = tmp_path / "rows" / "data.jsonl"
+    rows.parent.mkdir()
+    rows.write_text(json.dumps(ROW) + "\n")
+    write_manifest_beside(rows, {})
+    assert cli.main(["build-shards", f"--jsonl_path={rows}", f"--output_path={rows.parent}", "--overwrite"]) == 2
+    assert "holds 'jsonl', which a step that writes 'shards' does not replace" in capsys.readouterr().err and rows.is_file()
+
+
 def test_unknown_vocabulary_and_missing_file(tmp_path, capsys) -> None:
     assert build_shards(tmp_path, [ROW]) == 2
     assert "--model_path" in capsys.readouterr().err

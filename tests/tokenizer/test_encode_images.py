@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tarfile
 
 import numpy as np
@@ -156,6 +157,22 @@ def test_a_finished_output_is_reused_refused_or_replaced(image_path, vq_path, tm
     assert (output / MANIFEST_FILE).stat().st_mtime_ns == before
     assert encode(image_path, other_vq, output, overwrite=True) == 0
     assert read_manifest(output).lineage == {"vqgan": VQGAN.load(other_vq).fingerprint()}
+
+
+def test_rows_that_name_no_path_are_left_out(image_path, vq_path, tmp_path, capsys):
+    rows = [{"image": 7}, {"image": KEYS[0]}, {"image": [None]}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert encode(image_path, vq_path, tmp_path / "codes", json_path=tmp_path / "rows.json") == 0
+    assert "warning: 2 rows were left out, the first is" in capsys.readouterr().out
+    assert read_manifest(tmp_path / "codes").counts["images"] == 1
+
+
+def test_an_overwrite_removes_no_images(image_path, vq_path, tmp_path):
+    folder = shutil.copytree(image_path, tmp_path / "both")
+    assert encode(folder, vq_path, folder) == 0
+    assert set(read_manifest(folder).files) == {"codes.npy", "keys.jsonl", "key_offsets.npy", "rejected.jsonl"}
+    assert encode(folder, vq_path, folder, overwrite=True) == 0
+    assert all((folder / key).is_file() for key in KEYS)
 
 
 WRONG_JSON = {
