@@ -213,6 +213,29 @@ def test_wrong_options_are_refused(image_path, vq_path, tmp_path, capsys):
     assert "has no images" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["codes.npy", "keys.jsonl", "key_offsets.npy"])
+def test_files_that_are_cut_off_or_gone_are_named(image_path, vq_path, tmp_path, name):
+    encode(image_path, vq_path, tmp_path / "codes")
+    path = tmp_path / "codes" / name
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(InputError, match=f"{name} is damaged .it has {size - 3} bytes, the manifest says {size}"):
+        CodeFolder(tmp_path / "codes")
+    path.unlink()
+    with pytest.raises(InputError, match=f"{name} is damaged .it has 0 bytes"):
+        CodeFolder(tmp_path / "codes")
+
+
+@pytest.mark.parametrize(("start", "found"), [(b"\0", "Expecting value"), (b"\xff", "invalid start byte"), (b"7", "it holds 7")])
+def test_keys_that_are_none_are_named(image_path, vq_path, tmp_path, start, found):
+    encode(image_path, vq_path, tmp_path / "codes")
+    path = tmp_path / "codes" / "keys.jsonl"
+    path.write_bytes(b"".join(start.ljust(len(line) - 1) + b"\n" for line in path.read_bytes().splitlines(True)))
+    for ask in (lambda folder: folder.keys, lambda folder: folder.row("a.png")):
+        with pytest.raises(InputError, match=f"keys.jsonl is damaged .*{found}.*encode-images"):
+            ask(CodeFolder(tmp_path / "codes"))
+
+
 def test_damaged_codes_are_named(image_path, vq_path, tmp_path):
     assert encode(image_path, vq_path, tmp_path / "codes") == 0
     (tmp_path / "codes" / CODES_FILE).write_bytes(b"\x93NUMPY")
