@@ -206,6 +206,19 @@ def write_manifest(
     return manifest
 
 
+class _Fields(dict[str, Any]):
+    """An object in a manifest; asking for what a damaged one has not raises InputError that names the file."""
+
+    def __init__(self, pairs: Iterable[tuple[str, Any]], path: Path | str = MANIFEST_FILE) -> None:
+        super().__init__(pairs)
+        self._path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise InputError(
+            f"{self._path} has no {key!r} where one is expected: it is damaged, or of an older beingvl; make it again"
+        )
+
+
 def read_manifest(folder: Path | str, kind: str | Iterable[str] | None = None) -> Manifest:
     """The manifest of a finished folder. Raises InputError when it is missing, damaged, of another kind or of a newer format."""
     path = Path(folder) / MANIFEST_FILE
@@ -215,8 +228,10 @@ def read_manifest(folder: Path | str, kind: str | Iterable[str] | None = None) -
     if not path.is_file():
         raise InputError(f"{folder} has no {MANIFEST_FILE}, so it is incomplete{_hint(kinds)}")
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_text(), object_pairs_hook=lambda pairs: _Fields(pairs, path))
         manifest = Manifest(**fields)
+        if not isinstance(manifest.format_version, int):
+            raise TypeError(f"its format_version is {manifest.format_version!r}")
     except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a beingvl manifest ({error}); make the folder again") from error
     if manifest.format_version > FORMAT_VERSION:

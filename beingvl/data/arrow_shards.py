@@ -206,7 +206,10 @@ def _write_index(folder: Path, names: list[str], sources: list[str], num_samples
     for name in names:
         batch = open_batch(folder / name)
         rows = slice(start, start + batch.num_rows)
-        lengths[rows], source_of[rows] = np.diff(batch.column("input_ids").offsets.to_numpy()), source_indices(batch, sources)
+        lengths[rows], source_of[rows] = (
+            np.diff(batch.column("input_ids").offsets.to_numpy()),
+            source_indices(batch, sources, folder / name),
+        )
         start = rows.stop
     members = np.argsort(source_of, kind="stable").astype(np.uint32)
     for name, array in ((LENGTHS_FILE, lengths), (SOURCE_OF_FILE, source_of), (MEMBERS_FILE, members)):
@@ -226,10 +229,13 @@ def open_batch(path: Path) -> pa.RecordBatch:
         raise InputError(f"{path} is not a readable Arrow file ({error}); build the shards again") from error
 
 
-def source_indices(batch: pa.RecordBatch, sources: list[str]) -> np.ndarray:
-    """`[num_rows]` uint8: index into `sources` of every row."""
+def source_indices(batch: pa.RecordBatch, sources: list[str], path: Path) -> np.ndarray:
+    """`[num_rows]` uint8: index into `sources` of every row. Raises InputError for a source of the shard `path` that is none."""
     encoded = batch.column("category").dictionary_encode()
-    to_source = np.array([sources.index(name) for name in encoded.dictionary.to_pylist()], np.uint8)
+    names = encoded.dictionary.to_pylist()
+    if unknown := [name for name in names if name not in sources]:
+        raise InputError(f"{path} holds the source {unknown[0]!r}, the manifest {sources}; build the shards again")
+    to_source = np.array([sources.index(name) for name in names], np.uint8)
     return to_source[encoded.indices.to_numpy(zero_copy_only=False)]
 
 
@@ -399,7 +405,7 @@ class ShardReader:
             check_columns(rows, self.layout)
             place = slice(self._starts[number], self._starts[number + 1])
             fits = np.array_equal(self.lengths[place], rows.lengths)
-            if not fits or not np.array_equal(self.source_of[place], source_indices(batch, self.sources)):
+            if not fits or not np.array_equal(self.source_of[place], source_indices(batch, self.sources, self.folder / name)):
                 raise InputError(f"{self.folder}: the index files do not fit {name}; build the shards again")
 
     def __len__(self) -> int:

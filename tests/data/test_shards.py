@@ -385,6 +385,13 @@ def test_a_flipped_bit_that_makes_a_sample_impossible_stops_the_reader(tmp_path,
             assert "it holds an id outside the vocabulary" in capsys.readouterr().err
 
 
+def test_a_source_that_the_manifest_does_not_name(tmp_path, capsys) -> None:
+    manifest = write_shards(tmp_path) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"reasoning"', '"seasoning"'))
+    assert cli.main(["verify", str(tmp_path)]) == 2
+    assert "shard-00000.arrow holds the source 'reasoning', the manifest ['foundation', 'seasoning']" in capsys.readouterr().err
+
+
 def test_an_index_that_does_not_fit(tmp_path, capsys) -> None:
     write_shards(tmp_path)
     lengths = np.load(tmp_path / "lengths.npy")
