@@ -6,7 +6,7 @@ the command, counts, a hash of every file, and the *lineage*: the fingerprints o
 lineages name the same thing with different hashes contradict each other and are refused.
 
     write_atomically(path, bytes)       a file appears whole or not at all
-    start_folder(folder)                from here on it is incomplete
+    start_folder(folder, kind)          from here on it is incomplete
     write_manifest(folder, …)           the commit marker
     read_manifest(folder, kind)         refuses the incomplete, the wrong kind, the newer format
     verify_folder(folder)               re-hashes every file
@@ -186,10 +186,12 @@ def write_manifest(
     lineage: Mapping[str, str],
     details: Mapping | None = None,
     known_hashes: Mapping[str, str] | None = None,
+    belongs: Callable[[str], bool] = lambda name: True,
 ) -> Manifest:
     """Hash every file below `folder` and write the manifest; call it last.
 
-    `known_hashes` (relative path -> hash) spares reading files whose hash the writer already computed.
+    `known_hashes` (relative path -> hash) spares reading files whose hash the writer already computed. Files that do not
+    `belong` (by relative path) are left out: others' in a folder that several share.
     """
     folder = Path(folder)
     known = known_hashes or {}
@@ -197,11 +199,24 @@ def write_manifest(
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         unfinished = any(part.endswith(".tmp") for part in path.relative_to(folder).parts)
-        if path.is_file() and path.name != MANIFEST_FILE and not unfinished:
+        if path.is_file() and path.name != MANIFEST_FILE and not unfinished and belongs(name):
             files[name] = {"bytes": path.stat().st_size, "hash": known.get(name) or hash_file(path)}
     manifest = Manifest(kind, printable(shlex.join(sys.argv)), dict(counts), dict(lineage), files, dict(details or {}))
     write_atomically(folder / MANIFEST_FILE, to_json(asdict(manifest)))
     return manifest
+
+
+class _Fields(dict[str, Any]):
+    """An object in a manifest; asking for what a damaged one has not raises InputError that names the file."""
+
+    def __init__(self, pairs: Iterable[tuple[str, Any]], path: Path | str = MANIFEST_FILE) -> None:
+        super().__init__(pairs)
+        self._path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise InputError(
+            f"{self._path} has no {key!r} where one is expected: it is damaged, or of an older beingvl; make it again"
+        )
 
 
 def read_manifest(folder: Path | str, kind: str | Iterable[str] | None = None) -> Manifest:
@@ -213,8 +228,10 @@ def read_manifest(folder: Path | str, kind: str | Iterable[str] | None = None) -
     if not path.is_file():
         raise InputError(f"{folder} has no {MANIFEST_FILE}, so it is incomplete{_hint(kinds)}")
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_text(), object_pairs_hook=lambda pairs: _Fields(pairs, path))
         manifest = Manifest(**fields)
+        if not isinstance(manifest.format_version, int):
+            raise TypeError(f"its format_version is {manifest.format_version!r}")
     except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a beingvl manifest ({error}); make the folder again") from error
     if manifest.format_version > FORMAT_VERSION:
@@ -225,13 +242,20 @@ def read_manifest(folder: Path | str, kind: str | Iterable[str] | None = None) -
     return manifest
 
 
-def start_folder(folder: Path | str) -> Path:
-    """Make `folder` ready to be written: from here on it is incomplete; what an older manifest listed is removed."""
+def start_folder(folder: Path | str, kind: str | None = None) -> Path:
+    """Make `folder` ready to be written: from here on it is incomplete; what an older manifest listed is removed.
+
+    Raises InputError when the folder holds another kind of artefact, such as the input of this step.
+    """
     folder = Path(folder)
     if is_complete(folder):
-        listed = read_manifest(folder).files
+        manifest = read_manifest(folder)
+        if kind not in (None, manifest.kind):
+            raise InputError(
+                f"{folder} holds {manifest.kind!r}, which a step that writes {kind!r} does not replace; choose another folder"
+            )
         (folder / MANIFEST_FILE).unlink()
-        for name in listed:
+        for name in manifest.files:
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -3,6 +3,8 @@
 Every file must have the hash of the manifest; of weight files that a step linked without reading it has one of samples only,
 and their number is printed. Shards and JSONL rows are read again: ids inside the vocabulary, target spans inside their
 rows, index files that agree with the shards. Codes must be inside the code book, keys sorted and unique, merges possible.
+Headers of weight files must fit the files, the index and config.json, and the vocabulary the embedding; slices of a checkpoint
+must make whole parameters; an evaluation must have a readable line for every row. Weights themselves are not read a second time.
 A single file is compared with the manifest beside it; a vbpe.json without one has no hash, its merges are checked.
 """
 
@@ -24,7 +26,15 @@ def run(args: argparse.Namespace) -> None:
     from beingvl.errors import InputError
     from beingvl.manifest import MANIFEST_FILE, verify_folder
 
-    checks = {"shards": check_shards, "vq_codes": check_codes, "jsonl": check_jsonl, "vbpe": check_vbpe}
+    checks = {
+        "shards": check_shards,
+        "vq_codes": check_codes,
+        "jsonl": check_jsonl,
+        "vbpe": check_vbpe,
+        "model": check_model,
+        "checkpoint": check_checkpoint,
+        "evaluation": check_evaluation,
+    }
     for given in args.paths:
         path = given.parent if given.name == MANIFEST_FILE else given
         if not path.exists():
@@ -111,3 +121,84 @@ def check_vbpe(path: Path, manifest: Manifest | None = None) -> None:
     from beingvl.tokenizer.vbpe import VisualBPE
 
     VisualBPE.load(path)
+
+
+def check_model(path: Path, manifest: Manifest) -> None:
+    """Raises InputError for weights that do not fit their files, the index, config.json or the vocabulary layout."""
+    from beingvl.errors import InputError
+    from beingvl.model.base_model import BaseModel
+    from beingvl.vocab import LAYOUT_FILE, VocabLayout
+
+    model = BaseModel.open(path)
+    if stray := {file.name for file in path.glob("*.safetensors")} - set(model.weights.files):
+        raise InputError(f"{path / min(stray)} is a weight file that {model.weights.index_file} does not name; remove it")
+    if (path / LAYOUT_FILE).is_file():
+        layout = VocabLayout.load(path)
+        if model.num_text < layout.size:
+            found = f"{path}: {model.input_name} has {model.num_text} rows, {LAYOUT_FILE} has {layout.size} ids"
+            raise InputError(f"{found}; make the model folder again")
+        if manifest.lineage.get("vocab") != layout.fingerprint():
+            raise InputError(
+                f"{path}: {LAYOUT_FILE} is not the vocabulary of the manifest's lineage; make the model folder again"
+            )
+
+
+def check_checkpoint(path: Path, manifest: Manifest) -> None:
+    """Raises InputError for slices that are not in the ranks' files, or do not make whole parameters, or a damaged probe."""
+    from math import prod
+
+    from beingvl.errors import InputError
+    from beingvl.model.weight_files import read_header
+    from beingvl.train.checkpoint import STATE_FILE, StateReader, rank_file, read_state
+    from beingvl.train.partitions import STATE_KEYS
+    from beingvl.train.probe import load_probe
+
+    state = read_state(path)
+    StateReader(path, state).__exit__()
+    load_probe(path)
+    for name, entry in state.parameters.items():
+        reached = 0
+        for start, stop in (span for span in entry["spans"] if span[0] < span[1]):
+            reached = stop if start == reached else -1
+        if reached != prod(entry["shape"]):
+            found = f"the spans {entry['spans']} of {name} do not make its shape {entry['shape']}"
+            raise InputError(f"{path / STATE_FILE}: {found}; remove {path} and go on from an older checkpoint")
+    for rank in range(state.num_ranks):
+        file = path / rank_file(rank, state.num_ranks)
+        slices = read_header(file)
+        for name, entry in state.parameters.items():
+            start, stop = entry["spans"][rank]
+            for key in STATE_KEYS:
+                held = slices[f"{name}.{key}"].num_bytes if f"{name}.{key}" in slices else 0
+                if held != 4 * (stop - start):
+                    expected = f"{4 * (stop - start)} bytes of {name}.{key} that {STATE_FILE} says"
+                    raise InputError(f"{file} holds {held} of {expected}; remove {path} and go on from an older checkpoint")
+
+
+def check_evaluation(path: Path, manifest: Manifest) -> None:
+    """Raises InputError for scores that are not those of the manifest's rows, or a row without a readable line."""
+    import json
+
+    from beingvl.errors import InputError
+    from beingvl.inference.evaluate import PREDICTIONS_FILE, SCORES_FILE, read_summary
+    from beingvl.inference.held_out_loss import SAMPLES_FILE
+
+    rows = manifest.counts["rows"]
+    try:
+        found = read_summary(path)["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path / SCORES_FILE} cannot be read ({error!r}); evaluate again with --overwrite") from error
+    if found != rows:
+        raise InputError(f"{path / SCORES_FILE} is of {found} rows, the manifest of {rows}; evaluate again with --overwrite")
+    for name, field in ((PREDICTIONS_FILE, "prediction"), (SAMPLES_FILE, "loss_sum")):
+        if name not in manifest.files:
+            continue
+        number = 0
+        with open(path / name, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    json.loads(line)[field]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise InputError(f"{path / name}, line {number}: no {field!r} ({error!r}); evaluate again") from error
+        if number != rows:
+            raise InputError(f"{path / name} has {number} lines, the manifest {rows} rows; evaluate again with --overwrite")

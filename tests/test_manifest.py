@@ -82,7 +82,20 @@ def test_incomplete_wrong_kind_newer_and_damaged_manifests_are_refused(folder, t
         read_manifest(folder)
 
 
+@pytest.mark.parametrize("name", ["rows", "hash"])
+def test_a_manifest_that_lacks_something_is_named(folder, name) -> None:
+    path = folder / MANIFEST_FILE
+    path.write_text(path.read_text().replace(f'"{name}"', f'"{name[1:]}"'))
+    with pytest.raises(InputError, match=rf"{MANIFEST_FILE} .*{name[1:]}"):
+        manifest.verify_folder(folder).counts["rows"]
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": "1"'))
+    with pytest.raises(InputError, match=r"not a beingvl manifest"):
+        read_manifest(folder)
+
+
 def test_a_started_folder_is_incomplete_and_empty(folder) -> None:
+    with pytest.raises(InputError, match="holds 'shards', which a step that writes 'vq_codes' does not replace"):
+        start_folder(folder, "vq_codes")
     start_folder(folder)
     assert not manifest.is_complete(folder)
     assert not (folder / "sub" / "a.bin").exists()

@@ -107,7 +107,7 @@ def write_shard(path: Path, rows: ShardColumns, layout: VocabLayout) -> dict[str
 
     Raises InputError for a row without tokens, ids outside the vocabulary or spans outside the row.
     """
-    check_columns(rows, layout)
+    largest_id = check_columns(rows, layout)
     columns = [rows.id, rows.image, rows.category]
     for values, starts in ((rows.ids, rows.id_starts), (rows.spans, rows.span_starts)):
         offsets = pa.array(starts.astype(np.int32))
@@ -120,26 +120,29 @@ def write_shard(path: Path, rows: ShardColumns, layout: VocabLayout) -> dict[str
         os.fsync(file.fileno())
         # the next shard takes its pages, instead of new ones that push what is still to be read out of the page cache
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return {"hash": hashed.hash, **_summary(rows)}
+    return {"hash": hashed.hash, "largest_id": largest_id, **_summary(rows)}
 
 
-def check_columns(rows: ShardColumns, layout: VocabLayout) -> None:
-    """Raises InputError that names the first sample without tokens, with ids outside the vocabulary or spans outside the row."""
-    _check_ids(rows, layout)
+def check_columns(rows: ShardColumns, layout: VocabLayout) -> int:
+    """The largest id. Raises InputError that names the first sample without tokens, or ids or spans that are outside."""
+    largest_id = _check_ids(rows, layout)
     _check_spans(rows)
+    return largest_id
 
 
-def _check_ids(rows: ShardColumns, layout: VocabLayout) -> None:
+def _check_ids(rows: ShardColumns, layout: VocabLayout) -> int:
     ids, starts = rows.ids, rows.id_starts
     if len(ids) >= 2**31:
         raise InputError(f"a shard would hold {len(ids)} tokens, more than 2^31; write fewer rows a shard")
     empty = np.flatnonzero(rows.lengths == 0)
     if len(empty):
         raise InputError(f"sample {rows.id[empty[0]].as_py()!r} has no tokens")
-    if ids.min() < 0 or ids.max() >= layout.size:
+    largest = int(ids.max())
+    if ids.min() < 0 or largest >= layout.size:
         at = int(np.argmax((ids < 0) | (ids >= layout.size)))
         row = int(np.searchsorted(starts, at, side="right")) - 1
         raise InputError(f"sample {rows.id[row].as_py()!r} has id {ids[at]}, the vocabulary ends at {layout.size - 1}")
+    return largest
 
 
 def _check_spans(rows: ShardColumns) -> None:
@@ -174,7 +177,7 @@ def finish_shards(
 ) -> Manifest:
     """Write the index files and the manifest of shards (file name -> what `write_shard` returned), which lie in `folder`."""
     if not shards:
-        raise InputError(f"{folder}: no sample to write")
+        raise InputError(f"{folder}: no sample to write; every input is empty, or every row was rejected")
     sources: dict[str, dict[str, int]] = {}
     for name in sorted({name for shard in shards.values() for name in shard["sources"]}):
         pairs = [shard["sources"].get(name, (0, 0)) for shard in shards.values()]
@@ -193,7 +196,8 @@ def finish_shards(
         "rows": {name: shard["samples"] for name, shard in shards.items()},
     }
     hashes = {name: shard["hash"] for name, shard in shards.items()}
-    return write_manifest(folder, "shards", {**counts, "shards": len(shards)}, lineage, details, hashes)
+    own = {*shards, LENGTHS_FILE, SOURCE_OF_FILE, MEMBERS_FILE}  # somebody's files that lie there are never listed, nor removed
+    return write_manifest(folder, "shards", {**counts, "shards": len(shards)}, lineage, details, hashes, own.__contains__)
 
 
 def _write_index(folder: Path, names: list[str], sources: list[str], num_samples: int) -> None:
@@ -202,7 +206,10 @@ def _write_index(folder: Path, names: list[str], sources: list[str], num_samples
     for name in names:
         batch = open_batch(folder / name)
         rows = slice(start, start + batch.num_rows)
-        lengths[rows], source_of[rows] = np.diff(batch.column("input_ids").offsets.to_numpy()), source_indices(batch, sources)
+        lengths[rows], source_of[rows] = (
+            np.diff(batch.column("input_ids").offsets.to_numpy()),
+            source_indices(batch, sources, folder / name),
+        )
         start = rows.stop
     members = np.argsort(source_of, kind="stable").astype(np.uint32)
     for name, array in ((LENGTHS_FILE, lengths), (SOURCE_OF_FILE, source_of), (MEMBERS_FILE, members)):
@@ -222,10 +229,13 @@ def open_batch(path: Path) -> pa.RecordBatch:
         raise InputError(f"{path} is not a readable Arrow file ({error}); build the shards again") from error
 
 
-def source_indices(batch: pa.RecordBatch, sources: list[str]) -> np.ndarray:
-    """`[num_rows]` uint8: index into `sources` of every row."""
+def source_indices(batch: pa.RecordBatch, sources: list[str], path: Path) -> np.ndarray:
+    """`[num_rows]` uint8: index into `sources` of every row. Raises InputError for a source of the shard `path` that is none."""
     encoded = batch.column("category").dictionary_encode()
-    to_source = np.array([sources.index(name) for name in encoded.dictionary.to_pylist()], np.uint8)
+    names = encoded.dictionary.to_pylist()
+    if unknown := [name for name in names if name not in sources]:
+        raise InputError(f"{path} holds the source {unknown[0]!r}, the manifest {sources}; build the shards again")
+    to_source = np.array([sources.index(name) for name in names], np.uint8)
     return to_source[encoded.indices.to_numpy(zero_copy_only=False)]
 
 
@@ -233,7 +243,7 @@ class ShardWriter:
     """Collects samples and writes a shard whenever `rows_per_shard` are there; `finish` writes the manifest."""
 
     def __init__(self, folder: Path, layout: VocabLayout, rows_per_shard: int = ROWS_PER_SHARD) -> None:
-        self._folder = start_folder(folder)
+        self._folder = start_folder(folder, "shards")
         self._layout = layout
         self._rows_per_shard = rows_per_shard
         self._rows: list[Sample] = []
@@ -322,8 +332,8 @@ class ShardReader:
         self.layout = VocabLayout.from_dict(self.manifest.details["layout"], f"{folder}/manifest.json")
         self.sources: list[str] = list(self.manifest.details["sources"])
         rows: dict[str, int] = self.manifest.details.get("rows", {})
-        self._names = sorted(name for name in self.manifest.files if name.endswith(".arrow"))
-        if set(rows) != set(self._names):
+        self._names = list(rows)  # in the order that they were written: of names, shard-100000 is before shard-99999
+        if set(rows) != {name for name in self.manifest.files if name.endswith(".arrow")}:
             raise InputError(f"{folder} was made by an older beingvl; build the shards again")
         for name in self._names:
             self._check_size(name)
@@ -395,7 +405,7 @@ class ShardReader:
             check_columns(rows, self.layout)
             place = slice(self._starts[number], self._starts[number + 1])
             fits = np.array_equal(self.lengths[place], rows.lengths)
-            if not fits or not np.array_equal(self.source_of[place], source_indices(batch, self.sources)):
+            if not fits or not np.array_equal(self.source_of[place], source_indices(batch, self.sources, self.folder / name)):
                 raise InputError(f"{self.folder}: the index files do not fit {name}; build the shards again")
 
     def __len__(self) -> int:

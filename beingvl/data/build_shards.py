@@ -19,12 +19,14 @@ import gc
 import importlib
 import json
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 MAX_PART_BYTES = 1 << 30  # a shard's offsets are 32 bits
+PARTS_VERSION = 2  # of a part's files: another for another hash of ids, or another summary of a shard
 
 if TYPE_CHECKING:
     from beingvl.manifest import Manifest
@@ -56,6 +58,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a finished output of other inputs")
 
 
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """No step here makes cycles; collecting during the imports and at the exit is a quarter of a second."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_without_collecting()
 def run(args: argparse.Namespace) -> None:
     from beingvl.errors import InputError
     from beingvl.manifest import already_made, is_complete, read_manifest, start_folder
@@ -67,8 +84,6 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--num_workers is {args.num_workers}, expected at least 0")
     rank, num_ranks = ranks_of(args)
     refuse_overwrite_of_many(args.overwrite, num_ranks, args.output_path)
-    gc.disable()  # no step here makes cycles; collecting during the imports and at the exit is a quarter of a second
-    atexit.register(gc.freeze)
     vbpe = _open_vbpe(args)
     layout, lineage = _layout_and_lineage(args.jsonl_path, args.model_path, vbpe)
     decoder = _decoder(vbpe)
@@ -76,13 +91,13 @@ def run(args: argparse.Namespace) -> None:
     request = {**content, "duplicate_ids": args.duplicate_ids}
     with locked(args.output_path):
         if args.overwrite:
-            start_folder(args.output_path)
+            start_folder(args.output_path, "shards")
             remove_parts(args.output_path)
         if already_made(args.output_path, "shards", request):
             remove_parts(args.output_path)
             warn_of_merged(read_manifest(args.output_path))
             return
-        parts = Parts(args.output_path, {**content, "decoded": decoder is not None})
+        parts = Parts(args.output_path, {"parts_version": PARTS_VERSION, **content, "decoded": decoder is not None})
     tasks = plan_parts(args.jsonl_path, args.part_bytes)
     mine = [tasks[number] for number in parts.missing(len(tasks)) if number % num_ranks == rank]
     build_parts(ShardBuilder(parts, layout, decoder), mine, args.num_workers)
@@ -251,7 +266,7 @@ def join_shards(
     if args.duplicate_ids == "refuse":
         refuse_duplicates(parts, [task.path for task in tasks], "shard.arrow")
     shards = link_shards(parts, len(tasks), args.output_path, "shard")
-    merged = "decoded" if is_decoded else "not decoded" if _hold_merged(args.output_path, shards, layout) else "none"
+    merged = "decoded" if is_decoded else "not decoded" if _hold_merged(shards.values(), layout) else "none"
     details = {"request": request, "merged_images": merged}
     manifest = finish_shards(args.output_path, shards, layout, request["lineage"], details)
     parts.remove()
@@ -266,12 +281,8 @@ def warn_of_merged(manifest: Manifest) -> None:
         print(f"warning: the merged images in these shards were never decoded and compared with their codes; {remedy}")
 
 
-def _hold_merged(folder: Path, shards: Iterable[str], layout: VocabLayout) -> bool:
-    """Whether there are vBPE ids among the first ids of some shard."""
-    from beingvl.data.arrow_shards import open_batch
-
-    ids = (open_batch(folder / name).column("input_ids").values[: 1 << 16].to_numpy() for name in shards)
-    return any(first.max() >= layout.first_vbpe_id for first in ids)
+def _hold_merged(shards: Iterable[Mapping[str, Any]], layout: VocabLayout) -> bool:
+    return any(shard["largest_id"] >= layout.first_vbpe_id for shard in shards)
 
 
 def link_shards(parts: Parts, num_parts: int, output: Path, name: str) -> dict[str, dict[str, Any]]:
@@ -281,12 +292,13 @@ def link_shards(parts: Parts, num_parts: int, output: Path, name: str) -> dict[s
 
     from beingvl.data.arrow_shards import shard_name
 
+    for left in output.glob("shard-*.arrow"):  # of a run that was killed here, and started again to make fewer
+        left.unlink()
     shards: dict[str, dict[str, Any]] = {}
     for number, summary in enumerate(parts.read_json(num_parts, f"{name}.json")):
         if summary is None:  # a part inside one very long line
             continue
         target = output / shard_name(len(shards))
-        target.unlink(missing_ok=True)
         source = parts.path(number) / f"{name}.arrow"
         try:
             os.link(source, target)

@@ -2,12 +2,14 @@
 
 NAME_base.jsonl, NAME_vbpe.jsonl    or the shard folders NAME_base/, NAME_vbpe/
 rejected.jsonl                      {"dataset", "index", "id", "reason"} of every rejected row of all datasets
-manifest.json                       details.datasets: one entry a finished dataset, added when it is finished, replaced alone
+manifest.json                       details.datasets: one entry a finished dataset, added when it is finished, replaced alone;
+                                    it lists the files of finished datasets only
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from beingvl.vocab import VocabLayout
 
 REJECTED_FILE = "rejected.jsonl"
+VARIANTS = ("base", "vbpe")
 
 
 class DatasetFolder:
@@ -62,24 +65,25 @@ class DatasetFolder:
         return True
 
     def remove(self) -> None:
-        """Take this dataset out of the folder; the others stay complete."""
+        """Take this dataset, finished or not, out of the folder; the others stay complete at every moment."""
         from beingvl.manifest import MANIFEST_FILE
         from beingvl.parts import remove_parts
 
         manifest = self._manifest()
         if manifest is not None and self.name in manifest.details["datasets"]:
             others = {name: entry for name, entry in manifest.details["datasets"].items() if name != self.name}
-            lines = self._rejected_of_others()
-            (self.folder / MANIFEST_FILE).unlink()
-            self._delete_files()
             if others:
-                self._write(others, lines, {name: str(entry["hash"]) for name, entry in manifest.files.items()})
+                self._write(others, self._rejected_of_others(), self._hashes_of_others(manifest))
+            else:
+                (self.folder / MANIFEST_FILE).unlink()
+        self.delete_files()
         remove_parts(self.folder, self.parts_name)
 
-    def _delete_files(self) -> None:
+    def delete_files(self) -> None:
+        """Whatever a run that ended early may have left in the places of this dataset's files; never call it when finished."""
         import shutil
 
-        for variant in ("base", "vbpe"):
+        for variant in VARIANTS:
             self.file(variant).unlink(missing_ok=True)
             shutil.rmtree(self.shards(variant), ignore_errors=True)
 
@@ -90,25 +94,38 @@ class DatasetFolder:
         with open(path, encoding="utf-8", newline="\n") as file:
             return [line for line in file if json.loads(line)["dataset"] != self.name]
 
+    def _hashes_of_others(self, manifest: Manifest | None) -> dict[str, str]:
+        if manifest is None:
+            return {}
+        others = set(manifest.details["datasets"]) - {self.name}
+        return {name: str(file["hash"]) for name, file in manifest.files.items() if _is_file_of(others, name)}
+
     def finish(self, entry: dict[str, Any], rejected: list[str], known_hashes: dict[str, str]) -> None:
         """Add this dataset, whose files are in their places, to the manifest."""
         manifest = self._manifest()
         datasets = {**(manifest.details["datasets"] if manifest else {}), self.name: entry}
-        earlier = {name: str(file["hash"]) for name, file in manifest.files.items()} if manifest else {}
-        self._write(datasets, self._rejected_of_others() + rejected, {**earlier, **known_hashes})
+        self._write(datasets, self._rejected_of_others() + rejected, {**self._hashes_of_others(manifest), **known_hashes})
 
     def _write(self, datasets: dict[str, Any], rejected: list[str], known_hashes: dict[str, str]) -> None:
         from beingvl.manifest import join_lineages, write_atomically, write_manifest
 
         write_atomically(self.folder / REJECTED_FILE, "".join(sorted(rejected, key=_dataset_and_index)))
-        known_hashes.pop(REJECTED_FILE, None)
         counts: dict[str, int] = {}
         for entry in datasets.values():
             for name, value in entry["counts"].items():
                 counts[name] = max(counts.get(name, 0), value) if name.startswith("longest") else counts.get(name, 0) + value
         lineage = join_lineages({name: entry["lineage"] for name, entry in datasets.items()})
         details = {"layout": self.layout.to_dict(), "datasets": dict(sorted(datasets.items()))}
-        write_manifest(self.folder, "jsonl", counts, lineage, details, known_hashes)
+
+        def belongs(file: str) -> bool:
+            return file == REJECTED_FILE or _is_file_of(datasets, file)
+
+        write_manifest(self.folder, "jsonl", counts, lineage, details, known_hashes, belongs)
+
+
+def _is_file_of(datasets: Iterable[str], file: str) -> bool:
+    first = file.partition("/")[0]
+    return any(first in (f"{name}_{variant}.jsonl", f"{name}_{variant}") for name in datasets for variant in VARIANTS)
 
 
 def _dataset_and_index(line: str) -> tuple[str, int]:

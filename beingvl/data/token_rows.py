@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 1 << 19  # a block stays in the processor's cache between reading and parsing
 BYTES_OF_THE_SHORTEST_ROW = 32  # {"id":1,"token_0":[1],"token_1":[]} has more
 NEWLINE = 10
+NOT_A_ROW = (ValueError, TypeError, RuntimeError)  # what `parse_row` raises
 
 
 # ---- the readable twin ----
@@ -57,7 +58,7 @@ NOTHING = np.empty(0, np.int64)
 
 
 def parse_row(parser: Any, line: bytes, keep_codes: bool) -> TokenRow:
-    """A line with simdjson. Raises ValueError, TypeError or RuntimeError when it is not a token row.
+    """A line with simdjson. Raises one of NOT_A_ROW when it is not a token row.
 
     When it returns, no name may refer to a part of the document, or the parser refuses the next line.
     """
@@ -180,7 +181,7 @@ class RowReader:
             if not line.isspace():
                 try:
                     self._append(parse_row(self._parser, line, buffers.keep_codes), buffers, row)
-                except (ValueError, TypeError, RuntimeError) as error:
+                except NOT_A_ROW as error:
                     where = f"{path}, line {_line_number(path, offset + at)}"
                     raise InputError(
                         f"{where}: not a token row ({error}); make the file again with `beingvl tokenize`"

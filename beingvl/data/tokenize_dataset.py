@@ -26,6 +26,8 @@ from beingvl.tokenizer.llava_json import image_keys as image_keys  # evaluate re
 from beingvl.tokenizer.llava_json import stream_rows
 
 if TYPE_CHECKING:
+    import simdjson
+
     from beingvl.data.row_tokenizer import RowTokenizer
     from beingvl.parts import Parts
     from beingvl.tokenizer.vbpe import VisualBPE
@@ -75,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from beingvl.data.build_shards import PARTS_VERSION
     from beingvl.parts import Parts, locked, ranks_of, refuse_overwrite_of_many, remove_parts
     from beingvl.vocab import VocabLayout
 
@@ -92,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         if output.is_made_by(request):
             remove_parts(output.folder, output.parts_name)
             return
-        parts = Parts(args.output_dir, request, output.parts_name)
+        parts = Parts(args.output_dir, {"parts_version": PARTS_VERSION, **request}, output.parts_name)
     num_rows = tokenize_parts(parts, args, codes, rank, num_ranks)
     num_parts = -(-num_rows // args.rows_per_part)
     with locked(args.output_dir):
@@ -142,6 +145,7 @@ class _Process:
 
     parts: Parts
     tokenizer: RowTokenizer
+    parser: simdjson.Parser
     layout: VocabLayout
     args: argparse.Namespace
 
@@ -151,6 +155,8 @@ _process: _Process  # set by prepare_process, in each worker process
 
 def prepare_process(args: argparse.Namespace, request: dict[str, Any], codes_path: Path | None) -> None:
     global _process
+    import simdjson
+
     from beingvl.data.conversation import TextEncoder
     from beingvl.data.row_tokenizer import RowTokenizer
     from beingvl.parts import Parts
@@ -162,7 +168,9 @@ def prepare_process(args: argparse.Namespace, request: dict[str, Any], codes_pat
     vbpe = _open_vbpe(args.vbpe_path, layout) if args.vbpe_path else None
     encoder = TextEncoder(args.model_path, layout)
     tokenizer = RowTokenizer(encoder, layout, codes, vbpe, args.template, DEFAULT_CATEGORY[args.mode])
-    _process = _Process(Parts(args.output_dir, request, f"{args.dataset_name}.parts.tmp"), tokenizer, layout, args)
+    _process = _Process(
+        Parts(args.output_dir, request, f"{args.dataset_name}.parts.tmp"), tokenizer, simdjson.Parser(), layout, args
+    )
 
 
 def tokenize_parts(parts: Parts, args: argparse.Namespace, codes: CodeFolder | None, rank: int, num_ranks: int) -> int:
@@ -195,7 +203,6 @@ def tokenize_parts(parts: Parts, args: argparse.Namespace, codes: CodeFolder | N
 
 def tokenize_part(task: tuple[int, list[dict]]) -> int:
     """One part: rows to token rows of every variant. Returns the number of rows."""
-    from beingvl.data.conversation import CUT_CHARACTER
     from beingvl.data.row_tokenizer import fit, num_tokens
     from beingvl.errors import InputError
     from beingvl.manifest import printable
@@ -208,10 +215,10 @@ def tokenize_part(task: tuple[int, list[dict]]) -> int:
     for index, row in enumerate(rows, number * args.rows_per_part):
         try:
             variants, truncated = fit(tokenizer(row), args.max_length, args.too_long)
-            lines = {variant: _line(fields) for variant, fields in variants.items()}
-        except (InputError, UnicodeEncodeError) as error:
+            lines = {variant: readable_line(fields) for variant, fields in variants.items()}
+        except InputError as error:
             name = row.get("id") if isinstance(row.get("id"), int | None) else printable(str(row["id"]))
-            reason = printable(str(error)) if isinstance(error, InputError) else f"a text {CUT_CHARACTER}"
+            reason = printable(str(error))
             rejected.append(_line({"dataset": args.dataset_name, "index": index, "id": name, "reason": reason}))
             continue
         counts["rows"] += 1
@@ -237,6 +244,24 @@ def tokenize_part(task: tuple[int, list[dict]]) -> int:
         (folder / "rejected.jsonl").write_bytes(b"".join(rejected))
         (folder / "counts.json").write_text(json.dumps(counts))
     return len(rows)
+
+
+def readable_line(fields: dict[str, Any]) -> bytes:
+    """A token row's line. Raises InputError for what `beingvl build-shards` would refuse, and all other rows of the file with it:
+    NaN, integers of more than 64 bits, half a character anywhere in the row, an `image` that is no path.
+    """
+    from beingvl.data.conversation import CUT_CHARACTER
+    from beingvl.data.token_rows import NOT_A_ROW, parse_row
+    from beingvl.errors import InputError
+
+    try:
+        line = _line(fields)
+        parse_row(_process.parser, line, keep_codes=False)
+        return line
+    except UnicodeEncodeError as error:
+        raise InputError(f"a text {CUT_CHARACTER}") from error
+    except NOT_A_ROW as error:
+        raise InputError(f"it cannot be a token row ({error})") from error
 
 
 def _write_shard(folder: Path, variant: str, path: Path) -> None:
@@ -269,13 +294,14 @@ def join_dataset(
     listing = parts.folder / REJECTED_FILE
     parts.join(num_parts, "rejected.jsonl", listing)
     rejected = listing.read_text(encoding="utf-8").split("\n")[:-1]
-    _check_rejected(output, rejected, num_rows, args)
+    _check_rejected(listing, rejected, num_rows, args)
     if args.format == "arrow" and args.duplicate_ids == "refuse":
         refuse_duplicates(parts, [args.json_path] * num_parts, "base.arrow")
+    output.delete_files()
     hashes: dict[str, str] = {}
     for variant in ("base", "vbpe") if args.vbpe_path else ("base",):
         if args.format == "arrow":
-            _join_shards(output, parts, num_parts, variant, request)
+            hashes |= _join_shards(output, parts, num_parts, variant, request)
         else:
             hashes[output.file(variant).name] = parts.join(num_parts, f"{variant}.jsonl", output.file(variant))
     entry = {"request": request, "counts": counts, "lineage": request["lineage"]}
@@ -284,25 +310,24 @@ def join_dataset(
     print(f"{output.folder}: {counts['rows']} rows of {output.name}, {counts['rejected']} rejected, {counts['truncated']} cut")
 
 
-def _check_rejected(output: DatasetFolder, rejected: list[str], num_rows: int, args: argparse.Namespace) -> None:
+def _check_rejected(listing: Path, rejected: list[str], num_rows: int, args: argparse.Namespace) -> None:
     from beingvl.errors import InputError
-    from beingvl.manifest import write_atomically
 
     if len(rejected) > args.max_rejected * num_rows:
-        listing = output.folder / f"{output.name}_{REJECTED_FILE}"
-        write_atomically(listing, "".join(f"{line}\n" for line in rejected))
         found = f"{len(rejected)} of {num_rows} rows of {args.json_path} were rejected, more than {args.max_rejected:.1%}"
         raise InputError(f"{found} (--max_rejected); the first: {rejected[0]}; all are in {listing}")
 
 
-def _join_shards(output: DatasetFolder, parts: Parts, num_parts: int, variant: str, request: dict[str, Any]) -> None:
+def _join_shards(output: DatasetFolder, parts: Parts, num_parts: int, variant: str, request: dict[str, Any]) -> dict[str, str]:
+    """Returns the hashes of the files, by their paths in the output folder."""
     from beingvl.data.arrow_shards import finish_shards
     from beingvl.data.build_shards import link_shards
     from beingvl.manifest import start_folder
 
-    folder = start_folder(output.shards(variant))
+    folder = start_folder(output.shards(variant), "shards")
     shards = link_shards(parts, num_parts, folder, variant)
-    finish_shards(folder, shards, output.layout, request["lineage"], {"request": request})
+    manifest = finish_shards(folder, shards, output.layout, request["lineage"], {"request": request})
+    return {f"{folder.name}/{name}": str(entry["hash"]) for name, entry in manifest.files.items()}
 
 
 def _open_codes(args: argparse.Namespace, rank: int, num_ranks: int) -> CodeFolder | None:
@@ -359,7 +384,7 @@ def _lineages(
 
 
 def _line(value: dict) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+    return (json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n").encode()
 
 
 if __name__ == "__main__":

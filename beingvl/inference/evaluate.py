@@ -131,7 +131,7 @@ def evaluate_in_parts(work: Answering | HeldOutLoss, args: argparse.Namespace, r
     output = args.output_path
     with locked(output):
         if args.overwrite:
-            start_folder(output)
+            start_folder(output, KIND)
             remove_parts(output)
         if is_complete(output):
             already_made(output, KIND, work.request())
@@ -176,7 +176,7 @@ def evaluate_text_parity(args: argparse.Namespace) -> int:
     request = {**check_base(args.model, args.text_parity), "torch_dtype": args.torch_dtype}
     if not already_made(args.output_path, KIND, request, args.overwrite):
         found = text_parity(args.model, args.text_parity, args.torch_dtype, device)
-        start_folder(args.output_path)
+        start_folder(args.output_path, KIND)
         write_scores(args, found, read_manifest(args.model).lineage, {"request": request})
     else:
         print_scores(read_summary(args.output_path))

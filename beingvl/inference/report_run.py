@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
     figures = {"training": training_curves({name: stage.rows for name, stage in pieces.stages.items()}, summary)}
     if examples:
         figures["contact_sheet"] = contact_sheet(examples)
-    folder = start_folder(args.output_path or stages_folder(args) / "report")
+    folder = start_folder(args.output_path or stages_folder(args) / "report", "report")
     write_atomically(folder / "summary.json", to_json(summary))
     for name, figure in figures.items():
         write_atomically(folder / f"{name}.png", to_png(figure))

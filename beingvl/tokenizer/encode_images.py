@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     request = {"vqgan": vqgan.fingerprint(), "dtype": dtype}
     with locked(args.output_path):
         if args.overwrite:
-            start_folder(args.output_path)
+            start_folder(args.output_path, "vq_codes")
             remove_parts(args.output_path)
         if is_complete(args.output_path):
             already_made(args.output_path, "vq_codes", {**request, "images": hash_all(images, keys)})

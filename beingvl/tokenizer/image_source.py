@@ -127,13 +127,21 @@ class TarImages:
 
 
 def named_images(json_path: Path) -> list[str]:
-    """Sorted keys of the images that a LLaVA JSON array or JSONL file names. Raises InputError for a malformed file."""
+    """Sorted keys of the images that a LLaVA JSON array or JSONL file names. Raises InputError for a malformed file.
+
+    Rows whose `image` is no path are counted in a warning, as tokenize rejects them; when there are only such, it is an error.
+    """
     keys: set[str] = set()
+    num_malformed, first = 0, ""
     for number, row in enumerate(stream_rows(json_path), 1):
         try:
             keys.update(image_keys(row))
         except InputError as error:
-            raise InputError(f"{json_path}, row {number}: {error}") from error
+            num_malformed, first = num_malformed + 1, first or f"{json_path}, row {number}: {error}"
+    if first and not keys:
+        raise InputError(first)
+    if first:
+        print(f"warning: {num_malformed} rows were left out, the first is {first}")
     return _some(keys, json_path)
 
 

@@ -146,7 +146,7 @@ class Output:
 
         self.file.parent.mkdir(parents=True, exist_ok=True)
         if self.folder:
-            start_folder(self.folder)
+            start_folder(self.folder, "vbpe")
             shutil.rmtree(self.folder / REPORT_FOLDER, ignore_errors=True)  # of the vocabulary before
 
     def write(self, vbpe: VisualBPE | LegacyVisualBPE) -> None:

@@ -33,7 +33,14 @@ class CodeFolder:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.manifest: Manifest = read_manifest(self.path, "vq_codes")
+        for name in {CODES_FILE, KEYS_FILE, KEY_OFFSETS_FILE} & set(self.manifest.files):
+            self._check_size(name, int(self.manifest.files[name]["bytes"]))
         self.codes = load_mapped(self.path / CODES_FILE, "make it again with `beingvl encode-images`")
+
+    def _check_size(self, name: str, expected: int) -> None:
+        found = (self.path / name).stat().st_size if (self.path / name).is_file() else 0
+        if found != expected:
+            raise _damaged(self.path / name, f"it has {found} bytes, the manifest says {expected}")
 
     @property
     def num_codes(self) -> int:
@@ -48,7 +55,8 @@ class CodeFolder:
     @cached_property
     def keys(self) -> list[str]:
         """Image keys in row order."""
-        return [json.loads(line) for line in (self.path / KEYS_FILE).read_text(encoding="utf-8").rstrip("\n").split("\n")]
+        lines = (self.path / KEYS_FILE).read_bytes().removesuffix(b"\n").split(b"\n")
+        return [_key_of(line, self.path / KEYS_FILE) for line in lines]
 
     @cached_property
     def _sorted_keys(self) -> _MappedKeys | None:
@@ -87,14 +95,15 @@ class _MappedKeys:
 
     def __init__(self, folder: Path) -> None:
         self._offsets = load_mapped(folder / KEY_OFFSETS_FILE, "make it again with `beingvl encode-images`")
-        with open(folder / KEYS_FILE, "rb") as file:
+        self._path = folder / KEYS_FILE
+        with open(self._path, "rb") as file:
             self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
     def __getitem__(self, row: int) -> str:
-        return json.loads(self._lines[int(self._offsets[row]) : int(self._offsets[row + 1])])
+        return _key_of(self._lines[int(self._offsets[row]) : int(self._offsets[row + 1])], self._path)
 
 
 def load_mapped(path: Path, remedy: str) -> np.ndarray:
@@ -103,6 +112,20 @@ def load_mapped(path: Path, remedy: str) -> np.ndarray:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError, SyntaxError, TokenError) as error:  # numpy reads the header as Python
         raise InputError(f"{path} is damaged ({error}); {remedy}") from error
+
+
+def _damaged(path: Path, found: str) -> InputError:
+    return InputError(f"{path} is damaged ({found}); make it again with `beingvl encode-images`")
+
+
+def _key_of(line: bytes, path: Path) -> str:
+    try:
+        key = json.loads(line.decode())
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(key, str):
+        raise _damaged(path, f"it holds {key!r} where a key is expected")
+    return key
 
 
 def key_line(key: str) -> str:
@@ -131,7 +154,8 @@ def finish_codes(
     with open(temporary, "wb") as file:
         np.save(file, np.concatenate([[0], np.cumsum(lengths)]).astype("<i8"))
     temporary.replace(folder / KEY_OFFSETS_FILE)
-    write_manifest(folder, "vq_codes", counts, lineage, details, known_hashes)
+    own = {CODES_FILE, KEYS_FILE, KEY_OFFSETS_FILE, REJECTED_FILE}  # images that lie there are never listed, nor removed
+    write_manifest(folder, "vq_codes", counts, lineage, details, known_hashes, own.__contains__)
 
 
 def find_images(folder: Path) -> list[str]:

@@ -104,7 +104,7 @@ class VQGAN:
     ) -> Manifest:
         """Write a stock folder and its manifest; `counts` and `details` go into the manifest, `files` beside the weights."""
         assert self._dtype == torch.float32, "a VQ-GAN loaded in another dtype has lost the bits it would save"
-        folder = start_folder(folder)
+        folder = start_folder(folder, "vqgan")
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         for name, data in (files or {}).items():

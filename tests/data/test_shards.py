@@ -1,16 +1,18 @@
 """Arrow shards, JSONL -> shards, and the loader's batches."""
 
+import gc
 import json
 
 import numpy as np
 import pytest
 
 from beingvl import cli
+from beingvl.data import arrow_shards
 from beingvl.data.arrow_shards import Sample, ShardReader, ShardWriter
 from beingvl.data.loader import IGNORED, TrainingData, collate, shifted_targets
 from beingvl.data.mixture import Mixture
 from beingvl.errors import InputError
-from beingvl.manifest import hash_file, write_manifest
+from beingvl.manifest import hash_file, read_manifest, write_manifest
 from beingvl.tokenizer.vbpe import VisualBPE
 from beingvl.vocab import TOKEN_KINDS, VocabLayout
 from tests.tiny import LAYOUT, write_model, write_shards
@@ -38,6 +40,17 @@ def test_what_was_written_is_read(tmp_path) -> None:
         assert found.target_spans.tolist() == expected.target_spans.tolist()
     assert reader.lengths.tolist() == [len(entry.input_ids) for entry in written]
     assert [reader.sources[source] for source in reader.source_of] == [entry.category for entry in written]
+
+
+def test_shards_are_read_in_the_order_they_were_written(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(arrow_shards, "shard_name", lambda number: f"shard-{99_999 + number:05d}.arrow")
+    writer = ShardWriter(tmp_path, LAYOUT, rows_per_shard=1)
+    for number in range(3):
+        writer.add(sample([1, 2, *range(number)], [], f"s{number}"))
+    writer.finish({}, {})
+    reader = ShardReader(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.arrow"))[0] == "shard-100000.arrow"
+    assert [reader[number].id for number in range(3)] == ["s0", "s1", "s2"]
 
 
 def test_samples_are_views_into_the_memory_map(tmp_path) -> None:
@@ -135,6 +148,52 @@ def test_bad_rows_are_named(tmp_path, capsys, row, message) -> None:
     assert build_shards(tmp_path, [ROW, row], "--model_path", str(tmp_path / "base")) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "shards" / "manifest.json").exists()
+
+
+def test_the_garbage_collector_works_again_when_the_shards_are_built(tmp_path) -> None:
+    assert build_shards(tmp_path, [ROW], "--model_path", str(tmp_path / "base")) == 0 and gc.isenabled()
+    assert build_shards(tmp_path, ["{"], "--model_path", str(tmp_path / "base"), "--overwrite") == 2 and gc.isenabled()
+
+
+def test_merged_images_far_behind_in_a_shard_are_seen(tmp_path, capsys) -> None:
+    rows = [{**ROW, "token_1": [5] * 70_000}, {**ROW, "id": 8, "token_image_new": [279]}]
+    assert build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base")) == 0
+    assert read_manifest(tmp_path / "shards").details["merged_images"] == "not decoded"
+    assert "the merged images in these shards were never decoded" in capsys.readouterr().out
+
+
+def test_parts_of_another_version_are_not_gone_on_with(tmp_path, capsys, monkeypatch) -> None:
+    options = ["--model_path", str(tmp_path / "base"), "--part_bytes=100"]
+    rows = [{**ROW, "id": number} for number in range(4)]
+    with monkeypatch.context() as patch:
+        patch.setattr("beingvl.data.build_shards.PARTS_VERSION", 1)
+        assert build_shards(tmp_path, rows, *options, "--rank=0", "--num_ranks=2") == 0
+    assert build_shards(tmp_path, rows, *options) == 2
+    assert "unfinished work of another parts_version (found 1, asked for 2)" in capsys.readouterr().err
+    assert build_shards(tmp_path, rows, *options, "--overwrite") == 0
+
+
+def test_shards_that_a_kill_in_the_join_left_get_into_no_manifest(tmp_path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "shard-00001.arrow").write_bytes(b"of a run with more parts")
+    assert build_shards(tmp_path, [ROW], "--model_path", str(tmp_path / "base")) == 0
+    assert len(ShardReader(tmp_path / "shards")) == 1
+
+
+def test_an_overwrite_removes_shards_only(tmp_path, capsys) -> None:
+    model = ["--model_path", str(tmp_path / "base")]
+    assert build_shards(tmp_path, [ROW], *model) == 0
+    (tmp_path / "shards" / "picture.png").write_bytes(b"somebody's")
+    assert build_shards(tmp_path, [ROW], *model, "--overwrite") == 0
+    assert build_shards(tmp_path, [ROW, {**ROW, "id": 8}], *model, "--overwrite") == 0
+    assert (tmp_path / "shards" / "picture.png").read_bytes() == b"somebody's"
+    assert "picture.png" not in read_manifest(tmp_path / "shards").files
+    rows = tmp_path / "rows" / "data.jsonl"
+    rows.parent.mkdir()
+    rows.write_text(json.dumps(ROW) + "\n")
+    write_manifest_beside(rows, {})
+    assert cli.main(["build-shards", f"--jsonl_path={rows}", f"--output_path={rows.parent}", "--overwrite"]) == 2
+    assert "holds 'jsonl', which a step that writes 'shards' does not replace" in capsys.readouterr().err and rows.is_file()
 
 
 def test_unknown_vocabulary_and_missing_file(tmp_path, capsys) -> None:
@@ -324,6 +383,13 @@ def test_a_flipped_bit_that_makes_a_sample_impossible_stops_the_reader(tmp_path,
         if found is ids:
             assert cli.main(["report", "data", str(tmp_path), "--output_path", str(tmp_path / "page.html")]) == 2
             assert "it holds an id outside the vocabulary" in capsys.readouterr().err
+
+
+def test_a_source_that_the_manifest_does_not_name(tmp_path, capsys) -> None:
+    manifest = write_shards(tmp_path) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"reasoning"', '"seasoning"'))
+    assert cli.main(["verify", str(tmp_path)]) == 2
+    assert "shard-00000.arrow holds the source 'reasoning', the manifest ['foundation', 'seasoning']" in capsys.readouterr().err
 
 
 def test_an_index_that_does_not_fit(tmp_path, capsys) -> None:

@@ -7,9 +7,10 @@ import pytest
 
 from beingvl import cli
 from beingvl.data.arrow_shards import ShardReader
+from beingvl.data.dataset_folder import DatasetFolder
 from beingvl.data.tokenize_dataset import read_rows
 from beingvl.errors import InputError
-from beingvl.manifest import read_manifest, write_manifest
+from beingvl.manifest import hash_file, read_manifest, write_manifest
 from beingvl.tokenizer.vbpe import VisualBPE
 from tests.tiny import LAYOUT, write_model
 
@@ -109,19 +110,102 @@ def test_max_length(inputs) -> None:
     assert read(inputs, "base") == []
 
 
+TURNS = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]
+WITH_NAN, WITH_BIG_INTEGER = ([{**TURNS[0], "score": score}, TURNS[1]] for score in (float("nan"), 10**30))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"category": 5}, "category is 5, expected a text"),
         ({"id": "cut \ud83d"}, "half of a surrogate pair"),
-        ({"id": ["\ud83d"], "category": "\ud83d"}, "half of a surrogate pair"),
+        ({"id": ["\ud83d"]}, "id is ['\\\\ud83d'], expected a text or a whole number"),
+        ({"id": True}, "id is True"),
+        ({"category": "\ud83d"}, "half of a surrogate pair"),
+        ({"image": None, "conversations": WITH_NAN}, "Out of range float values are not JSON compliant"),
+        ({"conversations": WITH_BIG_INTEGER}, "BIGINT_ERROR"),
+        ({"image": False}, "image is neither a path nor a list of paths"),
+        ({"image": 0}, "image is neither a path nor a list of paths"),
+        ({"image": {}}, "image is neither a path nor a list of paths"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "\ud83d"}]}, "half of a surrogate pair"),
     ],
 )
 def test_a_row_that_no_file_could_hold_is_rejected_alone(inputs, change, reason) -> None:
-    assert tokenize(inputs, [row(0), {**row(1), **change}], "--max_rejected", "1") == 0
-    assert [line["id"] for line in read(inputs, "base")] == [row(0)["id"]]
-    assert reason in next(inputs.rglob("rejected.jsonl")).read_text()
+    rows = [row(0), {**row(1), "conversations": TURNS, "image": None, **change}, row(2)]
+    assert tokenize(inputs, rows, "--max_rejected", "1") == 0
+    assert [line["id"] for line in read(inputs, "base")] == ["r0", "r2"]
+    assert reason in next((inputs / "out").rglob("rejected.jsonl")).read_text()
+    assert cli.main(["verify", str(inputs / "out")]) == 0
+
+
+def test_a_row_without_an_id_and_one_whose_id_is_null_are_alike(inputs) -> None:
+    nameless = row(1)
+    del nameless["id"]
+    assert tokenize(inputs, [row(0, id=7), nameless, row(2, id=None)]) == 0
+    assert [line["id"] for line in read(inputs, "base")] == ["7", "", ""]
+
+
+def test_a_run_over_the_limit_goes_on_with_a_higher_one(inputs, capsys) -> None:
+    rows = [row(0), row(1, conversations=[])]
+    assert tokenize(inputs, rows, "--dataset_name", "e") == 2
+    listing = inputs / "out" / "e.parts.tmp" / "rejected.jsonl"
+    assert str(listing) in capsys.readouterr().err and json.loads(listing.read_text())["index"] == 1
+    assert tokenize(inputs, rows[:1]) == 0
+    assert set(read_manifest(inputs / "out").files) == {"d_base.jsonl", "d_vbpe.jsonl", "rejected.jsonl"}
+    assert tokenize(inputs, rows, "--dataset_name", "e", "--max_rejected", "0.5") == 0
+    assert not list((inputs / "out").glob("e_rejected*")) and cli.main(["verify", str(inputs / "out")]) == 0
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "arrow"])
+def test_files_of_an_unfinished_run_get_into_no_manifest(inputs, monkeypatch, kind) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*args: object) -> None:
+        raise Killed
+
+    options = ["--dataset_name", "e", "--format", kind]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(DatasetFolder, "finish", kill)
+        tokenize(inputs, [row(n) for n in range(4)], *options, "--rows_per_part=1")
+    assert len(list((inputs / "out").glob("e_*"))) == 2
+    assert tokenize(inputs, [row(0)]) == 0
+    assert set(read_manifest(inputs / "out").files) == {"d_base.jsonl", "d_vbpe.jsonl", "rejected.jsonl"}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("beingvl.data.tokenize_dataset.tokenize_parts", kill)
+        tokenize(inputs, [row(5)], *options, "--overwrite")
+    assert not list((inputs / "out").glob("e_*"))
+    assert tokenize(inputs, [row(5)], *options) == 0
+    assert cli.main(["verify", str(inputs / "out")]) == 0
+
+
+def test_a_dataset_is_replaced_without_a_moment_at_which_the_others_are_incomplete(inputs, monkeypatch) -> None:
+    assert tokenize(inputs, [row(0)]) == 0
+    assert tokenize(inputs, [row(1)], "--dataset_name", "e", "--format", "arrow") == 0
+    removed = []
+
+    def delete(folder: DatasetFolder) -> None:
+        manifest = read_manifest(inputs / "out")
+        assert list(manifest.details["datasets"]) == ["d"] and manifest.counts["rows"] == 1
+        assert set(manifest.files) == {"d_base.jsonl", "d_vbpe.jsonl", "rejected.jsonl"}
+        assert cli.main(["verify", str(inputs / "out")]) == 0
+        removed.append(folder.name)
+        monkeypatch.undo()
+        folder.delete_files()
+
+    monkeypatch.setattr(DatasetFolder, "delete_files", delete)
+    assert tokenize(inputs, [row(2)], "--dataset_name", "e", "--format", "arrow", "--overwrite") == 0
+    assert removed == ["e"] and cli.main(["verify", str(inputs / "out")]) == 0
+    assert ShardReader(inputs / "out" / "e_base")[0].id == "r2"
+
+
+def test_the_join_hashes_no_shard_again(inputs, monkeypatch) -> None:
+    hashed = []
+    with monkeypatch.context() as patch:
+        patch.setattr("beingvl.manifest.hash_file", lambda path: hashed.append(path.name) or hash_file(path))
+        assert tokenize(inputs, [row(0)], "--format", "arrow") == 0
+    assert "lengths.npy" in hashed and not [name for name in hashed if name.endswith(".arrow")]
+    assert cli.main(["verify", str(inputs / "out")]) == 0
 
 
 def test_shards_hold_no_id_twice_unasked(inputs, capsys) -> None:
@@ -214,8 +298,11 @@ def test_long_samples_are_cut_by_choice(inputs, capsys) -> None:
 def test_a_jsonl_that_changed_after_its_manifest(inputs, capsys) -> None:
     assert tokenize(inputs, [row(0)]) == 0
     path = inputs / "out" / "d_vbpe.jsonl"
-    path.write_text(path.read_text().replace("r0", "r1"))
     command = ["build-shards", "--jsonl_path", str(path), "--output_path", str(inputs / "shards")]
+    path.write_text(path.read_text())  # younger, but the same
+    assert path.stat().st_mtime_ns > (inputs / "out" / "manifest.json").stat().st_mtime_ns
+    assert cli.main(command) == 0
+    path.write_text(path.read_text().replace("r0", "r1"))
     assert cli.main(command) == 2
     assert "changed after its manifest" in capsys.readouterr().err
 

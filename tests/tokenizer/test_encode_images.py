@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tarfile
 
 import numpy as np
@@ -158,6 +159,22 @@ def test_a_finished_output_is_reused_refused_or_replaced(image_path, vq_path, tm
     assert read_manifest(output).lineage == {"vqgan": VQGAN.load(other_vq).fingerprint()}
 
 
+def test_rows_that_name_no_path_are_left_out(image_path, vq_path, tmp_path, capsys):
+    rows = [{"image": 7}, {"image": KEYS[0]}, {"image": [None]}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert encode(image_path, vq_path, tmp_path / "codes", json_path=tmp_path / "rows.json") == 0
+    assert "warning: 2 rows were left out, the first is" in capsys.readouterr().out
+    assert read_manifest(tmp_path / "codes").counts["images"] == 1
+
+
+def test_an_overwrite_removes_no_images(image_path, vq_path, tmp_path):
+    folder = shutil.copytree(image_path, tmp_path / "both")
+    assert encode(folder, vq_path, folder) == 0
+    assert set(read_manifest(folder).files) == {"codes.npy", "keys.jsonl", "key_offsets.npy", "rejected.jsonl"}
+    assert encode(folder, vq_path, folder, overwrite=True) == 0
+    assert all((folder / key).is_file() for key in KEYS)
+
+
 WRONG_JSON = {
     "line 1: not valid JSON": "{",
     "row 2: expected an object": '[{"image": "a.png"}, 7]',
@@ -194,6 +211,29 @@ def test_wrong_options_are_refused(image_path, vq_path, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert encode(tmp_path / "empty", vq_path, tmp_path / "codes") == 2
     assert "has no images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["codes.npy", "keys.jsonl", "key_offsets.npy"])
+def test_files_that_are_cut_off_or_gone_are_named(image_path, vq_path, tmp_path, name):
+    encode(image_path, vq_path, tmp_path / "codes")
+    path = tmp_path / "codes" / name
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(InputError, match=f"{name} is damaged .it has {size - 3} bytes, the manifest says {size}"):
+        CodeFolder(tmp_path / "codes")
+    path.unlink()
+    with pytest.raises(InputError, match=f"{name} is damaged .it has 0 bytes"):
+        CodeFolder(tmp_path / "codes")
+
+
+@pytest.mark.parametrize(("start", "found"), [(b"\0", "Expecting value"), (b"\xff", "invalid start byte"), (b"7", "it holds 7")])
+def test_keys_that_are_none_are_named(image_path, vq_path, tmp_path, start, found):
+    encode(image_path, vq_path, tmp_path / "codes")
+    path = tmp_path / "codes" / "keys.jsonl"
+    path.write_bytes(b"".join(start.ljust(len(line) - 1) + b"\n" for line in path.read_bytes().splitlines(True)))
+    for ask in (lambda folder: folder.keys, lambda folder: folder.row("a.png")):
+        with pytest.raises(InputError, match=f"keys.jsonl is damaged .*{found}.*encode-images"):
+            ask(CodeFolder(tmp_path / "codes"))
 
 
 def test_damaged_codes_are_named(image_path, vq_path, tmp_path):
