@@ -242,23 +242,29 @@ def read_manifest(folder: Path | str, kind: str | Iterable[str] | None = None) -
     return manifest
 
 
-def start_folder(folder: Path | str, kind: str | None = None) -> Path:
+def start_folder(folder: Path | str, kind: str) -> Path:
     """Make `folder` ready to be written: from here on it is incomplete; what an older manifest listed is removed.
 
     Raises InputError when the folder holds another kind of artefact, such as the input of this step.
     """
     folder = Path(folder)
     if is_complete(folder):
-        manifest = read_manifest(folder)
-        if kind not in (None, manifest.kind):
-            raise InputError(
-                f"{folder} holds {manifest.kind!r}, which a step that writes {kind!r} does not replace; choose another folder"
-            )
+        manifest = refuse_other_kind(folder, kind)
         (folder / MANIFEST_FILE).unlink()
         for name in manifest.files:
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def refuse_other_kind(folder: Path, kind: str) -> Manifest:
+    """The manifest of a finished folder that a step may replace; raises InputError when it holds another kind of artefact."""
+    manifest = read_manifest(folder)
+    if manifest.kind != kind:
+        raise InputError(
+            f"{folder} holds {manifest.kind!r}, which a step that writes {kind!r} does not replace; choose another folder"
+        )
+    return manifest
 
 
 def is_complete(folder: Path | str) -> bool:

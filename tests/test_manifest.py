@@ -96,7 +96,7 @@ def test_a_manifest_that_lacks_something_is_named(folder, name) -> None:
 def test_a_started_folder_is_incomplete_and_empty(folder) -> None:
     with pytest.raises(InputError, match="holds 'shards', which a step that writes 'vq_codes' does not replace"):
         start_folder(folder, "vq_codes")
-    start_folder(folder)
+    start_folder(folder, "shards")
     assert not manifest.is_complete(folder)
     assert not (folder / "sub" / "a.bin").exists()
 

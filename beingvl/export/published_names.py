@@ -60,7 +60,7 @@ def write_published(model_folder: Path | str, target: Path | str, link: bool = T
 
     others = _other_files(model_folder)
     num_bytes = bytes_to_write(weights, target, added, link) + _num_bytes(others)
-    start_target(target, {"model": str(model_folder.resolve())}, num_bytes)
+    start_target(target, PUBLISHED_KIND, {"model": str(model_folder.resolve())}, num_bytes)
     _copy(others, target)
     write_atomically(target / "config.json", to_json(config))
     if (vq_folder / PREPROCESSOR_FILE).is_file():
@@ -95,7 +95,7 @@ def read_published(folder: Path | str, target: Path | str, link: bool = True) ->
     others = _other_files(folder)
     vq_bytes = sum(weights.tensors[name].num_bytes for name in vq_names)
     num_bytes = bytes_to_write(weights, target, {}, link, drop=vq_names) + vq_bytes + _num_bytes(others)
-    start_target(target, {"model": str(folder.resolve())}, num_bytes)
+    start_target(target, "model", {"model": str(folder.resolve())}, num_bytes)
     _copy([path for path in others if path.name != PREPROCESSOR_FILE], target)
     write_atomically(target / "config.json", to_json(config))
     write_atomically(target / LAYOUT_FILE, to_json(layout.to_dict()))
@@ -113,7 +113,7 @@ def _write_vqgan(folder: Path, target: Path, weights: WeightFolder, vq_names: li
         name.removeprefix(PREFIX): NewTensor(weights.shape(name), weights.dtype(name), _reader(weights, name))
         for name in vq_names
     }
-    start_folder(target)
+    start_folder(target, "vqgan")
     hashes = rewrite_weights(weights, target, named, link=False, drop=list(weights))
     write_atomically(target / "config.json", to_json(vq_config))
     if (folder / PREPROCESSOR_FILE).is_file():

@@ -290,7 +290,7 @@ def write_base(args: argparse.Namespace, conversion: Conversion, request: Mappin
     base, layout, target, link = conversion.base, conversion.layout, args.output_path, not args.no_link
     replace = replaced_tensors(conversion, args.init, args.seed)
     num_bytes = bytes_to_write(base.weights, target, replace, link) + _bytes_beside_weights(args.being_vq_path)
-    resuming = start_target(target, request, num_bytes, args.overwrite)
+    resuming = start_target(target, "model", request, num_bytes, args.overwrite)
     if resuming:
         print(f"{target} holds an interrupted conversion with the same inputs: finishing it")
     new_ids = f"new ids {layout.num_text} … {layout.size - 1}"

@@ -1,7 +1,7 @@
 """The folder that a model is written into: never an input, never somebody's files, incomplete until its manifest is there.
 
     check_target(target, inputs, overwrite)    before anything else: refuses a target that would harm
-    start_target(target, request, num_bytes)   from here on it is ours and incomplete; nothing of another model stays in it
+    start_target(target, kind, request, …)     from here on it is ours and incomplete; nothing of another model stays in it
     finish_target(target, kind, …)             the manifest, then the marker goes
 
 While a folder is unfinished it holds a marker with the request (options and inputs) that is being written, so that the same
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from beingvl.errors import InputError
-from beingvl.manifest import Manifest, is_complete, start_folder, to_json, write_atomically, write_manifest
+from beingvl.manifest import Manifest, is_complete, refuse_other_kind, start_folder, to_json, write_atomically, write_manifest
 from beingvl.model.weight_files import WEIGHT_PATTERNS, check_disk_space
 from beingvl.vocab import LAYOUT_FILE
 
@@ -60,12 +60,14 @@ def check_target(target: Path, inputs: Mapping[str, Path], overwrite: bool) -> N
         raise InputError(f"--output_path {target} exists and holds files; choose another folder or add --overwrite")
 
 
-def start_target(target: Path, request: Mapping[str, Any], num_bytes: int, overwrite: bool = True) -> bool:
+def start_target(target: Path, kind: str, request: Mapping[str, Any], num_bytes: int, overwrite: bool = True) -> bool:
     """Make the target ours, incomplete and free of another model's files; True when `request` had begun to fill it.
 
     Raises InputError, before anything is changed, when the disk has less than `num_bytes` free, or when another request was
-    interrupted here and `overwrite` is not given.
+    interrupted here and `overwrite` is not given, or when the target is a finished artefact of another kind.
     """
+    if is_complete(target):
+        refuse_other_kind(target, kind)
     found = {} if is_complete(target) else _unfinished_request(target)
     same = found.get("request") == json.loads(to_json(request))
     if found and not same and not overwrite:
@@ -80,7 +82,7 @@ def start_target(target: Path, request: Mapping[str, Any], num_bytes: int, overw
     target.mkdir(parents=True, exist_ok=True)
     # The marker comes before the first deletion, so that a run killed in between is known; `cleared` says what may be kept.
     write_atomically(marker, to_json({"request": request, "cleared": resuming}))
-    start_folder(target)
+    start_folder(target, kind)
     _remove(path for pattern in (["*.tmp"] if resuming else MODEL_PATTERNS) for path in target.glob(pattern) if path != marker)
     write_atomically(marker, to_json({"request": request, "cleared": True}))
     return resuming

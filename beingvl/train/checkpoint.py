@@ -124,7 +124,7 @@ class CheckpointWriter:
     ) -> None:
         """`tensors` must not change until `commit`. Rank 0 calls `write_more` for what belongs to it beside the slices."""
         self.commit()
-        self._together(folder, lambda: start_folder(folder) if self._rank == 0 else None)
+        self._together(folder, lambda: start_folder(folder, "checkpoint") if self._rank == 0 else None)
         path = folder / rank_file(self._rank, state.num_ranks)
         self._begun = _BegunCheckpoint(folder, state, write_more, self._pool.submit(_write_slices, path, tensors, self._advance))
 
@@ -199,7 +199,7 @@ def delete_old_checkpoints(output: Path, keep_last: int, keep_every: int = 0) ->
     """
     for folder in complete_checkpoints(output)[:-keep_last]:
         if not keep_every or step_of(folder) % keep_every:
-            start_folder(folder)
+            start_folder(folder, "checkpoint")
             shutil.rmtree(folder, ignore_errors=True)  # a network disk keeps what another process reads
 
 

@@ -40,7 +40,7 @@ def write_hf_folder(
     weight_files = {*weights.files, weights.index_file}
     others = [name for name in manifest.files if name not in weight_files]
     num_bytes = bytes_to_write(weights, target, trained, link) + sum(int(manifest.files[name]["bytes"]) for name in others)
-    start_target(target, {"start_model": manifest.content_hash, "checkpoint": str(checkpoint)}, num_bytes)
+    start_target(target, "model", {"start_model": manifest.content_hash, "checkpoint": str(checkpoint)}, num_bytes)
     for name in others:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(start_model / name, target / name)

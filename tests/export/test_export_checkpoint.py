@@ -123,17 +123,20 @@ def test_files_of_another_model_are_refused_and_do_not_survive(tmp_path, base, c
 
 
 def test_the_disk_is_checked_before_an_older_folder_is_removed(tmp_path, base, checkpoint, capsys, monkeypatch):
-    arguments = ["--model", base, "--checkpoint", checkpoint, "--output_path", tmp_path / "out"]
-    assert export(*arguments) == 0
-    before = snapshot(tmp_path / "out")
+    ours = ["--model", base, "--checkpoint", checkpoint, "--output_path", tmp_path / "ours"]
+    published = ["--model", base, "--format", "being-vl-0.5", "--output_path", tmp_path / "published"]
+    assert export(*ours) == 0 and export(*published) == 0
+    before = snapshot(tmp_path / "ours"), snapshot(tmp_path / "published")
     from beingvl.model import weight_files
 
     usage = weight_files.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(weight_files.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    for chosen in (arguments, ["--model", base, "--format", "being-vl-0.5", "--output_path", tmp_path / "out"]):
+    for chosen in (ours, published):
         assert export(*chosen, "--overwrite") == 2
         assert "are to be written" in capsys.readouterr().err
-    assert snapshot(tmp_path / "out") == before
+    assert (snapshot(tmp_path / "ours"), snapshot(tmp_path / "published")) == before
+    assert export(*published[:-1], tmp_path / "ours", "--overwrite") == 2
+    assert "holds 'model', which a step that writes 'published_model' does not replace" in capsys.readouterr().err
 
 
 def test_padding_rows_are_not_compared_and_fewer_rows_are_another_model():

@@ -93,7 +93,7 @@ def overwrite_summary(folder: Path, **fields: object) -> None:
     manifest = read_manifest(folder, "evaluation")
     summary = json.loads((folder / "scores.json").read_text()) | fields
     predictions = (folder / "predictions.jsonl").read_text()
-    start_folder(folder)
+    start_folder(folder, "evaluation")
     (folder / "scores.json").write_text(to_json(summary))
     (folder / "predictions.jsonl").write_text(predictions)
     write_manifest(folder, "evaluation", manifest.counts, manifest.lineage, manifest.details)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from beingvl.cli import main
-from beingvl.manifest import hash_file, read_manifest, verify_folder
+from beingvl.manifest import hash_file, read_manifest, verify_folder, write_manifest
 from beingvl.model import convert_llama, target_folder
 from beingvl.model.base_model import BaseModel
 from beingvl.model.new_rows import VisualVocabulary, make_rows
@@ -419,6 +419,14 @@ def test_targets_that_would_harm_are_refused(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"] and snapshot(base) == before
     assert convert("--llama_path", base, "--num_merges", 0, "--output_path", tmp_path / "full", "--overwrite") == 0
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes" / "codes.npy").write_bytes(b"days of work")
+    write_manifest(tmp_path / "codes", "vq_codes", {}, {})
+    codes = snapshot(tmp_path / "codes")
+    refused(
+        capsys, "holds 'vq_codes'", "--llama_path", base, "--num_merges", 0, "--output_path", tmp_path / "codes", "--overwrite"
+    )
+    assert snapshot(tmp_path / "codes") == codes
 
 
 def test_a_finished_target_is_reused_by_the_same_request_and_refused_to_others(tmp_path, llama, capsys):
@@ -656,7 +664,7 @@ def test_killed_around_the_marker_the_same_command_goes_on(tmp_path, llama, monk
     assert convert(*arguments) == 0 and not list(target.glob("*.tmp"))
     before = new_row_bytes(target)
     # Killed when the older base is no longer finished, but its files are there: they are not taken for the new one's.
-    monkeypatch.setattr(target_folder, "start_folder", lambda folder: (folder / "manifest.json").unlink())
+    monkeypatch.setattr(target_folder, "start_folder", lambda folder, kind: (folder / "manifest.json").unlink())
     interrupt(monkeypatch, target_folder, "_remove", *arguments, "--seed", 5, "--overwrite")
     monkeypatch.undo()
     monkeypatch.setattr(convert_llama, "DEFAULT_CODES", NUM_CODES)

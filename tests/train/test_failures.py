@@ -51,7 +51,7 @@ def poison(model: Path, target: Path, token_id: int) -> Path:
     """The model with an infinite embedding row: every sample that holds the token gives a loss that is not finite."""
     tensors = load_file(model / "model.safetensors")
     tensors["model.embed_tokens.weight"][token_id] = float("inf")
-    start_folder(target)
+    start_folder(target, "model")
     for name in read_manifest(model).files:
         (target / name).write_bytes((model / name).read_bytes())
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
