@@ -88,6 +88,8 @@ def train(
         asked = [int(stop_requested()), int(is_time and ranks.rank == 0), int(saver.is_written)]
         totals = sum_over_ranks([*window.counts, *asked], ranks.device).astype(int).tolist()
         num_target_tokens, num_tokens, num_pairs, num_visual_tokens, num_stop_requests, is_time, num_written = totals
+        if num_stop_requests and saved.step == step:
+            break  # asked during the start or a save: this step can wait
 
         # ---- forward and backward ----
         learning_rate = learning_rate_of(step, num_steps, config)
