@@ -110,6 +110,12 @@ def test_replay_shows_the_samples_of_a_step_and_finds_its_loss(work, plain_run) 
     assert train(work, "plain", "--replay", "1000").returncode == 2
 
 
+def test_a_replay_of_several_ranks_gives_up_on_one_that_never_comes(work, plain_run) -> None:
+    done = train(work, "plain", "--replay", "3", "--set", "beingvl.stall_timeout_seconds=4", RANK="0", WORLD_SIZE="2")
+    assert done.returncode == 1 and "no progress for 4 s: rank 1 has not started" in done.stderr, done.stderr
+    assert not (plain_run / "ranks").exists()  # these are the run's
+
+
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_moments_of_surviving_tensors_can_be_carried_over(work, plain_run, stage: int) -> None:
     """One more update from carried moments: exp_avg = 0.9 old + 0.1 gradient, so it differs from 0.1 gradient by 0.9 old.
