@@ -180,6 +180,21 @@ def test_a_cut_off_checkpoint_is_one_sentence_with_what_to_do(work, plain_run) -
     assert f"{path} is missing or damaged" in line and f"remove {newest} to go on from {older.name}" in line
 
 
+def test_moments_of_which_no_tensor_survives_leave_the_start_model_as_it_is(work, plain_run) -> None:
+    """The stage before trained nothing that this one trains. Adam's first update moves a weight by its rate, after the decay."""
+    before = work / "nothing-survives"
+    shutil.copytree(plain_run, before)
+    state = complete_checkpoints(before)[-1] / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "parameters": {}}))
+    done = train(work, "from-nothing", "--carry_moments", "--set", "beingvl.max_steps=1", model=before)
+    assert done.returncode == 0 and "optimizer moments carried over" in done.stdout, done.stderr
+    with StateReader(complete_checkpoints(work / "from-nothing")[-1]) as reader:
+        assert {entry["adam_steps"] for entry in reader.state.parameters.values()} == {1}
+    rate, start = read_metrics(work / "from-nothing")[0]["learning_rate"], dict(WeightFolder(before / "final"))
+    for name, tensor in dict(WeightFolder(work / "from-nothing" / "final")).items():
+        assert (tensor - start[name] * (1 - 0.1 * rate)).abs().max() <= 1.01 * rate, name
+
+
 def test_carrying_moments_needs_a_stage_folder(work) -> None:
     done = train(work, "nothing-to-carry", "--carry_moments")
     assert done.returncode == 2 and "is no stage folder with checkpoints" in done.stderr
