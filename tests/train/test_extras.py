@@ -200,10 +200,18 @@ def test_carrying_moments_needs_a_stage_folder(work) -> None:
     assert done.returncode == 2 and "is no stage folder with checkpoints" in done.stderr
 
 
-def test_checkpoints_by_the_clock(work) -> None:
+def test_checkpoints_by_the_clock_and_metrics_for_tensorboard(work) -> None:
     settings = ["beingvl.checkpoint_every_steps=0", "beingvl.checkpoint_every_minutes=0.0000001", "beingvl.keep_every=3"]
-    assert train(work, "clock", "--set", *settings, "beingvl.keep_last=1", "beingvl.max_steps=4").returncode == 0
+    settings += ["beingvl.keep_last=1", "beingvl.max_steps=4", "beingvl.tensorboard=true"]
+    assert train(work, "clock", "--set", *settings, "--log_dir", str(work / "clock-logs")).returncode == 0
     assert [step_of(path) for path in complete_checkpoints(work / "clock")] == [3, 4]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events, rows = EventAccumulator(str(work / "clock-logs")).Reload(), read_metrics(work / "clock")
+    for name in ("loss", "loss/source/foundation", "gradient_norm", "learning_rate", "tokens_per_second", "seconds_data"):
+        expected = [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == expected, name
 
 
 def test_weights_and_biases_gets_every_step(work, tmp_path, monkeypatch) -> None:

@@ -164,14 +164,17 @@ def run(name, config, *settings):
     words = ["train", "--deepspeed_config", f"{work}/{config}.json", "--model", f"{work}/base", "--data", f"{work}/shards"]
     print(f"{name}: exit code {main([*words, '--output', f'{work}/{name}', '--set', *settings])}", flush=True)
 
-def leaking_step(self, learning_rate):
+def leaking_step(self, learning_rate, calls=[]):
+    calls.append(learning_rate)
+    if len(calls) == self.accumulation_steps + 1:  # the second step has begun, and is the last
+        os.kill(os.getpid(), signal.SIGTERM)
     result = step(self, learning_rate)
     if result:
         self._partitions.held_weights(leaked).view(-1)[:32] += 1e-6
     return result
 
 module.TrainingEngine.step = leaking_step
-run("whole-leak", "rows", "beingvl.checkpoint_every_steps=2")
+run("whole-leak", "rows", "beingvl.checkpoint_every_steps=0")
 module.TrainingEngine.step = step
 
 def build_cut(*args, **kwargs):
@@ -198,8 +201,9 @@ run("whole-spike", "all", "beingvl.epochs=6", "beingvl.log_every_steps=10", "bei
 
 
 def test_whole_runs_find_what_is_planted(work) -> None:
-    """The training command itself: a leak into a frozen tensor, a trained tensor without gradient, a loss spike, and a signal
-    that comes while a checkpoint is written. One process, because starting one takes longer."""
+    """The training command itself: a leak into a frozen tensor, seen when a signal in the second step makes it save; a trained
+    tensor without gradient; a loss spike; and a signal that comes during a save, after which no step is begun. One process,
+    because starting one takes longer."""
     environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", WHOLE_RUNS, str(work)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
