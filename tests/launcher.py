@@ -75,14 +75,17 @@ def rank_processes(launcher: subprocess.Popen) -> dict[int, psutil.Process]:
     return found
 
 
+def has_step(output: Path, step: int = 1) -> bool:
+    """Whether metrics.jsonl holds `step`: a run that is asked to stop before has nothing to save."""
+    path = output / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return any(json.loads(line)["step"] >= step for line in lines if line.endswith("\n"))
+
+
 def wait_for_step(launcher: subprocess.Popen, output: Path, step: int, seconds: float = 120) -> None:
     """Return as soon as metrics.jsonl holds `step`."""
     deadline = time.monotonic() + seconds
-    path = output / "metrics.jsonl"
-    while not (
-        path.is_file()
-        and any(json.loads(line)["step"] >= step for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
-    ):
+    while not has_step(output, step):
         assert launcher.poll() is None, f"the run ended before step {step}: {log_of(output)[-3000:]}"
         assert time.monotonic() < deadline, f"step {step} was not reached in {seconds} s: {log_of(output)[-3000:]}"
         time.sleep(0.005)

@@ -75,12 +75,13 @@ def plan_of(model: Path, model_config: Any, config: StageConfig) -> list[Planned
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from beingvl.model.extended_vocab import build_packed_model
-    from beingvl.model.packed_check import refuse_unlike_packed
+    from beingvl.model.packed_check import refuse_short_window, refuse_unlike_packed
     from beingvl.model.param_groups import plan_parameters
     from beingvl.vocab import VocabLayout
 
     num_text = VocabLayout.load(model).num_text
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
+    refuse_short_window(model_config, config.beingvl.sequence_length, "lower beingvl.sequence_length to {window}")
     refuse_unlike_packed(model_class, model_config)
     with torch.device("meta"):
         built = build_packed_model(model_class, model_config, num_text, model_config.vocab_size - num_text, 1, False)

@@ -40,11 +40,18 @@ def refuse_unlike_packed(model_class: Any, config: Any) -> None:
 
 
 def refuse_short_window(config: Any, longest: int, remedy: str) -> None:
-    """Raises InputError for a model whose layers look back fewer tokens than a sample may have: packed attention sees all."""
+    """Raises InputError for a model that treats a sample of `longest` tokens as packed attention cannot.
+
+    Its layers look back fewer tokens, or its positions are others from some length on: that of the longest sample in the row.
+    """
     window = _window(config)
     if window is not None and window < longest:
         found = f"the model's layers look back {window} tokens (sliding_window), samples may have {longest}"
         raise InputError(f"{found}; {remedy.format(window=window)}")
+    for name, limit in _changing_positions(config).items():
+        if limit < longest:
+            found = f"the model's positions ({name!r} RoPE) are others for samples of more than {limit} tokens"
+            raise InputError(f"{found}, samples may have {longest}; {remedy.format(window=limit)}")
 
 
 def small_config(config: Any) -> Any:
@@ -100,6 +107,18 @@ def _largest_difference(model_class: Any, config: Any) -> float:
         torch.arange(sum(lengths)),
     )
     return float((expected.log_softmax(-1) - found.log_softmax(-1)).abs().max())
+
+
+def _changing_positions(config: Any) -> dict[str, int]:
+    """RoPE types whose frequencies depend on the length of what is read -> tokens up to which they do not."""
+    stated = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    limits = {}
+    for rope in (stated, *(each for each in stated.values() if isinstance(each, dict))):  # for all layers, or by kind of layer
+        name = str(rope.get("rope_type") or rope.get("type"))
+        if "dynamic" in name or name in ("longrope", "su"):
+            original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+            limits[name] = original or config.max_position_embeddings
+    return limits
 
 
 def _window(config: Any) -> int | None:

@@ -326,10 +326,10 @@ def _plain(value: Any) -> Any:
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """Raises InputError for a name that torch does not know, or an accelerator that is not there."""
+    """Raises InputError for a name that torch does not know, an accelerator that is not there, or one that computes nothing."""
     try:
         target = torch.device(device)
-        torch.empty(0, device=target)
+        torch.empty(1, device=target).item()  # the device "meta" has no values to give
     except (RuntimeError, AssertionError, ImportError) as error:  # torch's own builds differ in which they raise
         reason = str(error).strip().partition("\n")[0][:200]
         raise InputError(

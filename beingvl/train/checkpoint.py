@@ -74,23 +74,23 @@ def complete_checkpoints(output: Path) -> list[Path]:
 def agree_on_newest(
     output: Path, gather: Callable[[Any], list[Any]], patience_seconds: float, before_step: int | None = None
 ) -> Path | None:
-    """The newest complete checkpoint (of a step before `before_step`) as rank 0 sees it, on every rank; None without any.
+    """The newest complete checkpoint (of a step before `before_step`) that any rank sees, on every rank; None without any.
 
-    Hosts may see a network disk as it was at different times, so a rank that does not see rank 0's choice yet waits for it.
-    Raises TrainingError, on all ranks, that names those which still do not. `gather` hands every rank's value to all.
+    Hosts may see a network disk as it was at different times, so a rank that does not see it yet waits for it. Raises
+    TrainingError, on all ranks, that names those which still do not. `gather` hands every rank's value to all.
     """
     found = [folder.name for folder in complete_checkpoints(output) if before_step is None or step_of(folder) < before_step]
-    name = gather(found[-1] if found else None)[0]
-    if name is None:
+    seen = gather(found[-1] if found else "")
+    if not any(seen):
         return None
-    newest, started = output / CHECKPOINTS / name, time.monotonic()
+    newest, started = output / CHECKPOINTS / max(seen), time.monotonic()
     while not is_complete(newest) and time.monotonic() - started < patience_seconds:
         time.sleep(0.2)
     blind = [str(rank) for rank, sees_it in enumerate(gather(is_complete(newest))) if not sees_it]
     if blind:
         raise TrainingError(
-            f"rank {', '.join(blind)} cannot see {newest}, which rank 0 goes on from; all hosts need the same output folder: "
-            "share it, or start again when its disk shows the same to all"
+            f"rank {', '.join(blind)} cannot see {newest}, which rank {seen.index(newest.name)} sees; all hosts need the same "
+            "output folder: share it, or start again when its disk shows the same to all"
         )
     return newest
 
@@ -110,7 +110,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, rank: int, gather: Callable[[Any], list[Any]], advance: Callable[[], object] = lambda: None) -> None:
-        """`advance` hears, from a thread, of every slice that is written."""
+        """`advance` hears, from a thread, of every piece that is written, which is a slice or `FLUSH_BYTES` of one."""
         self._rank, self._gather, self._advance = rank, gather, advance
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._begun: _BegunCheckpoint | None = None
@@ -122,9 +122,12 @@ class CheckpointWriter:
         tensors: Mapping[str, torch.Tensor],
         write_more: Callable[[Path], None],
     ) -> None:
-        """`tensors` must not change until `commit`. Rank 0 calls `write_more` for what belongs to it beside the slices."""
+        """`tensors` must not change until `commit`. Rank 0 calls `write_more` for what belongs to it beside the slices.
+
+        What a killed run left of this checkpoint is removed first.
+        """
         self.commit()
-        self._together(folder, lambda: start_folder(folder, "checkpoint") if self._rank == 0 else None)
+        self._together(folder, lambda: _start_empty(folder) if self._rank == 0 else None)
         path = folder / rank_file(self._rank, state.num_ranks)
         self._begun = _BegunCheckpoint(folder, state, write_more, self._pool.submit(_write_slices, path, tensors, self._advance))
 
@@ -174,18 +177,20 @@ class _BegunCheckpoint:
 def _write_slices(path: Path, tensors: Mapping[str, torch.Tensor], advance: Callable[[], object]) -> tuple[str, str]:
     """Write one rank's file of float32 slices, on disk before it has its name; returns (name, hash)."""
     temporary = path.with_suffix(".tmp")
-    unflushed = 0
+    num_unflushed = 0
     with open(temporary, "wb") as file:
         hashed = HashedFile(file)
         hashed.write(make_header({name: ("F32", tensor.shape, 4 * tensor.numel()) for name, tensor in tensors.items()}))
         for name, tensor in tensors.items():
             assert tensor.dtype == torch.float32, (name, tensor.dtype)
-            hashed.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
-            unflushed += 4 * tensor.numel()
-            if unflushed >= FLUSH_BYTES:
-                os.fsync(file.fileno())
-                unflushed = 0
-            advance()
+            data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            for start in range(0, len(data), FLUSH_BYTES):
+                num_unflushed += hashed.write(data[start : start + FLUSH_BYTES])
+                if num_unflushed >= FLUSH_BYTES:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    num_unflushed = 0
+                advance()
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -195,12 +200,23 @@ def _write_slices(path: Path, tensors: Mapping[str, torch.Tensor], advance: Call
 def delete_old_checkpoints(output: Path, keep_last: int, keep_every: int = 0) -> None:
     """Keep the newest `keep_last` finished checkpoints, and those of every `keep_every`-th step.
 
-    A deleted one stops being complete first.
+    A deleted one stops being complete first. Unfinished ones before the newest finished one, left by killed saves, go too.
     """
-    for folder in complete_checkpoints(output)[:-keep_last]:
+    complete = complete_checkpoints(output)
+    for folder in complete[:-keep_last]:
         if not keep_every or step_of(folder) % keep_every:
             start_folder(folder, "checkpoint")
+    for folder in (output / CHECKPOINTS).glob("step-*"):
+        if complete and folder.name < complete[-1].name and not is_complete(folder):
             shutil.rmtree(folder, ignore_errors=True)  # a network disk keeps what another process reads
+
+
+def _start_empty(folder: Path) -> None:
+    """A new folder in place of what is there, which stops being complete first."""
+    if folder.exists():
+        start_folder(folder, "checkpoint")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
 
 
 def step_of(checkpoint: Path) -> int:

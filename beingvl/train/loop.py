@@ -67,7 +67,7 @@ def train(
 ) -> bool:
     """Run from `progress.step` to the end. True when finished, False when stopped early after saving.
 
-    `stop_requested` is asked on every rank in every step; one rank's yes is everybody's. Raises NonFiniteError after
+    `stop_requested` is asked on every rank before every step; one rank's yes is everybody's. Raises NonFiniteError after
     `max_skipped_steps` skipped steps in a row, when the last good state is saved.
     """
     block, ranks = config.beingvl, engine.ranks
@@ -88,6 +88,11 @@ def train(
         asked = [int(stop_requested()), int(is_time and ranks.rank == 0), int(saver.is_written)]
         totals = sum_over_ranks([*window.counts, *asked], ranks.device).astype(int).tolist()
         num_target_tokens, num_tokens, num_pairs, num_visual_tokens, num_stop_requests, is_time, num_written = totals
+        if num_stop_requests and last_good.step == step:  # after skipped steps a good one is waited for
+            phases.enter(step, "save")
+            if saved.step < step:
+                saver.save(last_good)
+            break
 
         # ---- forward and backward ----
         learning_rate = learning_rate_of(step, num_steps, config)
@@ -158,7 +163,7 @@ def train(
         is_end = progress.step == num_steps
         gives_up = progress.num_skipped_in_a_row > block.max_skipped_steps or (is_end and last_good.step == 0)
         is_due = is_time or (block.checkpoint_every_steps and progress.step % block.checkpoint_every_steps == 0)
-        if (is_good and (is_due or num_stop_requests)) or ((gives_up or is_end) and saved.step < last_good.step):
+        if (is_good and is_due) or ((gives_up or is_end) and saved.step < last_good.step):
             saver.save(last_good)
             saved, saved_at = last_good, time.monotonic()
         if gives_up:
@@ -168,8 +173,6 @@ def train(
                 f"{progress.step}; their samples are in metrics.jsonl); the last good state, after step {last_good.step}, is "
                 "kept: lower the learning rate or look at those samples"
             )
-        if num_stop_requests and saved.step == progress.step:
-            break
     saver.commit()
     windows.close()
     return progress.step == num_steps

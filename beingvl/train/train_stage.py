@@ -6,7 +6,8 @@ Started by a launcher on every rank, for example
 or alone, as a world of one rank, with `beingvl train`.
 
 Started again with the same arguments it resumes from the newest complete checkpoint; a finished stage is left alone. SIGTERM,
-SIGUSR1 and SIGINT end it after the running step with a checkpoint and exit code 85 ("requeue me"). When training cannot go on
+SIGUSR1 and SIGINT end it after the running step with a checkpoint and exit code 85 ("requeue me"); while it starts up or saves
+there is nothing more to save, and it ends before the next step. When training cannot go on
 (values that are not finite, a lost rank, a full disk) the exit code is 1 and the last checkpoint stays valid.
 
 --replay STEP trains nothing: it rebuilds that step's batch, prints its samples and computes its loss again.
@@ -97,18 +98,23 @@ def run(args: argparse.Namespace) -> int:
         identity["moments"] = read_manifest(moments, "checkpoint").content_hash
 
     from beingvl.train.failures import TrainingError
-    from beingvl.train.phases import Phases
+    from beingvl.train.phases import RANKS, REPLAY_RANKS, Phases
 
     is_replay = args.replay is not None
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    phases = Phases(args.output, rank, num_ranks, config.beingvl.stall_timeout_seconds)
-    with nullcontext() if is_replay else phases:  # the heartbeats of a run are not those of who looks at it
+    # the heartbeats of a run are not those of who looks at it
+    beats = REPLAY_RANKS if is_replay else RANKS
+    phases = Phases(args.output, rank, num_ranks, config.beingvl.stall_timeout_seconds, beats)
+    with nullcontext() if is_replay and num_ranks == 1 else phases:
         from beingvl.train.engine import start_distributed, stop_distributed
 
         ranks = start_distributed(config.beingvl.deterministic)
         stage = Stage(args.output, args.log_dir, config, model, shards, validation, moments, identity, ranks, phases)
         try:
-            exit_code = _replay(stage, args.replay) if is_replay else _train(stage, stop_requested)
+            if is_replay:
+                exit_code = _together(stage, lambda: _replay(stage, args.replay), replay_step=args.replay)
+            else:
+                exit_code = train_together(stage, stop_requested)
         except (TrainingError, InputError) as error:
             if args.debug:
                 raise
@@ -176,15 +182,32 @@ def run_identity(config: StageConfig, model: Manifest, shards: Manifest, lineage
     }
 
 
-def _train(stage: Stage, stop_requested: Callable[[], bool]) -> int:
-    """Build, resume, train, unless the stage is finished. Returns the exit code."""
+def train_together(stage: Stage, stop_requested: Callable[[], bool]) -> int:
+    """Build, resume, train, unless the stage is finished; all ranks call together. Returns the exit code."""
+
+    from beingvl.train.engine import gather_objects
+
+    def work() -> int:
+        if _is_finished(stage):
+            return 0
+        if any(gather_objects(stop_requested(), stage.ranks.num_ranks)):
+            if stage.ranks.rank == 0:
+                print("stopped by a signal before the model was loaded; start the same command again", flush=True)
+            return EXIT_REQUEUE
+        return 0 if _run_loop(stage, stop_requested) else EXIT_REQUEUE
+
+    return _together(stage, work)
+
+
+def _together(stage: Stage, work: Callable[[], int], **asked: object) -> int:
+    """`work()`, when all ranks were given the same. Raises StallError when a collective fails because another rank is gone."""
     from beingvl.errors import InputError
     from beingvl.train.engine import gather_objects
     from beingvl.train.failures import StallError, TrainingError
 
     try:
-        refuse_different_inputs(gather_objects(stage.identity, stage.ranks.num_ranks))
-        finished = _is_finished(stage) or _run_loop(stage, stop_requested)
+        refuse_different_inputs(gather_objects({**inputs_of(stage), **asked}, stage.ranks.num_ranks))
+        return work()
     except Exception as error:
         place = stage.phases.where()
         if _is_collective_failure(error):
@@ -192,34 +215,47 @@ def _train(stage: Stage, stop_requested: Callable[[], bool]) -> int:
         if not isinstance(error, (TrainingError, InputError)):
             print(f"failed at {place}", file=sys.stderr, flush=True)
         raise
-    return 0 if finished else EXIT_REQUEUE
 
 
-def refuse_different_inputs(identities: list[dict[str, Any]]) -> None:
-    """Raises InputError when a host reads another model, other shards or another JSON than rank 0's; one identity a rank."""
+def inputs_of(stage: Stage) -> dict[str, Any]:
+    """All that ranks must have been given alike: beside the run's identity what changes no result, but when ranks meet."""
+    from dataclasses import asdict
+
+    validation = stage.validation and stage.validation.manifest.content_hash
+    return {**asdict(stage.config.beingvl), **stage.config.deepspeed, **stage.identity, "validation set": validation}
+
+
+def refuse_different_inputs(inputs: list[dict[str, Any]]) -> None:
+    """Raises InputError when a rank has other inputs (`inputs_of`, one a rank) than rank 0: names all of the first such rank."""
     from beingvl.errors import InputError
 
-    first, *others = identities
-    for rank, identity in enumerate(others, 1):
-        for key in {**first, **identity}:
-            if first.get(key) != identity.get(key):
-                found = f"rank {rank} was given another {key} than rank 0 ({identity.get(key)!r} and {first.get(key)!r})"
-                raise InputError(f"{found}; every host must read the same files")
+    first, *others = inputs
+    for rank, given in enumerate(others, 1):
+        different = [
+            f"another {key} ({given.get(key)!r}, not {first.get(key)!r})"
+            for key in {**first, **given}
+            if first.get(key) != given.get(key)
+        ]
+        if different:
+            raise InputError(f"rank {rank} was given {', '.join(different)} than rank 0; every host must read the same files")
 
 
 def _is_finished(stage: Stage) -> bool:
-    """Whether `final/` is there, as rank 0 sees it. Raises InputError when it is another run's."""
+    """Whether `final/` is there, as rank 0 sees it. Raises InputError, on all ranks, when it is another run's."""
     from beingvl.manifest import is_complete, read_manifest
     from beingvl.train.checkpoint import check_identity
     from beingvl.train.engine import gather_objects
 
     final, ranks = stage.output / "final", stage.ranks
-    finished = gather_objects(is_complete(final), ranks.num_ranks)[0]
-    if finished and is_complete(final):
-        check_identity(final, read_manifest(final, "model").details.get("identity", {}), stage.identity)
-    if finished and ranks.rank == 0:
+    sees_it = ranks.rank == 0 and is_complete(final)
+    identity = read_manifest(final, "model").details.get("identity", {}) if sees_it else None
+    found = gather_objects(identity, ranks.num_ranks)[0]
+    if found is None:
+        return False
+    check_identity(final, found, stage.identity)
+    if ranks.rank == 0:
         print(f"{final} is finished already: nothing to do", flush=True)
-    return finished
+    return True
 
 
 def _newest_checkpoint(stage: Stage, before_step: int | None = None) -> Path | None:

@@ -232,6 +232,7 @@ def test_every_bad_input_is_one_sentence_and_exit_code_2(
         ([ours, own_vbpe, "--prompt=<image>\n <image>"], "a prompt is empty"),
         ([ours, own_vbpe, "--prompt=hi", "--device=foo"], "device 'foo' cannot be used"),
         ([ours, own_vbpe, "--prompt=hi", "--device=cuda:99"], "device 'cuda:99' cannot be used"),
+        ([ours, own_vbpe, "--prompt=hi", "--device=meta"], "device 'meta' cannot be used"),
         ([ours, own_vbpe, f"--prompt={'long ' * 200}"], "do not fit the model's context of 512"),
         ([ours, f"--vbpe_path={vbpe}", "--prompt=hi"], "were made with different vbpe"),
         ([f"--model={tmp_path}", "--prompt=hi"], "is not a Being-VL model folder"),

@@ -13,7 +13,7 @@ import pytest
 from beingvl.manifest import read_manifest, verify_folder
 from beingvl.train.metrics import read_metrics
 from tests.launch.slurm_cluster import NODES, Cluster, slurm_cluster
-from tests.launcher import ENVIRONMENT, log_of
+from tests.launcher import ENVIRONMENT, has_step, log_of
 from tests.launcher import run as run_on_one_host
 from tests.tiny import stage_fields, write_inputs
 
@@ -54,7 +54,7 @@ def submit_stage(cluster: Cluster, work: Path, output: Path, max_steps: int, *op
 
 def wait_for_steps(cluster: Cluster, job: str, output: Path, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
-    while not (output / "metrics.jsonl").is_file():
+    while not has_step(output):
         assert time.monotonic() < deadline and cluster.field_of(job, "JobState") in ("PENDING", "RUNNING"), cluster.logs()
         time.sleep(0.1)
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from beingvl.train.metrics import read_metrics
-from tests.launcher import ENVIRONMENT, free_port
+from tests.launcher import ENVIRONMENT, free_port, has_step
 from tests.tiny import stage_fields, write_inputs
 
 REPOSITORY = Path(__file__).parents[2]
@@ -94,7 +94,7 @@ def test_a_signal_to_the_launcher_stops_after_the_step_with_a_checkpoint(work, t
         words = command(work, output, "--master_port", free_port())
         launcher = subprocess.Popen(words, env=ENVIRONMENT, stdout=log, stderr=log, cwd=REPOSITORY)
     deadline = time.monotonic() + 120
-    while not (output / "metrics.jsonl").is_file() and time.monotonic() < deadline:
+    while not has_step(output) and time.monotonic() < deadline:
         time.sleep(0.05)
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(timeout=120) == 85, (tmp_path / "log").read_text()[-3000:]

@@ -13,7 +13,7 @@ import pytest
 
 from beingvl.train.metrics import read_metrics
 from tests.launch.two_hosts import TwoHosts, two_hosts
-from tests.launcher import ENVIRONMENT, free_port, log_of
+from tests.launcher import ENVIRONMENT, free_port, has_step, log_of
 from tests.launcher import run as run_on_one_host
 from tests.tiny import stage_fields, write_inputs
 
@@ -149,7 +149,7 @@ exec {sys.executable} "$@"
 def start_long(hosts: TwoHosts, work: Path, output: Path) -> subprocess.Popen:
     launcher = hosts.start(launch(hosts, work, output, stage="long.json"))
     deadline = time.monotonic() + 120
-    while not (output / "metrics.jsonl").is_file():
+    while not has_step(output):
         assert launcher.poll() is None and time.monotonic() < deadline, launcher.stdout.read()[-4000:]
         time.sleep(0.05)
     return launcher

@@ -108,3 +108,34 @@ def test_a_window_shorter_than_a_sample_is_refused() -> None:
     refuse_short_window(config, 16, "")
     with pytest.raises(InputError, match=r"look back 16 tokens .* 17; lower it to 16"):
         refuse_short_window(config, 17, "lower it to {window}")
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "found"),
+    [
+        ("Phi3", {"rope_scaling": LONGROPE, "original_max_position_embeddings": 32}, "'longrope' RoPE"),
+        ("Llama", {"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 32}}, "'longrope' RoPE"),
+        ("Llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 32}, "'dynamic' RoPE"),
+    ],
+)
+def test_positions_that_depend_on_the_longest_sample_of_a_row_are_refused(name, settings, found) -> None:
+    """Stock positions of a short sample beside a long one are others than those of the short one alone."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 8, "vocab_size": 8}
+    sizes |= {"num_hidden_layers": 1, "pad_token_id": None}
+    config = getattr(transformers, f"{name}Config")(**sizes, **{"max_position_embeddings": 128, **settings})
+    rotary = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).model.rotary_emb
+    beside = {longest: torch.cat([torch.arange(8), torch.arange(longest)])[None] for longest in (0, 32, 33)}
+    alone, fits, too_long = (rotary(torch.zeros(1, 1, 64), positions)[0][0, :8] for positions in beside.values())
+    assert torch.equal(alone, fits) and not torch.equal(alone, too_long)
+    refuse_short_window(config, 32, "")
+    with pytest.raises(InputError, match=rf"{found}\) are others for samples of more than 32 tokens.* 33; lower it to 32"):
+        refuse_short_window(config, 33, "lower it to {window}")
+
+
+def test_positions_that_do_not_depend_on_the_length_are_trained() -> None:
+    for rope in (LLAMA3_ROPE, {"rope_type": "default", "rope_theta": 10000.0}, {**DYNAMIC, "rope_type": "linear"}):
+        refuse_short_window(transformers.LlamaConfig(rope_parameters=rope, max_position_embeddings=32), 4096, "")

@@ -25,7 +25,7 @@ def main() -> None:
     from beingvl.train.engine import start_distributed, stop_distributed
     from beingvl.train.phases import Phases
     from beingvl.train.stage_config import load_stage_config
-    from beingvl.train.train_stage import Stage, _train, run_identity, write_final
+    from beingvl.train.train_stage import Stage, run_identity, train_together, write_final
 
     ranks = start_distributed()
     for job in json.loads(Path(sys.argv[-1]).read_text()):
@@ -36,7 +36,7 @@ def main() -> None:
         before = restart_peak()
         with Phases(output, ranks.rank, ranks.num_ranks, 120) as phases:
             stage = Stage(output, None, config, model, shards, None, None, identity, ranks, phases)
-            assert _train(stage, lambda: False) == 0
+            assert train_together(stage, lambda: False) == 0
         if ranks.rank == 0:
             write_final(stage)
         (output / ADDED_BYTES.format(ranks.rank)).write_text(str(peak_bytes() - before))

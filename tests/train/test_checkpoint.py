@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beingvl.errors import InputError
+from beingvl.manifest import read_manifest
 from beingvl.train import checkpoint
 from beingvl.train.checkpoint import (
     CheckpointState,
@@ -32,20 +34,38 @@ def values(name: str, key: str) -> torch.Tensor:
     return torch.arange(1, torch.Size(SHAPES[name]).numel() + 1) * 10.0 + KEYS.index(key)
 
 
+def meet(num_ranks: int, work) -> list:
+    """`work(rank, gather)` in a thread a rank, with a `gather` that waits for all; results or errors, in rank order."""
+    values, barrier = [None] * num_ranks, threading.Barrier(num_ranks)
+
+    def gather(rank, value):
+        values[rank] = value
+        barrier.wait(timeout=20)
+        everything = list(values)
+        barrier.wait(timeout=20)
+        return everything
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        futures = [pool.submit(work, rank, lambda value, rank=rank: gather(rank, value)) for rank in range(num_ranks)]
+    return [future.exception() or future.result() for future in futures]
+
+
 def write(output, step: int, cuts: list[float]):
-    """What ranks write, one after the other, whose slices end at `cuts`; rank 0 is last and commits, as when all have written."""
+    """What ranks write, a thread each, whose slices end at `cuts`."""
     borders = {name: [0, *(round(cut * size_of(name)) for cut in sorted(cuts)), size_of(name)] for name in SHAPES}
     spans = {name: [list(pair) for pair in itertools.pairwise(borders[name])] for name in SHAPES}
     parameters = {name: {"shape": list(shape), "spans": spans[name], "adam_steps": 1} for name, shape in SHAPES.items()}
     num_ranks = len(cuts) + 1
     state = CheckpointState(step, step, num_ranks, {"seed": 0, "lineage": {}}, parameters)
     folder = checkpoint.checkpoint_folder(output, step)
-    for rank in reversed(range(num_ranks)):
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def save(rank, gather):
         tensors = {f"{n}.{k}": values(n, k)[slice(*spans[n][rank])] for n in SHAPES for k in KEYS}
-        writer = checkpoint.CheckpointWriter(rank, lambda value: [value])
+        writer = checkpoint.CheckpointWriter(rank, gather)
         writer.begin(folder, state, tensors, lambda folder: None)
         writer.commit()
+
+    assert meet(num_ranks, save) == [None] * num_ranks
     return folder, state
 
 
@@ -62,13 +82,38 @@ def test_any_range_is_read_however_the_ranks_had_cut_it(tmp_path_factory, cuts, 
         assert torch.equal(reader.master("a"), values("a", "master").view(3, 5))
 
 
-def test_only_finished_checkpoints_count_and_old_ones_go(tmp_path) -> None:
-    for step in (1, 2, 3):
+def test_only_finished_checkpoints_count_and_old_ones_go_with_what_killed_saves_left(tmp_path) -> None:
+    for step in (1, 2, 3, 4, 5):
         write(tmp_path, step, [0.5])
-    (tmp_path / "checkpoints" / "step-00000002" / "manifest.json").unlink()
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000001", "step-00000003"]
-    checkpoint.delete_old_checkpoints(tmp_path, keep_last=1)
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000003"]
+    for step in (2, 5):  # the last one may be being written
+        (checkpoint.checkpoint_folder(tmp_path, step) / "manifest.json").unlink()
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000001", "step-00000003", "step-00000004"]
+    checkpoint.delete_old_checkpoints(tmp_path, keep_last=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step-0000000{step}" for step in (3, 4, 5)]
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+
+
+def test_a_checkpoint_holds_nothing_of_a_save_of_the_same_step_that_was_killed(tmp_path) -> None:
+    left, _ = write(tmp_path, 1, [0.3, 0.6])
+    (left / "manifest.json").unlink()
+    folder, _ = write(tmp_path, 1, [0.5])
+    expected = {"state.json", *(checkpoint.rank_file(rank, 2) for rank in range(2))}
+    assert folder == left and set(read_manifest(folder).files) == expected
+    assert {path.name for path in folder.iterdir()} == {*expected, "manifest.json"}
+
+
+def test_a_slice_is_written_in_pieces_that_are_waited_for_and_tell_of_themselves(tmp_path, monkeypatch) -> None:
+    """3 and 7 elements in pieces of 2, of which every second fills what may wait for the disk."""
+    tensors = {"a": torch.arange(3.0), "b": torch.arange(7.0)}
+    whole = checkpoint._write_slices(tmp_path / "whole.safetensors", tensors, lambda: None)[1]
+    told, flushed, fsync = [], [], checkpoint.os.fsync
+    monkeypatch.setattr(checkpoint, "FLUSH_BYTES", 8)
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda number: flushed.append(os.fstat(number).st_size) or fsync(number))
+    path = tmp_path / "pieces.safetensors"
+    assert checkpoint._write_slices(path, tensors, lambda: told.append(1))[1] == whole
+    assert path.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    size = path.stat().st_size
+    assert len(told) == 2 + 4 and [size - done for done in flushed] == [32, 20, 12, 4, 0]
 
 
 def test_damage_and_other_runs_are_named(tmp_path) -> None:
@@ -110,35 +155,20 @@ def test_spans_that_leave_elements_out_give_no_memory_that_nobody_wrote(tmp_path
         reader.fetch("b", "master", 0, 7)
 
 
-def meet(num_ranks: int, work) -> list:
-    """`work(rank, gather)` in a thread a rank, with a `gather` that waits for all; results or errors, in rank order."""
-    values, barrier = [None] * num_ranks, threading.Barrier(num_ranks)
-
-    def gather(rank, value):
-        values[rank] = value
-        barrier.wait(timeout=20)
-        everything = list(values)
-        barrier.wait(timeout=20)
-        return everything
-
-    with ThreadPoolExecutor(num_ranks) as pool:
-        futures = [pool.submit(work, rank, lambda value, rank=rank: gather(rank, value)) for rank in range(num_ranks)]
-    return [future.exception() or future.result() for future in futures]
-
-
-def test_all_ranks_take_the_checkpoint_that_rank_0_sees(tmp_path) -> None:
-    """Rank 1 sees an older listing for a while, rank 2 one that is ahead of rank 0's."""
+def test_all_ranks_take_the_newest_checkpoint_that_any_of_them_sees(tmp_path) -> None:
+    """Rank 0 sees an older listing for a while, rank 1 none at all: the run must not go back to what they see, or begin anew."""
     views = [tmp_path / name for name in ("a", "b", "c")]
-    for view, steps in zip(views, ([1, 2], [1], [1, 2, 3]), strict=True):
+    for view, steps in zip(views, ([1, 2], [], [1, 2, 3]), strict=True):
         for step in steps:
             write(view, step, [])
 
     def late(rank, gather):
-        if rank == 1:
-            threading.Timer(0.5, lambda: write(views[1], 2, [])).start()
+        if rank < 2:
+            threading.Timer(0.5, lambda: write(views[rank], 3, [])).start()
         return checkpoint.agree_on_newest(views[rank], gather, 20).name
 
-    assert meet(3, late) == ["step-00000002"] * 3
+    assert meet(3, late) == ["step-00000003"] * 3
+    write(views[1], 1, [])
     assert (
         meet(3, lambda rank, gather: checkpoint.agree_on_newest(views[rank], gather, 0, before_step=2).name)
         == ["step-00000001"] * 3
@@ -151,6 +181,7 @@ def test_ranks_that_never_see_it_are_named_on_all_ranks(tmp_path) -> None:
     errors = meet(3, lambda rank, gather: checkpoint.agree_on_newest(tmp_path / str(rank), gather, 0.3))
     assert all(isinstance(error, TrainingError) for error in errors)
     assert {str(error).partition(" cannot see ")[0] for error in errors} == {"rank 1, 2"}
+    assert all("which rank 0 sees; all hosts need the same output folder" in str(error) for error in errors)
 
 
 def test_every_nth_checkpoint_stays(tmp_path) -> None:
@@ -193,10 +224,13 @@ def test_what_is_begun_counts_only_when_it_is_committed_and_the_next_one_commits
 def test_a_thread_that_cannot_write_stops_the_run_when_it_commits(tmp_path) -> None:
     folder, state = write(tmp_path, 1, [])
     new = checkpoint.checkpoint_folder(tmp_path, 2)
-    (new / checkpoint.rank_file(0, 1)).mkdir(parents=True)  # a folder where the file should be
-    (new / checkpoint.rank_file(0, 1) / "x").touch()
     tensors = {f"{n}.{k}": values(n, k) for n in SHAPES for k in KEYS}
-    writer = checkpoint.CheckpointWriter(0, lambda value: [value])
+
+    def gather(value):
+        (new / checkpoint.rank_file(0, 1) / "x").mkdir(parents=True, exist_ok=True)  # a folder where the file should be
+        return [value]
+
+    writer = checkpoint.CheckpointWriter(0, gather)
     writer.begin(new, state, tensors, lambda folder: None)
     with pytest.raises(SaveError, match="could not be written"):
         writer.commit()

@@ -110,6 +110,12 @@ def test_replay_shows_the_samples_of_a_step_and_finds_its_loss(work, plain_run) 
     assert train(work, "plain", "--replay", "1000").returncode == 2
 
 
+def test_a_replay_of_several_ranks_gives_up_on_one_that_never_comes(work, plain_run) -> None:
+    done = train(work, "plain", "--replay", "3", "--set", "beingvl.stall_timeout_seconds=4", RANK="0", WORLD_SIZE="2")
+    assert done.returncode == 1 and "no progress for 4 s: rank 1 has not started" in done.stderr, done.stderr
+    assert not (plain_run / "ranks").exists()  # these are the run's
+
+
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_moments_of_surviving_tensors_can_be_carried_over(work, plain_run, stage: int) -> None:
     """One more update from carried moments: exp_avg = 0.9 old + 0.1 gradient, so it differs from 0.1 gradient by 0.9 old.
@@ -174,15 +180,38 @@ def test_a_cut_off_checkpoint_is_one_sentence_with_what_to_do(work, plain_run) -
     assert f"{path} is missing or damaged" in line and f"remove {newest} to go on from {older.name}" in line
 
 
+def test_moments_of_which_no_tensor_survives_leave_the_start_model_as_it_is(work, plain_run) -> None:
+    """The stage before trained nothing that this one trains. Adam's first update moves a weight by its rate, after the decay."""
+    before = work / "nothing-survives"
+    shutil.copytree(plain_run, before)
+    state = complete_checkpoints(before)[-1] / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "parameters": {}}))
+    done = train(work, "from-nothing", "--carry_moments", "--set", "beingvl.max_steps=1", model=before)
+    assert done.returncode == 0 and "optimizer moments carried over" in done.stdout, done.stderr
+    with StateReader(complete_checkpoints(work / "from-nothing")[-1]) as reader:
+        assert {entry["adam_steps"] for entry in reader.state.parameters.values()} == {1}
+    rate, start = read_metrics(work / "from-nothing")[0]["learning_rate"], dict(WeightFolder(before / "final"))
+    for name, tensor in dict(WeightFolder(work / "from-nothing" / "final")).items():
+        assert (tensor - start[name] * (1 - 0.1 * rate)).abs().max() <= 1.01 * rate, name
+
+
 def test_carrying_moments_needs_a_stage_folder(work) -> None:
     done = train(work, "nothing-to-carry", "--carry_moments")
     assert done.returncode == 2 and "is no stage folder with checkpoints" in done.stderr
 
 
-def test_checkpoints_by_the_clock(work) -> None:
+def test_checkpoints_by_the_clock_and_metrics_for_tensorboard(work) -> None:
     settings = ["beingvl.checkpoint_every_steps=0", "beingvl.checkpoint_every_minutes=0.0000001", "beingvl.keep_every=3"]
-    assert train(work, "clock", "--set", *settings, "beingvl.keep_last=1", "beingvl.max_steps=4").returncode == 0
+    settings += ["beingvl.keep_last=1", "beingvl.max_steps=4", "beingvl.tensorboard=true"]
+    assert train(work, "clock", "--set", *settings, "--log_dir", str(work / "clock-logs")).returncode == 0
     assert [step_of(path) for path in complete_checkpoints(work / "clock")] == [3, 4]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events, rows = EventAccumulator(str(work / "clock-logs")).Reload(), read_metrics(work / "clock")
+    for name in ("loss", "loss/source/foundation", "gradient_norm", "learning_rate", "tokens_per_second", "seconds_data"):
+        expected = [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == expected, name
 
 
 def test_weights_and_biases_gets_every_step(work, tmp_path, monkeypatch) -> None:

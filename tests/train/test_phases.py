@@ -1,11 +1,15 @@
 """Heartbeats decide who is lost: in processes of their own, because a stall ends the process."""
 
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from beingvl.train.phases import BETWEEN_STEPS, PHASES, STEP_PHASES, Phases
+import pytest
+
+from beingvl.inference.report_train import PHASES
+from beingvl.train.phases import BETWEEN_STEPS, STEP_PHASES, Phases
 
 TIMEOUT_SECONDS = 2
 TWO_RANKS = """
@@ -14,18 +18,22 @@ from pathlib import Path
 from beingvl.train.phases import Phases
 folder, timeout = Path(sys.argv[1]), float(sys.argv[2])
 with Phases(folder, 0, 2, timeout) as waiting, Phases(folder, 1, 2, timeout) as working:
-    waiting.enter(7, "save")
-    working.enter(7, "validation")
+    for phase in ("communication", "forward", "check"):
+        waiting.enter(7, phase)
+        working.enter(7, phase)
+    waiting.enter(7, "communication")  # the second of this step
     for batch in range(8):  # twice the timeout, no batch of it longer than a quarter
         time.sleep(timeout / 4)
         working.advance()
     print("still waiting", flush=True)
     time.sleep(60)
 """
+# Rank 0's heartbeats cannot be written, so that in the files it looks as silent as rank 1 is.
 ONE_OF_TWO = """
 import sys, time
 from pathlib import Path
 from beingvl.train.phases import Phases
+(Path(sys.argv[1]) / "ranks" / "rank-00000.json").mkdir(parents=True)
 with Phases(Path(sys.argv[1]), 0, 2, float(sys.argv[2])):
     time.sleep(60)
 """
@@ -41,18 +49,39 @@ def test_a_rank_that_works_is_waited_for_and_one_that_stands_still_is_named(tmp_
     done, seconds = run_code(TWO_RANKS, tmp_path)
     assert done.returncode == 1 and done.stdout == "still waiting\n", done.stderr
     assert f"no progress for {TIMEOUT_SECONDS} s: rank 1 (process " in done.stderr
-    assert "stands still in step 7, phase validation" in done.stderr and "rank 0 (process" not in done.stderr
+    assert "stands still in step 7, phase check" in done.stderr and "rank 0 (process" not in done.stderr
     assert 3 * TIMEOUT_SECONDS < seconds < 3 * TIMEOUT_SECONDS + 8
 
 
-def test_a_rank_that_never_came_is_named(tmp_path) -> None:
+@pytest.mark.parametrize("earlier_run", [False, True])
+def test_a_rank_that_never_came_is_named_alone(tmp_path, earlier_run: bool) -> None:
+    """Also when a heartbeat of an earlier run lies there, which says that the rank is at work in step 500."""
+    (tmp_path / "ranks").mkdir()
+    beat = {"step": 500, "phase": "forward", "num_entered": 9000, "beat": 321, "idle_seconds": 0.1, "process": 1, "host": "a"}
+    if earlier_run:
+        (tmp_path / "ranks" / "rank-00001.json").write_text(json.dumps(beat))
     done, seconds = run_code(ONE_OF_TWO, tmp_path)
-    assert done.returncode == 1 and "no progress for 2 s: rank 1 has not started" in done.stderr, done.stderr
+    assert done.returncode == 1 and "no progress for 2 s: rank 1 has not started\n" in done.stderr, done.stderr
     assert seconds < TIMEOUT_SECONDS + 8
 
 
+def test_what_killed_ranks_left_does_not_pile_up_and_ranks_that_end_in_order_leave_nothing(tmp_path) -> None:
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    (folder / "rank-00000.tmp").write_text("cut off")
+    with Phases(tmp_path, 0, 2, 60):
+        assert [path.name for path in folder.iterdir()] == ["rank-00000.json"]
+        with pytest.raises(KeyError), Phases(tmp_path, 1, 2, 60):
+            raise KeyError
+        assert sorted(path.name for path in folder.iterdir()) == ["rank-00000.json", "rank-00001.json"]
+    assert [path.name for path in folder.iterdir()] == ["rank-00001.json"]  # where the one that failed was
+    with Phases(tmp_path, 1, 2, 60):
+        pass
+    assert not folder.exists()
+
+
 def test_every_phase_is_one_of_a_step_or_between_steps_and_its_seconds_stay_until_they_are_taken(tmp_path) -> None:
-    assert sorted(PHASES) == sorted((*STEP_PHASES, *BETWEEN_STEPS))
+    assert sorted(("start", *PHASES)) == sorted((*STEP_PHASES, *BETWEEN_STEPS))
     phases = Phases(tmp_path, 0, 1, 60)
     for phase in ("data", "save"):
         phases.enter(1, phase)

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from beingvl.train.stage_config import load_stage_config
 from beingvl.train.train_stage import refuse_different_inputs
 from tests.launcher import ENVIRONMENT, free_port, log_of, rank_processes, run, run_each, start, wait_for_step
 from tests.plain_torch import train_plain
-from tests.tiny import LAYOUT
+from tests.tiny import LAYOUT, write_shards
 
 
 def losses(output: Path) -> list[float]:
@@ -77,11 +78,13 @@ def test_a_finished_stage_is_left_alone_and_another_run_is_refused(work, whole_r
     before = (whole_run / "final" / "manifest.json").read_text()
     base = [sys.executable, "-m", "beingvl", "train", "--deepspeed_config", str(work / "all.json"), "--model", str(work / "base")]
     outputs = (whole_run, work / "another-view")  # rank 1 does not see final/, as on a disk that shows it late
-    done = run_each([[*base, "--data", str(work / "shards"), "--output", str(output)] for output in outputs])
+    commands = [[*base, "--data", str(work / "shards"), "--output", str(output)] for output in outputs]
+    done = run_each(commands)
     assert [each.returncode for each in done] == [0, 0], done
     assert "finished already" in done[0].stdout and not (outputs[1] / "checkpoints").exists()
-    assert run(2, work / "all.json", work / "base", work / "shards", whole_run, "beingvl.seed=1") == 2
-    assert "its seed is 0, this run's is 1" in log_of(whole_run)
+    refused = run_each([[*command, "--set", "beingvl.seed=1"] for command in commands])
+    assert [each.returncode for each in refused] == [2, 2], refused
+    assert all("its seed is 0, this run's is 1" in each.stderr for each in refused), refused
     assert (whole_run / "final" / "manifest.json").read_text() == before
 
 
@@ -96,7 +99,7 @@ def test_a_stopped_and_a_killed_run_continue_to_the_same_bytes(work, whole_run) 
     output = work / "interrupted"
     launcher = start(2, work / "all.json", work / "base", work / "shards", output)
     wait_for_step(launcher, output, 4)
-    rank_processes(launcher)[1].send_signal(signal.SIGTERM)  # one rank's signal stops all
+    rank_processes(launcher)[1].send_signal(signal.SIGINT)  # one rank's signal stops all
     assert launcher.wait(timeout=120) == 85, log_of(output)
     assert "stopped by a signal" in log_of(output)
     saved = step_of(complete_checkpoints(output)[-1])
@@ -113,11 +116,44 @@ def test_a_stopped_and_a_killed_run_continue_to_the_same_bytes(work, whole_run) 
     assert_same_bytes(weights(output), weights(whole_run))
 
 
-def test_hosts_that_read_different_things_are_named() -> None:
+def test_a_signal_during_the_start_ends_the_run_before_its_first_step(work) -> None:
+    output = work / "stopped-early"
+    launcher = start(2, work / "all.json", work / "base", work / "shards", output)
+    while not list(output.glob("ranks/rank-*.json")):  # whoever has a heartbeat listens
+        assert launcher.poll() is None, log_of(output)
+        time.sleep(0.01)
+    (rank, *_) = [int(path.stem.removeprefix("rank-")) for path in output.glob("ranks/rank-*.json")]
+    rank_processes(launcher)[rank].send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=120) == 85, log_of(output)
+    assert "stopped by a signal before the model was loaded; start the same command again" in log_of(output)
+    assert not (output / "checkpoints").exists() and not (output / "metrics.jsonl").exists()
+
+
+def test_ranks_that_are_given_different_things_end_together_and_all_differences_are_named(work, tmp_path) -> None:
+    """What makes another run, what decides when ranks meet, and what is only looked at; without it ranks would wait for a day."""
+    validation = ["beingvl.validation_every_steps=2", "zero_optimization.stage3_max_live_parameters=1000000"]
+    commands = []
+    for number, steps in enumerate((3, 2)):
+        shards, held_out = (write_shards(tmp_path / f"{name}-{number}", 40, seed=number) for name in ("data", "held-out"))
+        places = {"model": work / "base", "data": shards, "validation_data": held_out, "output": tmp_path / "run"}
+        words = [word for name, path in places.items() for word in (f"--{name}", str(path))]
+        settings = [*validation[: 2 - number], f"beingvl.checkpoint_every_steps={steps}"]
+        command = [sys.executable, "-m", "beingvl", "train", "--deepspeed_config", str(work / "all.json"), *words]
+        commands.append([*command, "--set", *settings])
+    for done in run_each(commands):
+        assert done.returncode == 2, done
+        (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
+        assert "rank 1 was given another " in line and line.endswith("than rank 0; every host must read the same files"), line
+        assert "another checkpoint_every_steps (2, not 3)" in line and "another lineage" not in line, line
+        assert all(f"another {name} (" in line for name in ("zero_optimization", "shards", "validation set")), line
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_first_rank_that_was_given_something_else_is_named() -> None:
     same = {"seed": 0, "shards": "a"}
     refuse_different_inputs([same, dict(same)])
-    with pytest.raises(InputError, match="rank 2 was given another shards than rank 0 \\('b' and 'a'\\); every host"):
-        refuse_different_inputs([same, same, {**same, "shards": "b"}])
+    with pytest.raises(InputError, match="rank 2 was given another shards \\('b', not 'a'\\) than rank 0; every host"):
+        refuse_different_inputs([same, same, {**same, "shards": "b"}, {"seed": 1}])
 
 
 def test_a_stage_folder_serves_as_start_model_and_export_equals_final(work, whole_run, capsys) -> None:
