@@ -35,7 +35,6 @@ from beingvl.manifest import (
     HashedFile,
     is_complete,
     read_manifest,
-    start_folder,
     to_json,
     write_atomically,
     write_manifest,
@@ -200,23 +199,25 @@ def _write_slices(path: Path, tensors: Mapping[str, torch.Tensor], advance: Call
 def delete_old_checkpoints(output: Path, keep_last: int, keep_every: int = 0) -> None:
     """Keep the newest `keep_last` finished checkpoints, and those of every `keep_every`-th step.
 
-    A deleted one stops being complete first. Unfinished ones before the newest finished one, left by killed saves, go too.
+    Unfinished ones before the newest finished one, left by killed saves, go too.
     """
     complete = complete_checkpoints(output)
-    for folder in complete[:-keep_last]:
-        if not keep_every or step_of(folder) % keep_every:
-            start_folder(folder, "checkpoint")
     for folder in (output / CHECKPOINTS).glob("step-*"):
-        if complete and folder.name < complete[-1].name and not is_complete(folder):
-            shutil.rmtree(folder, ignore_errors=True)  # a network disk keeps what another process reads
+        is_old = bool(complete) and folder < complete[-1]
+        is_kept = folder in complete[-keep_last:] or (keep_every and folder in complete and step_of(folder) % keep_every == 0)
+        if is_old and not is_kept:
+            _delete(folder)
 
 
 def _start_empty(folder: Path) -> None:
-    """A new folder in place of what is there, which stops being complete first."""
-    if folder.exists():
-        start_folder(folder, "checkpoint")
-        shutil.rmtree(folder)
+    _delete(folder)
     folder.mkdir(parents=True)
+
+
+def _delete(folder: Path) -> None:
+    """It stops being complete first."""
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # a network disk keeps what another process reads
 
 
 def step_of(checkpoint: Path) -> int:
