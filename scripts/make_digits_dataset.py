@@ -194,11 +194,11 @@ def make_dataset(args: argparse.Namespace) -> None:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    folder = start_folder(args.output_dir)
+    folder = start_folder(args.output_dir, "dataset")
     parts = split_by_image(bunch.target, np.random.default_rng([args.seed, 0]))
     images = write_images(bunch.images, folder, parts, args)
     rng = np.random.default_rng([args.seed, 2])
-    counts = {}
+    counts: dict[str, int] = {}
     for part, keys in images.items():
         rows: list[dict] = []
         for key, index in keys:

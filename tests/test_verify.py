@@ -54,11 +54,11 @@ def write_checkpoint(folder: Path) -> Path:
     spans = [[0, 4], [4, 6]]
     state = CheckpointState(1, 1, 2, {"lineage": {}}, {"a": {"shape": [2, 3], "spans": spans, "adam_steps": 1}})
     probe = Probe(torch.tensor([1]), torch.tensor([0]))
-    for rank in (1, 0):
-        tensors = {f"a.{key}": torch.arange(*spans[rank]).float() for key in ("master", "exp_avg", "exp_avg_sq")}
-        folder.mkdir(exist_ok=True)
-        writer = CheckpointWriter(rank, lambda value: [value])
+    writers = [CheckpointWriter(rank, lambda value: [value]) for rank in (0, 1)]
+    for writer, span in zip(writers, spans, strict=True):
+        tensors = {f"a.{key}": torch.arange(*span).float() for key in ("master", "exp_avg", "exp_avg_sq")}
         writer.begin(folder, state, tensors, lambda folder: save_probe(folder, probe, torch.zeros(1, 4)))
+    for writer in reversed(writers):  # rank 0 writes the manifest, of all ranks' files
         writer.commit()
     return folder
 
