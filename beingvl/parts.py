@@ -101,12 +101,12 @@ class Parts:
     def path(self, number: int) -> Path:
         return self.folder / f"{number:05d}"
 
-    def is_finished(self, number: int) -> bool:
-        return self.path(number).is_dir()
+    def finished(self) -> set[int]:
+        return {int(name) for name in os.listdir(self.folder) if name.isdecimal()}
 
     def missing(self, num_parts: int) -> list[int]:
-        finished = set(os.listdir(self.folder))
-        return [number for number in range(num_parts) if f"{number:05d}" not in finished]
+        finished = self.finished()
+        return [number for number in range(num_parts) if number not in finished]
 
     @contextlib.contextmanager
     def writing(self, number: int) -> Iterator[Path]:

@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
     decoder = _decoder(vbpe)
     content = {"jsonl": contents_of(args.jsonl_path), "lineage": lineage, "part_bytes": args.part_bytes}
     request = {**content, "duplicate_ids": args.duplicate_ids}
+    tasks = plan_parts(args.jsonl_path, args.part_bytes)
     with locked(args.output_path):
         if args.overwrite:
             start_folder(args.output_path, "shards")
@@ -98,8 +99,7 @@ def run(args: argparse.Namespace) -> None:
             warn_of_merged(read_manifest(args.output_path))
             return
         parts = Parts(args.output_path, {"parts_version": PARTS_VERSION, **content, "decoded": decoder is not None})
-    tasks = plan_parts(args.jsonl_path, args.part_bytes)
-    mine = [tasks[number] for number in parts.missing(len(tasks)) if number % num_ranks == rank]
+        mine = [tasks[number] for number in parts.missing(len(tasks)) if number % num_ranks == rank]
     build_parts(ShardBuilder(parts, layout, decoder), mine, args.num_workers)
     with locked(args.output_path):
         if is_complete(args.output_path):

@@ -95,8 +95,10 @@ def run(args: argparse.Namespace) -> None:
         if output.is_made_by(request):
             remove_parts(output.folder, output.parts_name)
             return
-        parts = Parts(args.output_dir, {"parts_version": PARTS_VERSION, **request}, output.parts_name)
-    num_rows = tokenize_parts(parts, args, codes, rank, num_ranks)
+        parts_request = {"parts_version": PARTS_VERSION, **request}
+        parts = Parts(args.output_dir, parts_request, output.parts_name)
+        finished = parts.finished()  # now: when this rank comes to them, another one may have joined and removed them
+    num_rows = tokenize_parts(finished, args, codes, parts_request, rank, num_ranks)
     num_parts = -(-num_rows // args.rows_per_part)
     with locked(args.output_dir):
         if output.is_made_by(request, quiet=True):
@@ -173,8 +175,10 @@ def prepare_process(args: argparse.Namespace, request: dict[str, Any], codes_pat
     )
 
 
-def tokenize_parts(parts: Parts, args: argparse.Namespace, codes: CodeFolder | None, rank: int, num_ranks: int) -> int:
-    """Make this rank's missing parts; returns the number of rows in the file."""
+def tokenize_parts(
+    finished: set[int], args: argparse.Namespace, codes: CodeFolder | None, request: dict[str, Any], rank: int, num_ranks: int
+) -> int:
+    """Make this rank's parts but those that are `finished`; returns the number of rows in the file."""
     from tqdm import tqdm
 
     from beingvl.parts import run_in_processes
@@ -187,12 +191,11 @@ def tokenize_parts(parts: Parts, args: argparse.Namespace, codes: CodeFolder | N
         for number in count():
             chunk = list(islice(rows, args.rows_per_part))
             num_rows += len(chunk)
-            if chunk and number % num_ranks == rank and not parts.is_finished(number):
+            if chunk and number % num_ranks == rank and number not in finished:
                 yield number, chunk
             if len(chunk) < args.rows_per_part:
                 return
 
-    request = json.loads((parts.folder / "request.json").read_text())
     prepared = (args, request, codes.path if codes else None)
     workers = args.num_workers if args.num_workers > 1 else 0
     with tqdm(desc="tokenize", unit="row", disable=None) as progress:

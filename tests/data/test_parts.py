@@ -7,16 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import pytest
 
 from beingvl import cli
+from beingvl.data import tokenize_dataset
 from beingvl.errors import InputError
 from beingvl.manifest import is_complete, read_manifest, verify_folder
 from beingvl.parts import FOLDER, LOCK, Parts, ranks_of, wait_until_complete
+from beingvl.tokenizer.llava_json import stream_rows
 from tests.data.conftest import commands
 
 
@@ -187,6 +189,28 @@ def test_a_full_disk_loses_nothing_that_was_finished(inputs, tmp_path, step) -> 
     assert done.returncode == 2 and "make room and start the same command again" in done.stderr, done.stderr
     assert cli.main(command) == 0
     assert verify_folder(tmp_path / step).content_hash == read_manifest(inputs / step).content_hash
+
+
+def test_a_rank_that_another_has_overtaken_makes_nothing_again(inputs, tmp_path, monkeypatch, capsys) -> None:
+    """All parts are finished but one of rank 0, which joins them while rank 1 still reads its rows."""
+    output = tmp_path / "tokenize"
+    command = commands(inputs, tmp_path)["tokenize"]
+    assert cli.main([*command, "--rank=1", "--num_ranks=2"]) == 0
+    made: list[int] = []
+
+    def overtaken(path: Path) -> Iterator[dict]:
+        monkeypatch.undo()
+        assert cli.main([*command, "--rank=0", "--num_ranks=2"]) == 0 and is_complete(output)
+        monkeypatch.setattr(tokenize_dataset, "tokenize_part", lambda task: made.append(task[0]))
+        yield from stream_rows(path)
+
+    def rows(path: Path) -> Iterator[dict]:
+        monkeypatch.setattr(tokenize_dataset, "stream_rows", overtaken)  # the first pass only looks for images
+        return stream_rows(path)
+
+    monkeypatch.setattr(tokenize_dataset, "stream_rows", rows)
+    assert cli.main([*command, "--rank=1", "--num_ranks=2"]) == 0
+    assert not made and not list(output.glob("*parts.tmp")), capsys.readouterr().err
 
 
 def test_overwrite_is_for_one_rank(inputs, tmp_path, capsys) -> None:
