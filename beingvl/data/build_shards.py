@@ -245,7 +245,7 @@ class ShardBuilder:
                     summary = write_shard(folder / "shard.arrow", rows, self._layout)
                 except InputError as error:
                     raise InputError(f"{task.path}: {error}; make the file again with `beingvl tokenize`") from error
-                hash_ids(rows.id).tofile(folder / "id_hashes")
+                (folder / "id_hashes").write_bytes(hash_ids(rows.id).tobytes())  # tofile does not say that a disk is full
             (folder / "shard.json").write_text(json.dumps(summary))
         return task.stop - task.start
 

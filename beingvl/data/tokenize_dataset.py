@@ -245,7 +245,7 @@ def tokenize_part(task: tuple[int, list[dict]]) -> int:
 
             from beingvl.data.token_rows import hash_ids
 
-            hash_ids(pa.array(ids, pa.string())).tofile(folder / "id_hashes")
+            (folder / "id_hashes").write_bytes(hash_ids(pa.array(ids, pa.string())).tobytes())
         (folder / "rejected.jsonl").write_bytes(b"".join(rejected))
         (folder / "counts.json").write_text(json.dumps(counts))
     return len(rows)

@@ -1,9 +1,12 @@
 """Arrow shards, JSONL -> shards, and the loader's batches."""
 
+import errno
 import gc
 import json
+import resource
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from beingvl import cli
@@ -11,6 +14,7 @@ from beingvl.data import arrow_shards
 from beingvl.data.arrow_shards import Sample, ShardReader, ShardWriter
 from beingvl.data.loader import IGNORED, TrainingData, collate, shifted_targets
 from beingvl.data.mixture import Mixture
+from beingvl.data.token_rows import hash_ids
 from beingvl.errors import InputError
 from beingvl.manifest import hash_file, read_manifest, write_manifest
 from beingvl.tokenizer.vbpe import VisualBPE
@@ -438,6 +442,31 @@ def test_the_kept_plan_is_the_plan(tmp_path) -> None:
         path.write_text(path.read_text()[:-3])
     with pytest.raises(InputError, match=r"plan-\w+\.tmp is damaged .*; remove it, it is made again"):
         TrainingData(shards, mixture, 150, 64, 4)
+
+
+def test_a_plan_that_cannot_be_kept_stops_nothing(tmp_path, monkeypatch) -> None:
+    def full(path: object, data: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("beingvl.data.loader.write_atomically", full)
+    shards = ShardReader(write_shards(tmp_path))
+    assert TrainingData(shards, Mixture(shards.members, shards.sources, {"foundation": 1}, 0), 40, 64, 4).num_steps
+    assert not list(tmp_path.glob("plan-*"))
+
+
+def test_a_disk_that_is_full_behind_the_shard_is_named(tmp_path, monkeypatch, capsys) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def hash_ids_and_fill_the_disk(ids: pa.StringArray) -> np.ndarray:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+        return hash_ids(ids)
+
+    monkeypatch.setattr("beingvl.data.token_rows.hash_ids", hash_ids_and_fill_the_disk)
+    try:
+        assert build_shards(tmp_path, [{**ROW, "id": n} for n in range(1000)], "--model_path", str(tmp_path / "base")) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "make room and start the same command again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
