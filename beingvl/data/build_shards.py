@@ -7,7 +7,8 @@
 The sequence of a row is token_0 + image + token_1, where image is token_image_new when the row has it, else token_image.
 A published file without target_spans is accepted: its targets are token_1. A file that `beingvl tokenize` wrote brings its
 vocabulary and lineage in the manifest beside it; for any other file --model_path says which vocabulary its ids belong to.
-Merged images are decoded and compared with their codes when the vBPE is known: --vbpe_path, or the vbpe.json in --model_path.
+Merged images are decoded, a row's first one is compared with its codes, when the vBPE is known: --vbpe_path, or the vbpe.json in
+--model_path.
 The result does not depend on workers, ranks or kills.
 """
 
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vbpe_path",
         type=Path,
-        help="vbpe.json that every merged image must decode with, to its own codes; default: the one in --model_path, if any",
+        help="vbpe.json that merged images must decode with, a row's first to its own codes; default: the one in --model_path",
     )
     parser.add_argument("--part_bytes", type=int, default=64 << 20, help="bytes of JSONL that become one shard")
     parser.add_argument("--num_workers", type=int, help="threads; default: one a CPU core, and two that wait for the disk")
@@ -277,7 +278,7 @@ def join_shards(
 
 def warn_of_merged(manifest: Manifest) -> None:
     if manifest.details.get("merged_images") == "not decoded":
-        remedy = "build them with --vbpe_path (a published vBPE cannot decode)"
+        remedy = "build them again with --vbpe_path and --overwrite (a published vBPE cannot decode)"
         print(f"warning: the merged images in these shards were never decoded and compared with their codes; {remedy}")
 
 

@@ -242,3 +242,27 @@ def test_merged_images_stand_for_their_codes(tmp_path, shape, change, message) -
     else:
         with pytest.raises(InputError, match=f"sample 'r7': .*{message}"):
             reader.read(path, 0, path.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (lambda ids: ids, None),
+        (lambda ids: ids[:-1], "an image of token_1 covers 1. cells, the first image has 16"),
+        (lambda ids: [*ids[:-1], 23], "an image of token_1 holds the image id 23, the vBPE's ids end at 17"),
+        (lambda ids: [0, 0, 0, 16, *[0] * 11], "invalid image stream at position 3 of 15"),
+    ],
+)
+def test_images_behind_the_first_fill_a_grid_too(tmp_path, second, message) -> None:
+    vbpe = VisualBPE(16, np.array([[0, 1, 0, 1], [16, 0, 1, 0]], np.int32))
+    whole = vbpe.encode(np.random.default_rng(0).integers(0, 2, (4, 4))).tolist()
+    further = [LAYOUT.boi_id, *LAYOUT.image_to_token_ids(np.array(second(whole))).tolist(), LAYOUT.eoi_id]
+    grids = [np.random.default_rng(n).integers(0, 2, (4, 4)) for n in range(12)]
+    path = tmp_path / "rows.jsonl"
+    cut = [LAYOUT.boi_id, LAYOUT.first_image_id]  # by --too_long truncate
+    merged_rows(path, vbpe, grids, lambda row: {**row, "token_0": [256, LAYOUT.boi_id], "token_1": [5, *further, 257, *cut]})
+    if message is None:
+        assert len(RowReader(LAYOUT, vbpe).read(path, 0, path.stat().st_size)) == 12
+        return
+    with pytest.raises(InputError, match=f"sample 'r7': .*{message}"):
+        RowReader(LAYOUT, vbpe).read(path, 0, path.stat().st_size)
