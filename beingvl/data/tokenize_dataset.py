@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset_name", default="data", help="NAME in the output files' names")
     parser.add_argument("--template", choices=["default", "being-vl-0.5"], default="default", help="chat template")
     parser.add_argument("--format", choices=["jsonl", "arrow"], default="jsonl", help="JSONL files, or folders of shards at once")
-    parser.add_argument("--max_length", type=int, help="longest sample, in tokens")
+    parser.add_argument("--max_length", type=int, help="longest sample, in tokens; the longer one of a row's two variants counts")
     parser.add_argument(
         "--too_long", choices=["reject", "truncate"], default="reject", help="what happens to samples over --max_length"
     )

@@ -396,6 +396,34 @@ def test_a_source_that_the_manifest_does_not_name(tmp_path, capsys) -> None:
     assert "shard-00000.arrow holds the source 'reasoning', the manifest ['foundation', 'seasoning']" in capsys.readouterr().err
 
 
+def test_counts_that_do_not_fit(tmp_path, capsys) -> None:
+    path = write_shards(tmp_path) / "manifest.json"
+    whole = path.read_text()
+    assert cli.main(["verify", str(tmp_path)]) == 0
+
+    def says(change) -> str:
+        manifest = json.loads(whole)
+        change(manifest)
+        path.write_text(json.dumps(manifest))
+        assert cli.main(["verify", str(tmp_path)]) == 2
+        return capsys.readouterr().err
+
+    assert "of 'target_tokens', its manifest says 7" in says(lambda manifest: manifest["counts"].update(target_tokens=7))
+    sources = {"foundation": {"samples": 40, "tokens": 7}}
+    found = says(lambda manifest: manifest["details"]["sources"].update(sources))
+    assert "of 'foundation', its manifest says {'samples': 40, 'tokens': 7}" in found
+
+
+def test_members_that_are_not_of_their_source(tmp_path, capsys) -> None:
+    write_shards(tmp_path)
+    np.save(tmp_path / "members.npy", np.arange(60, dtype=np.uint32))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["files"]["members.npy"]["hash"] = hash_file(tmp_path / "members.npy")
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert cli.main(["verify", str(tmp_path)]) == 2
+    assert "members.npy does not fit source_of.npy" in capsys.readouterr().err
+
+
 def test_an_index_that_does_not_fit(tmp_path, capsys) -> None:
     write_shards(tmp_path)
     lengths = np.load(tmp_path / "lengths.npy")
