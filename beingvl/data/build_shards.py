@@ -189,12 +189,11 @@ def _layout_and_lineage(
         if not path.is_file():
             found = "is not a file" if path.exists() else "does not exist"
             raise InputError(f"{path} {found}; give a JSONL file, as `beingvl tokenize` makes it")
-        if is_complete(path.parent):
-            manifest = read_manifest(path.parent, "jsonl")
+        if is_complete(path.parent) and path.name in (manifest := read_manifest(path.parent, "jsonl")).files:
             lineages[str(path.parent)] = manifest.lineage
             layout = layout or VocabLayout.from_dict(manifest.details["layout"], f"{path.parent}/manifest.json")
     if layout is None:
-        raise InputError(f"{paths[0]} has no manifest beside it: say with --model_path which vocabulary its ids belong to")
+        raise InputError(f"{paths[0]} is in no manifest beside it: say with --model_path which vocabulary its ids belong to")
     if vbpe:
         lineages[vbpe.source] = {**vbpe.lineage, "vbpe": vbpe.fingerprint()}
     return layout, {**join_lineages({**lineages, "the vocabulary layout": {"vocab": layout.fingerprint()}})}

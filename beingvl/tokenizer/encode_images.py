@@ -175,6 +175,7 @@ def encode_parts(
             counter.add(batch.rejected)
             part.add(batch, vqgan.encode(batch.pixels) if batch.keys else None)
             progress.update(len(batch.hashes))
+            parts.show_life()
             if index + 1 == len(batches) or batches[index + 1][0] != number:
                 write_part(parts, number, part, vqgan.grid)
                 part = PartOfCodes()

@@ -1,6 +1,7 @@
 """Killed anywhere and started again with another number of ranks, a step writes the bytes of an uninterrupted run."""
 
 import argparse
+import itertools
 import os
 import random
 import signal
@@ -59,8 +60,23 @@ def test_a_part_is_whole_or_absent(tmp_path) -> None:
 
 
 def test_waiting_for_ranks_that_do_nothing_ends(tmp_path) -> None:
-    with pytest.raises(InputError, match="no rank has finished a part"):
+    with pytest.raises(InputError, match="no rank has worked on a part"):
         wait_until_complete(tmp_path, patience_seconds=0.05, poll_seconds=0.01)
+
+
+def test_a_rank_in_the_middle_of_a_long_part_is_waited_for(tmp_path, monkeypatch) -> None:
+    parts, seconds = Parts(tmp_path, {}), itertools.count(step=20)
+    monkeypatch.setattr("beingvl.parts.time.monotonic", lambda: next(seconds))
+
+    def work(_: float) -> None:
+        os.utime(parts.folder, (0, 0))
+        parts.show_life()
+        if next(seconds) > 2000:
+            (tmp_path / "manifest.json").write_text("{}")
+
+    monkeypatch.setattr("beingvl.parts.time.sleep", work)
+    wait_until_complete(tmp_path, patience_seconds=100)
+    assert next(seconds) > 2000
 
 
 # ---- kills ----

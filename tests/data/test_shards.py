@@ -296,6 +296,19 @@ def test_rows_of_another_vocabulary(tmp_path, capsys) -> None:
     assert not (tmp_path / "shards").exists()
 
 
+def test_a_file_that_the_manifest_beside_it_does_not_list_is_not_of_its_vocabulary(tmp_path, capsys) -> None:
+    listed, stranger = tmp_path / "jsonl" / "data.jsonl", tmp_path / "jsonl" / "mine.jsonl"
+    listed.parent.mkdir()
+    listed.write_text(json.dumps(ROW) + "\n")
+    write_manifest_beside(listed, {"vocab": LAYOUT.fingerprint(), "vbpe": "blake3:1"})
+    stranger.write_text(json.dumps({**ROW, "id": 8}) + "\n")
+    command = ["build-shards", f"--jsonl_path={stranger}", f"--output_path={tmp_path}/shards"]
+    assert cli.main(command) == 2
+    assert "mine.jsonl is in no manifest beside it: say with --model_path" in capsys.readouterr().err
+    assert cli.main([*command, f"--model_path={write_model(tmp_path / 'base')}"]) == 0
+    assert read_manifest(tmp_path / "shards").lineage == {"vocab": LAYOUT.fingerprint()}
+
+
 def test_verify_reads_rows_and_merges_again(tmp_path, capsys) -> None:
     """Hashes say that nothing changed since it was written, not that it was right."""
     path = tmp_path / "rows" / "data.jsonl"
