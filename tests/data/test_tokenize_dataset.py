@@ -11,12 +11,12 @@ from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.dataset_folder import DatasetFolder
 from beingvl.data.tokenize_dataset import read_rows
 from beingvl.errors import InputError
-from beingvl.manifest import hash_file, read_manifest, write_manifest
+from beingvl.manifest import hash_file, read_manifest, to_json, write_manifest
 from beingvl.tokenizer.vbpe import VisualBPE
 from beingvl.tokenizer.vq_codes import CodeFolder
 from beingvl.tokenizer.vqgan_pictures import to_png
-from beingvl.vocab import VocabLayout
-from tests.tiny import LAYOUT, write_model
+from beingvl.vocab import LAYOUT_FILE, VocabLayout
+from tests.tiny import LAYOUT, write_model, write_tokenizer
 from tests.tokenizer.test_encode_images import save_vqgan
 
 VQGAN = {"vqgan": "sha256:" + "1" * 64}
@@ -78,6 +78,26 @@ def test_both_files_hold_the_published_fields_and_decode_to_the_codes(inputs) ->
             assert [*out["token_0"], *image, *out["token_1"]][start:end] == out["token_1"][-4:]  # y e s eos
     lineage = read_manifest(inputs / "out", "jsonl").lineage
     assert lineage == {"vocab": LAYOUT.fingerprint(), **VQGAN, "vbpe": vbpe.fingerprint()}
+
+
+def test_rows_of_a_vocabulary_as_large_as_llama_3(tmp_path) -> None:
+    layout = VocabLayout(num_text=128256, num_vq=8192, num_merges=8192, bos_id=128000, eos_id=128001)
+    model, folder = tmp_path / "base", tmp_path / "vq_codes"
+    for path in (model, folder):
+        path.mkdir()
+    write_tokenizer(model, LAYOUT)
+    (model / LAYOUT_FILE).write_text(to_json(layout.to_dict()))
+    write_manifest(model, "model", {}, {"vocab": layout.fingerprint(), **VQGAN})
+    codes = np.random.default_rng(0).integers(0, 8192, (2, 8, 8)).astype(np.uint16)
+    np.save(folder / "codes.npy", codes)
+    (folder / "keys.jsonl").write_text('"0.png"\n"1.png"\n')
+    (folder / "rejected.jsonl").write_text("")
+    write_manifest(folder, "vq_codes", {"images": 2}, VQGAN, {"num_codes": 8192, "grid": [8, 8]})
+    (tmp_path / "data.json").write_text(json.dumps([row(0), row(1)]))
+    command = ["tokenize", f"--json_path={tmp_path}/data.json", f"--vq_codes={folder}", f"--model_path={model}"]
+    assert cli.main([*command, f"--output_dir={tmp_path}/out", "--format=arrow"]) == 0
+    ids = ShardReader(tmp_path / "out" / "data_base")[1].input_ids
+    assert ids[:2].tolist() == [128000, 128260] and (ids[2:66] == codes[1].ravel().astype(int) + 128261).all()
 
 
 def test_the_way_to_shards_and_reuse(inputs, capsys) -> None:
