@@ -244,6 +244,29 @@ def test_merged_images_stand_for_their_codes(tmp_path, shape, change, message) -
             reader.read(path, 0, path.stat().st_size)
 
 
+def test_streams_that_match_are_those_that_decode_to_the_codes() -> None:
+    vbpe = VisualBPE(16, np.array([[0, 1, 0, 1], [16, 0, 1, 0], [1, 16, 1, -1]], np.int32))
+    random_source = np.random.default_rng(0)
+    outcomes = {True: 0, False: 0}
+    for _ in range(3000):
+        grid = random_source.integers(0, 2, (4, 4)).astype(np.int32)
+        stream = vbpe.encode(grid).astype(np.int32)
+        for _ in range(random_source.integers(0, 3)):
+            stream[random_source.integers(len(stream))] = random_source.choice([-1, 0, 1, 16, 17, 18, 19])
+        if random_source.integers(4) == 0:
+            stream = np.delete(stream, random_source.integers(len(stream)))
+        try:
+            decodes = np.array_equal(vbpe.decode(stream, 4, 4), grid)
+        except InputError:
+            decodes = False
+        whole = vbpe.encode(grid).astype(np.int32)
+        ids, codes = np.concatenate((whole, stream)), np.concatenate((grid.ravel(), grid.ravel()))
+        found = vbpe.first_mismatch(ids, np.array([0, len(whole), len(ids)]), codes, np.array([0, 16, 32]))
+        assert found == (-1 if decodes else 1)
+        outcomes[decodes] += 1
+    assert min(outcomes.values()) > 500
+
+
 @pytest.mark.parametrize(
     ("second", "message"),
     [
