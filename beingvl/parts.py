@@ -101,12 +101,12 @@ class Parts:
     def path(self, number: int) -> Path:
         return self.folder / f"{number:05d}"
 
-    def is_finished(self, number: int) -> bool:
-        return self.path(number).is_dir()
+    def finished(self) -> set[int]:
+        return {int(name) for name in os.listdir(self.folder) if name.isdecimal()}
 
     def missing(self, num_parts: int) -> list[int]:
-        finished = set(os.listdir(self.folder))
-        return [number for number in range(num_parts) if f"{number:05d}" not in finished]
+        finished = self.finished()
+        return [number for number in range(num_parts) if number not in finished]
 
     @contextlib.contextmanager
     def writing(self, number: int) -> Iterator[Path]:
@@ -122,6 +122,11 @@ class Parts:
                 _rename_folder(temporary, self.path(number))
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def show_life(self) -> None:
+        """In the middle of a long part, for `wait_until_complete` of others."""
+        with contextlib.suppress(FileNotFoundError):  # another run joined and removed the parts
+            os.utime(self.folder)
 
     def read_json(self, num_parts: int, file: str) -> list[Any]:
         """One JSON file of every part, in order."""
@@ -226,15 +231,18 @@ def _prepare_process(prepare: Callable[..., None], *arguments: Any) -> None:
 
 
 def wait_until_complete(output: Path, patience_seconds: float = 1800, poll_seconds: float = 2) -> None:
-    """Return when the other ranks have finished `output`. Raises InputError when none of them finishes a part for so long."""
-    finished, since = -1, time.monotonic()
+    """Return when the other ranks have finished `output`. Raises InputError when none shows life for so long: a part that is
+    finished, or `Parts.show_life`, changes the time of the parts' folder."""
+    seen, since = -1, time.monotonic()
     while not is_complete(output):
-        folder = output / FOLDER
-        now = len(os.listdir(folder)) if folder.is_dir() else 0
-        if now != finished:
-            finished, since = now, time.monotonic()
+        try:
+            now = (output / FOLDER).stat().st_mtime_ns
+        except FileNotFoundError:
+            now = 0
+        if now != seen:
+            seen, since = now, time.monotonic()
         if time.monotonic() - since > patience_seconds:
             raise InputError(
-                f"{output} is still incomplete and no rank has finished a part in {patience_seconds:g} s; start again"
+                f"{output} is still incomplete and no rank has worked on a part for {patience_seconds:g} s; start again"
             )
         time.sleep(poll_seconds)

@@ -104,7 +104,7 @@ class VocabLayout:
                 f"image ids {image_ids.min()} … {image_ids.max()} do not fit a vocabulary of {self.num_vq} codes and "
                 f"{self.num_merges} merges: the vBPE or VQ-GAN is not the one this vocabulary was made for"
             )
-        return (image_ids + self.first_image_id).astype(np.int32)
+        return image_ids.astype(np.int32) + self.first_image_id  # codes come as uint16, which holds no token id of LLaMA-3
 
     def token_to_image_ids(self, token_ids: np.ndarray) -> np.ndarray:
         """The inverse of `image_to_token_ids`. Raises InputError for a token that is not an image token."""

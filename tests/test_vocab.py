@@ -36,6 +36,13 @@ def test_image_ids_round_trip_and_stay_in_range() -> None:
         LLAMA3.token_to_image_ids(np.array([128260]))
 
 
+@pytest.mark.parametrize("num_text", [32000, 49152, 65536, 128256])
+def test_codes_of_16_bits_become_token_ids_of_any_vocabulary(num_text: int) -> None:
+    layout = VocabLayout(num_text=num_text, num_vq=65536, num_merges=0, bos_id=0, eos_id=1)
+    tokens = layout.image_to_token_ids(np.array([0, 8191, 65535], np.uint16))
+    assert tokens.tolist() == [num_text + 5, num_text + 8196, num_text + 65540] and tokens.dtype == np.int32
+
+
 def test_token_kinds() -> None:
     ids = np.array([0, 128255, 128256, 128260, 128261, 136452, 136453, 144644])
     assert LLAMA3.token_kinds(ids).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]

@@ -178,16 +178,11 @@ def finish_shards(
     """Write the index files and the manifest of shards (file name -> what `write_shard` returned), which lie in `folder`."""
     if not shards:
         raise InputError(f"{folder}: no sample to write; every input is empty, or every row was rejected")
-    sources: dict[str, dict[str, int]] = {}
-    for name in sorted({name for shard in shards.values() for name in shard["sources"]}):
-        pairs = [shard["sources"].get(name, (0, 0)) for shard in shards.values()]
-        sources[name] = {"samples": sum(pair[0] for pair in pairs), "tokens": sum(pair[1] for pair in pairs)}
+    counts, sources = _totals(list(shards.values()))
     if len(sources) > MAX_SOURCES:
         raise InputError(
             f"{folder}: the samples name {len(sources)} sources, at most {MAX_SOURCES} are possible; is `category` an id?"
         )
-    counts = {name: sum(shard[name] for shard in shards.values()) for name in ("samples", "tokens", "target_tokens")}
-    counts["longest_sample_tokens"] = max(shard["longest_sample_tokens"] for shard in shards.values())
     _write_index(folder, list(shards), list(sources), counts["samples"])
     details = {
         **details,
@@ -197,7 +192,18 @@ def finish_shards(
     }
     hashes = {name: shard["hash"] for name, shard in shards.items()}
     own = {*shards, LENGTHS_FILE, SOURCE_OF_FILE, MEMBERS_FILE}  # somebody's files that lie there are never listed, nor removed
-    return write_manifest(folder, "shards", {**counts, "shards": len(shards)}, lineage, details, hashes, own.__contains__)
+    return write_manifest(folder, "shards", counts, lineage, details, hashes, own.__contains__)
+
+
+def _totals(summaries: Sequence[Mapping[str, Any]]) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """(counts, sources) of a folder, as its manifest has them, from those of its shards."""
+    sources: dict[str, dict[str, int]] = {}
+    for name in sorted({name for shard in summaries for name in shard["sources"]}):
+        pairs = [shard["sources"].get(name, (0, 0)) for shard in summaries]
+        sources[name] = {"samples": sum(pair[0] for pair in pairs), "tokens": sum(pair[1] for pair in pairs)}
+    counts = {name: sum(shard[name] for shard in summaries) for name in ("samples", "tokens", "target_tokens")}
+    counts["longest_sample_tokens"] = max(shard["longest_sample_tokens"] for shard in summaries)
+    return {**counts, "shards": len(summaries)}, sources
 
 
 def _write_index(folder: Path, names: list[str], sources: list[str], num_samples: int) -> None:
@@ -398,15 +404,25 @@ class ShardReader:
             self._shard(number).give_back_pages()
 
     def check(self) -> None:
-        """Read every sample. Raises InputError for what `write_shard` would have refused, or an index that does not fit."""
+        """Read every sample. Raises InputError for what `write_shard` would have refused, an index or counts that do not fit."""
+        summaries = []
         for number, name in enumerate(self._names):
             batch = open_batch(self.folder / name)
             rows = ShardColumns.of_batch(batch)
             check_columns(rows, self.layout)
+            summaries.append(_summary(rows))
             place = slice(self._starts[number], self._starts[number + 1])
             fits = np.array_equal(self.lengths[place], rows.lengths)
             if not fits or not np.array_equal(self.source_of[place], source_indices(batch, self.sources, self.folder / name)):
                 raise InputError(f"{self.folder}: the index files do not fit {name}; build the shards again")
+        if not np.array_equal(self._members, np.argsort(self.source_of, kind="stable")):
+            raise InputError(f"{self.folder / MEMBERS_FILE} does not fit {SOURCE_OF_FILE}; build the shards again")
+        counts, sources = _totals(summaries)
+        found, expected = {**counts, **sources}, {**self.manifest.counts, **self.manifest.details["sources"]}
+        if different := [name for name in found if found[name] != expected.get(name)]:
+            name = different[0]
+            said = f"holds {found[name]} of {name!r}, its manifest says {expected.get(name)}"
+            raise InputError(f"{self.folder} {said}; build the shards again")
 
     def __len__(self) -> int:
         return self._starts[-1]

@@ -7,7 +7,8 @@
 The sequence of a row is token_0 + image + token_1, where image is token_image_new when the row has it, else token_image.
 A published file without target_spans is accepted: its targets are token_1. A file that `beingvl tokenize` wrote brings its
 vocabulary and lineage in the manifest beside it; for any other file --model_path says which vocabulary its ids belong to.
-Merged images are decoded and compared with their codes when the vBPE is known: --vbpe_path, or the vbpe.json in --model_path.
+Merged images are decoded, a row's first one is compared with its codes, when the vBPE is known: --vbpe_path, or the vbpe.json in
+--model_path.
 The result does not depend on workers, ranks or kills.
 """
 
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vbpe_path",
         type=Path,
-        help="vbpe.json that every merged image must decode with, to its own codes; default: the one in --model_path, if any",
+        help="vbpe.json that merged images must decode with, a row's first to its own codes; default: the one in --model_path",
     )
     parser.add_argument("--part_bytes", type=int, default=64 << 20, help="bytes of JSONL that become one shard")
     parser.add_argument("--num_workers", type=int, help="threads; default: one a CPU core, and two that wait for the disk")
@@ -89,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
     decoder = _decoder(vbpe)
     content = {"jsonl": contents_of(args.jsonl_path), "lineage": lineage, "part_bytes": args.part_bytes}
     request = {**content, "duplicate_ids": args.duplicate_ids}
+    tasks = plan_parts(args.jsonl_path, args.part_bytes)
     with locked(args.output_path):
         if args.overwrite:
             start_folder(args.output_path, "shards")
@@ -98,8 +100,7 @@ def run(args: argparse.Namespace) -> None:
             warn_of_merged(read_manifest(args.output_path))
             return
         parts = Parts(args.output_path, {"parts_version": PARTS_VERSION, **content, "decoded": decoder is not None})
-    tasks = plan_parts(args.jsonl_path, args.part_bytes)
-    mine = [tasks[number] for number in parts.missing(len(tasks)) if number % num_ranks == rank]
+        mine = [tasks[number] for number in parts.missing(len(tasks)) if number % num_ranks == rank]
     build_parts(ShardBuilder(parts, layout, decoder), mine, args.num_workers)
     with locked(args.output_path):
         if is_complete(args.output_path):
@@ -188,12 +189,11 @@ def _layout_and_lineage(
         if not path.is_file():
             found = "is not a file" if path.exists() else "does not exist"
             raise InputError(f"{path} {found}; give a JSONL file, as `beingvl tokenize` makes it")
-        if is_complete(path.parent):
-            manifest = read_manifest(path.parent, "jsonl")
+        if is_complete(path.parent) and path.name in (manifest := read_manifest(path.parent, "jsonl")).files:
             lineages[str(path.parent)] = manifest.lineage
             layout = layout or VocabLayout.from_dict(manifest.details["layout"], f"{path.parent}/manifest.json")
     if layout is None:
-        raise InputError(f"{paths[0]} has no manifest beside it: say with --model_path which vocabulary its ids belong to")
+        raise InputError(f"{paths[0]} is in no manifest beside it: say with --model_path which vocabulary its ids belong to")
     if vbpe:
         lineages[vbpe.source] = {**vbpe.lineage, "vbpe": vbpe.fingerprint()}
     return layout, {**join_lineages({**lineages, "the vocabulary layout": {"vocab": layout.fingerprint()}})}
@@ -245,7 +245,7 @@ class ShardBuilder:
                     summary = write_shard(folder / "shard.arrow", rows, self._layout)
                 except InputError as error:
                     raise InputError(f"{task.path}: {error}; make the file again with `beingvl tokenize`") from error
-                hash_ids(rows.id).tofile(folder / "id_hashes")
+                (folder / "id_hashes").write_bytes(hash_ids(rows.id).tobytes())  # tofile does not say that a disk is full
             (folder / "shard.json").write_text(json.dumps(summary))
         return task.stop - task.start
 
@@ -277,7 +277,7 @@ def join_shards(
 
 def warn_of_merged(manifest: Manifest) -> None:
     if manifest.details.get("merged_images") == "not decoded":
-        remedy = "build them with --vbpe_path (a published vBPE cannot decode)"
+        remedy = "build them again with --vbpe_path and --overwrite (a published vBPE cannot decode)"
         print(f"warning: the merged images in these shards were never decoded and compared with their codes; {remedy}")
 
 

@@ -11,8 +11,8 @@ the next step, so the one integer to keep is the step, which every checkpoint do
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -127,9 +127,9 @@ class TrainingData:
     def num_steps(self) -> int:
         """Optimizer steps; the last one may hold fewer sequences. Waits for the whole plan."""
         num_sequences = self.plan.num_sequences
-        # shards may lie on a read-only disk: then every start plans anew
-        if not self._plan_path.is_file() and os.access(self.shards.folder, os.W_OK):
-            write_atomically(self._plan_path, json.dumps(self.plan.counts))
+        if not self._plan_path.is_file():
+            with contextlib.suppress(OSError):  # a disk that is read-only or full: then every start plans anew
+                write_atomically(self._plan_path, json.dumps(self.plan.counts))
         return -(-num_sequences // self.sequences_per_step)
 
     def sequence_numbers(self, step: int, micro_step: int, rank: int, num_ranks: int, micro_batch_size: int) -> range:

@@ -182,9 +182,31 @@ def coverage_table(used: np.ndarray, shards: ShardReader) -> str:
     rows = []
     for name, (start, stop) in ranges.items():
         never = start + np.flatnonzero(used[start:stop] == 0)
-        shown = ", ".join(map(str, never[:12].tolist())) + (" …" if len(never) > 12 else "")
-        rows.append((name, f"{stop - start:,}", f"{len(never):,}", shown))
+        rows.append((name, f"{stop - start:,}", f"{len(never):,}", folded(ranges_of(never))))
     return table(["rows", "in the vocabulary", "never occur", "their ids"], rows)
+
+
+def ranges_of(ids: np.ndarray) -> list[str]:
+    """Ascending ids in words: 1, 2, 3, 7 become `1 to 3` and `7`."""
+    import numpy as np
+
+    runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1) if len(ids) else []
+    return [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+
+
+def folded(words: list[str], shown: int = 6) -> str:
+    """All words; those behind the first few are shown on demand."""
+    first, rest = ", ".join(words[:shown]), ", ".join(words[shown:])
+    return f"<details><summary>{first} …</summary>{rest}</details>" if rest else first
+
+
+def images_of(ids: np.ndarray, shards: ShardReader) -> list[np.ndarray]:
+    """The image ids of every image of a sample: between two images there is always another token."""
+    import numpy as np
+
+    is_image = shards.layout.is_image_token(ids)
+    runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(is_image)) + 1)
+    return [shards.layout.token_to_image_ids(ids[run]) for run in runs if is_image[run[0]]]
 
 
 def examples(shards: ShardReader, args: argparse.Namespace) -> str:
@@ -196,9 +218,8 @@ def examples(shards: ShardReader, args: argparse.Namespace) -> str:
     rows = []
     for index in np.unique(np.linspace(0, len(shards) - 1, args.num_examples).astype(int)).tolist():
         sample = shards[index]
-        ids = sample.input_ids[shards.layout.is_image_token(sample.input_ids)]
-        picture = pictures.data_url(shards.layout.token_to_image_ids(ids)) if len(ids) else None
-        shown = f"<img alt='' src='{picture}'>" if picture else ""
+        urls = [pictures.data_url(image_ids) for image_ids in images_of(sample.input_ids, shards)]
+        shown = "".join(f"<img alt='' src='{url}'>" for url in urls if url)
         rows.append((shown, escape(sample.id), escape(sample.category), escape(text_of(sample, shards, args.model_path))))
     header = "text" if args.model_path else "text ids (--model_path shows them as text)"
     return table(["image", "id", "source", header], rows)

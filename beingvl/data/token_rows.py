@@ -4,7 +4,8 @@
       block           half a MiB at a time, cut at the last newline
       parse_lines     the fast twin (token_rows_numba.py), integers from text to int32 without Python objects
       parse_row       the readable twin: simdjson; for the lines that the fast one leaves over, and for every error
-      check_decodes   with a vBPE: every merged image stands for the row's own codes
+      check_decodes   with a vBPE: a row's first image, merged, stands for the row's own codes
+  check_fills     with a vBPE: every further image, whose codes are in no row, fills a grid of as many cells
 
 The sequence of a row is token_0 + image + token_1, where image is token_image_new when the row has it, else token_image; without
 target_spans its target is token_1.
@@ -150,6 +151,7 @@ class RowReader:
         columns = _columns(buffers, row)
         if self._vbpe is not None:
             self._check_decodes(path, buffers, columns)
+            self._check_further_images(path, buffers, columns)
         return columns
 
     def _make_room(self, num_bytes: int) -> Buffers:
@@ -227,6 +229,27 @@ class RowReader:
                 found = f"{path}: sample {columns.id[row].as_py()!r}: {error}"
                 raise InputError(f"{found}; make the file again with `beingvl tokenize`") from error
         raise AssertionError("the twins disagree about a stream")
+
+    def _check_further_images(self, path: Path, buffers: Buffers, columns: ShardColumns) -> None:
+        """Raises InputError that names the first sample with an image behind its first that fills no grid like that one's.
+
+        Their own codes stand in no row. An image at the end of its row is one that `--too_long truncate` has cut.
+        """
+        assert self._vbpe is not None
+        begins = np.flatnonzero(columns.ids == self._layout.boi_id)
+        rows = np.searchsorted(columns.id_starts, begins, side="right") - 1
+        num_codes = np.diff(buffers.code_starts[: len(columns) + 1])
+        is_further = rows[1:] == rows[:-1]
+        for begin, row in zip(begins[1:][is_further].tolist(), rows[1:][is_further].tolist(), strict=True):
+            tokens = columns.ids[begin + 1 : columns.id_starts[row + 1]]
+            behind = np.flatnonzero(~self._layout.is_image_token(tokens))
+            if not len(behind) or not num_codes[row]:
+                continue
+            try:
+                check_fills(self._layout.token_to_image_ids(tokens[: behind[0]]), int(num_codes[row]), self._vbpe)
+            except ValueError as error:
+                found = f"{path}: sample {columns.id[row].as_py()!r}: an image of token_1 {error}"
+                raise InputError(f"{found}; make the file again with `beingvl tokenize`") from error
 
 
 def make_buffers(num_bytes: int, keep_codes: bool) -> Buffers:
@@ -307,3 +330,14 @@ def check_decodes(merged: np.ndarray, codes: np.ndarray, layout: VocabLayout, vb
     side = round(len(expected) ** 0.5)
     if side and side * side == len(expected) and not np.array_equal(vbpe.decode(image_ids, side, side).ravel(), expected):
         raise ValueError("token_image_new does not decode to token_image: is it another vBPE?")
+
+
+def check_fills(image_ids: np.ndarray, num_cells: int, vbpe: VisualBPE) -> None:
+    """Raises ValueError when the merged stream does not fill so many cells; where they are a square, each exactly once."""
+    if image_ids.size and image_ids.max() >= vbpe.num_ids:
+        raise ValueError(f"holds the image id {image_ids.max()}, the vBPE's ids end at {vbpe.num_ids - 1}")
+    if (found := int(vbpe.sizes[image_ids].sum())) != num_cells:
+        raise ValueError(f"covers {found} cells, the first image has {num_cells}")
+    side = round(num_cells**0.5)
+    if side * side == num_cells:
+        vbpe.decode(image_ids, side, side)

@@ -1,7 +1,7 @@
 """[3] LLaVA JSON + images (or vq_codes/) + vbpe.json -> token rows in JSONL, or straight to Arrow shards.
 
 Steps, in order:
-  1. image codes      from --vq_codes, or encoded now with the model folder's VQ-GAN into OUTPUT_DIR_vq_codes
+  1. image codes      from --vq_codes, or encoded now with the model folder's VQ-GAN into OUTPUT_DIR_NAME_vq_codes
   2. stream_rows      one row after the other, whatever the size of the file; every 4096 rows are a part (beingvl/parts.py)
   3. tokenize_part    in --num_workers processes; a malformed row goes to rejected.jsonl with its index and reason
   4. join             NAME_base.jsonl (VQ codes) and NAME_vbpe.jsonl (merged), one row a sample; --format arrow: folders of shards
@@ -51,11 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model_path", type=Path, required=True, help="Being-VL model folder: tokenizer, vocabulary layout, VQ-GAN"
     )
     parser.add_argument("--vbpe_path", type=Path, help="vbpe.json; without it only NAME_base.jsonl is written")
-    parser.add_argument("--vq_codes", type=Path, help="folder of encode-images; without it the images are encoded now")
+    parser.add_argument(
+        "--vq_codes", type=Path, help="folder of encode-images; without it the images are encoded now, beside --output_dir"
+    )
     parser.add_argument("--dataset_name", default="data", help="NAME in the output files' names")
     parser.add_argument("--template", choices=["default", "being-vl-0.5"], default="default", help="chat template")
     parser.add_argument("--format", choices=["jsonl", "arrow"], default="jsonl", help="JSONL files, or folders of shards at once")
-    parser.add_argument("--max_length", type=int, help="longest sample, in tokens")
+    parser.add_argument("--max_length", type=int, help="longest sample, in tokens; the longer one of a row's two variants counts")
     parser.add_argument(
         "--too_long", choices=["reject", "truncate"], default="reject", help="what happens to samples over --max_length"
     )
@@ -73,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--torch_dtype", default="float32", choices=["float32", "bfloat16"], help="of the VQ-GAN, when images are encoded now"
     )
     add_rank_arguments(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace this dataset, finished or not")
+    parser.add_argument("--overwrite", action="store_true", help="replace this dataset, finished or not, and codes made for it")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -95,8 +97,10 @@ def run(args: argparse.Namespace) -> None:
         if output.is_made_by(request):
             remove_parts(output.folder, output.parts_name)
             return
-        parts = Parts(args.output_dir, {"parts_version": PARTS_VERSION, **request}, output.parts_name)
-    num_rows = tokenize_parts(parts, args, codes, rank, num_ranks)
+        parts_request = {"parts_version": PARTS_VERSION, **request}
+        parts = Parts(args.output_dir, parts_request, output.parts_name)
+        finished = parts.finished()  # now: when this rank comes to them, another one may have joined and removed them
+    num_rows = tokenize_parts(finished, args, codes, parts_request, rank, num_ranks)
     num_parts = -(-num_rows // args.rows_per_part)
     with locked(args.output_dir):
         if output.is_made_by(request, quiet=True):
@@ -173,8 +177,10 @@ def prepare_process(args: argparse.Namespace, request: dict[str, Any], codes_pat
     )
 
 
-def tokenize_parts(parts: Parts, args: argparse.Namespace, codes: CodeFolder | None, rank: int, num_ranks: int) -> int:
-    """Make this rank's missing parts; returns the number of rows in the file."""
+def tokenize_parts(
+    finished: set[int], args: argparse.Namespace, codes: CodeFolder | None, request: dict[str, Any], rank: int, num_ranks: int
+) -> int:
+    """Make this rank's parts but those that are `finished`; returns the number of rows in the file."""
     from tqdm import tqdm
 
     from beingvl.parts import run_in_processes
@@ -187,12 +193,11 @@ def tokenize_parts(parts: Parts, args: argparse.Namespace, codes: CodeFolder | N
         for number in count():
             chunk = list(islice(rows, args.rows_per_part))
             num_rows += len(chunk)
-            if chunk and number % num_ranks == rank and not parts.is_finished(number):
+            if chunk and number % num_ranks == rank and number not in finished:
                 yield number, chunk
             if len(chunk) < args.rows_per_part:
                 return
 
-    request = json.loads((parts.folder / "request.json").read_text())
     prepared = (args, request, codes.path if codes else None)
     workers = args.num_workers if args.num_workers > 1 else 0
     with tqdm(desc="tokenize", unit="row", disable=None) as progress:
@@ -240,7 +245,7 @@ def tokenize_part(task: tuple[int, list[dict]]) -> int:
 
             from beingvl.data.token_rows import hash_ids
 
-            hash_ids(pa.array(ids, pa.string())).tofile(folder / "id_hashes")
+            (folder / "id_hashes").write_bytes(hash_ids(pa.array(ids, pa.string())).tobytes())
         (folder / "rejected.jsonl").write_bytes(b"".join(rejected))
         (folder / "counts.json").write_text(json.dumps(counts))
     return len(rows)
@@ -343,7 +348,7 @@ def _open_codes(args: argparse.Namespace, rank: int, num_ranks: int) -> CodeFold
         return CodeFolder(args.vq_codes)
     if not args.image_path:
         raise InputError(f"{args.json_path} names images: give --vq_codes, or --image_path to encode them now")
-    folder = args.output_dir.with_name(args.output_dir.name + "_vq_codes")
+    folder = args.output_dir.with_name(f"{args.output_dir.name}_{args.dataset_name}_vq_codes")
     command = ["encode-images", f"--image_path={args.image_path}", f"--json_path={args.json_path}", f"--output_path={folder}"]
     command += [f"--vq_path={args.model_path / 'vqgan'}", f"--batch_size={args.batch_size}", f"--num_workers={args.num_workers}"]
     command += [
@@ -351,6 +356,7 @@ def _open_codes(args: argparse.Namespace, rank: int, num_ranks: int) -> CodeFold
         f"--rank={rank}",
         f"--num_ranks={num_ranks}",
         f"--max_rejected={args.max_rejected}",
+        *(["--overwrite"] if args.overwrite else []),
     ]
     if main(command):
         raise InputError(f"encoding the images of {args.json_path} failed, see above")

@@ -139,8 +139,9 @@ def evaluate_in_parts(work: Answering | HeldOutLoss, args: argparse.Namespace, r
             print_scores(read_summary(output))
             return
         parts = Parts(output, {**work.parts_request, "rows_per_part": args.rows_per_part})
-    num_parts = -(-work.num_rows // args.rows_per_part)
-    _make_parts(work, parts, [number for number in parts.missing(num_parts) if number % num_ranks == rank], args.rows_per_part)
+        num_parts = -(-work.num_rows // args.rows_per_part)
+        mine = [number for number in parts.missing(num_parts) if number % num_ranks == rank]
+    _make_parts(work, parts, mine, args.rows_per_part)
     with locked(output):
         if is_complete(output):
             return

@@ -71,17 +71,20 @@ def run(args: argparse.Namespace) -> None:
     keys = _keys(args, images)
     vqgan = VQGAN.load(args.vq_path, device, getattr(torch, dtype))
     request = {"vqgan": vqgan.fingerprint(), "dtype": dtype}
+    num_parts = -(-len(keys) // args.images_per_part)
     with locked(args.output_path):
         if args.overwrite:
             start_folder(args.output_path, "vq_codes")
             remove_parts(args.output_path)
-        if is_complete(args.output_path):
-            already_made(args.output_path, "vq_codes", {**request, "images": hash_all(images, keys)})
+        is_finished = is_complete(args.output_path)
+        if is_finished:
             remove_parts(args.output_path)
-            return
-        parts = Parts(args.output_path, {**request, **_split(args, keys)})
-    num_parts = -(-len(keys) // args.images_per_part)
-    mine = [number for number in parts.missing(num_parts) if number % num_ranks == rank]
+        else:
+            parts = Parts(args.output_path, {**request, **_split(args, keys)})
+            mine = [number for number in parts.missing(num_parts) if number % num_ranks == rank]
+    if is_finished:  # without the lock: ranks read all images again side by side, not one after the other
+        already_made(args.output_path, "vq_codes", {**request, "images": hash_all(images, keys)})
+        return
     encode_parts(parts, mine, images, keys, vqgan, args)
     with locked(args.output_path):
         if is_complete(args.output_path):
@@ -172,6 +175,7 @@ def encode_parts(
             counter.add(batch.rejected)
             part.add(batch, vqgan.encode(batch.pixels) if batch.keys else None)
             progress.update(len(batch.hashes))
+            parts.show_life()
             if index + 1 == len(batches) or batches[index + 1][0] != number:
                 write_part(parts, number, part, vqgan.grid)
                 part = PartOfCodes()

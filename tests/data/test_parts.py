@@ -1,22 +1,25 @@
 """Killed anywhere and started again with another number of ranks, a step writes the bytes of an uninterrupted run."""
 
 import argparse
+import itertools
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import pytest
 
 from beingvl import cli
+from beingvl.data import tokenize_dataset
 from beingvl.errors import InputError
 from beingvl.manifest import is_complete, read_manifest, verify_folder
 from beingvl.parts import FOLDER, LOCK, Parts, ranks_of, wait_until_complete
+from beingvl.tokenizer.llava_json import stream_rows
 from tests.data.conftest import commands
 
 
@@ -57,8 +60,23 @@ def test_a_part_is_whole_or_absent(tmp_path) -> None:
 
 
 def test_waiting_for_ranks_that_do_nothing_ends(tmp_path) -> None:
-    with pytest.raises(InputError, match="no rank has finished a part"):
+    with pytest.raises(InputError, match="no rank has worked on a part"):
         wait_until_complete(tmp_path, patience_seconds=0.05, poll_seconds=0.01)
+
+
+def test_a_rank_in_the_middle_of_a_long_part_is_waited_for(tmp_path, monkeypatch) -> None:
+    parts, seconds = Parts(tmp_path, {}), itertools.count(step=20)
+    monkeypatch.setattr("beingvl.parts.time.monotonic", lambda: next(seconds))
+
+    def work(_: float) -> None:
+        os.utime(parts.folder, (0, 0))
+        parts.show_life()
+        if next(seconds) > 2000:
+            (tmp_path / "manifest.json").write_text("{}")
+
+    monkeypatch.setattr("beingvl.parts.time.sleep", work)
+    wait_until_complete(tmp_path, patience_seconds=100)
+    assert next(seconds) > 2000
 
 
 # ---- kills ----
@@ -187,6 +205,28 @@ def test_a_full_disk_loses_nothing_that_was_finished(inputs, tmp_path, step) -> 
     assert done.returncode == 2 and "make room and start the same command again" in done.stderr, done.stderr
     assert cli.main(command) == 0
     assert verify_folder(tmp_path / step).content_hash == read_manifest(inputs / step).content_hash
+
+
+def test_a_rank_that_another_has_overtaken_makes_nothing_again(inputs, tmp_path, monkeypatch, capsys) -> None:
+    """All parts are finished but one of rank 0, which joins them while rank 1 still reads its rows."""
+    output = tmp_path / "tokenize"
+    command = commands(inputs, tmp_path)["tokenize"]
+    assert cli.main([*command, "--rank=1", "--num_ranks=2"]) == 0
+    made: list[int] = []
+
+    def overtaken(path: Path) -> Iterator[dict]:
+        monkeypatch.undo()
+        assert cli.main([*command, "--rank=0", "--num_ranks=2"]) == 0 and is_complete(output)
+        monkeypatch.setattr(tokenize_dataset, "tokenize_part", lambda task: made.append(task[0]))
+        yield from stream_rows(path)
+
+    def rows(path: Path) -> Iterator[dict]:
+        monkeypatch.setattr(tokenize_dataset, "stream_rows", overtaken)  # the first pass only looks for images
+        return stream_rows(path)
+
+    monkeypatch.setattr(tokenize_dataset, "stream_rows", rows)
+    assert cli.main([*command, "--rank=1", "--num_ranks=2"]) == 0
+    assert not made and not list(output.glob("*parts.tmp")), capsys.readouterr().err
 
 
 def test_overwrite_is_for_one_rank(inputs, tmp_path, capsys) -> None:

@@ -5,6 +5,7 @@ import numpy as np
 from beingvl import cli
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.mixture import Mixture
+from beingvl.data.report_data import folded, ranges_of
 from tests.tiny import LAYOUT, write_shards
 
 
@@ -24,6 +25,25 @@ def test_examples_have_their_text_and_images(inputs, tmp_path) -> None:
     assert cli.main(["report", "data", str(inputs / "build-shards"), f"--output_path={page}", *paths]) == 0
     text = page.read_text()
     assert text.count("data:image/png") == 6 and "hi" in text and "yes" in text
+
+
+def test_every_image_of_an_example_is_shown(inputs, tmp_path) -> None:
+    turns = [{"from": "human", "value": "<image><image> hi"}, {"from": "gpt", "value": "yes"}]
+    row = {"id": "both", "image": ["1.png", "2.png"], "conversations": turns}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    command = ["tokenize", f"--json_path={tmp_path}/rows.json", f"--vq_codes={inputs}/encode-images", "--format=arrow"]
+    command += [f"--model_path={inputs}/base", f"--vbpe_path={inputs}/vbpe.json", f"--output_dir={tmp_path}"]
+    assert cli.main(command) == 0
+    page = tmp_path / "page.html"
+    paths = [f"--vq_path={inputs}/vqgan", f"--vbpe_path={inputs}/vbpe.json", f"--output_path={page}"]
+    assert cli.main(["report", "data", f"{tmp_path}/data_base", f"{tmp_path}/data_vbpe", *paths]) == 0
+    assert page.read_text().count("data:image/png") == 4
+
+
+def test_ids_that_never_occur_are_all_on_the_page() -> None:
+    assert ranges_of(np.array([1, 2, 3, 7, 9, 10])) == ["1 to 3", "7", "9 to 10"] and ranges_of(np.array([], int)) == []
+    assert folded(["1", "2"]) == "1, 2"
+    assert folded([*"12345678"]) == "<details><summary>1, 2, 3, 4, 5, 6 …</summary>7, 8</details>"
 
 
 def test_the_mixture_of_a_stage(tmp_path, capsys) -> None:

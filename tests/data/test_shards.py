@@ -1,9 +1,12 @@
 """Arrow shards, JSONL -> shards, and the loader's batches."""
 
+import errno
 import gc
 import json
+import resource
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from beingvl import cli
@@ -11,6 +14,7 @@ from beingvl.data import arrow_shards
 from beingvl.data.arrow_shards import Sample, ShardReader, ShardWriter
 from beingvl.data.loader import IGNORED, TrainingData, collate, shifted_targets
 from beingvl.data.mixture import Mixture
+from beingvl.data.token_rows import hash_ids
 from beingvl.errors import InputError
 from beingvl.manifest import hash_file, read_manifest, write_manifest
 from beingvl.tokenizer.vbpe import VisualBPE
@@ -292,6 +296,19 @@ def test_rows_of_another_vocabulary(tmp_path, capsys) -> None:
     assert not (tmp_path / "shards").exists()
 
 
+def test_a_file_that_the_manifest_beside_it_does_not_list_is_not_of_its_vocabulary(tmp_path, capsys) -> None:
+    listed, stranger = tmp_path / "jsonl" / "data.jsonl", tmp_path / "jsonl" / "mine.jsonl"
+    listed.parent.mkdir()
+    listed.write_text(json.dumps(ROW) + "\n")
+    write_manifest_beside(listed, {"vocab": LAYOUT.fingerprint(), "vbpe": "blake3:1"})
+    stranger.write_text(json.dumps({**ROW, "id": 8}) + "\n")
+    command = ["build-shards", f"--jsonl_path={stranger}", f"--output_path={tmp_path}/shards"]
+    assert cli.main(command) == 2
+    assert "mine.jsonl is in no manifest beside it: say with --model_path" in capsys.readouterr().err
+    assert cli.main([*command, f"--model_path={write_model(tmp_path / 'base')}"]) == 0
+    assert read_manifest(tmp_path / "shards").lineage == {"vocab": LAYOUT.fingerprint()}
+
+
 def test_verify_reads_rows_and_merges_again(tmp_path, capsys) -> None:
     """Hashes say that nothing changed since it was written, not that it was right."""
     path = tmp_path / "rows" / "data.jsonl"
@@ -392,6 +409,34 @@ def test_a_source_that_the_manifest_does_not_name(tmp_path, capsys) -> None:
     assert "shard-00000.arrow holds the source 'reasoning', the manifest ['foundation', 'seasoning']" in capsys.readouterr().err
 
 
+def test_counts_that_do_not_fit(tmp_path, capsys) -> None:
+    path = write_shards(tmp_path) / "manifest.json"
+    whole = path.read_text()
+    assert cli.main(["verify", str(tmp_path)]) == 0
+
+    def says(change) -> str:
+        manifest = json.loads(whole)
+        change(manifest)
+        path.write_text(json.dumps(manifest))
+        assert cli.main(["verify", str(tmp_path)]) == 2
+        return capsys.readouterr().err
+
+    assert "of 'target_tokens', its manifest says 7" in says(lambda manifest: manifest["counts"].update(target_tokens=7))
+    sources = {"foundation": {"samples": 40, "tokens": 7}}
+    found = says(lambda manifest: manifest["details"]["sources"].update(sources))
+    assert "of 'foundation', its manifest says {'samples': 40, 'tokens': 7}" in found
+
+
+def test_members_that_are_not_of_their_source(tmp_path, capsys) -> None:
+    write_shards(tmp_path)
+    np.save(tmp_path / "members.npy", np.arange(60, dtype=np.uint32))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["files"]["members.npy"]["hash"] = hash_file(tmp_path / "members.npy")
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert cli.main(["verify", str(tmp_path)]) == 2
+    assert "members.npy does not fit source_of.npy" in capsys.readouterr().err
+
+
 def test_an_index_that_does_not_fit(tmp_path, capsys) -> None:
     write_shards(tmp_path)
     lengths = np.load(tmp_path / "lengths.npy")
@@ -438,6 +483,31 @@ def test_the_kept_plan_is_the_plan(tmp_path) -> None:
         path.write_text(path.read_text()[:-3])
     with pytest.raises(InputError, match=r"plan-\w+\.tmp is damaged .*; remove it, it is made again"):
         TrainingData(shards, mixture, 150, 64, 4)
+
+
+def test_a_plan_that_cannot_be_kept_stops_nothing(tmp_path, monkeypatch) -> None:
+    def full(path: object, data: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("beingvl.data.loader.write_atomically", full)
+    shards = ShardReader(write_shards(tmp_path))
+    assert TrainingData(shards, Mixture(shards.members, shards.sources, {"foundation": 1}, 0), 40, 64, 4).num_steps
+    assert not list(tmp_path.glob("plan-*"))
+
+
+def test_a_disk_that_is_full_behind_the_shard_is_named(tmp_path, monkeypatch, capsys) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def hash_ids_and_fill_the_disk(ids: pa.StringArray) -> np.ndarray:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+        return hash_ids(ids)
+
+    monkeypatch.setattr("beingvl.data.token_rows.hash_ids", hash_ids_and_fill_the_disk)
+    try:
+        assert build_shards(tmp_path, [{**ROW, "id": n} for n in range(1000)], "--model_path", str(tmp_path / "base")) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "make room and start the same command again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

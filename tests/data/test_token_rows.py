@@ -242,3 +242,50 @@ def test_merged_images_stand_for_their_codes(tmp_path, shape, change, message) -
     else:
         with pytest.raises(InputError, match=f"sample 'r7': .*{message}"):
             reader.read(path, 0, path.stat().st_size)
+
+
+def test_streams_that_match_are_those_that_decode_to_the_codes() -> None:
+    vbpe = VisualBPE(16, np.array([[0, 1, 0, 1], [16, 0, 1, 0], [1, 16, 1, -1]], np.int32))
+    random_source = np.random.default_rng(0)
+    outcomes = {True: 0, False: 0}
+    for _ in range(3000):
+        grid = random_source.integers(0, 2, (4, 4)).astype(np.int32)
+        stream = vbpe.encode(grid).astype(np.int32)
+        for _ in range(random_source.integers(0, 3)):
+            stream[random_source.integers(len(stream))] = random_source.choice([-1, 0, 1, 16, 17, 18, 19])
+        if random_source.integers(4) == 0:
+            stream = np.delete(stream, random_source.integers(len(stream)))
+        try:
+            decodes = np.array_equal(vbpe.decode(stream, 4, 4), grid)
+        except InputError:
+            decodes = False
+        whole = vbpe.encode(grid).astype(np.int32)
+        ids, codes = np.concatenate((whole, stream)), np.concatenate((grid.ravel(), grid.ravel()))
+        found = vbpe.first_mismatch(ids, np.array([0, len(whole), len(ids)]), codes, np.array([0, 16, 32]))
+        assert found == (-1 if decodes else 1)
+        outcomes[decodes] += 1
+    assert min(outcomes.values()) > 500
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (lambda ids: ids, None),
+        (lambda ids: ids[:-1], "an image of token_1 covers 1. cells, the first image has 16"),
+        (lambda ids: [*ids[:-1], 23], "an image of token_1 holds the image id 23, the vBPE's ids end at 17"),
+        (lambda ids: [0, 0, 0, 16, *[0] * 11], "invalid image stream at position 3 of 15"),
+    ],
+)
+def test_images_behind_the_first_fill_a_grid_too(tmp_path, second, message) -> None:
+    vbpe = VisualBPE(16, np.array([[0, 1, 0, 1], [16, 0, 1, 0]], np.int32))
+    whole = vbpe.encode(np.random.default_rng(0).integers(0, 2, (4, 4))).tolist()
+    further = [LAYOUT.boi_id, *LAYOUT.image_to_token_ids(np.array(second(whole))).tolist(), LAYOUT.eoi_id]
+    grids = [np.random.default_rng(n).integers(0, 2, (4, 4)) for n in range(12)]
+    path = tmp_path / "rows.jsonl"
+    cut = [LAYOUT.boi_id, LAYOUT.first_image_id]  # by --too_long truncate
+    merged_rows(path, vbpe, grids, lambda row: {**row, "token_0": [256, LAYOUT.boi_id], "token_1": [5, *further, 257, *cut]})
+    if message is None:
+        assert len(RowReader(LAYOUT, vbpe).read(path, 0, path.stat().st_size)) == 12
+        return
+    with pytest.raises(InputError, match=f"sample 'r7': .*{message}"):
+        RowReader(LAYOUT, vbpe).read(path, 0, path.stat().st_size)

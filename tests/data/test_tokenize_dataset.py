@@ -1,6 +1,7 @@
 """LLaVA JSON + image codes -> JSONL rows, through the command line."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,13 @@ from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.dataset_folder import DatasetFolder
 from beingvl.data.tokenize_dataset import read_rows
 from beingvl.errors import InputError
-from beingvl.manifest import hash_file, read_manifest, write_manifest
+from beingvl.manifest import hash_file, read_manifest, to_json, write_manifest
 from beingvl.tokenizer.vbpe import VisualBPE
-from tests.tiny import LAYOUT, write_model
+from beingvl.tokenizer.vq_codes import CodeFolder
+from beingvl.tokenizer.vqgan_pictures import to_png
+from beingvl.vocab import LAYOUT_FILE, VocabLayout
+from tests.tiny import LAYOUT, write_model, write_tokenizer
+from tests.tokenizer.test_encode_images import save_vqgan
 
 VQGAN = {"vqgan": "sha256:" + "1" * 64}
 
@@ -73,6 +78,26 @@ def test_both_files_hold_the_published_fields_and_decode_to_the_codes(inputs) ->
             assert [*out["token_0"], *image, *out["token_1"]][start:end] == out["token_1"][-4:]  # y e s eos
     lineage = read_manifest(inputs / "out", "jsonl").lineage
     assert lineage == {"vocab": LAYOUT.fingerprint(), **VQGAN, "vbpe": vbpe.fingerprint()}
+
+
+def test_rows_of_a_vocabulary_as_large_as_llama_3(tmp_path) -> None:
+    layout = VocabLayout(num_text=128256, num_vq=8192, num_merges=8192, bos_id=128000, eos_id=128001)
+    model, folder = tmp_path / "base", tmp_path / "vq_codes"
+    for path in (model, folder):
+        path.mkdir()
+    write_tokenizer(model, LAYOUT)
+    (model / LAYOUT_FILE).write_text(to_json(layout.to_dict()))
+    write_manifest(model, "model", {}, {"vocab": layout.fingerprint(), **VQGAN})
+    codes = np.random.default_rng(0).integers(0, 8192, (2, 8, 8)).astype(np.uint16)
+    np.save(folder / "codes.npy", codes)
+    (folder / "keys.jsonl").write_text('"0.png"\n"1.png"\n')
+    (folder / "rejected.jsonl").write_text("")
+    write_manifest(folder, "vq_codes", {"images": 2}, VQGAN, {"num_codes": 8192, "grid": [8, 8]})
+    (tmp_path / "data.json").write_text(json.dumps([row(0), row(1)]))
+    command = ["tokenize", f"--json_path={tmp_path}/data.json", f"--vq_codes={folder}", f"--model_path={model}"]
+    assert cli.main([*command, f"--output_dir={tmp_path}/out", "--format=arrow"]) == 0
+    ids = ShardReader(tmp_path / "out" / "data_base")[1].input_ids
+    assert ids[:2].tolist() == [128000, 128260] and (ids[2:66] == codes[1].ravel().astype(int) + 128261).all()
 
 
 def test_the_way_to_shards_and_reuse(inputs, capsys) -> None:
@@ -254,6 +279,39 @@ def test_images_without_codes_or_folder(inputs, capsys) -> None:
     command = ["tokenize", "--json_path", str(inputs / "data.json"), "--model_path", str(inputs / "base")]
     assert cli.main([*command, "--output_dir", str(inputs / "out")]) == 2
     assert "--image_path" in capsys.readouterr().err
+
+
+def test_several_datasets_are_made_of_images(inputs, tmp_path, monkeypatch) -> None:
+    """Every dataset has codes of its own; a repaired image is read again with --overwrite."""
+    monkeypatch.setattr("beingvl.tokenizer.image_source.FolderImages.read", lambda self, key: images[key])
+    folder = write_model_with_vqgan(tmp_path / "model")
+    images = {f"{n}.png": png(n) for n in range(3)} | {"3.png": b"damaged"}
+
+    def of_images(name: str, *numbers: int, more: tuple[str, ...] = ()) -> int:
+        (tmp_path / f"{name}.json").write_text(json.dumps([row(number) for number in numbers]))
+        command = ["tokenize", f"--json_path={tmp_path}/{name}.json", f"--image_path={tmp_path}", f"--model_path={folder}"]
+        return cli.main([*command, f"--output_dir={tmp_path}/pt", f"--dataset_name={name}", *more])
+
+    assert of_images("one", 0, 1) == 0 and of_images("two", 2) == 0 and of_images("one", 0, 1) == 0
+    assert [CodeFolder(tmp_path / f"pt_{name}_vq_codes").keys for name in ("one", "two")] == [["0.png", "1.png"], ["2.png"]]
+    assert of_images("three", 3) == 2
+    images["3.png"] = png(3)
+    assert of_images("three", 3, more=("--overwrite",)) == 0
+    images["2.png"] = png(4)
+    assert of_images("two", 2) == 2 and of_images("two", 2, more=("--overwrite",)) == 0
+    assert read_manifest(tmp_path / "pt").counts["rows"] == 4 and cli.main(["verify", str(tmp_path / "pt")]) == 0
+
+
+def write_model_with_vqgan(folder: Path) -> Path:
+    layout = VocabLayout(num_text=258, num_vq=32, num_merges=8, bos_id=256, eos_id=257)
+    write_model(folder, layout)
+    save_vqgan(folder / "vqgan", seed=0)
+    write_manifest(folder, "model", {}, {"vocab": layout.fingerprint(), **read_manifest(folder / "vqgan").lineage})
+    return folder
+
+
+def png(number: int) -> bytes:
+    return to_png(np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8))
 
 
 def test_several_datasets_share_a_folder(inputs, capsys) -> None:
