@@ -112,12 +112,12 @@ def _to_bin(folder: Path) -> None:
         index.unlink()
 
 
-def write_vqgan(folder: Path, seed: int = 0) -> Path:
-    """A random VQ-GAN with decoder: 16 x 16 px, 4 x 4 grid, 16 codes."""
+def write_vqgan(folder: Path, seed: int = 0, num_codes: int = NUM_CODES) -> Path:
+    """A random VQ-GAN with decoder: 16 x 16 px, 4 x 4 grid."""
     torch.manual_seed(seed)
     config = JanusVQVAEConfig(
         embed_dim=8,
-        num_embeddings=NUM_CODES,
+        num_embeddings=num_codes,
         latent_channels=32,
         num_patches=4,
         base_channels=32,
