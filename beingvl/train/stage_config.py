@@ -137,6 +137,11 @@ class StageConfig:
         return self.deepspeed["optimizer"]["params"].get("weight_decay", 0.0)
 
     @property
+    def second_moment_decay(self) -> float:
+        """Adam's second beta."""
+        return self.deepspeed["optimizer"]["params"].get("betas", (0.9, 0.999))[1]
+
+    @property
     def zero_stage(self) -> int:
         return self.deepspeed["zero_optimization"].get("stage", 0)
 
