@@ -63,7 +63,6 @@ STAGE3_KEYS = {
     "max_live_parameters",
     "max_reuse_distance",
     "gather_16bit_weights_on_model_save",
-    "module_granularity_threshold",
     "use_all_reduce_for_fetch_params",
     "allgather_sequential",
 }
@@ -88,13 +87,15 @@ ZERO_KEYS |= {
     "enable_sanity_checks",
 }
 OFFLOAD_KEYS = {"device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu"}
-# Key -> the value that switches it off, and why it must be. The first two were tried, with DeepSpeed 0.19.8 on two CPU ranks.
+# Key -> the value that switches it off, and why it must be. Tried on two CPU ranks (DeepSpeed 0.19.8), but for quantization.
 REFUSED_ZERO_KEYS: dict[str, tuple[object, str]] = {
     "round_robin_gradients": (
         False,
         "with it DeepSpeed tells wrong places of masters and moments, and checkpoints would be wrong",
     ),
     "zero_hpz_partition_size": (1, "its second copy of the weights is not loaded, and the first loss is no number"),
+    "stage3_module_granularity_threshold": (0, "rows in two parts would be looked up while only one rank's share is there"),
+    "module_granularity_threshold": (0, "rows in two parts would be looked up while only one rank's share is there"),
     "zero_quantized_weights": (False, "weights must pass between ranks as they are"),
     "zero_quantized_nontrainable_weights": (False, "weights must pass between ranks as they are"),
     "zero_quantized_gradients": (False, "gradients must pass between ranks as they are"),
