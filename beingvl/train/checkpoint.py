@@ -67,7 +67,12 @@ def checkpoint_folder(output: Path, step: int) -> Path:
 
 def complete_checkpoints(output: Path) -> list[Path]:
     """Finished checkpoints of a stage folder, oldest first."""
-    return sorted(path for path in (output / CHECKPOINTS).glob("step-*") if is_complete(path))
+    return sorted(path for path in _started_checkpoints(output) if is_complete(path))
+
+
+def _started_checkpoints(output: Path) -> list[Path]:
+    """Finished or not; a `step-00000500-copy` is somebody's own."""
+    return [path for path in (output / CHECKPOINTS).glob("step-*") if path.name.removeprefix("step-").isdigit()]
 
 
 def agree_on_newest(
@@ -202,7 +207,7 @@ def delete_old_checkpoints(output: Path, keep_last: int, keep_every: int = 0) ->
     Unfinished ones before the newest finished one, left by killed saves, go too.
     """
     complete = complete_checkpoints(output)
-    for folder in (output / CHECKPOINTS).glob("step-*"):
+    for folder in _started_checkpoints(output):
         is_old = bool(complete) and folder < complete[-1]
         is_kept = folder in complete[-keep_last:] or (keep_every and folder in complete and step_of(folder) % keep_every == 0)
         if is_old and not is_kept:

@@ -260,6 +260,7 @@ class TrainingEngine:
         self._advance = advance
         self._partitions = partitions_of(config.zero_stage, engine, parameters, ranks.rank, ranks.num_ranks)
         self._frozen_hashes = self._hash_frozen()
+        self._carried_names: set[str] = set()  # parameters whose moments an earlier stage made
 
     # ---- one step ----
     def forward(self, batch: MicroBatch) -> torch.Tensor:
@@ -383,6 +384,7 @@ class TrainingEngine:
         `fetch(name, key, start, stop)` gives a flat range; `adam_steps`: name -> updates its moments have behind them.
         """
         self._partitions.create_moments(adam_steps)
+        self._carried_names = set(only_moments_of or ())
         for name in self.trained_shapes if only_moments_of is None else only_moments_of:
             self._advance()
             self._partitions.write(name, partial(fetch, name), STATE_KEYS if only_moments_of is None else MOMENTS)
@@ -413,11 +415,25 @@ class TrainingEngine:
                 f"the frozen parameter {changed[0]} changed during training ({len(changed)} did); nothing is saved"
             )
 
-    def hash_trained(self) -> dict[str, str]:
-        """Hash of this rank's masters, before the first step, for `check_trained`."""
-        return {name: self._hash(self._partitions.read(name, MASTER)) for name in self.trained_shapes}
+    def hash_trained(self) -> dict[str, tuple[str, str]]:
+        """Hashes of this rank's masters, before the first step, for `check_trained`; and, of second moments that were carried
+        over, of what an update without a gradient would make of them ("" for others)."""
+        decay = self._config.second_moment_decay
+        return {
+            name: (
+                self._hash(self._partitions.read(name, MASTER)),
+                self._hash(self._partitions.read(name, MOMENTS[1]) * decay) if name in self._carried_names else "",
+            )
+            for name in self.trained_shapes
+        }
 
-    def check_trained(self, before: Mapping[str, str], saw_text: bool = True, saw_visual: bool = True) -> None:
+    def _got_gradient(self, name: str, without: str) -> bool:
+        """Whether the first update had one; `without`: hash of second moments that were carried over, had it had none."""
+        if without:
+            return self._hash(self._partitions.read(name, MOMENTS[1])) != without
+        return bool(self._partitions.read(name, MOMENTS[0]).any())
+
+    def check_trained(self, before: Mapping[str, tuple[str, str]], saw_text: bool = True, saw_visual: bool = True) -> None:
         """After the first update. Raises FreezerError when a parameter declared trained got no gradient or did not move.
 
         Rows of the input embedding are excused when no token of the step looked them up. All ranks call together.
@@ -425,11 +441,11 @@ class TrainingEngine:
         embedding = self.model.causal_lm.get_input_embeddings()
         unseen = [] if saw_text else [embedding.text_rows]
         unseen += [] if saw_visual else [embedding.visual_rows]
-        after = self.hash_trained()
         flags = [
-            (after[name] != before[name], bool(self._partitions.read(name, MOMENTS[0]).any())) for name in self.trained_shapes
+            (self._hash(self._partitions.read(name, MASTER)) != master, self._got_gradient(name, without))
+            for name, (master, without) in before.items()
         ]
-        for name, (moved, got_gradient) in zip(self.trained_shapes, sum_over_ranks(flags, self.ranks.device), strict=True):
+        for name, (moved, got_gradient) in zip(before, sum_over_ranks(flags, self.ranks.device), strict=True):
             if not (moved and got_gradient) and not any(self._parameters[name] is rows for rows in unseen):
                 what = "did not move" if got_gradient else "got no gradient"
                 raise FreezerError(f"{name} is declared trained but {what} in the first step; correct beingvl.trainable")

@@ -88,9 +88,9 @@ def train(
         asked = [int(stop_requested()), int(is_time and ranks.rank == 0), int(saver.is_written)]
         totals = sum_over_ranks([*window.counts, *asked], ranks.device).astype(int).tolist()
         num_target_tokens, num_tokens, num_pairs, num_visual_tokens, num_stop_requests, is_time, num_written = totals
-        if num_stop_requests and last_good.step == step:  # after skipped steps a good one is waited for
+        if num_stop_requests:
             phases.enter(step, "save")
-            if saved.step < step:
+            if saved.step < last_good.step:  # skipped steps after it changed nothing; the next start takes them again
                 saver.save(last_good)
             break
 

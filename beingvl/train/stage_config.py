@@ -20,6 +20,8 @@ from typing import Any
 from beingvl.errors import InputError
 from beingvl.model.param_groups import Rule
 
+# Of "bf16": both must be false.
+FLOAT32_KEYS = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
 # DeepSpeed keys that a stage may use. None: any value (DeepSpeed checks it itself); a set: the allowed keys inside.
 # Source: https://www.deepspeed.ai/docs/config-json/ and deepspeed/runtime/constants.py of 0.19.
 DEEPSPEED_KEYS: dict[str, set[str] | None] = {
@@ -27,7 +29,7 @@ DEEPSPEED_KEYS: dict[str, set[str] | None] = {
     "train_micro_batch_size_per_gpu": None,
     "optimizer": {"type", "params"},
     "gradient_clipping": None,
-    "bf16": {"enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads", "bf16_optimizer_states"},
+    "bf16": {"enabled", "immediate_grad_update", "check_grad_overflow", *FLOAT32_KEYS},
     "zero_optimization": None,
     "zero_allow_untested_optimizer": None,
     "zero_force_ds_cpu_optimizer": None,
@@ -52,6 +54,51 @@ REFUSED_KEYS = {
     "compile": "DeepSpeed's compilation is not used here; remove it",
     "data_efficiency": "the data order is beingvl's own: beingvl.mixture",
     "activation_checkpointing": "it is beingvl's own: beingvl.activation_checkpointing",
+}
+# Keys of "zero_optimization"; DeepSpeed takes those of stage 3 with and without the prefix.
+STAGE3_KEYS = {
+    "prefetch_bucket_size",
+    "param_persistence_threshold",
+    "model_persistence_threshold",
+    "max_live_parameters",
+    "max_reuse_distance",
+    "gather_16bit_weights_on_model_save",
+    "use_all_reduce_for_fetch_params",
+    "allgather_sequential",
+}
+ZERO_KEYS = STAGE3_KEYS | {f"stage3_{key}" for key in STAGE3_KEYS}
+ZERO_KEYS |= {
+    "stage",
+    "contiguous_gradients",
+    "reduce_scatter",
+    "reduce_bucket_size",
+    "use_multi_rank_bucket_allreduce",
+    "allgather_partitions",
+    "allgather_bucket_size",
+    "overlap_comm",
+    "compute_grad_norm",
+    "offload_param",
+    "offload_optimizer",
+    "sub_group_size",
+    "ignore_unused_parameters",
+    "memory_efficient_linear",
+    "override_module_apply",
+    "log_trace_cache_warnings",
+    "enable_sanity_checks",
+}
+OFFLOAD_KEYS = {"device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu"}
+# Key -> the value that switches it off, and why it must be. Tried on two CPU ranks (DeepSpeed 0.19.8), but for quantization.
+REFUSED_ZERO_KEYS: dict[str, tuple[object, str]] = {
+    "round_robin_gradients": (
+        False,
+        "with it DeepSpeed tells wrong places of masters and moments, and checkpoints would be wrong",
+    ),
+    "zero_hpz_partition_size": (1, "its second copy of the weights is not loaded, and the first loss is no number"),
+    "stage3_module_granularity_threshold": (0, "rows in two parts would be looked up while only one rank's share is there"),
+    "module_granularity_threshold": (0, "rows in two parts would be looked up while only one rank's share is there"),
+    "zero_quantized_weights": (False, "weights must pass between ranks as they are"),
+    "zero_quantized_nontrainable_weights": (False, "weights must pass between ranks as they are"),
+    "zero_quantized_gradients": (False, "gradients must pass between ranks as they are"),
 }
 OPTIMIZER_PARAMS = {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "fused"}
 REQUIRED_KEYS = (
@@ -137,6 +184,11 @@ class StageConfig:
         return self.deepspeed["optimizer"]["params"].get("weight_decay", 0.0)
 
     @property
+    def second_moment_decay(self) -> float:
+        """Adam's second beta."""
+        return self.deepspeed["optimizer"]["params"].get("betas", (0.9, 0.999))[1]
+
+    @property
     def zero_stage(self) -> int:
         return self.deepspeed["zero_optimization"].get("stage", 0)
 
@@ -207,6 +259,9 @@ def parse_stage_config(fields: Mapping[str, Any], source: str) -> StageConfig:
         raise InputError(f"{source}: optimizer.params.torch_adam must be true; checkpoints restore the moments of torch's Adam")
     if fields.get("bf16", {}).get("check_grad_overflow", True) is not True:
         raise InputError(f"{source}: bf16.check_grad_overflow must be true, or weights that are not finite would be kept")
+    for key in FLOAT32_KEYS:
+        if fields.get("bf16", {}).get(key, False) is not False:
+            raise InputError(f"{source}: bf16.{key} must be false; checkpoints hold masters and moments in float32")
     _check_zero(fields["zero_optimization"], source)
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
         if not isinstance(fields[key], int) or fields[key] < 1:
@@ -216,7 +271,11 @@ def parse_stage_config(fields: Mapping[str, Any], source: str) -> StageConfig:
 
 
 def _check_zero(zero: Mapping[str, Any], source: str) -> None:
-    """The stage must be written out, and what is offloaded goes to the CPU's memory."""
+    """The stage must be written out, what is offloaded goes to the CPU's memory, and nothing cuts parameters in another way."""
+    _check_known(zero, ZERO_KEYS | set(REFUSED_ZERO_KEYS), source, "zero_optimization.")
+    for key, (off, reason) in REFUSED_ZERO_KEYS.items():
+        if zero.get(key, off) != off:
+            raise InputError(f"{source}: zero_optimization.{key} must be {json.dumps(off)}: {reason}")
     if zero.get("stage") not in (0, 1, 2, 3):
         raise InputError(f"{source}: zero_optimization.stage is {zero.get('stage')!r}, expected 0, 1, 2 or 3")
     if zero.get("compute_grad_norm", True) is not True:
@@ -224,6 +283,7 @@ def _check_zero(zero: Mapping[str, Any], source: str) -> None:
             f"{source}: zero_optimization.compute_grad_norm must be true; steps that are not finite show in the norm"
         )
     for key in ("offload_optimizer", "offload_param"):
+        _check_known(zero.get(key) or {}, OFFLOAD_KEYS, source, f"zero_optimization.{key}.")
         device = (zero.get(key) or {}).get("device", "none")
         if device not in ("none", "cpu"):
             found = f"{source}: zero_optimization.{key}.device is {device!r}"

@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -91,6 +92,16 @@ def test_only_finished_checkpoints_count_and_old_ones_go_with_what_killed_saves_
     checkpoint.delete_old_checkpoints(tmp_path, keep_last=2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step-0000000{step}" for step in (3, 4, 5)]
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+
+
+def test_a_copy_that_somebody_made_beside_the_checkpoints_is_neither_taken_nor_deleted(tmp_path) -> None:
+    for step in (1, 2, 3):
+        folder, _ = write(tmp_path, step, [0.5])
+        shutil.copytree(folder, folder.with_name(f"{folder.name}-copy"))
+    checkpoint.delete_old_checkpoints(tmp_path, keep_last=1, keep_every=5)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000003"]
+    left = [f"step-0000000{step}-copy" for step in (1, 2, 3)]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted([*left, "step-00000003"])
 
 
 def test_a_checkpoint_holds_nothing_of_a_save_of_the_same_step_that_was_killed(tmp_path) -> None:

@@ -104,6 +104,38 @@ def test_a_run_whose_last_step_is_not_finite_ends_with_the_state_before_it(work)
     assert read_manifest(output / "final").counts["step"] == bad_steps[0] - 1
 
 
+STOP_IN_STEP = """
+import os, signal, sys
+from beingvl.cli import main
+from beingvl.train import engine as module
+step, number, steps = module.TrainingEngine.step, int(sys.argv[1]), []
+
+def stopping_step(self, learning_rate):
+    result = step(self, learning_rate)
+    steps.extend([result] if result else [])
+    if result and len(steps) == number:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return result
+
+module.TrainingEngine.step = stopping_step
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_signal_in_a_skipped_step_saves_the_state_before_it_at_once(work) -> None:
+    """Two more such steps follow, of which the second would end the run."""
+    token, bad_steps = token_that_comes_thrice_in_a_row(work)
+    model, output = poison(work / "base", work / "poisoned-stop", token), work / "nan-stop"
+    words = ["train", "--deepspeed_config", str(work / "all.json"), "--model", str(model), "--data", str(work / "shards")]
+    words += ["--output", str(output), "--set", "beingvl.max_skipped_steps=2", "beingvl.background_save=true"]
+    command = [sys.executable, "-c", STOP_IN_STEP, str(bad_steps[-3]), *words, "beingvl.checkpoint_every_steps=0"]
+    environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port())}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 85, done.stderr[-2000:]
+    assert f"stopped by a signal after step {bad_steps[-3]}" in done.stdout
+    assert [step_of(path) for path in complete_checkpoints(output)] == [bad_steps[-3] - 1]
+
+
 PLANT = """
 import sys, torch
 from pathlib import Path

@@ -7,6 +7,7 @@ import pytest
 
 from beingvl.errors import InputError
 from beingvl.manifest import Manifest
+from beingvl.train import stage_config
 from beingvl.train.stage_config import DEEPSPEED_KEYS, BeingVLBlock, load_stage_config, parse_stage_config
 from beingvl.train.train_stage import SAME_RESULT, run_identity
 from tests.tiny import stage_fields
@@ -89,6 +90,18 @@ def broken(path: str, value: object) -> dict:
         ("train_batch_size", "auto", "expected an integer"),
         ("bf16", {"enabled": True, "check_grad_overflow": False}, "check_grad_overflow must be true"),
         ("zero_optimization", {"stage": 3, "compute_grad_norm": False}, "compute_grad_norm must be true"),
+        (
+            "zero_optimization",
+            {"stage": 3, "overlap_com": True},
+            "unknown key zero_optimization.overlap_com; did you mean .*comm?",
+        ),
+        ("zero_optimization", {"stage": 2, "cpu_offload": True}, "unknown key zero_optimization.cpu_offload"),
+        ("zero_optimization", {"stage": 3, "offload_param": {"devise": "cpu"}}, "mean zero_optimization.offload_param.device?"),
+        ("zero_optimization", {"stage": 2, "round_robin_gradients": True}, "must be false: with it DeepSpeed tells wrong places"),
+        ("zero_optimization", {"stage": 3, "zero_hpz_partition_size": 2}, "must be 1: its second copy"),
+        ("zero_optimization", {"stage": 3, "zero_quantized_weights": True}, "must be false: weights must pass"),
+        ("zero_optimization", 3, "expected an object"),
+        ("bf16", {"enabled": True, "bf16_master_weights_and_grads": True}, "masters and moments in float32"),
         ("seed", 1, "seed is beingvl.seed"),
         ("compile", {}, "not used here"),
         ("beingvl.log_every_steps", 0, "more than 0"),
@@ -106,6 +119,17 @@ def broken(path: str, value: object) -> dict:
 def test_mistakes_are_named(path: str, value: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_stage_config(broken(path, value), "stage.json")
+
+
+def test_keys_of_zero_optimization_are_deepspeeds() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    theirs = set(fields) | {field.alias for field in fields.values()}
+    assert {*stage_config.ZERO_KEYS, *stage_config.REFUSED_ZERO_KEYS} <= theirs
+    offload = (DeepSpeedZeroOffloadParamConfig, DeepSpeedZeroOffloadOptimizerConfig)
+    assert {name for model in offload for name in model.model_fields} >= stage_config.OFFLOAD_KEYS
 
 
 def test_what_may_change_a_sample_or_an_update_makes_another_run() -> None:

@@ -149,6 +149,31 @@ def test_frozen_stays_frozen_in_every_stage_and_any_stage_resumes_any_other(work
             assert (tensor - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 
 
+@pytest.mark.slow
+def test_a_resumed_run_has_the_same_bytes_in_every_stage(work) -> None:
+    """Losses, weights and moments, on two ranks: in float32, in bf16, and with what can lie on the CPU there."""
+    types = {"fp32": "bf16.enabled=false", "bf16": "bf16.enabled=true"}
+    words = {f"same-{stage}-{name}": [*settings(stage, 2, 2), word] for stage in range(4) for name, word in types.items()}
+    for stage, offload in ((1, OFFLOAD[:1]), (2, OFFLOAD[:1]), (3, OFFLOAD)):
+        words |= {f"same-{stage}-{name}-offload": [*settings(stage, 2, 2), word, *offload] for name, word in types.items()}
+    rules = [f"beingvl.trainable={json.dumps(ROWS_AND_LAYERS)}", "beingvl.checkpoint_every_steps=3"]
+    jobs = [job(work, name, *more, *rules) for name, more in words.items()]
+    run_stages(2, jobs, work)
+    expected = {name: bytes_of(work / name) for name in words}
+    for name in words:  # as if killed after step 3
+        for folder in (work / name / "final", work / name / "checkpoints" / f"step-{NUM_STEPS:08d}"):
+            (folder / "manifest.json").unlink()
+    run_stages(2, jobs, work)
+    for name in words:
+        assert bytes_of(work / name) == expected[name], name
+
+
+def bytes_of(output: Path) -> list:
+    newest = output / "checkpoints" / f"step-{NUM_STEPS:08d}"
+    files = [*sorted((output / "final").glob("*.safetensors")), *sorted(newest.glob("rank-*"))]
+    return [[row["loss"] for row in read_metrics(output)], *(path.read_bytes() for path in files)]
+
+
 ROWS_ONLY = [{"match": "visual_rows"}, {"match": ".*", "train": False}]
 # DeepSpeed keeps a billion gathered parameters by default, which is all of a small model.
 FEW_GATHERED = {"max_live_parameters": 2_000_000, "max_reuse_distance": 0, "prefetch_bucket_size": 500_000}
