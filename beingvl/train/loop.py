@@ -168,10 +168,12 @@ def train(
             saved, saved_at = last_good, time.monotonic()
         if gives_up:
             saver.commit()
+            kept = (
+                f"the last good state, after step {last_good.step}, is kept" if last_good.step else "there was no good one before"
+            )
             raise NonFiniteError(
                 f"{progress.num_skipped_in_a_row} steps in a row had a loss or gradient that is not finite (the last is step "
-                f"{progress.step}; their samples are in metrics.jsonl); the last good state, after step {last_good.step}, is "
-                "kept: lower the learning rate or look at those samples"
+                f"{progress.step}; their samples are in metrics.jsonl); {kept}: lower the learning rate or look at those samples"
             )
     saver.commit()
     windows.close()

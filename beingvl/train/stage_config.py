@@ -34,8 +34,6 @@ DEEPSPEED_KEYS: dict[str, set[str] | None] = {
     "zero_allow_untested_optimizer": None,
     "zero_force_ds_cpu_optimizer": None,
     "communication_data_type": None,
-    "prescale_gradients": None,
-    "gradient_predivide_factor": None,
     "steps_per_print": None,
     "wall_clock_breakdown": None,
     "memory_breakdown": None,
@@ -54,6 +52,8 @@ REFUSED_KEYS = {
     "compile": "DeepSpeed's compilation is not used here; remove it",
     "data_efficiency": "the data order is beingvl's own: beingvl.mixture",
     "activation_checkpointing": "it is beingvl's own: beingvl.activation_checkpointing",
+    "prescale_gradients": "ZeRO refuses it; the loss is divided by all ranks' target tokens before its gradient is taken",
+    "gradient_predivide_factor": "ZeRO refuses it; the loss is divided by all ranks' target tokens before its gradient is taken",
 }
 # Keys of "zero_optimization"; DeepSpeed takes those of stage 3 with and without the prefix.
 STAGE3_KEYS = {

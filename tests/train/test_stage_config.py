@@ -80,6 +80,8 @@ def broken(path: str, value: object) -> dict:
         ("gradient_clipping", None, "'gradient_clipping' is missing"),
         ("beingvl.mixture", None, "beingvl.mixture is missing"),
         ("scheduler", {}, "pure function of the step"),
+        ("prescale_gradients", True, "ZeRO refuses it"),
+        ("gradient_predivide_factor", 2.0, "ZeRO refuses it"),
         ("gradient_accumulation_steps", 2, "remove it"),
         ("fp16", {"enabled": True}, "use bf16"),
         ("optimizer.type", "Lion", "Adam or AdamW"),
