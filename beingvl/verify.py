@@ -5,7 +5,7 @@ and their number is printed. Shards and JSONL rows are read again: ids inside th
 index files and the manifest's counts agree with the shards. Codes must be inside the code book, keys sorted and unique, merges
 possible. Headers of weight files must fit the files, the index and config.json, and the vocabulary the embedding; slices of a
 checkpoint must make whole parameters; an evaluation must have a readable line for every row. Weights themselves are not read a
-second time.
+second time. Of a stage's folder its finished checkpoints and final/ are taken.
 A single file is compared with the manifest beside it; a vbpe.json without one has no hash, its merges are checked.
 """
 
@@ -43,11 +43,22 @@ def run(args: argparse.Namespace) -> None:
         if path.is_file():
             verify_one(path)
             continue
-        manifest = verify_folder(path)
-        if manifest.kind in checks:
-            checks[manifest.kind](path, manifest)
-        size = sum(int(entry["bytes"]) for entry in manifest.files.values())
-        print(f"{path}: {manifest.kind}, {size:,} bytes, {manifest.hashed()}, every hash as written")
+        for folder in artefacts_of_stage(path) or [path]:
+            manifest = verify_folder(folder)
+            if manifest.kind in checks:
+                checks[manifest.kind](folder, manifest)
+            size = sum(int(entry["bytes"]) for entry in manifest.files.values())
+            print(f"{folder}: {manifest.kind}, {size:,} bytes, {manifest.hashed()}, every hash as written")
+
+
+def artefacts_of_stage(path: Path) -> list[Path]:
+    """What is finished in the folder that a training stage writes; nothing in any other folder."""
+    from beingvl.manifest import is_complete
+    from beingvl.train.checkpoint import complete_checkpoints
+
+    if is_complete(path):
+        return []
+    return [folder for folder in (*complete_checkpoints(path), path / "final") if is_complete(folder)]
 
 
 def verify_one(path: Path) -> None:

@@ -64,8 +64,11 @@ def write_checkpoint(folder: Path) -> Path:
 
 
 def test_the_slices_of_a_checkpoint_make_whole_parameters(tmp_path, capsys) -> None:
-    folder = write_checkpoint(tmp_path / "step-00000001")
-    assert cli.main(["verify", str(folder)]) == 0
+    folder = write_checkpoint(tmp_path / "checkpoints" / "step-00000001")
+    write_model(tmp_path / "final")
+    assert cli.main(["verify", str(tmp_path)]) == 0  # the stage's folder
+    shown = capsys.readouterr().out
+    assert f"{folder}: checkpoint, " in shown and f"{tmp_path / 'final'}: model, " in shown
     state, slices = folder / "state.json", folder / rank_file(1, 2)
     text, whole = state.read_text(), load_file(slices)
 
