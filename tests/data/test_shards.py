@@ -462,6 +462,12 @@ def test_an_index_that_does_not_fit(tmp_path, capsys) -> None:
         ShardReader(tmp_path)
 
 
+def test_a_run_that_draws_no_sample(tmp_path) -> None:
+    shards = ShardReader(write_shards(tmp_path))
+    with pytest.raises(InputError, match=r"draws none of the 40 samples of its mixture; raise beingvl\.epochs"):
+        TrainingData(shards, Mixture(shards.members, shards.sources, {"foundation": 1}, 0), 0, 64, 4)
+
+
 def test_a_source_without_samples() -> None:
     with pytest.raises(InputError, match="'b', which has no sample"):
         Mixture([np.arange(3), np.arange(0)], ["a", "b"], {"a": 1, "b": 1}, 0)
