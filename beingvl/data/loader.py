@@ -75,6 +75,8 @@ class TrainingData:
         loss_on: str = "response",
         packing: bool = True,
     ) -> None:
+        if num_samples < 1:
+            raise InputError(f"the run draws none of the {mixture.num_samples} samples of its mixture; raise beingvl.epochs")
         self.shards = shards
         self.mixture = mixture
         self.sequences_per_step = sequences_per_step

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from beingvl.tokenizer.vbpe import VisualBPE
 
 BLOCK_BYTES = 1 << 19  # a block stays in the processor's cache between reading and parsing
+MAX_LINE_BYTES = 1 << 28
 BYTES_OF_THE_SHORTEST_ROW = 32  # {"id":1,"token_0":[1],"token_1":[]} has more
 NEWLINE = 10
 NOT_A_ROW = (ValueError, TypeError, RuntimeError)  # what `parse_row` raises
@@ -136,7 +137,7 @@ class RowReader:
     def read(self, path: Path, start: int, stop: int) -> ShardColumns:
         """The rows of the lines that start in bytes `start … stop - 1`. Raises InputError that names file and line, or sample."""
         with open(path, "rb", buffering=1 << 16) as file:
-            start, stop = _start_of_line(file, start), _start_of_line(file, stop)
+            start, stop = _start_of_line(path, file, start), _start_of_line(path, file, stop)
             buffers = self._make_room(max(0, stop - start))
             at, row = start, 0
             while at < stop:
@@ -300,12 +301,13 @@ def hash_ids(ids: pa.StringArray) -> np.ndarray:
     return hashes
 
 
-def _start_of_line(file: Any, at: int) -> int:
-    """Where the first line that starts at `at` or behind it starts."""
+def _start_of_line(path: Path, file: Any, at: int) -> int:
+    """Where the first line that starts at `at` or behind it starts. Raises InputError for a line that no memory should hold."""
     if not at:
         return 0
     file.seek(at - 1)
-    file.readline()
+    if len(file.readline(MAX_LINE_BYTES)) == MAX_LINE_BYTES:
+        raise InputError(f"{path} has a line of more than {MAX_LINE_BYTES:,} bytes; expected JSONL, one token row a line")
     return file.tell()
 
 

@@ -205,7 +205,18 @@ def decode_image(data: bytes, name: Path | str) -> Image.Image:
         raise InputError(f"{name} cannot be read as an image ({reason})") from error
     if too_large:
         raise InputError(f"{name} has {image.width} x {image.height} pixels, {too_large}")
+    _refuse_deep_pixels(image, name)
     return image
+
+
+def _refuse_deep_pixels(image: Image.Image, name: Path | str) -> None:
+    """Raises InputError for what RGB would cut off: 16 bits a pixel would become white, fractions of 1 black."""
+    if image.mode[0] not in "IF":
+        return
+    extrema: Any = image.getextrema()  # of one band
+    low, high = extrema
+    if image.mode == "F" or low < 0 or high > 255:
+        raise InputError(f"{name} has one value a pixel, from {low:g} to {high:g}, expected 8 bits; convert it")
 
 
 def as_array(image: Image.Image) -> np.ndarray:

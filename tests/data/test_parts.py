@@ -229,6 +229,11 @@ def test_a_rank_that_another_has_overtaken_makes_nothing_again(inputs, tmp_path,
     assert not made and not list(output.glob("*parts.tmp")), capsys.readouterr().err
 
 
+def test_processes_that_tokenize_write_the_same_bytes(inputs, tmp_path) -> None:
+    assert cli.main([*commands(inputs, tmp_path)["tokenize"], "--num_workers=2"]) == 0
+    assert verify_folder(tmp_path / "tokenize").content_hash == read_manifest(inputs / "tokenize").content_hash
+
+
 def test_overwrite_is_for_one_rank(inputs, tmp_path, capsys) -> None:
     for command in commands(inputs, tmp_path).values():
         assert cli.main([*command, "--overwrite", "--rank=0", "--num_ranks=2"]) == 2

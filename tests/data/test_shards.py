@@ -373,6 +373,13 @@ def test_the_line_of_a_bad_row_is_counted_over_parts(tmp_path, capsys) -> None:
     assert "line 21: not a token row" in capsys.readouterr().err
 
 
+def test_a_line_without_an_end_is_not_read_as_a_whole(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("beingvl.data.token_rows.MAX_LINE_BYTES", 1000)
+    rows = [ROW, {**ROW, "id": 8, "token_1": [5] * 2000}]
+    assert build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base"), "--part_bytes=500") == 2
+    assert "rows.jsonl has a line of more than 1,000 bytes; expected JSONL" in capsys.readouterr().err
+
+
 def test_flipped_bits_are_found_by_verify(tmp_path, capsys) -> None:
     write_shards(tmp_path)
     path = tmp_path / "shard-00000.arrow"
@@ -453,6 +460,12 @@ def test_an_index_that_does_not_fit(tmp_path, capsys) -> None:
     (tmp_path / "lengths.npy").write_bytes(b"x")
     with pytest.raises(InputError, match="damaged"):
         ShardReader(tmp_path)
+
+
+def test_a_run_that_draws_no_sample(tmp_path) -> None:
+    shards = ShardReader(write_shards(tmp_path))
+    with pytest.raises(InputError, match=r"draws none of the 40 samples of its mixture; raise beingvl\.epochs"):
+        TrainingData(shards, Mixture(shards.members, shards.sources, {"foundation": 1}, 0), 0, 64, 4)
 
 
 def test_a_source_without_samples() -> None:
