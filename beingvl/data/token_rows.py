@@ -216,12 +216,8 @@ class RowReader:
         assert self._vbpe is not None
         merged_starts, code_starts = (starts[: len(columns) + 1] for starts in (buffers.merged_starts, buffers.code_starts))
         merged, codes = buffers.merged[: merged_starts[-1]], buffers.codes[: code_starts[-1]]
-        try:
-            image_ids = [self._layout.token_to_image_ids(tokens) for tokens in (merged, codes)]
-            if self._vbpe.first_mismatch(image_ids[0], merged_starts, image_ids[1], code_starts) < 0:
-                return
-        except InputError:
-            pass  # a token that is no image token: found again with its sample
+        if self._vbpe.first_mismatch(merged, merged_starts, codes, code_starts, self._layout.first_image_id) < 0:
+            return
         for row in range(len(columns)):
             stream = merged[merged_starts[row] : merged_starts[row + 1]]
             try:
@@ -326,6 +322,10 @@ def check_decodes(merged: np.ndarray, codes: np.ndarray, layout: VocabLayout, vb
     if image_ids.size and image_ids.max() >= vbpe.num_ids:
         found = f"the image id {image_ids.max()}, the vBPE's ids end at {vbpe.num_ids - 1}"
         raise ValueError(f"token_image_new holds {found}: is it another vBPE?")
+    if expected.size and expected.max() >= vbpe.num_codes:
+        raise ValueError(
+            f"token_image holds the image id {expected.max()}, the vBPE has {vbpe.num_codes} codes: is it another vBPE?"
+        )
     num_cells = int(vbpe.sizes[image_ids].sum())
     if num_cells != len(expected):
         raise ValueError(f"token_image_new covers {num_cells} cells, token_image has {len(expected)}: is it another vBPE?")

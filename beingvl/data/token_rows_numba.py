@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
+
+from beingvl.tokenizer.vbpe_numba import trailing_zeros
 
 # Nothing here allocates. Without numba's reference counts, which are atomic, a call with three arrays is 50 ns cheaper; the
 # option is not in numba's manual (it is in its CPUTargetOptions), and a numba that no longer knows it says so when compiling.
@@ -419,16 +419,6 @@ def eight_digits(digits: int) -> np.uint64:
     pairs = digits * TEN + (digits >> EIGHT)
     low, high = pairs & PAIRS, (pairs >> SIXTEEN) & PAIRS
     return (low * WEIGHTS_OF_PAIRS[0] + high * WEIGHTS_OF_PAIRS[1]) >> np.uint64(32)
-
-
-@intrinsic
-def trailing_zeros(typing_context: Any, word: Any) -> Any:
-    """How many of a word's lowest bits are zero, 64 of zero: one instruction, which numba has no name for."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], context.get_constant(types.boolean, False))
-
-    return types.uint64(types.uint64), generate
 
 
 @_kernel

@@ -259,15 +259,17 @@ class VisualBPE:
             raise InputError(f"invalid image stream at position {position} of {len(ids)}: {reason}")
         return grid.astype(np.uint16)
 
-    def first_mismatch(self, ids: np.ndarray, id_starts: np.ndarray, codes: np.ndarray, code_starts: np.ndarray) -> int:
+    def first_mismatch(
+        self, ids: np.ndarray, id_starts: np.ndarray, codes: np.ndarray, code_starts: np.ndarray, first_id: int = 0
+    ) -> int:
         """The first n whose image ids `ids[id_starts[n]:id_starts[n + 1]]` do not stand for its codes, -1 when all do.
 
-        ids, codes: int32, flat. Where the number of codes is no square the grid's shape is unknown: then the numbers of cells are
-        compared.
+        ids, codes: int32, flat; both may be token ids of a vocabulary, `first_id` is its id of code 0. Where the number of codes
+        is no square the grid's shape is unknown: then the numbers of cells are compared.
         """
         from beingvl.tokenizer import vbpe_numba as fast
 
-        return int(fast.find_mismatch(ids, id_starts, codes, code_starts, self.tables))
+        return int(fast.find_mismatch(ids, id_starts, codes, code_starts, first_id, self.tables))
 
     def cells(self, image_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The polyomino of an id in raster order: (dy, dx, code), int32 `[n]` each, relative to the anchor."""

@@ -20,10 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
+from beingvl import cli
 from beingvl.data.arrow_shards import Sample, ShardWriter
 from beingvl.data.mixture import Mixture
 from beingvl.data.packing import PackingPlan
 from beingvl.manifest import to_json
+from beingvl.tokenizer.vbpe import VisualBPE
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 
 LAYOUT = VocabLayout(128256, 8192, 8192, 128000, 128001)
@@ -119,7 +121,7 @@ def main() -> None:
     args = parser.parse_args()
     small, large = (args.folder / f"rows-{args.rows}x{copies}" / "rows.jsonl" for copies in (1, args.copies))
     if not small.is_file():
-        write_rows(small, args.rows)
+        write_rows(small, args.rows, args.folder / "vbpe")
     if not large.is_file():
         write_copies(small, large, args.copies)
     pythons = [sys.executable, *args.peer_pythons]
@@ -157,15 +159,15 @@ def report_builds(small: Path, large: Path, args: argparse.Namespace, pythons: l
             rates[name].append((sizes[1] - sizes[0]) / max(1e-9, seconds[1] - seconds[0]))
         print(f"{name:<34}" + "".join(f" {rate:10.0f}" for rate in rates[name]) + ("" if seconds else " absent"))
     print(json.dumps({"seconds of the smaller file": of_small, "seconds of the larger file": of_large}))
-    theirs, ours, bare = (
-        rates[name] for name in ("orjson alone", "ours, beside its manifest", "ours, a file without a manifest")
-    )
+    names = ("orjson alone", "ours, beside its manifest", "ours, a file without a manifest", "ours, no decoding")
+    theirs, ours, bare, not_decoding = (rates[name] for name in names)
     if not theirs:
         return {"build_ratio_vs_orjson": None}
     return {
         "build_ratio_vs_orjson": ours[1] / theirs[1],
         "build_ratio_without_startup": ours[2] / theirs[2],
         "build_ratio_file_without_manifest": bare[1] / theirs[1],
+        "build_ratio_without_decoding": not_decoding[1] / theirs[1],
     }
 
 
@@ -179,20 +181,34 @@ def write_copies(source: Path, target: Path, copies: int) -> None:
                     out.write(line.replace(b'"id":"r', b'"id":"%d-r' % number, 1))
 
 
-def write_rows(path: Path, count: int) -> None:
-    """Rows as `beingvl tokenize` writes them: 1024 codes, 600 to 800 merged, 40 to 300 tokens of text."""
+def write_rows(path: Path, count: int, vbpe_folder: Path) -> None:
+    """Rows as `beingvl tokenize` writes them: 1024 codes, merged to about 716 by 8192 merges, 40 to 300 tokens of text."""
     random = np.random.default_rng(0)
     path.parent.mkdir(parents=True, exist_ok=True)
+    grids = textured_grids(count, random)
+    np.save(path.with_name("learn.npy"), grids[:1000])
+    learn = [f"--data_path={path.with_name('learn.npy')}", f"--output_path={vbpe_folder}", "--overwrite"]
+    assert cli.main(["train-vbpe", *learn, f"--init_size={LAYOUT.num_vq}", f"--num_merges={LAYOUT.num_merges}"]) == 0
+    streams, ends = VisualBPE.load(vbpe_folder).encode_batch(grids)
     with open(path, "w") as file:
         for number in range(count):
-            image = random.integers(LAYOUT.first_image_id, LAYOUT.first_vbpe_id, 1024).tolist()
-            merged = random.integers(LAYOUT.first_image_id, LAYOUT.size, int(random.integers(600, 800))).tolist()
+            image = (grids[number].ravel().astype(int) + LAYOUT.first_image_id).tolist()
+            merged = (streams[ends[number] : ends[number + 1]] + LAYOUT.first_image_id).tolist()
             text = [LAYOUT.eoi_id, *random.integers(0, 128_000, int(random.integers(40, 300))).tolist(), LAYOUT.eos_id]
             turns = [{"from": "human", "value": "<image>\nWhat is in it? " * 4}, {"from": "gpt", "value": "a thing " * 40}]
             row = {"id": f"r{number}", "image": f"a/{number}.jpg", "category": ("foundation", "perception")[number % 2]}
             row |= {"conversations": turns, "token_0": [LAYOUT.bos_id, LAYOUT.boi_id], "token_image": image}
             row |= {"token_image_new": merged, "token_1": text, "target_spans": [[len(merged) + 10, len(merged) + 2 + len(text)]]}
             file.write(json.dumps(row, separators=(",", ":")) + "\n")
+
+
+def textured_grids(count: int, random: np.random.Generator) -> np.ndarray:
+    """Codes [count, 32, 32] of which 40 % lie in one of 2500 motifs of 2 x 2 cells and the others are drawn one by one."""
+    motifs = random.integers(0, LAYOUT.num_vq, (2500, 2, 2), np.uint16)
+    blocks = random.integers(0, LAYOUT.num_vq, (count, 16, 16, 2, 2), np.uint16)
+    is_motif = random.random((count, 16, 16)) < 0.4
+    blocks[is_motif] = motifs[random.integers(0, len(motifs), is_motif.sum())]
+    return blocks.transpose(0, 1, 3, 2, 4).reshape(count, 32, 32)
 
 
 # ---- JSONL -> shards ----
@@ -245,15 +261,20 @@ def build_seconds(jsonl: Path, args: argparse.Namespace, pythons: list[str]) -> 
         (bare / jsonl.name).hardlink_to(jsonl)
     build = ["-m", "beingvl", "build-shards"]
     build += [f"--output_path={args.folder / 'ours'}", f"--model_path={base}"]
+    decoding = [f"--vbpe_path={args.folder / 'vbpe'}"]
     seconds: dict[str, list[float]] = {}
     shutil.rmtree(args.folder / "ours", ignore_errors=True)
-    warm_up = subprocess.run([sys.executable, *build, f"--jsonl_path={jsonl}"], stdout=subprocess.DEVNULL)
+    warm_up = subprocess.run([sys.executable, *build, *decoding, f"--jsonl_path={jsonl}"], stdout=subprocess.DEVNULL)
     assert warm_up.returncode == 0  # the file is in the page cache now, and the kernels are compiled
     for _ in range(args.repeats):
-        for name, path in (("ours, a file without a manifest", bare / jsonl.name), ("ours, beside its manifest", jsonl)):
+        for name, path, vbpe in (
+            ("ours, a file without a manifest", bare / jsonl.name, decoding),
+            ("ours, no decoding", jsonl, []),
+            ("ours, beside its manifest", jsonl, decoding),
+        ):
             shutil.rmtree(args.folder / "ours")
             started = time.perf_counter()
-            subprocess.run([sys.executable, *build, f"--jsonl_path={path}"], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([sys.executable, *build, *vbpe, f"--jsonl_path={path}"], check=True, stdout=subprocess.DEVNULL)
             seconds.setdefault(name, []).append(time.perf_counter() - started)
         add_peer(seconds, "orjson alone", pythons, ORJSON_ALONE, jsonl, args.processes)
     return seconds
