@@ -210,7 +210,7 @@ def _write_index(folder: Path, names: list[str], sources: list[str], num_samples
     lengths, source_of = np.empty(num_samples, np.int32), np.empty(num_samples, np.uint8)
     start = 0
     for name in names:
-        batch = open_batch(folder / name)
+        batch = open_batch(folder / name, reads_all=False)
         rows = slice(start, start + batch.num_rows)
         lengths[rows], source_of[rows] = (
             np.diff(batch.column("input_ids").offsets.to_numpy()),
@@ -225,14 +225,24 @@ def _write_index(folder: Path, names: list[str], sources: list[str], num_samples
         temporary.replace(folder / name)
 
 
-def open_batch(path: Path) -> pa.RecordBatch:
-    """The record batch of a shard through the memory map. Raises InputError when it is not one."""
+def open_batch(path: Path, reads_all: bool = True) -> pa.RecordBatch:
+    """The record batch of a shard through the memory map. Raises InputError when it is not one.
+
+    pyarrow's own map asks the disk for the whole batch when it is opened; without `reads_all` only what is touched is read.
+    """
     try:
-        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        batch = pa.ipc.open_file(pa.memory_map(str(path)) if reads_all else _map_of_touched_pages(path)).get_batch(0)
         batch.validate()
         return batch
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path} is not a readable Arrow file ({error}); build the shards again") from error
+
+
+def _map_of_touched_pages(path: Path) -> pa.BufferReader:
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped.madvise(mmap.MADV_RANDOM)
+    return pa.BufferReader(pa.py_buffer(mapped))
 
 
 def source_indices(batch: pa.RecordBatch, sources: list[str], path: Path) -> np.ndarray:
