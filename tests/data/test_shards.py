@@ -11,7 +11,7 @@ import pytest
 
 from beingvl import cli
 from beingvl.data import arrow_shards
-from beingvl.data.arrow_shards import Sample, ShardReader, ShardWriter
+from beingvl.data.arrow_shards import Sample, ShardReader, ShardWriter, open_batch
 from beingvl.data.loader import IGNORED, TrainingData, collate, shifted_targets
 from beingvl.data.mixture import Mixture
 from beingvl.data.token_rows import hash_ids
@@ -84,6 +84,18 @@ def test_impossible_samples_are_refused(tmp_path, ids, spans, message) -> None:
 def test_no_sample_at_all(tmp_path) -> None:
     with pytest.raises(InputError, match="no sample"):
         ShardWriter(tmp_path, LAYOUT).finish({}, {})
+
+
+@pytest.mark.parametrize("reads_all", [True, False])
+def test_a_shard_is_opened_whole_or_page_by_page(tmp_path, reads_all) -> None:
+    write_shards(tmp_path)
+    path = tmp_path / "shard-00001.arrow"
+    batch, data = open_batch(path, reads_all), path.read_bytes()
+    assert batch.num_rows and batch.equals(pa.ipc.open_file(data).get_batch(0))
+    for damaged in (b"", data[:-10], b"x" * len(data)):
+        path.with_name("damaged.arrow").write_bytes(damaged)
+        with pytest.raises(InputError, match="not a readable Arrow file"):
+            open_batch(path.with_name("damaged.arrow"), reads_all)
 
 
 def test_damaged_shards_are_refused(tmp_path) -> None:
