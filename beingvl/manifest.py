@@ -253,7 +253,15 @@ def start_folder(folder: Path | str, kind: str) -> Path:
         (folder / MANIFEST_FILE).unlink()
         for name in manifest.files:
             (folder / name).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    return make_folder(folder)
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder to write in, with those it lies in. Raises InputError when a file is in the way."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"{folder} cannot be made, a file is in the way; choose another folder to write in") from error
     return folder
 
 

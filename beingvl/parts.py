@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beingvl.errors import InputError
-from beingvl.manifest import HashedFile, is_complete, to_json, write_atomically
+from beingvl.manifest import HashedFile, is_complete, make_folder, to_json, write_atomically
 
 if TYPE_CHECKING:
     import argparse
@@ -86,7 +86,7 @@ class Parts:
     def __init__(self, output: Path, request: Mapping[str, Any], name: str = FOLDER) -> None:
         self.folder = output / name
         text = to_json(dict(request))
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         path = self.folder / "request.json"
         if not path.exists():
             write_atomically(path, text)
@@ -171,7 +171,7 @@ def _sync(path: Path) -> None:
 @contextlib.contextmanager
 def locked(output: Path) -> Iterator[None]:
     """One process at a time for this output folder; a killed process lets go by itself."""
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     with open(output / LOCK, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -13,6 +13,7 @@ from beingvl.manifest import (
     verify_folder,
     write_manifest,
 )
+from beingvl.parts import locked
 
 
 @pytest.fixture
@@ -99,6 +100,14 @@ def test_a_started_folder_is_incomplete_and_empty(folder) -> None:
     start_folder(folder, "shards")
     assert not manifest.is_complete(folder)
     assert not (folder / "sub" / "a.bin").exists()
+
+
+def test_a_file_in_the_way_of_a_folder_is_named(tmp_path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "inside"):
+        for make in (lambda path: start_folder(path, "shards"), lambda path: locked(path).__enter__()):
+            with pytest.raises(InputError, match=f"{path} cannot be made, a file is in the way"):
+                make(path)
 
 
 def test_already_made(folder) -> None:
