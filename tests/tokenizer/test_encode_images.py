@@ -207,7 +207,7 @@ def test_wrong_options_are_refused(image_path, vq_path, tmp_path, capsys):
     assert "/ is a folder beside other paths" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert encode(image_path, vq_path, tmp_path / "file") == 2
-    assert "File exists" in capsys.readouterr().err
+    assert "a file is in the way" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert encode(tmp_path / "empty", vq_path, tmp_path / "codes") == 2
     assert "has no images" in capsys.readouterr().err
