@@ -160,7 +160,7 @@ def frozen_table(groups: Sequence[Mapping[str, Any]]) -> str:
         cells += [f"{group['num_tensors']}", f"{group['num_parameters']:,}", *hashes]
         rows.append([*cells, f"<span class='{colour}'>{verdict}</span>", base])
     head = ["stage", "group", "was", "tensors", "parameters", "hash before", "hash after", "so it is", "equal to base"]
-    words = "SHA-256 over all tensors of a group, before and after its stage: frozen must be unchanged, trained must be changed."
+    words = "BLAKE3 over all tensors of a group, before and after its stage: frozen must be unchanged, trained must be changed."
     return f"<p class='soft'>{words}</p><div class='part'>{table(head, rows, 'keep')}</div>"
 
 
