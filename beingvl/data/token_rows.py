@@ -4,8 +4,8 @@
       block           half a MiB at a time, cut at the last newline
       parse_lines     the fast twin (token_rows_numba.py), integers from text to int32 without Python objects
       parse_row       the readable twin: simdjson; for the lines that the fast one leaves over, and for every error
-      check_decodes   with a vBPE: a row's first image, merged, stands for the row's own codes
-  check_fills     with a vBPE: every further image, whose codes are in no row, fills a grid of as many cells
+      check_images    with a vBPE: a row's first image, merged, stands for the row's own codes; every further one, whose codes
+                  are in no row, fills a grid of as many cells. The fast twin knows the first kind alone
 
 The sequence of a row is token_0 + image + token_1, where image is token_image_new when the row has it, else token_image; without
 target_spans its target is token_1.
@@ -23,7 +23,15 @@ import pyarrow as pa
 import simdjson
 
 from beingvl.data.arrow_shards import ShardColumns
-from beingvl.data.token_rows_numba import BYTES_AHEAD, FIELDS, Buffers, hash_texts, parse_lines, words_of
+from beingvl.data.token_rows_numba import (
+    BYTES_AHEAD,
+    FIELDS,
+    Buffers,
+    Images,
+    hash_texts,
+    parse_lines,
+    words_of,
+)
 from beingvl.errors import InputError
 from beingvl.vocab import VocabLayout
 
@@ -33,6 +41,7 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 1 << 19  # a block stays in the processor's cache between reading and parsing
 MAX_LINE_BYTES = 1 << 28
 BYTES_OF_THE_SHORTEST_ROW = 32  # {"id":1,"token_0":[1],"token_1":[]} has more
+MOST_CELLS = 1 << 16  # of an image that the fast twin compares
 NEWLINE = 10
 NOT_A_ROW = (ValueError, TypeError, RuntimeError)  # what `parse_row` raises
 
@@ -44,7 +53,7 @@ NOT_A_ROW = (ValueError, TypeError, RuntimeError)  # what `parse_row` raises
 class TokenRow:
     """One line. Integers are int64; `target_spans` is flat: start, end, start, end, …
 
-    `codes` and `merged` are its token_image and token_image_new when it has both and they were asked for, else empty.
+    `codes` and `merged` are its token_image and token_image_new when it has both, else empty; `after` is token_1.
     """
 
     id: str
@@ -54,12 +63,13 @@ class TokenRow:
     target_spans: np.ndarray
     codes: np.ndarray
     merged: np.ndarray
+    after: np.ndarray
 
 
 NOTHING = np.empty(0, np.int64)
 
 
-def parse_row(parser: Any, line: bytes, keep_codes: bool) -> TokenRow:
+def parse_row(parser: Any, line: bytes) -> TokenRow:
     """A line with simdjson. Raises one of NOT_A_ROW when it is not a token row.
 
     When it returns, no name may refer to a part of the document, or the parser refuses the next line.
@@ -75,7 +85,7 @@ def parse_row(parser: Any, line: bytes, keep_codes: bool) -> TokenRow:
         spans = np.array([len(input_ids) - len(after), len(input_ids)])
     else:
         spans = _integers(fields, "target_spans")
-    has_both = keep_codes and has_merged and fields.get("token_image") is not None
+    has_both = has_merged and fields.get("token_image") is not None
     return TokenRow(
         id=_identifier(fields.get("id")),
         image=_image(fields.get("image")),
@@ -84,6 +94,7 @@ def parse_row(parser: Any, line: bytes, keep_codes: bool) -> TokenRow:
         target_spans=spans,
         codes=_integers(fields, "token_image") if has_both else NOTHING,
         merged=image if has_both else NOTHING,
+        after=after,
     )
 
 
@@ -129,6 +140,7 @@ class RowReader:
 
     def __init__(self, layout: VocabLayout, vbpe: VisualBPE | None = None) -> None:
         self._layout, self._vbpe = layout, vbpe
+        self._images = images_of(layout, vbpe)
         self._block = bytearray(BLOCK_BYTES)
         self._buffers: Buffers | None = None
         self._room = 0
@@ -149,17 +161,13 @@ class RowReader:
                     at += min(end, size)
                 else:  # a line that is longer than the block
                     self._block = bytearray(2 * len(self._block))
-        columns = _columns(buffers, row)
-        if self._vbpe is not None:
-            self._check_decodes(path, buffers, columns)
-            self._check_further_images(path, buffers, columns)
-        return columns
+        return _columns(buffers, row)
 
     def _make_room(self, num_bytes: int) -> Buffers:
         """Room for all rows that so many bytes can hold: memory is only taken for what is written."""
         if self._buffers is None or num_bytes > self._room:
             self._room = num_bytes
-            self._buffers = make_buffers(num_bytes, self._vbpe is not None)
+            self._buffers = make_buffers(num_bytes)
         return self._buffers
 
     def _read_block(self, file: int, at: int, stop: int) -> tuple[int, int]:
@@ -176,28 +184,37 @@ class RowReader:
         words = words_of(data)
         at = 0
         while True:
-            at, row = parse_lines(data, words, at, end, buffers, row)
+            at, row = parse_lines(data, words, at, end, buffers, self._images, row)
             if at >= end:
                 return row
             line_end = self._block.index(b"\n", at) + 1
             line = bytes(memoryview(self._block)[at:line_end])
             if not line.isspace():
                 try:
-                    self._append(parse_row(self._parser, line, buffers.keep_codes), buffers, row)
-                except NOT_A_ROW as error:
+                    self._append_line(line, buffers, row)
+                except ValueError as error:
                     where = f"{path}, line {_line_number(path, offset + at)}"
-                    raise InputError(
-                        f"{where}: not a token row ({error}); make the file again with `beingvl tokenize`"
-                    ) from error
+                    raise InputError(f"{where}: {error}; make the file again with `beingvl tokenize`") from error
                 row += 1
             at = line_end
+
+    def _append_line(self, line: bytes, buffers: Buffers, row: int) -> None:
+        """Raises ValueError that says what is wrong with the line."""
+        try:
+            parsed = parse_row(self._parser, line)
+            self._append(parsed, buffers, row)
+        except NOT_A_ROW as error:
+            raise ValueError(f"not a token row ({error})") from error
+        try:
+            if self._vbpe is not None:
+                check_images(parsed, self._layout, self._vbpe)
+        except ValueError as error:
+            raise ValueError(f"sample {parsed.id!r}: {error}") from error
 
     def _append(self, line: TokenRow, buffers: Buffers, row: int) -> None:
         lists = (
             (line.input_ids, buffers.ids, buffers.id_starts),
             (line.target_spans, buffers.spans, buffers.span_starts),
-            (line.codes, buffers.codes, buffers.code_starts),
-            (line.merged, buffers.merged, buffers.merged_starts),
         )
         for values, room, starts in lists:
             beyond = values[(values < -(2**31)) | (values >= 2**31)]
@@ -211,45 +228,8 @@ class RowReader:
             starts[row + 1] = starts[row] + len(encoded)
             buffers.text[column, starts[row] : starts[row + 1]] = encoded
 
-    def _check_decodes(self, path: Path, buffers: Buffers, columns: ShardColumns) -> None:
-        """Raises InputError that names the first sample whose merged stream does not stand for its own codes."""
-        assert self._vbpe is not None
-        merged_starts, code_starts = (starts[: len(columns) + 1] for starts in (buffers.merged_starts, buffers.code_starts))
-        merged, codes = buffers.merged[: merged_starts[-1]], buffers.codes[: code_starts[-1]]
-        if self._vbpe.first_mismatch(merged, merged_starts, codes, code_starts, self._layout.first_image_id) < 0:
-            return
-        for row in range(len(columns)):
-            stream = merged[merged_starts[row] : merged_starts[row + 1]]
-            try:
-                check_decodes(stream, codes[code_starts[row] : code_starts[row + 1]], self._layout, self._vbpe)
-            except ValueError as error:
-                found = f"{path}: sample {columns.id[row].as_py()!r}: {error}"
-                raise InputError(f"{found}; make the file again with `beingvl tokenize`") from error
-        raise AssertionError("the twins disagree about a stream")
 
-    def _check_further_images(self, path: Path, buffers: Buffers, columns: ShardColumns) -> None:
-        """Raises InputError that names the first sample with an image behind its first that fills no grid like that one's.
-
-        Their own codes stand in no row. An image at the end of its row is one that `--too_long truncate` has cut.
-        """
-        assert self._vbpe is not None
-        begins = np.flatnonzero(columns.ids == self._layout.boi_id)
-        rows = np.searchsorted(columns.id_starts, begins, side="right") - 1
-        num_codes = np.diff(buffers.code_starts[: len(columns) + 1])
-        is_further = rows[1:] == rows[:-1]
-        for begin, row in zip(begins[1:][is_further].tolist(), rows[1:][is_further].tolist(), strict=True):
-            tokens = columns.ids[begin + 1 : columns.id_starts[row + 1]]
-            behind = np.flatnonzero(~self._layout.is_image_token(tokens))
-            if not len(behind) or not num_codes[row]:
-                continue
-            try:
-                check_fills(self._layout.token_to_image_ids(tokens[: behind[0]]), int(num_codes[row]), self._vbpe)
-            except ValueError as error:
-                found = f"{path}: sample {columns.id[row].as_py()!r}: an image of token_1 {error}"
-                raise InputError(f"{found}; make the file again with `beingvl tokenize`") from error
-
-
-def make_buffers(num_bytes: int, keep_codes: bool) -> Buffers:
+def make_buffers(num_bytes: int) -> Buffers:
     """Room for the rows of so many bytes: an integer takes two of them, a row at least BYTES_OF_THE_SHORTEST_ROW."""
     num_rows, num_integers = num_bytes // BYTES_OF_THE_SHORTEST_ROW + 2, num_bytes // 2 + BYTES_AHEAD
 
@@ -260,17 +240,12 @@ def make_buffers(num_bytes: int, keep_codes: bool) -> Buffers:
         return np.zeros(num_rows, np.int64)
 
     return Buffers(
-        keep_codes,
         place=np.empty((len(FIELDS), 2), np.int64),
         scratch=integers(),
         ids=integers(),
         id_starts=starts(),
         spans=integers(),
         span_starts=starts(),
-        codes=integers(),
-        code_starts=starts(),
-        merged=integers(),
-        merged_starts=starts(),
         text=np.empty((3, num_bytes + 64), np.uint8),
         text_starts=np.zeros((3, num_rows), np.int32),
     )
@@ -314,6 +289,40 @@ def _line_number(path: Path, position: int) -> int:
         while left and (block := file.read(min(left, 1 << 20))):
             count, left = count + block.count(b"\n"), left - len(block)
     return count
+
+
+# ---- merged images ----
+
+
+def images_of(layout: VocabLayout, vbpe: VisualBPE | None) -> Images:
+    """What the compiled reader knows of the vBPE; None: nothing."""
+    if vbpe is None:
+        starts, (dy, dx, codes), boxes = np.zeros(1, np.int64), np.empty((3, 0), np.int32), np.empty((0, 3), np.int32)
+    else:
+        starts, dy, dx, codes = vbpe.shapes
+        of_id = starts[:-1]
+        boxes = np.stack([np.maximum.reduceat(dy, of_id), np.minimum.reduceat(dx, of_id), np.maximum.reduceat(dx, of_id)], 1)
+    covered = np.empty(MOST_CELLS // 64, np.uint64)
+    num_codes = vbpe.num_codes if vbpe else 0
+    return Images(vbpe is not None, layout.first_image_id, layout.boi_id, num_codes, starts, dy, dx, codes, boxes, covered)
+
+
+def check_images(row: TokenRow, layout: VocabLayout, vbpe: VisualBPE) -> None:
+    """Raises ValueError when merged images do not stand for codes. Without merged codes there is nothing to say.
+
+    An image at the end of its row is one that `--too_long truncate` has cut.
+    """
+    if not len(row.merged) and not len(row.codes):
+        return
+    check_decodes(row.merged, row.codes, layout, vbpe)
+    for begin in np.flatnonzero(row.after == layout.boi_id).tolist():
+        tokens = row.after[begin + 1 :]
+        behind = np.flatnonzero(~layout.is_image_token(tokens))
+        if len(behind):
+            try:
+                check_fills(layout.token_to_image_ids(tokens[: behind[0]]), len(row.codes), vbpe)
+            except ValueError as error:
+                raise ValueError(f"an image of token_1 {error}") from error
 
 
 def check_decodes(merged: np.ndarray, codes: np.ndarray, layout: VocabLayout, vbpe: VisualBPE) -> None:

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-
-from beingvl.tokenizer.vbpe_numba import trailing_zeros
+from numba import types
+from numba.extending import intrinsic
 
 # Nothing here allocates. Without numba's reference counts, which are atomic, a call with three arrays is 50 ns cheaper; the
 # option is not in numba's manual (it is in its CPUTargetOptions), and a numba that no longer knows it says so when compiling.
@@ -56,6 +56,7 @@ HIGH_NIBBLES_OF_SIX, FIRST_OF_SIX_DIGITS = np.uint64(0xFFF0F0F0F0F0F0), np.uint6
 PAIRS, WEIGHTS_OF_PAIRS = np.uint64(0xFF000000FF), (np.uint64(0xF424000000064), np.uint64(0x271000000001))
 LOW_NIBBLE, LOW_BYTE, WHOLE_BYTES, BEFORE_LAST_BYTE, ALL_BITS = (np.uint64(value) for value in (15, 255, 0x78, 56, 64))
 SPACE = np.uint64(32)
+NO_BITS, ONE_BIT = np.uint64(0), np.uint64(1)
 FNV_OFFSET, FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)  # RFC 9923
 MANY = np.uint64(16)  # ids that are parsed at once
 BUT_THE_LAST = MANY - np.uint64(1)
@@ -68,28 +69,37 @@ def words_of(data: np.ndarray) -> np.ndarray:
 
 
 class Buffers(NamedTuple):
-    """Room for rows, end to end; row n of a list lies at `starts[n] … starts[n + 1]`. `scratch` holds one line's integers.
+    """Room for rows, end to end; row n of a list lies at `starts[n] … starts[n + 1]`. `scratch` holds one line's integers."""
 
-    With `keep_codes`, `codes` and `merged` hold a row's token_image and token_image_new when it has both.
-    """
-
-    keep_codes: bool
     place: np.ndarray  # int64 [8, 2]: where the fields of one line are
     scratch: np.ndarray  # int32
     ids: np.ndarray  # int32
     id_starts: np.ndarray  # int64
     spans: np.ndarray  # int32
     span_starts: np.ndarray  # int64
-    codes: np.ndarray  # int32
-    code_starts: np.ndarray  # int64
-    merged: np.ndarray  # int32
-    merged_starts: np.ndarray  # int64
     text: np.ndarray  # uint8 [3, room]: id, image, category
     text_starts: np.ndarray  # int32 [3, room]
 
 
+class Images(NamedTuple):
+    """What it takes to compare a row's merged image with its codes; nothing is compared when the vBPE is not known."""
+
+    is_known: bool
+    first_id: int  # of the image ids in the vocabulary
+    boi_id: int
+    num_codes: int
+    starts: np.ndarray  # int64 [V + 1]: the cells of id n are those from starts[n] on
+    dy: np.ndarray  # int32
+    dx: np.ndarray  # int32
+    codes: np.ndarray  # int32
+    boxes: np.ndarray  # int32 [V, 3]: how far an id reaches down, to the left (not above 0) and to the right of its anchor
+    covered: np.ndarray  # uint64: a bit for a cell of the largest image that is compared here
+
+
 @_kernel
-def parse_lines(data: np.ndarray, words: np.ndarray, at: int, stop: int, buffers: Buffers, row: int) -> tuple[int, int]:
+def parse_lines(
+    data: np.ndarray, words: np.ndarray, at: int, stop: int, buffers: Buffers, images: Images, row: int
+) -> tuple[int, int]:
     """Rows of the lines in `data[at:stop]`, whole ones, from row number `row` on. Returns (where it stopped, rows now).
 
     It stops before `stop` at a line that is left to the twin. `words` are those of `data`, which goes on for 7 bytes or more
@@ -101,7 +111,7 @@ def parse_lines(data: np.ndarray, words: np.ndarray, at: int, stop: int, buffers
             at += 1
             continue
         end = parse_line(data, words, at, buffers.scratch, place)
-        if end < 0 or not write_row(data, buffers, place, row):
+        if end < 0 or not write_row(data, buffers, images, place, row):
             return at, row
         at, row = end, row + 1
     return at, row
@@ -155,11 +165,13 @@ def parse_line(data: np.ndarray, words: np.ndarray, at: int, scratch: np.ndarray
 
 
 @_kernel
-def write_row(data: np.ndarray, buffers: Buffers, place: np.ndarray, row: int) -> bool:
-    """Whether the marked fields are a row; then it is row number `row`."""
+def write_row(data: np.ndarray, buffers: Buffers, images: Images, place: np.ndarray, row: int) -> bool:
+    """Whether the marked fields are a row, whose merged image stands for its codes; then it is row number `row`."""
     if place[TOKEN_0, 0] < 0 or place[TOKEN_1, 0] < 0 or place[ID, 0] < 0:
         return False
     has_merged = place[MERGED, 0] >= 0
+    if images.is_known and has_merged and place[CODES, 0] >= 0 and not images_fit(buffers.scratch, place, images):
+        return False
     at = copy(buffers.scratch, place[TOKEN_0], buffers.ids, buffers.id_starts[row])
     at = copy(buffers.scratch, place[MERGED if has_merged else CODES], buffers.ids, at)
     answer = at
@@ -173,11 +185,6 @@ def write_row(data: np.ndarray, buffers: Buffers, place: np.ndarray, row: int) -
         buffers.spans[spans_at + 1] = at - buffers.id_starts[row]
         spans_at += 2
     buffers.span_starts[row + 1] = spans_at
-    code_end, merged_end = buffers.code_starts[row], buffers.merged_starts[row]
-    if buffers.keep_codes and has_merged and place[CODES, 0] >= 0:
-        code_end = copy(buffers.scratch, place[CODES], buffers.codes, code_end)
-        merged_end = copy(buffers.scratch, place[MERGED], buffers.merged, merged_end)
-    buffers.code_starts[row + 1], buffers.merged_starts[row + 1] = code_end, merged_end
     for column in range(3):
         start = buffers.text_starts[column, row]
         end = copy(data, place[ID + column], buffers.text[column], start)
@@ -204,6 +211,100 @@ def hash_texts(text: np.ndarray, starts: np.ndarray, out: np.ndarray) -> None:
         for at in range(starts[row], starts[row + 1]):
             value = (value ^ np.uint64(text[at])) * FNV_PRIME
         out[row] = value
+
+
+# ---- merged images ----
+
+
+@_kernel
+def images_fit(scratch: np.ndarray, place: np.ndarray, images: Images) -> bool:
+    """Whether the merged image stands for the codes, and none follows in token_1: those are left to the twin."""
+    for at in range(place[TOKEN_1, 0], place[TOKEN_1, 1]):
+        if scratch[at] == images.boi_id:
+            return False
+    stream, expected = scratch[place[MERGED, 0] : place[MERGED, 1]], scratch[place[CODES, 0] : place[CODES, 1]]
+    side = int(np.sqrt(len(expected)) + 0.5)
+    if side * side != len(expected):
+        return has_same_number_of_cells(stream, expected, images)
+    return len(expected) <= 64 * len(images.covered) and stands_for(stream, expected, side, images)
+
+
+@_kernel
+def has_same_number_of_cells(stream: np.ndarray, expected: np.ndarray, images: Images) -> bool:
+    """Whether the stream covers as many cells as there are codes, and they are codes."""
+    num_cells = 0
+    for i in range(len(stream)):
+        image_id = np.int64(stream[i]) - images.first_id
+        if image_id < 0 or image_id >= len(images.boxes):
+            return False
+        num_cells += images.starts[image_id + 1] - images.starts[image_id]
+    for i in range(len(expected)):
+        code = np.int64(expected[i]) - images.first_id
+        if code < 0 or code >= images.num_codes:
+            return False
+    return num_cells == len(expected)
+
+
+@_kernel
+def stands_for(stream: np.ndarray, expected: np.ndarray, side: int, images: Images) -> bool:
+    """`VisualBPE.decode` of a square grid, with a comparison in place of the grid.
+
+    `free` holds the cells of the current 64 that are not covered yet, so that the next one is found without a loop.
+    """
+    covered, num_words = images.covered, (len(expected) + 63) // 64
+    for n in range(num_words):
+        covered[n] = NO_BITS
+    if len(expected) % 64:
+        covered[num_words - 1] = ~NO_BITS << np.uint64(len(expected) % 64)  # cells that there are not
+    word, num_cells = 0, 0
+    free = ~covered[0] if num_words else NO_BITS
+    for i in range(len(stream)):
+        while free == NO_BITS:
+            word += 1
+            if word >= num_words:
+                return False
+            free = ~covered[word]
+        cell = word * 64 + np.int64(trailing_zeros(free))
+        image_id = np.int64(stream[i]) - images.first_id
+        if image_id < 0 or image_id >= len(images.boxes):
+            return False
+        if image_id < images.num_codes:  # most are single codes
+            if expected[cell] != stream[i]:
+                return False
+            free &= free - ONE_BIT
+            num_cells += 1
+            continue
+        y = cell // side
+        x = cell - y * side
+        box = images.boxes[image_id]
+        if y + box[0] >= side or x + box[1] < 0 or x + box[2] >= side:
+            return False
+        start, stop = images.starts[image_id], images.starts[image_id + 1]
+        for part in range(start, stop):
+            place = cell + images.dy[part] * side + images.dx[part]
+            bit = ONE_BIT << np.uint64(place & 63)
+            if expected[place] - images.first_id != images.codes[part]:
+                return False
+            if place >> 6 == word:
+                if not free & bit:
+                    return False
+                free ^= bit
+            elif covered[place >> 6] & bit:
+                return False
+            else:
+                covered[place >> 6] |= bit
+        num_cells += stop - start
+    return num_cells == len(expected)
+
+
+@intrinsic
+def trailing_zeros(typing_context: Any, word: Any) -> Any:
+    """How many of a word's lowest bits are zero, 64 of zero: one instruction, which numba has no name for."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], context.get_constant(types.boolean, False))
+
+    return types.uint64(types.uint64), generate
 
 
 # ---- JSON ----

@@ -261,7 +261,7 @@ def readable_line(fields: dict[str, Any]) -> bytes:
 
     try:
         line = _line(fields)
-        parse_row(_process.parser, line, keep_codes=False)
+        parse_row(_process.parser, line)
         return line
     except UnicodeEncodeError as error:
         raise InputError(f"a text {CUT_CHARACTER}") from error

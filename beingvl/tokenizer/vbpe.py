@@ -259,28 +259,22 @@ class VisualBPE:
             raise InputError(f"invalid image stream at position {position} of {len(ids)}: {reason}")
         return grid.astype(np.uint16)
 
-    def first_mismatch(
-        self, ids: np.ndarray, id_starts: np.ndarray, codes: np.ndarray, code_starts: np.ndarray, first_id: int = 0
-    ) -> int:
-        """The first n whose image ids `ids[id_starts[n]:id_starts[n + 1]]` do not stand for its codes, -1 when all do.
-
-        ids, codes: int32, flat; both may be token ids of a vocabulary, `first_id` is its id of code 0. Where the number of codes
-        is no square the grid's shape is unknown: then the numbers of cells are compared.
-        """
-        from beingvl.tokenizer import vbpe_numba as fast
-
-        return int(fast.find_mismatch(ids, id_starts, codes, code_starts, first_id, self.tables))
-
     def cells(self, image_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The polyomino of an id in raster order: (dy, dx, code), int32 `[n]` each, relative to the anchor."""
-        from beingvl.tokenizer import vbpe_numba as fast
-
         if not 0 <= image_id < self.num_ids:
             raise InputError(f"image id {image_id} is unknown, expected 0 … {self.num_ids - 1}")
+        starts, dy, dx, codes = self.shapes
+        part = slice(int(starts[image_id]), int(starts[image_id + 1]))
+        return dy[part], dx[part], codes[part]
+
+    @cached_property
+    def shapes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The cells of all ids, end to end: where each id's start, int64 `[num_ids + 1]`, then dy, dx and code, int32."""
+        from beingvl.tokenizer import vbpe_numba as fast
+
         tables = self.tables
-        part = slice(int(tables.cell_start[image_id]), int(tables.cell_start[image_id + 1]))
-        dy = (tables.cells[part] + fast.SPAN // 2) // fast.SPAN
-        return dy, tables.cells[part] - dy * fast.SPAN, tables.codes[part]
+        dy = (tables.cells + fast.SPAN // 2) // fast.SPAN
+        return tables.cell_start, dy, tables.cells - dy * fast.SPAN, tables.codes
 
     @property
     def sizes(self) -> np.ndarray:

@@ -21,12 +21,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numba
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
 from beingvl.errors import InputError
 
@@ -35,19 +33,7 @@ BORDER = -(1 << 30)
 
 SHAPES_FINE, SHAPES_OVERLAP, SHAPES_APART = 0, 1, 2
 
-NO_BITS, ONE_BIT = np.uint64(0), np.uint64(1)
-
 _kernel = numba.njit(cache=True, nogil=True)
-
-
-@intrinsic
-def trailing_zeros(typing_context: Any, word: Any) -> Any:
-    """How many of a word's lowest bits are zero, 64 of zero: one instruction, which numba has no name for."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], context.get_constant(types.boolean, False))
-
-    return types.uint64(types.uint64), generate
 
 
 class Tables(NamedTuple):
@@ -409,115 +395,6 @@ def decode_stream(ids: np.ndarray, tables: Tables, grid: np.ndarray) -> tuple[in
         if flat[left] < 0:
             return STREAM_TOO_SHORT, len(ids)
     return STREAM_FINE, -1
-
-
-@_kernel
-def find_mismatch(
-    ids: np.ndarray, id_starts: np.ndarray, codes: np.ndarray, code_starts: np.ndarray, first_id: int, tables: Tables
-) -> int:
-    """The first stream that does not stand for its codes, -1 for none; see `VisualBPE.first_mismatch`."""
-    boxes = bounding_boxes(tables)
-    covered = np.zeros(1, np.uint64)  # a bit for a cell
-    for n in range(len(id_starts) - 1):
-        stream, expected = ids[id_starts[n] : id_starts[n + 1]], codes[code_starts[n] : code_starts[n + 1]]
-        side = int(np.sqrt(len(expected)) + 0.5)
-        if side * side != len(expected):
-            if not same_number_of_cells(stream, expected, first_id, tables):
-                return n
-            continue
-        if len(covered) != (len(expected) + 63) // 64:
-            covered = np.zeros((len(expected) + 63) // 64, np.uint64)
-        if not stands_for(stream, expected, side, first_id, tables, boxes, covered):
-            return n
-    return -1
-
-
-@_kernel
-def bounding_boxes(tables: Tables) -> np.ndarray:
-    """int32 [V, 3]: how far a token reaches down, to the left (not above 0) and to the right of its anchor."""
-    boxes = np.zeros((len(tables.cell_start) - 1, 3), np.int32)
-    for token in range(len(boxes)):
-        for i in range(tables.cell_start[token], tables.cell_start[token + 1]):
-            dy = (tables.cells[i] + SPAN // 2) >> 13
-            dx = tables.cells[i] - dy * SPAN
-            boxes[token, 0] = max(boxes[token, 0], dy)
-            boxes[token, 1] = min(boxes[token, 1], dx)
-            boxes[token, 2] = max(boxes[token, 2], dx)
-    return boxes
-
-
-@_kernel
-def same_number_of_cells(stream: np.ndarray, expected: np.ndarray, first_id: int, tables: Tables) -> bool:
-    """Whether the stream covers as many cells as there are codes, and they are codes."""
-    num_cells = 0
-    for i in range(len(stream)):
-        token = np.int64(stream[i]) - first_id
-        if token < 0 or token >= len(tables.cell_start) - 1:
-            return False
-        num_cells += tables.cell_start[token + 1] - tables.cell_start[token]
-    for i in range(len(expected)):
-        code = np.int64(expected[i]) - first_id
-        if code < 0 or code >= tables.num_codes:
-            return False
-    return num_cells == len(expected)
-
-
-@_kernel
-def stands_for(
-    stream: np.ndarray,
-    expected: np.ndarray,
-    side: int,
-    first_id: int,
-    tables: Tables,
-    boxes: np.ndarray,
-    covered: np.ndarray,
-) -> bool:
-    """`decode_stream` of a square grid, with a comparison in place of the grid. Ids and codes are counted from `first_id`.
-
-    `free` holds the cells of the current 64 that are not covered yet, so that the next one is found without a loop.
-    """
-    covered[:] = NO_BITS
-    if len(expected) % 64:
-        covered[-1] = ~NO_BITS << np.uint64(len(expected) % 64)  # cells that there are not
-    word, num_cells = 0, 0
-    free = ~covered[0] if len(covered) else NO_BITS
-    for i in range(len(stream)):
-        while free == NO_BITS:
-            word += 1
-            if word >= len(covered):
-                return False
-            free = ~covered[word]
-        cell = word * 64 + np.int64(trailing_zeros(free))
-        token = np.int64(stream[i]) - first_id
-        if token < 0 or token >= len(boxes):
-            return False
-        if token < tables.num_codes:  # most are single codes
-            if expected[cell] != stream[i]:
-                return False
-            free &= free - ONE_BIT
-            num_cells += 1
-            continue
-        y = cell // side
-        x = cell - y * side
-        if y + boxes[token, 0] >= side or x + boxes[token, 1] < 0 or x + boxes[token, 2] >= side:
-            return False
-        start, stop = tables.cell_start[token], tables.cell_start[token + 1]
-        for part in range(start, stop):
-            dy = (tables.cells[part] + SPAN // 2) >> 13
-            place = cell + tables.cells[part] + dy * (side - SPAN)
-            bit = ONE_BIT << np.uint64(place & 63)
-            if expected[place] - first_id != tables.codes[part]:
-                return False
-            if place >> 6 == word:
-                if not free & bit:
-                    return False
-                free ^= bit
-            elif covered[place >> 6] & bit:
-                return False
-            else:
-                covered[place >> 6] |= bit
-        num_cells += stop - start
-    return num_cells == len(expected)
 
 
 # ---- published vocabularies ----

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import simdjson
 
-from beingvl.data.token_rows import RowReader, hash_ids, make_buffers, parse_row
+from beingvl.data.token_rows import MOST_CELLS, RowReader, hash_ids, images_of, make_buffers, parse_row
 from beingvl.data.token_rows_numba import BYTES_AHEAD, parse_lines, words_of
 from beingvl.errors import InputError
 from beingvl.tokenizer.vbpe import VisualBPE
@@ -34,16 +34,15 @@ ROW = {
 MANY = [*range(100_000, 100_100), *range(999_900, 1_000_000), *range(123_456, 200_000, 777)]
 
 
-def fast(line: bytes) -> tuple | None:
+def fast(line: bytes, vbpe: VisualBPE | None = None) -> tuple | None:
     """The one row of a line as the compiled reader takes it, None when it leaves the line to its twin."""
-    buffers = make_buffers(len(line), keep_codes=True)
+    buffers = make_buffers(len(line))
     data, size = np.frombuffer(bytearray(line + b"\n" + bytes(BYTES_AHEAD)), np.uint8), len(line) + 1
-    at, rows = parse_lines(data, words_of(data), 0, size, buffers, 0)
+    at, rows = parse_lines(data, words_of(data), 0, size, buffers, images_of(LAYOUT, vbpe), 0)
     if not rows:
         return None
     assert at == size and rows == 1
     lists = ((buffers.ids, buffers.id_starts), (buffers.spans, buffers.span_starts))
-    lists += ((buffers.codes, buffers.code_starts), (buffers.merged, buffers.merged_starts))
     texts = [text[: starts[1]].tobytes().decode() for text, starts in zip(buffers.text, buffers.text_starts, strict=True)]
     return (*texts, *(values[: starts[1]].tolist() for values, starts in lists))
 
@@ -51,11 +50,10 @@ def fast(line: bytes) -> tuple | None:
 def readable(line: bytes) -> tuple | None:
     """The same from the readable one, None when the line is no row."""
     try:
-        row = parse_row(simdjson.Parser(), line, keep_codes=True)
+        row = parse_row(simdjson.Parser(), line)
     except (ValueError, TypeError, RuntimeError):
         return None
-    lists = (row.input_ids, row.target_spans, row.codes, row.merged)
-    return (row.id, row.image, row.category, *(values.tolist() for values in lists))
+    return (row.id, row.image, row.category, row.input_ids.tolist(), row.target_spans.tolist())
 
 
 def text(row: dict, **options) -> bytes:
@@ -247,7 +245,7 @@ def test_merged_images_stand_for_their_codes(tmp_path, shape, change, message) -
 
 
 @pytest.mark.parametrize("side", [4, 8, 11])
-def test_streams_that_match_are_those_that_decode_to_the_codes(side) -> None:
+def test_streams_that_the_fast_reader_takes_are_those_that_decode_to_the_codes(side) -> None:
     vbpe = VisualBPE(16, np.array([[0, 1, 0, 1], [16, 0, 1, 0], [1, 16, 1, -1], [18, 17, 2, -2]], np.int32))
     random_source = np.random.default_rng(side)
     outcomes = {True: 0, False: 0}
@@ -262,13 +260,31 @@ def test_streams_that_match_are_those_that_decode_to_the_codes(side) -> None:
             decodes = np.array_equal(vbpe.decode(stream, side, side), grid)
         except InputError:
             decodes = False
-        whole, starts = vbpe.encode(grid).astype(np.int32), np.array([0, side * side, 2 * side * side])
-        ids, codes = np.concatenate((whole, stream)), np.concatenate((grid.ravel(), grid.ravel()))
-        ends = np.array([0, len(whole), len(ids)])
-        assert vbpe.first_mismatch(ids, ends, codes, starts) == (-1 if decodes else 1)
-        assert vbpe.first_mismatch(ids + 263, ends, codes + 263, starts, 263) == (-1 if decodes else 1)
+        assert (fast(line_of(grid, stream), vbpe) is not None) == decodes
         outcomes[decodes] += 1
     assert min(outcomes.values()) > 300
+
+
+def line_of(grid: np.ndarray, stream: np.ndarray) -> bytes:
+    codes, merged = ((ids.ravel() + LAYOUT.first_image_id).tolist() for ids in (grid, stream))
+    return text({"id": "a", "token_0": [256], "token_image": codes, "token_image_new": merged, "token_1": [257]})
+
+
+def test_an_image_larger_than_the_fast_reader_compares_is_compared_all_the_same(tmp_path) -> None:
+    vbpe = VisualBPE(16, np.array([[0, 1, 0, 1]], np.int32))
+    side = round(MOST_CELLS**0.5) + 1
+    grid = np.random.default_rng(0).integers(0, 2, (side, side))
+    for changed in (0, 1):
+        codes = grid.copy()
+        codes[-1, -1] ^= changed
+        path = tmp_path / "rows.jsonl"
+        path.write_bytes(line_of(codes, vbpe.encode(grid)))
+        assert fast(path.read_bytes(), vbpe) is None
+        if not changed:
+            assert len(RowReader(LAYOUT, vbpe).read(path, 0, path.stat().st_size)) == 1
+            continue
+        with pytest.raises(InputError, match="sample 'a': token_image_new does not decode"):
+            RowReader(LAYOUT, vbpe).read(path, 0, path.stat().st_size)
 
 
 @pytest.mark.parametrize(
