@@ -103,7 +103,7 @@ def _laid_out(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_shard(path: Path, rows: ShardColumns, layout: VocabLayout) -> dict[str, Any]:
-    """Check and write one shard, to the disk; returns what `finish_shards` wants to know about it.
+    """Check and write one shard, which `sync_shard` brings to the disk; returns what `finish_shards` wants to know about it.
 
     Raises InputError for a row without tokens, ids outside the vocabulary or spans outside the row.
     """
@@ -116,11 +116,15 @@ def write_shard(path: Path, rows: ShardColumns, layout: VocabLayout) -> dict[str
         hashed = HashedFile(file)
         with pa.ipc.new_file(pa.PythonFile(hashed, "w"), SCHEMA) as writer:
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
-        file.flush()
-        os.fsync(file.fileno())
-        # the next shard takes its pages, instead of new ones that push what is still to be read out of the page cache
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return {"hash": hashed.hash, "largest_id": largest_id, **_summary(rows)}
+
+
+def sync_shard(path: Path) -> None:
+    """Wait until a shard is on the disk. The next one takes its pages in memory, instead of new ones that push what is still to
+    be read out of the page cache."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def check_columns(rows: ShardColumns, layout: VocabLayout) -> int:
@@ -275,6 +279,7 @@ class ShardWriter:
         if self._rows:
             name = shard_name(len(self._shards))
             self._shards[name] = write_shard(self._folder / name, ShardColumns.of_samples(self._rows), self._layout)
+            sync_shard(self._folder / name)
             self._rows = []
 
     def finish(self, lineage: dict[str, str], details: dict) -> Manifest:

@@ -19,7 +19,8 @@ import atexit
 import gc
 import importlib
 import json
-import threading
+import os
+import queue
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,9 +28,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 MAX_PART_BYTES = 1 << 30  # a shard's offsets are 32 bits
+THREADS_THAT_WAIT = 4  # for the disk, while others parse
 PARTS_VERSION = 2  # of a part's files: another for another hash of ids, or another summary of a shard
 
 if TYPE_CHECKING:
+    from beingvl.data.token_rows import RowReader
     from beingvl.manifest import Manifest
     from beingvl.parts import Parts
     from beingvl.tokenizer.vbpe import VisualBPE
@@ -51,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="vbpe.json that merged images must decode with, a row's first to its own codes; default: the one in --model_path",
     )
     parser.add_argument("--part_bytes", type=int, default=64 << 20, help="bytes of JSONL that become one shard")
-    parser.add_argument("--num_workers", type=int, help="threads; default: one a CPU core, and two that wait for the disk")
+    parser.add_argument("--num_workers", type=int, help="threads that parse; default: one a CPU core")
     parser.add_argument(
         "--duplicate_ids", choices=["refuse", "keep"], default="refuse", help="two rows with one id: an error, or two samples"
     )
@@ -100,8 +103,9 @@ def run(args: argparse.Namespace) -> None:
             warn_of_merged(read_manifest(args.output_path))
             return
         parts = Parts(args.output_path, {"parts_version": PARTS_VERSION, **content, "decoded": decoder is not None})
+        num_readers = max(1, len(os.sched_getaffinity(0)) if args.num_workers is None else args.num_workers)
         mine = [tasks[number] for number in parts.missing(len(tasks)) if number % num_ranks == rank]
-    build_parts(ShardBuilder(parts, layout, decoder), mine, args.num_workers)
+    build_parts(ShardBuilder(parts, layout, decoder, num_readers), mine, num_readers + THREADS_THAT_WAIT)
     with locked(args.output_path):
         if is_complete(args.output_path):
             return
@@ -111,14 +115,13 @@ def run(args: argparse.Namespace) -> None:
         join_shards(parts, tasks, args, layout, decoder is not None, request)
 
 
-def build_parts(builder: ShardBuilder, tasks: list[PartOfLines], num_threads: int | None) -> None:
+def build_parts(builder: ShardBuilder, tasks: list[PartOfLines], num_threads: int) -> None:
     """Threads, not processes: parsing, hashing and writing all happen outside of the interpreter's lock."""
-    import os
     from concurrent.futures import ThreadPoolExecutor
 
     from tqdm import tqdm
 
-    pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) + 2 if num_threads is None else num_threads))
+    pool = ThreadPoolExecutor(num_threads)
     total = sum(task.stop - task.start for task in tasks)
     with tqdm(total=total, desc="build-shards", unit="B", unit_scale=True, disable=None) as progress:
         try:
@@ -223,31 +226,49 @@ def plan_parts(paths: list[Path], part_bytes: int) -> list[PartOfLines]:
 
 
 class ShardBuilder:
-    """`build(task)` makes one part's shard, in any thread."""
+    """`build(task)` makes one part's shard, in any thread.
 
-    def __init__(self, parts: Parts, layout: VocabLayout, vbpe: VisualBPE | None) -> None:
-        self._parts, self._layout, self._vbpe = parts, layout, vbpe
-        self._of_thread = threading.local()
+    `num_readers` parts are parsed at once: a thread that waits for the disk has given its reader, with its memory, to the next.
+    """
+
+    def __init__(self, parts: Parts, layout: VocabLayout, vbpe: VisualBPE | None, num_readers: int) -> None:
+        from beingvl.data.token_rows import RowReader
+
+        self._parts, self._layout = parts, layout
+        self._readers: queue.SimpleQueue[RowReader] = queue.SimpleQueue()
+        for _ in range(num_readers):
+            self._readers.put(RowReader(layout, vbpe))
 
     def build(self, task: PartOfLines) -> int:
         """One part to one shard; returns its bytes of JSONL. Raises InputError that names the file."""
+        from beingvl.data.arrow_shards import sync_shard
+
+        with self._parts.writing(task.number) as folder:
+            reader = self._readers.get()
+            try:
+                summary = self._write(task, reader, folder)
+            finally:
+                self._readers.put(reader)
+            (folder / "shard.json").write_text(json.dumps(summary))
+            if summary:
+                sync_shard(folder / "shard.arrow")
+        return task.stop - task.start
+
+    def _write(self, task: PartOfLines, reader: RowReader, folder: Path) -> dict[str, Any] | None:
+        """The shard of a part's rows and the hashes of their ids; returns what is to be known of the shard, None without rows."""
         from beingvl.data.arrow_shards import write_shard
-        from beingvl.data.token_rows import RowReader, hash_ids
+        from beingvl.data.token_rows import hash_ids
         from beingvl.errors import InputError
 
-        if not hasattr(self._of_thread, "reader"):
-            self._of_thread.reader = RowReader(self._layout, self._vbpe)
-        rows = self._of_thread.reader.read(task.path, task.start, task.stop)
-        with self._parts.writing(task.number) as folder:
-            summary = None
-            if len(rows):
-                try:
-                    summary = write_shard(folder / "shard.arrow", rows, self._layout)
-                except InputError as error:
-                    raise InputError(f"{task.path}: {error}; make the file again with `beingvl tokenize`") from error
-                (folder / "id_hashes").write_bytes(hash_ids(rows.id).tobytes())  # tofile does not say that a disk is full
-            (folder / "shard.json").write_text(json.dumps(summary))
-        return task.stop - task.start
+        rows = reader.read(task.path, task.start, task.stop)
+        if not len(rows):
+            return None
+        try:
+            summary = write_shard(folder / "shard.arrow", rows, self._layout)
+        except InputError as error:
+            raise InputError(f"{task.path}: {error}; make the file again with `beingvl tokenize`") from error
+        (folder / "id_hashes").write_bytes(hash_ids(rows.id).tobytes())  # tofile does not say that a disk is full
+        return summary
 
 
 # ---- all parts ----
@@ -287,7 +308,6 @@ def _hold_merged(shards: Iterable[Mapping[str, Any]], layout: VocabLayout) -> bo
 
 def link_shards(parts: Parts, num_parts: int, output: Path, name: str) -> dict[str, dict[str, Any]]:
     """Give the parts' shards (NAME.arrow, described by NAME.json) their names in `output`; no byte is copied where links work."""
-    import os
     import shutil
 
     from beingvl.data.arrow_shards import shard_name
