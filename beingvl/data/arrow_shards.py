@@ -17,6 +17,7 @@ import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -187,7 +188,7 @@ def finish_shards(
         raise InputError(
             f"{folder}: the samples name {len(sources)} sources, at most {MAX_SOURCES} are possible; is `category` an id?"
         )
-    _write_index(folder, list(shards), list(sources), counts["samples"])
+    _write_index(folder, list(shards), list(sources))
     details = {
         **details,
         "layout": layout.to_dict(),
@@ -210,17 +211,13 @@ def _totals(summaries: Sequence[Mapping[str, Any]]) -> tuple[dict[str, int], dic
     return {**counts, "shards": len(summaries)}, sources
 
 
-def _write_index(folder: Path, names: list[str], sources: list[str], num_samples: int) -> None:
-    lengths, source_of = np.empty(num_samples, np.int32), np.empty(num_samples, np.uint8)
-    start = 0
-    for name in names:
+def _write_index(folder: Path, names: list[str], sources: list[str]) -> None:
+    def read(name: str) -> tuple[np.ndarray, np.ndarray]:
         batch = open_batch(folder / name, reads_all=False)
-        rows = slice(start, start + batch.num_rows)
-        lengths[rows], source_of[rows] = (
-            np.diff(batch.column("input_ids").offsets.to_numpy()),
-            source_indices(batch, sources, folder / name),
-        )
-        start = rows.stop
+        return np.diff(batch.column("input_ids").offsets.to_numpy()), source_indices(batch, sources, folder / name)
+
+    with ThreadPoolExecutor(8) as pool:  # some twenty pages of every shard, each a wait for the disk
+        lengths, source_of = (np.concatenate(parts) for parts in zip(*pool.map(read, names), strict=True))
     members = np.argsort(source_of, kind="stable").astype(np.uint32)
     for name, array in ((LENGTHS_FILE, lengths), (SOURCE_OF_FILE, source_of), (MEMBERS_FILE, members)):
         temporary = folder / f"{name}.tmp"
