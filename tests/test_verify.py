@@ -57,7 +57,7 @@ def write_checkpoint(folder: Path) -> Path:
     writers = [CheckpointWriter(rank, lambda value: [value]) for rank in (0, 1)]
     for writer, span in zip(writers, spans, strict=True):
         tensors = {f"a.{key}": torch.arange(*span).float() for key in ("master", "exp_avg", "exp_avg_sq")}
-        writer.begin(folder, state, tensors, lambda folder: save_probe(folder, probe, torch.zeros(1, 4)))
+        writer.begin(folder, state, tensors.items(), lambda folder: save_probe(folder, probe, torch.zeros(1, 4)))
     for writer in reversed(writers):  # rank 0 writes the manifest, of all ranks' files
         writer.commit()
     return folder

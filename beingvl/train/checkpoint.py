@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -41,6 +41,7 @@ from beingvl.manifest import (
 )
 from beingvl.model.weight_files import make_header
 from beingvl.train.failures import SaveError, TrainingError
+from beingvl.train.partitions import STATE_KEYS
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.json"
@@ -123,17 +124,25 @@ class CheckpointWriter:
         self,
         folder: Path,
         state: CheckpointState,
-        tensors: Mapping[str, torch.Tensor],
+        slices: Iterable[tuple[str, torch.Tensor]],
         write_more: Callable[[Path], None],
     ) -> None:
-        """`tensors` must not change until `commit`. Rank 0 calls `write_more` for what belongs to it beside the slices.
+        """`slices`: (`NAME.KEY`, this rank's flat float32 slice) in the order of `state.parameters` and `STATE_KEYS`.
 
-        What a killed run left of this checkpoint is removed first.
+        A thread takes them one by one; what they are made of must not change until `commit`. Rank 0 calls `write_more` for what
+        belongs to the checkpoint beside the slices. What a killed run left of this checkpoint is removed first.
         """
         self.commit()
         self._together(folder, lambda: _start_empty(folder) if self._rank == 0 else None)
         path = folder / rank_file(self._rank, state.num_ranks)
-        self._begun = _BegunCheckpoint(folder, state, write_more, self._pool.submit(_write_slices, path, tensors, self._advance))
+        self._begun = _BegunCheckpoint(
+            folder, state, write_more, self._pool.submit(_write_slices, path, self._sizes(state), slices, self._advance)
+        )
+
+    def _sizes(self, state: CheckpointState) -> dict[str, int]:
+        """Slice -> its number of elements, on this rank."""
+        spans = {name: parameter["spans"][self._rank] for name, parameter in state.parameters.items()}
+        return {f"{name}.{key}": stop - start for name, (start, stop) in spans.items() for key in STATE_KEYS}
 
     @property
     def is_written(self) -> bool:
@@ -178,15 +187,17 @@ class _BegunCheckpoint:
         write_manifest(self.folder, "checkpoint", counts, self.state.identity["lineage"], known_hashes=hashes)
 
 
-def _write_slices(path: Path, tensors: Mapping[str, torch.Tensor], advance: Callable[[], object]) -> tuple[str, str]:
+def _write_slices(
+    path: Path, sizes: Mapping[str, int], slices: Iterable[tuple[str, torch.Tensor]], advance: Callable[[], object]
+) -> tuple[str, str]:
     """Write one rank's file of float32 slices, on disk before it has its name; returns (name, hash)."""
     temporary = path.with_suffix(".tmp")
     num_unflushed = 0
     with open(temporary, "wb") as file:
         hashed = HashedFile(file)
-        hashed.write(make_header({name: ("F32", tensor.shape, 4 * tensor.numel()) for name, tensor in tensors.items()}))
-        for name, tensor in tensors.items():
-            assert tensor.dtype == torch.float32, (name, tensor.dtype)
+        hashed.write(make_header({name: ("F32", [size], 4 * size) for name, size in sizes.items()}))
+        for (name, tensor), (expected, size) in zip(slices, sizes.items(), strict=True):
+            assert (name, tensor.dtype, tensor.numel()) == (expected, torch.float32, size), (name, tensor.dtype, expected, size)
             data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
             for start in range(0, len(data), FLUSH_BYTES):
                 num_unflushed += hashed.write(data[start : start + FLUSH_BYTES])

@@ -16,12 +16,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+import shutil
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,8 @@ from beingvl.model.weight_files import WeightFolder
 from beingvl.train.failures import FreezerError
 from beingvl.train.flops import step_flops
 from beingvl.train.memory import predict_memory, reduce_bucket_elements
-from beingvl.train.partitions import MASTER, MOMENTS, STATE_KEYS, partitions_of
-from beingvl.train.stage_config import StageConfig
+from beingvl.train.partitions import MASTER, MOMENTS, STATE_KEYS, partition_in_memory, partitions_of
+from beingvl.train.stage_config import AHEAD_KEYS, StageConfig, fewest_buffers
 from beingvl.vocab import VocabLayout
 
 
@@ -131,7 +133,8 @@ def build_engine(
     `advance` hears, from any thread, of every parameter and every batch that is done.
     """
     accumulation_steps = config.accumulation_steps(ranks.num_ranks)
-    zero = dict(config.deepspeed["zero_optimization"])
+    weights = weights or WeightFolder(model_folder)
+    zero = {**config.deepspeed["zero_optimization"], **swap_settings(config, weights, ranks.num_ranks)}
     deepspeed_config = {**config.deepspeed, "gradient_accumulation_steps": accumulation_steps, "zero_optimization": zero}
     model_config = AutoConfig.from_pretrained(model_folder)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
@@ -139,9 +142,11 @@ def build_engine(
     refuse_unlike_packed(model_class, model_config)
     model = _empty_model(model_class, model_config, layout, config, deepspeed_config)
     parameters = dict(model.causal_lm.named_parameters())
+    if "offload_param" in config.nvme_offloads and ranks.num_ranks == 1:
+        _fetch_copies(parameters.values())
     shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters.items()}
     plan = plan_parameters(shapes, config.beingvl.trainable)
-    _load_weights(parameters, shapes, model_folder, weights or WeightFolder(model_folder), layout, config, ranks, advance)
+    _load_weights(parameters, shapes, model_folder, weights, layout, config, ranks, advance)
     for planned in plan:
         parameters[planned.name].requires_grad_(planned.rule.train)
     zero["reduce_bucket_size"] = reduce_bucket_elements(plan, config)
@@ -159,8 +164,83 @@ def build_engine(
     ), "weight decay moves what is in the optimizer, frozen or not"
     engine, *_ = deepspeed.initialize(model=model, model_parameters=settings, config=deepspeed_config)
     _restore_rotary_buffers(model, model_config, ranks.device)
-    multipliers = [multiplier for multiplier, _, _ in groups]
-    return TrainingEngine(engine, model, parameters, plan, multipliers, config, ranks, accumulation_steps, advance)
+    return TrainingEngine(engine, model, parameters, plan, groups, config, ranks, accumulation_steps, advance)
+
+
+@contextlib.contextmanager
+def swap_folders(config: StageConfig, run: str, ranks: Ranks) -> Iterator[StageConfig]:
+    """`config` with its folders on NVMe, if any, in ones of this run and rank alone, which are removed afterwards.
+
+    `run` is a name that no other run has; what a killed run of this name left there is removed first. Raises InputError, on all
+    ranks, when one cannot write there or cannot compile DeepSpeed's op for it.
+    """
+    folders = {
+        key: Path(offload["nvme_path"]) / f"beingvl-{run}" / f"rank-{ranks.rank:05d}"
+        for key, offload in config.nvme_offloads.items()
+    }
+    if not folders:
+        yield config
+        return
+    own = {key: {**offload, "nvme_path": str(folders[key])} for key, offload in config.nvme_offloads.items()}
+    zero = {**config.deepspeed["zero_optimization"], **own}
+    try:
+        problems = gather_objects(_why_no_swapping(config, folders, ranks.rank), ranks.num_ranks)
+        if any(problems):
+            raise InputError(f"{config.source}: {next(filter(None, problems))}")
+        yield replace(config, deepspeed={**config.deepspeed, "zero_optimization": zero})
+    finally:
+        for folder in folders.values():
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()  # by the last rank of this host
+
+
+def _why_no_swapping(config: StageConfig, folders: Mapping[str, Path], rank: int) -> str:
+    """What keeps this rank from offloading to NVMe, as one sentence; "" when nothing does. Makes the folders, empty."""
+    for key, offload in config.nvme_offloads.items():
+        path = Path(offload["nvme_path"])
+        if not path.is_dir():
+            return f"zero_optimization.{key}.nvme_path {path} is no folder on rank {rank}'s host; mount the disk, or give another"
+        try:
+            shutil.rmtree(folders[key], ignore_errors=True)
+            folders[key].mkdir(parents=True)
+        except OSError as error:
+            return f"zero_optimization.{key}.nvme_path {path} cannot be written by rank {rank} ({error.strerror}); give another"
+    builder = deepspeed.ops.op_builder.AsyncIOBuilder()
+    try:
+        if builder.is_compatible(verbose=False):
+            builder.load(verbose=False)
+            return ""
+        found = "no libaio"
+    except Exception as error:  # whatever a compiler, its absence, or a driver's headers make of it
+        found = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    needed = "install libaio-dev, g++ and ninja, or offload to the CPU"
+    return f"offload to NVMe needs an op that DeepSpeed cannot compile for rank {rank} ({found}); {needed}"
+
+
+def swap_settings(config: StageConfig, weights: Mapping[str, torch.Tensor], num_ranks: int) -> dict[str, Any]:
+    """Keys of "zero_optimization" without which DeepSpeed runs out of buffers, where the JSON leaves them open.
+
+    Raises InputError for a buffer that is smaller than the largest parameter's share.
+    """
+    settings: dict[str, Any] = {}
+    for key, offload in config.nvme_offloads.items():
+        if key == "offload_optimizer":
+            settings[key] = {"buffer_count": fewest_buffers(offload), **offload}
+            continue
+        largest = max(-(-weight.numel() // num_ranks) for weight in weights.values())
+        settings |= {key: {"buffer_size": largest, "buffer_count": _fewest_weights(weights), **offload}}
+        settings |= {name: 0 for name in AHEAD_KEYS if name.removeprefix("stage3_") not in config.deepspeed["zero_optimization"]}
+        if settings[key]["buffer_size"] < largest:
+            given = f"{config.source}: zero_optimization.{key}.buffer_size is {offload['buffer_size']}"
+            raise InputError(f"{given}, the largest weight's share is {largest} elements on {num_ranks} ranks; remove the key")
+    return settings
+
+
+def _fewest_weights(weights: Mapping[str, torch.Tensor]) -> int:
+    """That are in memory together: a layer's matrices, when a frozen one is computed again for the gradient, and row blocks."""
+    layers = [re.findall(r"\.\d+\.", name)[0] for name in weights if weights[name].dim() > 1 and re.search(r"\.\d+\.", name)]
+    return max(Counter(layers).values(), default=0) + 4
 
 
 def _empty_model(
@@ -178,6 +258,23 @@ def _empty_model(
             config.beingvl.loss_chunk_tokens,
             config.beingvl.activation_checkpointing,
         )
+
+
+def _fetch_copies(parameters: Iterable[Any]) -> None:
+    """Make one rank compute with copies of what it fetches from NVMe, as several ranks do.
+
+    DeepSpeed gives it the buffer that was read into, which holds another weight by the time of the backward pass.
+    """
+    for parameter in parameters:
+
+        def fetch(params: Iterable[Any], fetch: Callable[..., Any] = parameter.all_gather_coalesced, **settings: Any) -> Any:
+            params = list(params)
+            handle = fetch(params, **settings)
+            for fetched in params:
+                fetched.data = fetched.data.clone()
+            return handle
+
+        parameter.all_gather_coalesced = fetch
 
 
 def _load_weights(
@@ -204,11 +301,11 @@ def _load_weights(
         if config.zero_stage < 3:
             parameter.data = stored.to(ranks.device, dtype, copy=True)
             continue
-        partition = parameter.ds_tensor
-        start = ranks.rank * partition.numel()
-        mine = stored.reshape(-1)[start : start + partition.numel()]
-        partition.data.zero_()
-        partition.data[: mine.numel()].copy_(mine)
+        with partition_in_memory(parameter, changes=True) as partition:
+            start = ranks.rank * partition.numel()
+            mine = stored.reshape(-1)[start : start + partition.numel()]
+            partition.zero_()
+            partition[: mine.numel()].copy_(mine)
         if isinstance(weights, WeightFolder):
             weights.release()
 
@@ -243,7 +340,7 @@ class TrainingEngine:
         model: PackedCausalLM,
         parameters: dict[str, Any],
         plan: list[PlannedParameter],
-        lr_multipliers: list[float],
+        groups: Mapping[tuple[float, float, int], list[str]],
         config: StageConfig,
         ranks: Ranks,
         accumulation_steps: int,
@@ -256,7 +353,9 @@ class TrainingEngine:
         self.plan = plan
         self.ranks = ranks
         self.accumulation_steps = accumulation_steps
-        self._lr_multipliers = lr_multipliers
+        self._lr_multipliers = [multiplier for multiplier, _, _ in groups]
+        shapes = {planned.name: planned.shape for planned in plan}
+        self.trained_shapes = {name: shapes[name] for names in groups.values() for name in names}  # in DeepSpeed's order
         self._advance = advance
         self._partitions = partitions_of(config.zero_stage, engine, parameters, ranks.rank, ranks.num_ranks)
         self._frozen_hashes = self._hash_frozen()
@@ -354,24 +453,23 @@ class TrainingEngine:
         """What forward passes compute in."""
         return torch.bfloat16 if self._config.is_bf16 else torch.float32
 
-    @property
-    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {planned.name: planned.shape for planned in self.plan if planned.rule.train}
-
     def span(self, name: str) -> tuple[int, int]:
         """The flat range [start, stop) of a trained parameter that this rank saves."""
         return self._partitions.span(name)
 
-    def local_state(self, copy: bool = False) -> dict[str, torch.Tensor]:
-        """`NAME.master`, `NAME.exp_avg`, `NAME.exp_avg_sq`: this rank's flat float32 slices of every trained parameter.
+    def local_state(self, copy: bool = False) -> Iterable[tuple[str, torch.Tensor]]:
+        """(`NAME.master` | `NAME.exp_avg` | `NAME.exp_avg_sq`, this rank's flat float32 slice) of every trained parameter.
 
-        On the CPU. With `copy` they stay what they are when training goes on.
+        On the CPU, in the order of `trained_shapes`, each valid until the next is asked for. With `copy` all are made at once
+        and stay what they are when training goes on.
         """
-        state: dict[str, torch.Tensor] = {}
-        for name in self.trained_shapes:
-            self._advance()
-            state |= {f"{name}.{key}": self._partitions.read(name, key).to("cpu", copy=copy) for key in STATE_KEYS}
-        return state
+
+        def pieces() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, key, piece in self._partitions.read([*self.trained_shapes]):
+                self._advance()
+                yield f"{name}.{key}", piece.to("cpu", copy=copy)
+
+        return list(pieces()) if copy else pieces()
 
     def load_state(
         self,
@@ -385,9 +483,13 @@ class TrainingEngine:
         """
         self._partitions.create_moments(adam_steps)
         self._carried_names = set(only_moments_of or ())
-        for name in self.trained_shapes if only_moments_of is None else only_moments_of:
+
+        def fetch_next(name: str, key: str, start: int, stop: int) -> torch.Tensor:
             self._advance()
-            self._partitions.write(name, partial(fetch, name), STATE_KEYS if only_moments_of is None else MOMENTS)
+            return fetch(name, key, start, stop)
+
+        names = self.trained_shapes if only_moments_of is None else only_moments_of
+        self._partitions.write([*names], fetch_next, STATE_KEYS if only_moments_of is None else MOMENTS)
 
     # ---- the freezer's checks ----
     def _hash_frozen(self) -> dict[str, str]:
@@ -418,20 +520,10 @@ class TrainingEngine:
     def hash_trained(self) -> dict[str, tuple[str, str]]:
         """Hashes of this rank's masters, before the first step, for `check_trained`; and, of second moments that were carried
         over, of what an update without a gradient would make of them ("" for others)."""
-        decay = self._config.second_moment_decay
-        return {
-            name: (
-                self._hash(self._partitions.read(name, MASTER)),
-                self._hash(self._partitions.read(name, MOMENTS[1]) * decay) if name in self._carried_names else "",
-            )
-            for name in self.trained_shapes
-        }
-
-    def _got_gradient(self, name: str, without: str) -> bool:
-        """Whether the first update had one; `without`: hash of second moments that were carried over, had it had none."""
-        if without:
-            return self._hash(self._partitions.read(name, MOMENTS[1])) != without
-        return bool(self._partitions.read(name, MOMENTS[0]).any())
+        decay, read = self._config.second_moment_decay, self._partitions.read
+        masters = {name: self._hash(piece) for name, _, piece in read([*self.trained_shapes], [MASTER])}
+        carried = {name: self._hash(piece * decay) for name, _, piece in read([*self._carried_names], [MOMENTS[1]])}
+        return {name: (master, carried.get(name, "")) for name, master in masters.items()}
 
     def check_trained(self, before: Mapping[str, tuple[str, str]], saw_text: bool = True, saw_visual: bool = True) -> None:
         """After the first update. Raises FreezerError when a parameter declared trained got no gradient or did not move.
@@ -441,10 +533,16 @@ class TrainingEngine:
         embedding = self.model.causal_lm.get_input_embeddings()
         unseen = [] if saw_text else [embedding.text_rows]
         unseen += [] if saw_visual else [embedding.visual_rows]
-        flags = [
-            (self._hash(self._partitions.read(name, MASTER)) != master, self._got_gradient(name, without))
-            for name, (master, without) in before.items()
-        ]
+        has_moved, has_gradient = {}, {}
+        for name, key, piece in self._partitions.read([*before]):
+            master, without = before[name]
+            if key == MASTER:
+                has_moved[name] = self._hash(piece) != master
+            elif without and key == MOMENTS[1]:
+                has_gradient[name] = self._hash(piece) != without
+            elif not without and key == MOMENTS[0]:
+                has_gradient[name] = bool(piece.any())
+        flags = [(has_moved[name], has_gradient[name]) for name in before]
         for name, (moved, got_gradient) in zip(before, sum_over_ranks(flags, self.ranks.device), strict=True):
             if not (moved and got_gradient) and not any(self._parameters[name] is rows for rows in unseen):
                 what = "did not move" if got_gradient else "got no gradient"

@@ -1,20 +1,27 @@
 """Where a parameter's weights and Adam moments lie on this rank, for every ZeRO stage, behind four verbs.
 
-    stage 3     weights, masters and moments are cut: rank r holds elements r*E … (r+1)*E - 1 of each flattened parameter
+    stage 3     weights, masters and moments are cut: rank r holds elements r*E … (r+1)*E - 1 of each flattened parameter; what
+                is offloaded to NVMe is in memory only while it is asked for
     stage 1, 2  weights are whole on every rank; masters and moments are a piece of one flat buffer per optimizer group
     stage 0     everything is whole on every rank; each rank saves the r-th part
 
     span(name)                  the flat range [start, stop) that this rank saves
-    read(name, key)             those float32 elements where they lie, key one of master, exp_avg, exp_avg_sq
-    write(name, fetch, keys)    put a parameter back: `fetch(key, start, stop)` gives any flat float32 range of it
+    read(names, keys)           those float32 elements, one (name, key, tensor) after the other, in the order that costs least
+    write(names, fetch, keys)   put parameters back: `fetch(name, key, start, stop)` gives any flat float32 range of one
     held_weights(name)          the weights as the forward pass uses them, as far as this rank holds them
+
+A key is one of master, exp_avg, exp_avg_sq. What `read` yields lies where it is, unless it is on NVMe: then it is overwritten by
+the next one.
 
 Nothing outside asks for the stage, so a checkpoint of one stage is read by any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -22,15 +29,16 @@ import torch
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_KEYS = (MASTER, *MOMENTS)
-Fetch = Callable[[str, int, int], torch.Tensor]
+Fetch = Callable[[str, str, int, int], torch.Tensor]
+Read = Iterator[tuple[str, str, torch.Tensor]]
 
 
 class Partitions(Protocol):
     """See the module's docstring. `create_moments` makes Adam's state before its first update; name -> updates already made."""
 
     def span(self, name: str) -> tuple[int, int]: ...
-    def read(self, name: str, key: str) -> torch.Tensor: ...
-    def write(self, name: str, fetch: Fetch, keys: Sequence[str] = STATE_KEYS) -> None: ...
+    def read(self, names: Sequence[str], keys: Sequence[str] = STATE_KEYS) -> Read: ...
+    def write(self, names: Sequence[str], fetch: Fetch, keys: Sequence[str] = STATE_KEYS) -> None: ...
     def held_weights(self, name: str) -> torch.Tensor: ...
     def create_moments(self, adam_steps: Mapping[str, int]) -> None: ...
 
@@ -50,39 +58,101 @@ def share_of(num_elements: int, rank: int, num_ranks: int) -> tuple[int, int]:
     return min(rank * part, num_elements), min((rank + 1) * part, num_elements)
 
 
+@contextmanager
+def partition_in_memory(parameter: Any, changes: bool = False) -> Iterator[torch.Tensor]:
+    """This rank's flat part of a ZeRO-3 parameter. One on NVMe is in memory for as long, and `changes` go back there."""
+    partition, swapper = parameter.ds_tensor, parameter.nvme_swapper
+    if partition.status.name == "INFLIGHT":  # fetched before it is needed
+        swapper.synchronize_reads()
+    is_away = partition.status.name == "NOT_AVAILABLE"
+    assert is_away or not (changes and partition.final_location == "nvme"), "its file would keep what it was"
+    if is_away:
+        swapper.swap_in([parameter], async_op=False)
+    try:
+        yield partition.data
+    finally:
+        if is_away and changes:
+            swapper.swap_out_and_release([parameter])
+        elif is_away:
+            swapper.remove_partition_and_release_buffers([parameter])
+
+
 class CutPartitions:
-    """ZeRO-3. `zero` is DeepSpeedZeroOptimizer_Stage3."""
+    """ZeRO-3. `zero` is DeepSpeedZeroOptimizer_Stage3, which keeps masters and moments in flat sub-groups of parameters."""
 
     def __init__(self, zero: Any, parameters: Mapping[str, Any], rank: int) -> None:
         self._zero, self._parameters, self._rank = zero, parameters, rank
+        self._swapping = threading.Lock()
 
     def span(self, name: str) -> tuple[int, int]:
         parameter = self._parameters[name]
-        part, size = parameter.ds_tensor.numel(), parameter.ds_numel
+        part, size = parameter.ds_tensor.ds_numel, parameter.ds_numel
         return min(self._rank * part, size), min((self._rank + 1) * part, size)
 
-    def read(self, name: str, key: str) -> torch.Tensor:
-        start, stop = self.span(name)
-        state = self._zero.get_local_fp32_param(self._parameters[name], None if key == MASTER else key)
-        return state[: stop - start].detach()
+    def read(self, names: Sequence[str], keys: Sequence[str] = STATE_KEYS) -> Read:
+        for group, members in self._by_group(names).items():
+            with self._state_in_memory(group) as state:
+                for name in members:
+                    start, stop = self.span(name)
+                    for key in keys:
+                        yield name, key, self._piece(state[key], name)[: stop - start]
 
-    def write(self, name: str, fetch: Fetch, keys: Sequence[str] = STATE_KEYS) -> None:
-        parameter = self._parameters[name]
-        for key in keys:
-            start, stop = self.span(name)
-            padded = torch.zeros(parameter.ds_tensor.numel())
-            padded[: stop - start] = fetch(key, start, stop)
-            self._zero.set_local_hp_param(padded, parameter, None if key == MASTER else key)
-            if key == MASTER:
-                parameter.ds_tensor.data.copy_(padded)
+    def write(self, names: Sequence[str], fetch: Fetch, keys: Sequence[str] = STATE_KEYS) -> None:
+        for group, members in self._by_group(names).items():
+            with self._state_in_memory(group, changes=True) as state:
+                for name in members:
+                    start, stop = self.span(name)
+                    for key in keys:
+                        padded = torch.zeros(self._parameters[name].ds_tensor.ds_numel)
+                        padded[: stop - start] = fetch(name, key, start, stop)
+                        self._piece(state[key], name).copy_(padded)
+                        if key == MASTER:
+                            with partition_in_memory(self._parameters[name], changes=True) as weights:
+                                weights.copy_(padded)
 
     def held_weights(self, name: str) -> torch.Tensor:
-        return self._parameters[name].ds_tensor.detach()
+        parameter = self._parameters[name]
+        if parameter.ds_tensor.final_location != "nvme":
+            return parameter.ds_tensor.detach()
+        with self._swapping, partition_in_memory(parameter) as weights:  # callers have threads, DeepSpeed's buffers no locks
+            return weights.clone()
 
     def create_moments(self, adam_steps: Mapping[str, int]) -> None:
         names = {id(parameter): name for name, parameter in self._parameters.items()}
-        for flat, group in zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_groups, strict=True):
-            self._zero.optimizer.state[flat] = _new_moments(flat, adam_steps[names[id(group[0])]], self._zero.optimizer)
+        adam = self._zero.optimizer
+        for group, members in enumerate(self._zero.fp16_groups):
+            with self._state_in_memory(group, changes=True) as state:
+                adam.state[state[MASTER]] = _new_moments(state[MASTER], adam_steps[names[id(members[0])]], adam)
+
+    def _by_group(self, names: Sequence[str]) -> dict[int, list[str]]:
+        """Sub-group -> those of `names` that are in it."""
+        groups: dict[int, list[str]] = {}
+        for name in names:
+            groups.setdefault(self._position(name)[0], []).append(name)
+        return groups
+
+    def _position(self, name: str) -> tuple[int, int, int]:
+        """Sub-group, first element in it, number of elements with their padding."""
+        return self._zero.grad_position[self._zero.get_param_id(self._parameters[name])]
+
+    def _piece(self, flat: torch.Tensor, name: str) -> torch.Tensor:
+        _, start, length = self._position(name)
+        return flat.detach()[start : start + length]
+
+    @contextmanager
+    def _state_in_memory(self, group: int, changes: bool = False) -> Iterator[Mapping[str, torch.Tensor]]:
+        """Key -> flat master or moment of a sub-group. Those on NVMe are in memory for as long, and `changes` go back there."""
+        zero, is_away = self._zero, self._zero._swappable_optimizer_subgroup(group)
+        if is_away:
+            zero._optimizer_states_and_gradient_swap_in(group)
+        flat = zero.fp32_partitioned_groups_flat[group]
+        try:
+            yield {MASTER: flat, **zero.optimizer.state.get(flat, {})}
+        finally:
+            if is_away and changes:  # DeepSpeed's own way back may leave writes running, and the next read would overtake them
+                zero._writeback_swap_state(group, write_opt_state=True, write_gradients=False)
+            elif is_away:
+                zero._release_swap_buffers(group)
 
 
 class FlatPartitions:
@@ -102,20 +172,21 @@ class FlatPartitions:
         address = link.lp_fragment_address
         return address.start, address.start + address.numel
 
-    def read(self, name: str, key: str) -> torch.Tensor:
-        link = self._parameters[name]._hp_mapping
-        if link is None:
-            return torch.empty(0)
-        return link.get_hp_fragment(None if key == MASTER else key).detach().float()
+    def read(self, names: Sequence[str], keys: Sequence[str] = STATE_KEYS) -> Read:
+        for name, key in itertools.product(names, keys):
+            link = self._parameters[name]._hp_mapping
+            piece = torch.empty(0) if link is None else link.get_hp_fragment(None if key == MASTER else key)
+            yield name, key, piece.detach().float()
 
-    def write(self, name: str, fetch: Fetch, keys: Sequence[str] = STATE_KEYS) -> None:
-        parameter = self._parameters[name]
-        if MASTER in keys:
-            parameter.data.view(-1).copy_(fetch(MASTER, 0, parameter.numel()))
-        if parameter._hp_mapping is not None:
-            for key in keys:
-                values = fetch(key, *self.span(name))
-                parameter._hp_mapping.get_hp_fragment(None if key == MASTER else key).data.copy_(values)
+    def write(self, names: Sequence[str], fetch: Fetch, keys: Sequence[str] = STATE_KEYS) -> None:
+        for name in names:
+            parameter = self._parameters[name]
+            if MASTER in keys:
+                parameter.data.view(-1).copy_(fetch(name, MASTER, 0, parameter.numel()))
+            if parameter._hp_mapping is not None:
+                for key in keys:
+                    values = fetch(name, key, *self.span(name))
+                    parameter._hp_mapping.get_hp_fragment(None if key == MASTER else key).data.copy_(values)
 
     def held_weights(self, name: str) -> torch.Tensor:
         return self._parameters[name].detach()
@@ -146,18 +217,21 @@ class WholePartitions:
     def span(self, name: str) -> tuple[int, int]:
         return share_of(self._parameters[name].numel(), self._rank, self._num_ranks)
 
-    def read(self, name: str, key: str) -> torch.Tensor:
-        start, stop = self.span(name)
-        master = self._masters[name]
-        whole = master if key == MASTER else self._adam.state[master][key]
-        return whole.detach().view(-1)[start:stop]
+    def read(self, names: Sequence[str], keys: Sequence[str] = STATE_KEYS) -> Read:
+        for name, key in itertools.product(names, keys):
+            start, stop = self.span(name)
+            yield name, key, self._whole(name, key).view(-1)[start:stop]
 
-    def write(self, name: str, fetch: Fetch, keys: Sequence[str] = STATE_KEYS) -> None:
+    def write(self, names: Sequence[str], fetch: Fetch, keys: Sequence[str] = STATE_KEYS) -> None:
+        for name in names:
+            for key in keys:
+                whole = self._whole(name, key)
+                whole.view(-1).copy_(fetch(name, key, 0, whole.numel()))
+            self._parameters[name].data.copy_(self._masters[name].data)
+
+    def _whole(self, name: str, key: str) -> torch.Tensor:
         master = self._masters[name]
-        for key in keys:
-            whole = master.data if key == MASTER else self._adam.state[master][key]
-            whole.view(-1).copy_(fetch(key, 0, master.numel()))
-        self._parameters[name].data.copy_(master.data)
+        return (master if key == MASTER else self._adam.state[master][key]).detach()
 
     def held_weights(self, name: str) -> torch.Tensor:
         return self._parameters[name].detach()

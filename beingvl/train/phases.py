@@ -40,7 +40,7 @@ class Phases:
 
     def __init__(self, output: Path, rank: int, num_ranks: int, stall_timeout_seconds: float, folder: str = RANKS) -> None:
         self._seconds: dict[str, float] = {}
-        self._folder, self._rank, self._num_ranks = output / folder, rank, num_ranks
+        self.folder, self._rank, self._num_ranks = output / folder, rank, num_ranks
         self._timeout = stall_timeout_seconds
         self._beat_seconds = min(LONGEST_BEAT_SECONDS, stall_timeout_seconds / 10)
         self._place: tuple[int, str] = (0, "start")
@@ -71,7 +71,7 @@ class Phases:
         self._since = now
 
     def __enter__(self) -> Phases:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         for rank in range(self._num_ranks):
             with contextlib.suppress(OSError):
                 self._left_over[rank] = self._path_of(rank).read_text()
@@ -85,7 +85,7 @@ class Phases:
         if kind is None:  # else the others may want to know where this rank was
             with contextlib.suppress(OSError):
                 self._path_of(self._rank).unlink()
-                self._folder.rmdir()  # by the last rank, when all end in order
+                self.folder.rmdir()  # by the last rank, when all end in order
 
     def where(self) -> str:
         step, phase = self._place
@@ -157,7 +157,7 @@ class Phases:
         return beats
 
     def _path_of(self, rank: int) -> Path:
-        return self._folder / f"rank-{rank:05d}.json"
+        return self.folder / f"rank-{rank:05d}.json"
 
 
 def _describe(beats: Mapping[int, Mapping[str, Any]], silent: Sequence[int]) -> str:

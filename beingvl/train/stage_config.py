@@ -86,7 +86,14 @@ ZERO_KEYS |= {
     "log_trace_cache_warnings",
     "enable_sanity_checks",
 }
-OFFLOAD_KEYS = {"device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu"}
+OFFLOAD_KEYS = {
+    "offload_optimizer": {"device", "pin_memory", "nvme_path", "buffer_count", "pipeline_read", "pipeline_write"},
+    "offload_param": {"device", "pin_memory", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu"},
+}
+# With weights on NVMe, where buffers are few. Fetched ahead, a weight that a step uses twice would be given a second one (an
+# assertion of DeepSpeed 0.19.8); kept for later or for ever, it would block its own. Those below 1 MB are in memory anyway.
+AHEAD_KEYS = ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance")
+LARGEST_ON_NVME = {**dict.fromkeys(AHEAD_KEYS, 0), "stage3_param_persistence_threshold": 200_000}
 # Key -> the value that switches it off, and why it must be. Tried on two CPU ranks (DeepSpeed 0.19.8), but for quantization.
 REFUSED_ZERO_KEYS: dict[str, tuple[object, str]] = {
     "round_robin_gradients": (
@@ -196,6 +203,12 @@ class StageConfig:
     def is_bf16(self) -> bool:
         return bool(self.deepspeed.get("bf16", {}).get("enabled", False))
 
+    @property
+    def nvme_offloads(self) -> dict[str, dict[str, Any]]:
+        """`offload_optimizer` and `offload_param`, as far as they go to NVMe."""
+        zero = self.deepspeed["zero_optimization"]
+        return {key: zero[key] for key in OFFLOAD_KEYS if (zero.get(key) or {}).get("device") == "nvme"}
+
     def accumulation_steps(self, num_ranks: int) -> int:
         """Micro steps in an optimizer step. Raises InputError when the batch does not divide."""
         per_micro_step = self.micro_batch_size * num_ranks
@@ -271,7 +284,7 @@ def parse_stage_config(fields: Mapping[str, Any], source: str) -> StageConfig:
 
 
 def _check_zero(zero: Mapping[str, Any], source: str) -> None:
-    """The stage must be written out, what is offloaded goes to the CPU's memory, and nothing cuts parameters in another way."""
+    """The stage must be written out, what is offloaded must be resumable, and nothing cuts parameters in another way."""
     _check_known(zero, ZERO_KEYS | set(REFUSED_ZERO_KEYS), source, "zero_optimization.")
     for key, (off, reason) in REFUSED_ZERO_KEYS.items():
         if zero.get(key, off) != off:
@@ -282,14 +295,37 @@ def _check_zero(zero: Mapping[str, Any], source: str) -> None:
         raise InputError(
             f"{source}: zero_optimization.compute_grad_norm must be true; steps that are not finite show in the norm"
         )
-    for key in ("offload_optimizer", "offload_param"):
-        _check_known(zero.get(key) or {}, OFFLOAD_KEYS, source, f"zero_optimization.{key}.")
-        device = (zero.get(key) or {}).get("device", "none")
-        if device not in ("none", "cpu"):
-            found = f"{source}: zero_optimization.{key}.device is {device!r}"
-            raise InputError(f"{found}; use 'cpu' or 'none' (what DeepSpeed puts on NVMe cannot be resumed here)")
-        if device == "cpu" and zero["stage"] < (3 if key == "offload_param" else 1):
-            raise InputError(f"{source}: zero_optimization.{key} needs a higher stage than {zero['stage']}; remove it")
+    for key, known in OFFLOAD_KEYS.items():
+        _check_offload(zero.get(key) or {}, f"zero_optimization.{key}", known, zero["stage"], source)
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
+        for name, largest in LARGEST_ON_NVME.items():
+            for key in (name, name.removeprefix("stage3_")):
+                if zero.get(key, 0) > largest:
+                    found = f"{source}: zero_optimization.{key} is {zero[key]!r}"
+                    raise InputError(f"{found}, expected {largest} at most with offload_param on NVMe, where buffers are few")
+
+
+def _check_offload(offload: Mapping[str, Any], key: str, known: set[str], stage: int, source: str) -> None:
+    _check_known(offload, known, source, f"{key}.")
+    device = offload.get("device", "none")
+    if device not in ("none", "cpu", "nvme"):
+        raise InputError(f"{source}: {key}.device is {device!r}, expected 'none', 'cpu' or 'nvme'")
+    if device != "none" and stage < (1 if device == "cpu" and key.endswith("optimizer") else 3):
+        raise InputError(f"{source}: {key} needs a higher stage than {stage} for the device {device!r}; remove it")
+    if device != "nvme":
+        return
+    if not isinstance(offload.get("nvme_path"), str):
+        raise InputError(f"{source}: {key}.nvme_path is {offload.get('nvme_path')!r}, expected a folder on the NVMe disk")
+    if key.endswith("optimizer") and offload.get("buffer_count", fewest_buffers(offload)) < fewest_buffers(offload):
+        raise InputError(
+            f"{source}: {key}.buffer_count is {offload['buffer_count']!r}, expected at least {fewest_buffers(offload)}: "
+            "master, two moments and gradient of a sub-group, of the next with pipeline_read, of the last with pipeline_write"
+        )
+
+
+def fewest_buffers(offload: Mapping[str, Any]) -> int:
+    """Of "offload_optimizer" on NVMe: a sub-group in memory is four, and each way that runs beside the update needs as many."""
+    return 4 * (1 + bool(offload.get("pipeline_read")) + bool(offload.get("pipeline_write")))
 
 
 def _parse_block(block: Any, source: str) -> BeingVLBlock:

@@ -22,7 +22,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         stage = Stage(args.output, args.log_dir, config, model, shards, validation, moments, identity, ranks, phases)
         try:
             if is_replay:
-                exit_code = _together(stage, lambda: _replay(stage, args.replay), replay_step=args.replay)
+                exit_code = _together(stage, lambda stage: _replay(stage, args.replay), replay_step=args.replay)
             else:
                 exit_code = train_together(stage, stop_requested)
         except (TrainingError, InputError) as error:
@@ -187,7 +187,7 @@ def train_together(stage: Stage, stop_requested: Callable[[], bool]) -> int:
 
     from beingvl.train.engine import gather_objects
 
-    def work() -> int:
+    def work(stage: Stage) -> int:
         if _is_finished(stage):
             return 0
         if any(gather_objects(stop_requested(), stage.ranks.num_ranks)):
@@ -199,15 +199,19 @@ def train_together(stage: Stage, stop_requested: Callable[[], bool]) -> int:
     return _together(stage, work)
 
 
-def _together(stage: Stage, work: Callable[[], int], **asked: object) -> int:
-    """`work()`, when all ranks were given the same. Raises StallError when a collective fails because another rank is gone."""
+def _together(stage: Stage, work: Callable[[Stage], int], **asked: object) -> int:
+    """`work(stage)`, when all ranks were given the same, with folders on NVMe for this run alone.
+
+    Raises StallError when a collective fails because another rank is gone.
+    """
     from beingvl.errors import InputError
-    from beingvl.train.engine import gather_objects
+    from beingvl.train.engine import gather_objects, swap_folders
     from beingvl.train.failures import StallError, TrainingError
 
     try:
         refuse_different_inputs(gather_objects({**inputs_of(stage), **asked}, stage.ranks.num_ranks))
-        return work()
+        with swap_folders(stage.config, _run_name(stage), stage.ranks) as config:
+            return work(replace(stage, config=config))
     except Exception as error:
         place = stage.phases.where()
         if _is_collective_failure(error):
@@ -215,6 +219,13 @@ def _together(stage: Stage, work: Callable[[], int], **asked: object) -> int:
         if not isinstance(error, (TrainingError, InputError)):
             print(f"failed at {place}", file=sys.stderr, flush=True)
         raise
+
+
+def _run_name(stage: Stage) -> str:
+    """No other run that goes on now has it, and this one has it again when it is started again."""
+    from blake3 import blake3
+
+    return blake3(f"{stage.phases.folder.resolve()}".encode()).hexdigest(16)
 
 
 def inputs_of(stage: Stage) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def checkpoint(tmp_path, base) -> Path:
     state = CheckpointState(3, 3, 1, identity, parameters)
     slices = {f"{TRAINED}.{key}": weights.clone() for key in ("master", "exp_avg", "exp_avg_sq")}
     writer = CheckpointWriter(0, lambda value: [value])
-    writer.begin(folder, state, slices, lambda folder: save_probe(folder, probe, logits))
+    writer.begin(folder, state, slices.items(), lambda folder: save_probe(folder, probe, logits))
     writer.commit()
     return folder
 

@@ -2,8 +2,8 @@
 
     python -m tests.train.run_stages JOBS.json      with RANK, WORLD_SIZE … in the environment, as a launcher sets them
 
-JOBS.json: a list of {config, model, data, output, set}; each leaves what `beingvl train` leaves, and of every rank how much
-memory it took at its peak above what it had before (`added_bytes`).
+JOBS.json: a list of {config, model, data, output, set} and perhaps moments; each leaves what `beingvl train` leaves, and of every
+rank how much memory it took at its peak above what it had before (`added_bytes`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def main() -> None:
         output = Path(job["output"])
         before = restart_peak()
         with Phases(output, ranks.rank, ranks.num_ranks, 120) as phases:
-            stage = Stage(output, None, config, model, shards, None, None, identity, ranks, phases)
+            moments = Path(job["moments"]) if "moments" in job else None
+            stage = Stage(output, None, config, model, shards, None, moments, identity, ranks, phases)
             assert train_together(stage, lambda: False) == 0
         if ranks.rank == 0:
             write_final(stage)

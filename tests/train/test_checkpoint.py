@@ -63,7 +63,7 @@ def write(output, step: int, cuts: list[float]):
     def save(rank, gather):
         tensors = {f"{n}.{k}": values(n, k)[slice(*spans[n][rank])] for n in SHAPES for k in KEYS}
         writer = checkpoint.CheckpointWriter(rank, gather)
-        writer.begin(folder, state, tensors, lambda folder: None)
+        writer.begin(folder, state, tensors.items(), lambda folder: None)
         writer.commit()
 
     assert meet(num_ranks, save) == [None] * num_ranks
@@ -211,7 +211,7 @@ def test_a_rank_that_cannot_write_stops_all_and_leaves_older_checkpoints(tmp_pat
         return [value, (None, "rank 1: No space left on device")]
 
     with pytest.raises(SaveError, match=r"could not be written.*rank 1: No space left"):
-        checkpoint.CheckpointWriter(0, gather_with_a_full_disk).begin(new, state, tensors, lambda folder: None)
+        checkpoint.CheckpointWriter(0, gather_with_a_full_disk).begin(new, state, tensors.items(), lambda folder: None)
     assert complete_checkpoints(tmp_path) == [folder] and not new.exists()
 
 
@@ -221,11 +221,11 @@ def test_what_is_begun_counts_only_when_it_is_committed_and_the_next_one_commits
     writer = checkpoint.CheckpointWriter(0, lambda value: [value])
     second, third = (checkpoint.checkpoint_folder(tmp_path, step) for step in (2, 3))
     assert not writer.is_written
-    writer.begin(second, state, tensors, lambda folder: None)
+    writer.begin(second, state, tensors.items(), lambda folder: None)
     while not writer.is_written:
         time.sleep(0.01)
     assert complete_checkpoints(tmp_path) == [folder]  # as if the process were killed here
-    writer.begin(third, state, tensors, lambda folder: None)
+    writer.begin(third, state, tensors.items(), lambda folder: None)
     assert complete_checkpoints(tmp_path) == [folder, second]
     writer.commit()
     writer.commit()
@@ -242,7 +242,7 @@ def test_a_thread_that_cannot_write_stops_the_run_when_it_commits(tmp_path) -> N
         return [value]
 
     writer = checkpoint.CheckpointWriter(0, gather)
-    writer.begin(new, state, tensors, lambda folder: None)
+    writer.begin(new, state, tensors.items(), lambda folder: None)
     with pytest.raises(SaveError, match="could not be written"):
         writer.commit()
     assert complete_checkpoints(tmp_path) == [folder] and not new.exists()

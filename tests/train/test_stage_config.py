@@ -12,6 +12,7 @@ from beingvl.train.stage_config import DEEPSPEED_KEYS, BeingVLBlock, load_stage_
 from beingvl.train.train_stage import SAME_RESULT, run_identity
 from tests.tiny import stage_fields
 
+NVME = {"device": "nvme", "nvme_path": "/nvme"}
 CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
 
@@ -87,7 +88,26 @@ def broken(path: str, value: object) -> dict:
         ("optimizer.type", "Lion", "Adam or AdamW"),
         ("optimizer.params.torch_adam", False, "torch_adam must be true"),
         ("zero_optimization.stage", 4, "expected 0, 1, 2 or 3"),
-        ("zero_optimization", {"stage": 3, "offload_param": {"device": "nvme"}}, "use 'cpu' or 'none'"),
+        ("zero_optimization", {"stage": 3, "offload_param": {"device": "disk"}}, "expected 'none', 'cpu' or 'nvme'"),
+        ("zero_optimization", {"stage": 3, "offload_param": {"device": "nvme"}}, "nvme_path is None, expected a folder"),
+        ("zero_optimization", {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/"}}, "higher stage than 2"),
+        ("zero_optimization", {"stage": 3, "offload_optimizer": {**NVME, "buffer_count": 3}}, "buffer_count is 3, .* at least 4"),
+        (
+            "zero_optimization",
+            {"stage": 3, "offload_optimizer": {**NVME, "pipeline_read": True, "pipeline_write": True, "buffer_count": 8}},
+            "at least 12",
+        ),
+        ("zero_optimization", {"stage": 3, "offload_optimizer": {**NVME, "ratio": 0.5}}, "unknown key .*offload_optimizer.ratio"),
+        (
+            "zero_optimization",
+            {"stage": 3, "offload_param": NVME, "prefetch_bucket_size": 1},
+            "expected 0 at most with offload_p",
+        ),
+        (
+            "zero_optimization",
+            {"stage": 3, "offload_param": NVME, "stage3_param_persistence_threshold": 1_000_000},
+            "expected 200000 at most",
+        ),
         ("zero_optimization", {"stage": 2, "offload_param": {"device": "cpu"}}, "needs a higher stage than 2"),
         ("train_batch_size", "auto", "expected an integer"),
         ("bf16", {"enabled": True, "check_grad_overflow": False}, "check_grad_overflow must be true"),
@@ -130,8 +150,8 @@ def test_keys_of_zero_optimization_are_deepspeeds() -> None:
     fields = DeepSpeedZeroConfig.model_fields
     theirs = set(fields) | {field.alias for field in fields.values()}
     assert {*stage_config.ZERO_KEYS, *stage_config.REFUSED_ZERO_KEYS} <= theirs
-    offload = (DeepSpeedZeroOffloadParamConfig, DeepSpeedZeroOffloadOptimizerConfig)
-    assert {name for model in offload for name in model.model_fields} >= stage_config.OFFLOAD_KEYS
+    offload = {"offload_param": DeepSpeedZeroOffloadParamConfig, "offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig}
+    assert all(set(offload[key].model_fields) >= names for key, names in stage_config.OFFLOAD_KEYS.items())
 
 
 def test_what_may_change_a_sample_or_an_update_makes_another_run() -> None:

@@ -189,7 +189,7 @@ layout, weights = shards.layout, WeightFolder(base)
 
 def state_of(engine):
     held = {{name: engine._partitions.held_weights(name).clone() for name in engine.trained_shapes}}
-    return {{**held, **engine.local_state(copy=True)}}
+    return {{**held, **dict(engine.local_state(copy=True))}}
 
 def step(engine, factor):
     batch = build_data(config, shards).micro_batch(0, 0, 0, 1, 1)
@@ -206,7 +206,7 @@ for stage in (0, 1, 2, 3):
     assert torch.equal(rotary.inv_freq, 1 / 10000 ** (torch.arange(0, 8, 2) / 8)), rotary.inv_freq
     for name in engine.trained_shapes:
         stored, rows = stored_slice(name, layout.num_text)
-        master = engine._partitions.read(name, "master")
+        ((_, _, master),) = engine._partitions.read([name], ["master"])
         assert engine._partitions.held_weights(name).dtype == torch.bfloat16 and master.dtype == torch.float32
         assert torch.equal(master, weights[stored][rows].reshape(-1).bfloat16().float()), (stage, name)
     assert step(engine, 1.0).applied

@@ -1,0 +1,227 @@
+"""Offload to NVMe, of the optimizer and of the weights: the same results, really on the disk, resumable anywhere.
+
+Slow, because DeepSpeed compiles an op before the first of them, which takes minutes; skipped where it cannot (no libaio-dev).
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from beingvl.errors import InputError
+from beingvl.model.weight_files import WeightFolder
+from beingvl.train.metrics import read_metrics
+from beingvl.train.stage_config import load_stage_config, parse_stage_config
+from tests.launcher import ENVIRONMENT, free_port
+from tests.plain_torch import train_plain
+from tests.tiny import LAYOUT, stage_fields, write_inputs, write_model
+from tests.train.run_stages import run_stages
+
+NUM_STEPS = 4
+SHARE_BYTES = 1 << 20  # DeepSpeed leaves smaller pieces in memory
+SUB_GROUP = 2_000_000
+FROZEN = [{"match": "visual_rows"}, {"match": "layers[:1]"}, {"match": ".*", "train": False}]
+FROZEN_RULES = [f"beingvl.trainable={json.dumps(FROZEN)}"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A model of 11 million weights, most of them in matrices of which a half is more than 1 MB in bf16 too."""
+    folder = tmp_path_factory.mktemp("nvme")
+    fields = stage_fields(max_steps=NUM_STEPS, epochs=6, checkpoint_every_steps=2)
+    fields["optimizer"]["params"]["lr"] = 3e-4
+    fields["train_batch_size"] = 6
+    write_inputs(folder, all=fields)
+    write_model(folder / "base", num_layers=2, hidden_size=768)
+    (folder / "disk").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def needs_op() -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("DeepSpeed's async_io op cannot be compiled here: apt-get install libaio-dev g++")
+
+
+def offload(work: Path, *keys: str, **pipeline: bool) -> list[str]:
+    """Overrides that send `optimizer`, `param` or both to the folder `disk`."""
+    here = {"device": "nvme", "nvme_path": str(work / "disk")}
+    more = {"optimizer": pipeline, "param": {"max_in_cpu": 0}}
+    words = [f"zero_optimization.offload_{key}={json.dumps({**here, **more[key]})}" for key in keys]
+    return [*words, f"zero_optimization.sub_group_size={SUB_GROUP}"]
+
+
+def job(work: Path, name: str, *words: str, **more: object) -> dict:
+    places = {"config": work / "all.json", "model": work / "base", "data": work / "shards", "output": work / name}
+    return {**places, "set": list(words), **more}
+
+
+@contextlib.contextmanager
+def watched(folder: Path):
+    """Path -> its largest size in bytes, of every file that is in `folder` for a moment."""
+    seen, done = {}, threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            for path in folder.rglob("*"):
+                with contextlib.suppress(OSError):
+                    if path.is_file():
+                        seen[path] = max(seen.get(path, 0), path.stat().st_size)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
+
+
+def assert_close(found: Path, expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+    for name, tensor in dict(WeightFolder(found)).items():
+        assert (tensor - expected[name]).norm() <= tolerance * expected[name].norm(), (found, name)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("needs_op")
+def test_both_offloads_equal_plain_torch_from_the_disk_that_two_runs_share(work) -> None:
+    """One rank and two, side by side with one nvme_path; each leaves nothing there."""
+    losses, weights = train_plain(work / "base", work / "shards", load_stage_config(work / "all.json"))
+    variants = {
+        "optimizer": offload(work, "optimizer"),
+        "pipelined": offload(work, "optimizer", "param", pipeline_read=True, pipeline_write=True),
+        "weights": offload(work, "param"),
+        "mixed": [*offload(work, "param"), "zero_optimization.offload_optimizer.device=cpu"],
+    }
+    jobs = {n: [job(work, f"{name}-{n}", *words) for name, words in variants.items()] for n in (1, 2)}
+    with watched(work / "disk") as seen, ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda num_ranks: run_stages(num_ranks, jobs[num_ranks], work), jobs))
+    assert not list((work / "disk").iterdir())
+    for output in [Path(one["output"]) for of_n in jobs.values() for one in of_n]:
+        assert [row["loss"] for row in read_metrics(output)] == pytest.approx(losses, rel=1e-5)
+        assert_close(output / "final", weights)
+    runs = {path.relative_to(work / "disk").parts[0] for path in seen}
+    assert len(runs) == 8
+    num_elements = sum(weight.numel() for weight in weights.values())
+    shares = [weight.numel() * 4 for weight in weights.values()]
+    for run in runs:
+        files = {path.relative_to(work / "disk" / run): size for path, size in seen.items() if run in path.parts}
+        num_ranks = len({path.parts[0] for path in files})
+        moments = [path for path in files if path.name.startswith("exp_avg-")]
+        stored = sum(size for path, size in files.items() if path in moments)
+        params = {path: size for path, size in files.items() if path.name.endswith("_param.tensor.swp")}
+        assert moments or params
+        if moments:
+            assert 0.9 * 4 * num_elements < stored < 4.1 * num_elements
+        if params:
+            on_disk = [share // num_ranks for share in shares if share // num_ranks >= SHARE_BYTES]
+            assert len(params) == num_ranks * len(on_disk)
+            assert sum(params.values()) == pytest.approx(num_ranks * sum(on_disk), rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("needs_op")
+def test_a_resumed_run_on_nvme_has_the_same_bytes_and_frozen_weights_their_own(work) -> None:
+    """Losses, weights and moments, on two ranks, float32 and bf16, with frozen layers; also written in the background."""
+    ways = {"optimizer": ["optimizer"], "both": ["optimizer", "param"]}
+    words = {
+        f"same-{name}-{bits}": [*offload(work, *keys), f"bf16.enabled={json.dumps(bits == 'bf16')}", *FROZEN_RULES]
+        for name, keys in ways.items()
+        for bits in ("fp32", "bf16")
+    }
+    words["same-background"] = [*offload(work, "optimizer", "param", pipeline_write=True), "beingvl.background_save=true"]
+    jobs = [job(work, name, *more) for name, more in words.items()]
+    run_stages(2, jobs, work)
+    expected = {name: bytes_after(work / name) for name in words}
+    for name in words:
+        forget_the_end(work / name)
+    run_stages(2, jobs, work)
+    start = dict(WeightFolder(work / "base"))
+    for name in words:
+        assert bytes_after(work / name) == expected[name], name
+        if name == "same-background":
+            continue
+        for key, tensor in dict(WeightFolder(work / name / "final")).items():
+            if "layers.1" in key or key == "model.norm.weight":
+                assert torch.equal(tensor, start[key]), (name, key)
+            elif "embed_tokens" in key or "lm_head" in key:
+                assert torch.equal(tensor[: LAYOUT.num_text], start[key][: LAYOUT.num_text]), (name, key)
+                assert not torch.equal(tensor[LAYOUT.num_text :], start[key][LAYOUT.num_text :]), (name, key)
+
+
+def bytes_after(output: Path) -> list:
+    newest = output / "checkpoints" / f"step-{NUM_STEPS:08d}"
+    files = [*sorted((output / "final").glob("*.safetensors")), *sorted(newest.glob("rank-*"))]
+    return [[row["loss"] for row in read_metrics(output)], *(path.read_bytes() for path in files)]
+
+
+def forget_the_end(output: Path) -> None:
+    """As if killed after step 2."""
+    for folder in (output / "final", output / "checkpoints" / f"step-{NUM_STEPS:08d}"):
+        (folder / "manifest.json").unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("needs_op")
+def test_checkpoints_go_to_nvme_and_back_at_another_world_size(work) -> None:
+    """Written by two ranks, read by three and by one; moments carried into a new stage are the same with and without."""
+    both = offload(work, "optimizer", "param")
+    first = {"plain": [], "stage-0": ["zero_optimization.stage=0"], "to-3": both, "to-stage-2": both}
+    run_stages(2, [job(work, name, *words) for name, words in first.items()], work)
+    expected = dict(WeightFolder(work / "plain" / "final"))
+    for name in first:
+        forget_the_end(work / name)
+    run_stages(1, [job(work, "plain", *both)], work)
+    changed = {"stage-0": both, "to-3": both, "to-stage-2": ["zero_optimization.stage=2"]}
+    run_stages(3, [job(work, name, *words) for name, words in changed.items()], work)
+    for name in first:
+        assert_close(work / name / "final", expected)
+    moments = {"moments": work / "plain" / "checkpoints" / f"step-{NUM_STEPS:08d}", "model": work / "plain" / "final"}
+    run_stages(2, [job(work, f"carried-{name}", *words, **moments) for name, words in {"cpu": [], "nvme": both}.items()], work)
+    assert_close(work / "carried-nvme" / "final", dict(WeightFolder(work / "carried-cpu" / "final")))
+
+
+REFUSED = """
+import os, sys
+from beingvl.cli import main
+work = sys.argv[1]
+for path, search in (("missing", None), ("/proc", None), (work, "/nowhere")):
+    os.environ["PATH"] = search or os.environ["PATH"]
+    words = ["train", "--deepspeed_config", f"{work}/all.json", "--model", f"{work}/base", "--data", f"{work}/shards", "--set"]
+    words += [f'zero_optimization.offload_optimizer={{"device": "nvme", "nvme_path": "{path}"}}']
+    print("exit code", main([*words, "--output", f"{work}/refused"]), flush=True)
+"""
+
+
+def test_what_keeps_a_run_from_the_disk_is_named_before_the_model_is_loaded(work) -> None:
+    """No such folder, one that cannot be written, no compiler."""
+    environment = {**ENVIRONMENT, "TORCH_EXTENSIONS_DIR": str(work / "extensions"), "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-c", REFUSED, str(work)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["exit code 2"] * 3, done.stdout + done.stderr
+    said = [line for line in done.stderr.splitlines() if "error: rank 0" in line]
+    expected = (
+        "nvme_path missing is no folder",
+        "nvme_path /proc cannot be written",
+        "needs an op that DeepSpeed cannot compile",
+    )
+    for line, what in zip(said, expected, strict=True):
+        assert what in line, line
+    assert not (work / "refused" / "plan.txt").exists() and not list(work.glob("beingvl-*"))
+
+
+def test_too_small_a_buffer_is_named() -> None:
+    config = parse_stage_config(stage_fields(), "stage.json")
+    config.deepspeed["zero_optimization"]["offload_param"] = {"device": "nvme", "nvme_path": "/", "buffer_size": 10}
+    from beingvl.train.engine import swap_settings
+
+    with pytest.raises(InputError, match="buffer_size is 10, the largest weight's share is 11 elements on 2 ranks"):
+        swap_settings(config, {"a": torch.zeros(3, 7)}, 2)
