@@ -16,10 +16,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import shutil
 import warnings
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -43,7 +41,7 @@ from beingvl.model.param_groups import PlannedParameter, plan_parameters
 from beingvl.model.weight_files import WeightFolder
 from beingvl.train.failures import FreezerError
 from beingvl.train.flops import step_flops
-from beingvl.train.memory import predict_memory, reduce_bucket_elements
+from beingvl.train.memory import NVME_SUB_GROUP_ELEMENTS, predict_memory, reduce_bucket_elements, swap_buffers
 from beingvl.train.partitions import MASTER, MOMENTS, STATE_KEYS, partition_in_memory, partitions_of
 from beingvl.train.stage_config import AHEAD_KEYS, StageConfig, fewest_buffers
 from beingvl.vocab import VocabLayout
@@ -219,7 +217,7 @@ def _why_no_swapping(config: StageConfig, folders: Mapping[str, Path], rank: int
 
 
 def swap_settings(config: StageConfig, weights: Mapping[str, torch.Tensor], num_ranks: int) -> dict[str, Any]:
-    """Keys of "zero_optimization" without which DeepSpeed runs out of buffers, where the JSON leaves them open.
+    """Keys of "zero_optimization" without which DeepSpeed has too few or too large buffers, where the JSON leaves them open.
 
     Raises InputError for a buffer that is smaller than the largest parameter's share.
     """
@@ -227,20 +225,15 @@ def swap_settings(config: StageConfig, weights: Mapping[str, torch.Tensor], num_
     for key, offload in config.nvme_offloads.items():
         if key == "offload_optimizer":
             settings[key] = {"buffer_count": fewest_buffers(offload), **offload}
+            settings["sub_group_size"] = config.deepspeed["zero_optimization"].get("sub_group_size", NVME_SUB_GROUP_ELEMENTS)
             continue
-        largest = max(-(-weight.numel() // num_ranks) for weight in weights.values())
-        settings |= {key: {"buffer_size": largest, "buffer_count": _fewest_weights(weights), **offload}}
+        largest, count = swap_buffers({name: weight.shape for name, weight in weights.items()}, num_ranks)
+        settings |= {key: {"buffer_size": largest, "buffer_count": count, **offload}}
         settings |= {name: 0 for name in AHEAD_KEYS if name.removeprefix("stage3_") not in config.deepspeed["zero_optimization"]}
         if settings[key]["buffer_size"] < largest:
             given = f"{config.source}: zero_optimization.{key}.buffer_size is {offload['buffer_size']}"
             raise InputError(f"{given}, the largest weight's share is {largest} elements on {num_ranks} ranks; remove the key")
     return settings
-
-
-def _fewest_weights(weights: Mapping[str, torch.Tensor]) -> int:
-    """That are in memory together: a layer's matrices, when a frozen one is computed again for the gradient, and row blocks."""
-    layers = [re.findall(r"\.\d+\.", name)[0] for name in weights if weights[name].dim() > 1 and re.search(r"\.\d+\.", name)]
-    return max(Counter(layers).values(), default=0) + 4
 
 
 def _empty_model(

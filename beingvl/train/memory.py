@@ -1,9 +1,10 @@
 """Predicted memory of one rank, in bytes, by what it is for: arithmetic on shapes, nothing is measured.
 
-    weights       n * b, cut by the ranks under ZeRO-3; on the CPU with offload_param
+    weights       n * b, cut by the ranks under ZeRO-3; on the CPU with offload_param; on NVMe all but its buffers and max_in_cpu
     gathered      ZeRO-3: the largest layer, whole, twice (one computes while the next is fetched)
     gradients     trained * b; cut under ZeRO-2 and 3
-    optimizer     trained * 12 (float32 master and two moments; 8 without master: stage 0 in float32); cut from ZeRO-1 on
+    optimizer     trained * 12 (float32 master and two moments; 8 without master: stage 0 in float32); cut from ZeRO-1 on; on NVMe
+                  its buffers, each a sub-group of float32
     activations   with checkpointing the input of every layer and one layer's inside, else every layer's inside
     logits        one chunk of target tokens: b, its float32 copy and that one's gradient
     buffers       DeepSpeed's reduce and gather buckets, at most as large as what goes through them (the engine sees to it)
@@ -13,13 +14,18 @@ b is 2 bytes in bf16, 4 in float32. The inside of a layer is taken as 14 hidden 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from beingvl.model.param_groups import PlannedParameter
-from beingvl.train.stage_config import StageConfig
+from beingvl.train.stage_config import StageConfig, fewest_buffers
 
-DEFAULT_BUCKET_ELEMENTS = 500_000_000
+DEFAULT_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's, as the next
+DEFAULT_MAX_IN_CPU = 1_000_000_000
+NVME_SUB_GROUP_ELEMENTS = 100_000_000  # ours: with DeepSpeed's ten times as many the buffers would hold the whole optimizer
 
 
 def reduce_bucket_elements(plan: Sequence[PlannedParameter], config: StageConfig) -> int:
@@ -57,9 +63,38 @@ def predict_memory(
         "buffers": 2 * bucket * width if num_ranks > 1 else 0,
     }
     for key, purposes in (("offload_param", ["weights"]), ("offload_optimizer", ["optimizer", "gradients"])):
-        if (zero.get(key) or {}).get("device") == "cpu":
+        if (zero.get(key) or {}).get("device", "none") != "none":
             memory |= {f"cpu_{purpose}": memory[purpose] for purpose in purposes} | dict.fromkeys(purposes, 0)
+    shapes = {planned.name: planned.shape for planned in plan}
+    return memory | _beside_nvme(config, shapes, cut(trained, 3), num_ranks, width)
+
+
+def _beside_nvme(
+    config: StageConfig, shapes: Mapping[str, Sequence[int]], trained: int, num_ranks: int, width: int
+) -> dict[str, int]:
+    """What stays in the CPU's memory of a rank that trains `trained` elements, for what is offloaded to NVMe."""
+    zero, memory = config.deepspeed["zero_optimization"], {}
+    size, count = swap_buffers(shapes, num_ranks)
+    sub_group = min(trained, int(zero.get("sub_group_size", NVME_SUB_GROUP_ELEMENTS)) + size)
+    for key, offload in config.nvme_offloads.items():
+        if key == "offload_optimizer":
+            memory["cpu_optimizer"] = offload.get("buffer_count", fewest_buffers(offload)) * sub_group * 4
+        else:
+            kept = min(trained, int(offload.get("max_in_cpu", DEFAULT_MAX_IN_CPU)))
+            buffers = offload.get("buffer_count", count) * offload.get("buffer_size", size)
+            memory["cpu_weights"] = (buffers + kept + (sub_group if kept < trained else 0)) * width
     return memory
+
+
+def swap_buffers(shapes: Mapping[str, Sequence[int]], num_ranks: int) -> tuple[int, int]:
+    """(elements, number) of the buffers that weights on NVMe need: the largest one's share, and how many are in memory together.
+
+    Those are the matrices of a layer, when a frozen one is computed again for the gradient, and four row blocks.
+    """
+    matrices = [re.search(r"\.\d+\.", name) for name, shape in shapes.items() if len(shape) > 1]
+    of_layers = Counter(match[0] for match in matrices if match)
+    largest = max(math.prod(shape) for shape in shapes.values())
+    return -(-largest // num_ranks), max(of_layers.values(), default=0) + 4
 
 
 def device_bytes(memory: dict[str, int]) -> int:

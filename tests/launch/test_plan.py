@@ -70,3 +70,20 @@ def test_zero_cuts_and_offload_moves(work) -> None:
     assert device_bytes(offloaded) == device_bytes(eight) - eight["optimizer"] - eight["gradients"]
     config.deepspeed["zero_optimization"] = {"stage": 1}
     assert predict_memory(plan_8b, Llama8B, config, 8)["weights"] == alone["weights"]
+
+
+def test_on_nvme_only_buffers_stay_in_memory(work) -> None:
+    """8B on one GPU: sub-groups of 100 million and one matrix more; 11 buffers as large as the text rows."""
+    plan_8b, config = llama_plan([{"match": ".*"}])
+    text_rows = 128256 * 4096
+    nvme = {"device": "nvme", "nvme_path": "/nvme"}
+    config.deepspeed["zero_optimization"] = {"stage": 3, "offload_optimizer": nvme, "offload_param": {**nvme, "max_in_cpu": 0}}
+    memory = predict_memory(plan_8b, Llama8B, config, 1)
+    assert memory["optimizer"] == memory["weights"] == memory["gradients"] == 0
+    assert memory["cpu_optimizer"] == 4 * 4 * (100_000_000 + text_rows)
+    assert memory["cpu_weights"] == 2 * (11 * text_rows + 100_000_000 + text_rows)
+    config.deepspeed["zero_optimization"]["offload_param"] = nvme  # a billion trained weights stay in memory then
+    kept = predict_memory(plan_8b, Llama8B, config, 1)
+    assert kept["cpu_weights"] == memory["cpu_weights"] + 2 * 1_000_000_000
+    config.deepspeed["zero_optimization"]["offload_optimizer"] = {**nvme, "pipeline_read": True}
+    assert predict_memory(plan_8b, Llama8B, config, 1)["cpu_optimizer"] == 2 * memory["cpu_optimizer"]
