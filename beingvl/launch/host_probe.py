@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ MARK = "beingvl-probe "
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 
 
-def probe(port: int | None, folders: Mapping[str, str], output: str | None, stage: str | None = None) -> dict[str, Any]:
+def probe(
+    port: int | None, folders: Mapping[str, str], output: str | None, stage: str | None = None, nvme: Sequence[str] = ()
+) -> dict[str, Any]:
     """`port`: is it free here; `folders` (folder -> kind): their content hashes; `output`: free bytes where it will lie;
-    `stage`: the hash of its JSON file."""
+    `stage`: the hash of its JSON file; `nvme`: free bytes of these folders, None for one that cannot be written."""
     from beingvl import __version__
 
     connection = os.environ.get("SSH_CONNECTION", "").split()
@@ -42,6 +44,7 @@ def probe(port: int | None, folders: Mapping[str, str], output: str | None, stag
         "folders": {folder: _content_hash(folder, kind) for folder, kind in folders.items()},
         "free_bytes": _free_bytes(Path(output)) if output else None,
         "stage": _file_hash(Path(stage)) if stage else None,
+        "nvme": {path: _free_bytes(Path(path)) if os.path.isdir(path) and os.access(path, os.W_OK) else None for path in nvme},
     }
 
 

@@ -1,8 +1,8 @@
 """Ask every host of a hostfile whether a run can start there, before it starts.
 
 Asks each host over ssh, all at once: is it there; do its versions, code, clock, model and data equal the first host's; has it the
-devices that its slots promise; is there disk space; is rank 0's port free. Then checks the stage's JSON, and measures an
-all-reduce through the real launcher. Prints a table; exit code 1 when a row is red.
+devices that its slots promise; is there disk space, also where the stage offloads to; is rank 0's port free. Then checks the
+stage's JSON, and measures an all-reduce through the real launcher. Prints a table; exit code 1 when a row is red.
 """
 
 from __future__ import annotations
@@ -56,7 +56,19 @@ class Wanted:
     @property
     def question(self) -> dict[str, Any]:
         """The arguments of `host_probe.probe`."""
-        return {"port": self.port, "folders": dict(self.folders), "output": self.output, "stage": self.stage}
+        named = {"port": self.port, "folders": dict(self.folders), "output": self.output, "stage": self.stage}
+        return {**named, "nvme": self.nvme_paths}
+
+    @property
+    def nvme_paths(self) -> list[str]:
+        """Where the stage offloads to, on every host; none when its JSON is refused, which is a row of its own."""
+        from beingvl.train.stage_config import load_stage_config
+
+        try:
+            offloads = load_stage_config(self.stage, self.overrides).nvme_offloads if self.stage else {}
+        except InputError:
+            return []
+        return sorted({offload["nvme_path"] for offload in offloads.values()})
 
     @property
     def free_bytes(self) -> int:
@@ -218,6 +230,10 @@ def _judge(
     if wanted.stage:
         remedy = f"{reference_name} has {reference['stage']}: copy it again" if answer["stage"] != reference["stage"] else ""
         rows.append(Finding(host.name, Path(wanted.stage).name, answer["stage"], remedy))
+    for path, free in answer["nvme"].items():
+        remedy = f"offload goes there: mount a local disk at {path} that can be written, or change nvme_path"
+        seen = "no folder to write to" if free is None else f"{free / 1e9:.1f} GB free"
+        rows.append(Finding(host.name, f"nvme {path}", seen, remedy if free is None else ""))
     if answer["free_bytes"] is not None:
         little = answer["free_bytes"] < wanted.free_bytes
         remedy = f"make room for {wanted.output}" if little else ""

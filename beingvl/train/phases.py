@@ -72,6 +72,8 @@ class Phases:
 
     def __enter__(self) -> Phases:
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self._rank == 0:
+            self._remove_ranks_from(self._num_ranks)
         for rank in range(self._num_ranks):
             with contextlib.suppress(OSError):
                 self._left_over[rank] = self._path_of(rank).read_text()
@@ -155,6 +157,12 @@ class Phases:
             except (OSError, ValueError):  # a network disk may lose a file that is being replaced
                 beats[rank] = NO_BEAT
         return beats
+
+    def _remove_ranks_from(self, first: int) -> None:
+        """What ranks of an earlier, larger world left; no rank of this one writes there."""
+        for path in self.folder.glob("rank-*"):
+            if path.stem.removeprefix("rank-").isdigit() and int(path.stem.removeprefix("rank-")) >= first:
+                path.unlink(missing_ok=True)
 
     def _path_of(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:05d}.json"

@@ -300,7 +300,7 @@ def _check_zero(zero: Mapping[str, Any], source: str) -> None:
     if (zero.get("offload_param") or {}).get("device") == "nvme":
         for name, largest in LARGEST_ON_NVME.items():
             for key in (name, name.removeprefix("stage3_")):
-                if zero.get(key, 0) > largest:
+                if not _is_at_most(zero.get(key, 0), largest):
                     found = f"{source}: zero_optimization.{key} is {zero[key]!r}"
                     raise InputError(f"{found}, expected {largest} at most with offload_param on NVMe, where buffers are few")
 
@@ -314,6 +314,9 @@ def _check_offload(offload: Mapping[str, Any], key: str, known: set[str], stage:
         raise InputError(f"{source}: {key} needs a higher stage than {stage} for the device {device!r}; remove it")
     if device != "nvme":
         return
+    for name in offload.keys() & {"buffer_count", "buffer_size", "max_in_cpu"}:
+        if not _is_at_most(0, offload[name]):
+            raise InputError(f"{source}: {key}.{name} is {offload[name]!r}, expected a number, not negative")
     if not isinstance(offload.get("nvme_path"), str):
         raise InputError(f"{source}: {key}.nvme_path is {offload.get('nvme_path')!r}, expected a folder on the NVMe disk")
     if key.endswith("optimizer") and offload.get("buffer_count", fewest_buffers(offload)) < fewest_buffers(offload):
@@ -321,6 +324,10 @@ def _check_offload(offload: Mapping[str, Any], key: str, known: set[str], stage:
             f"{source}: {key}.buffer_count is {offload['buffer_count']!r}, expected at least {fewest_buffers(offload)}: "
             "master, two moments and gradient of a sub-group, of the next with pipeline_read, of the last with pipeline_write"
         )
+
+
+def _is_at_most(value: Any, largest: Any) -> bool:
+    return all(isinstance(number, (int, float)) for number in (value, largest)) and value <= largest
 
 
 def fewest_buffers(offload: Mapping[str, Any]) -> int:

@@ -82,6 +82,7 @@ def red(**changes: object) -> dict[str, tuple[str, str]]:
         ({"port_free": False}, "port 29500", "busy", "another --master_port"),
         ({"folders": {"base": "sha256:2"}}, "base", "sha256:2…", "copy it again"),
         ({"folders": {"base": "error: base is not a folder"}}, "base", "not there", "base is not a folder"),
+        ({"nvme": {"/nvme": None}}, "nvme /nvme", "no folder to write to", "mount a local disk at /nvme"),
         ({"free_bytes": MIN_FREE_BYTES - 1}, "free disk", "1.1 GB, 1.1 GB needed at least", "make room for out"),
     ],
 )
@@ -107,6 +108,14 @@ def test_the_command_on_this_machine(work, capsys) -> None:
     words += ["--stage", str(work / "stage.json"), "--master_port", str(free_port())]
     assert cli.main(words) == (0 if count_devices()["num_devices"] >= 2 else 1)
     assert "accepted, 2 accumulation steps on 2 ranks" in capsys.readouterr().out
+    disks = [{"device": "nvme", "nvme_path": str(path)} for path in (work, work / "none")]
+    zero = {"stage": 3, "offload_optimizer": disks[0], "offload_param": disks[1]}
+    (work / "nvme.json").write_text(json.dumps({**stage_fields(), "zero_optimization": zero}))
+    words[words.index(str(work / "stage.json"))] = str(work / "nvme.json")
+    assert cli.main(words) == 1
+    shown = capsys.readouterr().out
+    assert f"nvme {work} " in shown and " GB free" in shown and f"mount a local disk at {work / 'none'} that" in shown
+    words[words.index(str(work / "nvme.json"))] = str(work / "stage.json")
     (work / "bad.json").write_text(json.dumps(stage_fields(epoch=1)))
     words[words.index(str(work / "stage.json"))] = str(work / "bad.json")
     assert cli.main(words) == 1

@@ -116,12 +116,13 @@ def test_a_checkpoint_holds_nothing_of_a_save_of_the_same_step_that_was_killed(t
 def test_a_slice_is_written_in_pieces_that_are_waited_for_and_tell_of_themselves(tmp_path, monkeypatch) -> None:
     """3 and 7 elements in pieces of 2, of which every second fills what may wait for the disk."""
     tensors = {"a": torch.arange(3.0), "b": torch.arange(7.0)}
-    whole = checkpoint._write_slices(tmp_path / "whole.safetensors", tensors, lambda: None)[1]
+    sizes = {name: tensor.numel() for name, tensor in tensors.items()}
+    whole = checkpoint._write_slices(tmp_path / "whole.safetensors", sizes, tensors.items(), lambda: None)[1]
     told, flushed, fsync = [], [], checkpoint.os.fsync
     monkeypatch.setattr(checkpoint, "FLUSH_BYTES", 8)
     monkeypatch.setattr(checkpoint.os, "fsync", lambda number: flushed.append(os.fstat(number).st_size) or fsync(number))
     path = tmp_path / "pieces.safetensors"
-    assert checkpoint._write_slices(path, tensors, lambda: told.append(1))[1] == whole
+    assert checkpoint._write_slices(path, sizes, tensors.items(), lambda: told.append(1))[1] == whole
     assert path.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     size = path.stat().st_size
     assert len(told) == 2 + 4 and [size - done for done in flushed] == [32, 20, 12, 4, 0]

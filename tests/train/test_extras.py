@@ -196,18 +196,12 @@ def test_moments_of_which_no_tensor_survives_leave_the_start_model_as_it_is(work
 
 
 CUT_OFF = """
-import sys, torch
+import sys
 from beingvl.cli import main
 from beingvl.train import engine as module
+from tests.train.planted import cut_gradient
 build = module.build_engine
-
-def build_cut(*args, **kwargs):
-    engine = build(*args, **kwargs)
-    projection = engine.model.causal_lm.model.layers[1].mlp.down_proj
-    projection.forward = lambda x: torch.nn.functional.linear(x, projection.weight.detach())
-    return engine
-
-module.build_engine = build_cut
+module.build_engine = lambda *args, **kwargs: cut_gradient(build(*args, **kwargs))
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -217,8 +211,8 @@ def test_carried_moments_do_not_hide_that_a_tensor_gets_no_gradient(work, plain_
     places = ["--model", str(plain_run), "--data", str(work / "shards"), "--output", str(work / "cut")]
     words = ["train", "--deepspeed_config", str(work / "all.json"), *places, "--carry_moments", "--set", "beingvl.max_steps=1"]
     environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-c", CUT_OFF, *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command, here = [sys.executable, "-c", CUT_OFF, *words], Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "optimizer moments carried over" in done.stdout, done.stderr
     assert "layers.1.mlp.down_proj.weight is declared trained but got no gradient in the first step" in done.stderr
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from beingvl.data.arrow_shards import ShardReader
-from beingvl.manifest import read_manifest, start_folder, verify_folder, write_manifest
+from beingvl.manifest import read_manifest, verify_folder
 from beingvl.model.weight_files import WeightFolder
 from beingvl.train.checkpoint import complete_checkpoints, step_of
 from beingvl.train.metrics import SpikeDetector, read_metrics
@@ -22,6 +22,7 @@ from beingvl.train.stage_config import load_stage_config
 from beingvl.train.train_stage import build_data
 from tests.launcher import ENVIRONMENT, free_port, log_of, rank_processes, run, run_each, start, wait_for_step
 from tests.train.conftest import STALL_SECONDS
+from tests.train.planted import poison
 
 
 def assert_same_weights(found: Path, expected: Path) -> None:
@@ -45,18 +46,6 @@ def alone(work: Path, output: Path, *more: str) -> subprocess.CompletedProcess:
     command += ["--model", str(work / "base"), "--output", str(output), *more]
     environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port())}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def poison(model: Path, target: Path, token_id: int) -> Path:
-    """The model with an infinite embedding row: every sample that holds the token gives a loss that is not finite."""
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.embed_tokens.weight"][token_id] = float("inf")
-    start_folder(target, "model")
-    for name in read_manifest(model).files:
-        (target / name).write_bytes((model / name).read_bytes())
-    save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    write_manifest(target, "model", {}, read_manifest(model).lineage)
-    return target
 
 
 def token_that_comes_thrice_in_a_row(work: Path) -> tuple[int, list[int]]:
@@ -102,6 +91,16 @@ def test_a_run_whose_last_step_is_not_finite_ends_with_the_state_before_it(work)
     assert [row["skipped"] for row in read_metrics(output)] == [0] * (bad_steps[0] - 1) + [1]
     assert [step_of(path) for path in complete_checkpoints(output)] == [bad_steps[0] - 1]
     assert read_manifest(output / "final").counts["step"] == bad_steps[0] - 1
+
+
+def test_a_run_without_one_good_step_saves_nothing_and_says_so(work) -> None:
+    data = build_data(load_stage_config(work / "all.json"), ShardReader(work / "shards"))
+    token = int(data.micro_batch(0, 0, 0, 1, 4).input_ids.min())
+    model, output = poison(work / "base", work / "poisoned-first", token), work / "nan-first"
+    done = alone(work, output, "--model", str(model), "--set", "beingvl.max_steps=1")
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "1 steps in a row" in done.stderr and "there was no good one before" in done.stderr
+    assert not complete_checkpoints(output) and not (output / "final").exists()
 
 
 STOP_IN_STEP = """
@@ -187,6 +186,7 @@ WHOLE_RUNS = """
 import os, signal, sys, torch
 from beingvl.cli import main
 from beingvl.train import engine as module
+from tests.train.planted import cut_gradient
 work, leaked = sys.argv[1], "model.layers.3.mlp.up_proj.weight"
 build, forward, step, local_state = (
     module.build_engine, module.TrainingEngine.forward, module.TrainingEngine.step, module.TrainingEngine.local_state
@@ -209,13 +209,7 @@ module.TrainingEngine.step = leaking_step
 run("whole-leak", "rows", "beingvl.checkpoint_every_steps=0")
 module.TrainingEngine.step = step
 
-def build_cut(*args, **kwargs):
-    engine = build(*args, **kwargs)
-    projection = engine.model.causal_lm.model.layers[1].mlp.down_proj
-    projection.forward = lambda x: torch.nn.functional.linear(x, projection.weight.detach())
-    return engine
-
-module.build_engine = build_cut
+module.build_engine = lambda *args, **kwargs: cut_gradient(build(*args, **kwargs))
 run("whole-cut", "all", "zero_optimization.stage=2")
 module.build_engine = build
 
@@ -237,8 +231,8 @@ def test_whole_runs_find_what_is_planted(work) -> None:
     tensor without gradient; a loss spike; and a signal that comes during a save, after which no step is begun. One process,
     because starting one takes longer."""
     environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-c", WHOLE_RUNS, str(work)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command, here = [sys.executable, "-c", WHOLE_RUNS, str(work)], Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, timeout=300)
     codes = [line for line in done.stdout.splitlines() if ": exit code " in line]
     assert codes == ["whole-leak: exit code 1", "whole-cut: exit code 1", "whole-spike: exit code 85"], done.stderr[-3000:]
     leak, cut = [line for line in done.stderr.splitlines() if "error:" in line]

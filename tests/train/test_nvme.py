@@ -5,6 +5,7 @@ Slow, because DeepSpeed compiles an op before the first of them, which takes min
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -14,13 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from beingvl.data.arrow_shards import ShardReader
 from beingvl.errors import InputError
 from beingvl.model.weight_files import WeightFolder
 from beingvl.train.metrics import read_metrics
 from beingvl.train.stage_config import load_stage_config, parse_stage_config
+from beingvl.train.train_stage import build_data
 from tests.launcher import ENVIRONMENT, free_port
 from tests.plain_torch import train_plain
 from tests.tiny import LAYOUT, stage_fields, write_inputs, write_model
+from tests.train.planted import poison
 from tests.train.run_stages import run_stages
 
 NUM_STEPS = 4
@@ -71,9 +75,9 @@ def watched(folder: Path):
 
     def watch() -> None:
         while not done.wait(0.02):
-            for path in folder.rglob("*"):
-                with contextlib.suppress(OSError):
-                    if path.is_file():
+            for parent, _, names in os.walk(folder):
+                for path in (Path(parent, name) for name in names):
+                    with contextlib.suppress(OSError):
                         seen[path] = max(seen.get(path, 0), path.stat().st_size)
 
     thread = threading.Thread(target=watch)
@@ -187,6 +191,25 @@ def test_checkpoints_go_to_nvme_and_back_at_another_world_size(work) -> None:
     moments = {"moments": work / "plain" / "checkpoints" / f"step-{NUM_STEPS:08d}", "model": work / "plain" / "final"}
     run_stages(2, [job(work, f"carried-{name}", *words, **moments) for name, words in {"cpu": [], "nvme": both}.items()], work)
     assert_close(work / "carried-nvme" / "final", dict(WeightFolder(work / "carried-cpu" / "final")))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("needs_op")
+def test_a_step_that_is_not_finite_changes_nothing_on_the_disk(work) -> None:
+    """The second of three; its gradients were written out before that was known."""
+    data = build_data(load_stage_config(work / "all.json"), ShardReader(work / "shards"))
+    first, second, third = (set(data.micro_batch(step, 0, 0, 1, 6).input_ids.tolist()) for step in range(3))
+    token = next(token for token in sorted(second - first - third) if token < LAYOUT.num_text)
+    model = poison(work / "base", work / "poisoned", token)
+    short = ["beingvl.max_steps=3", "beingvl.checkpoint_every_steps=0"]
+    words = {"skipped": short, "skipped-nvme": [*short, *offload(work, "optimizer", "param")]}
+    run_stages(2, [{**job(work, name, *more), "model": model} for name, more in words.items()], work)
+    assert [[row["skipped"] for row in read_metrics(work / name)] for name in words] == [[0, 1, 0]] * 2
+    expected = dict(WeightFolder(work / "skipped" / "final"))
+    for name, tensor in dict(WeightFolder(work / "skipped-nvme" / "final")).items():
+        rows = tensor.isfinite() & expected[name].isfinite()
+        assert rows.sum() >= tensor.numel() - 768, name
+        assert ((tensor - expected[name])[rows]).norm() <= 1e-5 * expected[name][rows].norm(), name
 
 
 REFUSED = """

@@ -80,6 +80,18 @@ def test_what_killed_ranks_left_does_not_pile_up_and_ranks_that_end_in_order_lea
     assert not folder.exists()
 
 
+def test_ranks_of_an_earlier_larger_world_are_forgotten(tmp_path) -> None:
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    for name in ("rank-00001.json", "rank-00002.json", "rank-00003.tmp", "notes.txt"):
+        (folder / name).write_text("{}")
+    with Phases(tmp_path, 1, 2, 60):
+        assert (folder / "rank-00002.json").exists()  # rank 0 alone removes
+    (folder / "rank-00001.json").write_text("{}")
+    with Phases(tmp_path, 0, 2, 60):
+        assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "rank-00000.json", "rank-00001.json"]
+
+
 def test_every_phase_is_one_of_a_step_or_between_steps_and_its_seconds_stay_until_they_are_taken(tmp_path) -> None:
     assert sorted(("start", *PHASES)) == sorted((*STEP_PHASES, *BETWEEN_STEPS))
     phases = Phases(tmp_path, 0, 1, 60)

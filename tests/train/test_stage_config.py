@@ -97,6 +97,12 @@ def broken(path: str, value: object) -> dict:
             {"stage": 3, "offload_optimizer": {**NVME, "pipeline_read": True, "pipeline_write": True, "buffer_count": 8}},
             "at least 12",
         ),
+        (
+            "zero_optimization",
+            {"stage": 3, "offload_param": {**NVME, "buffer_size": "1e8"}},
+            "buffer_size is '1e8', expected a n",
+        ),
+        ("zero_optimization", {"stage": 3, "offload_param": NVME, "max_reuse_distance": "auto"}, "is 'auto', expected 0 at most"),
         ("zero_optimization", {"stage": 3, "offload_optimizer": {**NVME, "ratio": 0.5}}, "unknown key .*offload_optimizer.ratio"),
         (
             "zero_optimization",

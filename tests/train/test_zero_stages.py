@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from beingvl.model.weight_files import WeightFolder
+from beingvl.train.checkpoint import StateReader, complete_checkpoints, step_of
 from beingvl.train.metrics import read_metrics
+from beingvl.train.partitions import MOMENTS
 from beingvl.train.stage_config import load_stage_config
 from tests.plain_torch import train_plain
 from tests.tiny import LAYOUT, stage_fields, write_inputs, write_model
@@ -136,6 +138,7 @@ def test_frozen_stays_frozen_in_every_stage_and_any_stage_resumes_any_other(work
             if "embed_tokens" in name or "lm_head" in name:
                 assert torch.equal(tensor[: LAYOUT.num_text], start[name][: LAYOUT.num_text])
                 assert not torch.equal(tensor[LAYOUT.num_text :], start[name][LAYOUT.num_text :])
+    moments = moments_of(work / "frozen-3", num_ranks=2)
     # drop what came after step 3, and let other stages and another number of ranks go on from there
     resumed = []
     for stage, other in ((0, 1), (1, 2), (2, 3), (3, 0)):
@@ -147,6 +150,16 @@ def test_frozen_stays_frozen_in_every_stage_and_any_stage_resumes_any_other(work
     for stage in (0, 1, 2, 3):
         for name, tensor in dict(WeightFolder(work / f"frozen-{stage}" / "final")).items():
             assert (tensor - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+        for name, tensor in moments_of(work / f"frozen-{stage}", num_ranks=3).items():
+            assert (tensor - moments[name]).norm() <= 1e-3 * moments[name].norm(), (stage, name)
+
+
+def moments_of(output: Path, num_ranks: int) -> dict[str, torch.Tensor]:
+    """Both of every trained parameter, whole, from the last checkpoint, which must be of that many ranks."""
+    with StateReader(complete_checkpoints(output)[-1]) as reader:
+        assert reader.state.num_ranks == num_ranks and step_of(complete_checkpoints(output)[-1]) == NUM_STEPS
+        sizes = {name: torch.Size(entry["shape"]).numel() for name, entry in reader.state.parameters.items()}
+        return {f"{name}.{key}": reader.fetch(name, key, 0, sizes[name]) for name in sizes for key in MOMENTS}
 
 
 @pytest.mark.slow
