@@ -20,7 +20,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from beingvl.data.arrow_shards import ShardReader
     from beingvl.data.loader import TrainingData
     from beingvl.manifest import Manifest
-    from beingvl.train.checkpoint import CheckpointState
     from beingvl.train.engine import Ranks, TrainingEngine
     from beingvl.train.loop import Progress
     from beingvl.train.phases import Phases
@@ -301,6 +300,7 @@ def _run_loop(stage: Stage, stop_requested: Callable[[], bool]) -> bool:
     from beingvl.train.loop import num_steps_of, train
     from beingvl.train.metrics import MetricsWriter
     from beingvl.train.probe import Probe
+    from beingvl.train.saver import Saver
     from beingvl.train.validation import validator
 
     config, ranks = stage.config, stage.ranks
@@ -422,69 +422,6 @@ def _check_probe(checkpoint: Path, engine: TrainingEngine, probe: Probe) -> None
     comparison = compare_logits(stored, engine.logits(probe.input_ids, probe.positions), engine.dtype)
     if not comparison.matches:
         raise TrainingError(f"{checkpoint} was read, but {comparison.describe()}; remove the folder to resume from an older one")
-
-
-class Saver:
-    """What the loop calls to save. `carried_steps`: Adam updates made before this stage.
-
-    With `background_save` the state is copied and a thread writes it; the loop calls `commit` when all ranks have written.
-    """
-
-    def __init__(self, stage: Stage, engine: TrainingEngine, probe: Probe, carried_steps: Mapping[str, int]) -> None:
-        from beingvl.train.checkpoint import CheckpointWriter
-        from beingvl.train.engine import gather_objects
-
-        self._stage, self._engine, self._probe, self._carried_steps = stage, engine, probe, carried_steps
-        num_ranks = engine.ranks.num_ranks
-        self._spans = gather_objects({name: engine.span(name) for name in engine.trained_shapes}, num_ranks)
-        gather = partial(gather_objects, num_ranks=num_ranks)
-        self._writer = CheckpointWriter(engine.ranks.rank, gather, stage.phases.advance)
-
-    @property
-    def is_written(self) -> bool:
-        """Whether this rank has written a checkpoint that is not committed yet."""
-        return self._writer.is_written
-
-    def save(self, progress: Progress) -> None:
-        """Raises FreezerError when a frozen parameter changed, SaveError when a rank cannot write."""
-        from beingvl.train.checkpoint import checkpoint_folder
-        from beingvl.train.probe import save_probe
-
-        engine, probe, in_background = self._engine, self._probe, self._stage.config.beingvl.background_save
-        self.commit()
-        engine.check_frozen()
-        logits = engine.logits(probe.input_ids, probe.positions)
-        self._writer.begin(
-            checkpoint_folder(self._stage.output, progress.step),
-            self._describe(progress),
-            engine.local_state(copy=in_background),
-            write_more=lambda folder: save_probe(folder, probe, logits),
-        )
-        if not in_background:
-            self.commit()
-
-    def commit(self) -> None:
-        """Wait for what is being written and make it a checkpoint; all ranks call together."""
-        from beingvl.train.checkpoint import delete_old_checkpoints
-
-        self._writer.commit()
-        if self._engine.ranks.rank == 0:
-            block = self._stage.config.beingvl
-            delete_old_checkpoints(self._stage.output, block.keep_last, block.keep_every)
-
-    def _describe(self, progress: Progress) -> CheckpointState:
-        from beingvl.train.checkpoint import CheckpointState
-
-        parameters = {
-            name: {
-                "shape": list(shape),
-                "spans": [list(of_rank[name]) for of_rank in self._spans],
-                "adam_steps": self._carried_steps[name] + progress.num_applied_steps,
-            }
-            for name, shape in self._engine.trained_shapes.items()
-        }
-        num_ranks = self._engine.ranks.num_ranks
-        return CheckpointState(progress.step, progress.num_applied_steps, num_ranks, self._stage.identity, parameters)
 
 
 def _catch_signals() -> Callable[[], bool]:

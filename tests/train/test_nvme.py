@@ -21,7 +21,7 @@ from beingvl.model.weight_files import WeightFolder
 from beingvl.train.metrics import read_metrics
 from beingvl.train.stage_config import load_stage_config, parse_stage_config
 from beingvl.train.train_stage import build_data
-from tests.launcher import ENVIRONMENT, free_port
+from tests.launcher import ENVIRONMENT, free_port, log_of, rank_processes, run, start, wait_for_step
 from tests.plain_torch import train_plain
 from tests.tiny import LAYOUT, stage_fields, write_inputs, write_model
 from tests.train.planted import poison
@@ -191,6 +191,24 @@ def test_checkpoints_go_to_nvme_and_back_at_another_world_size(work) -> None:
     moments = {"moments": work / "plain" / "checkpoints" / f"step-{NUM_STEPS:08d}", "model": work / "plain" / "final"}
     run_stages(2, [job(work, f"carried-{name}", *words, **moments) for name, words in {"cpu": [], "nvme": both}.items()], work)
     assert_close(work / "carried-nvme" / "final", dict(WeightFolder(work / "carried-cpu" / "final")))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("needs_op")
+def test_a_killed_run_leaves_files_that_its_next_start_replaces_and_removes(work) -> None:
+    words = [*offload(work, "optimizer", "param"), *FROZEN_RULES, "beingvl.checkpoint_every_steps=1"]
+    places, whole, killed = (work / "all.json", work / "base", work / "shards"), work / "whole", work / "killed"
+    assert run(2, *places, whole, *words) == 0, log_of(whole)
+    launcher = start(2, *places, killed, *words)
+    wait_for_step(launcher, killed, 2)
+    for process in rank_processes(launcher).values():
+        process.kill()
+    assert launcher.wait(timeout=60) != 0
+    (left,) = (work / "disk").iterdir()
+    assert any(path.stat().st_size for path in left.rglob("*.swp"))
+    assert run(2, *places, killed, *words) == 0, log_of(killed)
+    assert "resumed from" in log_of(killed) and not left.exists()
+    assert bytes_after(killed) == bytes_after(whole)
 
 
 @pytest.mark.slow
