@@ -116,8 +116,8 @@ def test_both_offloads_equal_plain_torch_from_the_disk_that_two_runs_share(work)
     assert len(runs) == 8
     num_elements = sum(weight.numel() for weight in weights.values())
     shares = [weight.numel() * 4 for weight in weights.values()]
-    for run in runs:
-        files = {path.relative_to(work / "disk" / run): size for path, size in seen.items() if run in path.parts}
+    for name in runs:
+        files = {path.relative_to(work / "disk" / name): size for path, size in seen.items() if name in path.parts}
         num_ranks = len({path.parts[0] for path in files})
         moments = [path for path in files if path.name.startswith("exp_avg-")]
         stored = sum(size for path, size in files.items() if path in moments)
