@@ -1,6 +1,7 @@
 """The DeepSpeed boundary: the only place that calls DeepSpeed.
 
     1. start_distributed      process group from the launcher's environment
+       swap_folders           where the files of a run lie that offloads to NVMe
     2. build_engine           empty model; plan; shard-wise weights; deepspeed.initialize
     3. forward / backward / step
     4. local_state            this rank's slices of what training changes, for checkpoints
@@ -140,7 +141,7 @@ def build_engine(
     refuse_unlike_packed(model_class, model_config)
     model = _empty_model(model_class, model_config, layout, config, deepspeed_config)
     parameters = dict(model.causal_lm.named_parameters())
-    if "offload_param" in config.nvme_offloads and ranks.num_ranks == 1:
+    if "offload_param" in config.nvme_offloads and ranks.num_ranks == 1 and ranks.device.type == "cpu":
         _fetch_copies(parameters.values())
     shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters.items()}
     plan = plan_parameters(shapes, config.beingvl.trainable)
@@ -254,7 +255,7 @@ def _empty_model(
 
 
 def _fetch_copies(parameters: Iterable[Any]) -> None:
-    """Make one rank compute with copies of what it fetches from NVMe, as several ranks do.
+    """Make one CPU rank compute with copies of what it fetches from NVMe, as several ranks and GPUs do.
 
     DeepSpeed gives it the buffer that was read into, which holds another weight by the time of the backward pass.
     """
@@ -264,7 +265,8 @@ def _fetch_copies(parameters: Iterable[Any]) -> None:
             params = list(params)
             handle = fetch(params, **settings)
             for fetched in params:
-                fetched.data = fetched.data.clone()
+                if fetched.ds_tensor.final_location == "nvme":
+                    fetched.data = fetched.data.clone()
             return handle
 
         parameter.all_gather_coalesced = fetch
