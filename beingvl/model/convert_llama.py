@@ -14,6 +14,7 @@ import argparse
 import gc
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,11 +84,22 @@ class Conversion:
         return lineage
 
 
+@contextmanager
+def _collecting_rarely() -> Iterator[None]:
+    """A fifth of the start: transformers and the tokenizer are a million objects, none garbage."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@_collecting_rarely()
 def run(args: argparse.Namespace) -> int:
     from beingvl.manifest import already_made
 
     check_arguments(args)
-    gc.set_threshold(100_000, 50, 100)  # a fifth of the start: transformers and the tokenizer are a million objects, none garbage
     conversion = plan_conversion(args)
     request = make_request(args, conversion)
     if not already_made(args.output_path, "model", request, args.overwrite):

@@ -47,6 +47,7 @@ PREPROCESSING_FIELDS = (
     "image_mean",
     "image_std",
 )
+FILES = ("config.json", "model.safetensors", "preprocessor_config.json")  # of a stock folder
 MAX_CODES = 1 << 16
 MAX_PIXELS = 50_000_000  # decoded at once: 150 MB, and a few copies of it while the image is resized
 MAX_ASPECT = 100  # a line one pixel high would become wider than any memory when its short edge is resized
@@ -110,7 +111,9 @@ class VQGAN:
         for name, data in (files or {}).items():
             write_atomically(folder / name, data)
         own = {"num_codes": self.num_codes, "grid": list(self.grid), "image_size": self.image_size}
-        return write_manifest(folder, "vqgan", counts or {}, {"vqgan": self._fingerprint}, {**own, **(details or {})})
+        lineage = {"vqgan": self._fingerprint}
+        written = {*FILES, *(files or {})}  # somebody's files that lie there are never listed, nor removed
+        return write_manifest(folder, "vqgan", counts or {}, lineage, {**own, **(details or {})}, belongs=written.__contains__)
 
     def fingerprint(self) -> str:
         """Hash of all that decides codes: encoder, code book, preprocessing. Equal fingerprints, equal codes.

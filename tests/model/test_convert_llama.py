@@ -2,6 +2,7 @@
 
 import base64
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -598,6 +599,13 @@ def test_the_disk_is_checked_before_writing(tmp_path, llama, capsys, monkeypatch
     message = "65.1 MB are to be written, but the disk has 0.0 MB free"
     refused(capsys, message, "--llama_path", llama, "--output_path", tmp_path / "never")
     assert not (tmp_path / "never").exists()
+
+
+def test_a_conversion_leaves_the_collector_as_it_was(tmp_path, llama):
+    before = gc.get_threshold()
+    assert convert("--llama_path", tmp_path / "nowhere", "--output_path", tmp_path / "base") == 2
+    assert convert("--llama_path", llama, "--num_merges", 0, "--output_path", tmp_path / "base") == 0
+    assert gc.get_threshold() == before
 
 
 def test_killed_half_way_it_is_incomplete_and_the_same_command_finishes_it(tmp_path, llama, vq, vbpe_file, capsys):

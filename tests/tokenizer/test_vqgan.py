@@ -86,6 +86,16 @@ def test_a_copied_and_saved_again_folder_has_the_same_fingerprint(janus, folder,
         loaded.save(tmp_path / "lossy")
 
 
+def test_files_that_somebody_put_there_are_not_the_vqgans(janus, folder):
+    (folder / "notes.txt").write_text("mine")
+    janus.save(folder, files={"reconstructions.png": b"picture"})
+    stock = {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert set(verify_folder(folder).files) == {*stock, "reconstructions.png"}
+    janus.save(folder)
+    assert set(verify_folder(folder).files) == stock
+    assert {path.name for path in folder.iterdir()} == {*stock, "notes.txt", "manifest.json"}
+
+
 @pytest.mark.parametrize("name", ["encoder.conv_in.weight", "quant_conv.bias", "quantize.embedding.weight"])
 def test_the_fingerprint_follows_each_weight_that_decides_codes(janus, folder, name):
     weights = load_file(folder / "model.safetensors")
