@@ -3,7 +3,7 @@
 Steps, in order:
   1. image codes      from --vq_codes, or encoded now with the model folder's VQ-GAN into OUTPUT_DIR_NAME_vq_codes
   2. stream_rows      one row after the other, whatever the size of the file; every 4096 rows are a part (beingvl/parts.py)
-  3. tokenize_part    in --num_workers processes; a malformed row goes to rejected.jsonl with its index and reason
+  3. tokenize_part    in --num_workers processes; a broken line or malformed row goes to rejected.jsonl with index and reason
   4. join             NAME_base.jsonl (VQ codes) and NAME_vbpe.jsonl (merged), one row a sample; --format arrow: folders of shards
   5. manifest.json    last; several datasets may share OUTPUT_DIR, each is added to the manifest when it is finished
 
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from beingvl.data.dataset_folder import REJECTED_FILE, DatasetFolder
 from beingvl.tokenizer.llava_json import image_keys as image_keys  # evaluate reads the same files
-from beingvl.tokenizer.llava_json import stream_rows
+from beingvl.tokenizer.llava_json import BrokenRow, stream_rows, stream_rows_and_broken
 
 if TYPE_CHECKING:
     import simdjson
@@ -187,9 +187,9 @@ def tokenize_parts(
 
     num_rows = 0
 
-    def tasks() -> Iterator[tuple[int, list[dict]]]:
+    def tasks() -> Iterator[tuple[int, list[dict | BrokenRow]]]:
         nonlocal num_rows
-        rows = stream_rows(args.json_path)
+        rows = stream_rows_and_broken(args.json_path)
         for number in count():
             chunk = list(islice(rows, args.rows_per_part))
             num_rows += len(chunk)
@@ -206,7 +206,7 @@ def tokenize_parts(
     return num_rows
 
 
-def tokenize_part(task: tuple[int, list[dict]]) -> int:
+def tokenize_part(task: tuple[int, list[dict | BrokenRow]]) -> int:
     """One part: rows to token rows of every variant. Returns the number of rows."""
     from beingvl.data.row_tokenizer import fit, num_tokens
     from beingvl.errors import InputError
@@ -219,10 +219,13 @@ def tokenize_part(task: tuple[int, list[dict]]) -> int:
     ids, rejected = [], []
     for index, row in enumerate(rows, number * args.rows_per_part):
         try:
+            if isinstance(row, BrokenRow):
+                raise InputError(row.reason)
             variants, truncated = fit(tokenizer(row), args.max_length, args.too_long)
             lines = {variant: readable_line(fields) for variant, fields in variants.items()}
         except InputError as error:
-            name = row.get("id") if isinstance(row.get("id"), int | None) else printable(str(row["id"]))
+            id_ = None if isinstance(row, BrokenRow) else row.get("id")
+            name = id_ if isinstance(id_, int | None) else printable(str(id_))
             reason = printable(str(error))
             rejected.append(_line({"dataset": args.dataset_name, "index": index, "id": name, "reason": reason}))
             continue
@@ -342,7 +345,8 @@ def _open_codes(args: argparse.Namespace, rank: int, num_ranks: int) -> CodeFold
     from beingvl.parts import wait_until_complete
     from beingvl.tokenizer.vq_codes import CodeFolder
 
-    if not any(row.get("image") for row in stream_rows(args.json_path)):
+    rows = stream_rows_and_broken(args.json_path)
+    if not any(isinstance(row, dict) and row.get("image") for row in rows):
         return None
     if args.vq_codes:
         return CodeFolder(args.vq_codes)

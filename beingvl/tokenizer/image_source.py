@@ -13,7 +13,7 @@ from typing import Protocol
 
 from beingvl.errors import InputError
 from beingvl.manifest import printable
-from beingvl.tokenizer.llava_json import image_keys, stream_rows
+from beingvl.tokenizer.llava_json import BrokenRow, image_keys, stream_rows_and_broken
 from beingvl.tokenizer.vq_codes import IMAGE_SUFFIXES, find_images, iterate_images
 
 
@@ -129,12 +129,15 @@ class TarImages:
 def named_images(json_path: Path) -> list[str]:
     """Sorted keys of the images that a LLaVA JSON array or JSONL file names. Raises InputError for a malformed file.
 
-    Rows whose `image` is no path are counted in a warning, as tokenize rejects them; when there are only such, it is an error.
+    Rows that are broken, or whose `image` is no path, are counted in a warning, as tokenize rejects them; when there are only
+    such, it is an error.
     """
     keys: set[str] = set()
     num_malformed, first = 0, ""
-    for number, row in enumerate(stream_rows(json_path), 1):
+    for number, row in enumerate(stream_rows_and_broken(json_path), 1):
         try:
+            if isinstance(row, BrokenRow):
+                raise InputError(row.reason)
             keys.update(image_keys(row))
         except InputError as error:
             num_malformed, first = num_malformed + 1, first or f"{json_path}, row {number}: {error}"

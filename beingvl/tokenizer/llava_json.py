@@ -6,35 +6,54 @@ rows about as fast as `json.load` of the whole file; a parser of single events, 
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from beingvl.errors import InputError
 
 BLOCK_CHARS = 1 << 20
+BLOCK_BYTES = 1 << 20  # more than any space before the first row
 MAX_ROW_CHARS = 1 << 26
 NOT_READABLE = (ValueError, RecursionError)  # no JSON, a number of thousands of digits; nested too deeply
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def stream_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a LLaVA JSON array or JSONL file. Raises InputError that says where the file is damaged."""
+@dataclass(frozen=True)
+class BrokenRow:
+    """A line of JSONL that is no JSON, or a row that is no object: the file goes on behind it."""
+
+    reason: str
+
+
+def stream_rows_and_broken(path: Path) -> Iterator[dict[str, Any] | BrokenRow]:
+    """Rows of a LLaVA JSON array or JSONL file, and what stands in the place of one. Blank lines are no rows.
+
+    Raises InputError for an empty file, and for a damaged array: nothing says where its next element would begin.
+    """
     count = 0
-    try:
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
-            for row in _values(file, path):
-                count += 1
-                if not isinstance(row, dict):
-                    found = f"{path}, row {count}: expected an object, found {type(row).__name__}"
-                    raise InputError(f"{found}; the file must be a list of objects in LLaVA format")
-                yield row
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error}); was it copied completely?") from error
+    with open(path, "rb") as file:
+        start = file.read(BLOCK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+    for value in _array_values(path) if start[:1] == b"[" else _line_values(path):
+        count += 1
+        if isinstance(value, dict | BrokenRow):
+            yield value
+        else:
+            yield BrokenRow(f"expected an object, found {type(value).__name__}")
     if not count:
         raise InputError(f"{path} holds no row, expected a non-empty list of objects in LLaVA format")
+
+
+def stream_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """As `stream_rows_and_broken`, but raises InputError for a broken row as well."""
+    for number, row in enumerate(stream_rows_and_broken(path), 1):
+        if isinstance(row, BrokenRow):
+            raise InputError(f"{path}, row {number}: {row.reason}; the file must be a list of objects in LLaVA format")
+        yield row
 
 
 def image_keys(row: dict) -> list[str]:
@@ -46,33 +65,40 @@ def image_keys(row: dict) -> list[str]:
     return keys
 
 
-def _values(file: IO[str], path: Path) -> Iterator[Any]:
-    buffer = file.read(BLOCK_CHARS)
-    start = _behind_space(buffer, 0)
-    if buffer[start : start + 1] == "[":
-        return _array_values(file, path, buffer, start + 1)
-    file.seek(0)
-    return _line_values(file, path)
-
-
 def _behind_space(text: str, at: int) -> int:
     found = _SPACE.match(text, at)
     assert found is not None  # no space at all matches too
     return found.end()
 
 
-def _line_values(file: IO[str], path: Path) -> Iterator[Any]:
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except NOT_READABLE as error:
-                raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
+def _line_values(path: Path) -> Iterator[Any]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if text := (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip():
+                try:
+                    yield json.loads(text.decode())
+                except UnicodeDecodeError as error:
+                    yield BrokenRow(f"line {number} is not UTF-8 text ({error.reason} at byte {error.start})")
+                except json.JSONDecodeError as error:
+                    yield BrokenRow(f"line {number} is not valid JSON ({error.msg} at character {error.pos + 1})")
+                except NOT_READABLE as error:
+                    yield BrokenRow(f"line {number} is not valid JSON ({error})")
 
 
-def _array_values(file: IO[str], path: Path, buffer: str, at: int) -> Iterator[Any]:
-    """Elements of an array whose opening bracket has been read; `buffer[at:]` is what follows it."""
+def _array_values(path: Path) -> Iterator[Any]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            yield from _elements(file, path)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error}); was it copied completely?") from error
+
+
+def _elements(file: IO[str], path: Path) -> Iterator[Any]:
+    """Elements of an array, which the file is."""
     decode = json.JSONDecoder().raw_decode
+    buffer = file.read(BLOCK_CHARS)
+    at = _behind_space(buffer, 0) + 1  # the bracket
+    dropped = 0  # characters before the buffer
     count = 0
     after_value = False
     while True:
@@ -86,11 +112,12 @@ def _array_values(file: IO[str], path: Path, buffer: str, at: int) -> Iterator[A
             at, after_value = at + 1, False
             continue
         problem = "the array has no closing bracket" if not token else f"expected a comma, found {token!r}"
+        wrong_at = at
         if token and not after_value:
             try:
                 value, at = decode(buffer, at)
             except NOT_READABLE as error:
-                problem = str(error)
+                problem, wrong_at = (error.msg, error.pos) if isinstance(error, json.JSONDecodeError) else (str(error), at)
             else:
                 count, after_value = count + 1, True
                 yield value
@@ -99,5 +126,7 @@ def _array_values(file: IO[str], path: Path, buffer: str, at: int) -> Iterator[A
             "" if (token and after_value) or len(buffer) - at > MAX_ROW_CHARS else file.read(max(BLOCK_CHARS, len(buffer) - at))
         )
         if not more:
-            raise InputError(f"{path} is not valid JSON behind element {count} ({problem}); was it copied completely?")
+            where = f"character {dropped + wrong_at + 1:,}"
+            raise InputError(f"{path} is not valid JSON behind element {count} ({where}: {problem}); was it copied completely?")
+        dropped += at
         buffer, at = buffer[at:] + more, 0

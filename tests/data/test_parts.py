@@ -19,7 +19,7 @@ from beingvl.data import tokenize_dataset
 from beingvl.errors import InputError
 from beingvl.manifest import is_complete, read_manifest, verify_folder
 from beingvl.parts import FOLDER, LOCK, Parts, ranks_of, wait_until_complete
-from beingvl.tokenizer.llava_json import stream_rows
+from beingvl.tokenizer.llava_json import stream_rows_and_broken
 from tests.data.conftest import commands
 
 
@@ -218,13 +218,13 @@ def test_a_rank_that_another_has_overtaken_makes_nothing_again(inputs, tmp_path,
         monkeypatch.undo()
         assert cli.main([*command, "--rank=0", "--num_ranks=2"]) == 0 and is_complete(output)
         monkeypatch.setattr(tokenize_dataset, "tokenize_part", lambda task: made.append(task[0]))
-        yield from stream_rows(path)
+        yield from stream_rows_and_broken(path)
 
     def rows(path: Path) -> Iterator[dict]:
-        monkeypatch.setattr(tokenize_dataset, "stream_rows", overtaken)  # the first pass only looks for images
-        return stream_rows(path)
+        monkeypatch.setattr(tokenize_dataset, "stream_rows_and_broken", overtaken)  # the first pass only looks for images
+        return stream_rows_and_broken(path)
 
-    monkeypatch.setattr(tokenize_dataset, "stream_rows", rows)
+    monkeypatch.setattr(tokenize_dataset, "stream_rows_and_broken", rows)
     assert cli.main([*command, "--rank=1", "--num_ranks=2"]) == 0
     assert not made and not list(output.glob("*parts.tmp")), capsys.readouterr().err
 

@@ -130,6 +130,25 @@ def test_malformed_rows_are_listed_and_too_many_fail(inputs, capsys) -> None:
     assert not (inputs / "out" / "manifest.json").exists()
 
 
+def test_broken_lines_are_rejected_with_their_index(inputs, capsys) -> None:
+    """On the way that reads the images, too; a limit that is too low for them stops the run and names the first."""
+    folder = write_model_with_vqgan(inputs / "model")
+    lines = [json.dumps(row(0, image="0.png")), '{"id": "cut', "", "7", json.dumps(row(1, image="0.png"))]
+    (inputs / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    (inputs / "0.png").write_bytes(png(0))
+    command = ["tokenize", f"--json_path={inputs}/rows.jsonl", f"--image_path={inputs}", f"--model_path={folder}"]
+    command += [f"--output_dir={inputs}/out", "--dataset_name=d"]
+    assert cli.main(command) == 2
+    assert "2 of 4 rows" in (message := capsys.readouterr().err) and "line 2 is not valid JSON" in message
+    assert cli.main([*command, "--max_rejected=0.5", "--rows_per_part=2", "--overwrite"]) == 0
+    assert [line["id"] for line in read(inputs, "base")] == ["r0", "r1"]
+    rejected = [json.loads(line) for line in (inputs / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [(entry["index"], entry["id"]) for entry in rejected] == [(1, None), (2, None)]
+    assert "line 2 is not valid JSON" in rejected[0]["reason"] and "expected an object, found int" in rejected[1]["reason"]
+    assert tokenize(inputs, [row(0), None, row(1)], "--max_rejected=0.5", f"--output_dir={inputs}/array") == 0
+    assert read_manifest(inputs / "array").counts["rejected"] == 1
+
+
 def test_max_length(inputs) -> None:
     assert tokenize(inputs, [row(0)], "--max_length", "5", "--max_rejected", "1") == 0
     assert read(inputs, "base") == []

@@ -160,10 +160,10 @@ def test_a_finished_output_is_reused_refused_or_replaced(image_path, vq_path, tm
 
 
 def test_rows_that_name_no_path_are_left_out(image_path, vq_path, tmp_path, capsys):
-    rows = [{"image": 7}, {"image": KEYS[0]}, {"image": [None]}]
+    rows = [{"image": 7}, {"image": KEYS[0]}, {"image": [None]}, 7]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     assert encode(image_path, vq_path, tmp_path / "codes", json_path=tmp_path / "rows.json") == 0
-    assert "warning: 2 rows were left out, the first is" in capsys.readouterr().out
+    assert "warning: 3 rows were left out, the first is" in capsys.readouterr().out
     assert read_manifest(tmp_path / "codes").counts["images"] == 1
 
 
@@ -176,8 +176,9 @@ def test_an_overwrite_removes_no_images(image_path, vq_path, tmp_path):
 
 
 WRONG_JSON = {
-    "line 1: not valid JSON": "{",
-    "row 2: expected an object": '[{"image": "a.png"}, 7]',
+    "row 1: line 1 is not valid JSON": "{",
+    "is not valid JSON behind element 1": '[{"image": "a.png"}, {]',
+    "row 1: expected an object, found int": "[7]",
     "row 1: expected an object whose": '{"image": 7}',
     "row 1: expected an object whose `image`": '[{"image": ["a.png", 7]}]',
     "names no images": '[{"conversations": []}]',

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from beingvl.errors import InputError
 from beingvl.tokenizer import llava_json
-from beingvl.tokenizer.llava_json import image_keys, stream_rows
+from beingvl.tokenizer.llava_json import BrokenRow, image_keys, stream_rows, stream_rows_and_broken
 
 VALUES = st.recursive(st.none() | st.integers() | st.text(max_size=8), lambda v: st.lists(v, max_size=3), max_leaves=6)
 
@@ -33,8 +33,9 @@ WRONG = {
     "[]": "non-empty list",
     "": "non-empty list",
     "[7]": "row 1: expected an object",
-    '{"a": 1}\n{': "line 2",
-    '{"a": ' + "1" * 5000 + "}": "line 1: not valid JSON .*digits",
+    '{"a": 1}\n\n{': "row 2: line 3 is not valid JSON",
+    '[{"a": 1}, {"a" 1}]': r"behind element 1 .character 17: Expecting ':' delimiter",
+    '{"a": ' + "1" * 5000 + "}": "row 1: line 1 is not valid JSON .*digits",
     "[" + '{"a": ' * 100_000: "behind element 0 .*recursion",
 }
 
@@ -49,6 +50,29 @@ def test_damage_is_located(tmp_path, text) -> None:
 def test_what_is_no_text(tmp_path) -> None:
     (tmp_path / "rows.json").write_bytes(b'[{"a": "\xff"}]')
     with pytest.raises(InputError, match="not UTF-8"):
+        list(stream_rows(tmp_path / "rows.json"))
+
+
+def test_what_stands_behind_a_broken_row_is_read(tmp_path) -> None:
+    path, good = tmp_path / "rows.json", {"a": "\u00fc"}
+    lines = [b"\xef\xbb\xbf" + json.dumps(good).encode(), b"{", b"", b'{"a": "\xff"}', b"[1]", b"7", json.dumps(good).encode()]
+    path.write_bytes(b"\n".join(lines))
+    reasons = ["line 2 is not valid JSON", "line 4 is not UTF-8 text (invalid start byte at byte 7)", "found list", "found int"]
+    for text in (b"\n".join(lines), b" " + json.dumps([good, None, 1.5, [], "a", good]).encode()):
+        path.write_bytes(text)
+        found = list(stream_rows_and_broken(path))
+        assert found[0] == found[-1] == good and all(isinstance(row, BrokenRow) for row in found[1:-1]) and len(found) == 6
+        for row, reason in zip(found[1:-1], reasons, strict=True):
+            assert reason in row.reason
+        reasons = ["found NoneType", "found float", "found list", "found str"]
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+def test_damage_of_an_array_is_located_in_the_whole_file(tmp_path, block, monkeypatch) -> None:
+    monkeypatch.setattr(llava_json, "BLOCK_CHARS", block)
+    text = json.dumps([{"a": n} for n in range(99)])
+    (tmp_path / "rows.json").write_text(text[:-1] + ', {"a": }]')
+    with pytest.raises(InputError, match=f"behind element 99 .character {len(text) + 8:,}: Expecting value"):
         list(stream_rows(tmp_path / "rows.json"))
 
 
