@@ -41,6 +41,7 @@ COMMANDS = {
 }
 WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FAILS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO, errno.ENODEV)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -97,15 +98,11 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
     except Exception as error:
         if args.debug:
             raise
-        if not isinstance(error, OSError) or error.errno not in DISK_IS_FULL:
+        if not isinstance(error, OSError) or error.errno not in (*DISK_IS_FULL, *DISK_FAILS):
             return _report_defect(name, error)
         where = f" ({error.filename})" if error.filename else ""
-        print(
-            f"beingvl {name}: error: {error.strerror}{where}; "
-            "nothing finished is lost: make room and start the same command again",
-            file=sys.stderr,
-            flush=True,
-        )
+        remedy = f"{'make room' if error.errno in DISK_IS_FULL else 'see to the disk'} and start the same command again"
+        print(f"beingvl {name}: error: {error.strerror}{where}; nothing finished is lost: {remedy}", file=sys.stderr, flush=True)
         return 2
 
 

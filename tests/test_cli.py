@@ -64,8 +64,12 @@ def test_a_defect_keeps_its_traceback_in_a_file(tmp_path, capsys, monkeypatch) -
     assert "ZeroDivisionError" in Path(saved).read_text()
 
 
-def test_a_failing_disk_is_a_defect_too_and_a_full_one_a_sentence(tmp_path, capsys, monkeypatch) -> None:
-    for number, code, message in ((errno.EIO, 1, "looks like a defect"), (errno.ENOSPC, 2, "make room")):
+def test_a_failing_or_full_disk_is_a_sentence_and_any_other_error_of_the_system_a_defect(tmp_path, capsys, monkeypatch) -> None:
+    for number, code, message in (
+        (errno.EBADF, 1, "looks like a defect"),
+        (errno.EIO, 2, "see to the disk"),
+        (errno.ENOSPC, 2, "make room"),
+    ):
 
         def fail(path, number=number):
             raise OSError(number, os.strerror(number), "x.bin")

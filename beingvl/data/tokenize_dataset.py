@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beingvl.data.dataset_folder import REJECTED_FILE, DatasetFolder
-from beingvl.tokenizer.llava_json import image_keys as image_keys  # evaluate reads the same files
 from beingvl.tokenizer.llava_json import BrokenRow, stream_rows, stream_rows_and_broken
+from beingvl.tokenizer.llava_json import image_keys as image_keys  # evaluate reads the same files
 
 if TYPE_CHECKING:
     import simdjson

@@ -8,7 +8,9 @@
 
 Started by a launcher (`deepspeed --module beingvl encode-images …`, `torchrun -m beingvl encode-images …`) or as a Slurm array,
 every rank makes its share of the parts; killed, it is started again with any number of ranks. An unreadable image is rejected
-with its reason; past --max_rejected the run fails. The result does not depend on ranks, workers or kills.
+with its reason; past --max_rejected the run fails. When the disk fails, the run ends after a few tries and goes on with the same
+command. The result does not depend on ranks, workers or kills. A finished output with the same images, by name, size and time
+(else by content), is reused.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+PARTS_VERSION = 2  # of a part's files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,10 +84,10 @@ def run(args: argparse.Namespace) -> None:
         if is_finished:
             remove_parts(args.output_path)
         else:
-            parts = Parts(args.output_path, {**request, **_split(args, keys)})
+            parts = Parts(args.output_path, {"parts_version": PARTS_VERSION, **request, **_split(args, keys)})
             mine = [number for number in parts.missing(num_parts) if number % num_ranks == rank]
-    if is_finished:  # without the lock: ranks read all images again side by side, not one after the other
-        already_made(args.output_path, "vq_codes", {**request, "images": hash_all(images, keys)})
+    if is_finished:  # without the lock: ranks look at all images side by side, not one after the other
+        already_made(args.output_path, "vq_codes", {**request, "images": hash_now(args.output_path, images, keys)})
         return
     encode_parts(parts, mine, images, keys, vqgan, args)
     with locked(args.output_path):
@@ -135,6 +139,19 @@ def _split(args: argparse.Namespace, keys: list[str]) -> dict[str, Any]:
     return {"image names": names, "images_per_part": args.images_per_part, "batch_size": args.batch_size}
 
 
+def hash_now(output: Path, images: ImageSource, keys: list[str]) -> str:
+    """As `hash_all`; images whose names, sizes and times are those of a finished output are not read again."""
+    from tqdm import tqdm
+
+    from beingvl.manifest import hash_bytes, read_manifest
+    from beingvl.tokenizer.vq_codes import stamp_line
+
+    details = read_manifest(output, "vq_codes").details
+    progress = tqdm(keys, desc="compare images", unit="image", disable=None, leave=False)
+    stamps = hash_bytes("".join(stamp_line(key, images.stamp(key)) for key in progress).encode())
+    return details["request"]["images"] if details.get("image_stamps") == stamps else hash_all(images, keys)
+
+
 def hash_all(images: ImageSource, keys: list[str]) -> str:
     """One hash of the images' names and content."""
     from tqdm import tqdm
@@ -182,19 +199,21 @@ def encode_parts(
 
 
 class PartOfCodes:
-    """The images of a part that is being made: rows of codes with their keys, rejections, one hash line an image."""
+    """The images of a part that is being made: rows of codes with their keys, rejections, a hash line and a stamp an image."""
 
     def __init__(self) -> None:
         self.keys: list[str] = []
         self.codes: list[np.ndarray] = []
         self.rejected: list[tuple[str, str]] = []
         self.hashes: list[str] = []
+        self.stamps: list[str] = []
 
     def add(self, batch: Batch, codes: np.ndarray | None) -> None:
         self.keys += batch.keys
         self.codes += [] if codes is None else [codes]
         self.rejected += batch.rejected
         self.hashes += batch.hashes
+        self.stamps += batch.stamps
 
 
 def write_part(parts: Parts, number: int, part: PartOfCodes, grid: tuple[int, int]) -> None:
@@ -205,6 +224,7 @@ def write_part(parts: Parts, number: int, part: PartOfCodes, grid: tuple[int, in
         (folder / "keys").write_text("".join(map(key_line, part.keys)), encoding="utf-8")
         (folder / "rejected").write_text("".join(rejected_line(key, why) for key, why in part.rejected), encoding="utf-8")
         (folder / "hashes").write_text("".join(part.hashes))
+        (folder / "stamps").write_text("".join(part.stamps))
         (folder / "counts.json").write_text(json.dumps({"images": len(part.keys), "rejected": len(part.rejected)}))
 
 
@@ -256,8 +276,9 @@ def join_codes(
     header = vq_codes.codes_header(rows, vqgan.grid)
     hashes[vq_codes.CODES_FILE] = parts.join(num_parts, "codes", output / vq_codes.CODES_FILE, header)
     hashes[vq_codes.KEYS_FILE] = parts.join(num_parts, "keys", output / vq_codes.KEYS_FILE)
-    images_hash = parts.join(num_parts, "hashes", parts.folder / "hashes")
-    details = {"num_codes": vqgan.num_codes, "grid": list(vqgan.grid), "request": {**request, "images": images_hash}}
+    images_hash, stamps = (parts.join(num_parts, name, parts.folder / name) for name in ("hashes", "stamps"))
+    details = {"num_codes": vqgan.num_codes, "grid": list(vqgan.grid), "image_stamps": stamps}
+    details["request"] = {**request, "images": images_hash}
     vq_codes.finish_codes(output, {"images": rows, "rejected": rejected}, {"vqgan": vqgan.fingerprint()}, details, hashes)
     print(f"{output}: codes of {rows} images, {rejected} rejected")
 
@@ -269,13 +290,14 @@ def join_codes(
 class Batch:
     """Consecutive images: the readable ones as `pixels` `[len(keys), 3, H, W]`, the others as (key, reason).
 
-    `hashes` has one line for each image, read or not, in key order.
+    `hashes` and `stamps` have one line for each image, read or not, in key order.
     """
 
     keys: list[str]
     pixels: torch.Tensor
     rejected: list[tuple[str, str]]
     hashes: list[str]
+    stamps: list[str]
 
 
 class ImageReader:
@@ -287,16 +309,24 @@ class ImageReader:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Batch | OSError:
+        """A disk that failed is given back, as torch would make a traceback of what is raised in a worker process."""
+        try:
+            return self._read(self._batches[index])
+        except OSError as error:
+            return error
+
+    def _read(self, batch: list[str]) -> Batch:
         import torch
 
         from beingvl.errors import InputError
-        from beingvl.tokenizer.vq_codes import hash_line
+        from beingvl.tokenizer.vq_codes import hash_line, stamp_line
         from beingvl.tokenizer.vqgan import decode_image, to_pixels
 
-        keys, pixels, rejected, hashes = [], [], [], []
-        for key in self._batches[index]:
+        keys, pixels, rejected, hashes, stamps = [], [], [], [], []
+        for key in batch:
             data = None
+            stamps.append(stamp_line(key, self._images.stamp(key)))  # first: a file that changes meanwhile is read again
             try:
                 data = self._images.read(key)
                 pixels.append(to_pixels(self._processor, decode_image(data, key)))
@@ -304,14 +334,17 @@ class ImageReader:
             except InputError as error:
                 rejected.append((key, str(error)))
             hashes.append(hash_line(key, data))
-        return Batch(keys, torch.stack(pixels) if pixels else torch.empty(0), rejected, hashes)
+        return Batch(keys, torch.stack(pixels) if pixels else torch.empty(0), rejected, hashes, stamps)
 
 
 def read_batches(images: ImageSource, batches: list[list[str]], vqgan: VQGAN, num_workers: int) -> Iterator[Batch]:
-    """The batches in their order, read ahead by `num_workers` processes."""
+    """The batches in their order, read ahead by `num_workers` processes. Raises OSError when the disk fails."""
     from torch.utils.data import DataLoader
 
-    yield from DataLoader(ImageReader(images, batches, vqgan.processor), batch_size=None, num_workers=num_workers)
+    for batch in DataLoader(ImageReader(images, batches, vqgan.processor), batch_size=None, num_workers=num_workers):
+        if isinstance(batch, OSError):
+            raise batch
+        yield batch
 
 
 if __name__ == "__main__":

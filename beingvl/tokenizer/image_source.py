@@ -1,13 +1,20 @@
 """Where images come from: a folder, or tar files (webdataset shards). An image's key is its path below the folder or in the tar.
 
-`keys()` lists them all, sorted; `read(key)` gives one file's bytes, from any process.
+`keys()` lists them all, sorted; `read(key)` gives one file's bytes, from any process; `stamp(key)` tells without reading it
+whether a file is the one of before.
+
+An image that is not there is rejected. A disk that fails is no property of an image: it is asked again, a few times, and then the
+step ends, so that no image is lost for it; started again, the step goes on.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import tarfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -16,13 +23,38 @@ from beingvl.manifest import printable
 from beingvl.tokenizer.llava_json import BrokenRow, image_keys, stream_rows_and_broken
 from beingvl.tokenizer.vq_codes import IMAGE_SUFFIXES, find_images, iterate_images
 
+PAUSES_SECONDS = (0.5, 2, 8)  # between the tries of one read
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+NO_STAMP = "none"
+
 
 class ImageSource(Protocol):
     def keys(self) -> list[str]:
         """Sorted keys of all images. Raises InputError when there are none."""
 
     def read(self, key: str) -> bytes:
-        """The bytes of one image file. Raises InputError when it is not there or cannot be read."""
+        """The bytes of one image file. Raises InputError when it is not there, OSError when the disk fails."""
+
+    def stamp(self, key: str) -> str:
+        """Size and time of the file that holds an image, or NO_STAMP. Equal stamps, equal bytes, as long as nobody sets times."""
+
+
+def read_patiently(path: Path, read: Callable[[], bytes]) -> bytes:
+    """What `read` gives of `path`; asked again after pauses where a disk fails. Raises OSError, at once for what is not there."""
+    for pause in (*PAUSES_SECONDS, None):
+        try:
+            return read()
+        except OSError as error:
+            if pause is None or error.errno in NOT_THERE:
+                error.filename = str(path)  # a failing read does not say it
+                raise
+        time.sleep(pause)
+    raise AssertionError
+
+
+def _stamp_of(path: Path) -> str:
+    found = path.stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def open_images(paths: Sequence[Path]) -> ImageSource:
@@ -56,14 +88,27 @@ class FolderImages:
 
     def read(self, key: str) -> bytes:
         _refuse_names_without_text(key)
-        if PurePosixPath(key).is_absolute() or ".." in PurePosixPath(key).parts:
+        if _leaves(key):
             raise InputError(f"{key} leaves the image folder")
         try:
-            return (self._folder / key).read_bytes()
+            path = self._folder / key
+            return read_patiently(path, path.read_bytes)
         except OSError as error:
+            if error.errno not in NOT_THERE:
+                raise
             raise InputError(f"{key}: {error.strerror}") from error
         except ValueError as error:  # a name that no file system takes
             raise InputError(f"{key!r}: {error}") from error
+
+    def stamp(self, key: str) -> str:
+        try:
+            return NO_STAMP if _leaves(key) else _stamp_of(self._folder / key)
+        except (OSError, ValueError):
+            return NO_STAMP
+
+
+def _leaves(key: str) -> bool:
+    return PurePosixPath(key).is_absolute() or ".." in PurePosixPath(key).parts
 
 
 class _ForgetfulTarFile(tarfile.TarFile):
@@ -89,7 +134,9 @@ class TarImages:
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = list(paths)
         self._places: dict[str, tuple[int, int, int]] = {}  # key -> (tar, offset, size), in bytes
+        self._stamps: list[str] = []  # of the tars, taken before they are read
         for number, path in enumerate(paths):
+            self._stamps.append(_stamp_of(path))
             self._add(number, path)
         if not self._places:
             raise InputError(f"{', '.join(map(str, paths))}: no images in there (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
@@ -119,11 +166,22 @@ class TarImages:
         if key not in self._places:
             raise InputError(f"{key}: not in the tar files")
         number, offset, size = self._places[key]
-        with open(self._paths[number], "rb") as file:
-            data = os.pread(file.fileno(), size, offset)
+        path = self._paths[number]
+        data = read_patiently(path, partial(_read_piece, path, size, offset))
         if len(data) != size:
-            raise InputError(f"{key}: {self._paths[number]} is cut off")
+            raise InputError(f"{key}: {path} is cut off")
         return data
+
+    def stamp(self, key: str) -> str:
+        if key not in self._places:
+            return NO_STAMP
+        number, offset, _ = self._places[key]
+        return f"{offset} {self._stamps[number]}"
+
+
+def _read_piece(path: Path, size: int, offset: int) -> bytes:
+    with open(path, "rb") as file:
+        return os.pread(file.fileno(), size, offset)
 
 
 def named_images(json_path: Path) -> list[str]:

@@ -4,7 +4,7 @@ codes.npy        [N, H, W] uint16, read through a memory map
 keys.jsonl       line n is the key of row n, a JSON string: the image's path relative to the image folder; sorted
 key_offsets.npy  [N + 1] int64, bytes: where each line of keys.jsonl starts, so that a key is found by bisection, in no memory
 rejected.jsonl   {"key", "reason"} of every image that could not be read
-manifest.json    lineage: the VQ-GAN's fingerprint; details: num_codes, grid, hash of the images
+manifest.json    lineage: the VQ-GAN's fingerprint; details: num_codes, grid, hashes of the images and of their sizes and times
 """
 
 from __future__ import annotations
@@ -189,3 +189,8 @@ def hash_images(folder: Path, keys: list[str]) -> str:
 def hash_line(key: str, data: bytes | None) -> str:
     """What one image contributes to the hash of all: its key and content; `data` is None for a file that is not there."""
     return f"{json.dumps(key)} {'missing' if data is None else hash_bytes(data)}\n"
+
+
+def stamp_line(key: str, stamp: str) -> str:
+    """What one image contributes to the hash of all stamps."""
+    return f"{json.dumps(key)} {stamp}\n"

@@ -1,6 +1,7 @@
 """Killed anywhere and started again with another number of ranks, a step writes the bytes of an uninterrupted run."""
 
 import argparse
+import contextlib
 import itertools
 import os
 import random
@@ -127,7 +128,9 @@ def wait_for(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
 
 
 def finished_parts(output: Path) -> list[Path]:
-    return list(output.glob("*parts.tmp/[0-9]*"))
+    with contextlib.suppress(FileNotFoundError):  # it is being removed
+        return list(output.glob("*parts.tmp/[0-9]*"))
+    return []
 
 
 def check_kills(inputs: Path, output: Path, step: str, num_kills: int, seed: int) -> None:

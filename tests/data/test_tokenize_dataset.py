@@ -300,11 +300,12 @@ def test_images_without_codes_or_folder(inputs, capsys) -> None:
     assert "--image_path" in capsys.readouterr().err
 
 
-def test_several_datasets_are_made_of_images(inputs, tmp_path, monkeypatch) -> None:
+def test_several_datasets_are_made_of_images(tmp_path) -> None:
     """Every dataset has codes of its own; a repaired image is read again with --overwrite."""
-    monkeypatch.setattr("beingvl.tokenizer.image_source.FolderImages.read", lambda self, key: images[key])
     folder = write_model_with_vqgan(tmp_path / "model")
-    images = {f"{n}.png": png(n) for n in range(3)} | {"3.png": b"damaged"}
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    (tmp_path / "3.png").write_bytes(b"damaged")
 
     def of_images(name: str, *numbers: int, more: tuple[str, ...] = ()) -> int:
         (tmp_path / f"{name}.json").write_text(json.dumps([row(number) for number in numbers]))
@@ -314,9 +315,9 @@ def test_several_datasets_are_made_of_images(inputs, tmp_path, monkeypatch) -> N
     assert of_images("one", 0, 1) == 0 and of_images("two", 2) == 0 and of_images("one", 0, 1) == 0
     assert [CodeFolder(tmp_path / f"pt_{name}_vq_codes").keys for name in ("one", "two")] == [["0.png", "1.png"], ["2.png"]]
     assert of_images("three", 3) == 2
-    images["3.png"] = png(3)
+    (tmp_path / "3.png").write_bytes(png(3))
     assert of_images("three", 3, more=("--overwrite",)) == 0
-    images["2.png"] = png(4)
+    (tmp_path / "2.png").write_bytes(png(4))
     assert of_images("two", 2) == 2 and of_images("two", 2, more=("--overwrite",)) == 0
     assert read_manifest(tmp_path / "pt").counts["rows"] == 4 and cli.main(["verify", str(tmp_path / "pt")]) == 0
 

@@ -14,6 +14,8 @@ from transformers import JanusVQVAE, JanusVQVAEConfig
 from beingvl.cli import main
 from beingvl.errors import InputError
 from beingvl.manifest import MANIFEST_FILE, read_manifest, verify_folder
+from beingvl.tokenizer import image_source
+from beingvl.tokenizer.image_source import NO_STAMP, FolderImages, TarImages
 from beingvl.tokenizer.vq_codes import CODES_FILE, REJECTED_FILE, CodeFolder
 from beingvl.tokenizer.vqgan import VQGAN, make_processor
 
@@ -157,6 +159,82 @@ def test_a_finished_output_is_reused_refused_or_replaced(image_path, vq_path, tm
     assert (output / MANIFEST_FILE).stat().st_mtime_ns == before
     assert encode(image_path, other_vq, output, overwrite=True) == 0
     assert read_manifest(output).lineage == {"vqgan": VQGAN.load(other_vq).fingerprint()}
+
+
+def test_a_finished_output_reads_no_image_again_that_looks_the_same(image_path, vq_path, tmp_path, capsys):
+    tar_path = tmp_path / "images.tar"
+    with tarfile.open(tar_path, "w") as tar:
+        tar.add(image_path / "a.png", "a.png")
+    in_tar = (tar_path, tar_path.read_bytes().index((image_path / "a.png").read_bytes()) + 60)
+    for number, (path, place) in enumerate([(image_path / "a.png", 60), in_tar]):
+        source, output = image_path if number == 0 else tar_path, tmp_path / f"codes-{number}"
+        assert encode(source, vq_path, output) == 0
+        times, data = path.stat(), bytearray(path.read_bytes())
+        data[place] ^= 1
+        path.write_bytes(data)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert encode(source, vq_path, output) == 0 and "reused" in capsys.readouterr().out  # or it would see the other bit
+        os.utime(path)
+        assert encode(source, vq_path, output) == 2 and "with another images" in capsys.readouterr().err
+        data[place] ^= 1
+        path.write_bytes(data)  # the same bytes, later: read, and found equal
+        assert encode(source, vq_path, output) == 0 and "reused" in capsys.readouterr().out
+    for change in (lambda: (image_path / "a.png").unlink(), lambda: shutil.copy(image_path / "b/1.png", image_path / "new.png")):
+        change()
+        assert encode(image_path, vq_path, tmp_path / "codes-0") == 2 and "with another images" in capsys.readouterr().err
+
+
+FAILING_DISK = "/proc/self/mem"  # a file whose first bytes the kernel answers with an I/O error
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_disk_that_fails_ends_the_run_and_loses_no_image(image_path, vq_path, tmp_path, capsys, monkeypatch, num_workers):
+    assert encode(image_path, vq_path, tmp_path / "expected", images_per_part=2) == 0
+    monkeypatch.setattr(image_source, "PAUSES_SECONDS", (0.01,))
+    path = image_path / "b/2.png"  # the fourth of five, so in the second part of three
+    path.rename(tmp_path / "2.png")
+    path.symlink_to(FAILING_DISK)
+    options = {"images_per_part": 2, "num_workers": num_workers, "max_rejected": 1}
+    assert encode(image_path, vq_path, tmp_path / "codes", **options) == 2
+    message = capsys.readouterr().err
+    assert f"Input/output error ({path}); nothing finished is lost: see to the disk and start the same" in message
+    assert [part.name for part in (tmp_path / "codes").glob("parts.tmp/0*")] == ["00000"]
+    path.unlink()
+    (tmp_path / "2.png").rename(path)
+    assert encode(image_path, vq_path, tmp_path / "codes", **options) == 0
+    assert read_manifest(tmp_path / "codes").content_hash == read_manifest(tmp_path / "expected").content_hash
+
+
+def test_a_disk_that_fails_once_is_asked_again(image_path, vq_path, tmp_path, monkeypatch):
+    path, pauses = image_path / "a.png", []
+
+    def recover(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            path.unlink()
+            (tmp_path / "a.png").rename(path)
+
+    path.rename(tmp_path / "a.png")
+    path.symlink_to(FAILING_DISK)
+    monkeypatch.setattr("beingvl.tokenizer.image_source.time.sleep", recover)
+    assert encode(image_path, vq_path, tmp_path / "codes") == 0
+    assert CodeFolder(tmp_path / "codes").manifest.counts == {"images": 5, "rejected": 0}
+    assert pauses == list(image_source.PAUSES_SECONDS[:2])
+    path.unlink()  # what is not there is not waited for
+    assert FolderImages(image_path).stamp("a.png") == NO_STAMP
+    with pytest.raises(InputError, match="No such file"):
+        FolderImages(image_path).read("a.png")
+    assert len(pauses) == 2
+
+
+def test_a_tar_that_cannot_be_read_is_no_missing_image(image_path, vq_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_source, "PAUSES_SECONDS", (0.01,))
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        tar.add(image_path / "a.png", "a.png")
+    images = TarImages([tmp_path / "0.tar"])
+    (tmp_path / "0.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"0\.tar"):
+        images.read("a.png")
 
 
 def test_rows_that_name_no_path_are_left_out(image_path, vq_path, tmp_path, capsys):
