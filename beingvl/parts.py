@@ -4,6 +4,9 @@
     OUTPUT/parts.tmp/00000/ …        finished parts: each is written beside its place and renamed, so it is whole or absent
     OUTPUT/manifest.json             written, last, by the rank that finds all parts finished; then parts.tmp/ is removed
 
+A part that two processes make at once is the same bytes twice, and the first stays. A process that another has overtaken, so that
+its parts are joined and gone while it still makes one, ends well: `writing` raises OvertakenError.
+
 How the input is cut into parts is a function of the input alone. Rank r of R makes the parts r, r + R, r + 2R, … that nobody
 has finished yet; a run that was killed is started again with any number of ranks.
 
@@ -14,6 +17,7 @@ has finished yet; a run that was killed is started again with any number of rank
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 
 FOLDER = "parts.tmp"  # manifests leave out what ends in .tmp
 LOCK = ".lock.tmp"
+GONE = (errno.ENOENT, errno.ESTALE)  # what a removed folder answers, the second on a network disk
 
 
 # ---- ranks ----
@@ -80,12 +85,16 @@ RANK_VARIABLES = (
 # ---- parts ----
 
 
+class OvertakenError(Exception):
+    """The parts were removed, or begun anew, by another process: there is nothing left to do for this one."""
+
+
 class Parts:
     """The parts of one output folder. `request` says what is made; parts of another request are refused."""
 
     def __init__(self, output: Path, request: Mapping[str, Any], name: str = FOLDER) -> None:
         self.folder = output / name
-        text = to_json(dict(request))
+        self._request = text = to_json(dict(request))
         make_folder(self.folder)
         path = self.folder / "request.json"
         if not path.exists():
@@ -102,7 +111,21 @@ class Parts:
         return self.folder / f"{number:05d}"
 
     def finished(self) -> set[int]:
+        """Raises InputError when the parts are gone: whoever has locked the output and found it incomplete asks."""
+        if not self._are_ours():
+            raise self.removed()
         return {int(name) for name in os.listdir(self.folder) if name.isdecimal()}
+
+    def removed(self) -> InputError:
+        return InputError(f"{self.folder} was removed while this process made parts of it; start the same command again")
+
+    def _are_ours(self) -> bool:
+        try:
+            return (self.folder / "request.json").read_text() == self._request
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            return False
 
     def missing(self, num_parts: int) -> list[int]:
         finished = self.finished()
@@ -110,16 +133,25 @@ class Parts:
 
     @contextlib.contextmanager
     def writing(self, number: int) -> Iterator[Path]:
-        """A folder to write part `number` into; it gets its name when the block ends without an error."""
+        """A folder to write part `number` into; it gets its name when the block ends without an error.
+
+        Raises OvertakenError when the parts were removed before that.
+        """
         temporary = self.folder / f".{number:05d}.{socket.gethostname()}.{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
         try:
+            temporary.mkdir()
             yield temporary
             for path in temporary.iterdir():
                 _sync(path)
+            if not self._are_ours():  # but of another request, whose parts these files must not be
+                raise OvertakenError
             with contextlib.suppress(FileExistsError):  # another process finished the same part meanwhile: the same bytes
                 _rename_folder(temporary, self.path(number))
+        except OSError as error:
+            if error.errno not in GONE or self._are_ours():
+                raise
+            raise OvertakenError from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

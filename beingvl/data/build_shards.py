@@ -22,7 +22,7 @@ import json
 import os
 import queue
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +80,7 @@ def _without_collecting() -> Iterator[None]:
 def run(args: argparse.Namespace) -> None:
     from beingvl.errors import InputError
     from beingvl.manifest import already_made, is_complete, read_manifest, start_folder
-    from beingvl.parts import Parts, locked, ranks_of, refuse_overwrite_of_many, remove_parts
+    from beingvl.parts import OvertakenError, Parts, locked, ranks_of, refuse_overwrite_of_many, remove_parts
 
     if not 1 <= args.part_bytes <= MAX_PART_BYTES:
         raise InputError(f"--part_bytes is {args.part_bytes}, expected 1 … {MAX_PART_BYTES}")
@@ -105,9 +105,11 @@ def run(args: argparse.Namespace) -> None:
         parts = Parts(args.output_path, {"parts_version": PARTS_VERSION, **content, "decoded": decoder is not None})
         num_readers = max(1, len(os.sched_getaffinity(0)) if args.num_workers is None else args.num_workers)
         mine = [tasks[number] for number in parts.missing(len(tasks)) if number % num_ranks == rank]
-    build_parts(ShardBuilder(parts, layout, decoder, num_readers), mine, num_readers + THREADS_THAT_WAIT)
+    with suppress(OvertakenError):
+        build_parts(ShardBuilder(parts, layout, decoder, num_readers), mine, num_readers + THREADS_THAT_WAIT)
     with locked(args.output_path):
         if is_complete(args.output_path):
+            parts.remove()  # what this rank may have added while another removed them
             return
         if missing := parts.missing(len(tasks)):
             print(f"rank {rank} of {num_ranks} has finished its parts; {len(missing)} of {len(tasks)} are still missing")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -80,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from beingvl.data.build_shards import PARTS_VERSION
-    from beingvl.parts import Parts, locked, ranks_of, refuse_overwrite_of_many, remove_parts
+    from beingvl.parts import OvertakenError, Parts, locked, ranks_of, refuse_overwrite_of_many, remove_parts
     from beingvl.vocab import VocabLayout
 
     check_arguments(args)
@@ -100,11 +101,16 @@ def run(args: argparse.Namespace) -> None:
         parts_request = {"parts_version": PARTS_VERSION, **request}
         parts = Parts(args.output_dir, parts_request, output.parts_name)
         finished = parts.finished()  # now: when this rank comes to them, another one may have joined and removed them
-    num_rows = tokenize_parts(finished, args, codes, parts_request, rank, num_ranks)
-    num_parts = -(-num_rows // args.rows_per_part)
+    num_rows = None
+    with suppress(OvertakenError):
+        num_rows = tokenize_parts(finished, args, codes, parts_request, rank, num_ranks)
     with locked(args.output_dir):
         if output.is_made_by(request, quiet=True):
+            parts.remove()  # what this rank may have added while another removed them
             return
+        if num_rows is None:
+            raise parts.removed()
+        num_parts = -(-num_rows // args.rows_per_part)
         if missing := parts.missing(num_parts):
             print(f"rank {rank} of {num_ranks} has finished its parts; {len(missing)} of {num_parts} are still missing")
             return

@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +127,7 @@ def device_of(args: argparse.Namespace) -> str:
 def evaluate_in_parts(work: Answering | HeldOutLoss, args: argparse.Namespace, rank: int, num_ranks: int) -> None:
     """Make this rank's missing parts; the rank that finds all of them finished joins them."""
     from beingvl.manifest import already_made, is_complete, start_folder
-    from beingvl.parts import Parts, locked, remove_parts
+    from beingvl.parts import OvertakenError, Parts, locked, remove_parts
 
     output = args.output_path
     with locked(output):
@@ -141,9 +142,11 @@ def evaluate_in_parts(work: Answering | HeldOutLoss, args: argparse.Namespace, r
         parts = Parts(output, {**work.parts_request, "rows_per_part": args.rows_per_part})
         num_parts = -(-work.num_rows // args.rows_per_part)
         mine = [number for number in parts.missing(num_parts) if number % num_ranks == rank]
-    _make_parts(work, parts, mine, args.rows_per_part)
+    with suppress(OvertakenError):
+        _make_parts(work, parts, mine, args.rows_per_part)
     with locked(output):
         if is_complete(output):
+            parts.remove()  # what this rank may have added while another removed them
             return
         if missing := parts.missing(num_parts):
             print(f"rank {rank} of {num_ranks} has finished its parts; {len(missing)} of {num_parts} are still missing")

@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from beingvl.manifest import already_made, is_complete, start_folder
-    from beingvl.parts import Parts, locked, ranks_of, refuse_overwrite_of_many, remove_parts
+    from beingvl.parts import OvertakenError, Parts, locked, ranks_of, refuse_overwrite_of_many, remove_parts
     from beingvl.tokenizer.image_source import open_images
     from beingvl.tokenizer.vqgan import VQGAN
 
@@ -89,9 +90,11 @@ def run(args: argparse.Namespace) -> None:
     if is_finished:  # without the lock: ranks look at all images side by side, not one after the other
         already_made(args.output_path, "vq_codes", {**request, "images": hash_now(args.output_path, images, keys)})
         return
-    encode_parts(parts, mine, images, keys, vqgan, args)
+    with suppress(OvertakenError):
+        encode_parts(parts, mine, images, keys, vqgan, args)
     with locked(args.output_path):
         if is_complete(args.output_path):
+            parts.remove()  # what this rank may have added while another removed them
             return
         if missing := parts.missing(num_parts):
             print(f"rank {rank} of {num_ranks} has finished its parts; {len(missing)} of {num_parts} are still missing")

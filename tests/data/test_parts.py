@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from beingvl import cli
 from beingvl.data import tokenize_dataset
 from beingvl.errors import InputError
 from beingvl.manifest import is_complete, read_manifest, verify_folder
-from beingvl.parts import FOLDER, LOCK, Parts, ranks_of, wait_until_complete
+from beingvl.parts import FOLDER, LOCK, OvertakenError, Parts, ranks_of, wait_until_complete
 from beingvl.tokenizer.llava_json import stream_rows_and_broken
 from tests.data.conftest import commands
 
@@ -230,6 +231,60 @@ def test_a_rank_that_another_has_overtaken_makes_nothing_again(inputs, tmp_path,
     monkeypatch.setattr(tokenize_dataset, "stream_rows_and_broken", rows)
     assert cli.main([*command, "--rank=1", "--num_ranks=2"]) == 0
     assert not made and not list(output.glob("*parts.tmp")), capsys.readouterr().err
+
+
+def when_it_writes(monkeypatch, number: int, event: Callable[[], object]) -> None:
+    """Let `event` happen when a rank has begun to write its part `number`; the parts before it are untouched."""
+    writing = Parts.writing
+
+    @contextlib.contextmanager
+    def interrupted(parts: Parts, at: int) -> Iterator[Path]:
+        with writing(parts, at) as folder:
+            if at == number:
+                monkeypatch.undo()
+                event()
+            yield folder
+
+    monkeypatch.setattr(Parts, "writing", interrupted)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_rank_that_is_overtaken_in_the_middle_of_a_part_ends_well(inputs, tmp_path, step, monkeypatch, capsys) -> None:
+    """Another process makes all the rest, that part too, joins them and removes the parts."""
+    command, output = commands(inputs, tmp_path)[step], tmp_path / step
+    overtakers: list[int] = []
+    when_it_writes(monkeypatch, 2, lambda: overtakers.append(cli.main(command)))
+    assert cli.main(command) == 0, capsys.readouterr().err
+    assert overtakers == [0] and not list(output.glob("*parts.tmp"))
+    assert verify_folder(output).content_hash == read_manifest(inputs / step).content_hash
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_rank_whose_parts_somebody_removed_says_so(inputs, tmp_path, step, monkeypatch, capsys) -> None:
+    command, output = commands(inputs, tmp_path)[step], tmp_path / step
+    when_it_writes(monkeypatch, 2, lambda: shutil.rmtree(next(output.glob("*parts.tmp"))))
+    assert cli.main(command) == 2
+    assert "was removed while this process made parts of it; start the same command again" in capsys.readouterr().err
+    assert not is_complete(output) and cli.main(command) == 0
+    assert verify_folder(output).content_hash == read_manifest(inputs / step).content_hash
+
+
+def test_a_late_part_does_not_get_into_the_parts_of_another_request(tmp_path) -> None:
+    late = Parts(tmp_path, {"a": 1})
+    with pytest.raises(OvertakenError), late.writing(0) as folder:
+        (folder / "x").write_text("of the first request")
+        (late.folder / "request.json").unlink()
+        Parts(tmp_path, {"a": 2})
+    assert Parts(tmp_path, {"a": 2}).finished() == set()
+
+
+def test_two_processes_that_make_the_same_parts_at_once_end_well(inputs, tmp_path) -> None:
+    words = [sys.executable, "-m", "beingvl", *commands(inputs, tmp_path)["build-shards"]]
+    started = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    shown = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0, 0], shown
+    assert verify_folder(tmp_path / "build-shards").content_hash == read_manifest(inputs / "build-shards").content_hash
+    assert not (tmp_path / "build-shards" / FOLDER).exists()
 
 
 def test_processes_that_tokenize_write_the_same_bytes(inputs, tmp_path) -> None:

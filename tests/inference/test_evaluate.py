@@ -16,6 +16,7 @@ from beingvl.inference.model import BeingVL
 from beingvl.inference.question_answering import Question, by_question, summarize, write_predictions
 from beingvl.manifest import read_manifest, verify_folder
 from beingvl.tokenizer.vbpe import VisualBPE
+from tests.data.test_parts import when_it_writes
 from tests.inference.small_run import QUESTIONS, evaluate
 from tests.model.small_models import NUM_CODES
 
@@ -188,6 +189,17 @@ def test_an_interrupted_evaluation_is_continued_on_other_ranks(
     assert read_predictions(tmp_path / "eval") == read_predictions(run_folder / "eval" / "stage-1")
     ours, whole = (read_summary(folder) for folder in (tmp_path / "eval", run_folder / "eval" / "stage-1"))
     assert {**ours, "name": ""} == {**whole, "name": ""}
+
+
+def test_a_rank_that_is_overtaken_in_the_middle_of_a_part_ends_well(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, overtakers = tmp_path / "eval", []
+    arguments = command(run_folder, output, codes(run_folder), "--rows_per_part=9")
+    when_it_writes(monkeypatch, 1, lambda: overtakers.append(main(arguments)))
+    assert main(arguments) == 0, capsys.readouterr().err
+    assert overtakers == [0] and not list(output.glob("parts.tmp"))
+    assert read_predictions(output) == read_predictions(run_folder / "eval" / "stage-1")
 
 
 def test_overwrite_is_for_one_rank(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
