@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from beingvl.data.arrow_shards import LENGTHS_FILE, MEMBERS_FILE, Sample, ShardReader, damaged
+from beingvl.data.arrow_shards import LENGTHS_FILE, MEMBERS_FILE, SOURCE_OF_FILE, Sample, ShardReader, damaged
 from beingvl.data.mixture import Mixture, check_weights
 from beingvl.data.packing import WINDOW, PackingPlan, pack_window
 from beingvl.errors import InputError
@@ -29,7 +29,7 @@ from beingvl.manifest import hash_bytes, write_atomically
 from beingvl.vocab import VocabLayout
 
 IGNORED = -100
-PLAN_VERSION = 2  # of the arithmetic of mixture and packing
+PLAN_VERSION = 3  # of the arithmetic of mixture and packing, and of what is kept
 WINDOWS_KEPT = 2
 LOSS_ON = ("response", "text", "all")
 
@@ -55,6 +55,16 @@ class MicroBatch:
     @property
     def num_target_tokens(self) -> int:
         return int((self.target_ids != IGNORED).sum())
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a source has of all that a run sees; shares are 0 … 1."""
+
+    samples: int
+    share_of_samples: float
+    tokens: int
+    share_of_tokens: float
 
 
 class TrainingData:
@@ -84,12 +94,14 @@ class TrainingData:
         self._loss_on = loss_on
         self._windows: dict[int, list[np.ndarray]] = {}
         self._plan_path = self._path_of_plan()
-        self.plan = PackingPlan(self._lengths, num_samples, sequence_length, packing, self._kept_plan())
+        kept = self._kept_plan()
+        self._tokens_of_source = np.array(kept["tokens_of_source"] if kept else [0] * len(shards.sources))
+        self.plan = PackingPlan(self._lengths, num_samples, sequence_length, packing, kept)
         if shards.manifest.counts["longest_sample_tokens"] > sequence_length:
             self.plan.num_sequences  # noqa: B018  an error now, not when the step of such a sample comes
 
-    def _draw(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples at these places of the global order, and their lengths. Raises InputError for a damaged index.
+    def _draw(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Samples at these places of the global order, their lengths and sources. Raises InputError for a damaged index.
 
         A few thousand of them lie all over the index files, so that their pages are given back at once.
         """
@@ -100,11 +112,18 @@ class TrainingData:
         lengths = self.shards.lengths[drawn]
         if lengths.min(initial=1) < 1:
             raise damaged(self.shards.folder / LENGTHS_FILE, f"it holds a length of {lengths.min()} tokens")
+        sources = self.shards.source_of[drawn]
+        if sources.max(initial=0) >= len(self.shards.sources):
+            raise damaged(self.shards.folder / SOURCE_OF_FILE, f"it holds the source {sources.max()}")
         self.shards.give_back_pages()
-        return drawn, lengths
+        return drawn, lengths, sources
 
     def _lengths(self, start: int, stop: int) -> np.ndarray:
-        return self._draw(start, stop)[1]
+        """For the plan, which asks for every sample once: their tokens are added up on the way."""
+        _, lengths, sources = self._draw(start, stop)
+        tokens = np.bincount(sources, weights=lengths, minlength=len(self.shards.sources))
+        self._tokens_of_source += tokens.astype(np.int64)
+        return lengths
 
     def _path_of_plan(self) -> Path:
         """Its name is a hash of all that decides the plan, so it is never out of date."""
@@ -121,6 +140,8 @@ class TrainingData:
             kept = json.loads(self._plan_path.read_text())
             if len(kept["sequences"]) != -(-self._num_samples // WINDOW) or min(kept["sequences"]) < 1 or kept["tokens"] < 1:
                 raise ValueError("other windows")
+            if len(kept["tokens_of_source"]) != len(self.shards.sources) or sum(kept["tokens_of_source"]) != kept["tokens"]:
+                raise ValueError("other sources")
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{self._plan_path} is damaged ({error}); remove it, it is made again") from error
         return kept
@@ -131,7 +152,8 @@ class TrainingData:
         num_sequences = self.plan.num_sequences
         if not self._plan_path.is_file():
             with contextlib.suppress(OSError):  # a disk that is read-only or full: then every start plans anew
-                write_atomically(self._plan_path, json.dumps(self.plan.counts))
+                kept = {**self.plan.counts, "tokens_of_source": self._tokens_of_source.tolist()}
+                write_atomically(self._plan_path, json.dumps(kept))
         return -(-num_sequences // self.sequences_per_step)
 
     def sequence_numbers(self, step: int, micro_step: int, rank: int, num_ranks: int, micro_batch_size: int) -> range:
@@ -154,7 +176,7 @@ class TrainingData:
     def _pack(self, window: int, num_sequences: int) -> list[np.ndarray]:
         """Samples of the window's sequences. Raises InputError when there are not as many as were planned."""
         start = window * WINDOW
-        drawn, lengths = self._draw(start, min(start + WINDOW, self._num_samples))
+        drawn, lengths, _ = self._draw(start, min(start + WINDOW, self._num_samples))
         if not self._packing:
             return list(drawn.reshape(-1, 1))
         sequences = [drawn[positions] for positions in pack_window(lengths, self._sequence_length)]
@@ -169,10 +191,14 @@ class TrainingData:
         sources = [int(self.shards.source_of[index]) for index in indices]
         return collate([self.shards[index] for index in indices], sources, self.shards.layout, self._loss_on)
 
-    def realised_shares(self) -> dict[str, tuple[int, float]]:
-        """Samples of every source in the whole run, and their share of all."""
-        counts = self.mixture.counts(self._num_samples)
-        return {name: (counts.get(name, 0), counts.get(name, 0) / max(1, self._num_samples)) for name in self.shards.sources}
+    def realised_shares(self) -> dict[str, Share]:
+        """What every source has of the whole run. Waits for the whole plan."""
+        num_tokens = self.plan.counts["tokens"]  # waits
+        samples = self.mixture.counts(self._num_samples)
+        return {
+            name: Share(samples.get(name, 0), samples.get(name, 0) / self._num_samples, tokens, tokens / num_tokens)
+            for name, tokens in zip(self.shards.sources, self._tokens_of_source.tolist(), strict=True)
+        }
 
 
 def open_mixture(shards: ShardReader, weights: Mapping[str, float], by: str, seed: int) -> Mixture:

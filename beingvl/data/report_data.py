@@ -125,7 +125,8 @@ def mixture_table(shards: ShardReader, config_path: Path) -> str:
         weights, epochs = dict(block["mixture"]), float(block["epochs"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{config_path} is not a stage's JSON with beingvl.mixture and beingvl.epochs ({error!r})") from error
-    mixture = open_mixture(shards, weights, block.get("mixture_by", "samples"), block.get("seed", 0))
+    by = block.get("mixture_by", "samples")
+    mixture = open_mixture(shards, weights, by, block.get("seed", 0))
     num_samples = round(epochs * mixture.num_samples)
     samples, tokens = np.zeros(len(shards.sources), np.int64), np.zeros(len(shards.sources))
     for start in range(0, num_samples, 1 << 20):
@@ -144,7 +145,7 @@ def mixture_table(shards: ShardReader, config_path: Path) -> str:
         )
         for n, name in enumerate(shards.sources)
     ]
-    return table(["source", "weight", "samples drawn", "share of samples", "share of tokens", "times through it"], rows)
+    return table(["source", f"weight, by {by}", "samples drawn", "share of samples", "share of tokens", "times through it"], rows)
 
 
 def bars(rows: list[tuple[str, int]]) -> str:

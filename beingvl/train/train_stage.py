@@ -375,7 +375,10 @@ def build_data(config: StageConfig, shards: ShardReader) -> TrainingData:
 def _describe(data: TrainingData, config: StageConfig, engine: TrainingEngine) -> str:
     from beingvl.train.loop import num_steps_of
 
-    shares = ", ".join(f"{name} {count:,} samples ({share:.2%})" for name, (count, share) in data.realised_shares().items())
+    shares = ", ".join(
+        f"{name} {share.samples:,} samples ({share.share_of_samples:.2%}), {share.tokens:,} tokens ({share.share_of_tokens:.2%})"
+        for name, share in data.realised_shares().items()
+    )
     return (
         f"{num_steps_of(data, config)} steps of {config.sequences_per_step} sequences: {engine.ranks.num_ranks} ranks x "
         f"{config.micro_batch_size} (micro-batch) x {engine.accumulation_steps} (accumulation); packing "

@@ -12,7 +12,7 @@ import pytest
 from beingvl import cli
 from beingvl.data import arrow_shards
 from beingvl.data.arrow_shards import Sample, ShardReader, ShardWriter, open_batch
-from beingvl.data.loader import IGNORED, TrainingData, collate, shifted_targets
+from beingvl.data.loader import IGNORED, Share, TrainingData, collate, open_mixture, shifted_targets
 from beingvl.data.mixture import Mixture
 from beingvl.data.token_rows import hash_ids
 from beingvl.errors import InputError
@@ -582,12 +582,32 @@ def test_a_bit_flipped_in_the_head_of_a_shard_or_an_index_is_harmless_or_named(t
         (tmp_path / name).write_bytes(data)
 
 
-def test_realised_shares_are_those_of_the_draws(tmp_path) -> None:
+@pytest.mark.parametrize("by", ["samples", "tokens"])
+def test_realised_shares_are_those_of_the_draws(tmp_path, by) -> None:
     shards = ShardReader(write_shards(tmp_path))
-    mixture = Mixture(shards.members, shards.sources, {"foundation": 0.7, "reasoning": 0.3}, 0)
-    shares = TrainingData(shards, mixture, 137, 64, 4).realised_shares()
-    drawn = np.bincount(shards.source_of[mixture.draw(0, 137)])
-    assert [shares[name] for name in shards.sources] == list(zip(drawn.tolist(), (drawn / 137).tolist(), strict=True))
+    mixture = open_mixture(shards, {"foundation": 0.7, "reasoning": 0.3}, by, 0)
+    for _ in range(2):  # the second finds a kept plan
+        data = TrainingData(shards, mixture, 137, 64, 4)
+        drawn = mixture.draw(0, 137)
+        samples = np.bincount(shards.source_of[drawn])
+        tokens = np.bincount(shards.source_of[drawn], weights=shards.lengths[drawn]).astype(int)
+        assert data.num_steps and tokens[0] / tokens.sum() != samples[0] / 137
+        expected = [
+            Share(int(samples[n]), samples[n] / 137, int(tokens[n]), tokens[n] / tokens.sum()) for n in range(len(samples))
+        ]
+        assert [data.realised_shares()[name] for name in shards.sources] == expected
+
+
+def test_a_mixture_by_tokens_has_the_shares_of_tokens_that_were_asked_for(tmp_path) -> None:
+    writer = ShardWriter(tmp_path, LAYOUT)
+    for number in range(4000):
+        ids = np.ones(5 if number % 2 else 40, np.int32)
+        writer.add(Sample(str(number), "", ("long", "short")[number % 2], ids, np.array([[1, 2]], np.int32)))
+    writer.finish({"vocab": LAYOUT.fingerprint()}, {})
+    shards = ShardReader(tmp_path)
+    shares = TrainingData(shards, open_mixture(shards, {"long": 0.4, "short": 0.6}, "tokens", 0), 4000, 64, 4).realised_shares()
+    assert shares["short"].share_of_tokens == pytest.approx(0.6, abs=0.001)
+    assert shares["short"].share_of_samples == pytest.approx(0.6 * 8 / (0.6 * 8 + 0.4), abs=0.001)
 
 
 def test_pages_that_are_given_back_are_read_again(tmp_path) -> None:

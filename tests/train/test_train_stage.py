@@ -1,5 +1,6 @@
 """The training engine under the real launcher: exact against plain torch, frozen to the bit, resumable to the bit."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ def assert_same_bytes(found: dict[str, torch.Tensor], expected: dict[str, torch.
 def test_rows_only_equals_plain_torch_and_leaves_the_rest_to_the_bit(work) -> None:
     output = work / "rows"
     assert run(2, work / "rows.json", work / "base", work / "shards", output) == 0, log_of(output)
+    assert re.search(r"sources: foundation \d+ samples \([\d.]+%\), [\d,]+ tokens \([\d.]+%\), reasoning", log_of(output))
     rows = slice(LAYOUT.num_text, None)
     plain_losses, plain_weights = train_plain(work / "base", work / "shards", load_stage_config(work / "rows.json"), rows)
     assert losses(output) == pytest.approx(plain_losses, rel=1e-5)
