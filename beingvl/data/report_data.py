@@ -4,6 +4,7 @@
 
 Counts, lengths, packing efficiency, the histogram of token kinds, which of the new rows never occur, and decoded examples; with a
 stage's JSON what its mixture draws; with a VQ-GAN that has a decoder, and the vBPE they were made with, the examples' images too.
+A folder that holds folders of shards, as `beingvl tokenize --format arrow` writes it, stands for all of them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ td, th { padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--line); te
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shards", nargs="+", type=Path, help="shard folders")
+    parser.add_argument("shards", nargs="+", type=Path, help="shard folders, or folders of them")
     parser.add_argument("--output_path", type=Path, default=Path("data_report.html"), help="HTML file to write")
     parser.add_argument("--model_path", type=Path, help="model folder whose tokenizer shows the examples' text")
     parser.add_argument("--vbpe_path", type=Path, help="vbpe.json, to turn merged images into codes")
@@ -50,12 +51,40 @@ def run(args: argparse.Namespace) -> None:
     for name in ("sequence_length", "num_examples"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}, expected at least 1")
-    body = "".join(folder_section(ShardReader(path), args) for path in args.shards)
+    folders = [folder for path in args.shards for folder in shard_folders(path)]
+    body = "".join(folder_section(ShardReader(folder), args) for folder in folders)
     head = (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Being-VL: data</title><style>{STYLE}</style></head>"
     )
     write_atomically(args.output_path, f"{head}<body><h1>Being-VL: data</h1>{body}</body></html>\n")
     print(args.output_path)
+
+
+INSTEAD = {
+    "jsonl": "build shards of its files with `beingvl build-shards` and give those",
+    "vq_codes": "give shards of samples that were tokenized with it; `beingvl report vbpe --codes` shows codes",
+    "stage": "give the shards that it was trained on; `beingvl report train` shows a stage",
+    "config": "give shards, and this file with --deepspeed_config",
+}
+
+
+def shard_folders(path: Path) -> list[Path]:
+    """`path`, or the shard folders in it. Raises InputError that says what to give in its place."""
+    from beingvl.errors import InputError
+    from beingvl.manifest import is_complete, read_manifest
+
+    kind = read_manifest(path).kind if is_complete(path) else None
+    if kind is None and path.is_file():
+        kind = {".jsonl": "jsonl", ".json": "config"}.get(path.suffix)
+    elif kind is None and (path / "metrics.jsonl").is_file():
+        kind = "stage"
+    if kind in (None, "jsonl") and path.is_dir():
+        inside = [folder for folder in sorted(path.iterdir()) if is_complete(folder) and read_manifest(folder).kind == "shards"]
+        if inside:
+            return inside
+    if kind in INSTEAD:
+        raise InputError(f"{path} is no folder of shards; {INSTEAD[kind]}")
+    return [path]
 
 
 def folder_section(shards: ShardReader, args: argparse.Namespace) -> str:

@@ -40,6 +40,35 @@ def test_every_image_of_an_example_is_shown(inputs, tmp_path) -> None:
     assert page.read_text().count("data:image/png") == 4
 
 
+def test_a_folder_of_shard_folders_stands_for_all_of_them(inputs, tmp_path) -> None:
+    command = ["tokenize", f"--json_path={inputs}/rows.json", f"--vq_codes={inputs}/encode-images", "--format=arrow"]
+    command += [f"--model_path={inputs}/base", f"--vbpe_path={inputs}/vbpe.json", f"--output_dir={tmp_path}/out"]
+    assert cli.main([*command, "--max_rejected=0.1"]) == 0
+    assert cli.main(["report", "data", f"{tmp_path}/out", f"--output_path={tmp_path}/page.html"]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert all(f"<h2>{tmp_path}/out/data_{variant}</h2>" in page for variant in ("base", "vbpe"))
+
+
+def test_what_is_no_shard_folder_says_what_to_give(inputs, tmp_path, capsys) -> None:
+    (tmp_path / "stage.json").write_text("{}")
+    (tmp_path / "stage-1").mkdir()
+    (tmp_path / "stage-1" / "metrics.jsonl").write_text("")
+    (tmp_path / "empty").mkdir()
+    for path, message in (
+        (inputs / "tokenize", "is no folder of shards; build shards of its files with `beingvl build-shards`"),
+        (inputs / "tokenize" / "data_vbpe.jsonl", "build shards of its files"),
+        (inputs / "encode-images", "give shards of samples that were tokenized with it"),
+        (inputs / "vqgan", "holds 'vqgan', expected 'shards'"),
+        (tmp_path / "stage.json", "this file with --deepspeed_config"),
+        (tmp_path / "stage-1", "`beingvl report train` shows a stage"),
+        (tmp_path / "empty", "has no manifest.json, so it is incomplete; make it with `beingvl build-shards`"),
+        (tmp_path / "nowhere", "is not a folder; make it with `beingvl build-shards`"),
+    ):
+        assert cli.main(["report", "data", str(path), f"--output_path={tmp_path}/page.html"]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_ids_that_never_occur_are_all_on_the_page() -> None:
     assert ranges_of(np.array([1, 2, 3, 7, 9, 10])) == ["1 to 3", "7", "9 to 10"] and ranges_of(np.array([], int)) == []
     assert folded(["1", "2"]) == "1, 2"
