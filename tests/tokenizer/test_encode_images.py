@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import tarfile
 
 import numpy as np
@@ -18,6 +19,7 @@ from beingvl.tokenizer import image_source
 from beingvl.tokenizer.image_source import NO_STAMP, FolderImages, TarImages
 from beingvl.tokenizer.vq_codes import CODES_FILE, REJECTED_FILE, CodeFolder
 from beingvl.tokenizer.vqgan import VQGAN, make_processor
+from tests.launcher import ENVIRONMENT, free_port
 
 KEYS = ["b/2.png", "a.png", "b/10.JPG", "z z/ü.png", "b/1.png"]
 
@@ -380,6 +382,30 @@ def test_keys_are_found_without_reading_them_all(image_path, vq_path, tmp_path):
     assert encode(image_path, vq_path, tmp_path / "codes") == 0
     folder = CodeFolder(tmp_path / "codes")
     assert [folder.row(key) for key in sorted(KEYS)] == list(range(5)) and "keys" not in vars(folder)
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_ranks_of_a_launcher_in_a_slurm_array_write_what_one_process_writes(image_path, vq_path, tmp_path, monkeypatch, launcher):
+    """The first of two array tasks is launched for real, with two ranks; the ranks of the second follow one after the other."""
+    words = {
+        "deepspeed": ["deepspeed", "--num_gpus", 2, "--master_port", free_port(), "--module", "beingvl"],
+        "torchrun": ["torchrun", "--nproc-per-node", 2, "--master-port", free_port(), "-m", "beingvl"],
+    }[launcher]
+    words += ["encode-images", f"--image_path={image_path}", f"--vq_path={vq_path}", f"--output_path={tmp_path}/ranks"]
+    array = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
+    done = subprocess.run(
+        [*map(str, words), "--images_per_part=1"], env=ENVIRONMENT | array, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(f"rank {rank} of 4 has finished its parts" in done.stdout for rank in (0, 1)), done.stdout + done.stderr
+    assert sorted(part.name for part in (tmp_path / "ranks").glob("parts.tmp/0*")) == ["00000", "00001", "00004"]
+    for rank in (0, 1):
+        for name, value in (array | {"SLURM_ARRAY_TASK_ID": "2", "RANK": str(rank), "WORLD_SIZE": "2"}).items():
+            monkeypatch.setenv(name, value)
+        assert encode(image_path, vq_path, tmp_path / "ranks", images_per_part=1) == 0
+    assert encode(image_path, vq_path, tmp_path / "one", images_per_part=5, rank=0, num_ranks=1) == 0
+    ranks, one = verify_folder(tmp_path / "ranks"), read_manifest(tmp_path / "one")
+    assert ranks.content_hash == one.content_hash and ranks.details == one.details
 
 
 def test_the_deepspeed_launcher_adds_an_option_in_front(capsys):
