@@ -4,7 +4,7 @@
 # Called again it submits only what is neither finished (the file it writes last is there) nor in the queue. Paths: scripts/slurm/environment.sh.
 # TRAINER_OPTIONS goes to the trainer of each stage, DS_CONFIG_PREFIX (ds_configs/stage) selects the JSON files.
 # ENCODE_TASKS and TOKENIZE_TASKS are the array sizes; SBATCH_OPTIONS goes to every sbatch, DATA_OPTIONS to those of the data steps,
-# BUILD_OPTIONS to build-shards (--duplicate_ids keep, say).
+# ENCODE_OPTIONS to encode-images (--num_workers 8, say), BUILD_OPTIONS to build-shards (--duplicate_ids keep).
 set -euo pipefail
 export REPOSITORY="${REPOSITORY:-$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.." && pwd)}"
 source "$REPOSITORY/scripts/slurm/environment.sh"
@@ -36,7 +36,7 @@ in_queue() { squeue --noheader --jobs="$1" --states=all --format=%T 2> /dev/null
 
 D="${DATA_OPTIONS:-}"
 S="$REPOSITORY/scripts/slurm"
-submit encode-images "$VQ_CODES/manifest.json" '' $D --array="0-$((${ENCODE_TASKS:-1} - 1))" "$S/encode-images.sbatch"
+submit encode-images "$VQ_CODES/manifest.json" '' $D --array="0-$((${ENCODE_TASKS:-1} - 1))" "$S/encode-images.sbatch" ${ENCODE_OPTIONS:-}
 case "$VBPE_PATH" in *.json) VBPE_MARKER="$VBPE_PATH" ;; *) VBPE_MARKER="$VBPE_PATH/manifest.json" ;; esac # a file has no manifest
 submit train-vbpe "$VBPE_MARKER" 'encode-images' $D "$S/train-vbpe.sbatch"
 submit convert "$BASE_PATH/manifest.json" 'train-vbpe' $D "$S/convert.sbatch"

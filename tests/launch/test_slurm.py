@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from beingvl.cli import main
 from beingvl.manifest import read_manifest, verify_folder
 from beingvl.train.metrics import read_metrics
 from tests.launch.slurm_cluster import NODES, Cluster, slurm_cluster
@@ -102,6 +103,7 @@ def test_the_pipeline_from_images_to_stage_3_is_submitted_requeued_and_submitted
         "NUM_MERGES": 16,
         "DS_CONFIG_PREFIX": "ds_configs/quickstart-stage",
         "ENCODE_TASKS": 2,
+        "ENCODE_OPTIONS": "--images_per_part 16",
         "TOKENIZE_TASKS": 2,
         "TRAINER_OPTIONS": "--set beingvl.max_steps=2",
     }
@@ -120,6 +122,12 @@ def test_the_pipeline_from_images_to_stage_3_is_submitted_requeued_and_submitted
         cluster.wait_for(job, "COMPLETED")
     assert [cluster.field_of(task, "Restarts") for task in tasks] == ["0", "1", "0", "0"]
 
+    encode = ["encode-images", f"--image_path={data}/data/images", f"--json_path={data}/train.json", f"--vq_path={data}/vq"]
+    assert main([*encode, f"--output_path={data}/one_process"]) == 0
+    found, expected = (read_manifest(folder) for folder in (data / "work/data/vq_codes", data / "one_process"))
+    assert found.content_hash == expected.content_hash and found.counts["images"] > 16
+    shown = "".join(path.read_text() for path in (data / "work/slurm").glob("encode-images-*.log"))
+    assert re.search("rank [01] of 2 has finished its parts", shown), shown
     assert read_manifest(data / "work/data/shards").details["merged_images"] == "decoded"
     stages = data / "work/models/beingvl"
     for stage in (1, 2, 3):
