@@ -187,9 +187,10 @@ class TrainingData:
     def micro_batch(self, step: int, micro_step: int, rank: int, num_ranks: int, micro_batch_size: int) -> MicroBatch:
         """Collate the samples of one micro step of one rank. Steps count from 0."""
         numbers = self.sequence_numbers(step, micro_step, rank, num_ranks, micro_batch_size)
-        indices = [int(index) for number in numbers for index in self.samples_of(number)]
-        sources = [int(self.shards.source_of[index]) for index in indices]
-        return collate([self.shards[index] for index in indices], sources, self.shards.layout, self._loss_on)
+        with self.plan.resting():
+            indices = [int(index) for number in numbers for index in self.samples_of(number)]
+            sources = [int(self.shards.source_of[index]) for index in indices]
+            return collate([self.shards[index] for index in indices], sources, self.shards.layout, self._loss_on)
 
     def realised_shares(self) -> dict[str, Share]:
         """What every source has of the whole run. Waits for the whole plan."""

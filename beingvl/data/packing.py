@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from threading import Condition, Thread
 from typing import Any
@@ -24,13 +25,15 @@ import numpy as np
 from beingvl.errors import InputError
 
 WINDOW = 4096
-WINDOWS_AT_ONCE = 16  # so many samples are drawn together
+WINDOWS_AT_ONCE = 16  # so many samples are drawn together, but for the first
+LONGEST_REST_SECONDS = 0.1
 
 
 class PackingPlan:
     """The number of sequences of every window of samples 0 … num_samples - 1, found in a thread of its own, in order.
 
-    Whoever asks waits for as much as the answer needs: the first sequences are known at once, their number at the end.
+    Whoever asks waits for as much as the answer needs: the first sequences are known at once, their number at the end. The thread
+    rests while a batch is made (`resting`).
 
     Args:
         lengths_of: (start, stop) -> tokens of these samples of the global order. Its errors reach whoever asks.
@@ -49,7 +52,8 @@ class PackingPlan:
         self._num_tokens, self._sequence_length = 0, sequence_length
         self._is_finished = False
         self._error: Exception | None = None
-        self._grown = Condition()
+        self._grown = Condition()  # or nobody is at work any more
+        self._num_at_work = 0
         if known is not None:
             self._add(known["sequences"], known["tokens"])
             self._is_finished = True
@@ -58,17 +62,40 @@ class PackingPlan:
 
     def _run(self, lengths_of: Callable[[int, int], np.ndarray], num_samples: int, packing: bool) -> None:
         try:
-            for start in range(0, num_samples, WINDOWS_AT_ONCE * WINDOW):
-                lengths = lengths_of(start, min(start + WINDOWS_AT_ONCE * WINDOW, num_samples))
+            start, num_windows = 0, 1
+            while start < num_samples:
+                self._rest()
+                stop = min(start + num_windows * WINDOW, num_samples)
+                lengths = lengths_of(start, stop)
                 check_lengths(lengths, self._sequence_length)
-                windows = [lengths[at : at + WINDOW] for at in range(0, len(lengths), WINDOW)]
-                counts = [count_sequences(window, self._sequence_length) if packing else len(window) for window in windows]
-                self._add(counts, int(lengths.sum(dtype=np.int64)))
+                for at in range(0, len(lengths), WINDOW):
+                    self._rest()
+                    window = lengths[at : at + WINDOW]
+                    count = count_sequences(window, self._sequence_length) if packing else len(window)
+                    self._add([count], int(window.sum(dtype=np.int64)))
+                start, num_windows = stop, min(2 * num_windows, WINDOWS_AT_ONCE)
         except Exception as error:
             self._error = error
         finally:
             with self._grown:
                 self._is_finished = True
+                self._grown.notify_all()
+
+    def _rest(self) -> None:
+        """While others work, but not for ever: somebody may wait for the number of all sequences meanwhile."""
+        with self._grown:
+            self._grown.wait_for(lambda: not self._num_at_work, LONGEST_REST_SECONDS)
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """For work of many short calls: after each it would wait 5 ms for the interpreter's lock, which the thread has taken."""
+        with self._grown:
+            self._num_at_work += 1
+        try:
+            yield
+        finally:
+            with self._grown:
+                self._num_at_work -= 1
                 self._grown.notify_all()
 
     def _add(self, counts: Sequence[int], num_tokens: int) -> None:

@@ -1,3 +1,4 @@
+import time
 from threading import Event
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from beingvl.data import packing
 from beingvl.data.packing import WINDOW, WINDOWS_AT_ONCE, PackingPlan, count_sequences, pack_window
 from beingvl.errors import InputError
 
@@ -61,7 +63,7 @@ def test_the_first_sequences_are_known_before_the_last_samples_are_looked_at() -
         return np.full(stop - start, 8)
 
     found = PackingPlan(lengths_of, WINDOWS_AT_ONCE * WINDOW + 1, 8)
-    assert asked.wait(20) and found.window_of(WINDOW) == (1, 0, WINDOW)
+    assert asked.wait(20) and found.window_of(WINDOW - 1) == (0, WINDOW - 1, WINDOW)
     may_go_on.set()
     assert found.num_sequences == WINDOWS_AT_ONCE * WINDOW + 1
 
@@ -82,3 +84,27 @@ def test_too_long_a_sample_is_named(packing) -> None:
 
 def test_unpacked_is_one_sample_a_sequence() -> None:
     assert plan([3, 5], 8, packing=False).starts.tolist() == [0, 2]
+
+
+def test_the_plan_rests_while_a_batch_is_made(monkeypatch) -> None:
+    """Else a batch waits for the interpreter's lock; what is planned does not depend on it."""
+    monkeypatch.setattr(packing, "LONGEST_REST_SECONDS", 60)
+    num_samples, asked = 4000 * WINDOW + 5, []
+
+    def lengths_of(start: int, stop: int) -> np.ndarray:
+        asked.append((start, stop))
+        return np.full(stop - start, 3, np.int32)
+
+    plan = PackingPlan(lengths_of, num_samples, 8)
+    with plan.resting(), plan.resting():
+        assert plan.at_most(0) == 0
+        time.sleep(0.01)  # what had begun ends
+        before = len(asked)
+        time.sleep(0.1)
+        assert len(asked) <= before + 1
+    assert plan.num_sequences == 4000 * WINDOW // 2 + 3
+    assert asked[0] == (0, WINDOW) and asked[-1][1] == num_samples and len(asked) > 20
+    monkeypatch.setattr(packing, "LONGEST_REST_SECONDS", 0.001)
+    plan = PackingPlan(lengths_of, 3 * WINDOW, 8)
+    with plan.resting():  # somebody at work for ever stops nobody who waits for the number of all
+        assert plan.num_sequences == 3 * WINDOW // 2
