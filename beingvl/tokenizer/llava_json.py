@@ -19,6 +19,7 @@ from beingvl.errors import InputError
 BLOCK_CHARS = 1 << 20
 BLOCK_BYTES = 1 << 20  # more than any space before the first row
 MAX_ROW_CHARS = 1 << 26
+MAX_DEPTH = 64  # of a row, which other processes and files must take too
 NOT_READABLE = (ValueError, RecursionError)  # no JSON, a number of thousands of digits; nested too deeply
 _SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -40,12 +41,19 @@ def stream_rows_and_broken(path: Path) -> Iterator[dict[str, Any] | BrokenRow]:
         start = file.read(BLOCK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
     for value in _array_values(path) if start[:1] == b"[" else _line_values(path):
         count += 1
-        if isinstance(value, dict | BrokenRow):
+        if isinstance(value, dict) and _is_deep(value):
+            yield BrokenRow(f"it is nested more than {MAX_DEPTH} deep")
+        elif isinstance(value, dict | BrokenRow):
             yield value
         else:
             yield BrokenRow(f"expected an object, found {type(value).__name__}")
     if not count:
         raise InputError(f"{path} holds no row, expected a non-empty list of objects in LLaVA format")
+
+
+def _is_deep(value: Any, left: int = MAX_DEPTH) -> bool:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return bool(inside) and (left == 0 or any(_is_deep(child, left - 1) for child in inside))
 
 
 def stream_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -67,6 +67,15 @@ def test_what_stands_behind_a_broken_row_is_read(tmp_path) -> None:
         reasons = ["found NoneType", "found float", "found list", "found str"]
 
 
+def test_a_row_that_is_nested_too_deep_is_broken(tmp_path) -> None:
+    """Long before Python's own limit, which is another one where a row is handed to a process."""
+    path = tmp_path / "rows.jsonl"
+    for depth, is_broken in ((63, False), (64, True), (500, True), (100_000, True)):
+        path.write_text('{"a": ' + "[" * depth + "7" + "]" * depth + "}\n{}")
+        found = list(stream_rows_and_broken(path))
+        assert isinstance(found[0], BrokenRow) == is_broken and found[1] == {}
+
+
 @pytest.mark.parametrize("block", [1, 7, 1 << 20])
 def test_damage_of_an_array_is_located_in_the_whole_file(tmp_path, block, monkeypatch) -> None:
     monkeypatch.setattr(llava_json, "BLOCK_CHARS", block)
