@@ -41,6 +41,7 @@ SCHEMA = pa.schema(
         ("target_spans", pa.list_(pa.int32())),  # start, end, start, end, …; end exclusive
     ]
 )
+HEAD_BYTES = 1 << 20
 ROWS_PER_SHARD = 65_536
 MAX_SOURCES = 256
 LENGTHS_FILE, SOURCE_OF_FILE, MEMBERS_FILE = "lengths.npy", "source_of.npy", "members.npy"
@@ -122,10 +123,10 @@ def write_shard(path: Path, rows: ShardColumns, layout: VocabLayout) -> dict[str
 
 def sync_shard(path: Path) -> None:
     """Wait until a shard is on the disk. The next one takes its pages in memory, instead of new ones that push what is still to
-    be read out of the page cache."""
+    be read out of the page cache; offsets and sources, which come first in it, are read again for the index."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), HEAD_BYTES, 0, os.POSIX_FADV_DONTNEED)
 
 
 def check_columns(rows: ShardColumns, layout: VocabLayout) -> int:
@@ -142,8 +143,8 @@ def _check_ids(rows: ShardColumns, layout: VocabLayout) -> int:
     empty = np.flatnonzero(rows.lengths == 0)
     if len(empty):
         raise InputError(f"sample {rows.id[empty[0]].as_py()!r} has no tokens")
-    largest = int(ids.max())
-    if ids.min() < 0 or largest >= layout.size:
+    largest = int(ids.view(np.uint32).max())  # a negative id is a large one
+    if largest >= layout.size:
         at = int(np.argmax((ids < 0) | (ids >= layout.size)))
         row = int(np.searchsorted(starts, at, side="right")) - 1
         raise InputError(f"sample {rows.id[row].as_py()!r} has id {ids[at]}, the vocabulary ends at {layout.size - 1}")
