@@ -121,8 +121,7 @@ class TrainingData:
     def _lengths(self, start: int, stop: int) -> np.ndarray:
         """For the plan, which asks for every sample once: their tokens are added up on the way."""
         _, lengths, sources = self._draw(start, stop)
-        tokens = np.bincount(sources, weights=lengths, minlength=len(self.shards.sources))
-        self._tokens_of_source += tokens.astype(np.int64)
+        self._tokens_of_source += self._count(sources, lengths)[1]
         return lengths
 
     def _path_of_plan(self) -> Path:
@@ -192,14 +191,34 @@ class TrainingData:
             sources = [int(self.shards.source_of[index]) for index in indices]
             return collate([self.shards[index] for index in indices], sources, self.shards.layout, self._loss_on)
 
-    def realised_shares(self) -> dict[str, Share]:
-        """What every source has of the whole run. Waits for the whole plan."""
-        num_tokens = self.plan.counts["tokens"]  # waits
-        samples = self.mixture.counts(self._num_samples)
+    def realised_shares(self, num_steps: int) -> dict[str, Share]:
+        """What every source has of the first steps. Waits for the whole plan."""
+        if num_steps < self.num_steps:
+            samples, tokens = self._seen_before(num_steps * self.sequences_per_step)
+        else:
+            counts = self.mixture.counts(self._num_samples)
+            samples, tokens = np.array([counts.get(name, 0) for name in self.shards.sources]), self._tokens_of_source
         return {
-            name: Share(samples.get(name, 0), samples.get(name, 0) / self._num_samples, tokens, tokens / num_tokens)
-            for name, tokens in zip(self.shards.sources, self._tokens_of_source.tolist(), strict=True)
+            name: Share(int(samples[at]), float(samples[at] / samples.sum()), int(tokens[at]), float(tokens[at] / tokens.sum()))
+            for at, name in enumerate(self.shards.sources)
         }
+
+    def _seen_before(self, sequence: int) -> np.ndarray:
+        """Samples and tokens `[2, sources]` of all earlier sequences."""
+        window, number, _ = self.plan.window_of(sequence)
+        counts = np.zeros((2, len(self.shards.sources)), np.int64)
+        for start in range(0, window * WINDOW, WINDOW):
+            _, lengths, sources = self._draw(start, start + WINDOW)
+            counts += self._count(sources, lengths)
+        for earlier in range(sequence - number, sequence):
+            drawn = self.samples_of(earlier)
+            counts += self._count(self.shards.source_of[drawn], self.shards.lengths[drawn])
+        return counts
+
+    def _count(self, sources: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Samples and tokens `[2, sources]`."""
+        size = len(self.shards.sources)
+        return np.stack([np.bincount(sources, weights, size).astype(np.int64) for weights in (None, lengths)])
 
 
 def open_mixture(shards: ShardReader, weights: Mapping[str, float], by: str, seed: int) -> Mixture:

@@ -375,12 +375,13 @@ def build_data(config: StageConfig, shards: ShardReader) -> TrainingData:
 def _describe(data: TrainingData, config: StageConfig, engine: TrainingEngine) -> str:
     from beingvl.train.loop import num_steps_of
 
+    num_steps = num_steps_of(data, config)
     shares = ", ".join(
         f"{name} {share.samples:,} samples ({share.share_of_samples:.2%}), {share.tokens:,} tokens ({share.share_of_tokens:.2%})"
-        for name, share in data.realised_shares().items()
+        for name, share in data.realised_shares(num_steps).items()
     )
     return (
-        f"{num_steps_of(data, config)} steps of {config.sequences_per_step} sequences: {engine.ranks.num_ranks} ranks x "
+        f"{num_steps} steps of {config.sequences_per_step} sequences: {engine.ranks.num_ranks} ranks x "
         f"{config.micro_batch_size} (micro-batch) x {engine.accumulation_steps} (accumulation); packing "
         f"{data.plan.efficiency:.1%} full; sources: {shares}"
     )

@@ -595,7 +595,20 @@ def test_realised_shares_are_those_of_the_draws(tmp_path, by) -> None:
         expected = [
             Share(int(samples[n]), samples[n] / 137, int(tokens[n]), tokens[n] / tokens.sum()) for n in range(len(samples))
         ]
-        assert [data.realised_shares()[name] for name in shards.sources] == expected
+        assert [data.realised_shares(data.num_steps)[name] for name in shards.sources] == expected
+
+
+def test_realised_shares_of_a_run_that_stops_earlier_are_those_of_its_batches(tmp_path) -> None:
+    shards = ShardReader(write_shards(tmp_path))
+    data = TrainingData(shards, open_mixture(shards, {"foundation": 0.7, "reasoning": 0.3}, "samples", 0), 9000, 64, 4)
+    for num_steps in (1, data.num_steps // 2 + 3):  # in the first window, and in a later one
+        found = data.realised_shares(num_steps)
+        seen = np.concatenate([data.samples_of(sequence) for sequence in range(4 * num_steps)])
+        assert (len(seen) < 4096) == (num_steps == 1)
+        for number, name in enumerate(shards.sources):
+            of_source = seen[shards.source_of[seen] == number]
+            assert (found[name].samples, found[name].tokens) == (len(of_source), shards.lengths[of_source].sum())
+            assert found[name].share_of_samples == len(of_source) / len(seen)
 
 
 def test_a_mixture_by_tokens_has_the_shares_of_tokens_that_were_asked_for(tmp_path) -> None:
@@ -605,7 +618,8 @@ def test_a_mixture_by_tokens_has_the_shares_of_tokens_that_were_asked_for(tmp_pa
         writer.add(Sample(str(number), "", ("long", "short")[number % 2], ids, np.array([[1, 2]], np.int32)))
     writer.finish({"vocab": LAYOUT.fingerprint()}, {})
     shards = ShardReader(tmp_path)
-    shares = TrainingData(shards, open_mixture(shards, {"long": 0.4, "short": 0.6}, "tokens", 0), 4000, 64, 4).realised_shares()
+    data = TrainingData(shards, open_mixture(shards, {"long": 0.4, "short": 0.6}, "tokens", 0), 4000, 64, 4)
+    shares = data.realised_shares(data.num_steps)
     assert shares["short"].share_of_tokens == pytest.approx(0.6, abs=0.001)
     assert shares["short"].share_of_samples == pytest.approx(0.6 * 8 / (0.6 * 8 + 0.4), abs=0.001)
 
