@@ -1,7 +1,8 @@
 """The mixture: which sample is the k-th of the global order, as a pure function of (source sizes, weights, seed, k).
 
-Draws come in blocks of 100. A block holds an exact quota of every source, shuffled; the j-th draw from a source walks
-through a seeded permutation of that source, a new permutation for every pass, so nothing repeats within a pass.
+Draws come in blocks of 100, or of some hundreds where sources are many. A block holds an exact quota of every source, shuffled;
+the j-th draw from a source walks through a seeded permutation of that source, a new permutation for every pass, so nothing
+repeats within a pass.
 
     weights 80 / 20, block 0:  quotas 80 and 20  ->  slots shuffled:  0 0 1 0 0 0 1 0 …
     source 1, its 3rd draw  ->  permute(2, size of source 1, key of (seed, source 1, pass 0))
@@ -21,7 +22,7 @@ import numpy as np
 from beingvl.errors import InputError
 
 BLOCK = 100
-BLOCKS_AT_ONCE = 2000  # bounds the memory of a long draw
+DRAWS_AT_ONCE = 200_000  # bounds the memory of a long draw
 FEISTEL_ROUNDS = 6
 
 
@@ -47,6 +48,9 @@ class Mixture:
         total = sum(drawn.values())
         self._shares = [weight / total for weight in drawn.values()]
         self._largest = max(range(len(self._shares)), key=lambda s: self._shares[s])
+        # Where a share of a block is no whole number, it is rounded up now and then, at the expense of the largest source.
+        num_rounded = sum((share * BLOCK).denominator > 1 for share in self._shares)
+        self._block = BLOCK * max(1, math.ceil(num_rounded / self._shares[self._largest] / BLOCK))
         self._members = [members[index] for index in self._indices]
         for name, own in zip(drawn, self._members, strict=True):
             if not len(own):
@@ -64,14 +68,15 @@ class Mixture:
 
     def draw(self, start: int, stop: int) -> np.ndarray:
         """Sample indices `[stop - start]` uint32 at positions start … stop-1 of the global order."""
-        first, last = start // BLOCK, -(-stop // BLOCK)
-        blocks = [self._blocks(at, min(at + BLOCKS_AT_ONCE, last)) for at in range(first, last, BLOCKS_AT_ONCE)]
+        first, last = start // self._block, -(-stop // self._block)
+        at_once = DRAWS_AT_ONCE // self._block
+        blocks = [self._blocks(at, min(at + at_once, last)) for at in range(first, last, at_once)]
         drawn = np.concatenate(blocks) if blocks else np.empty(0, np.uint32)
-        return drawn[start - first * BLOCK : stop - first * BLOCK]
+        return drawn[start - first * self._block : stop - first * self._block]
 
     def counts(self, num_samples: int) -> dict[str, int]:
         """How many of the first `num_samples` draws come from each source."""
-        whole, rest = divmod(num_samples, BLOCK)
+        whole, rest = divmod(num_samples, self._block)
         totals = np.array(self._allotment(whole))
         if rest:
             totals = totals + np.bincount(self._slots(whole, whole + 1)[0, :rest], minlength=len(totals))
@@ -79,17 +84,17 @@ class Mixture:
 
     def _allotment(self, num_blocks: int) -> list[int]:
         """Draws per source in the first `num_blocks` blocks; what rounding leaves goes to the largest source."""
-        draws = BLOCK * num_blocks
+        draws = self._block * num_blocks
         counts = [share.numerator * draws // share.denominator for share in self._shares]
         counts[self._largest] += draws - sum(counts)
         return counts
 
     def _slots(self, first: int, last: int) -> np.ndarray:
-        """`[last - first, BLOCK]`: which source every place of these blocks draws from."""
+        """`[last - first, block]`: which source every place of these blocks draws from."""
         quotas = np.diff(np.array([self._allotment(number) for number in range(first, last + 1)]), axis=0)
-        sorted_slots = np.repeat(np.tile(np.arange(len(self._shares)), last - first), quotas.ravel()).reshape(-1, BLOCK)
-        places = np.arange(first * BLOCK, last * BLOCK, dtype=np.uint64)
-        order = np.argsort(mix(places, self._key(0, 0)).reshape(-1, BLOCK), axis=1, kind="stable")
+        sorted_slots = np.repeat(np.tile(np.arange(len(self._shares)), last - first), quotas.ravel()).reshape(-1, self._block)
+        places = np.arange(first * self._block, last * self._block, dtype=np.uint64)
+        order = np.argsort(mix(places, self._key(0, 0)).reshape(-1, self._block), axis=1, kind="stable")
         return np.take_along_axis(sorted_slots, order, axis=1)
 
     def _blocks(self, first: int, last: int) -> np.ndarray:

@@ -35,6 +35,17 @@ def test_uneven_weights_are_exact_in_the_long_run() -> None:
     assert np.ptp(np.bincount(drawn)) <= 2
 
 
+@pytest.mark.parametrize("weights", [[1] * 30, [1] * 51, [1] * 256, [1e-3] * 254 + [1e6, 3]])
+def test_many_sources_have_their_shares(weights: list[float]) -> None:
+    names = [f"s{number}" for number in range(len(weights))]
+    many = Mixture(np.split(np.arange(10 * len(weights)), len(weights)), names, dict(zip(names, weights, strict=True)), 0)
+    drawn = many.draw(0, 140_000)
+    expected = np.array(weights) / sum(weights) * len(drawn)
+    assert np.abs(np.bincount(drawn // 10, minlength=len(weights)) - expected).max() <= len(weights)
+    assert many.draw(99_950, 100_150).tolist() == drawn[99_950:100_150].tolist()
+    assert list(many.counts(70_001).values()) == np.bincount(drawn[:70_001] // 10, minlength=len(weights)).tolist()
+
+
 def test_nothing_repeats_within_a_pass() -> None:
     order = mixture().draw(0, 1000)
     of_c = order[SOURCE_OF[order] == 2]
