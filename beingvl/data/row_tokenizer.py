@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import NoneType
 from typing import Any
 
 from beingvl.data.conversation import TextEncoder, TokenizedSample, build_sequence, parse_conversation
@@ -41,7 +40,7 @@ class RowTokenizer:
         """Variant -> JSONL row. Raises InputError that says what is malformed."""
         if not isinstance(row.get("category"), str | None):
             raise InputError(f"category is {row['category']!r}, expected a text")
-        if type(row.get("id")) not in (str, int, NoneType):  # True is an int
+        if type(row.get("id")) not in (str, int):  # True is an int
             raise InputError(f"id is {row['id']!r}, expected a text or a whole number")
         turns = parse_conversation(row.get("conversations"))
         grids = [self._codes.codes[self._codes.row(key)] for key in image_keys(row)] if self._codes else []
@@ -58,7 +57,7 @@ class RowTokenizer:
         self, row: dict, sample: TokenizedSample, token_image: list[int], token_image_new: list[int] | None = None
     ) -> dict[str, Any]:
         return {
-            "id": "" if row.get("id") is None else str(row["id"]),
+            "id": str(row["id"]),
             "image": row.get("image"),
             "category": row.get("category") or self._default_category,
             "conversations": row["conversations"],

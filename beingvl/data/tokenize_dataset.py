@@ -227,7 +227,9 @@ def tokenize_part(task: tuple[int, list[dict | BrokenRow]]) -> int:
         try:
             if isinstance(row, BrokenRow):
                 raise InputError(row.reason)
-            variants, truncated = fit(tokenizer(row), args.max_length, args.too_long)
+            nameless = row.get("id") in (None, "")
+            named = {**row, "id": f"{args.dataset_name}-{index}"} if nameless else row
+            variants, truncated = fit(tokenizer(named), args.max_length, args.too_long)
             lines = {variant: readable_line(fields) for variant, fields in variants.items()}
         except InputError as error:
             id_ = None if isinstance(row, BrokenRow) else row.get("id")

@@ -182,11 +182,11 @@ def test_a_row_that_no_file_could_hold_is_rejected_alone(inputs, change, reason)
     assert cli.main(["verify", str(inputs / "out")]) == 0
 
 
-def test_a_row_without_an_id_and_one_whose_id_is_null_are_alike(inputs) -> None:
+def test_rows_without_an_id_are_named_by_their_index(inputs) -> None:
     nameless = row(1)
     del nameless["id"]
     assert tokenize(inputs, [row(0, id=7), nameless, row(2, id=None)]) == 0
-    assert [line["id"] for line in read(inputs, "base")] == ["7", "", ""]
+    assert [line["id"] for line in read(inputs, "base")] == ["7", "d-1", "d-2"]
 
 
 def test_a_run_over_the_limit_goes_on_with_a_higher_one(inputs, capsys) -> None:
