@@ -107,7 +107,7 @@ def proposal(plan: list[PlannedParameter], model_config: Any, config: StageConfi
     if config.zero_stage < 3:
         return "proposal: it does not fit; use ZeRO stage 3"
     memory = predict_memory(plan, model_config, config, num_ranks, 1)
-    kept = device_bytes(memory) - memory["optimizer"] - memory["gradients"]
+    kept = device_bytes(memory) - memory["optimizer"] - memory["gradients"] - memory["update"]
     if kept <= USABLE * capacity:
         return 'proposal: it does not fit; micro-batch 1 and "offload_optimizer": {"device": "cpu"}'
     if kept - memory["weights"] <= USABLE * capacity:

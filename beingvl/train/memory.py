@@ -5,6 +5,9 @@
     gradients     trained * b; cut under ZeRO-2 and 3
     optimizer     trained * 12 (float32 master and two moments; 8 without master: stage 0 in float32); cut from ZeRO-1 on; on NVMe
                   its buffers, each a sub-group of float32
+    update        ZeRO-1 to 3, while Adam runs: float32 gradients and two temporaries of what it updates at once, a sub-group in
+                  stage 3, this rank's share in 1 and 2; fused, no temporaries. On the device it takes the place of activations
+                  and logits: only what it needs beyond them counts
     activations   with checkpointing the input of every layer and one layer's inside, else every layer's inside
     logits        one chunk of target tokens: b, its float32 copy and that one's gradient
     buffers       DeepSpeed's reduce and gather buckets, at most as large as what goes through them (the engine sees to it)
@@ -24,6 +27,7 @@ from beingvl.model.param_groups import PlannedParameter
 from beingvl.train.stage_config import StageConfig, fewest_buffers
 
 DEFAULT_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's, as the next
+DEFAULT_SUB_GROUP_ELEMENTS = 1_000_000_000
 DEFAULT_MAX_IN_CPU = 1_000_000_000
 NVME_SUB_GROUP_ELEMENTS = 100_000_000  # ours: with DeepSpeed's ten times as many the buffers would hold the whole optimizer
 
@@ -60,13 +64,28 @@ def predict_memory(
         "optimizer": cut(trained * (8 if stage == 0 and not config.is_bf16 else 12), 1),
         "activations": inputs + inside if config.beingvl.activation_checkpointing else num_layers * inside,
         "logits": min(tokens, config.beingvl.loss_chunk_tokens) * vocabulary * (width + 8),
-        "buffers": 2 * bucket * width if num_ranks > 1 else 0,
+        "buffers": (2 if num_ranks > 1 else 1 if stage == 3 else 0) * bucket * width,
     }
-    for key, purposes in (("offload_param", ["weights"]), ("offload_optimizer", ["optimizer", "gradients"])):
+    update = _update_bytes(config, cut(trained, 1))
+    is_offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    memory["update"] = update if is_offloaded else max(0, update - memory["activations"] - memory["logits"])
+    for key, purposes in (("offload_param", ["weights"]), ("offload_optimizer", ["optimizer", "gradients", "update"])):
         if (zero.get(key) or {}).get("device", "none") != "none":
             memory |= {f"cpu_{purpose}": memory[purpose] for purpose in purposes} | dict.fromkeys(purposes, 0)
     shapes = {planned.name: planned.shape for planned in plan}
     return memory | _beside_nvme(config, shapes, cut(trained, 3), num_ranks, width)
+
+
+def _update_bytes(config: StageConfig, trained: int) -> int:
+    """What an update of `trained` elements of a rank needs beside its weights, moments and stored gradients, stage 0 left out."""
+    if config.zero_stage == 0:
+        return 0
+    is_on_nvme = "offload_optimizer" in config.nvme_offloads  # whose buffers hold the gradients
+    default = NVME_SUB_GROUP_ELEMENTS if is_on_nvme else DEFAULT_SUB_GROUP_ELEMENTS
+    sub_group = int(config.deepspeed["zero_optimization"].get("sub_group_size", default))
+    at_once = min(trained, sub_group) if config.zero_stage == 3 else trained
+    temporaries = 0 if config.deepspeed["optimizer"]["params"].get("fused") else 2
+    return at_once * 4 * (temporaries + (not is_on_nvme))
 
 
 def _beside_nvme(

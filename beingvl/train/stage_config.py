@@ -268,6 +268,7 @@ def parse_stage_config(fields: Mapping[str, Any], source: str) -> StageConfig:
     _check_known(fields["optimizer"].get("params", {}), OPTIMIZER_PARAMS, source, "optimizer.params.")
     if fields["optimizer"].get("type") not in ("Adam", "AdamW") or "lr" not in fields["optimizer"].get("params", {}):
         raise InputError(f"{source}: optimizer must be of type Adam or AdamW with params.lr")
+    _check_numbers(fields, source)
     if fields["optimizer"]["params"].get("torch_adam") is not True:
         raise InputError(f"{source}: optimizer.params.torch_adam must be true; checkpoints restore the moments of torch's Adam")
     if fields.get("bf16", {}).get("check_grad_overflow", True) is not True:
@@ -283,6 +284,18 @@ def parse_stage_config(fields: Mapping[str, Any], source: str) -> StageConfig:
     return StageConfig(deepspeed, _parse_block(fields["beingvl"], source), source)
 
 
+def _check_numbers(fields: Mapping[str, Any], source: str) -> None:
+    """What torch and DeepSpeed would only stumble over when the model is loaded, or never."""
+    params = fields["optimizer"]["params"]
+    named = {f"optimizer.params.{key}": params[key] for key in ("lr", "eps", "weight_decay") if key in params}
+    for key, value in {**named, "gradient_clipping": fields["gradient_clipping"]}.items():
+        if isinstance(value, bool) or not _is_at_most(0, value):
+            raise InputError(f"{source}: {key} is {value!r}, expected a number, not negative")
+    betas = params.get("betas", [0, 0])
+    if not isinstance(betas, list) or len(betas) != 2 or not all(_is_at_most(0, beta) and beta < 1 for beta in betas):
+        raise InputError(f"{source}: optimizer.params.betas is {betas!r}, expected two numbers from 0 to below 1")
+
+
 def _check_zero(zero: Mapping[str, Any], source: str) -> None:
     """The stage must be written out, what is offloaded must be resumable, and nothing cuts parameters in another way."""
     _check_known(zero, ZERO_KEYS | set(REFUSED_ZERO_KEYS), source, "zero_optimization.")
@@ -295,6 +308,9 @@ def _check_zero(zero: Mapping[str, Any], source: str) -> None:
         raise InputError(
             f"{source}: zero_optimization.compute_grad_norm must be true; steps that are not finite show in the norm"
         )
+    for key, fewest in (("sub_group_size", 0), ("reduce_bucket_size", 1), ("allgather_bucket_size", 1)):
+        if not _is_at_most(fewest, zero.get(key, 1)):
+            raise InputError(f"{source}: zero_optimization.{key} is {zero[key]!r}, expected a number of at least {fewest}")
     for key, known in OFFLOAD_KEYS.items():
         _check_offload(zero.get(key) or {}, f"zero_optimization.{key}", known, zero["stage"], source)
     if (zero.get("offload_param") or {}).get("device") == "nvme":
@@ -343,9 +359,13 @@ def _parse_block(block: Any, source: str) -> BeingVLBlock:
             raise InputError(f"{source}: beingvl.{name} is missing")
     for name, value in block.items():
         _check_type(name, value, str(known[name].type), source)
-    for name in ("epochs", "sequence_length", "log_every_steps", "loss_chunk_tokens", "stall_timeout_seconds", "keep_last"):
-        if block.get(name, 1) <= 0:
+    positive = ("epochs", "sequence_length", "max_steps", "log_every_steps", "loss_chunk_tokens", "keep_last")
+    for name in (*positive, "stall_timeout_seconds"):
+        if block.get(name) is not None and block[name] <= 0:
             raise InputError(f"{source}: beingvl.{name} is {block[name]!r}, expected more than 0")
+    for name in ("warmup_ratio", "min_lr_ratio"):
+        if block.get(name, 0) > 1:
+            raise InputError(f"{source}: beingvl.{name} is {block[name]!r}, expected at most 1")
     for name, choices in CHOICES.items():
         if block.get(name, choices[0]) not in choices:
             raise InputError(f"{source}: beingvl.{name} is {block[name]!r}, expected one of {list(choices)}")

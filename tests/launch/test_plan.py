@@ -67,9 +67,24 @@ def test_zero_cuts_and_offload_moves(work) -> None:
     config.deepspeed["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     offloaded = predict_memory(plan_8b, Llama8B, config, 8)
     assert offloaded["optimizer"] == 0 and offloaded["cpu_optimizer"] == eight["optimizer"]
-    assert device_bytes(offloaded) == device_bytes(eight) - eight["optimizer"] - eight["gradients"]
+    assert device_bytes(offloaded) == device_bytes(eight) - sum(eight[name] for name in ("optimizer", "gradients", "update"))
     config.deepspeed["zero_optimization"] = {"stage": 1}
     assert predict_memory(plan_8b, Llama8B, config, 8)["weights"] == alone["weights"]
+
+
+def test_an_update_needs_gradients_and_temporaries_of_a_sub_group(work) -> None:
+    """8B on one GPU: DeepSpeed updates a billion weights at once, 12 bytes each, where activations and logits were before."""
+    plan_8b, config = llama_plan([{"match": ".*"}])
+    zero = config.deepspeed["zero_optimization"]
+    memory = predict_memory(plan_8b, Llama8B, config, 1)
+    assert memory["update"] + memory["activations"] + memory["logits"] == 12_000_000_000
+    assert memory["buffers"] == 2 * 500_000_000  # one rank alone has a bucket, too
+    zero["sub_group_size"] = 100_000_000
+    assert predict_memory(plan_8b, Llama8B, config, 1)["update"] == 0
+    zero["offload_optimizer"] = {"device": "cpu"}  # activations are elsewhere
+    assert predict_memory(plan_8b, Llama8B, config, 1)["cpu_update"] == 12 * 100_000_000
+    config.deepspeed["zero_optimization"] = {"stage": 0}
+    assert predict_memory(plan_8b, Llama8B, config, 1)["update"] == 0
 
 
 def test_on_nvme_only_buffers_stay_in_memory(work) -> None:

@@ -142,6 +142,17 @@ def broken(path: str, value: object) -> dict:
         ("beingvl.trainable", [{"train": True}], "no 'match'"),
         ("beingvl.trainable", [{"match": "x", "lr": 1}], r"unknown key beingvl.trainable\[\].lr"),
         ("beingvl", [], "expected an object"),
+        ("beingvl.max_steps", 0, "more than 0"),
+        ("beingvl.warmup_ratio", 2, "expected at most 1"),
+        ("beingvl.min_lr_ratio", 7, "expected at most 1"),
+        ("optimizer.params.lr", "1e-3", "lr is '1e-3', expected a number"),
+        ("optimizer.params.eps", True, "expected a number, not negative"),
+        ("optimizer.params.weight_decay", -0.1, "expected a number, not negative"),
+        ("optimizer.params.betas", [0.9], "two numbers from 0 to below 1"),
+        ("optimizer.params.betas", [0.9, 1], "two numbers from 0 to below 1"),
+        ("gradient_clipping", -1, "gradient_clipping is -1, expected a number"),
+        ("zero_optimization", {"stage": 3, "reduce_bucket_size": 0}, "expected a number of at least 1"),
+        ("zero_optimization", {"stage": 3, "sub_group_size": "1e8"}, "expected a number of at least 0"),
     ],
 )
 def test_mistakes_are_named(path: str, value: object, message: str) -> None:
@@ -164,7 +175,7 @@ def test_what_may_change_a_sample_or_an_update_makes_another_run() -> None:
     """So a checkpoint of another trainable set, mixture or seed is never resumed; how often to save may change."""
     other = {"trainable": [{"match": "visual_rows"}], "mixture": {"foundation": 1.0}, "max_steps": 7, "packing": False}
     other |= {"loss_on": "all", "schedule": "constant", "mixture_by": "tokens", "activation_checkpointing": False}
-    other |= {"tensorboard": True, "background_save": True, "deterministic": True}
+    other |= {"tensorboard": True, "background_save": True, "deterministic": True, "warmup_ratio": 0.1, "min_lr_ratio": 0.1}
 
     def identity(fields: dict) -> dict:
         nothing = Manifest("model", "", {}, {}, {})
