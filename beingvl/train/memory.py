@@ -1,13 +1,14 @@
 """Predicted memory of one rank, in bytes, by what it is for: arithmetic on shapes, nothing is measured.
 
     weights       n * b, cut by the ranks under ZeRO-3; on the CPU with offload_param; on NVMe all but its buffers and max_in_cpu
-    gathered      ZeRO-3: the largest layer, whole, twice (one computes while the next is fetched)
+    gathered      ZeRO-3 on several ranks: weights that DeepSpeed leaves whole between forward and backward, a billion by default;
+                  at least the largest twice (one computes while the next is fetched). Gone when Adam runs
     gradients     trained * b; cut under ZeRO-2 and 3
     optimizer     trained * 12 (float32 master and two moments; 8 without master: stage 0 in float32); cut from ZeRO-1 on; on NVMe
                   its buffers, each a sub-group of float32
     update        ZeRO-1 to 3, while Adam runs: float32 gradients and two temporaries of what it updates at once, a sub-group in
-                  stage 3, this rank's share in 1 and 2; fused, no temporaries. On the device it takes the place of activations
-                  and logits: only what it needs beyond them counts
+                  stage 3, this rank's share in 1 and 2; fused, no temporaries. On the device it takes the place of what is
+                  gathered, activations and logits: only what it needs beyond them counts
     activations   with checkpointing the input of every layer and one layer's inside, else every layer's inside
     logits        one chunk of target tokens: b, its float32 copy and that one's gradient
     buffers       DeepSpeed's reduce and gather buckets, at most as large as what goes through them (the engine sees to it)
@@ -59,7 +60,7 @@ def predict_memory(
 
     memory = {
         "weights": cut(total * width, 3),
-        "gathered": 2 * largest * width if stage == 3 and num_ranks > 1 else 0,
+        "gathered": max(2 * largest, min(total, _left_whole(config))) * width if stage == 3 and num_ranks > 1 else 0,
         "gradients": cut(trained * width, 2),
         "optimizer": cut(trained * (8 if stage == 0 and not config.is_bf16 else 12), 1),
         "activations": inputs + inside if config.beingvl.activation_checkpointing else num_layers * inside,
@@ -68,12 +69,22 @@ def predict_memory(
     }
     update = _update_bytes(config, cut(trained, 1))
     is_offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    memory["update"] = update if is_offloaded else max(0, update - memory["activations"] - memory["logits"])
+    before = sum(memory[purpose] for purpose in ("gathered", "activations", "logits"))
+    memory["update"] = update if is_offloaded else max(0, update - before)
     for key, purposes in (("offload_param", ["weights"]), ("offload_optimizer", ["optimizer", "gradients", "update"])):
         if (zero.get(key) or {}).get("device", "none") != "none":
             memory |= {f"cpu_{purpose}": memory[purpose] for purpose in purposes} | dict.fromkeys(purposes, 0)
     shapes = {planned.name: planned.shape for planned in plan}
     return memory | _beside_nvme(config, shapes, cut(trained, 3), num_ranks, width)
+
+
+def _left_whole(config: StageConfig) -> int:
+    """How many gathered weights DeepSpeed leaves for their next use; on NVMe, where nothing may wait for it, none."""
+    zero = config.deepspeed["zero_optimization"]
+    if "offload_param" in config.nvme_offloads:
+        return 0
+    limits = [zero.get(f"stage3_{name}", zero.get(name, 10**9)) for name in ("max_live_parameters", "max_reuse_distance")]
+    return min(map(int, limits))
 
 
 def _update_bytes(config: StageConfig, trained: int) -> int:

@@ -72,6 +72,20 @@ def test_zero_cuts_and_offload_moves(work) -> None:
     assert predict_memory(plan_8b, Llama8B, config, 8)["weights"] == alone["weights"]
 
 
+def test_what_is_gathered_stays_as_long_as_deepspeed_is_allowed_to_keep_it(work) -> None:
+    plan_8b, config = llama_plan([{"match": ".*"}])
+    zero = config.deepspeed["zero_optimization"]
+    largest = 2 * 128256 * 4096  # twice the text rows, more than a billion
+    assert predict_memory(plan_8b, Llama8B, config, 1)["gathered"] == 0
+    for limits, expected in (
+        ({}, largest),
+        ({"stage3_max_live_parameters": 3_000_000_000, "stage3_max_reuse_distance": 2_000_000_000}, 2_000_000_000),
+        ({"max_live_parameters": 3_000_000_000, "max_reuse_distance": 0}, largest),
+    ):
+        config.deepspeed["zero_optimization"] = {**zero, **limits}
+        assert predict_memory(plan_8b, Llama8B, config, 8)["gathered"] == 2 * expected
+
+
 def test_an_update_needs_gradients_and_temporaries_of_a_sub_group(work) -> None:
     """8B on one GPU: DeepSpeed updates a billion weights at once, 12 bytes each, where activations and logits were before."""
     plan_8b, config = llama_plan([{"match": ".*"}])
