@@ -2,13 +2,13 @@
 
     weights       n * b, cut by the ranks under ZeRO-3; on the CPU with offload_param; on NVMe all but its buffers and max_in_cpu
     gathered      ZeRO-3 on several ranks: weights that DeepSpeed leaves whole between forward and backward, a billion by default;
-                  at least the largest twice (one computes while the next is fetched). Gone when Adam runs
+                  at least the largest twice (one computes while the next is fetched)
     gradients     trained * b; cut under ZeRO-2 and 3
     optimizer     trained * 12 (float32 master and two moments; 8 without master: stage 0 in float32); cut from ZeRO-1 on; on NVMe
                   its buffers, each a sub-group of float32
     update        ZeRO-1 to 3, while Adam runs: float32 gradients and two temporaries of what it updates at once, a sub-group in
-                  stage 3, this rank's share in 1 and 2; fused, no temporaries. On the device it takes the place of what is
-                  gathered, activations and logits: only what it needs beyond them counts
+                  stage 3, this rank's share in 1 and 2; fused, no temporaries. On the device it takes the place of activations
+                  and logits: only what it needs beyond them counts
     activations   with checkpointing the input of every layer and one layer's inside, else every layer's inside
     logits        one chunk of target tokens: b, its float32 copy and that one's gradient
     buffers       DeepSpeed's reduce and gather buckets, at most as large as what goes through them (the engine sees to it)
@@ -69,8 +69,7 @@ def predict_memory(
     }
     update = _update_bytes(config, cut(trained, 1))
     is_offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    before = sum(memory[purpose] for purpose in ("gathered", "activations", "logits"))
-    memory["update"] = update if is_offloaded else max(0, update - before)
+    memory["update"] = update if is_offloaded else max(0, update - memory["activations"] - memory["logits"])
     for key, purposes in (("offload_param", ["weights"]), ("offload_optimizer", ["optimizer", "gradients", "update"])):
         if (zero.get(key) or {}).get("device", "none") != "none":
             memory |= {f"cpu_{purpose}": memory[purpose] for purpose in purposes} | dict.fromkeys(purposes, 0)
