@@ -22,7 +22,7 @@ import os
 import shlex
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -196,14 +196,25 @@ def write_manifest(
     folder = Path(folder)
     known = known_hashes or {}
     files: dict[str, dict[str, int | str]] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(_finished_files(folder)):
         name = path.relative_to(folder).as_posix()
-        unfinished = any(part.endswith(".tmp") for part in path.relative_to(folder).parts)
-        if path.is_file() and path.name != MANIFEST_FILE and not unfinished and belongs(name):
+        if path.name != MANIFEST_FILE and belongs(name):
             files[name] = {"bytes": path.stat().st_size, "hash": known.get(name) or hash_file(path)}
     manifest = Manifest(kind, printable(shlex.join(sys.argv)), dict(counts), dict(lineage), files, dict(details or {}))
     write_atomically(folder / MANIFEST_FILE, to_json(asdict(manifest)))
     return manifest
+
+
+def _finished_files(folder: Path) -> Iterator[Path]:
+    """Files below `folder`. What ends in .tmp is not entered: other processes make and remove things there."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for where, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.endswith(".tmp")]
+        paths = [Path(where) / name for name in names if not name.endswith(".tmp")]
+        yield from (path for path in paths if path.is_file())
 
 
 class _Fields(dict[str, Any]):

@@ -182,15 +182,23 @@ class Parts:
 
 
 def remove_parts(output: Path, name: str = FOLDER) -> None:
-    """Also at the start of a step that is finished: it may have been killed between its manifest and this."""
-    shutil.rmtree(output / name, ignore_errors=True)
+    """Also at the start of a step that is finished: it may have been killed between its manifest and this.
+
+    The folder goes in one rename. A process that still makes a part of it finds no request there, never half of the folder; nor
+    does a later start, should this one be killed meanwhile.
+    """
+    removed = output / f".{name}.removed.tmp"
+    shutil.rmtree(removed, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(output / name, removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _rename_folder(source: Path, target: Path) -> None:
     try:
         os.rename(source, target)
     except OSError as error:
-        if target.is_dir():
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise FileExistsError(target) from error
         raise
 

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -154,3 +155,11 @@ def test_a_hash_of_pieces_depends_on_every_byte(tmp_path) -> None:
         assert manifest.hash_pieces(path, piece_bytes=30) != whole
     path.write_bytes(bytes(range(100)))
     assert manifest.hash_pieces(path, piece_bytes=30) == whole != manifest.hash_pieces(path, piece_bytes=50)
+
+
+def test_unfinished_folders_are_not_entered(folder, monkeypatch) -> None:
+    (folder / "parts.tmp" / "00000").mkdir(parents=True)
+    entered, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: entered.append(str(path)) or scandir(path))
+    files = write_manifest(folder, "shards", {}, {}).files
+    assert "sub/a.bin" in files and entered == [str(folder), str(folder / "sub")]

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from beingvl import cli
 from beingvl.data import tokenize_dataset
 from beingvl.errors import InputError
 from beingvl.manifest import is_complete, read_manifest, verify_folder
-from beingvl.parts import FOLDER, LOCK, OvertakenError, Parts, ranks_of, wait_until_complete
+from beingvl.parts import FOLDER, LOCK, OvertakenError, Parts, ranks_of, remove_parts, wait_until_complete
 from beingvl.tokenizer.llava_json import stream_rows_and_broken
 from tests.data.conftest import commands
 
@@ -282,6 +283,39 @@ def test_a_late_part_does_not_get_into_the_parts_of_another_request(tmp_path) ->
         (late.folder / "request.json").unlink()
         Parts(tmp_path, {"a": 2})
     assert Parts(tmp_path, {"a": 2}).finished() == set()
+
+
+def test_a_part_written_while_others_remove_the_parts_ends_well(tmp_path, monkeypatch) -> None:
+    def remove_what_comes_first(folder: Path, **_: object) -> None:
+        for part in folder.glob(".0*"):
+            remove_all(part)
+
+    parts, remove_all = Parts(tmp_path, {"a": 1}), shutil.rmtree
+    with pytest.raises(OvertakenError), parts.writing(0) as folder:
+        monkeypatch.setattr(shutil, "rmtree", remove_what_comes_first)
+        Parts(tmp_path, {"a": 1}).remove()
+        (folder / "x").write_text("late")
+    monkeypatch.undo()
+    assert Parts(tmp_path, {"a": 2}).finished() == set()
+    remove_parts(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_part_that_others_finish_and_remove_ends_well(tmp_path, monkeypatch) -> None:
+    parts, rename = Parts(tmp_path, {"a": 1}), os.rename
+
+    def rename_and_be_overtaken(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "rename", rename)
+        shutil.copytree(source, target)
+        try:
+            rename(source, target)
+        finally:
+            parts.remove()
+
+    with parts.writing(0) as folder:
+        (folder / "x").write_text("the same bytes")
+        monkeypatch.setattr(os, "rename", rename_and_be_overtaken)
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_processes_that_make_the_same_parts_at_once_end_well(inputs, tmp_path) -> None:
