@@ -133,6 +133,8 @@ def build_sequence(
     builder = _SequenceBuilder(layout)
     remaining = list(images)
     if len(images) == 1:
+        if sum(question.count(IMAGE_PLACEHOLDER) for question, _ in turns) > 1:
+            raise InputError(f"there are more {IMAGE_PLACEHOLDER} placeholders than images")
         builder.add_image(remaining.pop())
     for question, answer in turns:
         _add_question(builder, question, remaining, encoder.plain, one_image=len(images) == 1)

@@ -73,7 +73,9 @@ def train(
     block, ranks = config.beingvl, engine.ranks
     num_steps = num_steps_of(data, config)
     place = (ranks.rank, ranks.num_ranks)
-    windows = WindowFetcher(data, engine.accumulation_steps, config.micro_batch_size, *place, pin=ranks.device.type == "cuda")
+    is_gpu = ranks.device.type == "cuda"
+    windows = WindowFetcher(data, engine.accumulation_steps, config.micro_batch_size, *place, stop=num_steps, pin=is_gpu)
+    windows.load_state_dict({"step": progress.step})
     spikes = SpikeDetector()
     last_good = saved = replace(progress)
     saved_at = time.monotonic()
@@ -82,7 +84,7 @@ def train(
     for step in range(progress.step, num_steps):
         # ---- fetch the window and count its target tokens ----
         phases.enter(step + 1, "data")
-        window = windows.get(step, num_steps)
+        window = next(windows)
         phases.enter(step + 1, "communication")
         is_time = 0 < block.checkpoint_every_minutes * 60 <= time.monotonic() - saved_at
         asked = [int(stop_requested()), int(is_time and ranks.rank == 0), int(saver.is_written)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +108,7 @@ REFUSED_ZERO_KEYS: dict[str, tuple[object, str]] = {
     "zero_quantized_nontrainable_weights": (False, "weights must pass between ranks as they are"),
     "zero_quantized_gradients": (False, "gradients must pass between ranks as they are"),
 }
+LARGEST_NUMBER = 1e6  # of what multiplies weights or gradients: far above any use, far below what float32 can hold
 OPTIMIZER_PARAMS = {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "fused"}
 REQUIRED_KEYS = (
     "train_batch_size",
@@ -289,11 +291,15 @@ def _check_numbers(fields: Mapping[str, Any], source: str) -> None:
     params = fields["optimizer"]["params"]
     named = {f"optimizer.params.{key}": params[key] for key in ("lr", "eps", "weight_decay") if key in params}
     for key, value in {**named, "gradient_clipping": fields["gradient_clipping"]}.items():
-        if isinstance(value, bool) or not _is_at_most(0, value):
-            raise InputError(f"{source}: {key} is {value!r}, expected a number, not negative")
+        _check_number(f"{source}: {key}", value)
     betas = params.get("betas", [0, 0])
     if not isinstance(betas, list) or len(betas) != 2 or not all(_is_at_most(0, beta) and beta < 1 for beta in betas):
         raise InputError(f"{source}: optimizer.params.betas is {betas!r}, expected two numbers from 0 to below 1")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not (_is_at_most(0, value) and _is_at_most(value, LARGEST_NUMBER)):
+        raise InputError(f"{name} is {value!r}, expected a number from 0 to {LARGEST_NUMBER:g}")
 
 
 def _check_zero(zero: Mapping[str, Any], source: str) -> None:
@@ -374,6 +380,11 @@ def _parse_block(block: Any, source: str) -> BeingVLBlock:
         _check_known(rule, {entry.name for entry in dataclasses.fields(Rule)}, source, "beingvl.trainable[].")
         if not isinstance(rule.get("match"), str):
             raise InputError(f"{source}: a rule of beingvl.trainable has no 'match': {rule}")
+        if not isinstance(rule.get("train", True), bool):
+            raise InputError(f"{source}: train of the rule {rule['match']!r} is {rule['train']!r}, expected true or false")
+        _check_number(f"{source}: lr_multiplier of the rule {rule['match']!r}", rule.get("lr_multiplier", 1))
+        if rule.get("weight_decay") is not None:
+            _check_number(f"{source}: weight_decay of the rule {rule['match']!r}", rule["weight_decay"])
         rules.append(Rule(**rule))
     return BeingVLBlock(**{**block, "trainable": tuple(rules)})
 
@@ -392,7 +403,7 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 def _check_type(name: str, value: Any, annotation: str, source: str) -> None:
     types, description = _TYPES[annotation]
     is_wrong_bool = isinstance(value, bool) and bool not in types
-    if not isinstance(value, types) or is_wrong_bool or (isinstance(value, (int, float)) and value < 0):
+    if not isinstance(value, types) or is_wrong_bool or (isinstance(value, (int, float)) and not 0 <= value < math.inf):
         raise InputError(f"{source}: beingvl.{name} is {value!r}, expected {description}, not negative")
 
 

@@ -20,24 +20,45 @@ class Window:
 
 
 class WindowFetcher:
-    """`get(step)` for ascending steps up to `num_steps`; the next window is collated in a thread meanwhile.
+    """Iterates over the windows of steps `state_dict()["step"] … stop - 1`; the next one is collated in a thread meanwhile.
 
-    With `pin` it is also brought into page-locked memory there, from which copies to the GPU run beside computation.
+    With `pin` it is also brought into page-locked memory there, from which copies to the GPU run beside computation. The state is
+    the number of optimizer steps that were fetched: it fits any number of ranks.
     """
 
     def __init__(
-        self, data: TrainingData, accumulation_steps: int, micro_batch_size: int, rank: int, num_ranks: int, pin: bool = False
+        self,
+        data: TrainingData,
+        accumulation_steps: int,
+        micro_batch_size: int,
+        rank: int,
+        num_ranks: int,
+        stop: int = 0,
+        pin: bool = False,
     ) -> None:
         self._data = data
         self._accumulation_steps = accumulation_steps
         self._micro_batch_size = micro_batch_size
-        self._rank, self._num_ranks, self._pin = rank, num_ranks, pin
+        self._rank, self._num_ranks, self._stop, self._pin = rank, num_ranks, stop, pin
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="window")
-        self._next: tuple[int, Future[Window]] | None = None
+        self._step = 0
+        self._next: Future[Window] | None = None
 
-    def get(self, step: int, num_steps: int) -> Window:
-        window = self._next[1].result() if self._next and self._next[0] == step else self.fetch(step)
-        self._next = (step + 1, self._pool.submit(self.fetch, step + 1)) if step + 1 < num_steps else None
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self._step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._step, self._next = state["step"], None
+
+    def __iter__(self) -> WindowFetcher:
+        return self
+
+    def __next__(self) -> Window:
+        if self._step >= self._stop:
+            raise StopIteration
+        window = self._next.result() if self._next else self.fetch(self._step)
+        self._step += 1
+        self._next = self._pool.submit(self.fetch, self._step) if self._step < self._stop else None
         return window
 
     def fetch(self, step: int) -> Window:

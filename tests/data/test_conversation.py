@@ -55,11 +55,15 @@ def test_a_prompt_is_the_sequence_with_the_last_answer_missing(encoder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "images"), [("<image>", [IMAGE, OTHER]), ("<image><image><image>", [IMAGE, OTHER]), ("<image>", [])]
+    ("question", "images"),
+    [("<image>", [IMAGE, OTHER]), ("<image><image><image>", [IMAGE, OTHER]), ("<image>", []), ("<image> and <image>", [IMAGE])],
 )
 def test_placeholders_and_images_must_fit(encoder, question, images) -> None:
     with pytest.raises(InputError, match="placeholders"):
         build(encoder, [(question, "a")], images)
+    if len(images) == 1:
+        with pytest.raises(InputError, match="placeholders"):
+            build(encoder, [("<image>", "a"), ("<image>", "a")], images)
 
 
 def test_user_text_cannot_spell_special_or_visual_tokens(encoder) -> None:

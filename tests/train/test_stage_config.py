@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -142,12 +143,17 @@ def broken(path: str, value: object) -> dict:
         ("beingvl.trainable", [{"train": True}], "no 'match'"),
         ("beingvl.trainable", [{"match": "x", "lr": 1}], r"unknown key beingvl.trainable\[\].lr"),
         ("beingvl", [], "expected an object"),
+        ("beingvl.epochs", math.nan, "not negative"),
+        ("beingvl.trainable", [{"match": "x", "train": "yes"}], "train of the rule 'x' is 'yes', expected true or false"),
+        ("beingvl.trainable", [{"match": "x", "lr_multiplier": "2"}], "lr_multiplier of the rule 'x' is '2', expected a number"),
+        ("beingvl.trainable", [{"match": "x", "weight_decay": -1}], "weight_decay of the rule 'x' is -1, expected a number"),
         ("beingvl.max_steps", 0, "more than 0"),
         ("beingvl.warmup_ratio", 2, "expected at most 1"),
         ("beingvl.min_lr_ratio", 7, "expected at most 1"),
         ("optimizer.params.lr", "1e-3", "lr is '1e-3', expected a number"),
-        ("optimizer.params.eps", True, "expected a number, not negative"),
-        ("optimizer.params.weight_decay", -0.1, "expected a number, not negative"),
+        ("optimizer.params.eps", True, "expected a number from 0 to 1e+06"),
+        ("optimizer.params.lr", 1e38, "expected a number from 0 to 1e+06"),
+        ("optimizer.params.weight_decay", -0.1, "expected a number from 0 to 1e+06"),
         ("optimizer.params.betas", [0.9], "two numbers from 0 to below 1"),
         ("optimizer.params.betas", [0.9, 1], "two numbers from 0 to below 1"),
         ("gradient_clipping", -1, "gradient_clipping is -1, expected a number"),
