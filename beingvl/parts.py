@@ -131,6 +131,15 @@ class Parts:
         finished = self.finished()
         return [number for number in range(num_parts) if number not in finished]
 
+    def are_to_be_joined(self, num_parts: int, is_joined: bool, rank: int, num_ranks: int) -> bool:
+        """Asked by a rank that has made its own, under the lock: whether all are there, and joining them is left to it."""
+        if is_joined:
+            self.remove()  # what this rank may have added while another removed them
+            return False
+        if missing := self.missing(num_parts):
+            print(f"rank {rank} of {num_ranks} has finished its parts; {len(missing)} of {num_parts} are still missing")
+        return not missing
+
     @contextlib.contextmanager
     def writing(self, number: int) -> Iterator[Path]:
         """A folder to write part `number` into; it gets its name when the block ends without an error.

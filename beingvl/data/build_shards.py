@@ -108,13 +108,8 @@ def run(args: argparse.Namespace) -> None:
     with suppress(OvertakenError):
         build_parts(ShardBuilder(parts, layout, decoder, num_readers), mine, num_readers + THREADS_THAT_WAIT)
     with locked(args.output_path):
-        if is_complete(args.output_path):
-            parts.remove()  # what this rank may have added while another removed them
-            return
-        if missing := parts.missing(len(tasks)):
-            print(f"rank {rank} of {num_ranks} has finished its parts; {len(missing)} of {len(tasks)} are still missing")
-            return
-        join_shards(parts, tasks, args, layout, decoder is not None, request)
+        if parts.are_to_be_joined(len(tasks), is_complete(args.output_path), rank, num_ranks):
+            join_shards(parts, tasks, args, layout, decoder is not None, request)
 
 
 def build_parts(builder: ShardBuilder, tasks: list[PartOfLines], num_threads: int) -> None:

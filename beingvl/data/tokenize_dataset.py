@@ -105,16 +105,12 @@ def run(args: argparse.Namespace) -> None:
     with suppress(OvertakenError):
         num_rows = tokenize_parts(finished, args, codes, parts_request, rank, num_ranks)
     with locked(args.output_dir):
-        if output.is_made_by(request, quiet=True):
-            parts.remove()  # what this rank may have added while another removed them
-            return
-        if num_rows is None:
+        is_joined = output.is_made_by(request, quiet=True)
+        if num_rows is None and not is_joined:
             raise parts.removed()
-        num_parts = -(-num_rows // args.rows_per_part)
-        if missing := parts.missing(num_parts):
-            print(f"rank {rank} of {num_ranks} has finished its parts; {len(missing)} of {num_parts} are still missing")
-            return
-        join_dataset(output, parts, num_parts, num_rows, args, request)
+        num_parts = -(-(num_rows or 0) // args.rows_per_part)
+        if parts.are_to_be_joined(num_parts, is_joined, rank, num_ranks):
+            join_dataset(output, parts, num_parts, num_rows or 0, args, request)
 
 
 def check_arguments(args: argparse.Namespace) -> None:

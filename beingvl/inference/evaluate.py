@@ -145,11 +145,7 @@ def evaluate_in_parts(work: Answering | HeldOutLoss, args: argparse.Namespace, r
     with suppress(OvertakenError):
         _make_parts(work, parts, mine, args.rows_per_part)
     with locked(output):
-        if is_complete(output):
-            parts.remove()  # what this rank may have added while another removed them
-            return
-        if missing := parts.missing(num_parts):
-            print(f"rank {rank} of {num_ranks} has finished its parts; {len(missing)} of {num_parts} are still missing")
+        if not parts.are_to_be_joined(num_parts, is_complete(output), rank, num_ranks):
             return
         found, request, counts = work.finish(parts, num_parts, output)
         write_scores(args, found, work.lineage, {"request": request, **counts})

@@ -93,14 +93,9 @@ def run(args: argparse.Namespace) -> None:
     with suppress(OvertakenError):
         encode_parts(parts, mine, images, keys, vqgan, args)
     with locked(args.output_path):
-        if is_complete(args.output_path):
-            parts.remove()  # what this rank may have added while another removed them
-            return
-        if missing := parts.missing(num_parts):
-            print(f"rank {rank} of {num_ranks} has finished its parts; {len(missing)} of {num_parts} are still missing")
-            return
-        join_codes(parts, num_parts, len(keys), args, vqgan, request)
-        parts.remove()
+        if parts.are_to_be_joined(num_parts, is_complete(args.output_path), rank, num_ranks):
+            join_codes(parts, num_parts, len(keys), args, vqgan, request)
+            parts.remove()
 
 
 def check_arguments(args: argparse.Namespace) -> None:
