@@ -103,7 +103,7 @@ def folder_section(shards: ShardReader, args: argparse.Namespace) -> str:
     facts += [("lengths: 1, 25, 50, 75, 99 %", percentiles), ("packing", packing_fact(lengths, args.sequence_length))]
     parts = [f"<h2>{escape(str(shards.folder))}</h2>", table([], facts), "<h2>Sources</h2>", sources_table(shards)]
     if args.deepspeed_config:
-        parts += ["<h2>Mixture</h2>", mixture_table(shards, args.deepspeed_config)]
+        parts += ["<h2>Mixture</h2>", mixture_section(shards, args.deepspeed_config)]
     parts += ["<h2>Lengths</h2>", histogram(lengths), "<h2>Kinds of tokens</h2>", kinds_table(used, shards)]
     parts += ["<h2>New rows that never occur</h2>", coverage_table(used, shards), "<h2>Examples</h2>", examples(shards, args)]
     return "".join(parts)
@@ -142,39 +142,40 @@ def sources_table(shards: ShardReader) -> str:
     return table(["source", "samples", "share of samples", "share of tokens"], rows)
 
 
-def mixture_table(shards: ShardReader, config_path: Path) -> str:
-    """What a whole run of the stage draws. Raises InputError when the file is no stage's JSON, or does not fit the shards."""
-    import numpy as np
+def mixture_section(shards: ShardReader, config_path: Path) -> str:
+    """What the run of a stage draws, in as many optimizer steps as it takes, and how full its sequences are.
 
-    from beingvl.data.loader import open_mixture
+    Raises InputError when the file is no stage's JSON, or does not fit the shards.
+    """
+    from beingvl.data.loader import TrainingData, open_mixture
     from beingvl.errors import InputError
 
     try:
-        block = json.loads(config_path.read_text())["beingvl"]
-        weights, epochs = dict(block["mixture"]), float(block["epochs"])
+        config = json.loads(config_path.read_text())
+        stage, per_step = config["beingvl"], int(config["train_batch_size"])
+        weights, epochs, length = dict(stage["mixture"]), float(stage["epochs"]), int(stage["sequence_length"])
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{config_path} is not a stage's JSON with beingvl.mixture and beingvl.epochs ({error!r})") from error
-    by = block.get("mixture_by", "samples")
-    mixture = open_mixture(shards, weights, by, block.get("seed", 0))
+        expected = "train_batch_size and beingvl's mixture, epochs and sequence_length"
+        raise InputError(f"{config_path} is not a stage's JSON with {expected} ({error!r})") from error
+    by = stage.get("mixture_by", "samples")
+    mixture = open_mixture(shards, weights, by, stage.get("seed", 0))
     num_samples = round(epochs * mixture.num_samples)
-    samples, tokens = np.zeros(len(shards.sources), np.int64), np.zeros(len(shards.sources))
-    for start in range(0, num_samples, 1 << 20):
-        drawn = mixture.draw(start, min(start + (1 << 20), num_samples))
-        sources = shards.source_of[drawn]
-        samples += np.bincount(sources, minlength=len(samples))
-        tokens += np.bincount(sources, weights=shards.lengths[drawn], minlength=len(samples))
+    data = TrainingData(shards, mixture, num_samples, length, per_step, packing=stage.get("packing", True))
+    steps = min(data.num_steps, stage.get("max_steps") or data.num_steps)
     rows = [
         (
             escape(name),
             f"{weights.get(name, 0):g}",
-            f"{samples[n]:,}",
-            f"{samples[n] / samples.sum():.3%}",
-            f"{tokens[n] / tokens.sum():.3%}",
-            f"{samples[n] / len(shards.members[n]):.2f}",
+            f"{share.samples:,}",
+            f"{share.share_of_samples:.3%}",
+            f"{share.share_of_tokens:.3%}",
+            f"{share.samples / len(shards.members[n]):.2f}",
         )
-        for n, name in enumerate(shards.sources)
+        for n, (name, share) in enumerate(data.realised_shares(steps).items())
     ]
-    return table(["source", f"weight, by {by}", "samples drawn", "share of samples", "share of tokens", "times through it"], rows)
+    head = ["source", f"weight, by {by}", "samples drawn", "share of samples", "share of tokens", "times through it"]
+    fact = f"{steps:,} steps of {per_step:,} sequences of {length:,} tokens, which are {data.plan.efficiency:.2%} full"
+    return f"<p>{fact}</p>{table(head, rows)}"
 
 
 def bars(rows: list[tuple[str, int]]) -> str:

@@ -4,6 +4,7 @@ import numpy as np
 
 from beingvl import cli
 from beingvl.data.arrow_shards import ShardReader
+from beingvl.data.loader import TrainingData
 from beingvl.data.mixture import Mixture
 from beingvl.data.report_data import folded, ranges_of
 from tests.tiny import LAYOUT, write_shards
@@ -78,18 +79,25 @@ def test_ids_that_never_occur_are_all_on_the_page() -> None:
 def test_the_mixture_of_a_stage(tmp_path, capsys) -> None:
     shards = ShardReader(write_shards(tmp_path / "shards"))
     config = tmp_path / "stage.json"
-    config.write_text(json.dumps({"beingvl": {"epochs": 3, "mixture": {"foundation": 3, "reasoning": 1}}}))
+    stage = {"epochs": 3, "mixture": {"foundation": 3, "reasoning": 1}, "sequence_length": 40}
     command = ["report", "data", str(tmp_path / "shards"), f"--output_path={tmp_path}/page.html", f"--deepspeed_config={config}"]
-    assert cli.main(command) == 0
-    drawn = Mixture(shards.members, shards.sources, {"foundation": 3, "reasoning": 1}, 0).draw(0, 180)
-    tokens = np.bincount(shards.source_of[drawn], weights=shards.lengths[drawn])
-    samples = np.bincount(shards.source_of[drawn])
-    shares = [f"{samples[0] / 180:.3%}", f"{tokens[0] / tokens.sum():.3%}"]
-    row = ["foundation", "3", f"{samples[0]}", *shares, f"{samples[0] / 40:.2f}"]
-    assert "".join(f"<td>{cell}</td>" for cell in row) in (tmp_path / "page.html").read_text()
+    mixture = Mixture(shards.members, shards.sources, stage["mixture"], 0)
+    whole = TrainingData(shards, mixture, 180, sequence_length=40, sequences_per_step=4)
+    for max_steps, steps in ((None, whole.num_steps), (7, 7), (10_000, whole.num_steps)):
+        config.write_text(json.dumps({"train_batch_size": 4, "beingvl": {**stage, "max_steps": max_steps}}))
+        assert cli.main(command) == 0
+        sequences = range(4 * steps) if steps == 7 else range(whole.plan.num_sequences)
+        drawn = np.concatenate([whole.samples_of(sequence) for sequence in sequences])
+        tokens = np.bincount(shards.source_of[drawn], weights=shards.lengths[drawn])
+        samples = np.bincount(shards.source_of[drawn])
+        shares = [f"{samples[0] / len(drawn):.3%}", f"{tokens[0] / tokens.sum():.3%}"]
+        row = ["foundation", "3", f"{samples[0]}", *shares, f"{samples[0] / 40:.2f}"]
+        page = (tmp_path / "page.html").read_text()
+        assert "".join(f"<td>{cell}</td>" for cell in row) in page
+        assert f"{steps} steps of 4 sequences of 40 tokens, which are {whole.plan.efficiency:.2%} full" in page
     config.write_text("{}")
     assert cli.main(command) == 2
     assert "is not a stage's JSON" in capsys.readouterr().err
-    config.write_text(json.dumps({"beingvl": {"epochs": 3, "mixture": {"foundation": 0}}}))
+    config.write_text(json.dumps({"train_batch_size": 4, "beingvl": {**stage, "mixture": {"foundation": 0}}}))
     assert cli.main(command) == 2
     assert "at least one above 0" in capsys.readouterr().err
