@@ -22,13 +22,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from beingvl.errors import InputError
 from beingvl.manifest import printable
 from beingvl.vocab import VocabLayout
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 IMAGE_PLACEHOLDER = "<image>"
 TEMPLATES = ("default", "being-vl-0.5")
@@ -57,19 +60,24 @@ class TokenizedSample:
         return [*self.token_0, *self.image, *self.token_1]
 
 
+def open_tokenizer(model_folder: Path | str) -> Tokenizer:
+    """A model folder's tokenizer.json. Raises InputError when it is missing or damaged."""
+    from tokenizers import Tokenizer
+
+    path = Path(model_folder) / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"{model_folder} has no tokenizer.json; make the model folder with `beingvl convert`")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise InputError(f"{path} is damaged ({error}); copy or make the model folder again") from error
+
+
 class TextEncoder:
     """Text to token ids with a model folder's tokenizer.json; `plain` never produces a special or visual token."""
 
     def __init__(self, model_folder: Path | str, layout: VocabLayout) -> None:
-        from tokenizers import Tokenizer
-
-        path = Path(model_folder) / "tokenizer.json"
-        if not path.is_file():
-            raise InputError(f"{model_folder} has no tokenizer.json; make the model folder with `beingvl convert`")
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise InputError(f"{path} is damaged ({error}); copy or make the model folder again") from error
+        self._tokenizer = open_tokenizer(model_folder)
         self._layout = layout
 
     def plain(self, text: str) -> list[int]:

@@ -241,11 +241,14 @@ def images_of(ids: np.ndarray, shards: ShardReader) -> list[np.ndarray]:
 
 
 def examples(shards: ShardReader, args: argparse.Namespace) -> str:
+    """Some samples with their text and images. Raises InputError for a VQ-GAN or vBPE that the shards were not made with."""
     import numpy as np
 
+    from beingvl.manifest import join_lineages
     from beingvl.tokenizer.vqgan_pictures import Pictures
 
     pictures = Pictures(args.vq_path, args.vbpe_path)
+    join_lineages({str(shards.folder): shards.manifest.lineage, **pictures.lineages})
     rows = []
     for index in np.unique(np.linspace(0, len(shards) - 1, args.num_examples).astype(int)).tolist():
         sample = shards[index]
@@ -261,6 +264,6 @@ def text_of(sample: Sample, shards: ShardReader, model_path: Path | None) -> str
     ids = sample.input_ids[~shards.layout.is_image_token(sample.input_ids)]
     if model_path is None:
         return " ".join(map(str, ids[:40].tolist()))
-    from tokenizers import Tokenizer
+    from beingvl.data.conversation import open_tokenizer
 
-    return Tokenizer.from_file(str(model_path / "tokenizer.json")).decode(ids.tolist(), skip_special_tokens=False)
+    return open_tokenizer(model_path).decode(ids.tolist(), skip_special_tokens=False)

@@ -48,6 +48,8 @@ class Pictures:
             raise InputError(f"{vq_path} has no decoder, so it cannot show pixels: leave out --vq_path")
         vbpe = VisualBPE.load(vbpe_path) if vbpe_path else None
         self._vbpe = vbpe if isinstance(vbpe, VisualBPE) else None
+        vq_lineage = {str(vq_path): {"vqgan": self._vq.fingerprint()}} if self._vq else {}
+        self.lineages = vq_lineage | ({str(vbpe_path): {**vbpe.lineage, "vbpe": vbpe.fingerprint()}} if vbpe else {})
 
     def data_url(self, image_ids: np.ndarray) -> str | None:
         """The picture of the ids `[n]` of one image; None when they are not exactly one grid, or merged by an unknown vBPE."""

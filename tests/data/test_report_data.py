@@ -7,7 +7,9 @@ from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import TrainingData
 from beingvl.data.mixture import Mixture
 from beingvl.data.report_data import folded, ranges_of
+from beingvl.tokenizer.vbpe import VisualBPE
 from tests.tiny import LAYOUT, write_shards
+from tests.tokenizer.test_encode_images import save_vqgan
 
 
 def test_the_page_counts_what_is_there_and_what_never_occurs(tmp_path, capsys) -> None:
@@ -26,6 +28,18 @@ def test_examples_have_their_text_and_images(inputs, tmp_path) -> None:
     assert cli.main(["report", "data", str(inputs / "build-shards"), f"--output_path={page}", *paths]) == 0
     text = page.read_text()
     assert text.count("data:image/png") == 6 and "hi" in text and "yes" in text
+
+
+def test_what_the_examples_were_not_made_with_is_refused(inputs, tmp_path, capsys) -> None:
+    VisualBPE(32, np.array([[0, 1, 0, 1]], np.int32)).save(tmp_path / "vbpe.json")
+    save_vqgan(tmp_path / "vqgan", seed=1)
+    for option, found in (
+        (f"--vbpe_path={tmp_path}/vbpe.json", "different vbpe"),
+        (f"--vq_path={tmp_path}/vqgan", "different vqgan"),
+        (f"--model_path={tmp_path}", "has no tokenizer.json; make the model folder with `beingvl convert`"),
+    ):
+        assert cli.main(["report", "data", str(inputs / "build-shards"), f"--output_path={tmp_path}/page.html", option]) == 2
+        assert found in capsys.readouterr().err
 
 
 def test_every_image_of_an_example_is_shown(inputs, tmp_path) -> None:
