@@ -5,7 +5,7 @@
       parse_lines     the fast twin (token_rows_numba.py), integers from text to int32 without Python objects
       parse_row       the readable twin: simdjson; for the lines that the fast one leaves over, and for every error
       check_images    with a vBPE: a row's first image, merged, stands for the row's own codes; every further one, whose codes
-                  are in no row, fills a grid of as many cells. The fast twin knows the first kind alone
+                  are in no row, fills a grid of as many cells; the fast twin does the same
 
 The sequence of a row is token_0 + image + token_1, where image is token_image_new when the row has it, else token_image; without
 target_spans its target is token_1.

@@ -142,6 +142,9 @@ def parse_line(data: np.ndarray, words: np.ndarray, at: int, scratch: np.ndarray
         elif field >= NUM_LISTS and data[at] == QUOTE:
             start, at = at + 1, find_end_of_plain_text(data, at)
             place[field, 0], place[field, 1] = start, at - 1
+        elif field == IMAGE and data[at] == OPEN_LIST:
+            start, at = at, skip_plain_texts(data, at)
+            place[field, 0], place[field, 1] = start, at
         elif field == ID:
             start, at = at, skip_scalar(data, at)
             if data[start] < ZERO or data[start] > 57 or not is_integer(data, start, at):
@@ -218,15 +221,29 @@ def hash_texts(text: np.ndarray, starts: np.ndarray, out: np.ndarray) -> None:
 
 @_kernel
 def images_fit(scratch: np.ndarray, place: np.ndarray, images: Images) -> bool:
-    """Whether the merged image stands for the codes, and none follows in token_1: those are left to the twin."""
-    for at in range(place[TOKEN_1, 0], place[TOKEN_1, 1]):
-        if scratch[at] == images.boi_id:
-            return False
+    """Whether the merged image stands for the codes, and every one that follows in token_1 fills a grid as large."""
     stream, expected = scratch[place[MERGED, 0] : place[MERGED, 1]], scratch[place[CODES, 0] : place[CODES, 1]]
+    if not image_fits(stream, expected, images, True):
+        return False
+    after = scratch[place[TOKEN_1, 0] : place[TOKEN_1, 1]]
+    for at in range(len(after)):
+        if after[at] == images.boi_id:
+            end = at + 1
+            while end < len(after) and after[end] >= images.first_id:
+                end += 1
+            # One at the end of its row may be cut.
+            if end < len(after) and not image_fits(after[at + 1 : end], expected, images, False):
+                return False
+    return True
+
+
+@_kernel
+def image_fits(stream: np.ndarray, expected: np.ndarray, images: Images, compares: bool) -> bool:
+    """Whether the stream fills as many cells as `expected` has codes and, if it `compares`, stands for them."""
     side = int(np.sqrt(len(expected)) + 0.5)
     if side * side != len(expected):
         return has_same_number_of_cells(stream, expected, images)
-    return len(expected) <= 64 * len(images.covered) and stands_for(stream, expected, side, images)
+    return len(expected) <= 64 * len(images.covered) and stands_for(stream, expected, side, images, compares)
 
 
 @_kernel
@@ -246,8 +263,8 @@ def has_same_number_of_cells(stream: np.ndarray, expected: np.ndarray, images: I
 
 
 @_kernel
-def stands_for(stream: np.ndarray, expected: np.ndarray, side: int, images: Images) -> bool:
-    """`VisualBPE.decode` of a square grid, with a comparison in place of the grid.
+def stands_for(stream: np.ndarray, expected: np.ndarray, side: int, images: Images, compares: bool) -> bool:
+    """`VisualBPE.decode` of a square grid, with a comparison, if it `compares`, in place of the grid.
 
     `free` holds the cells of the current 64 that are not covered yet, so that the next one is found without a loop.
     """
@@ -269,7 +286,7 @@ def stands_for(stream: np.ndarray, expected: np.ndarray, side: int, images: Imag
         if image_id < 0 or image_id >= len(images.boxes):
             return False
         if image_id < images.num_codes:  # most are single codes
-            if expected[cell] != stream[i]:
+            if compares and expected[cell] != stream[i]:
                 return False
             free &= free - ONE_BIT
             num_cells += 1
@@ -283,7 +300,7 @@ def stands_for(stream: np.ndarray, expected: np.ndarray, side: int, images: Imag
         for part in range(start, stop):
             place = cell + images.dy[part] * side + images.dx[part]
             bit = ONE_BIT << np.uint64(place & 63)
-            if expected[place] - images.first_id != images.codes[part]:
+            if compares and expected[place] - images.first_id != images.codes[part]:
                 return False
             if place >> 6 == word:
                 if not free & bit:
@@ -356,6 +373,19 @@ def find_end_of_plain_text(data: np.ndarray, at: int) -> int:
             if size == 0:
                 return LEFT_TO_THE_TWIN
             at += size
+
+
+@_kernel
+def skip_plain_texts(data: np.ndarray, at: int) -> int:
+    """Behind a list of texts without escapes, and without a space between them: it is its own shortest JSON."""
+    while True:
+        if data[at + 1] != QUOTE:
+            return LEFT_TO_THE_TWIN
+        at = find_end_of_plain_text(data, at + 1)
+        if at < 0 or (data[at] != COMMA and data[at] != CLOSE_LIST):
+            return LEFT_TO_THE_TWIN
+        if data[at] == CLOSE_LIST:
+            return at + 1
 
 
 @_kernel

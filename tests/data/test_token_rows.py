@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import simdjson
 
-from beingvl.data.token_rows import MOST_CELLS, RowReader, hash_ids, images_of, make_buffers, parse_row
+from beingvl.data.token_rows import MOST_CELLS, RowReader, check_images, hash_ids, images_of, make_buffers, parse_row
 from beingvl.data.token_rows_numba import BYTES_AHEAD, parse_lines, words_of
 from beingvl.errors import InputError
 from beingvl.tokenizer.vbpe import VisualBPE
@@ -74,12 +74,18 @@ USUAL = [
     text({**ROW, "token_0": MANY}, ensure_ascii=False, separators=(",", ":")),
     text({**ROW, "token_0": [*MANY[:70], 5, *MANY[:70]]}, ensure_ascii=False, separators=(",", ":")),
     text({**ROW, "token_0": MANY}, ensure_ascii=False).replace(b", 11", b",11"),
+    text({**ROW, "image": ["a b/ü.png", "b.png"]}, ensure_ascii=False, separators=(",", ":")),
+    text({**ROW, "image": ["a.png"]}, ensure_ascii=False),
     b'{"id" : 1 , "token_0" :[] , "x":{"a":[1,-2.5,{"b":[]}],"c":"\\u00E9\\n"} ,"token_1":[2147483] } \r',
 ]
 UNUSUAL = [  # rows all the same
     b'{"id":1,"token_0":[2147483647],"token_1":[1,12345678]}',
     text({**ROW, "conversations": "😀"}),  # escaped surrogates
-    text({**ROW, "image": ["a.png", "b.png"]}),
+    text({**ROW, "image": ["a.png", "b.png"]}),  # its shortest JSON is another
+    text({**ROW, "image": []}),
+    text({**ROW, "image": ["a.png", 5]}, separators=(",", ":")),
+    text({**ROW, "image": ["a.png", ["b.png"]]}, separators=(",", ":")),
+    text({**ROW, "image": ["a\\b.png"]}),
     text({**ROW, "id": "a\nb"}),
     text({**ROW, "id": -1}),
     text({**ROW, "id": 1.5}),
@@ -123,6 +129,8 @@ WRONG = [
     b'{"id":1,"token_0":[1],"token_1":[],"x":[1}',
     b'{"id":1,"token_0":[1],"token_1":[],"image":5}',
     b'{"id":1,"token_0":[1],"token_1":[],"image":{"a":"b"}}',
+    b'{"id":1,"token_0":[1],"token_1":[],"image":["a",]}',
+    b'{"id":1,"token_0":[1],"token_1":[],"image":["a"}',
     b'{"id":123456789012345678901234567890,"token_0":[1],"token_1":[]}',
     b'{"id":1,"token_0":[1],"token_1":[],"x":' + b"[" * 2000 + b"]" * 2000 + b"}",
     b'{"id":1,"token_0":[1],"token_1":[],"x":"\xff"}',
@@ -154,7 +162,7 @@ def test_a_damaged_line_is_never_taken_differently() -> None:
     source = random.Random(0)
     num_taken = 0
     for _ in range(20_000):
-        line = bytearray(source.choice(USUAL + UNUSUAL[:9]))
+        line = bytearray(source.choice(USUAL + UNUSUAL[:13]))
         for _ in range(source.choice([1, 1, 2, 5])):
             at = source.randrange(len(line))
             kind = source.randrange(4)
@@ -265,9 +273,35 @@ def test_streams_that_the_fast_reader_takes_are_those_that_decode_to_the_codes(s
     assert min(outcomes.values()) > 300
 
 
-def line_of(grid: np.ndarray, stream: np.ndarray) -> bytes:
+@pytest.mark.parametrize("shape", [(4, 4), (8, 8), (2, 3)])
+def test_further_images_that_the_fast_reader_takes_are_those_that_its_twin_takes(shape) -> None:
+    vbpe = VisualBPE(16, np.array([[0, 1, 0, 1], [16, 0, 1, 0], [1, 16, 1, -1], [18, 17, 2, -2]], np.int32))
+    random_source = np.random.default_rng(shape[1])
+    outcomes = {True: 0, False: 0}
+    for _ in range(1500):
+        grid, *others = random_source.integers(0, 2, (3, *shape)).astype(np.int32)
+        after = [7]
+        for other in others:
+            stream = vbpe.encode(other).astype(np.int32)
+            if random_source.integers(3) == 0:
+                stream[random_source.integers(len(stream))] = random_source.choice([0, 1, 15, 16, 17, 18, 19, 20])
+            if random_source.integers(6) == 0:
+                stream = np.delete(stream, random_source.integers(len(stream)))
+            after += [LAYOUT.boi_id, *(stream + LAYOUT.first_image_id).tolist(), LAYOUT.eoi_id]
+        line = line_of(grid, vbpe.encode(grid), after[: -1 - random_source.integers(2)])  # the last one whole, or cut
+        try:
+            check_images(parse_row(simdjson.Parser(), line), LAYOUT, vbpe)
+            fits = True
+        except ValueError:
+            fits = False
+        assert (fast(line, vbpe) is not None) == fits
+        outcomes[fits] += 1
+    assert min(outcomes.values()) > 300
+
+
+def line_of(grid: np.ndarray, stream: np.ndarray, after: list[int] | None = None) -> bytes:
     codes, merged = ((ids.ravel() + LAYOUT.first_image_id).tolist() for ids in (grid, stream))
-    return text({"id": "a", "token_0": [256], "token_image": codes, "token_image_new": merged, "token_1": [257]})
+    return text({"id": "a", "token_0": [256], "token_image": codes, "token_image_new": merged, "token_1": after or [257]})
 
 
 def test_an_image_larger_than_the_fast_reader_compares_is_compared_all_the_same(tmp_path) -> None:
