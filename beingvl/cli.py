@@ -100,7 +100,9 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
             raise
         if not isinstance(error, OSError) or error.errno not in (*DISK_IS_FULL, *DISK_FAILS):
             return _report_defect(name, error)
-        where = f" ({error.filename})" if error.filename else ""
+        outputs = (getattr(args, option, None) for option in ("output_path", "output_dir", "output"))
+        path = error.filename or next(filter(None, outputs), None)  # a failing write does not say which file it was
+        where = f" ({path})" if path else ""
         remedy = f"{'make room' if error.errno in DISK_IS_FULL else 'see to the disk'} and start the same command again"
         print(f"beingvl {name}: error: {error.strerror}{where}; nothing finished is lost: {remedy}", file=sys.stderr, flush=True)
         return 2

@@ -207,6 +207,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(inputs, tmp_path, step) -> 
     command = commands(inputs, tmp_path)[step]
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
     assert done.returncode == 2 and "make room and start the same command again" in done.stderr, done.stderr
+    assert f"({tmp_path}/{step}" in done.stderr, done.stderr
     assert cli.main(command) == 0
     assert verify_folder(tmp_path / step).content_hash == read_manifest(inputs / step).content_hash
 
