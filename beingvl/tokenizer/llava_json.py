@@ -18,7 +18,7 @@ from beingvl.errors import InputError
 
 BLOCK_CHARS = 1 << 20
 BLOCK_BYTES = 1 << 20  # more than any space before the first row
-MAX_ROW_CHARS = 1 << 26
+MAX_ROW_CHARS = 1 << 26  # in JSONL: bytes
 MAX_DEPTH = 64  # of a row, which other processes and files must take too
 NOT_READABLE = (ValueError, RecursionError)  # no JSON, a number of thousands of digits; nested too deeply
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -81,8 +81,12 @@ def _behind_space(text: str, at: int) -> int:
 
 def _line_values(path: Path) -> Iterator[Any]:
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if text := (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip():
+        for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_CHARS), b""), 1):
+            if len(line) == MAX_ROW_CHARS and not line.endswith(b"\n"):
+                while (rest := file.readline(BLOCK_BYTES)) and not rest.endswith(b"\n"):
+                    pass
+                yield BrokenRow(f"line {number} has {MAX_ROW_CHARS:,} bytes or more")
+            elif text := (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip():
                 try:
                     yield json.loads(text.decode())
                 except UnicodeDecodeError as error:
@@ -130,10 +134,10 @@ def _elements(file: IO[str], path: Path) -> Iterator[Any]:
                 count, after_value = count + 1, True
                 yield value
                 continue
-        more = (
-            "" if (token and after_value) or len(buffer) - at > MAX_ROW_CHARS else file.read(max(BLOCK_CHARS, len(buffer) - at))
-        )
+        is_long = len(buffer) - at > MAX_ROW_CHARS
+        more = "" if (token and after_value) or is_long else file.read(max(BLOCK_CHARS, len(buffer) - at))
         if not more:
+            problem += f", or the element has more than {MAX_ROW_CHARS:,} characters" if is_long else ""
             where = f"character {dropped + wrong_at + 1:,}"
             raise InputError(f"{path} is not valid JSON behind element {count} ({where}: {problem}); was it copied completely?")
         dropped += at

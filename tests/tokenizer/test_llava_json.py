@@ -85,6 +85,18 @@ def test_damage_of_an_array_is_located_in_the_whole_file(tmp_path, block, monkey
         list(stream_rows(tmp_path / "rows.json"))
 
 
+def test_a_row_longer_than_any_row_is_not_held_in_memory(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(llava_json, "MAX_ROW_CHARS", 100)
+    monkeypatch.setattr(llava_json, "BLOCK_CHARS", 10)
+    monkeypatch.setattr(llava_json, "BLOCK_BYTES", 10)
+    path, rows = tmp_path / "rows.json", [{"a": 1}, {"a": "b" * 1000}, {"a": "c" * 80}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert list(stream_rows_and_broken(path)) == [rows[0], BrokenRow("line 2 has 100 bytes or more"), rows[2]]
+    path.write_text(json.dumps(rows))
+    with pytest.raises(InputError, match=r"behind element 1 .*, or the element has more than 100 characters"):
+        list(stream_rows(path))
+
+
 def test_images_of_a_row() -> None:
     assert image_keys({"image": "a"}) == ["a"] and image_keys({"image": ["a", "b"]}) == ["a", "b"] and image_keys({}) == []
     for image in (7, ["a", 7], {"a": 1}):
