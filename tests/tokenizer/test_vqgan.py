@@ -221,6 +221,15 @@ def test_every_kind_of_image_becomes_pixels(janus, mode, size):
     assert -1.001 <= pixels.min() <= pixels.max() <= 1.001
 
 
+def test_an_orientation_in_exif_is_not_applied(janus, tmp_path):
+    """As by transformers' processor of an opened file; a rotated image would have other codes than the published ones."""
+    exif, image = Image.Exif(), make_images(1)[0].resize((48, 16))
+    exif[0x112] = 6
+    image.save(tmp_path / "a.png", exif=exif)
+    assert Image.open(tmp_path / "a.png").getexif()[0x112] == 6
+    assert torch.equal(janus.preprocess([tmp_path / "a.png"]), janus.preprocess([image]))
+
+
 def test_transparency_becomes_white(janus):
     assert janus.preprocess([Image.new("RGBA", (16, 16), (9, 9, 9, 0))]).min() == 1
 
