@@ -29,7 +29,7 @@ from beingvl.manifest import hash_bytes, write_atomically
 from beingvl.vocab import VocabLayout
 
 IGNORED = -100
-PLAN_VERSION = 4  # of the arithmetic of mixture and packing, and of what is kept
+PLAN_VERSION = 5  # of the arithmetic of mixture and packing, which says what a step sees, and of what is kept
 WINDOWS_KEPT = 2
 LOSS_ON = ("response", "text", "all")
 

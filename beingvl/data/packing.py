@@ -3,7 +3,10 @@
     lengths (window of 5) 6 3 4 5 2, capacity 8
       longest first:  6 -> [6]      5 -> [5]      4 -> [4]
                       3 -> fits 5 exactly: [5 3]  2 -> fits 6 exactly: [6 2]
-      sequences, by their earliest sample:  (0 4) (1 3) (2)
+      sequences, scattered:  (0 4) (2) (1 3)
+
+Sequences come in an order that has nothing to do with lengths. By their earliest samples, those of many short samples would come
+first, and every window would go from short samples to long ones.
 
 A window never mixes with the next, so a range of steps sees the samples of its range of the global order and no others, but
 for one window. The plan is the same on every rank and does not depend on their number. It is the number of sequences of every
@@ -27,6 +30,7 @@ from beingvl.errors import InputError
 WINDOW = 4096
 WINDOWS_AT_ONCE = 16  # so many samples are drawn together, but for the first
 LONGEST_REST_SECONDS = 0.1
+SCATTER = 2654435761  # 2**32 over the golden ratio: neighbours land far apart (Knuth, The Art of Computer Programming 3, 6.4)
 
 
 class PackingPlan:
@@ -155,7 +159,10 @@ def check_lengths(lengths: np.ndarray, sequence_length: int) -> None:
 
 
 def pack_window(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Best-fit decreasing. Ties: the earlier sample first, the sequence opened last first. Positions ascend in a sequence."""
+    """Best-fit decreasing. Ties: the earlier sample first, the sequence opened last first. Positions ascend in a sequence.
+
+    Sequences are scattered by the position of their longest sample.
+    """
     open_with: dict[int, list[list[int]]] = {}  # free tokens -> sequences
     free_sizes: list[int] = []  # the keys of open_with, ascending
     sequences: list[list[int]] = []
@@ -176,7 +183,7 @@ def pack_window(lengths: np.ndarray, capacity: int) -> list[list[int]]:
             if free - length not in open_with:
                 insort(free_sizes, free - length)
             open_with.setdefault(free - length, []).append(sequence)
-    return sorted(sorted(sequence) for sequence in sequences)
+    return [sorted(sequence) for sequence in sorted(sequences, key=lambda sequence: sequence[0] * SCATTER % 2**32)]
 
 
 def count_sequences(lengths: np.ndarray, capacity: int) -> int:

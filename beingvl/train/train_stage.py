@@ -168,6 +168,8 @@ def run_identity(config: StageConfig, model: Manifest, shards: Manifest, lineage
     """What makes two runs the same run: a checkpoint is only resumed by a run of equal identity."""
     from dataclasses import asdict
 
+    from beingvl.data.loader import PLAN_VERSION
+
     block = {key: value for key, value in asdict(config.beingvl).items() if key not in SAME_RESULT}
     block["trainable"] = list(block["trainable"])
     block["mixture"] = [list(item) for item in block["mixture"].items()]  # its order decides the order of samples
@@ -175,6 +177,7 @@ def run_identity(config: StageConfig, model: Manifest, shards: Manifest, lineage
     return {
         "start_model": model.content_hash,
         "shards": shards.content_hash,
+        "plan_version": PLAN_VERSION,
         "lineage": lineage,
         **block,
         **{key: config.deepspeed.get(key) for key in kept},

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from beingvl.data import loader
 from beingvl.errors import InputError
 from beingvl.manifest import Manifest
 from beingvl.train import stage_config
@@ -177,7 +178,7 @@ def test_keys_of_zero_optimization_are_deepspeeds() -> None:
     assert all(set(offload[key].model_fields) >= names for key, names in stage_config.OFFLOAD_KEYS.items())
 
 
-def test_what_may_change_a_sample_or_an_update_makes_another_run() -> None:
+def test_what_may_change_a_sample_or_an_update_makes_another_run(monkeypatch) -> None:
     """So a checkpoint of another trainable set, mixture or seed is never resumed; how often to save may change."""
     other = {"trainable": [{"match": "visual_rows"}], "mixture": {"foundation": 1.0}, "max_steps": 7, "packing": False}
     other |= {"loss_on": "all", "schedule": "constant", "mixture_by": "tokens", "activation_checkpointing": False}
@@ -195,6 +196,9 @@ def test_what_may_change_a_sample_or_an_update_makes_another_run() -> None:
         assert identity(stage_fields() | {key: 8}) != identity(stage_fields())
     orders = [stage_fields(mixture=mixture) for mixture in ({"a": 0.5, "b": 0.5}, {"b": 0.5, "a": 0.5})]
     assert identity(orders[0]) != identity(orders[1]), "samples are drawn in another order"
+    before = identity(stage_fields())
+    monkeypatch.setattr(loader, "PLAN_VERSION", 0)
+    assert identity(stage_fields()) != before, "a beingvl with another order of samples must not go on with this run"
 
 
 def test_overrides(tmp_path) -> None:
