@@ -374,7 +374,7 @@ def _check_offload(offload: Mapping[str, Any], key: str, known: set[str], stage:
     for name in offload.keys() & {"buffer_count", "buffer_size", "max_in_cpu"}:
         if not _is_at_most(0, offload[name]):
             raise InputError(f"{source}: {key}.{name} is {offload[name]!r}, expected a number, not negative")
-    if not isinstance(offload.get("nvme_path"), str):
+    if not isinstance(offload.get("nvme_path"), str) or not offload["nvme_path"]:
         raise InputError(f"{source}: {key}.nvme_path is {offload.get('nvme_path')!r}, expected a folder on the NVMe disk")
     if key.endswith("optimizer") and offload.get("buffer_count", fewest_buffers(offload)) < fewest_buffers(offload):
         raise InputError(

@@ -91,6 +91,11 @@ def broken(path: str, value: object) -> dict:
         ("zero_optimization.stage", 4, "expected 0, 1, 2 or 3"),
         ("zero_optimization", {"stage": 3, "offload_param": {"device": "disk"}}, "expected 'none', 'cpu' or 'nvme'"),
         ("zero_optimization", {"stage": 3, "offload_param": {"device": "nvme"}}, "nvme_path is None, expected a folder"),
+        (
+            "zero_optimization",
+            {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": ""}},
+            "nvme_path is '', expected a f",
+        ),
         ("zero_optimization", {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/"}}, "higher stage than 2"),
         ("zero_optimization", {"stage": 3, "offload_optimizer": {**NVME, "buffer_count": 3}}, "buffer_count is 3, .* at least 4"),
         (
