@@ -26,6 +26,7 @@ from beingvl.train.phases import STEP_PHASES
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 WANDB_VARIABLE = "WANDB_PROJECT"
+NEVER_WRITTEN = 2**62  # no step
 
 
 class MetricsWriter:
@@ -170,12 +171,12 @@ def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError):
-        return 2**62
+        return NEVER_WRITTEN
 
 
 def read_metrics(output: Path, file: str = METRICS_FILE) -> list[dict[str, Any]]:
-    """All lines of a stage folder's metrics.jsonl, or validation.jsonl."""
-    return [json.loads(line) for line in (output / file).read_text().splitlines()]
+    """All lines of a stage folder's metrics.jsonl, or validation.jsonl, but one that a crash cut off."""
+    return [json.loads(line) for line in (output / file).read_text().splitlines() if _step_of(line) < NEVER_WRITTEN]
 
 
 def peak_memory_bytes(device: torch.device) -> int:
