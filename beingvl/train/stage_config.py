@@ -299,6 +299,7 @@ def parse_stage_config(fields: Mapping[str, Any], source: str) -> StageConfig:
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
         if isinstance(fields[key], bool) or not isinstance(fields[key], int) or fields[key] < 1:
             raise InputError(f"{source}: {key} is {fields[key]!r}, expected an integer of at least 1")
+    _check_known(fields.get("timers", {}).get("throughput", {}), {"enabled", "synchronized"}, source, "timers.throughput.")
     deepspeed = {key: value for key, value in fields.items() if key != "beingvl"}
     _check_types(deepspeed, f"{source}: ")
     if deepspeed.get("communication_data_type") not in COMMUNICATION_TYPES:
@@ -326,8 +327,8 @@ def _check_types(fields: Mapping[str, Any], prefix: str) -> None:
             _check_types(value, f"{prefix}{key}.")
         elif name in SWITCHES and not isinstance(value, bool):
             raise InputError(f"{prefix}{key} is {value!r}, expected true or false")
-        elif key == "throughput":
-            raise InputError(f"{prefix}{key} is {value!r}, expected an object")
+        elif key == "prof_ops" and not isinstance(value, list):
+            raise InputError(f"{prefix}{key} is {value!r}, expected a list of names")
         elif name in WHOLE_NUMBERS and not (_is_at_most(fewest, value) and value < math.inf and value == int(value)):
             raise InputError(f"{prefix}{key} is {value!r}, expected a whole number of at least {fewest}")
 
@@ -353,7 +354,7 @@ def _check_zero(zero: Mapping[str, Any], source: str) -> None:
         if not _is_at_most(fewest, zero.get(key, 1)):
             raise InputError(f"{source}: zero_optimization.{key} is {zero[key]!r}, expected a number of at least {fewest}")
     for key, known in OFFLOAD_KEYS.items():
-        _check_offload(zero.get(key) or {}, f"zero_optimization.{key}", known, zero["stage"], source)
+        _check_offload({} if zero.get(key) is None else zero[key], f"zero_optimization.{key}", known, zero["stage"], source)
     if (zero.get("offload_param") or {}).get("device") == "nvme":
         for name, largest in LARGEST_ON_NVME.items():
             for key in (name, name.removeprefix("stage3_")):
