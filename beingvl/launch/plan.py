@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"  {'on the device':<14} {device_bytes(memory) / 1e9:8.2f} GB of {capacity / 1e9:g} GB")
     print(proposal(plan, model_config, config, num_ranks, capacity))
     if args.data:
-        print(time_per_epoch(args, plan, model_config, num_ranks))
+        print(time_per_epoch(args, config, plan, model_config, num_ranks))
     return 0
 
 
@@ -115,24 +115,32 @@ def proposal(plan: list[PlannedParameter], model_config: Any, config: StageConfi
     return "proposal: it does not fit, even with everything offloaded: more GPUs, a shorter sequence or a smaller loss chunk"
 
 
-def time_per_epoch(args: argparse.Namespace, plan: list[PlannedParameter], model_config: Any, num_ranks: int) -> str:
-    """FLOPs of all samples once, over what the GPUs reach."""
+def time_per_epoch(
+    args: argparse.Namespace, config: StageConfig, plan: list[PlannedParameter], model_config: Any, num_ranks: int
+) -> str:
+    """FLOPs of the samples that the stage's mixture draws in an epoch, over what the GPUs reach."""
     import numpy as np
 
     from beingvl.data.arrow_shards import ShardReader
+    from beingvl.data.loader import open_mixture
     from beingvl.errors import InputError
     from beingvl.train.flops import GPU_PEAKS, step_flops
 
     if args.gpu not in GPU_PEAKS:
         raise InputError(f"--gpu {args.gpu!r} is not known, known are {', '.join(GPU_PEAKS)}")
     shards = ShardReader(args.data)
+    mixture = open_mixture(shards, config.beingvl.mixture, config.beingvl.mixture_by, config.beingvl.seed)
+    draws = mixture.counts(mixture.num_samples)
+    repeats = [draws.get(name, 0) / max(1, len(own)) for name, own in zip(shards.sources, shards.members, strict=True)]
+    times_drawn = np.array(repeats)[shards.source_of]
     lengths = shards.lengths.astype(np.int64)
+    num_tokens = round(times_drawn @ lengths)
+    targets = round(shards.manifest.counts["target_tokens"] * num_tokens / lengths.sum())
     heads = model_config.num_attention_heads
     width = heads * (getattr(model_config, "head_dim", None) or model_config.hidden_size // heads)
-    targets = int(shards.manifest.counts["target_tokens"])
-    flops = step_flops(plan, width, int(lengths.sum()), int((lengths**2).sum()), targets)
+    flops = step_flops(plan, width, num_tokens, round(times_drawn @ lengths**2), targets)
     hours = flops / (GPU_PEAKS[args.gpu] * args.mfu * num_ranks) / 3600
-    size = f"{len(shards):,} samples, {lengths.sum():,} tokens, {flops:.3g} FLOPs"
+    size = f"{mixture.num_samples:,} samples, {num_tokens:,} tokens, {flops:.3g} FLOPs"
     return f"one epoch: {size}, {hours:.2f} hours at an MFU of {args.mfu:g}"
 
 

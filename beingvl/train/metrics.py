@@ -7,10 +7,11 @@ Only rank 0 writes. A resumed run cuts metrics.jsonl back to the step it resumes
 from __future__ import annotations
 
 import json
-import math
 import os
 import resource
+import statistics
 import uuid
+from collections import deque
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -26,6 +27,7 @@ from beingvl.train.phases import STEP_PHASES
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 WANDB_VARIABLE = "WANDB_PROJECT"
+NEVER_WRITTEN = 2**62  # no step
 
 
 class MetricsWriter:
@@ -144,24 +146,24 @@ def _open_from(path: Path, first_step: int) -> TextIO:
 
 
 class SpikeDetector:
-    """Says of each loss whether it stands out: more than 6 standard deviations (and 10 %) above the mean of the steps before.
+    """Says of each loss whether it stands out: more than 6 standard deviations (and 10 %) above the mean of the 50 steps before.
 
-    Mean and deviation are exponential with a memory of about 50 steps; the first 20 are never called a spike.
+    Of those, spikes do not count. The first 20 steps are never called a spike. The window has an end, because the steep fall of
+    the first steps would otherwise hide spikes for hundreds of steps.
     """
 
     def __init__(self, memory: int = 50, factor: float = 6.0, num_quiet: int = 20) -> None:
-        self._weight, self._factor, self._num_quiet = 1 / memory, factor, num_quiet
-        self._mean, self._variance, self._count = 0.0, 0.0, 0
+        self._factor, self._num_quiet = factor, num_quiet
+        self._losses: deque[float] = deque(maxlen=memory)
 
     def add(self, loss: float) -> bool:
-        weight = max(self._weight, 1 / (self._count + 1))
-        difference = loss - self._mean
-        threshold = max(self._factor * math.sqrt(self._variance), 0.1 * abs(self._mean))
-        is_spike = self._count >= self._num_quiet and difference > threshold
+        is_spike = False
+        if len(self._losses) >= self._num_quiet:
+            mean = statistics.fmean(self._losses)
+            threshold = max(self._factor * statistics.pstdev(self._losses, mean), 0.1 * abs(mean))
+            is_spike = loss - mean > threshold
         if not is_spike:  # a spike would hide the next one
-            self._mean += weight * difference
-            self._variance = (1 - weight) * (self._variance + weight * difference**2)
-            self._count += 1
+            self._losses.append(loss)
         return is_spike
 
 
@@ -170,12 +172,12 @@ def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError):
-        return 2**62
+        return NEVER_WRITTEN
 
 
 def read_metrics(output: Path, file: str = METRICS_FILE) -> list[dict[str, Any]]:
-    """All lines of a stage folder's metrics.jsonl, or validation.jsonl."""
-    return [json.loads(line) for line in (output / file).read_text().splitlines()]
+    """All lines of a stage folder's metrics.jsonl, or validation.jsonl, but one that a crash cut off."""
+    return [json.loads(line) for line in (output / file).read_text().splitlines() if _step_of(line) < NEVER_WRITTEN]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -44,6 +44,7 @@ DEEPSPEED_KEYS: dict[str, set[str] | None] = {
     "flops_profiler": {"enabled", "profile_step", "module_depth", "top_modules", "detailed", "output_file"},
     "timers": {"throughput"},
 }
+COMMUNICATION_TYPES = ("fp32", "bf16", "fp16", None)
 REFUSED_KEYS = {
     "scheduler": "the learning rate is a pure function of the step: use beingvl.schedule and beingvl.warmup_ratio",
     "gradient_accumulation_steps": "it follows from train_batch_size, the micro-batch size and the number of ranks; remove it",
@@ -108,6 +109,22 @@ REFUSED_ZERO_KEYS: dict[str, tuple[object, str]] = {
     "zero_quantized_nontrainable_weights": (False, "weights must pass between ranks as they are"),
     "zero_quantized_gradients": (False, "gradients must pass between ranks as they are"),
 }
+# Of DeepSpeed's keys, wherever they stand, those that are true or false and those that are whole numbers. DeepSpeed takes the
+# text "false" for false in one place and for true in another, and stumbles over other types when the model is built, or later.
+SWITCHES = {
+    *("enabled", "immediate_grad_update", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "wall_clock_breakdown"),
+    *("memory_breakdown", "dump_state", "single_submit", "overlap_events", "use_gds", "verbose", "prof_all", "debug", "detailed"),
+    *("synchronized", "adam_w_mode", "fused", "pin_memory", "pipeline_read", "pipeline_write", "contiguous_gradients"),
+    *("reduce_scatter", "use_multi_rank_bucket_allreduce", "allgather_partitions", "overlap_comm", "ignore_unused_parameters"),
+    *("memory_efficient_linear", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks"),
+    *("gather_16bit_weights_on_model_save", "use_all_reduce_for_fetch_params", "allgather_sequential"),
+}
+WHOLE_NUMBERS = {
+    *("block_size", "queue_depth", "intra_op_parallelism", "profile_step", "top_modules", "steps_per_print", "buffer_count"),
+    *("buffer_size", "max_in_cpu", "reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "prefetch_bucket_size"),
+    *("param_persistence_threshold", "model_persistence_threshold", "max_live_parameters", "max_reuse_distance"),
+}
+LONGEST_SEQUENCE = 1 << 24  # the packer holds a list of so many entries
 LARGEST_NUMBER = 1e6  # of what multiplies weights or gradients: far above any use, far below what float32 can hold
 OPTIMIZER_PARAMS = {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "fused"}
 REQUIRED_KEYS = (
@@ -280,9 +297,14 @@ def parse_stage_config(fields: Mapping[str, Any], source: str) -> StageConfig:
             raise InputError(f"{source}: bf16.{key} must be false; checkpoints hold masters and moments in float32")
     _check_zero(fields["zero_optimization"], source)
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
-        if not isinstance(fields[key], int) or fields[key] < 1:
+        if isinstance(fields[key], bool) or not isinstance(fields[key], int) or fields[key] < 1:
             raise InputError(f"{source}: {key} is {fields[key]!r}, expected an integer of at least 1")
+    _check_known(fields.get("timers", {}).get("throughput", {}), {"enabled", "synchronized"}, source, "timers.throughput.")
     deepspeed = {key: value for key, value in fields.items() if key != "beingvl"}
+    _check_types(deepspeed, f"{source}: ")
+    if deepspeed.get("communication_data_type") not in COMMUNICATION_TYPES:
+        found = f"{source}: communication_data_type is {deepspeed['communication_data_type']!r}"
+        raise InputError(f"{found}, expected one of {COMMUNICATION_TYPES}")
     return StageConfig(deepspeed, _parse_block(fields["beingvl"], source), source)
 
 
@@ -295,6 +317,20 @@ def _check_numbers(fields: Mapping[str, Any], source: str) -> None:
     betas = params.get("betas", [0, 0])
     if not isinstance(betas, list) or len(betas) != 2 or not all(_is_at_most(0, beta) and beta < 1 for beta in betas):
         raise InputError(f"{source}: optimizer.params.betas is {betas!r}, expected two numbers from 0 to below 1")
+
+
+def _check_types(fields: Mapping[str, Any], prefix: str) -> None:
+    """Of DeepSpeed's keys, in objects inside `fields`, too; `prefix` is what stands before a key in a complaint."""
+    for key, value in fields.items():
+        name, fewest = key.removeprefix("stage3_"), int(key == "steps_per_print")  # which DeepSpeed divides by
+        if isinstance(value, Mapping):
+            _check_types(value, f"{prefix}{key}.")
+        elif name in SWITCHES and not isinstance(value, bool):
+            raise InputError(f"{prefix}{key} is {value!r}, expected true or false")
+        elif key == "prof_ops" and not isinstance(value, list):
+            raise InputError(f"{prefix}{key} is {value!r}, expected a list of names")
+        elif name in WHOLE_NUMBERS and not (_is_at_most(fewest, value) and value < math.inf and value == int(value)):
+            raise InputError(f"{prefix}{key} is {value!r}, expected a whole number of at least {fewest}")
 
 
 def _check_number(name: str, value: Any) -> None:
@@ -318,7 +354,7 @@ def _check_zero(zero: Mapping[str, Any], source: str) -> None:
         if not _is_at_most(fewest, zero.get(key, 1)):
             raise InputError(f"{source}: zero_optimization.{key} is {zero[key]!r}, expected a number of at least {fewest}")
     for key, known in OFFLOAD_KEYS.items():
-        _check_offload(zero.get(key) or {}, f"zero_optimization.{key}", known, zero["stage"], source)
+        _check_offload({} if zero.get(key) is None else zero[key], f"zero_optimization.{key}", known, zero["stage"], source)
     if (zero.get("offload_param") or {}).get("device") == "nvme":
         for name, largest in LARGEST_ON_NVME.items():
             for key in (name, name.removeprefix("stage3_")):
@@ -339,7 +375,7 @@ def _check_offload(offload: Mapping[str, Any], key: str, known: set[str], stage:
     for name in offload.keys() & {"buffer_count", "buffer_size", "max_in_cpu"}:
         if not _is_at_most(0, offload[name]):
             raise InputError(f"{source}: {key}.{name} is {offload[name]!r}, expected a number, not negative")
-    if not isinstance(offload.get("nvme_path"), str):
+    if not isinstance(offload.get("nvme_path"), str) or not offload["nvme_path"]:
         raise InputError(f"{source}: {key}.nvme_path is {offload.get('nvme_path')!r}, expected a folder on the NVMe disk")
     if key.endswith("optimizer") and offload.get("buffer_count", fewest_buffers(offload)) < fewest_buffers(offload):
         raise InputError(
@@ -369,9 +405,9 @@ def _parse_block(block: Any, source: str) -> BeingVLBlock:
     for name in (*positive, "stall_timeout_seconds"):
         if block.get(name) is not None and block[name] <= 0:
             raise InputError(f"{source}: beingvl.{name} is {block[name]!r}, expected more than 0")
-    for name in ("warmup_ratio", "min_lr_ratio"):
-        if block.get(name, 0) > 1:
-            raise InputError(f"{source}: beingvl.{name} is {block[name]!r}, expected at most 1")
+    for name, largest in (("warmup_ratio", 1), ("min_lr_ratio", 1), ("sequence_length", LONGEST_SEQUENCE)):
+        if block.get(name, 0) > largest:
+            raise InputError(f"{source}: beingvl.{name} is {block[name]!r}, expected at most {largest}")
     for name, choices in CHOICES.items():
         if block.get(name, choices[0]) not in choices:
             raise InputError(f"{source}: beingvl.{name} is {block[name]!r}, expected one of {list(choices)}")
@@ -403,8 +439,8 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 def _check_type(name: str, value: Any, annotation: str, source: str) -> None:
     types, description = _TYPES[annotation]
     is_wrong_bool = isinstance(value, bool) and bool not in types
-    if not isinstance(value, types) or is_wrong_bool or (isinstance(value, (int, float)) and not 0 <= value < math.inf):
-        raise InputError(f"{source}: beingvl.{name} is {value!r}, expected {description}, not negative")
+    if not isinstance(value, types) or is_wrong_bool or (isinstance(value, (int, float)) and not 0 <= value < 2**63):
+        raise InputError(f"{source}: beingvl.{name} is {value!r}, expected {description}, not negative and below 2**63")
 
 
 def _check_known(fields: Any, known: set[str], source: str, prefix: str) -> None:

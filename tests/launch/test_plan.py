@@ -1,6 +1,7 @@
 import pytest
 
 from beingvl import cli
+from beingvl.data.arrow_shards import ShardReader
 from beingvl.errors import InputError
 from beingvl.launch.plan import parse_gpus
 from beingvl.train.flops import ASSUMED_MFU
@@ -24,6 +25,19 @@ def test_it_proposes_and_tells_the_time(work, capsys) -> None:
     assert "2 ranks, ZeRO-3, micro-batch 1" in shown and "of 80 GB" in shown
     assert "train_micro_batch_size_per_gpu 2, accumulation 1" in shown
     assert "one epoch: 60 samples" in shown and f"at an MFU of {ASSUMED_MFU:g}" in shown
+
+
+def test_an_epoch_is_what_the_mixture_draws(work, capsys) -> None:
+    """As the trainer counts it: no sample of a source that is left out, and more of the one that has the larger share."""
+    data = ["--gpus", "2x80GB", "--data", str(work / "shards"), "--set"]
+    shards = ShardReader(work / "shards")
+    foundation, reasoning = (shards.lengths[members] for members in shards.members)
+    assert plan(work, *data, 'beingvl.mixture={"reasoning": 1}') == 0
+    assert f"one epoch: {len(reasoning)} samples, {reasoning.sum():,} tokens" in capsys.readouterr().out
+    assert plan(work, *data, 'beingvl.mixture={"foundation": 1, "reasoning": 1}') == 0
+    assert f"one epoch: 60 samples, {round(30 * foundation.mean() + 30 * reasoning.mean()):,} tokens" in capsys.readouterr().out
+    assert plan(work, *data, 'beingvl.mixture={"perception": 1}') == 2
+    assert "names the source 'perception'" in capsys.readouterr().err
 
 
 def test_mistakes_are_named(work, capsys) -> None:

@@ -296,6 +296,12 @@ def test_a_lost_rank_ends_the_others_and_is_named(work, what: signal.Signals) ->
     assert named and "step " in named[0] and "phase " in named[0] and "sign of life" in named[0], log_of(output)[-3000:]
 
 
+def test_the_fall_of_the_first_steps_hides_no_spike_a_hundred_steps_later() -> None:
+    detector = SpikeDetector()
+    losses = [*(5.7 - 0.25 * step for step in range(20)), *(0.7 + 0.01 * (step % 3) for step in range(80)), 1.5, 0.7]
+    assert [step for step, loss in enumerate(losses) if detector.add(loss)] == [100]
+
+
 def test_spikes_are_told_from_noise() -> None:
     noise = random.Random(0)
     detector = SpikeDetector()

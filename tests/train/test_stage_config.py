@@ -92,6 +92,11 @@ def broken(path: str, value: object) -> dict:
         ("zero_optimization.stage", 4, "expected 0, 1, 2 or 3"),
         ("zero_optimization", {"stage": 3, "offload_param": {"device": "disk"}}, "expected 'none', 'cpu' or 'nvme'"),
         ("zero_optimization", {"stage": 3, "offload_param": {"device": "nvme"}}, "nvme_path is None, expected a folder"),
+        (
+            "zero_optimization",
+            {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": ""}},
+            "nvme_path is '', expected a f",
+        ),
         ("zero_optimization", {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/"}}, "higher stage than 2"),
         ("zero_optimization", {"stage": 3, "offload_optimizer": {**NVME, "buffer_count": 3}}, "buffer_count is 3, .* at least 4"),
         (
@@ -150,6 +155,7 @@ def broken(path: str, value: object) -> dict:
         ("beingvl.trainable", [{"match": "x", "weight_decay": -1}], "weight_decay of the rule 'x' is -1, expected a number"),
         ("beingvl.max_steps", 0, "more than 0"),
         ("beingvl.warmup_ratio", 2, "expected at most 1"),
+        ("beingvl.sequence_length", 10**9, "sequence_length is 1000000000, expected at most 16777216"),
         ("beingvl.min_lr_ratio", 7, "expected at most 1"),
         ("optimizer.params.lr", "1e-3", "lr is '1e-3', expected a number"),
         ("optimizer.params.eps", True, "expected a number from 0 to 1e"),
@@ -160,6 +166,27 @@ def broken(path: str, value: object) -> dict:
         ("gradient_clipping", -1, "gradient_clipping is -1, expected a number"),
         ("zero_optimization", {"stage": 3, "reduce_bucket_size": 0}, "expected a number of at least 1"),
         ("zero_optimization", {"stage": 3, "sub_group_size": "1e8"}, "expected a number of at least 0"),
+        ("bf16", {"enabled": "False"}, "bf16.enabled is 'False', expected true or false"),
+        ("optimizer.params.fused", "false", "optimizer.params.fused is 'false', expected true or false"),
+        ("zero_optimization", {"stage": 3, "overlap_comm": 1}, "zero_optimization.overlap_comm is 1, expected true or false"),
+        (
+            "zero_optimization",
+            {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": "yes"}},
+            "offload_optimizer.pin_memory is 'yes', expected true or false",
+        ),
+        ("zero_optimization", {"stage": 3, "stage3_max_live_parameters": "auto"}, "is 'auto', expected a whole number"),
+        ("zero_optimization", {"stage": 3, "prefetch_bucket_size": 0.5}, "is 0.5, expected a whole number of at least 0"),
+        ("zero_optimization", {"stage": 3, "sub_group_size": math.inf}, "is inf, expected a whole number"),
+        ("aio", {"block_size": "1M"}, "aio.block_size is '1M', expected a whole number"),
+        ("steps_per_print", 0, "steps_per_print is 0, expected a whole number of at least 1"),
+        ("timers", {"throughput": {"enabled": "no"}}, "timers.throughput.enabled is 'no', expected true or false"),
+        ("timers", {"throughput": False}, "timers.throughput is False, expected an object"),
+        ("timers", {"throughput": {"enable": True}}, "did you mean timers.throughput.enabled"),
+        ("comms_logger", {"prof_ops": "all_reduce"}, "comms_logger.prof_ops is 'all_reduce', expected a list"),
+        ("zero_optimization", {"stage": 3, "offload_optimizer": []}, r"offload_optimizer is \[\], expected an object"),
+        ("communication_data_type", "int8", "communication_data_type is 'int8', expected one of"),
+        ("train_batch_size", True, "expected an integer"),
+        ("beingvl.stall_timeout_seconds", 10**400, r"below 2\*\*63"),
     ],
 )
 def test_mistakes_are_named(path: str, value: object, message: str) -> None:
@@ -176,6 +203,17 @@ def test_keys_of_zero_optimization_are_deepspeeds() -> None:
     assert {*stage_config.ZERO_KEYS, *stage_config.REFUSED_ZERO_KEYS} <= theirs
     offload = {"offload_param": DeepSpeedZeroOffloadParamConfig, "offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig}
     assert all(set(offload[key].model_fields) >= names for key, names in stage_config.OFFLOAD_KEYS.items())
+
+
+def test_types_of_deepspeeds_keys_are_deepspeeds() -> None:
+    """What we hold to true or false, or to whole numbers, is so in DeepSpeed where that states types; and no key is forgotten."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for name in stage_config.ZERO_KEYS - {"stage", "compute_grad_norm", *stage_config.OFFLOAD_KEYS}:
+        fields = DeepSpeedZeroConfig.model_fields
+        theirs = fields[name] if name in fields else next(field for field in fields.values() if field.alias == name)
+        ours = stage_config.SWITCHES if "bool" in str(theirs.annotation) else stage_config.WHOLE_NUMBERS
+        assert name.removeprefix("stage3_") in ours, name
 
 
 def test_what_may_change_a_sample_or_an_update_makes_another_run(monkeypatch) -> None:
