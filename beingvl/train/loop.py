@@ -163,7 +163,7 @@ def train(
         if num_written == ranks.num_ranks:
             saver.commit()
         is_end = progress.step == num_steps
-        gives_up = progress.num_skipped_in_a_row > block.max_skipped_steps or (is_end and last_good.step == 0)
+        gives_up = progress.num_skipped_in_a_row >= block.max_skipped_steps or (is_end and last_good.step == 0)
         is_due = is_time or (block.checkpoint_every_steps and progress.step % block.checkpoint_every_steps == 0)
         if (is_good and is_due) or ((gives_up or is_end) and saved.step < last_good.step):
             saver.save(last_good)

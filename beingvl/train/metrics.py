@@ -12,6 +12,7 @@ import resource
 import statistics
 import uuid
 from collections import deque
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -125,11 +126,15 @@ class MetricsWriter:
                 self._wandb.finish(exit_code=0 if error is None else 1)
 
 
+def refuse_missing_wandb() -> None:
+    """Raises InputError, before a model is loaded for minutes."""
+    if os.environ.get(WANDB_VARIABLE) and find_spec("wandb") is None:
+        raise InputError(f"{WANDB_VARIABLE} is set, but wandb is not installed: pip install wandb, or unset it")
+
+
 def _start_wandb(output: Path) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise InputError(f"{WANDB_VARIABLE} is set, but wandb is not installed: pip install wandb, or unset it") from error
+    import wandb
+
     id_file = output / "wandb-run-id"  # a resumed stage goes on with its run
     if not id_file.is_file():
         write_atomically(id_file, uuid.uuid4().hex[:12])

@@ -401,7 +401,15 @@ def _parse_block(block: Any, source: str) -> BeingVLBlock:
             raise InputError(f"{source}: beingvl.{name} is missing")
     for name, value in block.items():
         _check_type(name, value, str(known[name].type), source)
-    positive = ("epochs", "sequence_length", "max_steps", "log_every_steps", "loss_chunk_tokens", "keep_last")
+    positive = (
+        "epochs",
+        "sequence_length",
+        "max_steps",
+        "log_every_steps",
+        "loss_chunk_tokens",
+        "keep_last",
+        "max_skipped_steps",
+    )
     for name in (*positive, "stall_timeout_seconds"):
         if block.get(name) is not None and block[name] <= 0:
             raise InputError(f"{source}: beingvl.{name} is {block[name]!r}, expected more than 0")

@@ -80,9 +80,11 @@ def run(args: argparse.Namespace) -> int:
     from beingvl.data.arrow_shards import ShardReader
     from beingvl.errors import InputError
     from beingvl.manifest import is_complete, join_lineages, read_manifest
+    from beingvl.train.metrics import refuse_missing_wandb
     from beingvl.train.stage_config import load_stage_config
 
     config = load_stage_config(args.deepspeed_config, args.set)
+    refuse_missing_wandb()
     model = find_start_model(args.model)
     model_manifest, shards = read_manifest(model, "model"), ShardReader(args.data)
     inputs = {str(model): model_manifest.lineage, str(args.data): shards.manifest.lineage}

@@ -63,10 +63,10 @@ def token_that_comes_thrice_in_a_row(work: Path) -> tuple[int, list[int]]:
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_steps_that_are_not_finite_are_skipped_counted_and_named_then_the_run_stops(work, stage: int) -> None:
-    """Two bad steps in a row are allowed, the third ends the run with the last good state."""
+    """Two bad steps in a row go by, the third ends the run with the last good state."""
     token, bad_steps = token_that_comes_thrice_in_a_row(work)
     model, output = poison(work / "base", work / f"poisoned-{stage}", token), work / f"nan-{stage}"
-    settings = [f"zero_optimization.stage={stage}", "beingvl.max_skipped_steps=2", "beingvl.checkpoint_every_steps=0"]
+    settings = [f"zero_optimization.stage={stage}", "beingvl.max_skipped_steps=3", "beingvl.checkpoint_every_steps=0"]
     done = alone(work, output, "--model", str(model), "--set", *settings)
     rows = read_metrics(output)
     assert [row["step"] for row in rows if row["skipped"]] == bad_steps and rows[-1]["step"] == bad_steps[-1]
@@ -126,7 +126,7 @@ def test_a_signal_in_a_skipped_step_saves_the_state_before_it_at_once(work) -> N
     token, bad_steps = token_that_comes_thrice_in_a_row(work)
     model, output = poison(work / "base", work / "poisoned-stop", token), work / "nan-stop"
     words = ["train", "--deepspeed_config", str(work / "all.json"), "--model", str(model), "--data", str(work / "shards")]
-    words += ["--output", str(output), "--set", "beingvl.max_skipped_steps=2", "beingvl.background_save=true"]
+    words += ["--output", str(output), "--set", "beingvl.max_skipped_steps=3", "beingvl.background_save=true"]
     command = [sys.executable, "-c", STOP_IN_STEP, str(bad_steps[-3]), *words, "beingvl.checkpoint_every_steps=0"]
     environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port())}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

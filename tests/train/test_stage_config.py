@@ -154,6 +154,7 @@ def broken(path: str, value: object) -> dict:
         ("beingvl.trainable", [{"match": "x", "lr_multiplier": "2"}], "lr_multiplier of the rule 'x' is '2', expected a number"),
         ("beingvl.trainable", [{"match": "x", "weight_decay": -1}], "weight_decay of the rule 'x' is -1, expected a number"),
         ("beingvl.max_steps", 0, "more than 0"),
+        ("beingvl.max_skipped_steps", 0, "more than 0"),
         ("beingvl.warmup_ratio", 2, "expected at most 1"),
         ("beingvl.sequence_length", 10**9, "sequence_length is 1000000000, expected at most 16777216"),
         ("beingvl.min_lr_ratio", 7, "expected at most 1"),
