@@ -190,10 +190,14 @@ def test_usr1_saves_requeues_and_finishes_as_the_uninterrupted_run(cluster, work
     cluster.wait_until_nothing_runs(str(output))
 
 
+@pytest.mark.slow
 def test_the_time_limit_itself_requeues_a_job_that_finishes_as_the_uninterrupted_run(
     cluster, work, uninterrupted, tmp_path
 ) -> None:
-    """Slurm looks at its clock every 30 s: within a minute, USR1 comes after 25 to 55 s. The ranks are held until then."""
+    """Slurm looks at its clock every 30 s: within a minute, USR1 comes after 25 to 55 s. The ranks are held until then.
+
+    Slow, over a minute; the signal, sent by hand, is tested above.
+    """
     output = tmp_path / "limited"
     job = submit_stage(cluster, work, output, 60, "--time=1", "--signal=B:USR1@5")
     wait_for_steps(cluster, job, output)

@@ -87,6 +87,7 @@ def test_every_stage_equals_plain_torch(work) -> None:
 RATES = {"visual_rows": (1.0, 0.0), "layers[:2]": (0.5, 0.4), "layers[2:]": (0.25, 0.1)}
 ONE_STEP_OF_RATES = [
     "beingvl.max_steps=1",
+    "optimizer.params.eps=1e-12",
     "beingvl.trainable="
     + json.dumps(
         [{"match": match, "lr_multiplier": multiplier, "weight_decay": decay} for match, (multiplier, decay) in RATES.items()]
