@@ -70,7 +70,10 @@ class StepResult:
 
 
 def start_distributed(deterministic: bool = False) -> Ranks:
-    """Join the launcher's process group; a process started without a launcher is a world of one."""
+    """Join the launcher's process group; a process started without a launcher is a world of one.
+
+    Raises InputError when rank 0's port is taken, or cannot be reached.
+    """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
         torch.use_deterministic_algorithms(True)
@@ -80,7 +83,7 @@ def start_distributed(deterministic: bool = False) -> Ranks:
         "WORLD_SIZE": "1",
         "LOCAL_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",
+        "MASTER_PORT": "29500" if "WORLD_SIZE" in os.environ else "0",  # alone: any, so that two may run on one machine
     }.items():
         os.environ.setdefault(name, value)
     # DeepSpeed looks at every optimizer it has, and one of them loads torch's compiler: a second and 30 MB for nothing.
@@ -91,7 +94,14 @@ def start_distributed(deterministic: bool = False) -> Ranks:
     local_rank = int(os.environ["LOCAL_RANK"])
     accelerator = get_accelerator()
     accelerator.set_device(local_rank)
-    deepspeed.init_distributed(verbose=False, timeout=LONGEST_COLLECTIVE)
+    try:
+        deepspeed.init_distributed(verbose=False, timeout=LONGEST_COLLECTIVE)
+    except torch.distributed.DistNetworkError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"ranks cannot meet at {place}, rank 0's place: {reason}; give --master_port (MASTER_PORT) another"
+        ) from error
     device = torch.device(accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu")
     return Ranks(deepspeed.comm.get_rank(), deepspeed.comm.get_world_size(), device)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,8 +33,7 @@ def work(tmp_path_factory) -> Path:
 def train(work: Path, name: str, *more: str, model: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
     places = ["--model", str(model or work / "base"), "--data", str(work / "shards"), "--output", str(work / name)]
     command = [sys.executable, "-m", "beingvl", "train", "--deepspeed_config", str(work / "all.json"), *places, *more]
-    environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port()), **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,14 @@ def plain_run(work) -> Path:
     assert not extensions.exists()  # nothing is compiled on CPU ranks
     assert "memory of rank 0: predicted" in done.stdout and "time of the logged steps: predicted" in done.stdout
     return work / "plain"
+
+
+def test_a_port_that_is_taken_is_named_and_without_a_launcher_none_is_needed(work, plain_run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = train(work, "taken", MASTER_PORT=port)
+    assert done.returncode == 2 and f"ranks cannot meet at 127.0.0.1:{port}" in done.stderr, done.stderr
+    assert "MASTER_PORT" not in ENVIRONMENT  # as `plain_run` started
 
 
 def test_validation_counts_every_held_out_sample_once_and_changes_nothing(work, plain_run) -> None:
