@@ -1,16 +1,21 @@
 import copy
 import dataclasses
+import inspect
 import json
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 from beingvl.data import loader
 from beingvl.errors import InputError
 from beingvl.manifest import Manifest
-from beingvl.train import stage_config
-from beingvl.train.stage_config import DEEPSPEED_KEYS, BeingVLBlock, load_stage_config, parse_stage_config
+from beingvl.train import deepspeed_keys
+from beingvl.train.deepspeed_keys import DEEPSPEED_KEYS
+from beingvl.train.json_schema import SWITCH, Allowed, Schema
+from beingvl.train.stage_config import BeingVLBlock, load_stage_config, parse_stage_config
 from beingvl.train.train_stage import SAME_RESULT, run_identity
 from tests.tiny import stage_fields
 
@@ -54,10 +59,18 @@ def test_our_list_of_deepspeed_keys_is_deepspeeds() -> None:
     root = Path(deepspeed.runtime.__file__).parents[1]
     files = [path for pattern in ("*config*.py", "*constants.py") for path in root.rglob(pattern)]
     source = "".join(path.read_text() for path in files)
-    for key, inside in DEEPSPEED_KEYS.items():
-        assert key in source, key
-        for name in inside or ():
-            assert name in source, f"{key}.{name}"
+
+    def names_in(schema: Schema) -> Iterator[str]:
+        for key, inside in schema.items() if isinstance(schema, Mapping) else ():
+            yield key
+            yield from () if key == "params" else names_in(inside)
+
+    optimizer = DEEPSPEED_KEYS["optimizer"]
+    assert isinstance(optimizer, Mapping)
+    theirs = inspect.signature(torch.optim.AdamW).parameters
+    assert set(optimizer["params"]) - set(theirs) == {"torch_adam", "adam_w_mode"}, "the rest goes to torch's optimizer as it is"
+    for name in names_in({key: inside for key, inside in DEEPSPEED_KEYS.items() if key != "zero_optimization"}):
+        assert name in source, name
 
 
 def broken(path: str, value: object) -> dict:
@@ -81,16 +94,16 @@ def broken(path: str, value: object) -> dict:
         ("optimizer.params.beta", 1, "did you mean optimizer.params.betas"),
         ("bf16", {"enable": True}, "did you mean bf16.enabled"),
         ("gradient_clipping", None, "'gradient_clipping' is missing"),
-        ("beingvl.mixture", None, "beingvl.mixture is missing"),
+        ("beingvl.mixture", None, "'beingvl.mixture' is missing"),
         ("scheduler", {}, "pure function of the step"),
         ("prescale_gradients", True, "ZeRO refuses it"),
         ("gradient_predivide_factor", 2.0, "ZeRO refuses it"),
         ("gradient_accumulation_steps", 2, "remove it"),
         ("fp16", {"enabled": True}, "use bf16"),
-        ("optimizer.type", "Lion", "Adam or AdamW"),
-        ("optimizer.params.torch_adam", False, "torch_adam must be true"),
-        ("zero_optimization.stage", 4, "expected 0, 1, 2 or 3"),
-        ("zero_optimization", {"stage": 3, "offload_param": {"device": "disk"}}, "expected 'none', 'cpu' or 'nvme'"),
+        ("optimizer.type", "Lion", "optimizer.type is 'Lion', expected one of"),
+        ("optimizer.params.torch_adam", False, "torch_adam is False, expected true: checkpoints restore"),
+        ("zero_optimization.stage", 4, "expected one of 0, 1, 2, 3"),
+        ("zero_optimization", {"stage": 3, "offload_param": {"device": "disk"}}, "device is 'disk', expected one of"),
         ("zero_optimization", {"stage": 3, "offload_param": {"device": "nvme"}}, "nvme_path is None, expected a folder"),
         (
             "zero_optimization",
@@ -107,9 +120,13 @@ def broken(path: str, value: object) -> dict:
         (
             "zero_optimization",
             {"stage": 3, "offload_param": {**NVME, "buffer_size": "1e8"}},
-            "buffer_size is '1e8', expected a n",
+            "buffer_size is '1e8', expected a whole",
         ),
-        ("zero_optimization", {"stage": 3, "offload_param": NVME, "max_reuse_distance": "auto"}, "is 'auto', expected 0 at most"),
+        (
+            "zero_optimization",
+            {"stage": 3, "offload_param": NVME, "max_reuse_distance": "auto"},
+            "is 'auto', expected a whole number",
+        ),
         ("zero_optimization", {"stage": 3, "offload_optimizer": {**NVME, "ratio": 0.5}}, "unknown key .*offload_optimizer.ratio"),
         (
             "zero_optimization",
@@ -122,9 +139,9 @@ def broken(path: str, value: object) -> dict:
             "expected 200000 at most",
         ),
         ("zero_optimization", {"stage": 2, "offload_param": {"device": "cpu"}}, "needs a higher stage than 2"),
-        ("train_batch_size", "auto", "expected an integer"),
-        ("bf16", {"enabled": True, "check_grad_overflow": False}, "check_grad_overflow must be true"),
-        ("zero_optimization", {"stage": 3, "compute_grad_norm": False}, "compute_grad_norm must be true"),
+        ("train_batch_size", "auto", "expected a whole number, at least 1"),
+        ("bf16", {"enabled": True, "check_grad_overflow": False}, "check_grad_overflow is False, expected true: weights that"),
+        ("zero_optimization", {"stage": 3, "compute_grad_norm": False}, "compute_grad_norm is False, expected true: steps"),
         (
             "zero_optimization",
             {"stage": 3, "overlap_com": True},
@@ -132,32 +149,36 @@ def broken(path: str, value: object) -> dict:
         ),
         ("zero_optimization", {"stage": 2, "cpu_offload": True}, "unknown key zero_optimization.cpu_offload"),
         ("zero_optimization", {"stage": 3, "offload_param": {"devise": "cpu"}}, "mean zero_optimization.offload_param.device?"),
-        ("zero_optimization", {"stage": 2, "round_robin_gradients": True}, "must be false: with it DeepSpeed tells wrong places"),
-        ("zero_optimization", {"stage": 3, "zero_hpz_partition_size": 2}, "must be 1: its second copy"),
-        ("zero_optimization", {"stage": 3, "zero_quantized_weights": True}, "must be false: weights must pass"),
+        (
+            "zero_optimization",
+            {"stage": 2, "round_robin_gradients": True},
+            "is True, expected false: with it DeepSpeed tells wrong",
+        ),
+        ("zero_optimization", {"stage": 3, "zero_hpz_partition_size": 2}, "is 2, expected 1: its second copy"),
+        ("zero_optimization", {"stage": 3, "zero_quantized_weights": True}, "is True, expected false: weights must pass"),
         ("zero_optimization", 3, "expected an object"),
         ("bf16", {"enabled": True, "bf16_master_weights_and_grads": True}, "masters and moments in float32"),
         ("seed", 1, "seed is beingvl.seed"),
         ("compile", {}, "not used here"),
-        ("beingvl.log_every_steps", 0, "more than 0"),
-        ("beingvl.loss_chunk_tokens", 0, "more than 0"),
-        ("beingvl.epochs", 0, "more than 0"),
+        ("beingvl.log_every_steps", 0, "at least 1"),
+        ("beingvl.loss_chunk_tokens", 0, "at least 1"),
+        ("beingvl.epochs", 0, "a number above 0"),
         ("beingvl.epochs", "two", "expected a number"),
-        ("beingvl.epochs", -1, "not negative"),
+        ("beingvl.epochs", -1, "a number above 0"),
         ("beingvl.sequence_length", True, "expected a whole number"),
         ("beingvl.loss_on", "answers", "expected one of"),
-        ("beingvl.trainable", [{"train": True}], "no 'match'"),
-        ("beingvl.trainable", [{"match": "x", "lr": 1}], r"unknown key beingvl.trainable\[\].lr"),
+        ("beingvl.trainable", [{"train": True}], r"trainable\[0\]: 'match' is missing"),
+        ("beingvl.trainable", [{"match": "x", "lr": 1}], r"unknown key beingvl.trainable\[0\].lr"),
         ("beingvl", [], "expected an object"),
-        ("beingvl.epochs", math.nan, "not negative"),
-        ("beingvl.trainable", [{"match": "x", "train": "yes"}], "train of the rule 'x' is 'yes', expected true or false"),
-        ("beingvl.trainable", [{"match": "x", "lr_multiplier": "2"}], "lr_multiplier of the rule 'x' is '2', expected a number"),
-        ("beingvl.trainable", [{"match": "x", "weight_decay": -1}], "weight_decay of the rule 'x' is -1, expected a number"),
-        ("beingvl.max_steps", 0, "more than 0"),
-        ("beingvl.max_skipped_steps", 0, "more than 0"),
-        ("beingvl.warmup_ratio", 2, "expected at most 1"),
-        ("beingvl.sequence_length", 10**9, "sequence_length is 1000000000, expected at most 16777216"),
-        ("beingvl.min_lr_ratio", 7, "expected at most 1"),
+        ("beingvl.epochs", math.nan, "a number above 0"),
+        ("beingvl.trainable", [{"match": "x", "train": "yes"}], r"trainable\[0\].train is 'yes', expected true or false"),
+        ("beingvl.trainable", [{"match": "x", "lr_multiplier": "2"}], r"\[0\].lr_multiplier is '2', expected a number"),
+        ("beingvl.trainable", [{"match": "x", "weight_decay": -1}], r"\[0\].weight_decay is -1, expected a number"),
+        ("beingvl.max_steps", 0, "at least 1"),
+        ("beingvl.max_skipped_steps", 0, "at least 1"),
+        ("beingvl.warmup_ratio", 2, "expected a number from 0 to 1"),
+        ("beingvl.sequence_length", 10**9, "sequence_length is 1000000000, expected .* at most 16777216"),
+        ("beingvl.min_lr_ratio", 7, "expected a number from 0 to 1"),
         ("optimizer.params.lr", "1e-3", "lr is '1e-3', expected a number"),
         ("optimizer.params.eps", True, "expected a number from 0 to 1e"),
         ("optimizer.params.lr", 1e38, "expected a number from 0 to 1e"),
@@ -165,8 +186,8 @@ def broken(path: str, value: object) -> dict:
         ("optimizer.params.betas", [0.9], "two numbers from 0 to below 1"),
         ("optimizer.params.betas", [0.9, 1], "two numbers from 0 to below 1"),
         ("gradient_clipping", -1, "gradient_clipping is -1, expected a number"),
-        ("zero_optimization", {"stage": 3, "reduce_bucket_size": 0}, "expected a number of at least 1"),
-        ("zero_optimization", {"stage": 3, "sub_group_size": "1e8"}, "expected a number of at least 0"),
+        ("zero_optimization", {"stage": 3, "reduce_bucket_size": 0}, "expected a whole number of at least 1"),
+        ("zero_optimization", {"stage": 3, "sub_group_size": "1e8"}, "expected a whole number of at least 0"),
         ("bf16", {"enabled": "False"}, "bf16.enabled is 'False', expected true or false"),
         ("optimizer.params.fused", "false", "optimizer.params.fused is 'false', expected true or false"),
         ("zero_optimization", {"stage": 3, "overlap_comm": 1}, "zero_optimization.overlap_comm is 1, expected true or false"),
@@ -184,9 +205,17 @@ def broken(path: str, value: object) -> dict:
         ("timers", {"throughput": False}, "timers.throughput is False, expected an object"),
         ("timers", {"throughput": {"enable": True}}, "did you mean timers.throughput.enabled"),
         ("comms_logger", {"prof_ops": "all_reduce"}, "comms_logger.prof_ops is 'all_reduce', expected a list"),
-        ("zero_optimization", {"stage": 3, "offload_optimizer": []}, r"offload_optimizer is \[\], expected an object"),
+        ("zero_optimization", {"stage": 3, "offload_optimizer": []}, r"offload_optimizer is \[\], expected an object, or null"),
         ("communication_data_type", "int8", "communication_data_type is 'int8', expected one of"),
-        ("train_batch_size", True, "expected an integer"),
+        ("train_batch_size", True, "expected a whole number"),
+        ("beingvll", {}, "did you mean beingvl"),
+        ("optimizer", {}, "optimizer.type. is missing"),
+        ("beingvl.trainable", {}, "expected a list"),
+        (
+            "zero_optimization",
+            {"stage": 3, "offload_param": {**NVME, "nvme_path": "/nvme\0"}},
+            "expected a text without NUL",
+        ),
         ("beingvl.stall_timeout_seconds", 10**400, r"below 2\*\*63"),
     ],
 )
@@ -196,25 +225,23 @@ def test_mistakes_are_named(path: str, value: object, message: str) -> None:
 
 
 def test_keys_of_zero_optimization_are_deepspeeds() -> None:
+    """Every key is one of DeepSpeed's, and what we hold to true or false, or to whole numbers, is so there."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 
-    fields = DeepSpeedZeroConfig.model_fields
-    theirs = set(fields) | {field.alias for field in fields.values()}
-    assert {*stage_config.ZERO_KEYS, *stage_config.REFUSED_ZERO_KEYS} <= theirs
+    fields = dict(DeepSpeedZeroConfig.model_fields)
+    fields |= {field.alias: field for field in fields.values() if field.alias}
+    for name, allowed in deepspeed_keys.ZERO_KEYS.items():
+        assert name in fields, name
+        if isinstance(allowed, Allowed) and ("whole number of" in allowed.expected or allowed is SWITCH):
+            assert ("bool" in str(fields[name].annotation)) == (allowed is SWITCH), name
     offload = {"offload_param": DeepSpeedZeroOffloadParamConfig, "offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig}
-    assert all(set(offload[key].model_fields) >= names for key, names in stage_config.OFFLOAD_KEYS.items())
+    assert all(set(offload[key].model_fields) >= set(names) for key, names in deepspeed_keys.OFFLOAD_KEYS.items())
 
 
-def test_types_of_deepspeeds_keys_are_deepspeeds() -> None:
-    """What we hold to true or false, or to whole numbers, is so in DeepSpeed where that states types; and no key is forgotten."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    for name in stage_config.ZERO_KEYS - {"stage", "compute_grad_norm", *stage_config.OFFLOAD_KEYS}:
-        fields = DeepSpeedZeroConfig.model_fields
-        theirs = fields[name] if name in fields else next(field for field in fields.values() if field.alias == name)
-        ours = stage_config.SWITCHES if "bool" in str(theirs.annotation) else stage_config.WHOLE_NUMBERS
-        assert name.removeprefix("stage3_") in ours, name
+def test_null_is_no_offload() -> None:
+    zero = {"stage": 3, "offload_param": None}
+    assert parse_stage_config(stage_fields() | {"zero_optimization": zero}, "stage.json").nvme_offloads == {}
 
 
 def test_what_may_change_a_sample_or_an_update_makes_another_run(monkeypatch) -> None:

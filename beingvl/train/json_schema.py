@@ -1,0 +1,99 @@
+"""What a JSON file may hold, as nested as the file is: names, and what is allowed for each.
+
+    {"optimizer": {"type": one_of("Adam", "AdamW"), "params": {"lr": number(), "fused": SWITCH}}, "rules": [{"match": TEXT}]}
+
+`check` finds the first value that is not allowed and says so in one sentence; for an unknown name it asks "did you mean".
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from beingvl.errors import InputError
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Values for which `holds`; `expected` says it in words."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+# A list of one schema stands for any number of such values.
+Schema: TypeAlias = "Allowed | Sequence[Schema] | Mapping[str, Schema]"
+
+SWITCH = Allowed("true or false", lambda value: isinstance(value, bool))
+TEXT = Allowed("a text without NUL characters", lambda value: isinstance(value, str) and "\0" not in value)
+OBJECT = Allowed("an object", lambda value: isinstance(value, Mapping))
+
+
+def whole(fewest: int = 0, most: int = 2**63 - 1) -> Allowed:
+    above = f"at most {most}" if most < 2**63 - 1 else "below 2**63"
+    return Allowed(f"a whole number, at least {fewest} and {above}", lambda value: type(value) is int and fewest <= value <= most)
+
+
+def count(fewest: int = 0) -> Allowed:
+    """A whole number that may be written as 5e8."""
+    return Allowed(
+        f"a whole number of at least {fewest}",
+        lambda value: type(value) in (int, float) and fewest <= value < 2**63 and value == int(value),
+    )
+
+
+def number(fewest: float = 0, most: float = 2**63) -> Allowed:
+    return Allowed(f"a number from {fewest:g} to {most:g}", lambda value: type(value) in (int, float) and fewest <= value <= most)
+
+
+POSITIVE = Allowed("a number above 0", lambda value: type(value) in (int, float) and 0 < value < 2**63)
+
+
+def one_of(*choices: object) -> Allowed:
+    listed = ", ".join(map(json.dumps, choices))
+    # 1 is true and 1.0 is 1 for Python, but not in JSON
+    return Allowed(f"one of {listed}", lambda value: any(type(value) is type(choice) and value == choice for choice in choices))
+
+
+def only(choice: object, reason: str) -> Allowed:
+    return Allowed(f"{json.dumps(choice)}: {reason}", one_of(choice).holds)
+
+
+def maybe(allowed: Allowed) -> Allowed:
+    return Allowed(f"{allowed.expected}, or null", lambda value: value is None or allowed.holds(value))
+
+
+def check(value: Any, schema: Schema, source: str, name: str = "") -> None:
+    """Raises InputError that names `source` and the place of the first value, `name.key`, that is not allowed."""
+    shown = name or "the file"
+    if isinstance(schema, Allowed):
+        if not schema.holds(value):
+            raise InputError(f"{source}: {shown} is {value!r}, expected {schema.expected}")
+    elif isinstance(schema, Mapping):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{source}: {shown} is {value!r}, expected an object")
+        for key, inside in value.items():
+            inner = f"{name}.{key}" if name else key
+            if key not in schema:
+                near = difflib.get_close_matches(key, schema, n=1)
+                hint = f"did you mean {inner.removesuffix(key)}{near[0]}?" if near else f"known are {', '.join(sorted(schema))}"
+                raise InputError(f"{source}: unknown key {inner}; {hint}")
+            check(inside, schema[key], source, inner)
+    else:
+        if not isinstance(value, list):
+            raise InputError(f"{source}: {shown} is {value!r}, expected a list")
+        for at, inside in enumerate(value):
+            check(inside, schema[0], source, f"{name}[{at}]")
+
+
+def check_present(fields: Mapping[str, Any], paths: Sequence[str], source: str, why: str = "") -> None:
+    """Raises InputError for the first of `paths` (`a.b.c`) that is missing, with the sentence `why`."""
+    for path in paths:
+        inside: Any = fields
+        for key in path.split("."):
+            if not isinstance(inside, Mapping) or key not in inside:
+                raise InputError(f"{source}: {path!r} is missing{why}")
+            inside = inside[key]
