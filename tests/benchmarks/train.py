@@ -46,6 +46,7 @@ SAMPLES_PER_STEP = 16
 SEQUENCE_LENGTH = 1024
 SHORTEST, LONGEST = 114, 128  # nine of the shortest are too long for a sequence, eight of the longest just fit
 LEARNING_RATE = 1e-3
+ADAM = {"lr": LEARNING_RATE, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True}
 STEP_TIMES = "step-times.json"
 
 
@@ -118,7 +119,7 @@ def make_inputs(folder: Path, num_samples: int, num_rows: int, num_ranks: int, c
         rows[str(number)] = {"input_ids": ids.tolist(), "labels": [-100] * (len(ids) - length) + ids[-length:].tolist()}
     writer.finish({"vocab": layout.fingerprint()}, {})
     fields = stage_fields(sequence_length=SEQUENCE_LENGTH, mixture={"all": 1.0}, checkpoint_every_steps=0, schedule="constant")
-    fields["optimizer"]["params"] |= {"lr": LEARNING_RATE, "weight_decay": 0.0}
+    fields["optimizer"] = {"type": "AdamW", "params": ADAM}
     fields["beingvl"] |= {"warmup_ratio": 0.0, "max_steps": num_samples // SAMPLES_PER_STEP}
     fields["beingvl"] |= {"activation_checkpointing": checkpointing}
     # By default every tensor of so small a model would stay whole on each rank, and be gathered anew one by one after a step;
@@ -269,10 +270,7 @@ def their_arguments(
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": 1.0,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": LEARNING_RATE, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True},
-        },
+        "optimizer": {"type": "AdamW", "params": ADAM},
         "bf16": {"enabled": bf16},
         "zero_optimization": {"stage": zero_stage, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": True},
         "zero_allow_untested_optimizer": True,
