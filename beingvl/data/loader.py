@@ -31,7 +31,6 @@ from beingvl.vocab import VocabLayout
 IGNORED = -100
 PLAN_VERSION = 5  # of the arithmetic of mixture and packing, which says what a step sees, and of what is kept
 WINDOWS_KEPT = 2
-LOSS_ON = ("response", "text", "all")
 
 
 @dataclass(frozen=True)
@@ -149,6 +148,9 @@ class TrainingData:
     def num_steps(self) -> int:
         """Optimizer steps; the last one may hold fewer sequences. Waits for the whole plan."""
         num_sequences = self.plan.num_sequences
+        if num_sequences < self.sequences_per_step:
+            found = f"train_batch_size is {self.sequences_per_step}, and the whole run has {num_sequences} sequences"
+            raise InputError(f"{found}; lower it, or raise beingvl.epochs")
         if not self._plan_path.is_file():
             with contextlib.suppress(OSError):  # a disk that is read-only or full: then every start plans anew
                 kept = {**self.plan.counts, "tokens_of_source": self._tokens_of_source.tolist()}
@@ -225,6 +227,8 @@ def open_mixture(shards: ShardReader, weights: Mapping[str, float], by: str, see
     """The mixture of a stage's JSON: `weights` are shares `by` samples or tokens. Raises InputError for impossible ones."""
     weights = dict(weights)
     check_weights(weights)
+    if by not in ("samples", "tokens"):
+        raise InputError(f"beingvl.mixture_by is {by!r}, expected samples or tokens")
     if by == "tokens":  # a share of tokens is a share of samples, divided by their mean length
         for name, entry in shards.manifest.details["sources"].items():
             if name in weights:

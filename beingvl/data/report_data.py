@@ -180,7 +180,9 @@ def mixture_section(shards: ShardReader, config_path: Path) -> str:
 
 def bars(rows: list[tuple[str, int]]) -> str:
     largest = max(1, *(count for _, count in rows))
-    shown = [(name, f"{n:,}", f"<div class='bar' style='width:{20 * n / largest:.2f}rem'></div>") for name, n in rows]
+    shown = [
+        (name, f"{n:,}", f"<div class='bar' style='width:{20 * n / largest:.2f}rem'></div>" if n else "") for name, n in rows
+    ]
     return table([], shown)
 
 

@@ -159,6 +159,8 @@ class RowReader:
                 if end:
                     row = self._parse_block(path, at, end, buffers, row)
                     at += min(end, size)
+                elif len(self._block) >= MAX_LINE_BYTES:
+                    raise _too_long(path)
                 else:  # a line that is longer than the block
                     self._block = bytearray(2 * len(self._block))
         return _columns(buffers, row)
@@ -278,8 +280,12 @@ def _start_of_line(path: Path, file: Any, at: int) -> int:
         return 0
     file.seek(at - 1)
     if len(file.readline(MAX_LINE_BYTES)) == MAX_LINE_BYTES:
-        raise InputError(f"{path} has a line of more than {MAX_LINE_BYTES:,} bytes; expected JSONL, one token row a line")
+        raise _too_long(path)
     return file.tell()
+
+
+def _too_long(path: Path) -> InputError:
+    return InputError(f"{path} has a line of more than {MAX_LINE_BYTES:,} bytes; expected JSONL, one token row a line")
 
 
 def _line_number(path: Path, position: int) -> int:

@@ -108,9 +108,12 @@ def run(args: argparse.Namespace) -> None:
         is_joined = output.is_made_by(request, quiet=True)
         if num_rows is None and not is_joined:
             raise parts.removed()
-        num_parts = -(-(num_rows or 0) // args.rows_per_part)
+        if num_rows is None:
+            parts.remove()
+            return
+        num_parts = -(-num_rows // args.rows_per_part)
         if parts.are_to_be_joined(num_parts, is_joined, rank, num_ranks):
-            join_dataset(output, parts, num_parts, num_rows or 0, args, request)
+            join_dataset(output, parts, num_parts, num_rows, args, request)
 
 
 def check_arguments(args: argparse.Namespace) -> None:

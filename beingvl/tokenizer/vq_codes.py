@@ -86,8 +86,13 @@ class CodeFolder:
             return row
         if (name := printable(key)) in self._reasons:
             raise InputError(f"{name} was rejected when {self.path} was made: {self._reasons[name]}")
-        known = f"{self.path} has no codes of {key} (it has {len(self.codes)} images)"
+        known = f"{self.path} has no codes of {key} (it has {len(self.codes)} images{self._example()})"
         raise InputError(f"{known}; make it again with `beingvl encode-images`")
+
+    def _example(self) -> str:
+        """One of the keys, for a message: most often the user's only begin elsewhere."""
+        keys = self._sorted_keys or self.keys
+        return f", {keys[0]} is one" if len(keys) else ""
 
 
 class _MappedKeys:

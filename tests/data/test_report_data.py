@@ -6,7 +6,7 @@ from beingvl import cli
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import TrainingData
 from beingvl.data.mixture import Mixture
-from beingvl.data.report_data import folded, ranges_of
+from beingvl.data.report_data import bars, folded, ranges_of
 from beingvl.tokenizer.vbpe import VisualBPE
 from tests.tiny import LAYOUT, write_shards
 from tests.tokenizer.test_encode_images import save_vqgan
@@ -115,3 +115,7 @@ def test_the_mixture_of_a_stage(tmp_path, capsys) -> None:
     config.write_text(json.dumps({"train_batch_size": 4, "beingvl": {**stage, "mixture": {"foundation": 0}}}))
     assert cli.main(command) == 2
     assert "at least one above 0" in capsys.readouterr().err
+
+
+def test_nothing_has_no_bar() -> None:
+    assert bars([("none", 0), ("some", 2)]).count("class='bar'") == 1

@@ -389,6 +389,8 @@ def test_a_line_without_an_end_is_not_read_as_a_whole(tmp_path, monkeypatch, cap
     monkeypatch.setattr("beingvl.data.token_rows.MAX_LINE_BYTES", 1000)
     rows = [ROW, {**ROW, "id": 8, "token_1": [5] * 2000}]
     assert build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base"), "--part_bytes=500") == 2
+    monkeypatch.setattr("beingvl.data.token_rows.BLOCK_BYTES", 500)
+    assert build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base"), "--part_bytes=50000") == 2, "inside a part"
     assert "rows.jsonl has a line of more than 1,000 bytes; expected JSONL" in capsys.readouterr().err
 
 
@@ -508,6 +510,20 @@ def test_the_kept_plan_is_the_plan(tmp_path) -> None:
         path.write_text(path.read_text()[:-3])
     with pytest.raises(InputError, match=r"plan-\w+\.tmp is damaged .*; remove it, it is made again"):
         TrainingData(shards, mixture, 150, 64, 4)
+
+
+def test_a_step_larger_than_the_run_is_refused(tmp_path) -> None:
+    shards = ShardReader(write_shards(tmp_path))
+    mixture = Mixture(shards.members, shards.sources, {"foundation": 1}, 0)
+    num_sequences = TrainingData(shards, mixture, 40, 64, 4).plan.num_sequences
+    assert TrainingData(shards, mixture, 40, 64, num_sequences).num_steps == 1
+    with pytest.raises(InputError, match=f"train_batch_size is 1000000000, and the whole run has {num_sequences} sequences"):
+        TrainingData(shards, mixture, 40, 64, 10**9).num_steps  # noqa: B018
+
+
+def test_shares_by_something_else_are_refused(tmp_path) -> None:
+    with pytest.raises(InputError, match="mixture_by is 'rows', expected samples or tokens"):
+        open_mixture(ShardReader(write_shards(tmp_path)), {"foundation": 1}, "rows", 0)
 
 
 def test_a_plan_that_cannot_be_kept_stops_nothing(tmp_path, monkeypatch) -> None:
