@@ -18,6 +18,8 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +62,8 @@ class Ranks:
 
 # Heartbeats find a rank that is lost or stalled (train/phases.py); a collective may wait as long as another rank works.
 LONGEST_COLLECTIVE = timedelta(days=1)
+LONGEST_COMPILATION_SECONDS = 3600  # 13 minutes were seen, on two processors with a load of 8
+SECONDS_BEFORE_TELLING = 5  # a compiled op is loaded in less
 
 
 @dataclass(frozen=True)
@@ -178,11 +182,11 @@ def build_engine(
 
 
 @contextlib.contextmanager
-def swap_folders(config: StageConfig, run: str, ranks: Ranks) -> Iterator[StageConfig]:
+def swap_folders(config: StageConfig, run: str, ranks: Ranks, advance: Callable[[], object]) -> Iterator[StageConfig]:
     """`config` with its folders on NVMe, if any, in ones of this run and rank alone, which are removed afterwards.
 
-    `run` is a name that no other run has; what a killed run of this name left there is removed first. Raises InputError, on all
-    ranks, when one cannot write there or cannot compile DeepSpeed's op for it.
+    `run` is a name that no other run has; what a killed run of this name left there is removed first. `advance` is called while
+    DeepSpeed's op compiles. Raises InputError, on all ranks, when one cannot write there or cannot compile the op.
     """
     folders = {
         key: Path(offload["nvme_path"]) / f"beingvl-{run}" / f"rank-{ranks.rank:05d}"
@@ -194,7 +198,7 @@ def swap_folders(config: StageConfig, run: str, ranks: Ranks) -> Iterator[StageC
     own = {key: {**offload, "nvme_path": str(folders[key])} for key, offload in config.nvme_offloads.items()}
     zero = {**config.deepspeed["zero_optimization"], **own}
     try:
-        problems = gather_objects(_why_no_swapping(config, folders, ranks.rank), ranks.num_ranks)
+        problems = gather_objects(_why_no_swapping(config, folders, ranks.rank, advance), ranks.num_ranks)
         if any(problems):
             raise InputError(f"{config.source}: {next(filter(None, problems))}")
         yield replace(config, deepspeed={**config.deepspeed, "zero_optimization": zero})
@@ -205,7 +209,7 @@ def swap_folders(config: StageConfig, run: str, ranks: Ranks) -> Iterator[StageC
                 folder.parent.rmdir()  # by the last rank of this host
 
 
-def _why_no_swapping(config: StageConfig, folders: Mapping[str, Path], rank: int) -> str:
+def _why_no_swapping(config: StageConfig, folders: Mapping[str, Path], rank: int, advance: Callable[[], object]) -> str:
     """What keeps this rank from offloading to NVMe, as one sentence; "" when nothing does. Makes the folders, empty."""
     for key, offload in config.nvme_offloads.items():
         path = Path(offload["nvme_path"])
@@ -219,13 +223,43 @@ def _why_no_swapping(config: StageConfig, folders: Mapping[str, Path], rank: int
     builder = deepspeed.ops.op_builder.AsyncIOBuilder()
     try:
         if builder.is_compatible(verbose=False):
-            builder.load(verbose=False)
+            with _compiling(rank, advance):
+                builder.load(verbose=False)
             return ""
         found = "no libaio"
     except Exception as error:  # whatever a compiler, its absence, or a driver's headers make of it
         found = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     needed = "install libaio-dev, g++ and ninja, or offload to the CPU"
     return f"offload to NVMe needs an op that DeepSpeed cannot compile for rank {rank} ({found}); {needed}"
+
+
+@contextlib.contextmanager
+def _compiling(rank: int, advance: Callable[[], object]) -> Iterator[None]:
+    """Once a machine this takes minutes: whoever waits is told why, and `advance` shows that the rank is not stalled.
+
+    Not for ever: torch waits as long as there is the lock file of another compilation, though that may have been killed.
+    """
+    from torch.utils.cpp_extension import get_default_build_root  # takes a second
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())
+    is_done = threading.Event()
+
+    def show_life() -> None:
+        for second in range(LONGEST_COMPILATION_SECONDS):
+            if is_done.wait(1):
+                return
+            advance()
+            if second == SECONDS_BEFORE_TELLING:
+                found = f"rank {rank} compiles DeepSpeed's op for NVMe, which takes minutes, once a machine"
+                print(f"{found} (if an earlier start was killed in it, remove its file lock below {root})", file=sys.stderr)
+
+    thread = threading.Thread(target=show_life, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_done.set()
+        thread.join()
 
 
 def swap_settings(config: StageConfig, weights: Mapping[str, torch.Tensor], num_ranks: int) -> dict[str, Any]:

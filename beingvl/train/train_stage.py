@@ -214,7 +214,7 @@ def _together(stage: Stage, work: Callable[[Stage], int], **asked: object) -> in
 
     try:
         refuse_different_inputs(gather_objects({**inputs_of(stage), **asked}, stage.ranks.num_ranks))
-        with swap_folders(stage.config, _run_name(stage), stage.ranks) as config:
+        with swap_folders(stage.config, _run_name(stage), stage.ranks, stage.phases.advance) as config:
             return work(replace(stage, config=config))
     except Exception as error:
         place = stage.phases.where()

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.errors import InputError
 from beingvl.model.weight_files import WeightFolder
+from beingvl.train import engine
 from beingvl.train.metrics import read_metrics
 from beingvl.train.stage_config import load_stage_config, parse_stage_config
 from beingvl.train.train_stage import build_data
@@ -259,10 +261,32 @@ def test_what_keeps_a_run_from_the_disk_is_named_before_the_model_is_loaded(work
     assert not (work / "refused" / "plan.txt").exists() and not list(work.glob("beingvl-*"))
 
 
+class SlowCompilation:
+    """In place of DeepSpeed's builder, whose compilation cannot be timed."""
+
+    def is_compatible(self, verbose: bool) -> bool:
+        return True
+
+    def load(self, verbose: bool) -> None:
+        time.sleep(2.5)
+
+
+def test_a_rank_that_compiles_shows_life_and_says_so(work, monkeypatch, capsys) -> None:
+    """It took 13 minutes on a busy machine, and was called a stall."""
+    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder", SlowCompilation)
+    monkeypatch.setattr(engine, "gather_objects", lambda value, num_ranks: [value])
+    monkeypatch.setattr(engine, "SECONDS_BEFORE_TELLING", 1)
+    config = load_stage_config(work / "all.json", [f'zero_optimization.offload_param={{"device":"nvme","nvme_path":"{work}"}}'])
+    beats: list[float] = []
+    ranks = engine.Ranks(0, 1, torch.device("cpu"))
+    with engine.swap_folders(config, "run", ranks, lambda: beats.append(time.monotonic())):
+        assert len(beats) == 2
+    assert "rank 0 compiles DeepSpeed's op for NVMe, which takes minutes" in capsys.readouterr().err
+    assert not list(work.glob("beingvl-*"))
+
+
 def test_too_small_a_buffer_is_named() -> None:
     config = parse_stage_config(stage_fields(), "stage.json")
     config.deepspeed["zero_optimization"]["offload_param"] = {"device": "nvme", "nvme_path": "/", "buffer_size": 10}
-    from beingvl.train.engine import swap_settings
-
     with pytest.raises(InputError, match="buffer_size is 10, the largest weight's share is 11 elements on 2 ranks"):
-        swap_settings(config, {"a": torch.zeros(3, 7)}, 2)
+        engine.swap_settings(config, {"a": torch.zeros(3, 7)}, 2)
