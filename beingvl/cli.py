@@ -39,6 +39,7 @@ COMMANDS = {
     "plan": ("beingvl.launch.plan", "predict memory and time of a stage before it runs"),
     "verify": ("beingvl.verify", "re-hash an artefact of any step against its manifest"),
 }
+NO_DEFAULT = (None, False, argparse.SUPPRESS)
 WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK_FAILS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO, errno.ENODEV)
@@ -48,7 +49,11 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """Shows defaults, keeps the description's line breaks, and adds no default where there is none."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, [], argparse.SUPPRESS) else super()._get_help_string(action)
+        return (
+            action.help
+            if any(action.default is none for none in NO_DEFAULT) or action.default == []
+            else super()._get_help_string(action)
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,7 +96,7 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
     except (InputError, *WRONG_PATH) as error:
         if args.debug:
             raise
-        print(f"beingvl {name}: error: {error}", file=sys.stderr, flush=True)
+        print(f"beingvl {name}: error: {_sentence(error, args)}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -106,6 +111,14 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
         remedy = f"{'make room' if error.errno in DISK_IS_FULL else 'see to the disk'} and start the same command again"
         print(f"beingvl {name}: error: {error.strerror}{where}; nothing finished is lost: {remedy}", file=sys.stderr, flush=True)
         return 2
+
+
+def _sentence(error: Exception, args: argparse.Namespace) -> str:
+    """The message; of a wrong path with the option that it came from."""
+    if not isinstance(error, OSError) or not error.filename:
+        return str(error)
+    option = next((f"--{name} " for name, value in vars(args).items() if str(value) == str(error.filename)), "")
+    return f"{option}{error.filename}: {error.strerror}"
 
 
 def _report_defect(name: str, error: Exception) -> int:

@@ -152,9 +152,9 @@ class VocabLayout:
         if not Path(model_folder).exists():
             raise InputError(f"{model_folder} does not exist; expected a Being-VL model folder, as `beingvl convert` makes it")
         if not path.is_file():
-            raise InputError(
-                f"{model_folder} has no {LAYOUT_FILE}: it is not a Being-VL model folder; make one with `beingvl convert`"
-            )
+            final = Path(model_folder) / "final"
+            hint = f"give {final}" if (final / LAYOUT_FILE).is_file() else "make one with `beingvl convert`"
+            raise InputError(f"{model_folder} has no {LAYOUT_FILE}: it is not a Being-VL model folder; {hint}")
         try:
             fields = json.loads(path.read_text())
         except ValueError as error:

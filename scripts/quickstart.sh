@@ -2,22 +2,30 @@
 # From nothing to a trained Being-VL on this machine, no GPU needed: installs into .venv, runs the whole line on real images
 # (scikit-learn's handwritten digits), and shows answers about images the model has never seen.
 #   bash scripts/quickstart.sh [--install_only | --raw]     --raw feeds VQ codes without vBPE, for comparison
-# Started again it reuses every finished step. RUN chooses the folder, SEED the seed, NUM_RANKS the number of CPU ranks,
-# STAGE3_STEPS shortens the last stage.
+# Started again it reuses every finished step. RUN chooses the folder, SEED the seed, NUM_RANKS the number of CPU ranks (1 or 2),
+# MASTER_PORT the port they meet at, STAGE3_STEPS shortens the last stage.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 case "${1:-}" in
 --install_only) exit 0 ;;
 --raw) VARIANT=base ;;
 '') VARIANT=vbpe ;;
-*) echo "usage: bash scripts/quickstart.sh [--install_only | --raw]" >&2 && exit 2 ;;
+*) echo "usage: [SEED=0] [RUN=runs/quickstart] [NUM_RANKS=2] [MASTER_PORT=29500] bash scripts/quickstart.sh [--install_only | --raw]" >&2 && exit 2 ;;
 esac
 
 SEED="${SEED:-0}"
 RUN="${RUN:-runs/quickstart}"
-export NUM_RANKS="${NUM_RANKS:-2}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
+case "${NUM_RANKS:=2}" in 1 | 2) ;; *) echo "error: NUM_RANKS is '$NUM_RANKS', expected 1 or 2: a batch of the quickstart is four sequences, two at a time" >&2 && exit 2 ;; esac
+case "$SEED" in '' | *[!0-9]*) echo "error: SEED is '$SEED', expected a whole number" >&2 && exit 2 ;; esac
+export NUM_RANKS OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
 export DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM_MININTERVAL=1 PYTHONWARNINGS=ignore
 STARTED=$(date +%s)
+[ "$VARIANT" = vbpe ] && STAGES="$RUN" || STAGES="$RUN/raw"
+mkdir -p "$STAGES"
+SPENT=$(cat "$STAGES/wall-seconds" 2> /dev/null || echo 0) # by earlier starts
+[ -e "$STAGES/eval/stage-3/manifest.json" ] && IS_FINISHED=1 || IS_FINISHED=
+wall_seconds() { [ -n "$IS_FINISHED" ] && echo "$SPENT" || echo "$((SPENT + $(date +%s) - STARTED))"; }
+trap 'wall_seconds > "$STAGES/wall-seconds"' EXIT
 say() { printf '\n== %3d s  %s\n' "$(($(date +%s) - STARTED))" "$*"; }
 
 say "real images: handwritten digits as PNG files and LLaVA JSON"
@@ -55,7 +63,6 @@ evaluate() { # model folder, output folder
         --output_path "$2" $([ "$VARIANT" = base ] && echo --raw)
 }
 
-[ "$VARIANT" = vbpe ] && STAGES="$RUN" || STAGES="$RUN/raw"
 for STAGE in 1 2 3; do
     say "[6] stage $STAGE of 3: deepspeed, ZeRO-3, $NUM_RANKS CPU ranks"
     [ "$STAGE" = 1 ] && export MODEL_PATH="$RUN/base" || unset MODEL_PATH
@@ -66,4 +73,7 @@ for STAGE in 1 2 3; do
 done
 
 say "report"
-beingvl report run "$RUN" --stages_path "$STAGES" --output_path "$STAGES/report" --wall_seconds "$(($(date +%s) - STARTED))"
+beingvl report run "$RUN" --stages_path "$STAGES" --output_path "$STAGES/report" --wall_seconds "$(wall_seconds)"
+say "ask it yourself"
+echo "source .venv/bin/activate
+beingvl generate --model $STAGES/stage-3/final --vbpe_path $RUN/vbpe --image $RUN/data/images/test/0002-0.png --prompt 'Which digit is this?'"

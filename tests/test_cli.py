@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from beingvl import cli
+from beingvl.vocab import LAYOUT_FILE, VocabLayout
 
 HEAVY = ("torch", "transformers", "numba", "deepspeed", "pyarrow", "PIL", "matplotlib")
 
@@ -54,6 +56,20 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(tmp_path, capsys) -> None:
     assert error.count("\n") == 1 and "manifest.json" in error and "Traceback" not in error
     with pytest.raises(ValueError, match="incomplete"):
         cli.main(["verify", str(tmp_path), "--debug"])
+
+
+def test_a_wrong_path_is_named_with_its_option(tmp_path, capsys) -> None:
+    words = ["tokenize", "--mode=pt", f"--json_path={tmp_path / 'none.json'}", f"--output_dir={tmp_path}", "--dataset_name=a"]
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / LAYOUT_FILE).write_text(json.dumps(VocabLayout(100, 8, 4, 1, 2).to_dict()))
+    assert cli.main([*words, f"--model_path={tmp_path / 'base'}"]) == 2
+    assert f"error: --json_path {tmp_path / 'none.json'}: No such file or directory" in capsys.readouterr().err
+
+
+def test_a_default_of_0_is_shown(capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train-vq", "--help"])
+    assert "(default: 0)" in capsys.readouterr().out
 
 
 def test_a_defect_keeps_its_traceback_in_a_file(tmp_path, capsys, monkeypatch) -> None:

@@ -63,6 +63,13 @@ def test_impossible_layouts_are_refused(wrong: dict) -> None:
         VocabLayout.from_dict({"num_text": 10, "num_vq": 4, "num_merges": 2, "bos_id": 0, "eos_id": 1, **wrong})
 
 
+def test_the_folder_of_a_stage_says_where_its_model_is(tmp_path) -> None:
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / LAYOUT_FILE).touch()
+    with pytest.raises(InputError, match=r"it is not a Being-VL model folder; give .*/final"):
+        VocabLayout.load(tmp_path)
+
+
 def test_fingerprint_tells_layouts_apart() -> None:
     other = VocabLayout.from_dict({**LLAMA3.to_dict(), "num_merges": 8191})
     assert LLAMA3.fingerprint() == VocabLayout.from_dict(LLAMA3.to_dict()).fingerprint() != other.fingerprint()

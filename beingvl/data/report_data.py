@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,8 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vbpe_path", type=Path, help="vbpe.json, to turn merged images into codes")
     parser.add_argument("--vq_path", type=Path, help="VQ-GAN folder with a decoder, to show the examples' images")
     parser.add_argument("--deepspeed_config", type=Path, help="a stage's JSON: shows what its mixture draws from the shards")
-    parser.add_argument("--sequence_length", type=int, default=4096, help="tokens a sequence, for the packing efficiency")
-    parser.add_argument("--num_examples", type=int, default=6, help="examples a folder, spread evenly")
+    parser.add_argument(
+        "--sequence_length", type=int, default=4096, help="tokens a sequence, for the packing efficiency without a stage"
+    )
+    parser.add_argument("--num_examples", type=int, default=6, help="examples a folder, of every source in turn")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -100,7 +103,9 @@ def folder_section(shards: ShardReader, args: argparse.Namespace) -> str:
         ("target tokens", f"{counts['target_tokens']:,}"),
         ("longest sample", f"{counts['longest_sample_tokens']:,} tokens"),
     ]
-    facts += [("lengths: 1, 25, 50, 75, 99 %", percentiles), ("packing", packing_fact(lengths, args.sequence_length))]
+    facts += [("lengths in tokens, percentiles 1, 25, 50, 75, 99", percentiles)]
+    if not args.deepspeed_config:  # else the mixture's section says it of the stage's own sequences
+        facts += [("packing", packing_fact(lengths, args.sequence_length))]
     parts = [f"<h2>{escape(str(shards.folder))}</h2>", table([], facts), "<h2>Sources</h2>", sources_table(shards)]
     if args.deepspeed_config:
         parts += ["<h2>Mixture</h2>", mixture_section(shards, args.deepspeed_config)]
@@ -190,7 +195,7 @@ def histogram(lengths: np.ndarray) -> str:
     import numpy as np
 
     counts, edges = np.histogram(lengths, bins=min(16, max(1, int(np.ptp(lengths)))))
-    return bars([(f"from {edge:.0f}", int(count)) for edge, count in zip(edges, counts, strict=False)])
+    return bars([(f"from {edge:.0f} tokens", int(count)) for edge, count in zip(edges, counts, strict=False)])
 
 
 def kinds_table(used: np.ndarray, shards: ShardReader) -> str:
@@ -244,21 +249,29 @@ def images_of(ids: np.ndarray, shards: ShardReader) -> list[np.ndarray]:
 
 def examples(shards: ShardReader, args: argparse.Namespace) -> str:
     """Some samples with their text and images. Raises InputError for a VQ-GAN or vBPE that the shards were not made with."""
-    import numpy as np
-
     from beingvl.manifest import join_lineages
     from beingvl.tokenizer.vqgan_pictures import Pictures
 
     pictures = Pictures(args.vq_path, args.vbpe_path)
     join_lineages({str(shards.folder): shards.manifest.lineage, **pictures.lineages})
     rows = []
-    for index in np.unique(np.linspace(0, len(shards) - 1, args.num_examples).astype(int)).tolist():
+    for index in spread_over_sources(shards.members, args.num_examples):
         sample = shards[index]
         urls = [pictures.data_url(image_ids) for image_ids in images_of(sample.input_ids, shards)]
         shown = "".join(f"<img alt='' src='{url}'>" for url in urls if url)
         rows.append((shown, escape(sample.id), escape(sample.category), escape(text_of(sample, shards, args.model_path))))
     header = "text" if args.model_path else "text ids (--model_path shows them as text)"
     return table(["image", "id", "source", header], rows)
+
+
+def spread_over_sources(members: Sequence[np.ndarray], count: int) -> list[int]:
+    """At most `count` samples, of every source in turn, evenly over the source's own (`members`: sample numbers of each)."""
+    import numpy as np
+
+    drawn = [own for own in members if len(own)]
+    places = np.linspace(0, 1, -(-count // len(drawn)))
+    in_turn = [int(own[round(place * (len(own) - 1))]) for place in places for own in drawn]
+    return sorted(set(in_turn[:count]))
 
 
 def text_of(sample: Sample, shards: ShardReader, model_path: Path | None) -> str:

@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
             import uvicorn
             from gradio import mount_gradio_app
         except ImportError as error:
-            raise InputError(f"beingvl serve needs gradio ({error}): pip install '.[serve]'") from error
+            needed = "pip install '.[serve]', in an environment of its own"
+            raise InputError(f"beingvl serve needs gradio ({error}): {needed}") from error
         from beingvl.inference.model import BeingVL
 
         model = BeingVL(args.model, args.vbpe_path)

@@ -78,7 +78,9 @@ def check(value: Any, schema: Schema, source: str, name: str = "") -> None:
         for key, inside in value.items():
             inner = f"{name}.{key}" if name else key
             if key not in schema:
-                near = difflib.get_close_matches(key, schema, n=1)
+                near = difflib.get_close_matches(key, schema, n=1) or [
+                    f"{outer}.{key}" for outer, inside in schema.items() if isinstance(inside, Mapping) and key in inside
+                ]
                 hint = f"did you mean {inner.removesuffix(key)}{near[0]}?" if near else f"known are {', '.join(sorted(schema))}"
                 raise InputError(f"{source}: unknown key {inner}; {hint}")
             check(inside, schema[key], source, inner)

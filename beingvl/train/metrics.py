@@ -1,5 +1,5 @@
 """Metrics of a run: metrics.jsonl always, TensorBoard when the stage asks for it, Weights & Biases when WANDB_PROJECT
-is set, a progress bar on rank 0.
+is set, a progress bar on rank 0, or a line now and then where no terminal is.
 
 Only rank 0 writes. A resumed run cuts metrics.jsonl back to the step it resumes from, so that no step stands in it twice.
 """
@@ -7,9 +7,12 @@ Only rank 0 writes. A resumed run cuts metrics.jsonl back to the step it resumes
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import statistics
+import sys
+import time
 import uuid
 from collections import deque
 from importlib.util import find_spec
@@ -29,6 +32,7 @@ METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 WANDB_VARIABLE = "WANDB_PROJECT"
 NEVER_WRITTEN = 2**62  # no step
+SECONDS_BETWEEN_LINES = 30
 
 
 class MetricsWriter:
@@ -60,6 +64,8 @@ class MetricsWriter:
 
             self._board = SummaryWriter(str(log_folder or output / "tensorboard"), purge_step=first_step + 1)
         self._wandb = _start_wandb(output) if os.environ.get(WANDB_VARIABLE) else None
+        self._first_step, self._num_steps = first_step, num_steps
+        self._started_at, self._printed_at = time.monotonic(), -math.inf
         self._bar = tqdm(total=num_steps, initial=first_step, desc=output.name, unit="step", disable=None, smoothing=0.1)
 
     def write_step(
@@ -84,12 +90,24 @@ class MetricsWriter:
         }
         self._write(self._file, step, {**row, **({"sample_ids": sample_ids} if sample_ids else {})})
         shown = f"loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}, {rate:,.0f} tokens/s"
-        self._bar.set_postfix_str(shown + (f", MFU {mfu:.1%}" if mfu else ""), refresh=False)
+        shown += f", MFU {mfu:.1%}" if mfu else ""
+        if self._bar.disable:
+            self._print_line(step, shown)
+        self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update(step - self._bar.n)
         if values["spike"]:
             self._bar.write(
                 f"step {step}: loss {values['loss']:.4f} is far above the last steps'; its samples are in {METRICS_FILE}"
             )
+
+    def _print_line(self, step: int, shown: str) -> None:
+        """In place of the bar, where no terminal is: a line now and then, for the log of a batch job."""
+        now = time.monotonic()
+        if now - self._printed_at < SECONDS_BETWEEN_LINES and step < self._num_steps:
+            return
+        left = (now - self._started_at) / (step - self._first_step) * (self._num_steps - step)
+        self._printed_at = now
+        print(f"step {step:,} of {self._num_steps:,}: {shown}, {tqdm.format_interval(left)} left", file=sys.stderr, flush=True)
 
     def describe_time(self) -> str:
         """Time of the steps written so far beside what `beingvl plan` predicts for them."""

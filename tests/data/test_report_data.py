@@ -6,7 +6,7 @@ from beingvl import cli
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import TrainingData
 from beingvl.data.mixture import Mixture
-from beingvl.data.report_data import bars, folded, ranges_of
+from beingvl.data.report_data import bars, folded, ranges_of, spread_over_sources
 from beingvl.tokenizer.vbpe import VisualBPE
 from tests.tiny import LAYOUT, write_shards
 from tests.tokenizer.test_encode_images import save_vqgan
@@ -115,6 +115,13 @@ def test_the_mixture_of_a_stage(tmp_path, capsys) -> None:
     config.write_text(json.dumps({"train_batch_size": 4, "beingvl": {**stage, "mixture": {"foundation": 0}}}))
     assert cli.main(command) == 2
     assert "at least one above 0" in capsys.readouterr().err
+
+
+def test_examples_are_of_every_source() -> None:
+    """Ids that repeat their sources in a cycle must not show one source alone."""
+    members = [np.arange(source, 400, 4) for source in range(4)]
+    assert [[index % 4 for index in spread_over_sources(members, count)].count(0) for count in (1, 4, 6, 8)] == [1, 1, 2, 2]
+    assert len(spread_over_sources(members, 6)) == 6 and spread_over_sources([np.arange(0), np.arange(1)], 5) == [0]
 
 
 def test_nothing_has_no_bar() -> None:

@@ -244,6 +244,17 @@ def test_checkpoints_by_the_clock_and_metrics_for_tensorboard(work) -> None:
         assert [(event.step, event.value) for event in events.Scalars(name)] == expected, name
 
 
+def test_without_a_terminal_lines_tell_of_progress(tmp_path, capsys) -> None:
+    """The first step, the last, and one each half a minute."""
+    values = {"loss": 1.5, "learning_rate": 1e-3, "tokens": 100, "spike": 0}
+    with MetricsWriter(tmp_path, rank=0, num_ranks=1, first_step=2, num_steps=5) as metrics:
+        for step in (3, 4, 5):
+            metrics.write_step(step, values, 1.0, {"forward": 0.5}, [])
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("step 3 of 5: loss 1.5000, lr 1.00e-03, 200 tokens/s, 00:0") and first.endswith(" left")
+    assert last == "step 5 of 5: loss 1.5000, lr 1.00e-03, 200 tokens/s, 00:00 left"
+
+
 def test_weights_and_biases_gets_every_step(work, tmp_path, monkeypatch) -> None:
     """A module of that name, since the service is not reachable from a test; it keeps what it is given."""
     (tmp_path / "wandb.py").write_text(

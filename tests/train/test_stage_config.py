@@ -209,6 +209,7 @@ def broken(path: str, value: object) -> dict:
         ("communication_data_type", "int8", "communication_data_type is 'int8', expected one of"),
         ("train_batch_size", True, "expected a whole number"),
         ("beingvll", {}, "did you mean beingvl"),
+        ("epochs", 1, r"unknown key epochs; did you mean beingvl\.epochs"),
         ("optimizer", {}, "optimizer.type. is missing"),
         ("beingvl.trainable", {}, "expected a list"),
         (
