@@ -49,11 +49,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """Shows defaults, keeps the description's line breaks, and adds no default where there is none."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return (
-            action.help
-            if any(action.default is none for none in NO_DEFAULT) or action.default == []
-            else super()._get_help_string(action)
-        )
+        has_none = action.default == [] or any(action.default is none for none in NO_DEFAULT)
+        return action.help if has_none else super()._get_help_string(action)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

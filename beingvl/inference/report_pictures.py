@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import LogLocator
 
 from beingvl.tokenizer.report_vbpe import chart_svg
 
@@ -35,6 +36,7 @@ SERIES_COLOURS = ("#4a8fd8", "#d97706", "#2fa34a", "#c2519c", "#0e9bb5", "#9370d
 LINE_STYLES = ("-", "--", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 COLUMNS = 2
+LOG_SCALE_FROM = 20  # a loss that falls by more than this factor would lie flat on its axis
 
 
 def to_png(figure: Figure) -> bytes:
@@ -157,9 +159,22 @@ def draw_losses(axes: Axes, metrics: Mapping[str, Sequence[Mapping[str, Any]]]) 
         if stage != list(metrics)[-1]:
             axes.axvline(first_step, color=GREY, linewidth=0.8, linestyle=":")
     axes.set_ylim(0)
+    scale_by_range(axes, [row["loss"] for rows in metrics.values() for row in rows])
     axes.margins(x=0.01)
     if metrics:
         axes.legend(fontsize=9, loc="upper right", frameon=False)
+
+
+def scale_by_range(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis for values, all positive, of which the largest is LOG_SCALE_FROM times the smallest."""
+    finite = np.array(values, float)
+    finite = finite[np.isfinite(finite)]
+    if len(finite) and finite.max() > LOG_SCALE_FROM * finite.min() > 0:
+        axes.set_yscale("log")
+        axes.set_ylim(finite.min() * 0.8, finite.max() * 1.25)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:

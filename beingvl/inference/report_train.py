@@ -84,10 +84,11 @@ def section(name: str, rows: Sequence[Row], validation: Sequence[Row], plan: str
 
 
 def curves(rows: Sequence[Row], validation: Sequence[Row]) -> Figure:
-    """Six panels over the optimizer steps."""
+    """Six panels over the optimizer steps; losses thin, and their running means."""
+    import numpy as np
     from matplotlib.figure import Figure
 
-    from beingvl.inference.report_pictures import SERIES_COLOURS, set_title
+    from beingvl.inference.report_pictures import SERIES_COLOURS, running_mean, scale_by_range, set_title
 
     figure = Figure(figsize=(12, 9), layout="constrained")
     panels = figure.subplots(3, 2).ravel()
@@ -97,7 +98,7 @@ def curves(rows: Sequence[Row], validation: Sequence[Row]) -> Figure:
         ("Loss", "nats per target token", ["loss"], 1),
         ("Loss per kind and source", "nats per target token", groups, 1),
         ("Gradient norm", "before clipping", ["gradient_norm"], 1),
-        ("Learning rate", "per step", rates, 1),
+        ("Learning rate", "of the step", rates, 1),
         ("Speed", "tokens per second", ["tokens_per_second"], 1),
         ("Peak memory of rank 0", "GB", ["peak_memory_bytes"], 1e9),
     ]
@@ -105,11 +106,17 @@ def curves(rows: Sequence[Row], validation: Sequence[Row]) -> Figure:
         for key, colour in zip(keys, itertools.cycle(SERIES_COLOURS)):
             points = [(row["step"], row[key] / divisor) for row in rows if row.get(key) is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), linewidth=1.2, label=key.removeprefix("loss/"), color=colour)
+                steps, values = np.array(points, float).T
+                if title.startswith("Loss"):
+                    axes.plot(steps, values, linewidth=1, color=colour, alpha=0.25)
+                    values = running_mean(values)
+                axes.plot(steps, values, linewidth=1.4, label=key.removeprefix("loss/"), color=colour)
         set_title(axes, title)
         axes.set(xlabel="optimizer step", ylabel=unit)
         if len(keys) > 1:
             axes.legend(fontsize=8)
+        if title.startswith("Loss"):
+            scale_by_range(axes, [row[key] for row in rows for key in keys if row.get(key) is not None])
     if validation:
         steps, losses = [row["step"] for row in validation], [row["validation/loss"] for row in validation]
         panels[0].plot(steps, losses, "o-", label="validation", color=SERIES_COLOURS[1])

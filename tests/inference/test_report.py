@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -105,6 +106,18 @@ def test_equal_curves_can_be_told_apart() -> None:
     figure = training_curves({}, {"test_accuracy": {"base": scores, "stage-1": scores}, "chance": scores})
     curves = [line for line in figure.axes[1].lines if len(line.get_xdata()) == 2 and not line.get_label().startswith("_")]
     assert len({(line.get_linestyle(), line.get_marker()) for line in curves}) == len({line.get_color() for line in curves}) == 6
+
+
+@pytest.mark.parametrize(
+    ("losses", "scale"),
+    [((4.0, 2.0), "linear"), ((4.0, 0.1), "log"), ((4.0, 0.0), "linear"), ((4.0, float("nan"), 0.1), "log"), ((None,), "linear")],
+)
+def test_a_steep_loss_has_a_logarithmic_axis(losses: tuple[float | None, ...], scale: str) -> None:
+    rows = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+    axes = training_curves({"stage-1": rows}, {"test_accuracy": {}, "chance": {}}).axes[0]
+    assert axes.get_yscale() == scale
+    low, high = axes.get_ylim()
+    assert all(low <= loss <= high for loss in losses if loss is not None and math.isfinite(loss))
 
 
 def test_running_mean() -> None:
