@@ -29,8 +29,9 @@ body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2rem } p { color: var(--soft) }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
-.bar { background: var(--bar); height: .8rem; min-width: 1px } img { width: 8rem; image-rendering: pixelated }
+.bar { background: var(--bar); height: .8rem; min-width: 1px }
 """
+IMAGE_STYLE = "width: 8rem; image-rendering: pixelated"  # not in STYLE, for pages that show these tables in a style of their own
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -258,7 +259,7 @@ def examples(shards: ShardReader, args: argparse.Namespace) -> str:
     for index in spread_over_sources(shards.members, args.num_examples):
         sample = shards[index]
         urls = [pictures.data_url(image_ids) for image_ids in images_of(sample.input_ids, shards)]
-        shown = "".join(f"<img alt='' src='{url}'>" for url in urls if url)
+        shown = "".join(f"<img alt='' style='{IMAGE_STYLE}' src='{url}'>" for url in urls if url)
         rows.append((shown, escape(sample.id), escape(sample.category), escape(text_of(sample, shards, args.model_path))))
     header = "text" if args.model_path else "text ids (--model_path shows them as text)"
     return table(["image", "id", "source", header], rows)
