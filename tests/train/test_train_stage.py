@@ -242,7 +242,7 @@ def test_bf16_run_stays_near_float32(work, whole_run) -> None:
         (["--model", "nowhere"], "nowhere is not a folder; make it with `beingvl convert"),
         (["--data", "nowhere"], "make it with `beingvl build-shards`"),
         (["--set", "beingvl.mixture.perception=1"], "the shards hold ['foundation', 'reasoning']"),
-        (["--set", "zero_optimization.stage=4"], "expected 0, 1, 2 or 3"),
+        (["--set", "zero_optimization.stage=4"], "expected one of 0, 1, 2, 3"),
         (["--set", "beingvl.sequence_length=10"], "raise beingvl.sequence_length"),
     ],
 )
