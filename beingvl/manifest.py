@@ -37,7 +37,7 @@ FORMAT_VERSION = 1
 BLAKE3, SAMPLED, PIECES = "blake3:", "sampled-sha256:", "pieces-blake3:"
 HASHES: dict[str, Callable[[], Any]] = {BLAKE3: blake3, "sha256:": hashlib.sha256}  # of whole files; the second was used before
 
-# What makes each kind of artefact, for messages that say what to run.
+# What makes each kind of artefact, for messages that say what to run; they stand between backticks there.
 MADE_BY = {
     "dataset": "python scripts/make_digits_dataset.py",
     "vqgan": "beingvl train-vq",
@@ -45,7 +45,7 @@ MADE_BY = {
     "vbpe": "beingvl train-vbpe",
     "jsonl": "beingvl tokenize",
     "shards": "beingvl build-shards",
-    "model": "beingvl convert (or a finished training stage)",
+    "model": "beingvl convert` or `beingvl train",
     "checkpoint": "beingvl train",
     "evaluation": "beingvl evaluate",
 }
