@@ -40,7 +40,7 @@ def whole(fewest: int = 0, most: int = 2**63 - 1) -> Allowed:
 def count(fewest: int = 0) -> Allowed:
     """A whole number that may be written as 5e8."""
     return Allowed(
-        f"a whole number of at least {fewest}",
+        f"a whole number of at least {fewest}, below 2**63",
         lambda value: type(value) in (int, float) and fewest <= value < 2**63 and value == int(value),
     )
 
