@@ -11,6 +11,7 @@ import argparse
 import errno
 import importlib
 import io
+import itertools
 import os
 import sys
 import tempfile
@@ -93,7 +94,7 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
     except (InputError, *WRONG_PATH) as error:
         if args.debug:
             raise
-        print(f"beingvl {name}: error: {_sentence(error, args)}", file=sys.stderr, flush=True)
+        print(f"beingvl {name}: error: {_sentence(error, argv)}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -110,12 +111,16 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
         return 2
 
 
-def _sentence(error: Exception, args: argparse.Namespace) -> str:
+def _sentence(error: Exception, argv: Sequence[str]) -> str:
     """The message; of a wrong path with the option that it came from."""
     if not isinstance(error, OSError) or not error.filename:
         return str(error)
-    option = next((f"--{name} " for name, value in vars(args).items() if str(value) == str(error.filename)), "")
-    return f"{option}{error.filename}: {error.strerror}"
+    path = str(error.filename2 or error.filename)  # of a file that could not get its name, the name
+    for before, word in itertools.pairwise(["", *argv]):
+        option, equals, value = word.partition("=")
+        if (word == path and before.startswith("--")) or (equals and value == path):
+            return f"{option if equals else before} {path}: {error.strerror}"
+    return f"{path}: {error.strerror}"
 
 
 def _report_defect(name: str, error: Exception) -> int:

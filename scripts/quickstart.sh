@@ -15,14 +15,15 @@ esac
 
 SEED="${SEED:-0}"
 RUN="${RUN:-runs/quickstart}"
-case "${NUM_RANKS:=2}" in 1 | 2) ;; *) echo "error: NUM_RANKS is '$NUM_RANKS', expected 1 or 2: a batch of the quickstart is four sequences, two at a time" >&2 && exit 2 ;; esac
+case "${NUM_RANKS:=2}" in 1 | 2) ;; *) echo "error: NUM_RANKS is '$NUM_RANKS', expected 1 or 2: the batches of the quickstart divide by no more" >&2 && exit 2 ;; esac
 case "$SEED" in '' | *[!0-9]*) echo "error: SEED is '$SEED', expected a whole number" >&2 && exit 2 ;; esac
 export NUM_RANKS OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
 export DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM_MININTERVAL=1 PYTHONWARNINGS=ignore
 STARTED=$(date +%s)
 [ "$VARIANT" = vbpe ] && STAGES="$RUN" || STAGES="$RUN/raw"
 mkdir -p "$STAGES"
-SPENT=$(cat "$STAGES/wall-seconds" 2> /dev/null || echo 0) # by earlier starts
+SPENT=$(cat "$STAGES/wall-seconds" 2> /dev/null || true) # by earlier starts
+case "$SPENT" in '' | *[!0-9]* | 0?*) SPENT=0 ;; esac
 [ -e "$STAGES/eval/stage-3/manifest.json" ] && IS_FINISHED=1 || IS_FINISHED=
 wall_seconds() { [ -n "$IS_FINISHED" ] && echo "$SPENT" || echo "$((SPENT + $(date +%s) - STARTED))"; }
 trap 'wall_seconds > "$STAGES/wall-seconds"' EXIT
@@ -76,4 +77,4 @@ say "report"
 beingvl report run "$RUN" --stages_path "$STAGES" --output_path "$STAGES/report" --wall_seconds "$(wall_seconds)"
 say "ask it yourself"
 echo "source .venv/bin/activate
-beingvl generate --model $STAGES/stage-3/final --vbpe_path $RUN/vbpe --image $RUN/data/images/test/0002-0.png --prompt 'Which digit is this?'"
+beingvl generate --model $STAGES/stage-3/final --vbpe_path $RUN/vbpe --image $RUN/data/images/test/0002-0.png --prompt 'Which digit is this?'$([ "$VARIANT" = base ] && echo ' --raw')"

@@ -66,6 +66,17 @@ def test_a_wrong_path_is_named_with_its_option(tmp_path, capsys) -> None:
     assert f"error: --json_path {tmp_path / 'none.json'}: No such file or directory" in capsys.readouterr().err
 
 
+def test_a_folder_in_the_place_of_an_output_is_named(tmp_path, capsys) -> None:
+    row = dict.fromkeys(["step", "loss", "tokens", "tokens_per_second", "mfu", "peak_memory_bytes", "skipped", "spike"], 1)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (page := tmp_path / "page").mkdir()
+    for words in ([f"--output_path={page}"], ["--output_path", str(page)]):
+        assert cli.main(["report", "train", str(tmp_path), *words]) == 2
+        assert f"error: --output_path {page}: Is a directory" in capsys.readouterr().err
+    assert cli.main(["report", "run", str(tmp_path / "none")]) == 2
+    assert "--" not in capsys.readouterr().err
+
+
 def test_a_default_of_0_is_shown(capsys) -> None:
     with pytest.raises(SystemExit):
         cli.main(["train-vq", "--help"])

@@ -148,9 +148,6 @@ class TrainingData:
     def num_steps(self) -> int:
         """Optimizer steps; the last one may hold fewer sequences. Waits for the whole plan."""
         num_sequences = self.plan.num_sequences
-        if num_sequences < self.sequences_per_step:
-            found = f"train_batch_size is {self.sequences_per_step}, and the whole run has {num_sequences} sequences"
-            raise InputError(f"{found}; lower it, or raise beingvl.epochs")
         if not self._plan_path.is_file():
             with contextlib.suppress(OSError):  # a disk that is read-only or full: then every start plans anew
                 kept = {**self.plan.counts, "tokens_of_source": self._tokens_of_source.tolist()}

@@ -269,10 +269,12 @@ def spread_over_sources(members: Sequence[np.ndarray], count: int) -> list[int]:
     """At most `count` samples, of every source in turn, evenly over the source's own (`members`: sample numbers of each)."""
     import numpy as np
 
-    drawn = [own for own in members if len(own)]
-    places = np.linspace(0, 1, -(-count // len(drawn)))
-    in_turn = [int(own[round(place * (len(own) - 1))]) for place in places for own in drawn]
-    return sorted(set(in_turn[:count]))
+    shares = [0] * len(members)
+    for source in sorted(range(len(members)), key=lambda source: len(members[source])):  # what a small one lacks, others have
+        num_left = sum(share == 0 and len(own) > 0 for share, own in zip(shares, members, strict=True))
+        shares[source] = min(len(members[source]), -(-(count - sum(shares)) // max(1, num_left)))
+    spread = [own[np.linspace(0, len(own) - 1, share).astype(int)] for own, share in zip(members, shares, strict=True) if share]
+    return sorted(int(index) for own in spread for index in own)
 
 
 def text_of(sample: Sample, shards: ShardReader, model_path: Path | None) -> str:

@@ -172,7 +172,7 @@ def scale_by_range(axes: Axes, values: Sequence[float]) -> None:
     if len(finite) and finite.max() > LOG_SCALE_FROM * finite.min() > 0:
         axes.set_yscale("log")
         axes.set_ylim(finite.min() * 0.8, finite.max() * 1.25)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if finite.max() < 1000 * finite.min() else (1,)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
 
@@ -180,7 +180,8 @@ def scale_by_range(axes: Axes, values: Sequence[float]) -> None:
 def running_mean(values: np.ndarray) -> np.ndarray:
     """Mean over a centred window of a twentieth of the curve; shorter at its ends."""
     half = len(values) // 40
-    return np.array([np.nanmean(values[max(0, n - half) : n + half + 1]) for n in range(len(values))])
+    windows = (values[max(0, n - half) : n + half + 1] for n in range(len(values)))
+    return np.array([np.nan if np.isnan(window).all() else np.nanmean(window) for window in windows])
 
 
 def draw_accuracy(axes: Axes, accuracy: Mapping[str, Mapping[str, float]], chance: Mapping[str, float]) -> None:

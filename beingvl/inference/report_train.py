@@ -116,7 +116,8 @@ def curves(rows: Sequence[Row], validation: Sequence[Row]) -> Figure:
         if len(keys) > 1:
             axes.legend(fontsize=8)
         if title.startswith("Loss"):
-            scale_by_range(axes, [row[key] for row in rows for key in keys if row.get(key) is not None])
+            checked = [row["validation/loss"] for row in validation] if keys == ["loss"] else []
+            scale_by_range(axes, checked + [row[key] for row in rows for key in keys if row.get(key) is not None])
     if validation:
         steps, losses = [row["step"] for row in validation], [row["validation/loss"] for row in validation]
         panels[0].plot(steps, losses, "o-", label="validation", color=SERIES_COLOURS[1])

@@ -92,7 +92,7 @@ class CodeFolder:
     def _example(self) -> str:
         """One of the keys, for a message: most often the user's only begin elsewhere."""
         keys = self._sorted_keys or self.keys
-        return f", {keys[0]} is one" if len(keys) else ""
+        return f", {printable(keys[0])} is one" if len(keys) else ""
 
 
 class _MappedKeys:

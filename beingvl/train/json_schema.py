@@ -49,7 +49,7 @@ def number(fewest: float = 0, most: float = 2**63) -> Allowed:
     return Allowed(f"a number from {fewest:g} to {most:g}", lambda value: type(value) in (int, float) and fewest <= value <= most)
 
 
-POSITIVE = Allowed("a number above 0", lambda value: type(value) in (int, float) and 0 < value < 2**63)
+POSITIVE = Allowed("a number above 0 and below 2**63", lambda value: type(value) in (int, float) and 0 < value < 2**63)
 
 
 def one_of(*choices: object) -> Allowed:

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 
 from beingvl.data.loader import TrainingData
+from beingvl.errors import InputError
 from beingvl.train.engine import TrainingEngine, sum_over_ranks
 from beingvl.train.failures import NonFiniteError
 from beingvl.train.loss import LossSums, backward_scale, learning_rate_at
@@ -45,7 +46,10 @@ class Saver(Protocol):
 
 
 def num_steps_of(data: TrainingData, config: StageConfig) -> int:
-    """Optimizer steps of the whole run; the learning-rate schedule spans exactly these."""
+    """Optimizer steps of the whole run; the learning-rate schedule spans exactly these. Raises InputError for less than one."""
+    if data.plan.num_sequences < config.sequences_per_step:
+        found = f"{config.source}: train_batch_size is {config.sequences_per_step}, the whole run has {data.plan.num_sequences}"
+        raise InputError(f"{found} sequences; lower it, or raise beingvl.epochs")
     return min(data.num_steps, config.beingvl.max_steps or data.num_steps)
 
 

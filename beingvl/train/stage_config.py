@@ -17,9 +17,23 @@ from typing import Annotated, Any, TypeAlias, get_type_hints
 from beingvl.errors import InputError
 from beingvl.model.param_groups import Rule
 from beingvl.train.deepspeed_keys import DEEPSPEED_KEYS, FACTOR, OFFLOAD_KEYS, REQUIRED_KEYS, check_offload, refuse_keys
-from beingvl.train.json_schema import OBJECT, POSITIVE, SWITCH, TEXT, Schema, check, check_present, maybe, number, one_of, whole
+from beingvl.train.json_schema import (
+    OBJECT,
+    POSITIVE,
+    SWITCH,
+    TEXT,
+    Allowed,
+    Schema,
+    check,
+    check_present,
+    maybe,
+    number,
+    one_of,
+    whole,
+)
 
 LONGEST_SEQUENCE = 1 << 24  # the packer holds a list of so many entries
+SHARES = Allowed("an object of source -> share", OBJECT.holds)
 RULE: Schema = {"match": TEXT, "train": SWITCH, "lr_multiplier": FACTOR, "weight_decay": maybe(FACTOR)}
 
 Positive: TypeAlias = Annotated[float, POSITIVE]
@@ -46,7 +60,7 @@ class BeingVLBlock:
 
     epochs: Positive
     sequence_length: Annotated[int, whole(1, LONGEST_SEQUENCE)]
-    mixture: Annotated[dict[str, float], OBJECT]
+    mixture: Annotated[dict[str, float], SHARES]
     trainable: Annotated[tuple[Rule, ...], [RULE]]
     mixture_by: Annotated[str, one_of("samples", "tokens")] = "samples"
     max_steps: Annotated[int | None, maybe(whole(1))] = None
@@ -132,7 +146,7 @@ def load_stage_config(path: Path | str, overrides: Sequence[str] = ()) -> StageC
         raise InputError(f"{path} does not exist; stage configurations are in ds_configs/")
     try:
         fields = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a ValueError also of bytes that are no text, or of thousands of digits
         raise InputError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(fields, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(fields).__name__}")
@@ -150,6 +164,8 @@ def apply_override(fields: dict, override: str) -> None:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--set {key}: {error}") from error
     *parents, last = key.split(".")
     for parent in parents:
         fields = fields.setdefault(parent, {})

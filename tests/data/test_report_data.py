@@ -121,6 +121,7 @@ def test_examples_are_of_every_source() -> None:
     """Ids that repeat their sources in a cycle must not show one source alone."""
     members = [np.arange(source, 400, 4) for source in range(4)]
     assert [[index % 4 for index in spread_over_sources(members, count)].count(0) for count in (1, 4, 6, 8)] == [1, 1, 2, 2]
+    assert len(spread_over_sources([np.arange(1), np.arange(1, 100)], 6)) == 6, "what a small source lacks, others have"
     assert len(spread_over_sources(members, 6)) == 6 and spread_over_sources([np.arange(0), np.arange(1)], 5) == [0]
 
 

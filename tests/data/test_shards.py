@@ -512,15 +512,6 @@ def test_the_kept_plan_is_the_plan(tmp_path) -> None:
         TrainingData(shards, mixture, 150, 64, 4)
 
 
-def test_a_step_larger_than_the_run_is_refused(tmp_path) -> None:
-    shards = ShardReader(write_shards(tmp_path))
-    mixture = Mixture(shards.members, shards.sources, {"foundation": 1}, 0)
-    num_sequences = TrainingData(shards, mixture, 40, 64, 4).plan.num_sequences
-    assert TrainingData(shards, mixture, 40, 64, num_sequences).num_steps == 1
-    with pytest.raises(InputError, match=f"train_batch_size is 1000000000, and the whole run has {num_sequences} sequences"):
-        TrainingData(shards, mixture, 40, 64, 10**9).num_steps  # noqa: B018
-
-
 def test_shares_by_something_else_are_refused(tmp_path) -> None:
     with pytest.raises(InputError, match="mixture_by is 'rows', expected samples or tokens"):
         open_mixture(ShardReader(write_shards(tmp_path)), {"foundation": 1}, "rows", 0)

@@ -285,6 +285,10 @@ def test_missing_and_damaged_files(tmp_path) -> None:
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
         load_stage_config(tmp_path / "bad.json")
+    for content in (b"\xff", b'{"a": ' + b"1" * 5000 + b"}", b"[" * 200_000):
+        (tmp_path / "bad.json").write_bytes(content)
+        with pytest.raises(InputError, match="not valid JSON"):
+            load_stage_config(tmp_path / "bad.json")
     (tmp_path / "bad.json").write_text("[]")
     with pytest.raises(InputError, match="expected a JSON object"):
         load_stage_config(tmp_path / "bad.json")

@@ -244,6 +244,7 @@ def test_bf16_run_stays_near_float32(work, whole_run) -> None:
         (["--set", "beingvl.mixture.perception=1"], "the shards hold ['foundation', 'reasoning']"),
         (["--set", "zero_optimization.stage=4"], "expected one of 0, 1, 2, 3"),
         (["--set", "beingvl.sequence_length=10"], "raise beingvl.sequence_length"),
+        (["--set", "train_batch_size=1000000000"], "train_batch_size is 1000000000, the whole run has "),
     ],
 )
 def test_wrong_input_is_one_sentence(work, tmp_path, arguments, message) -> None:
