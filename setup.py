@@ -54,7 +54,7 @@ setup(
         "benchmark": ["scikit-learn>=1.4", "scikit-image>=0.22", "accelerate>=1.1"],
     },
     entry_points={
-        "console_scripts": ["beingvl=beingvl.cli:main"],
-        "lmms_eval.models": ["beingvl=beingvl.inference.lmms_eval_model:manifest"],
+        "console_scripts": ["beingvl=beingvl.commands.main:main"],
+        "lmms_eval.models": ["beingvl=beingvl.evaluation.lmms_eval_model:manifest"],
     },
 )

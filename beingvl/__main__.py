@@ -2,6 +2,6 @@
 
 import sys
 
-from beingvl.cli import main
+from beingvl.commands.main import main
 
 sys.exit(main())

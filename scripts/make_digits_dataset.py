@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from beingvl.errors import InputError
-from beingvl.manifest import already_made, start_folder, to_json, write_atomically, write_manifest
+from beingvl.artefact.manifest import already_made, start_folder, to_json, write_atomically, write_manifest
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NUM_TRAIN, NUM_VALIDATION = 1200, 200

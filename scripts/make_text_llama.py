@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from beingvl.errors import InputError
-from beingvl.manifest import already_made, hash_file, write_manifest
+from beingvl.artefact.manifest import already_made, hash_file, write_manifest
 
 if TYPE_CHECKING:
     import torch

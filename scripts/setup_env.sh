@@ -12,7 +12,7 @@ compile_kernels() { # the first call of the vBPE kernels takes half a minute; nu
     .venv/bin/beingvl train-vbpe --data_path "$folder/codes.npy" --output_path "$folder/vbpe.json" --num_merges 4
     .venv/bin/python -c "
 import numpy
-from beingvl.tokenizer.vbpe import VisualBPE
+from beingvl.vbpe.visual_bpe import VisualBPE
 vbpe, grid = VisualBPE.load('$folder/vbpe.json'), numpy.load('$folder/codes.npy')[0]
 assert (vbpe.decode(vbpe.encode(grid), 8, 8) == grid).all()"
     rm -r "$folder"

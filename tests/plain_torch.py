@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import shifted_targets
-from beingvl.train.stage_config import StageConfig
+from beingvl.stage.stage_config import StageConfig
 from beingvl.train.train_stage import build_data
 
 

@@ -8,10 +8,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from beingvl import cli
+from beingvl.commands import main as cli
 from beingvl.data.arrow_shards import ShardReader
-from beingvl.manifest import verify_folder
-from beingvl.tokenizer.vbpe import VisualBPE
+from beingvl.artefact.manifest import verify_folder
+from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import VocabLayout
 from tests import launcher
 from tests.model.small_models import llama3_tokenizer_file, write_vqgan

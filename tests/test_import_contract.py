@@ -18,13 +18,13 @@ NOT_EACH_OTHER = {("export", "inference"), ("inference", "export")}
 # Library -> where it may be imported.
 HOMES = {
     "deepspeed": ("train/engine.py",),
-    "numba": ("tokenizer/vbpe_numba.py", "data/token_rows_numba.py"),
+    "numba": ("vbpe/kernels.py", "data/token_rows_numba.py"),
     "pyarrow": ("data/",),
     "simdjson": ("data/",),
     "PIL": ("tokenizer/",),
-    "lmms_eval": ("inference/lmms_eval_model.py",),
-    "pycocoevalcap": ("inference/metrics_qa.py",),
-    "sacrebleu": ("inference/metrics_qa.py",),
+    "lmms_eval": ("evaluation/lmms_eval_model.py",),
+    "pycocoevalcap": ("evaluation/metrics_qa.py",),
+    "sacrebleu": ("evaluation/metrics_qa.py",),
 }
 
 
@@ -63,7 +63,7 @@ def test_libraries_stay_in_their_homes(path: Path) -> None:
 
 
 def test_importing_the_package_does_nothing_heavy() -> None:
-    code = "import sys, beingvl, beingvl.cli; assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
+    code = "import sys, beingvl, beingvl.commands.main; assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from beingvl.manifest import verify_folder
+from beingvl.artefact.manifest import verify_folder
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "make_digits_dataset.py"
 _spec = importlib.util.spec_from_file_location("make_digits_dataset", SCRIPT)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from beingvl.cli import main as beingvl
-from beingvl.manifest import verify_folder
+from beingvl.commands.main import main as beingvl
+from beingvl.artefact.manifest import verify_folder
 from beingvl.vocab import VocabLayout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))

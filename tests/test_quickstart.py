@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from beingvl.manifest import read_manifest
+from beingvl.artefact.manifest import read_manifest
 from tests.launcher import ENVIRONMENT, free_port
 
 REPOSITORY = Path(__file__).parents[1]

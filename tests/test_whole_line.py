@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from beingvl.manifest import read_manifest, verify_folder
+from beingvl.artefact.manifest import read_manifest, verify_folder
 from tests.launcher import ENVIRONMENT, free_port
 
 REPOSITORY = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from beingvl.data.arrow_shards import Sample, ShardWriter
-from beingvl.manifest import to_json, write_manifest
+from beingvl.artefact.manifest import to_json, write_manifest
 from beingvl.vocab import LAYOUT_FILE, SPECIAL_TOKENS, VocabLayout
 
 LAYOUT = VocabLayout(num_text=258, num_vq=16, num_merges=8, bos_id=256, eos_id=257)

@@ -28,8 +28,8 @@ import numpy as np
 import pyarrow as pa
 
 from beingvl.errors import InputError
-from beingvl.manifest import HashedFile, Manifest, read_manifest, start_folder, write_manifest
-from beingvl.tokenizer.vq_codes import load_mapped
+from beingvl.artefact.manifest import HashedFile, Manifest, read_manifest, start_folder, write_manifest
+from beingvl.images.vq_codes import load_mapped
 from beingvl.vocab import VocabLayout
 
 SCHEMA = pa.schema(

@@ -33,15 +33,15 @@ PARTS_VERSION = 2  # of a part's files: another for another hash of ids, or anot
 
 if TYPE_CHECKING:
     from beingvl.data.token_rows import RowReader
-    from beingvl.manifest import Manifest
-    from beingvl.parts import Parts
-    from beingvl.tokenizer.vbpe import VisualBPE
-    from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
+    from beingvl.artefact.manifest import Manifest
+    from beingvl.artefact.parts import Parts
+    from beingvl.vbpe.visual_bpe import VisualBPE
+    from beingvl.vbpe.published import LegacyVisualBPE
     from beingvl.vocab import VocabLayout
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from beingvl.parts import add_rank_arguments
+    from beingvl.artefact.parts import add_rank_arguments
 
     parser.add_argument("--jsonl_path", type=Path, nargs="+", required=True, help="JSONL files of token rows")
     parser.add_argument("--output_path", type=Path, required=True, help="shard folder to write")
@@ -79,8 +79,8 @@ def _without_collecting() -> Iterator[None]:
 @_without_collecting()
 def run(args: argparse.Namespace) -> None:
     from beingvl.errors import InputError
-    from beingvl.manifest import already_made, is_complete, read_manifest, start_folder
-    from beingvl.parts import OvertakenError, Parts, locked, ranks_of, refuse_overwrite_of_many, remove_parts
+    from beingvl.artefact.manifest import already_made, is_complete, read_manifest, start_folder
+    from beingvl.artefact.parts import OvertakenError, Parts, locked, ranks_of, refuse_overwrite_of_many, remove_parts
 
     if not 1 <= args.part_bytes <= MAX_PART_BYTES:
         raise InputError(f"--part_bytes is {args.part_bytes}, expected 1 … {MAX_PART_BYTES}")
@@ -134,7 +134,7 @@ def _open_vbpe(args: argparse.Namespace) -> VisualBPE | LegacyVisualBPE | None:
         path = args.model_path
     if path is None:  # vBPE code is not imported where none is asked for
         return None
-    from beingvl.tokenizer.vbpe import VisualBPE
+    from beingvl.vbpe.visual_bpe import VisualBPE
 
     return VisualBPE.load(path)
 
@@ -142,7 +142,7 @@ def _open_vbpe(args: argparse.Namespace) -> VisualBPE | LegacyVisualBPE | None:
 def _decoder(vbpe: VisualBPE | LegacyVisualBPE | None) -> VisualBPE | None:
     if vbpe is None:
         return None
-    from beingvl.tokenizer.vbpe import VisualBPE
+    from beingvl.vbpe.visual_bpe import VisualBPE
 
     return vbpe if isinstance(vbpe, VisualBPE) else None  # a published vocabulary cannot decode
 
@@ -163,7 +163,7 @@ def content_of(path: Path) -> str:
     Raises InputError when the file is not the one of its manifest.
     """
     from beingvl.errors import InputError
-    from beingvl.manifest import MANIFEST_FILE, has_hash, hash_pieces, is_complete, read_manifest
+    from beingvl.artefact.manifest import MANIFEST_FILE, has_hash, hash_pieces, is_complete, read_manifest
 
     entry = read_manifest(path.parent, "jsonl").files.get(path.name) if is_complete(path.parent) else None
     if entry is None:
@@ -180,7 +180,7 @@ def _layout_and_lineage(
     paths: list[Path], model_path: Path | None, vbpe: VisualBPE | LegacyVisualBPE | None
 ) -> tuple[VocabLayout, dict[str, str]]:
     from beingvl.errors import InputError
-    from beingvl.manifest import is_complete, join_lineages, read_manifest
+    from beingvl.artefact.manifest import is_complete, join_lineages, read_manifest
     from beingvl.vocab import VocabLayout
 
     layout = VocabLayout.load(model_path) if model_path else None
@@ -349,6 +349,6 @@ def refuse_duplicates(parts: Parts, sources: Sequence[Path], shard: str) -> None
 if __name__ == "__main__":
     import sys
 
-    from beingvl.cli import main
+    from beingvl.commands.main import main
 
     sys.exit(main(["build-shards", *sys.argv[1:]]))

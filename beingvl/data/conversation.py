@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from beingvl.errors import InputError
-from beingvl.manifest import printable
+from beingvl.artefact.manifest import printable
 from beingvl.vocab import VocabLayout
 
 if TYPE_CHECKING:

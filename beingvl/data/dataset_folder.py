@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from beingvl.manifest import Manifest
+    from beingvl.artefact.manifest import Manifest
     from beingvl.vocab import VocabLayout
 
 REJECTED_FILE = "rejected.jsonl"
@@ -35,14 +35,14 @@ class DatasetFolder:
         return self.folder / f"{self.name}_{variant}"
 
     def _manifest(self) -> Manifest | None:
-        from beingvl.manifest import is_complete, read_manifest
+        from beingvl.artefact.manifest import is_complete, read_manifest
 
         return read_manifest(self.folder, "jsonl") if is_complete(self.folder) else None
 
     def is_made_by(self, request: dict[str, Any], quiet: bool = False) -> bool:
         """Whether this dataset is finished. Raises InputError when another request made it, or it fits no neighbour."""
         from beingvl.errors import InputError
-        from beingvl.manifest import join_lineages
+        from beingvl.artefact.manifest import join_lineages
 
         manifest = self._manifest()
         if manifest is None:
@@ -66,8 +66,8 @@ class DatasetFolder:
 
     def remove(self) -> None:
         """Take this dataset, finished or not, out of the folder; the others stay complete at every moment."""
-        from beingvl.manifest import MANIFEST_FILE
-        from beingvl.parts import remove_parts
+        from beingvl.artefact.manifest import MANIFEST_FILE
+        from beingvl.artefact.parts import remove_parts
 
         manifest = self._manifest()
         if manifest is not None and self.name in manifest.details["datasets"]:
@@ -107,7 +107,7 @@ class DatasetFolder:
         self._write(datasets, self._rejected_of_others() + rejected, {**self._hashes_of_others(manifest), **known_hashes})
 
     def _write(self, datasets: dict[str, Any], rejected: list[str], known_hashes: dict[str, str]) -> None:
-        from beingvl.manifest import join_lineages, write_atomically, write_manifest
+        from beingvl.artefact.manifest import join_lineages, write_atomically, write_manifest
 
         write_atomically(self.folder / REJECTED_FILE, "".join(sorted(rejected, key=_dataset_and_index)))
         counts: dict[str, int] = {}

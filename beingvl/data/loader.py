@@ -25,7 +25,7 @@ from beingvl.data.arrow_shards import LENGTHS_FILE, MEMBERS_FILE, SOURCE_OF_FILE
 from beingvl.data.mixture import Mixture, check_weights
 from beingvl.data.packing import WINDOW, PackingPlan, pack_window
 from beingvl.errors import InputError
-from beingvl.manifest import hash_bytes, write_atomically
+from beingvl.artefact.manifest import hash_bytes, write_atomically
 from beingvl.vocab import VocabLayout
 
 IGNORED = -100

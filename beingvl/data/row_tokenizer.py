@@ -6,10 +6,10 @@ from typing import Any
 
 from beingvl.data.conversation import TextEncoder, TokenizedSample, build_sequence, parse_conversation
 from beingvl.errors import InputError
-from beingvl.tokenizer.llava_json import image_keys
-from beingvl.tokenizer.vbpe import VisualBPE
-from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
-from beingvl.tokenizer.vq_codes import CodeFolder
+from beingvl.data.llava_json import image_keys
+from beingvl.vbpe.visual_bpe import VisualBPE
+from beingvl.vbpe.published import LegacyVisualBPE
+from beingvl.images.vq_codes import CodeFolder
 from beingvl.vocab import VocabLayout
 
 

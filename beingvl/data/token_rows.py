@@ -36,7 +36,7 @@ from beingvl.errors import InputError
 from beingvl.vocab import VocabLayout
 
 if TYPE_CHECKING:
-    from beingvl.tokenizer.vbpe import VisualBPE
+    from beingvl.vbpe.visual_bpe import VisualBPE
 
 BLOCK_BYTES = 1 << 19  # a block stays in the processor's cache between reading and parsing
 MAX_LINE_BYTES = 1 << 28

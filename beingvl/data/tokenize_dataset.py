@@ -2,7 +2,7 @@
 
 Steps, in order:
   1. image codes      from --vq_codes, or encoded now with the model folder's VQ-GAN into OUTPUT_DIR_NAME_vq_codes
-  2. stream_rows      one row after the other, whatever the size of the file; every 4096 rows are a part (beingvl/parts.py)
+  2. stream_rows      one row after the other, whatever the size of the file; every 4096 rows are a part (beingvl/artefact/parts.py)
   3. tokenize_part    in --num_workers processes; a broken line or malformed row goes to rejected.jsonl with index and reason
   4. join             NAME_base.jsonl (VQ codes) and NAME_vbpe.jsonl (merged), one row a sample; --format arrow: folders of shards
   5. manifest.json    last; several datasets may share OUTPUT_DIR, each is added to the manifest when it is finished
@@ -23,24 +23,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beingvl.data.dataset_folder import REJECTED_FILE, DatasetFolder
-from beingvl.tokenizer.llava_json import BrokenRow, stream_rows, stream_rows_and_broken
-from beingvl.tokenizer.llava_json import image_keys as image_keys  # evaluate reads the same files
+from beingvl.data.llava_json import BrokenRow, stream_rows, stream_rows_and_broken
+from beingvl.data.llava_json import image_keys as image_keys  # evaluate reads the same files
 
 if TYPE_CHECKING:
     import simdjson
 
     from beingvl.data.row_tokenizer import RowTokenizer
-    from beingvl.parts import Parts
-    from beingvl.tokenizer.vbpe import VisualBPE
-    from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
-    from beingvl.tokenizer.vq_codes import CodeFolder
+    from beingvl.artefact.parts import Parts
+    from beingvl.vbpe.visual_bpe import VisualBPE
+    from beingvl.vbpe.published import LegacyVisualBPE
+    from beingvl.images.vq_codes import CodeFolder
     from beingvl.vocab import VocabLayout
 
 DEFAULT_CATEGORY = {"pt": "foundation", "sft": "instruction"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from beingvl.parts import add_rank_arguments
+    from beingvl.artefact.parts import add_rank_arguments
 
     parser.add_argument(
         "--mode", choices=["pt", "sft"], default="sft", help="category of rows that name none: pt foundation, sft instruction"
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from beingvl.data.build_shards import PARTS_VERSION
-    from beingvl.parts import OvertakenError, Parts, locked, ranks_of, refuse_overwrite_of_many, remove_parts
+    from beingvl.artefact.parts import OvertakenError, Parts, locked, ranks_of, refuse_overwrite_of_many, remove_parts
     from beingvl.vocab import VocabLayout
 
     check_arguments(args)
@@ -129,7 +129,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def _request(args: argparse.Namespace, codes: CodeFolder | None, vbpe: VisualBPE | LegacyVisualBPE | None) -> dict[str, Any]:
-    from beingvl.manifest import hash_file, join_lineages
+    from beingvl.artefact.manifest import hash_file, join_lineages
 
     names = ("mode", "dataset_name", "template", "max_length", "too_long", "format", "rows_per_part")
     return {
@@ -168,8 +168,8 @@ def prepare_process(args: argparse.Namespace, request: dict[str, Any], codes_pat
 
     from beingvl.data.conversation import TextEncoder
     from beingvl.data.row_tokenizer import RowTokenizer
-    from beingvl.parts import Parts
-    from beingvl.tokenizer.vq_codes import CodeFolder
+    from beingvl.artefact.parts import Parts
+    from beingvl.images.vq_codes import CodeFolder
     from beingvl.vocab import VocabLayout
 
     layout = VocabLayout.load(args.model_path)
@@ -188,7 +188,7 @@ def tokenize_parts(
     """Make this rank's parts but those that are `finished`; returns the number of rows in the file."""
     from tqdm import tqdm
 
-    from beingvl.parts import run_in_processes
+    from beingvl.artefact.parts import run_in_processes
 
     num_rows = 0
 
@@ -215,7 +215,7 @@ def tokenize_part(task: tuple[int, list[dict | BrokenRow]]) -> int:
     """One part: rows to token rows of every variant. Returns the number of rows."""
     from beingvl.data.row_tokenizer import fit, num_tokens
     from beingvl.errors import InputError
-    from beingvl.manifest import printable
+    from beingvl.artefact.manifest import printable
 
     number, rows = task
     args, tokenizer = _process.args, _process.tokenizer
@@ -337,7 +337,7 @@ def _join_shards(output: DatasetFolder, parts: Parts, num_parts: int, variant: s
     """Returns the hashes of the files, by their paths in the output folder."""
     from beingvl.data.arrow_shards import finish_shards
     from beingvl.data.build_shards import link_shards
-    from beingvl.manifest import start_folder
+    from beingvl.artefact.manifest import start_folder
 
     folder = start_folder(output.shards(variant), "shards")
     shards = link_shards(parts, num_parts, folder, variant)
@@ -347,10 +347,10 @@ def _join_shards(output: DatasetFolder, parts: Parts, num_parts: int, variant: s
 
 def _open_codes(args: argparse.Namespace, rank: int, num_ranks: int) -> CodeFolder | None:
     """The image codes the rows need: given, or made now by step 1 with the model folder's own VQ-GAN."""
-    from beingvl.cli import main
+    from beingvl.commands.main import main
     from beingvl.errors import InputError
-    from beingvl.parts import wait_until_complete
-    from beingvl.tokenizer.vq_codes import CodeFolder
+    from beingvl.artefact.parts import wait_until_complete
+    from beingvl.images.vq_codes import CodeFolder
 
     rows = stream_rows_and_broken(args.json_path)
     if not any(isinstance(row, dict) and row.get("image") for row in rows):
@@ -378,7 +378,7 @@ def _open_codes(args: argparse.Namespace, rank: int, num_ranks: int) -> CodeFold
 
 def _open_vbpe(path: Path, layout: VocabLayout) -> VisualBPE | LegacyVisualBPE:
     from beingvl.errors import InputError
-    from beingvl.tokenizer.vbpe import VisualBPE
+    from beingvl.vbpe.visual_bpe import VisualBPE
 
     vbpe = VisualBPE.load(path)
     if vbpe.num_codes != layout.num_vq or vbpe.num_merges > layout.num_merges:
@@ -390,7 +390,7 @@ def _open_vbpe(path: Path, layout: VocabLayout) -> VisualBPE | LegacyVisualBPE:
 def _lineages(
     args: argparse.Namespace, codes: CodeFolder | None, vbpe: VisualBPE | LegacyVisualBPE | None
 ) -> dict[str, dict[str, str]]:
-    from beingvl.manifest import read_manifest
+    from beingvl.artefact.manifest import read_manifest
 
     lineages = {str(args.model_path): read_manifest(args.model_path, "model").lineage}
     if codes:
@@ -407,6 +407,6 @@ def _line(value: dict) -> bytes:
 if __name__ == "__main__":
     import sys
 
-    from beingvl.cli import main
+    from beingvl.commands.main import main
 
     sys.exit(main(["tokenize", *sys.argv[1:]]))

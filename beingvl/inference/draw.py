@@ -1,7 +1,7 @@
 """Drawing: image tokens sampled so that they always are a picture. Experimental.
 
 A stream of image tokens gives a grid back because each token's anchor is the first cell that is not covered yet
-(`beingvl.tokenizer.vbpe`). So a token may come next exactly when its polyomino, put there, stays inside the grid and covers no
+(`beingvl.vbpe.visual_bpe`). So a token may come next exactly when its polyomino, put there, stays inside the grid and covers no
 covered cell; every other token gets probability 0. A plain code is one cell and always fits, so no choice ends in a dead end:
 
     covered    next free cell    fits: . (a code)   .. (side by side)      does not: ... (outside)   . above . (outside)
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from beingvl.tokenizer.vbpe import VisualBPE
+from beingvl.vbpe.visual_bpe import VisualBPE
 
 if TYPE_CHECKING:
     from beingvl.vocab import VocabLayout

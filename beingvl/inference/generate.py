@@ -74,8 +74,8 @@ def draw(model: BeingVL, args: argparse.Namespace) -> None:
     import torch
 
     from beingvl.errors import InputError
-    from beingvl.manifest import write_atomically
-    from beingvl.tokenizer.vqgan_pictures import to_png
+    from beingvl.artefact.manifest import write_atomically
+    from beingvl.images.vqgan_pictures import to_png
 
     if not model.vqgan.has_decoder:
         raise InputError(f"{model.vqgan.source} has no decoder, so a drawing could not be shown")
@@ -128,6 +128,6 @@ def chat(model: BeingVL, images: list[np.ndarray], args: argparse.Namespace) -> 
 if __name__ == "__main__":
     import sys
 
-    from beingvl.cli import main
+    from beingvl.commands.main import main
 
     sys.exit(main(["generate", *sys.argv[1:]]))

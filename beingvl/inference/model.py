@@ -33,10 +33,10 @@ import torch
 from beingvl.data.conversation import IMAGE_PLACEHOLDER, TextEncoder, Turn, build_sequence
 from beingvl.errors import InputError
 from beingvl.inference.draw import FittingTokens, OnlyWholeImages
-from beingvl.manifest import join_lineages, read_manifest
-from beingvl.tokenizer.vbpe import VBPE_FILE, VisualBPE
-from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
-from beingvl.tokenizer.vqgan import VQGAN, usable_device
+from beingvl.artefact.manifest import join_lineages, read_manifest
+from beingvl.vbpe.visual_bpe import VBPE_FILE, VisualBPE
+from beingvl.vbpe.published import LegacyVisualBPE
+from beingvl.images.vqgan import VQGAN, usable_device
 from beingvl.vocab import VocabLayout
 
 DTYPES = ("float32", "bfloat16", "float16")

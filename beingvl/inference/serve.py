@@ -120,8 +120,8 @@ class Conversations:
 
     def look(self, path: str) -> tuple[np.ndarray, list[int], str]:
         """An image file to (its picture with token borders `[H, W, 3]` uint8, its token ids, a sentence about both)."""
-        from beingvl.tokenizer.vqgan import read_image
-        from beingvl.tokenizer.vqgan_pictures import with_borders
+        from beingvl.images.vqgan import read_image
+        from beingvl.images.vqgan_pictures import with_borders
 
         vqgan = self._model.vqgan
         with self._lock:
@@ -138,8 +138,8 @@ class Conversations:
     def _owners(self, token_ids: np.ndarray, codes: np.ndarray) -> np.ndarray | None:
         import numpy as np
 
-        from beingvl.tokenizer.report_vbpe import owners
-        from beingvl.tokenizer.vbpe import VisualBPE
+        from beingvl.report.vbpe import owners
+        from beingvl.vbpe.visual_bpe import VisualBPE
 
         if not self._with_vbpe:
             return np.arange(codes.size).reshape(codes.shape)
@@ -218,7 +218,7 @@ def build_page(conversations: Conversations, model_path: Path) -> Any:
     import gradio as gr
 
     from beingvl.errors import InputError
-    from beingvl.tokenizer.vq_codes import IMAGE_SUFFIXES
+    from beingvl.images.vq_codes import IMAGE_SUFFIXES
 
     def look(path: str | None) -> tuple[Any, list[int] | None, str, list, list]:
         if path is None:
@@ -270,6 +270,6 @@ def shown(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
 if __name__ == "__main__":
     import sys
 
-    from beingvl.cli import main
+    from beingvl.commands.main import main
 
     sys.exit(main(["serve", *sys.argv[1:]]))

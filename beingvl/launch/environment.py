@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from beingvl.errors import InputError
-from beingvl.manifest import write_atomically
+from beingvl.artefact.manifest import write_atomically
 
 USERS_FILE = ".deepspeed_env"
 PASSED_PREFIXES = ("NCCL_", "GLOO_", "UCX_", "TORCH_NCCL_", "BEINGVL_", "WANDB_")

@@ -88,7 +88,7 @@ def is_port_free(port: int) -> bool:
 
 def _content_hash(folder: str, kind: str) -> str:
     from beingvl.errors import InputError
-    from beingvl.manifest import read_manifest
+    from beingvl.artefact.manifest import read_manifest
 
     try:
         return read_manifest(folder, kind).content_hash

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from beingvl.model.param_groups import PlannedParameter
-    from beingvl.train.stage_config import StageConfig
+    from beingvl.stage.stage_config import StageConfig
 
 USABLE = 0.92
 """Share of a device's memory that training may use; the rest is CUDA's, NCCL's and fragmentation."""
@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from transformers import AutoConfig
 
-    from beingvl.manifest import read_manifest
+    from beingvl.artefact.manifest import read_manifest
     from beingvl.train.memory import device_bytes, predict_memory
-    from beingvl.train.stage_config import load_stage_config
+    from beingvl.stage.stage_config import load_stage_config
     from beingvl.train.train_stage import find_start_model
 
     gpus, capacity = parse_gpus(args.gpus)
@@ -147,6 +147,6 @@ def time_per_epoch(
 if __name__ == "__main__":
     import sys
 
-    from beingvl.cli import main
+    from beingvl.commands.main import main
 
     sys.exit(main(["plan", *sys.argv[1:]]))

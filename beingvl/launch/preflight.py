@@ -24,7 +24,7 @@ from typing import Any
 from beingvl.errors import InputError
 from beingvl.launch.host_probe import MARK, PACKAGES, count_devices, probe
 from beingvl.launch.hostfile import THIS_MACHINE, Host, is_this_machine_alone, read_hostfile
-from beingvl.manifest import is_complete, read_manifest
+from beingvl.artefact.manifest import is_complete, read_manifest
 
 ANSWER_SECONDS = 60
 MAX_CLOCK_DIFFERENCE = 5.0  # seconds; more makes logs and build caches misleading
@@ -62,7 +62,7 @@ class Wanted:
     @property
     def nvme_paths(self) -> list[str]:
         """Where the stage offloads to, on every host; none when its JSON is refused, which is a row of its own."""
-        from beingvl.train.stage_config import load_stage_config
+        from beingvl.stage.stage_config import load_stage_config
 
         try:
             offloads = load_stage_config(self.stage, self.overrides).nvme_offloads if self.stage else {}
@@ -250,7 +250,7 @@ def _judge_folder(host: str, folder: str, found: str, reference_name: str, expec
 
 
 def _check_stage(wanted: Wanted, num_ranks: int) -> Finding:
-    from beingvl.train.stage_config import load_stage_config
+    from beingvl.stage.stage_config import load_stage_config
 
     assert wanted.stage
     path = Path(wanted.stage)
@@ -284,6 +284,6 @@ def _measure_all_reduce(hostfile: Path, port: int, seconds: float) -> Finding:
 
 
 if __name__ == "__main__":
-    from beingvl.cli import main
+    from beingvl.commands.main import main
 
     sys.exit(main(["preflight", *sys.argv[1:]]))

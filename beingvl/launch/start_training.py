@@ -226,6 +226,6 @@ def signal_ranks(hosts: Sequence[Host], name: str, pattern: str) -> bool:
 
 
 if __name__ == "__main__":
-    from beingvl.cli import main
+    from beingvl.commands.main import main
 
     sys.exit(main(["launch", *sys.argv[1:]]))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from beingvl.errors import InputError
-from beingvl.manifest import hash_inputs
+from beingvl.artefact.manifest import hash_inputs
 from beingvl.model.weight_files import WeightFolder
 
 LICENSE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")

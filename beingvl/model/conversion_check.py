@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from beingvl.errors import InputError
-from beingvl.manifest import hash_file, verify_folder
+from beingvl.artefact.manifest import hash_file, verify_folder
 from beingvl.model.base_model import BaseModel, read_json
 from beingvl.model.target_folder import VBPE_FILE, VQGAN_FOLDER
 from beingvl.model.tokenizer_files import check_same_text_tokens, check_token_ids, find_tokenizer_file, load_tokenizer
@@ -176,8 +176,8 @@ def _check_images(result: Path, vq_path: Path | None) -> str:
         return NOT_CHECKED
     import numpy as np
 
-    from beingvl.tokenizer.vbpe import VisualBPE
-    from beingvl.tokenizer.vqgan import VQGAN
+    from beingvl.vbpe.visual_bpe import VisualBPE
+    from beingvl.images.vqgan import VQGAN
 
     ours = VQGAN.load(result / VQGAN_FOLDER)
     for path in vq_path.rglob("*") if vq_path else []:

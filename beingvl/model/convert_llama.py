@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from beingvl.model.base_model import BaseModel
     from beingvl.model.new_rows import VisualVocabulary
     from beingvl.model.weight_files import NewTensor
-    from beingvl.tokenizer.vbpe import VisualBPE
-    from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
-    from beingvl.tokenizer.vqgan import VQGAN
+    from beingvl.vbpe.visual_bpe import VisualBPE
+    from beingvl.vbpe.published import LegacyVisualBPE
+    from beingvl.images.vqgan import VQGAN
 
     AnyVBPE = VisualBPE | LegacyVisualBPE
 
@@ -97,7 +97,7 @@ def _collecting_rarely() -> Iterator[None]:
 
 @_collecting_rarely()
 def run(args: argparse.Namespace) -> int:
-    from beingvl.manifest import already_made
+    from beingvl.artefact.manifest import already_made
 
     check_arguments(args)
     conversion = plan_conversion(args)
@@ -131,7 +131,7 @@ def plan_conversion(args: argparse.Namespace) -> Conversion:
     import torch
 
     from beingvl.model.base_model import BaseModel
-    from beingvl.tokenizer.vbpe import VisualBPE
+    from beingvl.vbpe.visual_bpe import VisualBPE
 
     base = BaseModel.open(args.llama_path)
     vqgan = _load_vqgan(args.being_vq_path)
@@ -154,13 +154,13 @@ def plan_conversion(args: argparse.Namespace) -> Conversion:
 def _load_vqgan(folder: Path | None) -> VQGAN | None:
     if folder is None:
         return None
-    from beingvl.tokenizer.vqgan import VQGAN
+    from beingvl.images.vqgan import VQGAN
 
     return VQGAN.load(folder)
 
 
 def _check_vbpe_belongs_to(vbpe: AnyVBPE | None, vqgan: VQGAN | None, args: argparse.Namespace) -> None:
-    from beingvl.manifest import join_lineages
+    from beingvl.artefact.manifest import join_lineages
 
     if vbpe is None or vqgan is None:
         return
@@ -270,7 +270,7 @@ def _codes_of_merges(vbpe: AnyVBPE) -> list[np.ndarray]:
 
 def make_request(args: argparse.Namespace, conversion: Conversion) -> dict[str, Any]:
     """What decides the result: a folder made by an equal request needs not be made again, or can be finished."""
-    from beingvl.manifest import hash_inputs
+    from beingvl.artefact.manifest import hash_inputs
     from beingvl.model.base_model import small_files
 
     given, vq_path = args.being_tokenizer_config_path, args.being_vq_path
@@ -293,7 +293,7 @@ def make_request(args: argparse.Namespace, conversion: Conversion) -> dict[str, 
 
 def write_base(args: argparse.Namespace, conversion: Conversion, request: Mapping[str, Any]) -> None:
     """Write the whole folder, manifest last."""
-    from beingvl.manifest import to_json, write_atomically
+    from beingvl.artefact.manifest import to_json, write_atomically
     from beingvl.model.base_model import LICENSE_PATTERNS
     from beingvl.model.target_folder import VBPE_FILE, VQGAN_FOLDER, finish_target, start_target
     from beingvl.model.tokenizer_files import save_tokenizer
@@ -406,6 +406,6 @@ def _files_below(folder: Path | None) -> list[Path]:
 if __name__ == "__main__":
     import sys
 
-    from beingvl.cli import main
+    from beingvl.commands.main import main
 
     sys.exit(main(["convert", *sys.argv[1:]]))

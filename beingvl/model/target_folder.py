@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from beingvl.errors import InputError
-from beingvl.manifest import Manifest, is_complete, refuse_other_kind, start_folder, to_json, write_atomically, write_manifest
+from beingvl.artefact.manifest import Manifest, is_complete, refuse_other_kind, start_folder, to_json, write_atomically, write_manifest
 from beingvl.model.weight_files import WEIGHT_PATTERNS, check_disk_space
 from beingvl.vocab import LAYOUT_FILE
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from beingvl.errors import InputError
-from beingvl.manifest import to_json, write_atomically
+from beingvl.artefact.manifest import to_json, write_atomically
 from beingvl.vocab import SPECIAL_TOKENS, VocabLayout
 
 if TYPE_CHECKING:

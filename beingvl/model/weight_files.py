@@ -36,7 +36,7 @@ from blake3 import blake3
 from tqdm import tqdm
 
 from beingvl.errors import InputError
-from beingvl.manifest import BLAKE3, hash_file, hash_sample, is_complete, read_manifest, to_json, write_atomically
+from beingvl.artefact.manifest import BLAKE3, hash_file, hash_sample, is_complete, read_manifest, to_json, write_atomically
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from beingvl.errors import InputError
-from beingvl.manifest import (
+from beingvl.artefact.manifest import (
     MANIFEST_FILE,
     HashedFile,
     is_complete,

@@ -42,12 +42,12 @@ from beingvl.model.extended_vocab import PackedCausalLM, build_packed_model, sto
 from beingvl.model.packed_check import refuse_short_window, refuse_unlike_packed
 from beingvl.model.param_groups import PlannedParameter, plan_parameters
 from beingvl.model.weight_files import WeightFolder
-from beingvl.train.deepspeed_keys import AHEAD_KEYS, fewest_buffers
+from beingvl.stage.deepspeed_keys import AHEAD_KEYS, fewest_buffers
 from beingvl.train.failures import FreezerError
 from beingvl.train.flops import step_flops
 from beingvl.train.memory import NVME_SUB_GROUP_ELEMENTS, predict_memory, reduce_bucket_elements, swap_buffers
 from beingvl.train.partitions import MASTER, MOMENTS, STATE_KEYS, partition_in_memory, partitions_of
-from beingvl.train.stage_config import StageConfig
+from beingvl.stage.stage_config import StageConfig
 from beingvl.vocab import VocabLayout
 
 

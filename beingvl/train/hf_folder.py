@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from beingvl.errors import InputError
-from beingvl.manifest import Manifest, read_manifest
+from beingvl.artefact.manifest import Manifest, read_manifest
 from beingvl.model.extended_vocab import stored_slice
 from beingvl.model.target_folder import finish_target, start_target
 from beingvl.model.weight_files import WeightFolder, bytes_to_write, rewrite_weights

@@ -23,7 +23,7 @@ from beingvl.train.failures import NonFiniteError
 from beingvl.train.loss import LossSums, backward_scale, learning_rate_at
 from beingvl.train.metrics import MetricsWriter, SpikeDetector, peak_memory_bytes
 from beingvl.train.phases import BETWEEN_STEPS, STEP_PHASES, Phases
-from beingvl.train.stage_config import StageConfig
+from beingvl.stage.stage_config import StageConfig
 from beingvl.train.window import WindowFetcher
 
 

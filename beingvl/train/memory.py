@@ -25,8 +25,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from beingvl.model.param_groups import PlannedParameter
-from beingvl.train.deepspeed_keys import fewest_buffers
-from beingvl.train.stage_config import StageConfig
+from beingvl.stage.deepspeed_keys import fewest_buffers
+from beingvl.stage.stage_config import StageConfig
 
 DEFAULT_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's, as the next
 DEFAULT_SUB_GROUP_ELEMENTS = 1_000_000_000

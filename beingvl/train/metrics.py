@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from beingvl.errors import InputError
-from beingvl.manifest import write_atomically
+from beingvl.artefact.manifest import write_atomically
 from beingvl.train.flops import ASSUMED_MFU
 from beingvl.train.phases import STEP_PHASES
 

@@ -17,7 +17,7 @@ from beingvl.data.loader import TrainingData
 from beingvl.train.engine import TrainingEngine, sum_over_ranks
 from beingvl.train.loss import LossSums
 from beingvl.train.metrics import METRICS_FILE, read_metrics
-from beingvl.train.stage_config import StageConfig
+from beingvl.stage.stage_config import StageConfig
 from beingvl.train.window import WindowFetcher
 from beingvl.vocab import VocabLayout
 

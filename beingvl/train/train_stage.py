@@ -30,12 +30,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from beingvl.data.arrow_shards import ShardReader
     from beingvl.data.loader import TrainingData
-    from beingvl.manifest import Manifest
+    from beingvl.artefact.manifest import Manifest
     from beingvl.train.engine import Ranks, TrainingEngine
     from beingvl.train.loop import Progress
     from beingvl.train.phases import Phases
     from beingvl.train.probe import Probe
-    from beingvl.train.stage_config import StageConfig
+    from beingvl.stage.stage_config import StageConfig
 
 EXIT_REQUEUE = 85
 LONGEST_PATIENCE_SECONDS = 60  # after which NFS, by its default, asks its server again
@@ -79,9 +79,9 @@ def run(args: argparse.Namespace) -> int:
 
     from beingvl.data.arrow_shards import ShardReader
     from beingvl.errors import InputError
-    from beingvl.manifest import is_complete, join_lineages, read_manifest
+    from beingvl.artefact.manifest import is_complete, join_lineages, read_manifest
     from beingvl.train.metrics import refuse_missing_wandb
-    from beingvl.train.stage_config import load_stage_config
+    from beingvl.stage.stage_config import load_stage_config
 
     config = load_stage_config(args.deepspeed_config, args.set)
     refuse_missing_wandb()
@@ -146,7 +146,7 @@ class Stage:
 
 def find_start_model(path: Path) -> Path:
     """A model folder, or the `final/` inside a stage folder."""
-    from beingvl.manifest import is_complete
+    from beingvl.artefact.manifest import is_complete
 
     if not is_complete(path) and (path / "final").is_dir():
         return path / "final"
@@ -257,7 +257,7 @@ def refuse_different_inputs(inputs: list[dict[str, Any]]) -> None:
 
 def _is_finished(stage: Stage) -> bool:
     """Whether `final/` is there, as rank 0 sees it. Raises InputError, on all ranks, when it is another run's."""
-    from beingvl.manifest import is_complete, read_manifest
+    from beingvl.artefact.manifest import is_complete, read_manifest
     from beingvl.train.checkpoint import check_identity
     from beingvl.train.engine import gather_objects
 
@@ -459,6 +459,6 @@ def _ignore_signals() -> None:
 
 
 if __name__ == "__main__":
-    from beingvl.cli import main
+    from beingvl.commands.main import main
 
     sys.exit(main(["train", *sys.argv[1:]]))

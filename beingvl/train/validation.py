@@ -20,7 +20,7 @@ from beingvl.train.loss import LossSums
 if TYPE_CHECKING:
     from beingvl.train.engine import TrainingEngine
     from beingvl.train.metrics import MetricsWriter
-    from beingvl.train.stage_config import StageConfig
+    from beingvl.stage.stage_config import StageConfig
 
 
 def pack_in_order(lengths: np.ndarray, sequence_length: int) -> list[list[int]]:

@@ -5,6 +5,6 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from beingvl.cli import main
+    from beingvl.commands.main import main
 
     sys.exit(main(["convert", *sys.argv[1:]]))

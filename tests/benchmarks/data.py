@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from beingvl import cli
+from beingvl.commands import main as cli
 from beingvl.data.arrow_shards import Sample, ShardWriter
 from beingvl.data.mixture import Mixture
 from beingvl.data.packing import PackingPlan
-from beingvl.manifest import to_json
-from beingvl.tokenizer.vbpe import VisualBPE
+from beingvl.artefact.manifest import to_json
+from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 
 LAYOUT = VocabLayout(128256, 8192, 8192, 128000, 128001)
@@ -248,7 +248,7 @@ print(time.perf_counter() - started)
 def build_seconds(jsonl: Path, args: argparse.Namespace, pythons: list[str]) -> dict[str, list[float]]:
     """Seconds for one file, `--repeats` times in turn. Ours are whole commands, with the start of Python and all imports; the
     others' time starts after their imports. `beside its manifest` is how `beingvl tokenize` leaves a file: its hash is known."""
-    from beingvl.manifest import MANIFEST_FILE, write_manifest
+    from beingvl.artefact.manifest import MANIFEST_FILE, write_manifest
 
     base, bare = args.folder / "base", jsonl.parent / "without-a-manifest"
     for folder in (base, bare):

@@ -110,9 +110,9 @@ def write_images(folder: Path, count: int) -> None:
 
 def reading_rate(folder: Path, num_workers: int) -> float:
     """Images a second, from the first batch that arrived on, so that the start of the processes is left out."""
-    from beingvl.tokenizer.encode_images import read_batches
-    from beingvl.tokenizer.image_source import open_images
-    from beingvl.tokenizer.vqgan import VQGAN
+    from beingvl.images.encode_images import read_batches
+    from beingvl.images.image_source import open_images
+    from beingvl.images.vqgan import VQGAN
 
     images = open_images([folder / "images"])
     keys = images.keys()
@@ -125,7 +125,7 @@ def reading_rate(folder: Path, num_workers: int) -> float:
 
 
 def encoder_rates(vqgan_folder: Path, device: torch.device) -> dict[str, float]:
-    from beingvl.tokenizer.vqgan import VQGAN
+    from beingvl.images.vqgan import VQGAN
     from tests.benchmarks.gpu_floors import seconds_of
 
     found = {}
@@ -148,7 +148,7 @@ def encoder_rates(vqgan_folder: Path, device: torch.device) -> dict[str, float]:
 
 
 def whole_rate(folder: Path, args: argparse.Namespace, device: torch.device) -> float:
-    from beingvl.cli import main as beingvl
+    from beingvl.commands.main import main as beingvl
 
     words = [f"--image_path={folder / 'images'}", f"--vq_path={folder / 'vqgan'}", f"--output_path={folder / 'codes'}"]
     started = time.perf_counter()
@@ -158,7 +158,7 @@ def whole_rate(folder: Path, args: argparse.Namespace, device: torch.device) -> 
 
 
 def vbpe_rate(size: str) -> float:
-    from beingvl.tokenizer.vbpe import VisualBPE
+    from beingvl.vbpe.visual_bpe import VisualBPE
     from tests.benchmarks.vbpe import NUM_CODES, high_codes
 
     codes = high_codes(200 if size == "tiny" else 4000)
@@ -177,7 +177,7 @@ def vbpe_rate(size: str) -> float:
 def loader_rate(folder: Path, device: torch.device) -> float:
     """Tokens a second in mixture order, collated as for one GPU."""
     from beingvl.data.arrow_shards import ShardReader
-    from beingvl.train.stage_config import load_stage_config
+    from beingvl.stage.stage_config import load_stage_config
     from beingvl.train.train_stage import build_data
     from beingvl.train.window import WindowFetcher
     from tests.benchmarks.gpu_inputs import LAYOUTS, write_shards

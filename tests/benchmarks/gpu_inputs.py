@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from beingvl.data.arrow_shards import Sample, ShardWriter
-from beingvl.manifest import to_json
+from beingvl.artefact.manifest import to_json
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 from tests.benchmarks.convert import SIZES
 from tests.model.small_models import LLAMA3_ROPE

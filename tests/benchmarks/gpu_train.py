@@ -282,7 +282,7 @@ def run_ours(case: dict[str, Any]) -> dict[str, Any]:
     from beingvl.train.engine import build_engine, start_distributed
     from beingvl.train.loop import Progress, train
     from beingvl.train.phases import Phases
-    from beingvl.train.stage_config import load_stage_config
+    from beingvl.stage.stage_config import load_stage_config
     from beingvl.train.train_stage import build_data
     from tests.benchmarks.gpu_inputs import RandomWeights
 
@@ -401,7 +401,7 @@ def run_published(case: dict[str, Any], device: Any) -> dict[str, Any]:
 
     from beingvl.data.arrow_shards import ShardReader
     from beingvl.train.metrics import peak_memory_bytes
-    from beingvl.train.stage_config import load_stage_config
+    from beingvl.stage.stage_config import load_stage_config
     from beingvl.train.train_stage import build_data
     from tests.benchmarks.gpu_inputs import rows_of
     from tests.benchmarks.train import their_arguments, train_as_published

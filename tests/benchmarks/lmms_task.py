@@ -16,8 +16,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from beingvl.cli import main as beingvl
-from beingvl.inference.evaluate import read_predictions, read_summary
+from beingvl.commands.main import main as beingvl
+from beingvl.evaluation.evaluate import read_predictions, read_summary
 
 MAKE_TASK = """
 import json, pathlib, shutil, sys

@@ -94,7 +94,7 @@ def prepare(
         return lambda: F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum"), [weight]
     if kernel == "ours":
         from beingvl.model.extended_vocab import ExtendedHead
-        from beingvl.train.stage_config import BeingVLBlock
+        from beingvl.stage.stage_config import BeingVLBlock
 
         head = ExtendedHead(NUM_TEXT, VOCABULARY - NUM_TEXT, weight.shape[1], BeingVLBlock.loss_chunk_tokens).to(weight.dtype)
         head.text_rows.data, head.visual_rows.data = weight.data[:NUM_TEXT], weight.data[NUM_TEXT:]

@@ -37,7 +37,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from beingvl.manifest import write_atomically
+from beingvl.artefact.manifest import write_atomically
 from tests.benchmarks.loss import run_alone
 
 REPOSITORY = Path(__file__).parents[2]
@@ -100,7 +100,7 @@ def make_inputs(folder: Path, num_samples: int, num_rows: int, num_ranks: int, c
     import numpy as np
 
     from beingvl.data.arrow_shards import Sample, ShardReader, ShardWriter
-    from beingvl.train.stage_config import load_stage_config
+    from beingvl.stage.stage_config import load_stage_config
     from beingvl.train.train_stage import build_data
     from beingvl.vocab import VocabLayout
     from tests.tiny import stage_fields, write_model
@@ -199,7 +199,7 @@ def run_rank(args: argparse.Namespace) -> None:
 
 def run_ours(folder: Path) -> None:
     """Ends the process."""
-    from beingvl.cli import main as beingvl
+    from beingvl.commands.main import main as beingvl
 
     paths = [f"--deepspeed_config={folder / 'stage.json'}", f"--model={folder / 'base'}", f"--data={folder / 'shards'}"]
     sys.exit(beingvl(["train", *paths, f"--output={folder / 'ours'}", "--debug"]))

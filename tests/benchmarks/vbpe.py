@@ -33,8 +33,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from beingvl.tokenizer.vbpe import VisualBPE
-from beingvl.tokenizer.vbpe_numba import Trainer
+from beingvl.vbpe.visual_bpe import VisualBPE
+from beingvl.vbpe.kernels import Trainer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -250,7 +250,7 @@ def time_compilation() -> tuple[float, float]:
     """Seconds that a new process takes for its first trainer and encoder: (nothing cached, cached on disk)."""
     code = (
         "import time, numpy as np; started = time.perf_counter()\n"
-        "from beingvl.tokenizer.vbpe import VisualBPE; from beingvl.tokenizer.vbpe_numba import Trainer\n"
+        "from beingvl.vbpe.visual_bpe import VisualBPE; from beingvl.vbpe.kernels import Trainer\n"
         "trainer = Trainer([np.zeros((2, 4, 4), np.uint16)], 2, 0.3, 1.0, 2); trainer.learn(3)\n"
         "vbpe = VisualBPE(2, trainer.merges); vbpe.decode(vbpe.encode(np.zeros((4, 4), int)), 4, 4)\n"
         "print(time.perf_counter() - started)"

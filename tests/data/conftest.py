@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beingvl import cli
-from beingvl.manifest import read_manifest, write_manifest
+from beingvl.commands import main as cli
+from beingvl.artefact.manifest import read_manifest, write_manifest
 from tests.tiny import LAYOUT, write_model
-from tests.tokenizer.test_encode_images import save_vqgan
+from tests.images.test_encode_images import save_vqgan
 
 
 @pytest.fixture(scope="session")

@@ -9,15 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from beingvl import cli
+from beingvl.commands import main as cli
 from beingvl.data import arrow_shards
 from beingvl.data.arrow_shards import Sample, ShardReader, ShardWriter, open_batch
 from beingvl.data.loader import IGNORED, Share, TrainingData, collate, open_mixture, shifted_targets
 from beingvl.data.mixture import Mixture
 from beingvl.data.token_rows import hash_ids
 from beingvl.errors import InputError
-from beingvl.manifest import hash_file, read_manifest, write_manifest
-from beingvl.tokenizer.vbpe import VisualBPE
+from beingvl.artefact.manifest import hash_file, read_manifest, write_manifest
+from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import TOKEN_KINDS, VocabLayout
 from tests.tiny import LAYOUT, write_model, write_shards
 

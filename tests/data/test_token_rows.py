@@ -11,7 +11,7 @@ import simdjson
 from beingvl.data.token_rows import MOST_CELLS, RowReader, check_images, hash_ids, images_of, make_buffers, parse_row
 from beingvl.data.token_rows_numba import BYTES_AHEAD, parse_lines, words_of
 from beingvl.errors import InputError
-from beingvl.tokenizer.vbpe import VisualBPE
+from beingvl.vbpe.visual_bpe import VisualBPE
 from tests.tiny import LAYOUT
 
 ROW = {

@@ -6,18 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from beingvl import cli
+from beingvl.commands import main as cli
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.dataset_folder import DatasetFolder
 from beingvl.data.tokenize_dataset import read_rows
 from beingvl.errors import InputError
-from beingvl.manifest import hash_file, read_manifest, to_json, write_manifest
-from beingvl.tokenizer.vbpe import VisualBPE
-from beingvl.tokenizer.vq_codes import CodeFolder
-from beingvl.tokenizer.vqgan_pictures import to_png
+from beingvl.artefact.manifest import hash_file, read_manifest, to_json, write_manifest
+from beingvl.vbpe.visual_bpe import VisualBPE
+from beingvl.images.vq_codes import CodeFolder
+from beingvl.images.vqgan_pictures import to_png
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 from tests.tiny import LAYOUT, write_model, write_tokenizer
-from tests.tokenizer.test_encode_images import save_vqgan
+from tests.images.test_encode_images import save_vqgan
 
 VQGAN = {"vqgan": "sha256:" + "1" * 64}
 
@@ -246,7 +246,7 @@ def test_a_dataset_is_replaced_without_a_moment_at_which_the_others_are_incomple
 def test_the_join_hashes_no_shard_again(inputs, monkeypatch) -> None:
     hashed = []
     with monkeypatch.context() as patch:
-        patch.setattr("beingvl.manifest.hash_file", lambda path: hashed.append(path.name) or hash_file(path))
+        patch.setattr("beingvl.artefact.manifest.hash_file", lambda path: hashed.append(path.name) or hash_file(path))
         assert tokenize(inputs, [row(0)], "--format", "arrow") == 0
     assert "lengths.npy" in hashed and not [name for name in hashed if name.endswith(".arrow")]
     assert cli.main(["verify", str(inputs / "out")]) == 0

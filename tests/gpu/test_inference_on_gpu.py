@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from beingvl.inference.model import BeingVL
-from beingvl.tokenizer.vqgan import VQGAN
+from beingvl.images.vqgan import VQGAN
 from tests.tiny import LAYOUT, write_model
-from tests.tokenizer.test_vqgan import make_janus
+from tests.images.test_vqgan import make_janus
 
 
 def test_greedy_answers_are_those_of_the_cpu(tmp_path, device) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from beingvl.cli import main
-from beingvl.manifest import read_manifest, start_folder, to_json, write_manifest
-from beingvl.tokenizer.vbpe import VisualBPE
+from beingvl.commands.main import main
+from beingvl.artefact.manifest import read_manifest, start_folder, to_json, write_manifest
+from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import VocabLayout
 from tests.model.small_models import NUM_CODES, write_vbpe, write_vqgan
 from tests.tiny import LAYOUT, write_model

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from beingvl.cli import main
+from beingvl.commands.main import main
 from beingvl.errors import InputError
 from beingvl.inference.draw import FittingTokens
 from beingvl.inference.model import BeingVL
-from beingvl.tokenizer.vbpe import VisualBPE, cells_reference, decode_reference, train_reference
-from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
+from beingvl.vbpe.visual_bpe import VisualBPE, cells_reference, decode_reference, train_reference
+from beingvl.vbpe.published import LegacyVisualBPE
 from tests.model.small_models import NUM_CODES
 from tests.tiny import LAYOUT
 
@@ -105,7 +105,7 @@ def test_refusals(
     ]:
         assert main([*options(run_folder), *more]) == 2
         assert message in capsys.readouterr().err
-    monkeypatch.setattr("beingvl.tokenizer.vqgan.VQGAN.has_decoder", False)
+    monkeypatch.setattr("beingvl.images.vqgan.VQGAN.has_decoder", False)
     assert main([*options(run_folder), f"--draw={tmp_path / 'a.png'}"]) == 2
     assert "has no decoder" in capsys.readouterr().err
     without = BeingVL(run_folder / "stage-3" / "final")

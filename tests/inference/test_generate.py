@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from beingvl.cli import main
+from beingvl.commands.main import main
 from beingvl.inference.model import BeingVL
 
 

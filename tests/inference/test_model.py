@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 import beingvl
-from beingvl.cli import main
+from beingvl.commands.main import main
 from beingvl.data.conversation import TextEncoder, build_sequence
 from beingvl.errors import InputError
 from beingvl.inference.model import BeingVL
-from beingvl.manifest import read_manifest, write_manifest
-from beingvl.tokenizer.vbpe import VisualBPE
+from beingvl.artefact.manifest import read_manifest, write_manifest
+from beingvl.vbpe.visual_bpe import VisualBPE
 from tests.model.small_models import NUM_CODES, write_vqgan
 from tests.tiny import LAYOUT
 

@@ -19,12 +19,12 @@ import numpy as np
 import psutil
 import pytest
 
-from beingvl.cli import main
+from beingvl.commands.main import main
 from beingvl.errors import InputError
 from beingvl.inference.model import BeingVL
 from beingvl.inference.serve import Conversations, listen, pieces_of, shown, temporary_folder
-from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
-from beingvl.tokenizer.vqgan_pictures import BORDER, with_borders
+from beingvl.vbpe.published import LegacyVisualBPE
+from beingvl.images.vqgan_pictures import BORDER, with_borders
 from tests.inference.small_run import write_images
 
 REPOSITORY = Path(__file__).parents[2]

@@ -1,12 +1,12 @@
 import pytest
 
-from beingvl import cli
+from beingvl.commands import main as cli
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.errors import InputError
 from beingvl.launch.plan import parse_gpus
 from beingvl.train.flops import ASSUMED_MFU
 from beingvl.train.memory import device_bytes, predict_memory
-from beingvl.train.stage_config import parse_stage_config
+from beingvl.stage.stage_config import parse_stage_config
 from tests.tiny import stage_fields, write_inputs
 
 

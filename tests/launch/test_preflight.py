@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from beingvl import cli
+from beingvl.commands import main as cli
 from beingvl.errors import InputError
 from beingvl.launch.host_probe import MARK, code_hash, count_devices, probe
 from beingvl.launch.hostfile import Host

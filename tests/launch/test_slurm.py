@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from beingvl.cli import main
-from beingvl.manifest import read_manifest, verify_folder
+from beingvl.commands.main import main
+from beingvl.artefact.manifest import read_manifest, verify_folder
 from beingvl.train.metrics import read_metrics
 from tests.launch.slurm_cluster import NODES, Cluster, slurm_cluster
 from tests.launcher import ENVIRONMENT, has_step, log_of

@@ -133,7 +133,7 @@ exec {sys.executable} "$@"
 """
     )
     wrapper.chmod(0o755)
-    code = f"import sys; sys.executable = {str(wrapper)!r}; from beingvl.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = f"import sys; sys.executable = {str(wrapper)!r}; from beingvl.commands.main import main; sys.exit(main(sys.argv[1:]))"
     words = launch(hosts, work, tmp_path / "x")
     exit_code, shown = hosts.run([sys.executable, "-c", code, *words[3:]])
     assert exit_code == 2, shown

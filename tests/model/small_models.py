@@ -23,8 +23,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from beingvl.tokenizer.vbpe import VisualBPE
-from beingvl.tokenizer.vqgan import VQGAN, make_processor
+from beingvl.vbpe.visual_bpe import VisualBPE
+from beingvl.images.vqgan import VQGAN, make_processor
 
 NUM_CODES = 16
 TEXTS = ["Which digit is this? It is seven.", "What is two times three?", "Überprüfung: 3 × 4 = 12"] * 4

@@ -18,15 +18,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from beingvl.cli import main
-from beingvl.manifest import hash_file, read_manifest, verify_folder, write_manifest
+from beingvl.commands.main import main
+from beingvl.artefact.manifest import hash_file, read_manifest, verify_folder, write_manifest
 from beingvl.model import convert_llama, target_folder
 from beingvl.model.base_model import BaseModel
 from beingvl.model.new_rows import VisualVocabulary, make_rows
 from beingvl.model.weight_files import WeightFolder
-from beingvl.tokenizer.vbpe import VisualBPE
-from beingvl.tokenizer.vbpe_legacy import LegacyVisualBPE
-from beingvl.tokenizer.vqgan import VQGAN
+from beingvl.vbpe.visual_bpe import VisualBPE
+from beingvl.vbpe.published import LegacyVisualBPE
+from beingvl.images.vqgan import VQGAN
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 from tests.model.small_models import (
     LLAMA3_ROPE,
@@ -613,7 +613,7 @@ def test_killed_half_way_it_is_incomplete_and_the_same_command_finishes_it(tmp_p
     script = """
         import os, sys
         import beingvl.model.convert_llama as convert_llama
-        from beingvl.cli import main
+        from beingvl.commands.main import main
         convert_llama.generation_config = lambda *_: os._exit(9)
         main(["convert", *sys.argv[1:]])
     """

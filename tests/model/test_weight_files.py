@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from beingvl.errors import InputError
-from beingvl.manifest import has_hash, hash_file
+from beingvl.artefact.manifest import has_hash, hash_file
 from beingvl.model.weight_files import INDEX_FILE, NewTensor, WeightFolder, read_header, rewrite_weights
 
 SHARDS = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from beingvl.manifest import read_manifest, start_folder, write_manifest
+from beingvl.artefact.manifest import read_manifest, start_folder, write_manifest
 
 
 def cut_gradient(engine: Any) -> Any:

@@ -21,10 +21,10 @@ ADDED_BYTES = "added-bytes-{:05d}"
 
 def main() -> None:
     from beingvl.data.arrow_shards import ShardReader
-    from beingvl.manifest import read_manifest
+    from beingvl.artefact.manifest import read_manifest
     from beingvl.train.engine import start_distributed, stop_distributed
     from beingvl.train.phases import Phases
-    from beingvl.train.stage_config import load_stage_config
+    from beingvl.stage.stage_config import load_stage_config
     from beingvl.train.train_stage import Stage, run_identity, train_together, write_final
 
     ranks = start_distributed()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beingvl.errors import InputError
-from beingvl.manifest import read_manifest
+from beingvl.artefact.manifest import read_manifest
 from beingvl.train import checkpoint
 from beingvl.train.checkpoint import (
     CheckpointState,

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from beingvl.cli import main
+from beingvl.commands.main import main
 from beingvl.data.arrow_shards import ShardReader
-from beingvl.inference.evaluate import read_summary
+from beingvl.evaluation.evaluate import read_summary
 from beingvl.model.weight_files import WeightFolder
 from beingvl.train.checkpoint import StateReader, complete_checkpoints, step_of
 from beingvl.train.metrics import VALIDATION_FILE, MetricsWriter, read_metrics
-from beingvl.train.stage_config import load_stage_config
+from beingvl.stage.stage_config import load_stage_config
 from tests.launcher import ENVIRONMENT, free_port, log_of, run
 from tests.plain_torch import train_plain
 from tests.tiny import stage_fields, write_inputs, write_shards
@@ -205,7 +205,7 @@ def test_moments_of_which_no_tensor_survives_leave_the_start_model_as_it_is(work
 
 CUT_OFF = """
 import sys
-from beingvl.cli import main
+from beingvl.commands.main import main
 from beingvl.train import engine as module
 from tests.train.planted import cut_gradient
 build = module.build_engine

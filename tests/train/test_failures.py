@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from beingvl.data.arrow_shards import ShardReader
-from beingvl.manifest import read_manifest, verify_folder
+from beingvl.artefact.manifest import read_manifest, verify_folder
 from beingvl.model.weight_files import WeightFolder
 from beingvl.train.checkpoint import complete_checkpoints, step_of
 from beingvl.train.metrics import SpikeDetector, read_metrics
-from beingvl.train.stage_config import load_stage_config
+from beingvl.stage.stage_config import load_stage_config
 from beingvl.train.train_stage import build_data
 from tests.launcher import ENVIRONMENT, free_port, log_of, rank_processes, run, run_each, start, wait_for_step
 from tests.train.conftest import STALL_SECONDS
@@ -105,7 +105,7 @@ def test_a_run_without_one_good_step_saves_nothing_and_says_so(work) -> None:
 
 STOP_IN_STEP = """
 import os, signal, sys
-from beingvl.cli import main
+from beingvl.commands.main import main
 from beingvl.train import engine as module
 step, number, steps = module.TrainingEngine.step, int(sys.argv[1]), []
 
@@ -141,7 +141,7 @@ from pathlib import Path
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.train.engine import build_engine, start_distributed
 from beingvl.train.failures import FreezerError
-from beingvl.train.stage_config import load_stage_config
+from beingvl.stage.stage_config import load_stage_config
 from beingvl.train.train_stage import build_data
 work, stage, advanced = Path(sys.argv[1]), sys.argv[2], []
 rules = 'beingvl.trainable=[{"match": "visual_rows"}, {"match": "layers[:2]"}, {"match": ".*", "train": false}]'
@@ -184,7 +184,7 @@ def test_the_freezer_catches_a_leaked_row(work, stage, num_ranks) -> None:
 
 WHOLE_RUNS = """
 import os, signal, sys, torch
-from beingvl.cli import main
+from beingvl.commands.main import main
 from beingvl.train import engine as module
 from tests.train.planted import cut_gradient
 work, leaked = sys.argv[1], "model.layers.3.mlp.up_proj.weight"

@@ -21,7 +21,7 @@ from beingvl.errors import InputError
 from beingvl.model.weight_files import WeightFolder
 from beingvl.train import engine
 from beingvl.train.metrics import read_metrics
-from beingvl.train.stage_config import load_stage_config, parse_stage_config
+from beingvl.stage.stage_config import load_stage_config, parse_stage_config
 from beingvl.train.train_stage import build_data
 from tests.launcher import ENVIRONMENT, free_port, log_of, rank_processes, run, start, wait_for_step
 from tests.plain_torch import train_plain
@@ -234,7 +234,7 @@ def test_a_step_that_is_not_finite_changes_nothing_on_the_disk(work) -> None:
 
 REFUSED = """
 import os, sys
-from beingvl.cli import main
+from beingvl.commands.main import main
 work = sys.argv[1]
 for path, search in (("missing", None), ("/proc", None), (work, "/nowhere")):
     os.environ["PATH"] = search or os.environ["PATH"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from beingvl.inference.report_train import PHASES
+from beingvl.report.train import PHASES
 from beingvl.train.phases import BETWEEN_STEPS, STEP_PHASES, Phases
 
 TIMEOUT_SECONDS = 2

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from beingvl import cli
+from beingvl.commands import main as cli
 from beingvl.errors import InputError
 from beingvl.model.weight_files import WeightFolder
 from beingvl.train.checkpoint import complete_checkpoints, read_state, step_of
 from beingvl.train.metrics import read_metrics
-from beingvl.train.stage_config import load_stage_config
+from beingvl.stage.stage_config import load_stage_config
 from beingvl.train.train_stage import refuse_different_inputs
 from tests.launcher import ENVIRONMENT, free_port, log_of, rank_processes, run, run_each, start, wait_for_step
 from tests.plain_torch import train_plain
@@ -183,7 +183,7 @@ from beingvl.data.arrow_shards import ShardReader
 from beingvl.model.extended_vocab import stored_slice
 from beingvl.model.weight_files import WeightFolder
 from beingvl.train.engine import build_engine, start_distributed
-from beingvl.train.stage_config import load_stage_config
+from beingvl.stage.stage_config import load_stage_config
 from beingvl.train.train_stage import build_data
 ranks = start_distributed()
 base, shards = Path({str(work / "base")!r}), ShardReader({str(work / "shards")!r})

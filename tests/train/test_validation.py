@@ -10,7 +10,7 @@ from beingvl.data.arrow_shards import ShardReader
 from beingvl.train import engine as engine_module
 from beingvl.train.engine import Ranks
 from beingvl.train.metrics import VALIDATION_FILE, MetricsWriter
-from beingvl.train.stage_config import load_stage_config
+from beingvl.stage.stage_config import load_stage_config
 from beingvl.train.validation import pack_in_order, validator
 from tests.tiny import stage_fields, write_inputs
 

@@ -6,7 +6,7 @@ import pytest
 
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import TrainingData
-from beingvl.train.stage_config import load_stage_config
+from beingvl.stage.stage_config import load_stage_config
 from beingvl.train.train_stage import build_data
 from beingvl.train.window import Window, WindowFetcher
 from tests.tiny import stage_fields, write_inputs

@@ -14,7 +14,7 @@ from beingvl.model.weight_files import WeightFolder
 from beingvl.train.checkpoint import StateReader, complete_checkpoints, step_of
 from beingvl.train.metrics import read_metrics
 from beingvl.train.partitions import MOMENTS
-from beingvl.train.stage_config import load_stage_config
+from beingvl.stage.stage_config import load_stage_config
 from tests.plain_torch import train_plain
 from tests.tiny import LAYOUT, stage_fields, write_inputs, write_model
 from tests.train.run_stages import added_bytes, run_stages

@@ -1,0 +1,61 @@
+"""Being-VL as a model of lmms-eval, found through this package's entry point in the group `lmms_eval.models`.
+
+    lmms-eval --model beingvl --model_args pretrained=stage-3/final,vbpe_path=vbpe.json --tasks pope,mme --batch_size 16
+
+Imported by lmms-eval only, which is not a dependency of this package; the work is done in lmms_eval_requests.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from tqdm import tqdm
+
+from beingvl.evaluation.lmms_eval_requests import Request, answer_requests, as_flag, open_model
+
+
+def manifest() -> ModelManifest:
+    """What the entry point gives to lmms-eval's registry."""
+    return ModelManifest(model_id="beingvl", simple_class_path=f"{__name__}.LmmsEvalModel")
+
+
+class LmmsEvalModel(lmms):
+    """`--model_args pretrained=FOLDER[,vbpe_path=FILE][,raw=True][,torch_dtype=float32]`."""
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str,
+        vbpe_path: str | None = None,
+        raw: bool | str = False,
+        torch_dtype: str | None = None,
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self._model, self.device = open_model(pretrained, vbpe_path, torch_dtype, device)
+        self._with_vbpe = not as_flag(raw)
+        self._batch_size = int(batch_size)
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """Answers to lmms-eval's requests, whose images are found through the task's documents."""
+        asked = []
+        for request in requests:
+            context, options, doc_to_visual, doc_id, task, split = request.args
+            visuals = doc_to_visual(self.task_dict[task][split][doc_id])
+            asked.append(Request(context, visuals if isinstance(visuals, list) else [visuals], options))
+        with tqdm(total=len(asked), disable=None if self.rank == 0 else True, desc="beingvl", unit="question") as bar:
+            answers = answer_requests(self._model, asked, self._batch_size, self._with_vbpe, bar.update)
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args[:2], answer)
+        return answers
+
+    def loglikelihood(self, requests: list[Any]) -> list[Any]:
+        raise NotImplementedError("beingvl answers by generating; choose a task with output_type generate_until")
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[Any]:
+        raise NotImplementedError("beingvl answers one round; choose a task with output_type generate_until")

@@ -1,0 +1,151 @@
+"""Do no harm: a trained model's text logits against those of the base model, on a fixed probe. `beingvl evaluate --text_parity`.
+
+After stage 1 only new rows have changed, so the logits of the old ids on a text without images are the base model's, bit for bit.
+After stages 2 and 3 the language model itself has moved: the KL divergence says how far.
+
+    text_parity     both models, one after the other, on PROBE -> what scores.json says
+    expects_equal   whether the rules of the stage that made the model leave everything but new rows alone
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beingvl.data.conversation import TextEncoder
+from beingvl.errors import InputError
+from beingvl.evaluation.metrics_qa import mean_and_error
+from beingvl.inference.model import quiet_without_terminal
+from beingvl.artefact.manifest import join_lineages, read_manifest
+from beingvl.model.base_model import BaseModel
+from beingvl.model.conversion_check import cut_head
+from beingvl.model.extended_vocab import TEXT_ROWS, VISUAL_ROWS
+from beingvl.model.param_groups import Rule, plan_parameters
+from beingvl.vocab import LAYOUT_FILE, VocabLayout
+
+# Changing a text changes every number that was ever printed: add at the end, or leave it.
+PROBE = (
+    "The capital of France is Paris, and the capital of Japan is Tokyo.",
+    "Water boils at one hundred degrees Celsius at sea level and freezes at zero.",
+    "She opened the window, looked at the rain, and decided to stay at home with a book.",
+    "In 1969 two people walked on the Moon while a third one waited in orbit above them.",
+    "To make bread you need flour, water, salt and yeast; let the dough rise before you bake it.",
+    "Question: What is 17 + 25? Answer: 42. Question: What is 9 x 8? Answer: 72.",
+    "If all cats are animals and Tom is a cat, then Tom is an animal.",
+    "def factorial(n):\n    return 1 if n < 2 else n * factorial(n - 1)\n",
+    "SELECT name, COUNT(*) FROM orders WHERE year = 2024 GROUP BY name ORDER BY 2 DESC;",
+    '{"id": 7, "tags": ["red", "blue"], "price": 12.5}',
+    "Der Zug nach Köln fährt heute um 14:30 Uhr von Gleis 7 ab.",
+    "La bibliothèque est fermée le dimanche, mais le café d'en face reste ouvert.",
+    "El perro duerme debajo de la mesa mientras llueve.",
+    "今天天气很好，我们去公园散步吧。",
+    "Dear customer, thank you for your order. It will be shipped within three working days.",
+    "The area of a circle of radius r is pi times r squared; its circumference is two pi r.",
+)
+
+
+def check_base(model: Path, base: Path) -> dict[str, Any]:
+    """The request of a comparison. Raises InputError when `base` is no model, or one of another vocabulary."""
+    layout, manifest = VocabLayout.load(model), read_manifest(model, "model")
+    if not base.is_dir():
+        raise InputError(f"--text_parity {base} is not a folder; give the base model that {model} was trained from")
+    opened = BaseModel.open(base)
+    base_hash = opened.fingerprint()
+    if is_converted(base):
+        base_manifest = read_manifest(base, "model")
+        base_hash = base_manifest.content_hash
+        join_lineages({str(model): {"vocab": layout.fingerprint()}, str(base): base_manifest.lineage})
+    if opened.num_text < layout.num_text:
+        raise InputError(f"{base} has {opened.num_text} ids, {model} has {layout.num_text} text ids: it has another base model")
+    return {"model": manifest.content_hash, "base": base_hash}
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a model folder has our vocabulary, or is the plain model that one was converted from."""
+    return (folder / LAYOUT_FILE).is_file()
+
+
+def expects_equal(model: Path, base: Path) -> bool:
+    """True for a converted model, and for one whose training from `base` moved new rows only."""
+    identity = read_manifest(model, "model").details.get("identity")
+    if identity is None:
+        return True
+    if is_converted(base) and identity["start_model"] != read_manifest(base, "model").content_hash:
+        return False
+    opened = BaseModel.open(model)
+    shapes = {}
+    for name in opened.weights:
+        split = name in (opened.input_name, opened.output_name)
+        stem = name.rpartition(".")[0]
+        for part in (f"{stem}.{TEXT_ROWS}", f"{stem}.{VISUAL_ROWS}") if split else (name,):
+            shapes[part] = tuple(opened.weights.shape(name))
+    plan = plan_parameters(shapes, [Rule(**rule) for rule in identity["trainable"]])
+    return all(planned.name.endswith(f".{VISUAL_ROWS}") for planned in plan if planned.rule.train)
+
+
+def text_parity(model: Path, base: Path, torch_dtype: str, device: str) -> dict[str, Any]:
+    """Compare the two on PROBE. `scores`:
+
+    max_logit_difference    over all positions and old ids; 0 means equal to the bit
+    kl_nats                 mean over positions of KL(base || model), both over the old ids
+    new_id_probability      mean probability that the model gives to ids the base has not
+    same_top_token          share of positions with the same likeliest old id
+    """
+    layout = VocabLayout.load(model)
+    encoder = TextEncoder(model, layout)
+    texts = [torch.tensor([[layout.bos_id, *encoder.plain(text)]]) for text in PROBE]
+    dtype = getattr(torch, torch_dtype)
+    theirs, _ = probe_logits(base, texts, layout.num_text, dtype, device)
+    ours, new_probability = probe_logits(model, texts, layout.num_text, dtype, device)
+    pairs = list(zip(theirs, ours, strict=True))
+    differences = [float((a.float() - b.float()).abs().max()) for a, b in pairs]
+    kl = [value for a, b in pairs for value in kl_divergence(a, b).tolist()]
+    same_top = [value for a, b in pairs for value in (a.argmax(-1) == b.argmax(-1)).tolist()]
+    mean_kl, error = mean_and_error(kl)
+    is_equal = all(torch.equal(a, b) for a, b in pairs)
+    return {
+        "metric": "text_parity",
+        "rows": len(texts),
+        "tokens": sum(text.shape[1] for text in texts),
+        "text_ids": layout.num_text,
+        "torch_dtype": torch_dtype,
+        "equal_is_expected": expects_equal(model, base),
+        "equal": is_equal,
+        "scores": {
+            "max_logit_difference": max(differences),
+            "kl_nats": mean_kl,
+            "new_id_probability": sum(new_probability) / len(new_probability),
+            "same_top_token": sum(same_top) / len(same_top),
+        },
+        "standard_errors": {"kl_nats": error},
+    }
+
+
+@torch.inference_mode()
+def probe_logits(
+    folder: Path, texts: Sequence[torch.Tensor], num_text: int, dtype: torch.dtype, device: str
+) -> tuple[list[torch.Tensor], list[float]]:
+    """Logits of the old ids `[tokens, num_text]` of every text, and at every position the probability of all other ids."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_without_terminal():
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    new_probability: list[float] = []
+    for text in texts:
+        logits = model(input_ids=text.to(device), use_cache=False).logits[0].double()
+        new_probability += logits.softmax(-1)[:, num_text:].sum(-1).tolist()
+    cut_head(model, num_text)
+    found = [model(input_ids=text.to(device), use_cache=False).logits[0].cpu() for text in texts]
+    del model
+    gc.collect()
+    return found, new_probability
+
+
+def kl_divergence(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """KL(base || model) in nats at every position, from logits `[positions, ids]`."""
+    theirs, ours = base.double().log_softmax(-1), model.double().log_softmax(-1)
+    return (theirs.exp() * (theirs - ours)).sum(-1)

@@ -1,0 +1,94 @@
+"""What a stage changed: a hash of every parameter group before and after it, from the weight files themselves.
+
+Groups are the freezer's rules, kept in `stage-N/final/manifest.json`. A frozen group must have the same hash before and after, a
+trained one another. Each model folder is read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+
+from beingvl.artefact.manifest import is_complete, read_manifest
+from beingvl.model.extended_vocab import TEXT_ROWS, VISUAL_ROWS, stored_slice
+from beingvl.model.param_groups import Rule, plan_parameters
+from beingvl.model.weight_files import WeightFolder
+from beingvl.vocab import VocabLayout
+
+
+@dataclass(frozen=True)
+class GroupHashes:
+    """One group of one stage. `before` is None when the stage's start model is not there, `base` when no base model is."""
+
+    stage: str
+    group: str
+    is_trained: bool
+    num_tensors: int
+    num_parameters: int
+    base: str | None
+    before: str | None
+    after: str
+
+    @property
+    def is_as_promised(self) -> bool:
+        """A frozen group is the same to the bit, a trained one is not."""
+        return self.before is None or (self.before == self.after) != self.is_trained
+
+
+def hash_groups(stages: Mapping[str, Path], base: Path | None) -> list[GroupHashes]:
+    """Rows of all stages (name -> final/ folder, in the order of training). `base` is the model the first one started from."""
+    folders = ([base] if base else []) + list(stages.values())
+    hashes = {folder: hash_parameters(folder) for folder in folders}
+    folder_of_content = {read_manifest(folder).content_hash: folder for folder in folders}
+    groups = []
+    for stage, final in stages.items():
+        identity = read_manifest(final).details.get("identity", {})
+        rules = [Rule(**fields) for fields in identity.get("trainable", [])]
+        start = folder_of_content.get(identity.get("start_model", ""))
+        if not rules:
+            continue
+        plan = plan_parameters({name: shape for name, (shape, _) in hashes[final].items()}, rules)
+        for rule in rules:
+            members = [planned for planned in plan if planned.rule is rule]
+            names = [planned.name for planned in members]
+            base_hash, before, after = (_joined(hashes[folder], names) if folder else None for folder in (base, start, final))
+            assert after is not None
+            count = sum(planned.num_elements for planned in members)
+            groups.append(GroupHashes(stage, rule.match, rule.train, len(names), count, base_hash, before, after))
+    return groups
+
+
+def finished_models(folders: Mapping[str, Path]) -> dict[str, Path]:
+    return {name: folder for name, folder in folders.items() if is_complete(folder)}
+
+
+def hash_parameters(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Parameter name, as the freezer knows it -> (shape, hash of its bytes). Embedding and head count as two each."""
+    from tqdm import tqdm
+
+    weights, layout = WeightFolder(folder), VocabLayout.load(folder)
+    found = {}
+    for stored in tqdm(list(weights), desc=f"hash {folder}", unit="tensor", disable=None, leave=False):
+        for name in _parameters_of(stored, weights.shape(stored), layout):
+            part = weights[stored][stored_slice(name, layout.num_text)[1]].contiguous()
+            found[name] = (tuple(part.shape), blake3(memoryview(part.view(-1).view(torch.uint8).numpy())).hexdigest())
+        weights.release()
+    return found
+
+
+def _parameters_of(stored: str, shape: tuple[int, ...], layout: VocabLayout) -> Sequence[str]:
+    if len(shape) == 2 and shape[0] == layout.size:
+        stem = stored.removesuffix(".weight")
+        return f"{stem}.{TEXT_ROWS}", f"{stem}.{VISUAL_ROWS}"
+    return (stored,)
+
+
+def _joined(hashes: Mapping[str, tuple[tuple[int, ...], str]], names: Sequence[str]) -> str:
+    digest = blake3()
+    for name in sorted(names):
+        digest.update(f"{name} {hashes[name][1] if name in hashes else None}\n".encode())
+    return digest.hexdigest()

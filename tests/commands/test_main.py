@@ -1,0 +1,106 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from beingvl.commands import main as cli
+from beingvl.vocab import LAYOUT_FILE, VocabLayout
+
+HEAVY = ("torch", "transformers", "numba", "deepspeed", "pyarrow", "PIL", "matplotlib")
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_help_of_every_command_is_instant_and_imports_nothing_heavy(command: str) -> None:
+    code = f"""
+import sys
+from beingvl.commands.main import main
+try:
+    main([{command!r}, "--help"])
+finally:
+    heavy = [name for name in {HEAVY} if name in sys.modules]
+    assert not heavy, heavy
+"""
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: beingvl {command}" in done.stdout
+    assert time.perf_counter() - started < 5
+
+
+def test_overview_and_version(capsys) -> None:
+    assert cli.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in cli.COMMANDS)
+    assert cli.main(["--version"]) == 0
+
+
+def test_unknown_command_suggests_the_near_one(capsys) -> None:
+    assert cli.main(["trian"]) == 2
+    assert "did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_dashes_and_underscores_are_the_same() -> None:
+    assert cli._underscored("--like-this=a-b") == "--like_this=a-b"
+    assert cli._underscored("--like-this") == "--like_this"
+    assert cli._underscored("a-b") == "a-b"
+
+
+def test_wrong_input_is_one_sentence_and_exit_code_2(tmp_path, capsys) -> None:
+    assert cli.main(["verify", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "manifest.json" in error and "Traceback" not in error
+    with pytest.raises(ValueError, match="incomplete"):
+        cli.main(["verify", str(tmp_path), "--debug"])
+
+
+def test_a_wrong_path_is_named_with_its_option(tmp_path, capsys) -> None:
+    words = ["tokenize", "--mode=pt", f"--json_path={tmp_path / 'none.json'}", f"--output_dir={tmp_path}", "--dataset_name=a"]
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / LAYOUT_FILE).write_text(json.dumps(VocabLayout(100, 8, 4, 1, 2).to_dict()))
+    assert cli.main([*words, f"--model_path={tmp_path / 'base'}"]) == 2
+    assert f"error: --json_path {tmp_path / 'none.json'}: No such file or directory" in capsys.readouterr().err
+
+
+def test_a_folder_in_the_place_of_an_output_is_named(tmp_path, capsys) -> None:
+    row = dict.fromkeys(["step", "loss", "tokens", "tokens_per_second", "mfu", "peak_memory_bytes", "skipped", "spike"], 1)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (page := tmp_path / "page").mkdir()
+    for words in ([f"--output_path={page}"], ["--output_path", str(page)]):
+        assert cli.main(["report", "train", str(tmp_path), *words]) == 2
+        assert f"error: --output_path {page}: Is a directory" in capsys.readouterr().err
+    assert cli.main(["report", "run", str(tmp_path / "none")]) == 2
+    assert "--" not in capsys.readouterr().err
+
+
+def test_a_default_of_0_is_shown(capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train-vq", "--help"])
+    assert "(default: 0)" in capsys.readouterr().out
+
+
+def test_a_defect_keeps_its_traceback_in_a_file(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("beingvl.artefact.manifest.verify_folder", lambda path: 1 / 0)
+    assert cli.main(["verify", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    saved = error.split("the traceback is in ")[1].split(" ")[0]
+    assert "ZeroDivisionError" in Path(saved).read_text()
+
+
+def test_a_failing_or_full_disk_is_a_sentence_and_any_other_error_of_the_system_a_defect(tmp_path, capsys, monkeypatch) -> None:
+    for number, code, message in (
+        (errno.EBADF, 1, "looks like a defect"),
+        (errno.EIO, 2, "see to the disk"),
+        (errno.ENOSPC, 2, "make room"),
+    ):
+
+        def fail(path, number=number):
+            raise OSError(number, os.strerror(number), "x.bin")
+
+        monkeypatch.setattr("beingvl.artefact.manifest.verify_folder", fail)
+        assert cli.main(["verify", str(tmp_path)]) == code
+        assert message in capsys.readouterr().err
