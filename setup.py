@@ -1,4 +1,6 @@
-"""Metadata and loose lower bounds, for users who bring their own torch; `requirements.lock` pins what the scripts install."""
+"""Metadata and loose lower bounds, for users who bring their own torch; `requirements.lock` pins
+what the scripts install.
+"""
 
 from pathlib import Path
 
@@ -6,7 +8,7 @@ from setuptools import find_packages, setup
 
 version = next(
     line.split('"')[1]
-    for line in Path(__file__).with_name("beingvl").joinpath("__init__.py").read_text().splitlines()
+    for line in Path(__file__).with_name("beingvl").joinpath("version.py").read_text().splitlines()
     if line.startswith("__version__")
 )
 

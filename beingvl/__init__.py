@@ -1,17 +1,20 @@
-"""DeepSpeed-native training of Being-VL: one language model that reads VQ-GAN codes merged by a 2-D byte-pair encoding.
+"""DeepSpeed-native training of Being-VL: one language model that reads VQ-GAN codes merged by a
+2-D byte-pair encoding.
 
-`from beingvl import BeingVL` answers questions with a trained model; `import beingvl` alone loads no torch.
+`from beingvl import BeingVL` answers questions with a trained model; `import beingvl` alone loads
+no torch.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from beingvl.version import __version__
+
 if TYPE_CHECKING:
     from beingvl.inference.model import BeingVL
 
 __all__ = ["BeingVL", "__version__"]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,6 @@
-"""The one exception for what a user gave us: a sentence with cause and remedy, shown without a traceback, exit code 2."""
+"""The one exception for what a user gave us: a sentence with cause and remedy, shown without a
+traceback, exit code 2.
+"""
 
 
 class InputError(ValueError):

@@ -3,12 +3,14 @@
     [ text 0 … num_text-1 | 5 specials | num_vq VQ codes | num_merges vBPE ids ]
       base model's own      \\________ the new "visual" rows ________________/
 
-For Llama-3.1 (128,256 text ids), 8192 codes and 8192 merges that is 144,645 ids, 16,389 of them new. A model folder carries
-its layout in `vocab_layout.json`; every size in the program comes from there.
+For Llama-3.1 (128,256 text ids), 8192 codes and 8192 merges that is 144,645 ids, 16,389 of them
+new. A model folder carries its layout in `vocab_layout.json`; every size in the program comes from
+there.
 
-Two id spaces exist. *Image ids* are what vBPE speaks: 0 … num_vq-1 are codes, num_vq + r is the merge of rank r.
-*Token ids* are what the language model reads: image id i is token id `first_image_id + i`, because codes and merges are
-adjacent. Only this file converts between the two.
+Two id spaces exist. *Image ids* are what vBPE speaks: 0 … num_vq-1 are codes, num_vq + r is the
+merge of rank r. *Token ids* are what the language model reads: image id i is token id
+`first_image_id + i`, because codes and merges are adjacent. Only this file converts between the
+two.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ TOKEN_KINDS = ("text", "special", "vq", "vbpe")
 class VocabLayout:
     """Sizes and text special ids; everything else follows.
 
-    Llama-3.1: `VocabLayout(num_text=128256, num_vq=8192, num_merges=8192, bos_id=128000, eos_id=128001)`.
+    Llama-3.1: `VocabLayout(num_text=128256, num_vq=8192, num_merges=8192, bos_id=128000,
+    eos_id=128001)`.
     """
 
     num_text: int
@@ -44,12 +47,19 @@ class VocabLayout:
     def __post_init__(self) -> None:
         for name in ("num_text", "num_vq"):
             if getattr(self, name) < 1:
-                raise InputError(f"vocabulary layout: {name} is {getattr(self, name)}, expected at least 1")
+                raise InputError(
+                    f"vocabulary layout: {name} is {getattr(self, name)}, expected at least 1"
+                )
         if self.num_merges < 0:
-            raise InputError(f"vocabulary layout: num_merges is {self.num_merges}, expected 0 or more")
+            raise InputError(
+                f"vocabulary layout: num_merges is {self.num_merges}, expected 0 or more"
+            )
         for name in ("bos_id", "eos_id"):
             if not 0 <= getattr(self, name) < self.num_text:
-                raise InputError(f"vocabulary layout: {name} {getattr(self, name)} is not a text id (0 … {self.num_text - 1})")
+                raise InputError(
+                    f"vocabulary layout: {name} {getattr(self, name)} is not a text id (0 … "
+                    f"{self.num_text - 1})"
+                )
 
     # ---- the five specials, in their fixed order ----
     @property
@@ -97,21 +107,37 @@ class VocabLayout:
 
     # ---- conversions ----
     def image_to_token_ids(self, image_ids: np.ndarray) -> np.ndarray:
-        """Image ids `[n]` (codes, or codes and merges) to token ids `[n]` int32. Raises InputError outside the layout."""
+        """Image ids `[n]` (codes, or codes and merges) to token ids `[n]` int32. Raises
+        InputError outside the layout.
+        """
         image_ids = np.asarray(image_ids)
-        if image_ids.size and not 0 <= image_ids.min() <= image_ids.max() < self.num_vq + self.num_merges:
+        if (
+            image_ids.size
+            and not 0 <= image_ids.min() <= image_ids.max() < self.num_vq + self.num_merges
+        ):
             raise InputError(
-                f"image ids {image_ids.min()} … {image_ids.max()} do not fit a vocabulary of {self.num_vq} codes and "
-                f"{self.num_merges} merges: the vBPE or VQ-GAN is not the one this vocabulary was made for"
+                f"image ids {image_ids.min()} … {image_ids.max()} do not fit a vocabulary of "
+                f"{self.num_vq} codes and "
+                f"{self.num_merges} merges: the vBPE or VQ-GAN is not the one this vocabulary "
+                "was made for"
             )
-        return image_ids.astype(np.int32) + self.first_image_id  # codes come as uint16, which holds no token id of LLaMA-3
+        return (
+            image_ids.astype(np.int32) + self.first_image_id
+        )  # codes come as uint16, which holds no token id of LLaMA-3
 
     def token_to_image_ids(self, token_ids: np.ndarray) -> np.ndarray:
-        """The inverse of `image_to_token_ids`. Raises InputError for a token that is not an image token."""
+        """The inverse of `image_to_token_ids`. Raises InputError for a token that is not an
+        image token.
+        """
         token_ids = np.asarray(token_ids)
-        if token_ids.size and not self.first_image_id <= token_ids.min() <= token_ids.max() < self.size:
+        if (
+            token_ids.size
+            and not self.first_image_id <= token_ids.min() <= token_ids.max() < self.size
+        ):
             found = f"token ids {token_ids.min()} … {token_ids.max()}"
-            raise InputError(f"{found} are not all image tokens ({self.first_image_id} … {self.size - 1})")
+            raise InputError(
+                f"{found} are not all image tokens ({self.first_image_id} … {self.size - 1})"
+            )
         return (token_ids - self.first_image_id).astype(np.int32)
 
     def is_image_token(self, token_ids: np.ndarray) -> np.ndarray:
@@ -124,7 +150,9 @@ class VocabLayout:
         return np.searchsorted(borders, token_ids, side="right").astype(np.uint8)
 
     def new_tokens(self) -> list[str]:
-        """Texts of the `num_visual` new tokens in id order, to add to the base model's tokenizer."""
+        """Texts of the `num_visual` new tokens in id order, to add to the base model's
+        tokenizer.
+        """
         codes = [vq_token_text(code) for code in range(self.num_vq)]
         merges = [f"<vbpe{rank:05d}>" for rank in range(self.num_merges)]
         return [*SPECIAL_TOKENS, *codes, *merges]
@@ -132,7 +160,10 @@ class VocabLayout:
     # ---- on disk ----
     def fingerprint(self) -> str:
         """Hash that two artefacts must share to be used together."""
-        return "sha256:" + hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return (
+            "sha256:"
+            + hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        )
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -142,7 +173,9 @@ class VocabLayout:
         expected = set(cls.__dataclass_fields__)
         if not isinstance(fields, dict) or set(fields) != expected:
             found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-            raise InputError(f"{source}: found {found}, expected exactly the keys {sorted(expected)}")
+            raise InputError(
+                f"{source}: found {found}, expected exactly the keys {sorted(expected)}"
+            )
         return cls(**fields)
 
     @classmethod
@@ -150,19 +183,32 @@ class VocabLayout:
         """Read `vocab_layout.json` of a Being-VL model folder."""
         path = Path(model_folder) / LAYOUT_FILE
         if not Path(model_folder).exists():
-            raise InputError(f"{model_folder} does not exist; expected a Being-VL model folder, as `beingvl convert` makes it")
+            raise InputError(
+                f"{model_folder} does not exist; expected a Being-VL model folder, as `beingvl "
+                "convert` makes it"
+            )
         if not path.is_file():
             final = Path(model_folder) / "final"
-            hint = f"give {final}" if (final / LAYOUT_FILE).is_file() else "make one with `beingvl convert`"
-            raise InputError(f"{model_folder} has no {LAYOUT_FILE}: it is not a Being-VL model folder; {hint}")
+            hint = (
+                f"give {final}"
+                if (final / LAYOUT_FILE).is_file()
+                else "make one with `beingvl convert`"
+            )
+            raise InputError(
+                f"{model_folder} has no {LAYOUT_FILE}: it is not a Being-VL model folder; {hint}"
+            )
         try:
             fields = json.loads(path.read_text())
         except ValueError as error:
-            raise InputError(f"{path} is not valid JSON ({error}); make the model folder again") from error
+            raise InputError(
+                f"{path} is not valid JSON ({error}); make the model folder again"
+            ) from error
         return cls.from_dict(fields, str(path))
 
 
 def vq_token_text(code: int) -> str:
-    """Published token text of a VQ code: six decimal digits written A–J, e.g. 10 -> IMGIMGAAAABAZ."""
+    """Published token text of a VQ code: six decimal digits written A–J, e.g. 10 ->
+    IMGIMGAAAABAZ.
+    """
     digits = "".join(chr(ord("A") + int(digit)) for digit in f"{code:06d}")
     return f"IMGIMG{digits}Z"

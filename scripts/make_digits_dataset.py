@@ -1,13 +1,18 @@
-"""Real images for the quickstart: scikit-learn's handwritten digits as PNG files, LLaVA-format JSON and text lines.
+"""Real images for the quickstart: scikit-learn's handwritten digits as PNG files, LLaVA-format
+JSON and text lines.
 
     load_digits       1797 scans of 8 x 8 pixels, in the scikit-learn wheel: nothing is downloaded
-    split_by_image    train / validation / test: no scan is in two parts, every digit in the same proportion
-    render            shift, turn and scale on the way to `image_size` pixels; only training images are augmented
-    training_rows     honest captions and questions about the digit that is really there, one row per image and category
+    split_by_image    train / validation / test: no scan is in two parts, every digit in the
+                      same proportion
+    render            shift, turn and scale on the way to `image_size` pixels; only training
+                      images are augmented
+    training_rows     honest captions and questions about the digit that is really there, one
+                      row per image and category
     question_rows     one question per row, for scoring
     text_lines        the same language without images, for the text tokenizer and the text model
 
-    OUTPUT_DIR/  images/{train,validation,test}/*.png   train.json  validation.json  test.json   texts.txt   manifest.json
+    OUTPUT_DIR/  images/{train,validation,test}/*.png   train.json  validation.json  test.json
+        texts.txt   manifest.json
 
 The digits are from the UCI optical recognition test set (Alpaydin and Kaynak, 1998).
 """
@@ -20,8 +25,14 @@ from pathlib import Path
 
 import numpy as np
 
+from beingvl.artefact.manifest import (
+    already_made,
+    start_folder,
+    to_json,
+    write_atomically,
+    write_manifest,
+)
 from beingvl.errors import InputError
-from beingvl.artefact.manifest import already_made, start_folder, to_json, write_atomically, write_manifest
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NUM_TRAIN, NUM_VALIDATION = 1200, 200
@@ -31,7 +42,11 @@ CATEGORY_OF_QUESTION = {WHICH: "perception", EVEN: "reasoning", GREATER: "reason
 INSTRUCTIONS = {
     WHICH: (WHICH, "Answer with one word: which digit is this?", "Name the digit."),
     EVEN: (EVEN, "Answer with yes or no: is it even?", "Say whether it is even."),
-    GREATER: (GREATER, "Answer with yes or no: is it greater than four?", "Say whether it is greater than four."),
+    GREATER: (
+        GREATER,
+        "Answer with yes or no: is it greater than four?",
+        "Say whether it is greater than four.",
+    ),
 }
 CAPTIONS = (
     ("Describe the image.", "A scan of the handwritten digit {word}."),
@@ -51,22 +66,32 @@ def answer(question: str, digit: int) -> str:
 
 
 def split_by_image(digits: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Indices of the scans of each part; every digit has the same share of every part, up to rounding."""
+    """Indices of the scans of each part; every digit has the same share of every part, up to
+    rounding.
+    """
     parts: dict[str, list[np.ndarray]] = {"train": [], "validation": [], "test": []}
     for digit in range(10):
         indices = rng.permutation(np.flatnonzero(digits == digit))
-        borders = np.round(len(indices) * np.array([NUM_TRAIN, NUM_TRAIN + NUM_VALIDATION]) / len(digits)).astype(int)
+        borders = np.round(
+            len(indices) * np.array([NUM_TRAIN, NUM_TRAIN + NUM_VALIDATION]) / len(digits)
+        ).astype(int)
         for name, part in zip(parts, np.split(indices, borders), strict=True):
             parts[name].append(part)
     return {name: np.sort(np.concatenate(part)) for name, part in parts.items()}
 
 
 def render(
-    scan: np.ndarray, image_size: int, degrees: float = 0.0, scale: float = 1.0, shift: tuple[float, float] = (0.0, 0.0)
+    scan: np.ndarray,
+    image_size: int,
+    degrees: float = 0.0,
+    scale: float = 1.0,
+    shift: tuple[float, float] = (0.0, 0.0),
 ) -> np.ndarray:
-    """A scan `[8, 8]` with values 0 … 16 as an image `[image_size, image_size]` uint8; `shift` in pixels of the scan.
+    """A scan `[8, 8]` with values 0 … 16 as an image `[image_size, image_size]` uint8; `shift`
+    in pixels of the scan.
 
-    Bilinear, through one affine map, so that an augmented image is as sharp as the others; around the scan is black.
+    Bilinear, through one affine map, so that an augmented image is as sharp as the others; around
+    the scan is black.
     """
     from scipy.ndimage import affine_transform
 
@@ -75,17 +100,23 @@ def render(
     to_scan = rotation * (len(scan) / image_size / scale)
     centre_of_image = (image_size - 1) / 2
     offset = (len(scan) - 1) / 2 - to_scan @ np.full(2, centre_of_image) - np.asarray(shift)
-    image = affine_transform(scan, to_scan, offset, output_shape=(image_size, image_size), order=1, mode="grid-constant")
+    image = affine_transform(
+        scan, to_scan, offset, output_shape=(image_size, image_size), order=1, mode="grid-constant"
+    )
     return np.round(image * (255 / 16)).clip(0, 255).astype(np.uint8)
 
 
 def augmented(scan: np.ndarray, image_size: int, rng: np.random.Generator) -> np.ndarray:
-    """A variant that a human reads as the same digit: up to 10 degrees, 10 % in size, half a scan pixel."""
+    """A variant that a human reads as the same digit: up to 10 degrees, 10 % in size, half a
+    scan pixel.
+    """
     shift = tuple(rng.uniform(-0.5, 0.5, size=2))
     return render(scan, image_size, rng.uniform(-10, 10), rng.uniform(0.9, 1.1), shift)
 
 
-def write_images(scans: np.ndarray, folder: Path, parts: dict[str, np.ndarray], args: argparse.Namespace) -> dict[str, list]:
+def write_images(
+    scans: np.ndarray, folder: Path, parts: dict[str, np.ndarray], args: argparse.Namespace
+) -> dict[str, list]:
     """Write all PNG files; returns part -> list of (image key, index of the scan)."""
     from PIL import Image
     from tqdm import tqdm
@@ -98,7 +129,9 @@ def write_images(scans: np.ndarray, folder: Path, parts: dict[str, np.ndarray], 
         for index in tqdm(indices, desc=f"{part} images", unit="scan", disable=None):
             variants = [render(scans[index], args.image_size)]
             if part == "train":
-                variants += [augmented(scans[index], args.image_size, rng) for _ in range(args.augmentations)]
+                variants += [
+                    augmented(scans[index], args.image_size, rng) for _ in range(args.augmentations)
+                ]
             for number, pixels in enumerate(variants):
                 key = f"{part}/{index:04d}-{number}.png"
                 Image.fromarray(pixels).convert("RGB").save(folder / "images" / key)
@@ -119,9 +152,11 @@ def conversation(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def training_rows(key: str, digit: int, rng: np.random.Generator) -> list[dict]:
-    """One row per category for one image: a caption, the name, a yes-or-no question, a conversation of three turns.
+    """One row per category for one image: a caption, the name, a yes-or-no question, a
+    conversation of three turns.
 
-    The conversation names the digit first; its yes-or-no turns can build on that. A reasoning row has only the image to go by.
+    The conversation names the digit first; its yes-or-no turns can build on that. A reasoning row
+    has only the image to go by.
     """
     request, caption = CAPTIONS[rng.integers(len(CAPTIONS))]
     yes_or_no = [(EVEN, GREATER)[n] for n in rng.permutation(2)]
@@ -129,10 +164,18 @@ def training_rows(key: str, digit: int, rng: np.random.Generator) -> list[dict]:
         "foundation": [(request, caption.format(word=WORDS[digit]))],
         "perception": [(WHICH, WORDS[digit])],
         "reasoning": [(yes_or_no[0], answer(yes_or_no[0], digit))],
-        "instruction": [(INSTRUCTIONS[q][rng.integers(len(INSTRUCTIONS[q]))], answer(q, digit)) for q in (WHICH, *yes_or_no)],
+        "instruction": [
+            (INSTRUCTIONS[q][rng.integers(len(INSTRUCTIONS[q]))], answer(q, digit))
+            for q in (WHICH, *yes_or_no)
+        ],
     }
     return [
-        {"id": f"{Path(key).stem}-{category}", "image": key, "category": category, "conversations": conversation(turns)}
+        {
+            "id": f"{Path(key).stem}-{category}",
+            "image": key,
+            "category": category,
+            "conversations": conversation(turns),
+        }
         for category, turns in turns_of_category.items()
     ]
 
@@ -151,19 +194,25 @@ def question_rows(key: str, digit: int) -> list[dict]:
 
 
 def text_lines() -> list[str]:
-    """All sentence templates with all digit words. They say what words mean, never what an image shows."""
+    """All sentence templates with all digit words. They say what words mean, never what an image
+    shows.
+    """
     lines = []
     for digit, word in enumerate(WORDS):
         lines += [f"{request} {caption.format(word=word)}" for request, caption in CAPTIONS]
         for question, wordings in INSTRUCTIONS.items():
-            lines += [f"The digit is {word}. {wording} {answer(question, digit)}" for wording in wordings]
+            lines += [
+                f"The digit is {word}. {wording} {answer(question, digit)}" for wording in wordings
+            ]
         name = word.capitalize()
         lines.append(f"{name} is {'even' if digit % 2 == 0 else 'odd'}.")
         lines.append(f"Is {word} even? {answer(EVEN, digit)}")
         lines.append(f"Is {word} greater than four? {answer(GREATER, digit)}")
         for other, other_word in enumerate(WORDS):
             if other != digit:
-                lines.append(f"{name} is {'greater' if digit > other else 'less'} than {other_word}.")
+                lines.append(
+                    f"{name} is {'greater' if digit > other else 'less'} than {other_word}."
+                )
         if digit < 9:
             lines.append(f"After {word} comes {WORDS[digit + 1]}.")
     return lines
@@ -173,22 +222,51 @@ def text_lines() -> list[str]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("data/digits"), help="folder to write (default: data/digits)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("data/digits"),
+        help="folder to write (default: data/digits)",
+    )
     parser.add_argument("--image_size", type=int, default=16, help="pixels per side (default: 16)")
-    parser.add_argument("--augmentations", type=int, default=4, help="augmented copies of each training image (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, the augmentation and the wording (default: 0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder that was made with other arguments")
+    parser.add_argument(
+        "--augmentations",
+        type=int,
+        default=4,
+        help="augmented copies of each training image (default: 4)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the split, the augmentation and the wording (default: 0)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a folder that was made with other arguments",
+    )
     args = parser.parse_args(argv)
     if args.image_size < 8:
-        raise InputError(f"--image_size is {args.image_size}, expected at least 8, the size of the scans")
+        raise InputError(
+            f"--image_size is {args.image_size}, expected at least 8, the size of the scans"
+        )
     if args.augmentations < 0 or args.seed < 0:
-        raise InputError(f"--augmentations {args.augmentations} --seed {args.seed}: expected numbers from 0")
+        raise InputError(
+            f"--augmentations {args.augmentations} --seed {args.seed}: expected numbers from 0"
+        )
     return args
 
 
 def make_dataset(args: argparse.Namespace) -> None:
-    request = {"image_size": args.image_size, "augmentations": args.augmentations, "seed": args.seed}
+    request = {
+        "image_size": args.image_size,
+        "augmentations": args.augmentations,
+        "seed": args.seed,
+    }
     if already_made(args.output_dir, "dataset", request, args.overwrite):
         return
     from sklearn.datasets import load_digits
@@ -208,8 +286,13 @@ def make_dataset(args: argparse.Namespace) -> None:
         counts |= {f"{part}_images": len(keys), f"{part}_rows": len(rows)}
     lines = text_lines()
     write_atomically(folder / "texts.txt", "\n".join(lines) + "\n")
-    write_manifest(folder, "dataset", {**counts, "text_lines": len(lines)}, {}, {"request": request})
-    print(f"{folder}: " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
+    write_manifest(
+        folder, "dataset", {**counts, "text_lines": len(lines)}, {}, {"request": request}
+    )
+    print(
+        f"{folder}: "
+        + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,9 +1,11 @@
-"""Pre-train a small text-only LLaMA on the lines of a text file: the stand-in for Llama-3.1-8B on machines without a GPU.
+"""Pre-train a small text-only LLaMA on the lines of a text file: the stand-in for Llama-3.1-8B
+on machines without a GPU.
 
     python scripts/make_text_llama.py --texts texts.txt --output_path llama/
 
-The result is a stock Hugging Face folder: a byte-level BPE tokenizer trained on the same lines (so any text encodes), with
-Llama-3's begin and end tokens, and an untied LlamaForCausalLM in float32 of about 0.9 million parameters.
+The result is a stock Hugging Face folder: a byte-level BPE tokenizer trained on the same lines (so
+any text encodes), with Llama-3's begin and end tokens, and an untied LlamaForCausalLM in float32 of
+about 0.9 million parameters.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from beingvl.errors import InputError
 from beingvl.artefact.manifest import already_made, hash_file, write_manifest
+from beingvl.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -27,15 +29,26 @@ NUM_BYTES = 256  # the byte alphabet of byte-level BPE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--texts", type=Path, required=True, help="UTF-8 text file, one example per line")
+    parser.add_argument(
+        "--texts", type=Path, required=True, help="UTF-8 text file, one example per line"
+    )
     parser.add_argument("--output_path", type=Path, required=True, help="folder to write")
-    parser.add_argument("--vocab_size", type=int, default=320, help="text ids: 256 bytes, merges, begin and end token")
-    parser.add_argument("--hidden_size", type=int, default=128, help="a multiple of 32, the head size")
+    parser.add_argument(
+        "--vocab_size",
+        type=int,
+        default=320,
+        help="text ids: 256 bytes, merges, begin and end token",
+    )
+    parser.add_argument(
+        "--hidden_size", type=int, default=128, help="a multiple of 32, the head size"
+    )
     parser.add_argument("--num_layers", type=int, default=4, help="decoder layers")
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps")
     parser.add_argument("--batch_size", type=int, default=8, help="windows per step")
     parser.add_argument("--sequence_length", type=int, default=96, help="tokens per window")
-    parser.add_argument("--learning_rate", type=float, default=4e-3, help="peak; warm-up, then cosine to a tenth")
+    parser.add_argument(
+        "--learning_rate", type=float, default=4e-3, help="peak; warm-up, then cosine to a tenth"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished output folder")
 
@@ -45,27 +58,52 @@ def run(args: argparse.Namespace) -> None:
 
     lines = read_lines(args.texts)
     if args.vocab_size < NUM_BYTES + 2:
-        raise InputError(f"--vocab_size is {args.vocab_size}, expected at least {NUM_BYTES + 2} (256 bytes, begin, end)")
+        raise InputError(
+            f"--vocab_size is {args.vocab_size}, expected at least {NUM_BYTES + 2} (256 "
+            "bytes, begin, end)"
+        )
     if args.hidden_size % 32 or args.hidden_size < 32:
         raise InputError(f"--hidden_size is {args.hidden_size}, expected a multiple of 32")
-    request = {name: value for name, value in sorted(vars(args).items()) if name not in ("texts", "output_path", "overwrite")}
+    request = {
+        name: value
+        for name, value in sorted(vars(args).items())
+        if name not in ("texts", "output_path", "overwrite")
+    }
     request["texts"] = hash_file(args.texts)
     if already_made(args.output_path, "model", request, args.overwrite):
         return
     shutil.rmtree(args.output_path, ignore_errors=True)
 
     tokenizer = train_tokenizer(lines, args.vocab_size)
-    stream = torch.tensor([token for line in tokenizer(lines)["input_ids"] for token in [*line, tokenizer.eos_token_id]])
+    stream = torch.tensor(
+        [
+            token
+            for line in tokenizer(lines)["input_ids"]
+            for token in [*line, tokenizer.eos_token_id]
+        ]
+    )
     torch.manual_seed(args.seed)
     model = make_model(tokenizer, args.hidden_size, args.num_layers)
     loss = pretrain(model, stream, args)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{num_parameters:,} parameters, {len(tokenizer)} text ids, loss of the last tenth {loss:.3f} nats per token")
+    print(
+        f"{num_parameters:,} parameters, {len(tokenizer)} text ids, loss of the last "
+        f"tenth {loss:.3f} nats per token"
+    )
 
-    model.generation_config.bos_token_id, model.generation_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    model.generation_config.bos_token_id, model.generation_config.eos_token_id = (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+    )
     model.save_pretrained(args.output_path)
     tokenizer.save_pretrained(args.output_path)
-    write_manifest(args.output_path, "model", {"parameters": num_parameters, "loss": round(loss, 4)}, {}, {"request": request})
+    write_manifest(
+        args.output_path,
+        "model",
+        {"parameters": num_parameters, "loss": round(loss, 4)},
+        {},
+        {"request": request},
+    )
 
 
 def read_lines(path: Path) -> list[str]:
@@ -79,7 +117,9 @@ def read_lines(path: Path) -> list[str]:
 
 
 def train_tokenizer(lines: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that, like Llama-3's, puts the begin token first; ids of begin and end come last."""
+    """A byte-level BPE tokenizer that, like Llama-3's, puts the begin token first; ids of begin
+    and end come last.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -87,15 +127,21 @@ def train_tokenizer(lines: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(lines, trainer)
     tokenizer.add_special_tokens([BOS, EOS])
     bos_id = tokenizer.token_to_id(BOS)
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos_id)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, bos_id)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS)
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int) -> LlamaForCausalLM:
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int
+) -> LlamaForCausalLM:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -115,7 +161,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers:
 
 
 def pretrain(model: LlamaForCausalLM, stream: torch.Tensor, args: argparse.Namespace) -> float:
-    """Next-token training on random windows of the token stream `[n]`; returns the mean loss of the last tenth of the steps."""
+    """Next-token training on random windows of the token stream `[n]`; returns the mean loss of
+    the last tenth of the steps.
+    """
     import torch
     from tqdm import tqdm
 
@@ -129,8 +177,12 @@ def pretrain(model: LlamaForCausalLM, stream: torch.Tensor, args: argparse.Names
     with tqdm(range(args.steps), desc="text LLaMA", unit="step", disable=None) as progress:
         for step in progress:
             cosine = 0.55 + 0.45 * math.cos(math.pi * step / args.steps)
-            optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, (step + 1) / warmup) * cosine
-            starts = torch.randint(len(stream) - args.sequence_length, (args.batch_size, 1), generator=random)
+            optimizer.param_groups[0]["lr"] = (
+                args.learning_rate * min(1.0, (step + 1) / warmup) * cosine
+            )
+            starts = torch.randint(
+                len(stream) - args.sequence_length, (args.batch_size, 1), generator=random
+            )
             tokens = stream[starts + window]
             logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -145,7 +197,9 @@ def pretrain(model: LlamaForCausalLM, stream: torch.Tensor, args: argparse.Names
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser)
     try:
         run(parser.parse_args(argv))

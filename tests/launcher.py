@@ -30,11 +30,34 @@ def free_port() -> int:
 
 
 def start(
-    num_ranks: int, config: Path, model: Path, data: Path, output: Path, *overrides: str, device: str = "cpu"
+    num_ranks: int,
+    config: Path,
+    model: Path,
+    data: Path,
+    output: Path,
+    *overrides: str,
+    device: str = "cpu",
 ) -> subprocess.Popen:
-    """Start one stage on devices of a type (`cpu`, `cuda`); standard output and error end up in OUTPUT.log."""
-    command = [sys.executable, str(SPAWN_RANKS), str(num_ranks), str(free_port()), "beingvl.train.train_stage"]
-    command += ["--deepspeed_config", str(config), "--model", str(model), "--data", str(data), "--output", str(output)]
+    """Start one stage on devices of a type (`cpu`, `cuda`); standard output and error end up in
+    OUTPUT.log.
+    """
+    command = [
+        sys.executable,
+        str(SPAWN_RANKS),
+        str(num_ranks),
+        str(free_port()),
+        "beingvl.train.train_stage",
+    ]
+    command += [
+        "--deepspeed_config",
+        str(config),
+        "--model",
+        str(model),
+        "--data",
+        str(data),
+        "--output",
+        str(output),
+    ]
     if overrides:
         command += ["--set", *overrides]
     with open(f"{output}.log", "a") as log:
@@ -42,17 +65,34 @@ def start(
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def run(num_ranks: int, config: Path, model: Path, data: Path, output: Path, *overrides: str, device: str = "cpu") -> int:
+def run(
+    num_ranks: int,
+    config: Path,
+    model: Path,
+    data: Path,
+    output: Path,
+    *overrides: str,
+    device: str = "cpu",
+) -> int:
     """Run one stage to its end; returns the launcher's exit code."""
-    return start(num_ranks, config, model, data, output, *overrides, device=device).wait(timeout=300)
+    return start(num_ranks, config, model, data, output, *overrides, device=device).wait(
+        timeout=300
+    )
 
 
 def run_each(commands: list[list[str]]) -> list[subprocess.CompletedProcess]:
     """One command a rank, as if each were started on its own host."""
-    common, started = {**ENVIRONMENT, "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(commands))}, []
+    common, started = (
+        {**ENVIRONMENT, "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(commands))},
+        [],
+    )
     for rank, command in enumerate(commands):
         environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        started.append(
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
     shown = [process.communicate(timeout=300) for process in started]
     return [
         subprocess.CompletedProcess(process.args, process.returncode, *texts)
@@ -65,10 +105,14 @@ def log_of(output: Path) -> str:
 
 
 def rank_processes(launcher: subprocess.Popen) -> dict[int, psutil.Process]:
-    """Rank -> its process. Signals go to ranks: DeepSpeed's runner answers a signal with pkill on every host."""
+    """Rank -> its process. Signals go to ranks: DeepSpeed's runner answers a signal with pkill
+    on every host.
+    """
     found = {}
     for child in psutil.Process(launcher.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended; a zombie is one of these
+        with contextlib.suppress(
+            psutil.NoSuchProcess
+        ):  # it has just ended; a zombie is one of these
             for word in child.cmdline():
                 if word.startswith("--local_rank="):
                     found[int(word.split("=")[1])] = child
@@ -76,16 +120,24 @@ def rank_processes(launcher: subprocess.Popen) -> dict[int, psutil.Process]:
 
 
 def has_step(output: Path, step: int = 1) -> bool:
-    """Whether metrics.jsonl holds `step`: a run that is asked to stop before has nothing to save."""
+    """Whether metrics.jsonl holds `step`: a run that is asked to stop before has nothing to
+    save.
+    """
     path = output / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     return any(json.loads(line)["step"] >= step for line in lines if line.endswith("\n"))
 
 
-def wait_for_step(launcher: subprocess.Popen, output: Path, step: int, seconds: float = 120) -> None:
+def wait_for_step(
+    launcher: subprocess.Popen, output: Path, step: int, seconds: float = 120
+) -> None:
     """Return as soon as metrics.jsonl holds `step`."""
     deadline = time.monotonic() + seconds
     while not has_step(output, step):
-        assert launcher.poll() is None, f"the run ended before step {step}: {log_of(output)[-3000:]}"
-        assert time.monotonic() < deadline, f"step {step} was not reached in {seconds} s: {log_of(output)[-3000:]}"
+        assert launcher.poll() is None, (
+            f"the run ended before step {step}: {log_of(output)[-3000:]}"
+        )
+        assert time.monotonic() < deadline, (
+            f"step {step} was not reached in {seconds} s: {log_of(output)[-3000:]}"
+        )
         time.sleep(0.005)

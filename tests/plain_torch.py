@@ -1,6 +1,8 @@
-"""The oracle for the training engine: one process, no DeepSpeed, no packing, whole logits, stock transformers model.
+"""The oracle for the training engine: one process, no DeepSpeed, no packing, whole logits, stock
+transformers model.
 
-It shares the data order with the engine (which samples a step sees) and nothing of what the engine computes.
+It shares the data order with the engine (which samples a step sees) and nothing of what the engine
+computes.
 """
 
 from __future__ import annotations
@@ -20,8 +22,12 @@ from beingvl.train.train_stage import build_data
 def train_plain(
     model_folder: Path, shards_folder: Path, config: StageConfig, trained_rows: slice | None = None
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses of all steps and the final weights. `trained_rows` trains only those rows of embedding and head."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="eager")
+    """Losses of all steps and the final weights. `trained_rows` trains only those rows of
+    embedding and head.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folder, dtype=torch.float32, attn_implementation="eager"
+    )
     shards = ShardReader(shards_folder)
     data = build_data(config, shards)
     by_id = {shards[index].id: shards[index] for index in range(len(shards))}
@@ -30,7 +36,11 @@ def train_plain(
     start = [matrix.detach().clone() for matrix in matrices]
     settings = config.deepspeed["optimizer"]["params"]
     optimizer = torch.optim.AdamW(
-        trained, lr=settings["lr"], betas=settings["betas"], eps=settings["eps"], weight_decay=settings["weight_decay"]
+        trained,
+        lr=settings["lr"],
+        betas=settings["betas"],
+        eps=settings["eps"],
+        weight_decay=settings["weight_decay"],
     )
     losses = []
     num_steps = min(data.num_steps, config.beingvl.max_steps or data.num_steps)
@@ -41,7 +51,9 @@ def train_plain(
         for sample in samples:
             logits = model(torch.from_numpy(sample.input_ids.astype("int64"))[None]).logits[0]
             targets = torch.from_numpy(shifted_targets(sample, shards.layout))
-            loss_sum = loss_sum + torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+            loss_sum = loss_sum + torch.nn.functional.cross_entropy(
+                logits, targets, reduction="sum"
+            )
             count += int((targets >= 0).sum())
         optimizer.zero_grad()
         (loss_sum / count).backward()
@@ -64,4 +76,8 @@ def plain_learning_rate(step: int, num_steps: int, config: StageConfig) -> float
     num_warmup = math.ceil(num_steps * config.beingvl.warmup_ratio)
     if step < num_warmup:
         return config.learning_rate * (step + 1) / num_warmup
-    return config.learning_rate * (1 + math.cos(math.pi * (step - num_warmup) / (num_steps - num_warmup))) / 2
+    return (
+        config.learning_rate
+        * (1 + math.cos(math.pi * (step - num_warmup) / (num_steps - num_warmup)))
+        / 2
+    )

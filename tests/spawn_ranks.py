@@ -1,9 +1,11 @@
-"""Start NUM_RANKS processes of a module on this machine with the variables of a rank, as `srun` does; standard library only.
+"""Start NUM_RANKS processes of a module on this machine with the variables of a rank, as `srun`
+does; standard library only.
 
     python tests/spawn_ranks.py NUM_RANKS PORT MODULE [arguments]
 
-Two imports of DeepSpeed quicker than its launcher, which the tests of launching and of the whole line go through. Like there,
-the first rank that fails ends the others, and its exit code is this program's.
+Two imports of DeepSpeed quicker than its launcher, which the tests of launching and of the whole
+line go through. Like there, the first rank that fails ends the others, and its exit code is this
+program's.
 """
 
 import os

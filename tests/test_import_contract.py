@@ -1,4 +1,6 @@
-"""The architecture's import rules, read from the source: who may import whom, and which library lives where."""
+"""The architecture's import rules, read from the source: who may import whom, and which library
+lives where.
+"""
 
 import ast
 import subprocess
@@ -11,8 +13,26 @@ PACKAGE = Path(__file__).parents[1] / "beingvl"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "scripts" not in path.parts)
 
 # A layer imports from itself and from layers before it.
-LAYERS = ["errors", "vocab", "manifest", "parts", "tokenizer", "data", "model", "train", "export", "inference"]
-FREE = {"cli", "__main__", "__init__", "verify", "utils", "launch"}  # the command table and entry points stand outside
+LAYERS = [
+    "errors",
+    "vocab",
+    "manifest",
+    "parts",
+    "tokenizer",
+    "data",
+    "model",
+    "train",
+    "export",
+    "inference",
+]
+FREE = {
+    "cli",
+    "__main__",
+    "__init__",
+    "verify",
+    "utils",
+    "launch",
+}  # the command table and entry points stand outside
 NOT_EACH_OTHER = {("export", "inference"), ("inference", "export")}
 
 # Library -> where it may be imported.
@@ -59,11 +79,16 @@ def test_libraries_stay_in_their_homes(path: Path) -> None:
     place = path.relative_to(PACKAGE).as_posix()
     for name in imports_of(path):
         homes = HOMES.get(name.split(".")[0])
-        assert homes is None or place.startswith(homes), f"{place} imports {name}, which lives in {homes}"
+        assert homes is None or place.startswith(homes), (
+            f"{place} imports {name}, which lives in {homes}"
+        )
 
 
 def test_importing_the_package_does_nothing_heavy() -> None:
-    code = "import sys, beingvl, beingvl.commands.main; assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
+    code = (
+        "import sys, beingvl, beingvl.commands.main; assert not {'torch', 'numpy', "
+        "'transformers'} & set(sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -44,7 +44,10 @@ def truth(question, digit):
 
 def test_no_scan_is_in_two_parts_and_every_digit_in_all(folder):
     target = load_digits().target
-    scans = {part: {scan_of(row) for row in rows(folder, part)} for part in ("train", "validation", "test")}
+    scans = {
+        part: {scan_of(row) for row in rows(folder, part)}
+        for part in ("train", "validation", "test")
+    }
     assert sum(map(len, scans.values())) == len(set.union(*scans.values())) == 1797
     assert [len(part) for part in scans.values()] == [1201, 200, 396]
     for part in scans.values():
@@ -57,14 +60,16 @@ def test_every_answer_is_true(folder):
     for part in ("train", "validation", "test"):
         for row in rows(folder, part):
             digit, turns = target[scan_of(row)], row["conversations"]
-            assert turns[0]["value"].startswith("<image>\n") and [turn["from"] for turn in turns] == ["human", "gpt"] * (
-                len(turns) // 2
-            )
+            assert turns[0]["value"].startswith("<image>\n") and [
+                turn["from"] for turn in turns
+            ] == ["human", "gpt"] * (len(turns) // 2)
             for question, reply in zip(turns[::2], turns[1::2], strict=True):
                 assert "<image>" not in question["value"].removeprefix("<image>\n")
                 if row["category"] == "foundation":
                     words = reply["value"].lower().replace(",", "").replace(".", "").split()
-                    assert [word for word in words if word in digits.WORDS] == [truth("name", digit)]
+                    assert [word for word in words if word in digits.WORDS] == [
+                        truth("name", digit)
+                    ]
                 else:
                     assert reply["value"] == truth(question["value"].lower(), digit)
 
@@ -78,9 +83,13 @@ def test_training_has_all_categories_and_longer_conversations(folder):
     )
     conversations = [row["conversations"] for row in training if row["category"] == "instruction"]
     assert {len(turns) for turns in conversations} == {6}
-    assert all(turns[1]["value"] in digits.WORDS for turns in conversations)  # the digit is named first
+    assert all(
+        turns[1]["value"] in digits.WORDS for turns in conversations
+    )  # the digit is named first
     assert len({row["id"] for row in training}) == len(training)
-    assert {turns[0]["value"] for turns in conversations} == {f"<image>\n{text}" for text in digits.INSTRUCTIONS[digits.WHICH]}
+    assert {turns[0]["value"] for turns in conversations} == {
+        f"<image>\n{text}" for text in digits.INSTRUCTIONS[digits.WHICH]
+    }
     assert "Answer with yes or no: is it even?" in {turns[2]["value"] for turns in conversations}
 
 
@@ -93,7 +102,9 @@ def test_scoring_rows_ask_each_question_once(folder, part):
         ("reasoning", "<image>\nIs it even?"),
         ("reasoning", "<image>\nIs it greater than four?"),
     }
-    assert {(row["category"], row["conversations"][0]["value"]) for row in rows(folder, part)} == expected
+    assert {
+        (row["category"], row["conversations"][0]["value"]) for row in rows(folder, part)
+    } == expected
     assert all(len(row["conversations"]) == 2 for row in rows(folder, part))
 
 
@@ -111,7 +122,10 @@ def test_images_are_real_and_only_training_is_augmented(folder):
 
 
 def test_augmented_copies_differ_and_stay_in_place(folder):
-    plain, varied = (np.asarray(Image.open(path)).astype(int) for path in sorted((folder / "images" / "train").iterdir())[:2])
+    plain, varied = (
+        np.asarray(Image.open(path)).astype(int)
+        for path in sorted((folder / "images" / "train").iterdir())[:2]
+    )
     assert np.abs(plain - varied).max() > 20
     scan = load_digits().images[3]
     np.testing.assert_array_equal(digits.render(scan, 8), np.round(scan * 255 / 16))
@@ -142,7 +156,11 @@ def test_the_same_arguments_give_the_same_bytes_and_are_reused(folder, tmp_path,
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
-    [("--image_size", "4", "expected at least 8"), ("--augmentations", "-1", "from 0"), ("--seed", "-1", "from 0")],
+    [
+        ("--image_size", "4", "expected at least 8"),
+        ("--augmentations", "-1", "from 0"),
+        ("--seed", "-1", "from 0"),
+    ],
 )
 def test_wrong_arguments_are_refused(tmp_path, capsys, option, value, message):
     assert digits.main(["--output_dir", str(tmp_path / "digits"), option, value]) == 2

@@ -7,22 +7,43 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from beingvl.commands.main import main as beingvl
 from beingvl.artefact.manifest import verify_folder
+from beingvl.commands.main import main as beingvl
 from beingvl.vocab import VocabLayout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import make_text_llama
 
-LINES = ["Which digit is this? It is seven.", "Is seven even? No.", "Is two greater than four, or is it an even number?"]
-SMALL = ["--vocab_size", "300", "--hidden_size", "32", "--num_layers", "1", "--steps", "40", "--sequence_length", "24"]
+LINES = [
+    "Which digit is this? It is seven.",
+    "Is seven even? No.",
+    "Is two greater than four, or is it an even number?",
+]
+SMALL = [
+    "--vocab_size",
+    "300",
+    "--hidden_size",
+    "32",
+    "--num_layers",
+    "1",
+    "--steps",
+    "40",
+    "--sequence_length",
+    "24",
+]
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     (folder / "texts.txt").write_text("\n\n".join(LINES * 20))
-    arguments = ["--texts", str(folder / "texts.txt"), "--output_path", str(folder / "llama"), *SMALL]
+    arguments = [
+        "--texts",
+        str(folder / "texts.txt"),
+        "--output_path",
+        str(folder / "llama"),
+        *SMALL,
+    ]
     assert make_text_llama.main(arguments) == 0
     return folder / "llama"
 
@@ -46,7 +67,20 @@ def test_any_text_encodes_and_comes_back(llama):
 
 
 def test_it_converts(llama, tmp_path):
-    assert beingvl(["convert", "--llama_path", str(llama), "--output_path", str(tmp_path / "base"), "--num_merges", "4"]) == 0
+    assert (
+        beingvl(
+            [
+                "convert",
+                "--llama_path",
+                str(llama),
+                "--output_path",
+                str(tmp_path / "base"),
+                "--num_merges",
+                "4",
+            ]
+        )
+        == 0
+    )
     layout = VocabLayout.load(tmp_path / "base")
     assert (layout.num_text, layout.bos_id, layout.eos_id) == (300, 298, 299)
 

@@ -8,9 +8,13 @@ LLAMA3 = VocabLayout(num_text=128256, num_vq=8192, num_merges=8192, bos_id=12800
 
 
 def test_llama3_ranges_are_the_published_ones() -> None:
-    assert [LLAMA3.pad_id, LLAMA3.sep_id, LLAMA3.eoi_id, LLAMA3.image_placeholder_id, LLAMA3.boi_id] == list(
-        range(128256, 128261)
-    )
+    assert [
+        LLAMA3.pad_id,
+        LLAMA3.sep_id,
+        LLAMA3.eoi_id,
+        LLAMA3.image_placeholder_id,
+        LLAMA3.boi_id,
+    ] == list(range(128256, 128261))
     assert (LLAMA3.first_image_id, LLAMA3.first_vbpe_id, LLAMA3.size) == (128261, 136453, 144645)
     assert LLAMA3.num_visual == 16389
 
@@ -40,7 +44,10 @@ def test_image_ids_round_trip_and_stay_in_range() -> None:
 def test_codes_of_16_bits_become_token_ids_of_any_vocabulary(num_text: int) -> None:
     layout = VocabLayout(num_text=num_text, num_vq=65536, num_merges=0, bos_id=0, eos_id=1)
     tokens = layout.image_to_token_ids(np.array([0, 8191, 65535], np.uint16))
-    assert tokens.tolist() == [num_text + 5, num_text + 8196, num_text + 65540] and tokens.dtype == np.int32
+    assert (
+        tokens.tolist() == [num_text + 5, num_text + 8196, num_text + 65540]
+        and tokens.dtype == np.int32
+    )
 
 
 def test_token_kinds() -> None:
@@ -57,10 +64,14 @@ def test_layout_file(tmp_path) -> None:
         VocabLayout.load(tmp_path)
 
 
-@pytest.mark.parametrize("wrong", [{"num_text": 0}, {"num_vq": 0}, {"num_merges": -1}, {"bos_id": 10}, {"eos_id": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"num_text": 0}, {"num_vq": 0}, {"num_merges": -1}, {"bos_id": 10}, {"eos_id": -1}]
+)
 def test_impossible_layouts_are_refused(wrong: dict) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
-        VocabLayout.from_dict({"num_text": 10, "num_vq": 4, "num_merges": 2, "bos_id": 0, "eos_id": 1, **wrong})
+        VocabLayout.from_dict(
+            {"num_text": 10, "num_vq": 4, "num_merges": 2, "bos_id": 0, "eos_id": 1, **wrong}
+        )
 
 
 def test_the_folder_of_a_stage_says_where_its_model_is(tmp_path) -> None:
@@ -72,4 +83,8 @@ def test_the_folder_of_a_stage_says_where_its_model_is(tmp_path) -> None:
 
 def test_fingerprint_tells_layouts_apart() -> None:
     other = VocabLayout.from_dict({**LLAMA3.to_dict(), "num_merges": 8191})
-    assert LLAMA3.fingerprint() == VocabLayout.from_dict(LLAMA3.to_dict()).fingerprint() != other.fingerprint()
+    assert (
+        LLAMA3.fingerprint()
+        == VocabLayout.from_dict(LLAMA3.to_dict()).fingerprint()
+        != other.fingerprint()
+    )

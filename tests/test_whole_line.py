@@ -1,4 +1,6 @@
-"""All steps of the line on two ranks, word for word as the documents give them, on a small part of the quickstart's data."""
+"""All steps of the line on two ranks, word for word as the documents give them, on a small part
+of the quickstart's data.
+"""
 
 import json
 import subprocess
@@ -19,9 +21,15 @@ def work(tmp_path_factory) -> Path:
 
 
 def run(command: list, **more: object) -> subprocess.CompletedProcess:
-    environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port()), **{name: str(value) for name, value in more.items()}}
+    environment = {
+        **ENVIRONMENT,
+        "MASTER_PORT": str(free_port()),
+        **{name: str(value) for name, value in more.items()},
+    }
     words = [str(word) for word in command]
-    return subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600
+    )
 
 
 def must(command: list, **more: object) -> str:
@@ -35,31 +43,85 @@ def beingvl(*words: object) -> str:
 
 
 def test_1_data_vqgan_codes_and_vbpe(work) -> None:
-    must([sys.executable, "scripts/make_digits_dataset.py", "--output_dir", work / "data", "--augmentations", 0])
+    must(
+        [
+            sys.executable,
+            "scripts/make_digits_dataset.py",
+            "--output_dir",
+            work / "data",
+            "--augmentations",
+            0,
+        ]
+    )
     rows = json.loads((work / "data" / "train.json").read_text())
     (work / "train.json").write_text(json.dumps(rows[:240]))
     tests = json.loads((work / "data" / "test.json").read_text())
     (work / "test.json").write_text(json.dumps(tests[:12]))
-    beingvl("train-vq", "--image_path", work / "data/images/validation", "--output_path", work / "being-vq", "--steps", 6)
+    beingvl(
+        "train-vq",
+        "--image_path",
+        work / "data/images/validation",
+        "--output_path",
+        work / "being-vq",
+        "--steps",
+        6,
+    )
     for split in ("train", "test"):
-        images = ["--image_path", work / "data/images", "--json_path", work / f"{split}.json", "--vq_path", work / "being-vq"]
+        images = [
+            "--image_path",
+            work / "data/images",
+            "--json_path",
+            work / f"{split}.json",
+            "--vq_path",
+            work / "being-vq",
+        ]
         beingvl("encode-images", *images, "--output_path", work / "vq_codes" / split)
-    beingvl("train-vbpe", "--data_path", work / "vq_codes/train", "--output_path", work / "vbpe.json", "--num_merges", 16)
+    beingvl(
+        "train-vbpe",
+        "--data_path",
+        work / "vq_codes/train",
+        "--output_path",
+        work / "vbpe.json",
+        "--num_merges",
+        16,
+    )
 
 
 def test_2_the_guides_converter_command(work) -> None:
-    script = [sys.executable, "scripts/make_text_llama.py", "--texts", work / "data/texts.txt", "--output_path", work / "llama"]
+    script = [
+        sys.executable,
+        "scripts/make_text_llama.py",
+        "--texts",
+        work / "data/texts.txt",
+        "--output_path",
+        work / "llama",
+    ]
     must([*script, "--steps", 3])
     inputs = ["--llama_path", work / "llama", "--being_vq_path", work / "being-vq"]
     beingvl("convert", *inputs, "--num_merges", 16, "--output_path", work / "first")
-    words = [*inputs, "--being_tokenizer_config_path", work / "first", "--output_path", work / "models/beingvl/base"]
+    words = [
+        *inputs,
+        "--being_tokenizer_config_path",
+        work / "first",
+        "--output_path",
+        work / "models/beingvl/base",
+    ]
     words += ["--num_merges", 16, "--verify_loading"]
     must([sys.executable, "beingvl/utils/convert_llama_to_being.py", *words])
-    assert (work / "models/beingvl/base/model.safetensors").read_bytes() == (work / "first/model.safetensors").read_bytes()
+    assert (work / "models/beingvl/base/model.safetensors").read_bytes() == (
+        work / "first/model.safetensors"
+    ).read_bytes()
 
 
 def test_3_tokenize_and_shards(work) -> None:
-    common = ["--json_path", work / "train.json", "--model_path", work / "models/beingvl/base", "--vbpe_path", work / "vbpe.json"]
+    common = [
+        "--json_path",
+        work / "train.json",
+        "--model_path",
+        work / "models/beingvl/base",
+        "--vbpe_path",
+        work / "vbpe.json",
+    ]
     beingvl(
         "tokenize",
         "--mode",
@@ -85,8 +147,16 @@ def test_3_tokenize_and_shards(work) -> None:
         "--dataset-name",
         "data",
     )
-    assert (work / "sft/data_vbpe.jsonl").read_bytes() == (work / "pt/pretrain_data_vbpe.jsonl").read_bytes()
-    beingvl("build-shards", "--jsonl_path", work / "sft/data_vbpe.jsonl", "--output_path", work / "shards")
+    assert (work / "sft/data_vbpe.jsonl").read_bytes() == (
+        work / "pt/pretrain_data_vbpe.jsonl"
+    ).read_bytes()
+    beingvl(
+        "build-shards",
+        "--jsonl_path",
+        work / "sft/data_vbpe.jsonl",
+        "--output_path",
+        work / "shards",
+    )
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -96,7 +166,11 @@ def test_4_the_guides_stage_scripts(work, stage: int) -> None:
         "LOG_DIR": work / f"logs/stage-{stage}",
         "DS_CONFIG": REPOSITORY / f"ds_configs/quickstart-stage{stage}.json",
         "DATA_PATH": work / "pt/pretrain_data_vbpe.jsonl" if stage == 1 else work / "shards",
-        **({"MODEL_PATH": work / "models/beingvl/base", "VBPE_PATH": work / "vbpe.json"} if stage == 1 else {}),
+        **(
+            {"MODEL_PATH": work / "models/beingvl/base", "VBPE_PATH": work / "vbpe.json"}
+            if stage == 1
+            else {}
+        ),
     }
     script = f"beingvl/scripts/train-stage-{stage}.sh"
     shown = must(["bash", script, 0, "--set", "beingvl.max_steps=2"], **environment)
@@ -106,7 +180,10 @@ def test_4_the_guides_stage_scripts(work, stage: int) -> None:
     assert (output / f"train-stage-{stage}.sh").is_file() and (output / "metrics.jsonl").is_file()
     assert list((work / f"logs/stage-{stage}").glob("events.out.tfevents*"))
     if stage == 1:
-        assert read_manifest(work / "pt/pretrain_data_vbpe_shards").details["merged_images"] == "decoded"
+        assert (
+            read_manifest(work / "pt/pretrain_data_vbpe_shards").details["merged_images"]
+            == "decoded"
+        )
     if stage > 1:  # it found the previous stage's output by itself
         before = read_manifest(work / f"models/beingvl/stage-{stage - 1}/final").content_hash
         assert read_manifest(output / "final").details["identity"]["start_model"] == before
@@ -114,20 +191,46 @@ def test_4_the_guides_stage_scripts(work, stage: int) -> None:
 
 def test_5_stage_scripts_say_what_is_missing(work) -> None:
     def complaint(*words: object, **environment: object) -> str:
-        done = run(["bash", *words], OUTPUT_DIR=work / "none/stage-2", LOG_DIR=work / "logs/none", **environment)
+        done = run(
+            ["bash", *words],
+            OUTPUT_DIR=work / "none/stage-2",
+            LOG_DIR=work / "logs/none",
+            **environment,
+        )
         assert done.returncode == 2, done.stderr
         return done.stderr
 
-    assert "run stage 1 first" in complaint("scripts/train-stage-2.sh", 0, DATA_PATH=work / "shards")
+    assert "run stage 1 first" in complaint(
+        "scripts/train-stage-2.sh", 0, DATA_PATH=work / "shards"
+    )
     final = work / "models/beingvl/stage-1/final"
-    assert "does not exist" in complaint("scripts/train-stage-2.sh", 0, MODEL_PATH=final, DATA_PATH=work / "none")
-    assert "hostfile-99 does not exist" in complaint("scripts/train-stage-2.sh", 99, MODEL_PATH=final, DATA_PATH=work / "shards")
+    assert "does not exist" in complaint(
+        "scripts/train-stage-2.sh", 0, MODEL_PATH=final, DATA_PATH=work / "none"
+    )
+    assert "hostfile-99 does not exist" in complaint(
+        "scripts/train-stage-2.sh", 99, MODEL_PATH=final, DATA_PATH=work / "shards"
+    )
     assert "<master_node_id>" in complaint("scripts/train-stage-2.sh")
 
 
 def test_6_a_direct_launch(work) -> None:
-    launch = ["deepspeed", "--num_gpus", 2, "--master_port", free_port(), "--module", "beingvl.train.train_stage"]
-    where = ["--model", work / "models/beingvl/base", "--data", work / "shards", "--output", work / "direct"]
+    launch = [
+        "deepspeed",
+        "--num_gpus",
+        2,
+        "--master_port",
+        free_port(),
+        "--module",
+        "beingvl.train.train_stage",
+    ]
+    where = [
+        "--model",
+        work / "models/beingvl/base",
+        "--data",
+        work / "shards",
+        "--output",
+        work / "direct",
+    ]
     fields = ["--deepspeed_config", "ds_configs/quickstart-stage1.json", *where]
     must([*launch, *fields, "--set", "beingvl.epochs=1", "beingvl.max_steps=1"])
     verify_folder(work / "direct/final")
@@ -136,9 +239,30 @@ def test_6_a_direct_launch(work) -> None:
 def test_7_answers_scores_and_report(work) -> None:
     final = work / "models/beingvl/stage-3/final"
     image = next((work / "data/images/test").glob("*.png"))
-    beingvl("generate", "--model", final, "--vbpe_path", work / "vbpe.json", "--image", image, "--prompt", "Which digit is this?")
-    held_out = ["--json_path", work / "test.json", "--vq_codes", work / "vq_codes/test", "--vbpe_path", work / "vbpe.json"]
+    beingvl(
+        "generate",
+        "--model",
+        final,
+        "--vbpe_path",
+        work / "vbpe.json",
+        "--image",
+        image,
+        "--prompt",
+        "Which digit is this?",
+    )
+    held_out = [
+        "--json_path",
+        work / "test.json",
+        "--vq_codes",
+        work / "vq_codes/test",
+        "--vbpe_path",
+        work / "vbpe.json",
+    ]
     beingvl("evaluate", "--model", final, *held_out, "--output_path", work / "eval")
     summary = json.loads((work / "eval/scores.json").read_text())
-    assert set(summary["questions"]) == {"Which digit is this?", "Is it even?", "Is it greater than four?"}
+    assert set(summary["questions"]) == {
+        "Which digit is this?",
+        "Is it even?",
+        "Is it greater than four?",
+    }
     beingvl("verify", *[path.parent for path in work.rglob("manifest.json")])

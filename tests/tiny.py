@@ -1,4 +1,6 @@
-"""Tiny real artefacts for tests: a random Being-VL model folder and shards of random samples, made in milliseconds."""
+"""Tiny real artefacts for tests: a random Being-VL model folder and shards of random samples,
+made in milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,23 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from beingvl.data.arrow_shards import Sample, ShardWriter
 from beingvl.artefact.manifest import to_json, write_manifest
+from beingvl.data.arrow_shards import Sample, ShardWriter
 from beingvl.vocab import LAYOUT_FILE, SPECIAL_TOKENS, VocabLayout
 
 LAYOUT = VocabLayout(num_text=258, num_vq=16, num_merges=8, bos_id=256, eos_id=257)
 
 
-def write_model(folder: Path, layout: VocabLayout = LAYOUT, num_layers: int = 4, hidden_size: int = 32, seed: int = 0) -> Path:
-    """A random LLaMA with the layout's vocabulary and a byte tokenizer, as a finished Being-VL model folder."""
+def write_model(
+    folder: Path,
+    layout: VocabLayout = LAYOUT,
+    num_layers: int = 4,
+    hidden_size: int = 32,
+    seed: int = 0,
+) -> Path:
+    """A random LLaMA with the layout's vocabulary and a byte tokenizer, as a finished Being-VL
+    model folder.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=layout.size,
@@ -42,19 +52,28 @@ def write_model(folder: Path, layout: VocabLayout = LAYOUT, num_layers: int = 4,
 def write_tokenizer(folder: Path, layout: VocabLayout) -> None:
     """One id a byte, then bos and eos, then the new tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", *SPECIAL_TOKENS])
     tokenizer.add_tokens(layout.new_tokens()[len(SPECIAL_TOKENS) :])
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>", pad_token=SPECIAL_TOKENS[0]
+        tokenizer_object=tokenizer,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|end_of_text|>",
+        pad_token=SPECIAL_TOKENS[0],
     )
     wrapped.save_pretrained(folder)
 
 
-def write_shards(folder: Path, num_samples: int = 60, layout: VocabLayout = LAYOUT, seed: int = 0) -> Path:
-    """Random samples of 5 … 40 tokens in two sources; the last third of each sample is its target."""
+def write_shards(
+    folder: Path, num_samples: int = 60, layout: VocabLayout = LAYOUT, seed: int = 0
+) -> Path:
+    """Random samples of 5 … 40 tokens in two sources; the last third of each sample is its
+    target.
+    """
     random = np.random.default_rng(seed)
     writer = ShardWriter(folder, layout, rows_per_shard=32)
     for number in range(num_samples):
@@ -73,7 +92,9 @@ def write_shards(folder: Path, num_samples: int = 60, layout: VocabLayout = LAYO
 
 
 def write_inputs(folder: Path, **stages: dict) -> Path:
-    """What a training run needs: `base/`, `shards/`, and one JSON file a keyword, name -> stage fields."""
+    """What a training run needs: `base/`, `shards/`, and one JSON file a keyword, name -> stage
+    fields.
+    """
     write_model(folder / "base")
     write_shards(folder / "shards")
     for name, fields in stages.items():
@@ -84,15 +105,22 @@ def write_inputs(folder: Path, **stages: dict) -> Path:
 def stage_fields(**block: object) -> dict:
     """A stage JSON for two CPU ranks: ZeRO-3, fp32, everything trained, 4 sequences a step.
 
-    Adam divides by |gradient| + eps: with an eps of 1e-8 a gradient that is rounding alone becomes a step of the learning rate,
-    and at this one runs that agree to 1e-7 in every gradient would differ by 5e-5 in losses.
+    Adam divides by |gradient| + eps: with an eps of 1e-8 a gradient that is rounding alone becomes
+    a step of the learning rate, and at this one runs that agree to 1e-7 in every gradient would
+    differ by 5e-5 in losses.
     """
     return {
         "train_batch_size": 4,
         "train_micro_batch_size_per_gpu": 1,
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.1, "torch_adam": True},
+            "params": {
+                "lr": 1e-2,
+                "betas": [0.9, 0.95],
+                "eps": 1e-6,
+                "weight_decay": 0.1,
+                "torch_adam": True,
+            },
         },
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": 3},

@@ -1,38 +1,51 @@
-"""Work in numbered parts: what makes a step resumable, and its result the same on any number of ranks.
+"""Work in numbered parts: what makes a step resumable, and its result the same on any number of
+ranks.
 
     OUTPUT/parts.tmp/request.json    what is being made; the same for every rank and every start
-    OUTPUT/parts.tmp/00000/ …        finished parts: each is written beside its place and renamed, so it is whole or absent
-    OUTPUT/manifest.json             written, last, by the rank that finds all parts finished; then parts.tmp/ is removed
+    OUTPUT/parts.tmp/00000/ …        finished parts: each is written beside its place and
+                                     renamed, so it is whole or absent
+    OUTPUT/manifest.json             written, last, by the rank that finds all parts finished;
+                                     then parts.tmp/ is removed
 
-A part that two processes make at once is the same bytes twice, and the first stays. A process that another has overtaken, so that
-its parts are joined and gone while it still makes one, ends well: `writing` raises OvertakenError.
+A part that two processes make at once is the same bytes twice, and the first stays. A process that
+another has overtaken, so that its parts are joined and gone while it still makes one, ends well:
+`writing` raises OvertakenError.
 
-How the input is cut into parts is a function of the input alone. Rank r of R makes the parts r, r + R, r + 2R, … that nobody
-has finished yet; a run that was killed is started again with any number of ranks.
+How the input is cut into parts is a function of the input alone. Rank r of R makes the parts r, r +
+R, r + 2R, … that nobody has finished yet; a run that was killed is started again with any number of
+ranks.
 
-    4 parts, 2 ranks, rank 1 killed in part 3:      0 1 2 .      (rank 0 made 0 and 2, rank 1 made 1)
+    4 parts, 2 ranks, rank 1 killed in part 3:      0 1 2 .      (rank 0 made 0 and 2, rank 1
+        made 1)
     started again as one rank:                      makes 3, finds all four, joins them
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from beingvl.artefact.manifest import (
+    HashedFile,
+    is_complete,
+    make_folder,
+    to_json,
+    write_atomically,
+)
 from beingvl.errors import InputError
-from beingvl.artefact.manifest import HashedFile, is_complete, make_folder, to_json, write_atomically
-
-if TYPE_CHECKING:
-    import argparse
 
 FOLDER = "parts.tmp"  # manifests leave out what ends in .tmp
 LOCK = ".lock.tmp"
@@ -44,13 +57,23 @@ GONE = (errno.ENOENT, errno.ESTALE)  # what a removed folder answers, the second
 
 def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--rank", type=int, help="this process among --num_ranks; default: of the launcher or of the Slurm array, else 0"
+        "--rank",
+        type=int,
+        help="this process among --num_ranks; default: of the launcher or of the Slurm "
+        "array, else 0",
     )
-    parser.add_argument("--num_ranks", type=int, help="processes that share the work, each started with this command")
+    parser.add_argument(
+        "--num_ranks",
+        type=int,
+        help="processes that share the work, each started with this command",
+    )
 
 
-def ranks_of(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """(rank, num_ranks): the options, else the launcher's variables times the Slurm array's, else (0, 1).
+def ranks_of(
+    args: argparse.Namespace, environment: Mapping[str, str] = os.environ
+) -> tuple[int, int]:
+    """(rank, num_ranks): the options, else the launcher's variables times the Slurm array's,
+    else (0, 1).
 
     The only place that reads them. Raises InputError when they contradict each other.
     """
@@ -59,15 +82,23 @@ def ranks_of(args: argparse.Namespace, environment: Mapping[str, str] = os.envir
     if args.rank is not None:
         rank, num_ranks = args.rank, args.num_ranks
     else:
-        values = {name: int(value) for name, value in environment.items() if name in RANK_VARIABLES and value.isdigit()}
+        values = {
+            name: int(value)
+            for name, value in environment.items()
+            if name in RANK_VARIABLES and value.isdigit()
+        }
         rank, num_ranks = values.get("RANK", 0), values.get("WORLD_SIZE", 1)
         if "SLURM_ARRAY_TASK_ID" in values:
             step = values.get("SLURM_ARRAY_TASK_STEP", 1)
             task = (values["SLURM_ARRAY_TASK_ID"] - values.get("SLURM_ARRAY_TASK_MIN", 0)) // step
-            rank, num_ranks = task * num_ranks + rank, num_ranks * values.get("SLURM_ARRAY_TASK_COUNT", 1)
+            rank, num_ranks = (
+                task * num_ranks + rank,
+                num_ranks * values.get("SLURM_ARRAY_TASK_COUNT", 1),
+            )
     if not 0 <= rank < num_ranks:
         raise InputError(
-            f"rank {rank} of {num_ranks} is impossible; give --rank below --num_ranks, or a Slurm array without gaps"
+            f"rank {rank} of {num_ranks} is impossible; give --rank below --num_ranks, or "
+            "a Slurm array without gaps"
         )
     return rank, num_ranks
 
@@ -86,11 +117,15 @@ RANK_VARIABLES = (
 
 
 class OvertakenError(Exception):
-    """The parts were removed, or begun anew, by another process: there is nothing left to do for this one."""
+    """The parts were removed, or begun anew, by another process: there is nothing left to do for
+    this one.
+    """
 
 
 class Parts:
-    """The parts of one output folder. `request` says what is made; parts of another request are refused."""
+    """The parts of one output folder. `request` says what is made; parts of another request are
+    refused.
+    """
 
     def __init__(self, output: Path, request: Mapping[str, Any], name: str = FOLDER) -> None:
         self.folder = output / name
@@ -101,9 +136,12 @@ class Parts:
             write_atomically(path, text)
         elif (found := path.read_text()) != text:
             before = json.loads(found)
-            key = next(key for key in {**before, **request} if before.get(key) != json.loads(text).get(key))
+            key = next(
+                key for key in {**before, **request} if before.get(key) != json.loads(text).get(key)
+            )
             raise InputError(
-                f"{output} holds unfinished work of another {key} (found {before.get(key)!r}, asked for {request.get(key)!r}); "
+                f"{output} holds unfinished work of another {key} (found {before.get(key)!r}, "
+                f"asked for {request.get(key)!r}); "
                 f"finish it with the same options, choose another folder, or add --overwrite"
             )
 
@@ -111,13 +149,18 @@ class Parts:
         return self.folder / f"{number:05d}"
 
     def finished(self) -> set[int]:
-        """Raises InputError when the parts are gone: whoever has locked the output and found it incomplete asks."""
+        """Raises InputError when the parts are gone: whoever has locked the output and found it
+        incomplete asks.
+        """
         if not self._are_ours():
             raise self.removed()
         return {int(name) for name in os.listdir(self.folder) if name.isdecimal()}
 
     def removed(self) -> InputError:
-        return InputError(f"{self.folder} was removed while this process made parts of it; start the same command again")
+        return InputError(
+            f"{self.folder} was removed while this process made parts of it; start the "
+            "same command again"
+        )
 
     def _are_ours(self) -> bool:
         try:
@@ -132,17 +175,23 @@ class Parts:
         return [number for number in range(num_parts) if number not in finished]
 
     def are_to_be_joined(self, num_parts: int, is_joined: bool, rank: int, num_ranks: int) -> bool:
-        """Asked by a rank that has made its own, under the lock: whether all are there, and joining them is left to it."""
+        """Asked by a rank that has made its own, under the lock: whether all are there, and
+        joining them is left to it.
+        """
         if is_joined:
             self.remove()  # what this rank may have added while another removed them
             return False
         if missing := self.missing(num_parts):
-            print(f"rank {rank} of {num_ranks} has finished its parts; {len(missing)} of {num_parts} are still missing")
+            print(
+                f"rank {rank} of {num_ranks} has finished its parts; {len(missing)} of "
+                f"{num_parts} are still missing"
+            )
         return not missing
 
     @contextlib.contextmanager
     def writing(self, number: int) -> Iterator[Path]:
-        """A folder to write part `number` into; it gets its name when the block ends without an error.
+        """A folder to write part `number` into; it gets its name when the block ends without an
+        error.
 
         Raises OvertakenError when the parts were removed before that.
         """
@@ -155,7 +204,9 @@ class Parts:
                 _sync(path)
             if not self._are_ours():  # but of another request, whose parts these files must not be
                 raise OvertakenError
-            with contextlib.suppress(FileExistsError):  # another process finished the same part meanwhile: the same bytes
+            with contextlib.suppress(
+                FileExistsError
+            ):  # another process finished the same part meanwhile: the same bytes
                 _rename_folder(temporary, self.path(number))
         except OSError as error:
             if error.errno not in GONE or self._are_ours():
@@ -191,10 +242,11 @@ class Parts:
 
 
 def remove_parts(output: Path, name: str = FOLDER) -> None:
-    """Also at the start of a step that is finished: it may have been killed between its manifest and this.
+    """Also at the start of a step that is finished: it may have been killed between its manifest
+    and this.
 
-    The folder goes in one rename. A process that still makes a part of it finds no request there, never half of the folder; nor
-    does a later start, should this one be killed meanwhile.
+    The folder goes in one rename. A process that still makes a part of it finds no request there,
+    never half of the folder; nor does a later start, should this one be killed meanwhile.
     """
     removed = output / f".{name}.removed.tmp"
     shutil.rmtree(removed, ignore_errors=True)
@@ -229,25 +281,31 @@ def locked(output: Path) -> Iterator[None]:
 def refuse_overwrite_of_many(overwrite: bool, num_ranks: int, output: Path) -> None:
     """Raises InputError: a rank that starts late must not remove what another has made."""
     if overwrite and num_ranks > 1:
-        raise InputError(f"--overwrite is for one rank, found {num_ranks}; remove {output} before you start them")
+        raise InputError(
+            f"--overwrite is for one rank, found {num_ranks}; remove {output} before you start them"
+        )
 
 
 def run_in_processes(
-    work: Callable[[Any], Any], tasks: Iterator[Any], num_workers: int, prepare: Callable[..., None], arguments: Sequence[Any]
+    work: Callable[[Any], Any],
+    tasks: Iterator[Any],
+    num_workers: int,
+    prepare: Callable[..., None],
+    arguments: Sequence[Any],
 ) -> Iterator[Any]:
     """Results of `work(task)` as they come, in `num_workers` processes; 0 works in this one.
 
-    Every process calls `prepare(*arguments)` once. At most two tasks a worker wait, so a stream of tasks stays a stream.
+    Every process calls `prepare(*arguments)` once. At most two tasks a worker wait, so a stream of
+    tasks stays a stream.
     """
     if num_workers == 0:
         prepare(*arguments)
         yield from map(work, tasks)
         return
-    import multiprocessing
-    from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, initializer=_prepare_process, initargs=(prepare, *arguments)) as pool:
+    with ProcessPoolExecutor(
+        num_workers, context, initializer=_prepare_process, initargs=(prepare, *arguments)
+    ) as pool:
         waiting = set()
         try:
             for task in tasks:
@@ -264,10 +322,9 @@ def run_in_processes(
 
 
 def _prepare_process(prepare: Callable[..., None], *arguments: Any) -> None:
-    """Prepare a worker process, which ends when its parent is killed instead of waiting for tasks for ever."""
-    import multiprocessing
-    import threading
-
+    """Prepare a worker process, which ends when its parent is killed instead of waiting for
+    tasks for ever.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -279,9 +336,13 @@ def _prepare_process(prepare: Callable[..., None], *arguments: Any) -> None:
     prepare(*arguments)
 
 
-def wait_until_complete(output: Path, patience_seconds: float = 1800, poll_seconds: float = 2) -> None:
-    """Return when the other ranks have finished `output`. Raises InputError when none shows life for so long: a part that is
-    finished, or `Parts.show_life`, changes the time of the parts' folder."""
+def wait_until_complete(
+    output: Path, patience_seconds: float = 1800, poll_seconds: float = 2
+) -> None:
+    """Return when the other ranks have finished `output`. Raises InputError when none shows life
+    for so long: a part that is finished, or `Parts.show_life`, changes the time of the parts'
+    folder.
+    """
     seen, since = -1, time.monotonic()
     while not is_complete(output):
         try:
@@ -292,6 +353,7 @@ def wait_until_complete(output: Path, patience_seconds: float = 1800, poll_secon
             seen, since = now, time.monotonic()
         if time.monotonic() - since > patience_seconds:
             raise InputError(
-                f"{output} is still incomplete and no rank has worked on a part for {patience_seconds:g} s; start again"
+                f"{output} is still incomplete and no rank has worked on a part for "
+                f"{patience_seconds:g} s; start again"
             )
         time.sleep(poll_seconds)

@@ -1,8 +1,10 @@
-"""The console script `beingvl`: a table of commands, each a module that is imported only when it is called.
+"""The console script `beingvl`: a table of commands, each a module that is imported only when it
+is called.
 
-A command module has a docstring (its first line is the command's description), `add_arguments(parser)` and
-`run(args) -> int | None`; it imports heavy libraries inside `run`, so `--help` is instant. Option names accept
-`--like_this` and `--like-this`. A wrong input ends in one sentence and exit code 2; `--debug` shows the traceback.
+A command module has a docstring (its first line is the command's description),
+`add_arguments(parser)` and `run(args) -> int | None`; it imports heavy libraries inside `run`, so
+`--help` is instant. Option names accept `--like_this` and `--like-this`. A wrong input ends in one
+sentence and exit code 2; `--debug` shows the traceback.
 """
 
 from __future__ import annotations
@@ -19,35 +21,69 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from beingvl import __version__
 from beingvl.errors import InputError
+from beingvl.version import __version__
 
 COMMANDS = {
-    "train-vq": ("beingvl.images.train_vq", "train a small VQ-GAN on a folder of images"),
-    "encode-images": ("beingvl.images.encode_images", "[1] images -> vq_codes/"),
-    "train-vbpe": ("beingvl.vbpe.train_vbpe", "[2] vq_codes/ -> vbpe.json"),
-    "tokenize": ("beingvl.data.tokenize_dataset", "[3] LLaVA JSON + images or vq_codes/ + vbpe.json -> *.jsonl"),
-    "build-shards": ("beingvl.data.build_shards", "[4] *.jsonl -> memory-mapped Arrow shards/"),
-    "convert": ("beingvl.model.convert_llama", "[5] any LLaMA + vocabulary -> Being-VL base/"),
-    "train": ("beingvl.train.train_stage", "[6] base/ + shards/ + stage JSON -> checkpoints and final/"),
-    "export": ("beingvl.train.export_hf", "[7] start model + training checkpoint -> stock Hugging Face folder"),
-    "generate": ("beingvl.inference.generate", "answer a prompt about images"),
-    "evaluate": ("beingvl.evaluation.evaluate", "score a model: answers, held-out loss, text against its base"),
-    "serve": ("beingvl.inference.serve", "a page on this machine to try a model in the browser"),
+    "train-vq": ("beingvl.commands.train_vq", "train a small VQ-GAN on a folder of images"),
+    "encode-images": ("beingvl.commands.encode_images", "[1] images -> vq_codes/"),
+    "train-vbpe": ("beingvl.commands.train_vbpe", "[2] vq_codes/ -> vbpe.json"),
+    "convert": ("beingvl.commands.convert", "[3] any LLaMA + vocabulary -> Being-VL base/"),
+    "tokenize": (
+        "beingvl.commands.tokenize",
+        "[4] LLaVA JSON + images or vq_codes/ + vbpe.json -> *.jsonl",
+    ),
+    "build-shards": ("beingvl.commands.build_shards", "[5] *.jsonl -> memory-mapped Arrow shards/"),
+    "train": (
+        "beingvl.commands.train",
+        "[6] base/ + shards/ + stage JSON -> checkpoints and final/",
+    ),
+    "export": (
+        "beingvl.commands.export",
+        "[7] start model + training checkpoint -> stock Hugging Face folder",
+    ),
+    "generate": ("beingvl.commands.generate", "answer a prompt about images"),
+    "evaluate": (
+        "beingvl.commands.evaluate",
+        "score a model: answers, held-out loss, text against its base",
+    ),
+    "serve": ("beingvl.commands.serve", "a page on this machine to try a model in the browser"),
     "report": ("beingvl.commands.report", "pictures and summary of a run"),
-    "launch": ("beingvl.launch.start_training", "start a training stage on the hosts of a hostfile, through deepspeed"),
-    "preflight": ("beingvl.launch.preflight", "ask every host of a hostfile whether a run can start there"),
-    "plan": ("beingvl.launch.plan", "predict memory and time of a stage before it runs"),
-    "verify": ("beingvl.artefact.verify", "re-hash an artefact of any step against its manifest"),
+    "launch": (
+        "beingvl.commands.launch",
+        "start a training stage on the hosts of a hostfile, through deepspeed",
+    ),
+    "preflight": (
+        "beingvl.commands.preflight",
+        "ask every host of a hostfile whether a run can start there",
+    ),
+    "plan": ("beingvl.commands.plan", "predict memory and time of a stage before it runs"),
+    "verify": ("beingvl.commands.verify", "re-hash an artefact of any step against its manifest"),
 }
 NO_DEFAULT = (None, False, argparse.SUPPRESS)
-WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+WRONG_PATH = (
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-DISK_FAILS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO, errno.ENODEV)
+DISK_FAILS = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.EREMOTEIO,
+    errno.ENODEV,
+)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, keeps the description's line breaks, and adds no default where there is none."""
+    """Shows defaults, keeps the description's line breaks, and adds no default where there is
+    none.
+    """
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         has_none = action.default == [] or any(action.default is none for none in NO_DEFAULT)
@@ -57,7 +93,9 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `beingvl ARGV…`; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0].startswith("--local_rank="):  # put there by the deepspeed launcher, which also sets LOCAL_RANK
+    if argv and argv[0].startswith(
+        "--local_rank="
+    ):  # put there by the deepspeed launcher, which also sets LOCAL_RANK
         argv = argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
@@ -70,7 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        print(f"beingvl: error: no command {argv[0]!r}{hint} (`beingvl --help` lists them)", file=sys.stderr)
+        print(
+            f"beingvl: error: no command {argv[0]!r}{hint} (`beingvl --help` lists them)",
+            file=sys.stderr,
+        )
         return 2
     return _run_command(argv[0], argv[1:])
 
@@ -82,13 +123,17 @@ def _overview() -> str:
 
 def _run_command(name: str, argv: Sequence[str]) -> int:
     module = importlib.import_module(COMMANDS[name][0])
-    parser = argparse.ArgumentParser(prog=f"beingvl {name}", description=module.__doc__, formatter_class=_Formatter)
+    parser = argparse.ArgumentParser(
+        prog=f"beingvl {name}", description=module.__doc__, formatter_class=_Formatter
+    )
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args([_underscored(word) for word in argv])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a path may be any bytes, and a terminal may know few letters
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a path may be any bytes, and a terminal may know few letters
     try:
         return module.run(args) or 0
     except (InputError, *WRONG_PATH) as error:
@@ -103,11 +148,22 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
             raise
         if not isinstance(error, OSError) or error.errno not in (*DISK_IS_FULL, *DISK_FAILS):
             return _report_defect(name, error)
-        outputs = (getattr(args, option, None) for option in ("output_path", "output_dir", "output"))
-        path = error.filename or next(filter(None, outputs), None)  # a failing write does not say which file it was
+        outputs = (
+            getattr(args, option, None) for option in ("output_path", "output_dir", "output")
+        )
+        path = error.filename or next(
+            filter(None, outputs), None
+        )  # a failing write does not say which file it was
         where = f" ({path})" if path else ""
-        remedy = f"{'make room' if error.errno in DISK_IS_FULL else 'see to the disk'} and start the same command again"
-        print(f"beingvl {name}: error: {error.strerror}{where}; nothing finished is lost: {remedy}", file=sys.stderr, flush=True)
+        remedy = (
+            f"{'make room' if error.errno in DISK_IS_FULL else 'see to the disk'} and "
+            "start the same command again"
+        )
+        print(
+            f"beingvl {name}: error: {error.strerror}{where}; nothing finished is lost: {remedy}",
+            file=sys.stderr,
+            flush=True,
+        )
         return 2
 
 
@@ -127,7 +183,8 @@ def _report_defect(name: str, error: Exception) -> int:
     saved = _save_traceback(name)
     print(
         f"beingvl {name}: unexpected {type(error).__name__}: {error}\n"
-        f"This looks like a defect, not like wrong input; the traceback is in {saved} (or run with --debug).",
+        f"This looks like a defect, not like wrong input; the traceback is in {saved} "
+        "(or run with --debug).",
         file=sys.stderr,
         flush=True,
     )

@@ -1,15 +1,17 @@
 """[4] JSONL token rows (ours or the published files) -> memory-mapped Arrow shards.
 
-  1. plan_parts    every file is cut at multiples of --part_bytes; a part holds the lines that start inside it
-  2. build         parse (token_rows.py), check, write a shard; in --num_workers threads   (parts.py: killed and started again)
+  1. plan_parts    every file is cut at multiples of --part_bytes; a part holds the lines that
+                   start inside it
+  2. build         parse (token_rows.py), check, write a shard; in --num_workers threads
+      (parts.py: killed and started again)
   3. join_shards   all shards, the index files, and manifest.json last
 
-The sequence of a row is token_0 + image + token_1, where image is token_image_new when the row has it, else token_image.
-A published file without target_spans is accepted: its targets are token_1. A file that `beingvl tokenize` wrote brings its
-vocabulary and lineage in the manifest beside it; for any other file --model_path says which vocabulary its ids belong to.
-Merged images are decoded, a row's first one is compared with its codes, when the vBPE is known: --vbpe_path, or the vbpe.json in
---model_path.
-The result does not depend on workers, ranks or kills.
+The sequence of a row is token_0 + image + token_1, where image is token_image_new when the row has
+it, else token_image. A published file without target_spans is accepted: its targets are token_1. A
+file that `beingvl tokenize` wrote brings its vocabulary and lineage in the manifest beside it; for
+any other file --model_path says which vocabulary its ids belong to. Merged images are decoded, a
+row's first one is compared with its codes, when the vBPE is known: --vbpe_path, or the vbpe.json in
+--model_path. The result does not depend on workers, ranks or kills.
 """
 
 from __future__ import annotations
@@ -21,50 +23,55 @@ import importlib
 import json
 import os
 import queue
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from beingvl.artefact.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    already_made,
+    has_hash,
+    hash_pieces,
+    is_complete,
+    join_lineages,
+    read_manifest,
+    start_folder,
+)
+from beingvl.artefact.parts import (
+    OvertakenError,
+    Parts,
+    locked,
+    ranks_of,
+    refuse_overwrite_of_many,
+    remove_parts,
+)
+from beingvl.data.arrow_shards import finish_shards, open_batch, shard_name, sync_shard, write_shard
+from beingvl.data.token_rows import RowReader, hash_ids
+from beingvl.errors import InputError
+from beingvl.vbpe.published import LegacyVisualBPE
+from beingvl.vbpe.visual_bpe import VisualBPE
+from beingvl.vocab import VocabLayout
 
 MAX_PART_BYTES = 1 << 30  # a shard's offsets are 32 bits
 THREADS_THAT_WAIT = 4  # for the disk, while others parse
-PARTS_VERSION = 2  # of a part's files: another for another hash of ids, or another summary of a shard
-
-if TYPE_CHECKING:
-    from beingvl.data.token_rows import RowReader
-    from beingvl.artefact.manifest import Manifest
-    from beingvl.artefact.parts import Parts
-    from beingvl.vbpe.visual_bpe import VisualBPE
-    from beingvl.vbpe.published import LegacyVisualBPE
-    from beingvl.vocab import VocabLayout
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from beingvl.artefact.parts import add_rank_arguments
-
-    parser.add_argument("--jsonl_path", type=Path, nargs="+", required=True, help="JSONL files of token rows")
-    parser.add_argument("--output_path", type=Path, required=True, help="shard folder to write")
-    parser.add_argument(
-        "--model_path", type=Path, help="model folder whose vocabulary the ids belong to, for files without a manifest"
-    )
-    parser.add_argument(
-        "--vbpe_path",
-        type=Path,
-        help="vbpe.json that merged images must decode with, a row's first to its own codes; default: the one in --model_path",
-    )
-    parser.add_argument("--part_bytes", type=int, default=64 << 20, help="bytes of JSONL that become one shard")
-    parser.add_argument("--num_workers", type=int, help="threads that parse; default: one a CPU core")
-    parser.add_argument(
-        "--duplicate_ids", choices=["refuse", "keep"], default="refuse", help="two rows with one id: an error, or two samples"
-    )
-    add_rank_arguments(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace a finished output of other inputs")
+PARTS_VERSION = (
+    2  # of a part's files: another for another hash of ids, or another summary of a shard
+)
 
 
 @contextmanager
 def _without_collecting() -> Iterator[None]:
-    """No step here makes cycles; collecting during the imports and at the exit is a quarter of a second."""
+    """No step here makes cycles; collecting during the imports and at the exit is a quarter of a
+    second.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     atexit.unregister(gc.freeze)
@@ -78,10 +85,6 @@ def _without_collecting() -> Iterator[None]:
 
 @_without_collecting()
 def run(args: argparse.Namespace) -> None:
-    from beingvl.errors import InputError
-    from beingvl.artefact.manifest import already_made, is_complete, read_manifest, start_folder
-    from beingvl.artefact.parts import OvertakenError, Parts, locked, ranks_of, refuse_overwrite_of_many, remove_parts
-
     if not 1 <= args.part_bytes <= MAX_PART_BYTES:
         raise InputError(f"--part_bytes is {args.part_bytes}, expected 1 … {MAX_PART_BYTES}")
     if args.num_workers is not None and args.num_workers < 0:
@@ -91,7 +94,11 @@ def run(args: argparse.Namespace) -> None:
     vbpe = _open_vbpe(args)
     layout, lineage = _layout_and_lineage(args.jsonl_path, args.model_path, vbpe)
     decoder = _decoder(vbpe)
-    content = {"jsonl": contents_of(args.jsonl_path), "lineage": lineage, "part_bytes": args.part_bytes}
+    content = {
+        "jsonl": contents_of(args.jsonl_path),
+        "lineage": lineage,
+        "part_bytes": args.part_bytes,
+    }
     request = {**content, "duplicate_ids": args.duplicate_ids}
     tasks = plan_parts(args.jsonl_path, args.part_bytes)
     with locked(args.output_path):
@@ -102,25 +109,32 @@ def run(args: argparse.Namespace) -> None:
             remove_parts(args.output_path)
             warn_of_merged(read_manifest(args.output_path))
             return
-        parts = Parts(args.output_path, {"parts_version": PARTS_VERSION, **content, "decoded": decoder is not None})
-        num_readers = max(1, len(os.sched_getaffinity(0)) if args.num_workers is None else args.num_workers)
+        parts = Parts(
+            args.output_path,
+            {"parts_version": PARTS_VERSION, **content, "decoded": decoder is not None},
+        )
+        num_readers = max(
+            1, len(os.sched_getaffinity(0)) if args.num_workers is None else args.num_workers
+        )
         mine = [tasks[number] for number in parts.missing(len(tasks)) if number % num_ranks == rank]
     with suppress(OvertakenError):
-        build_parts(ShardBuilder(parts, layout, decoder, num_readers), mine, num_readers + THREADS_THAT_WAIT)
+        build_parts(
+            ShardBuilder(parts, layout, decoder, num_readers), mine, num_readers + THREADS_THAT_WAIT
+        )
     with locked(args.output_path):
         if parts.are_to_be_joined(len(tasks), is_complete(args.output_path), rank, num_ranks):
             join_shards(parts, tasks, args, layout, decoder is not None, request)
 
 
 def build_parts(builder: ShardBuilder, tasks: list[PartOfLines], num_threads: int) -> None:
-    """Threads, not processes: parsing, hashing and writing all happen outside of the interpreter's lock."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from tqdm import tqdm
-
+    """Threads, not processes: parsing, hashing and writing all happen outside of the
+    interpreter's lock.
+    """
     pool = ThreadPoolExecutor(num_threads)
     total = sum(task.stop - task.start for task in tasks)
-    with tqdm(total=total, desc="build-shards", unit="B", unit_scale=True, disable=None) as progress:
+    with tqdm(
+        total=total, desc="build-shards", unit="B", unit_scale=True, disable=None
+    ) as progress:
         try:
             for future in [pool.submit(builder.build, task) for task in tasks]:
                 progress.update(future.result())
@@ -134,23 +148,19 @@ def _open_vbpe(args: argparse.Namespace) -> VisualBPE | LegacyVisualBPE | None:
         path = args.model_path
     if path is None:  # vBPE code is not imported where none is asked for
         return None
-    from beingvl.vbpe.visual_bpe import VisualBPE
-
     return VisualBPE.load(path)
 
 
 def _decoder(vbpe: VisualBPE | LegacyVisualBPE | None) -> VisualBPE | None:
     if vbpe is None:
         return None
-    from beingvl.vbpe.visual_bpe import VisualBPE
-
     return vbpe if isinstance(vbpe, VisualBPE) else None  # a published vocabulary cannot decode
 
 
 def contents_of(paths: list[Path]) -> list[str]:
-    """Hashes of JSONL files; meanwhile what comes next is imported, which takes most of a second."""
-    from concurrent.futures import ThreadPoolExecutor
-
+    """Hashes of JSONL files; meanwhile what comes next is imported, which takes most of a
+    second.
+    """
     with ThreadPoolExecutor(1) as pool:
         contents = pool.submit(lambda: [content_of(path) for path in paths])
         importlib.import_module("beingvl.data.token_rows")
@@ -158,45 +168,56 @@ def contents_of(paths: list[Path]) -> list[str]:
 
 
 def content_of(path: Path) -> str:
-    """Hash of a JSONL file. The manifest beside it knows the hash of a file that is not younger than itself.
+    """Hash of a JSONL file. The manifest beside it knows the hash of a file that is not younger
+    than itself.
 
     Raises InputError when the file is not the one of its manifest.
     """
-    from beingvl.errors import InputError
-    from beingvl.artefact.manifest import MANIFEST_FILE, has_hash, hash_pieces, is_complete, read_manifest
-
-    entry = read_manifest(path.parent, "jsonl").files.get(path.name) if is_complete(path.parent) else None
+    entry = (
+        read_manifest(path.parent, "jsonl").files.get(path.name)
+        if is_complete(path.parent)
+        else None
+    )
     if entry is None:
         return hash_pieces(path)
     changed = path.stat().st_size != entry["bytes"]
     if not changed and path.stat().st_mtime_ns > (path.parent / MANIFEST_FILE).stat().st_mtime_ns:
         changed = not has_hash(path, str(entry["hash"]))
     if changed:
-        raise InputError(f"{path} changed after its manifest was written; make it again with `beingvl tokenize --overwrite`")
+        raise InputError(
+            f"{path} changed after its manifest was written; make it again with `beingvl "
+            "tokenize --overwrite`"
+        )
     return str(entry["hash"])
 
 
 def _layout_and_lineage(
     paths: list[Path], model_path: Path | None, vbpe: VisualBPE | LegacyVisualBPE | None
 ) -> tuple[VocabLayout, dict[str, str]]:
-    from beingvl.errors import InputError
-    from beingvl.artefact.manifest import is_complete, join_lineages, read_manifest
-    from beingvl.vocab import VocabLayout
-
     layout = VocabLayout.load(model_path) if model_path else None
     lineages = {str(model_path): read_manifest(model_path, "model").lineage} if model_path else {}
     for path in paths:
         if not path.is_file():
             found = "is not a file" if path.exists() else "does not exist"
             raise InputError(f"{path} {found}; give a JSONL file, as `beingvl tokenize` makes it")
-        if is_complete(path.parent) and path.name in (manifest := read_manifest(path.parent, "jsonl")).files:
+        if (
+            is_complete(path.parent)
+            and path.name in (manifest := read_manifest(path.parent, "jsonl")).files
+        ):
             lineages[str(path.parent)] = manifest.lineage
-            layout = layout or VocabLayout.from_dict(manifest.details["layout"], f"{path.parent}/manifest.json")
+            layout = layout or VocabLayout.from_dict(
+                manifest.details["layout"], f"{path.parent}/manifest.json"
+            )
     if layout is None:
-        raise InputError(f"{paths[0]} is in no manifest beside it: say with --model_path which vocabulary its ids belong to")
+        raise InputError(
+            f"{paths[0]} is in no manifest beside it: say with --model_path which "
+            "vocabulary its ids belong to"
+        )
     if vbpe:
         lineages[vbpe.source] = {**vbpe.lineage, "vbpe": vbpe.fingerprint()}
-    return layout, {**join_lineages({**lineages, "the vocabulary layout": {"vocab": layout.fingerprint()}})}
+    return layout, {
+        **join_lineages({**lineages, "the vocabulary layout": {"vocab": layout.fingerprint()}})
+    }
 
 
 # ---- parts ----
@@ -225,21 +246,22 @@ def plan_parts(paths: list[Path], part_bytes: int) -> list[PartOfLines]:
 class ShardBuilder:
     """`build(task)` makes one part's shard, in any thread.
 
-    `num_readers` parts are parsed at once: a thread that waits for the disk has given its reader, with its memory, to the next.
+    `num_readers` parts are parsed at once: a thread that waits for the disk has given its reader,
+    with its memory, to the next.
     """
 
-    def __init__(self, parts: Parts, layout: VocabLayout, vbpe: VisualBPE | None, num_readers: int) -> None:
-        from beingvl.data.token_rows import RowReader
-
+    def __init__(
+        self, parts: Parts, layout: VocabLayout, vbpe: VisualBPE | None, num_readers: int
+    ) -> None:
         self._parts, self._layout = parts, layout
         self._readers: queue.SimpleQueue[RowReader] = queue.SimpleQueue()
         for _ in range(num_readers):
             self._readers.put(RowReader(layout, vbpe))
 
     def build(self, task: PartOfLines) -> int:
-        """One part to one shard; returns its bytes of JSONL. Raises InputError that names the file."""
-        from beingvl.data.arrow_shards import sync_shard
-
+        """One part to one shard; returns its bytes of JSONL. Raises InputError that names the
+        file.
+        """
         with self._parts.writing(task.number) as folder:
             reader = self._readers.get()
             try:
@@ -252,19 +274,21 @@ class ShardBuilder:
         return task.stop - task.start
 
     def _write(self, task: PartOfLines, reader: RowReader, folder: Path) -> dict[str, Any] | None:
-        """The shard of a part's rows and the hashes of their ids; returns what is to be known of the shard, None without rows."""
-        from beingvl.data.arrow_shards import write_shard
-        from beingvl.data.token_rows import hash_ids
-        from beingvl.errors import InputError
-
+        """The shard of a part's rows and the hashes of their ids; returns what is to be known of
+        the shard, None without rows.
+        """
         rows = reader.read(task.path, task.start, task.stop)
         if not len(rows):
             return None
         try:
             summary = write_shard(folder / "shard.arrow", rows, self._layout)
         except InputError as error:
-            raise InputError(f"{task.path}: {error}; make the file again with `beingvl tokenize`") from error
-        (folder / "id_hashes").write_bytes(hash_ids(rows.id).tobytes())  # tofile does not say that a disk is full
+            raise InputError(
+                f"{task.path}: {error}; make the file again with `beingvl tokenize`"
+            ) from error
+        (folder / "id_hashes").write_bytes(
+            hash_ids(rows.id).tobytes()
+        )  # tofile does not say that a disk is full
         return summary
 
 
@@ -279,24 +303,37 @@ def join_shards(
     is_decoded: bool,
     request: dict[str, Any],
 ) -> None:
-    from beingvl.data.arrow_shards import finish_shards
-
     if args.duplicate_ids == "refuse":
         refuse_duplicates(parts, [task.path for task in tasks], "shard.arrow")
     shards = link_shards(parts, len(tasks), args.output_path, "shard")
-    merged = "decoded" if is_decoded else "not decoded" if _hold_merged(shards.values(), layout) else "none"
+    merged = (
+        "decoded"
+        if is_decoded
+        else "not decoded"
+        if _hold_merged(shards.values(), layout)
+        else "none"
+    )
     details = {"request": request, "merged_images": merged}
     manifest = finish_shards(args.output_path, shards, layout, request["lineage"], details)
     parts.remove()
-    samples, tokens, targets = (manifest.counts[name] for name in ("samples", "tokens", "target_tokens"))
-    print(f"{args.output_path}: {samples:,} samples, {tokens:,} tokens, {targets:,} of them targets")
+    samples, tokens, targets = (
+        manifest.counts[name] for name in ("samples", "tokens", "target_tokens")
+    )
+    print(
+        f"{args.output_path}: {samples:,} samples, {tokens:,} tokens, {targets:,} of them targets"
+    )
     warn_of_merged(manifest)
 
 
 def warn_of_merged(manifest: Manifest) -> None:
     if manifest.details.get("merged_images") == "not decoded":
-        remedy = "build them again with --vbpe_path and --overwrite (a published vBPE cannot decode)"
-        print(f"warning: the merged images in these shards were never decoded and compared with their codes; {remedy}")
+        remedy = (
+            "build them again with --vbpe_path and --overwrite (a published vBPE cannot decode)"
+        )
+        print(
+            "warning: the merged images in these shards were never decoded and compared "
+            f"with their codes; {remedy}"
+        )
 
 
 def _hold_merged(shards: Iterable[Mapping[str, Any]], layout: VocabLayout) -> bool:
@@ -304,12 +341,12 @@ def _hold_merged(shards: Iterable[Mapping[str, Any]], layout: VocabLayout) -> bo
 
 
 def link_shards(parts: Parts, num_parts: int, output: Path, name: str) -> dict[str, dict[str, Any]]:
-    """Give the parts' shards (NAME.arrow, described by NAME.json) their names in `output`; no byte is copied where links work."""
-    import shutil
-
-    from beingvl.data.arrow_shards import shard_name
-
-    for left in output.glob("shard-*.arrow"):  # of a run that was killed here, and started again to make fewer
+    """Give the parts' shards (NAME.arrow, described by NAME.json) their names in `output`; no
+    byte is copied where links work.
+    """
+    for left in output.glob(
+        "shard-*.arrow"
+    ):  # of a run that was killed here, and started again to make fewer
         left.unlink()
     shards: dict[str, dict[str, Any]] = {}
     for number, summary in enumerate(parts.read_json(num_parts, f"{name}.json")):
@@ -326,15 +363,15 @@ def link_shards(parts: Parts, num_parts: int, output: Path, name: str) -> dict[s
 
 
 def refuse_duplicates(parts: Parts, sources: Sequence[Path], shard: str) -> None:
-    """Raises InputError that names an id which two rows have. Takes 16 bytes a row. `sources`: the file of every part."""
-    import numpy as np
-
-    from beingvl.data.arrow_shards import open_batch
-    from beingvl.errors import InputError
-
+    """Raises InputError that names an id which two rows have. Takes 16 bytes a row. `sources`:
+    the file of every part.
+    """
     files = [parts.path(number) / "id_hashes" for number in range(len(sources))]
     all_hashes = np.sort(
-        np.concatenate([np.fromfile(path, np.uint64) for path in files if path.is_file()] or [np.empty(0, np.uint64)])
+        np.concatenate(
+            [np.fromfile(path, np.uint64) for path in files if path.is_file()]
+            or [np.empty(0, np.uint64)]
+        )
     )
     twice = all_hashes[1:][all_hashes[1:] == all_hashes[:-1]]
     if not len(twice):
@@ -342,13 +379,9 @@ def refuse_duplicates(parts: Parts, sources: Sequence[Path], shard: str) -> None
     for source, path in zip(sources, files, strict=True):
         if path.is_file() and len(rows := np.flatnonzero(np.fromfile(path, np.uint64) == twice[0])):
             name = open_batch(path.with_name(shard)).column("id")[int(rows[0])].as_py()
-            found = f"{len(twice)} rows repeat the id of another row, the first is {name!r} in {source}"
-            raise InputError(f"{found}; give every row its own id, or start again with --duplicate_ids keep")
-
-
-if __name__ == "__main__":
-    import sys
-
-    from beingvl.commands.main import main
-
-    sys.exit(main(["build-shards", *sys.argv[1:]]))
+            found = (
+                f"{len(twice)} rows repeat the id of another row, the first is {name!r} in {source}"
+            )
+            raise InputError(
+                f"{found}; give every row its own id, or start again with --duplicate_ids keep"
+            )

@@ -4,11 +4,13 @@ Training, generation and evaluation all call `build_sequence`. The default templ
 
     bos boi IMAGE eoi question sep answer eos  question sep answer eos  …
 
-One image stands first whatever the position of its `<image>` placeholder; with several images each stands where its
-placeholder is. A text-only sample has no image part. Targets are the answers with their eos. A prompt for generation is the
-same sequence with the last answer missing: it ends behind `sep`.
+One image stands first whatever the position of its `<image>` placeholder; with several images each
+stands where its placeholder is. A text-only sample has no image part. Targets are the answers with
+their eos. A prompt for generation is the same sequence with the last answer missing: it ends behind
+`sep`.
 
-Worked example (text ids 0 … 9, bos 0, eos 1, sep 11, eoi 12, boi 14, image tokens 15 …; "hi" = 5, "yes" = 7):
+Worked example (text ids 0 … 9, bos 0, eos 1, sep 11, eoi 12, boi 14, image tokens 15 …; "hi" = 5,
+"yes" = 7):
 
     turns = [("<image>hi", "yes")], images = [[15, 16]]
     input_ids = 0 14 15 16 12  5  11  7 1       target_spans = [(7, 9)]
@@ -22,20 +24,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from beingvl.errors import InputError
 from beingvl.artefact.manifest import printable
+from beingvl.errors import InputError
 from beingvl.vocab import VocabLayout
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 IMAGE_PLACEHOLDER = "<image>"
 TEMPLATES = ("default", "being-vl-0.5")
-CUT_CHARACTER = "holds what is no character: bytes that are not UTF-8, or half of a surrogate pair, as a cut emoji leaves it"
+CUT_CHARACTER = (
+    "holds what is no character: bytes that are not UTF-8, or half of a surrogate "
+    "pair, as a cut emoji leaves it"
+)
 HUMAN_NAMES = ("human", "user")
 ASSISTANT_NAMES = ("gpt", "assistant")
 
@@ -45,7 +48,8 @@ Turn = tuple[str, "str | None"]
 
 @dataclass(frozen=True)
 class TokenizedSample:
-    """Token ids in three parts, as the JSONL format has them: before the first image, the first image, behind it.
+    """Token ids in three parts, as the JSONL format has them: before the first image, the first
+    image, behind it.
 
     `target_spans` are (start, end) pairs, end exclusive, in `token_0 + image + token_1`.
     """
@@ -62,34 +66,45 @@ class TokenizedSample:
 
 def open_tokenizer(model_folder: Path | str) -> Tokenizer:
     """A model folder's tokenizer.json. Raises InputError when it is missing or damaged."""
-    from tokenizers import Tokenizer
-
     path = Path(model_folder) / "tokenizer.json"
     if not path.is_file():
-        raise InputError(f"{model_folder} has no tokenizer.json; make the model folder with `beingvl convert`")
+        raise InputError(
+            f"{model_folder} has no tokenizer.json; make the model folder with `beingvl convert`"
+        )
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise InputError(f"{path} is damaged ({error}); copy or make the model folder again") from error
+        raise InputError(
+            f"{path} is damaged ({error}); copy or make the model folder again"
+        ) from error
 
 
 class TextEncoder:
-    """Text to token ids with a model folder's tokenizer.json; `plain` never produces a special or visual token."""
+    """Text to token ids with a model folder's tokenizer.json; `plain` never produces a special
+    or visual token.
+    """
 
     def __init__(self, model_folder: Path | str, layout: VocabLayout) -> None:
         self._tokenizer = open_tokenizer(model_folder)
         self._layout = layout
 
     def plain(self, text: str) -> list[int]:
-        """Ids of `text` as ordinary text. Raises InputError when it spells a reserved token such as `IMGIMGAAAAAAZ`."""
+        """Ids of `text` as ordinary text. Raises InputError when it spells a reserved token such
+        as `IMGIMGAAAAAAZ`.
+        """
         ids = self._encode(text, with_specials=False)
         reserved = [token for token in ids if token >= self._layout.num_text]
         if reserved:
-            raise InputError(f"the text {text[:60]!r} spells the reserved token {self._tokenizer.id_to_token(reserved[0])!r}")
+            raise InputError(
+                f"the text {text[:60]!r} spells the reserved token "
+                f"{self._tokenizer.id_to_token(reserved[0])!r}"
+            )
         return ids
 
     def with_specials(self, text: str) -> list[int]:
-        """Ids of `text` in which special tokens may be spelled out (template `being-vl-0.5` only)."""
+        """Ids of `text` in which special tokens may be spelled out (template `being-vl-0.5`
+        only).
+        """
         return self._encode(text, with_specials=True)
 
     def _encode(self, text: str, with_specials: bool) -> list[int]:
@@ -102,9 +117,13 @@ class TextEncoder:
 def parse_conversation(conversations: Any) -> list[Turn]:
     """LLaVA `conversations` to turns. Raises InputError that says what is malformed."""
     if not isinstance(conversations, list) or not conversations:
-        raise InputError("conversations is empty or not a list, expected alternating human and gpt turns")
+        raise InputError(
+            "conversations is empty or not a list, expected alternating human and gpt turns"
+        )
     if len(conversations) % 2:
-        raise InputError(f"conversations has {len(conversations)} entries, expected pairs of human and gpt")
+        raise InputError(
+            f"conversations has {len(conversations)} entries, expected pairs of human and gpt"
+        )
     turns: list[Turn] = []
     for position in range(0, len(conversations), 2):
         question = _value_of(conversations[position], HUMAN_NAMES, position)
@@ -119,7 +138,10 @@ def _value_of(entry: Any, names: Sequence[str], position: int) -> str:
     if not isinstance(entry, dict) or not isinstance(entry.get("value"), str):
         raise InputError(f"conversations[{position}] is not an object with a text 'value'")
     if entry.get("from") not in names:
-        raise InputError(f"conversations[{position}] is from {entry.get('from')!r}, expected {' or '.join(map(repr, names))}")
+        raise InputError(
+            f"conversations[{position}] is from {entry.get('from')!r}, expected "
+            f"{' or '.join(map(repr, names))}"
+        )
     return entry["value"]
 
 
@@ -150,7 +172,10 @@ def build_sequence(
         if answer is not None:
             builder.add([*encoder.plain(answer.strip()), layout.eos_id], is_target=True)
     if remaining:
-        raise InputError(f"{len(images)} images were given for {len(images) - len(remaining)} {IMAGE_PLACEHOLDER} placeholders")
+        raise InputError(
+            f"{len(images)} images were given for {len(images) - len(remaining)} "
+            f"{IMAGE_PLACEHOLDER} placeholders"
+        )
     return builder.finish()
 
 
@@ -197,13 +222,17 @@ class _SequenceBuilder:
 
     def finish(self) -> TokenizedSample:
         start, end = self._first_image or (1, 1)
-        return TokenizedSample(self._ids[:start], self._ids[start:end], self._ids[end:], self._spans)
+        return TokenizedSample(
+            self._ids[:start], self._ids[start:end], self._ids[end:], self._spans
+        )
 
 
 def _build_published(
     turns: Sequence[Turn], images: Sequence[np.ndarray], encoder: TextEncoder, layout: VocabLayout
 ) -> TokenizedSample:
-    """`bos boi IMAGE` + tokenizer(`<eoss>` question ` ` answer `</s>` …); `</s>` is plain text, all of token_1 is target."""
+    """`bos boi IMAGE` + tokenizer(`<eoss>` question ` ` answer `</s>` …); `</s>` is plain text,
+    all of token_1 is target.
+    """
     if len(images) > 1:
         raise InputError(f"template being-vl-0.5 takes at most one image, found {len(images)}")
     text = ""

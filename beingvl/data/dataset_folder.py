@@ -1,28 +1,42 @@
 """The output folder of `beingvl tokenize`, which several datasets may share.
 
 NAME_base.jsonl, NAME_vbpe.jsonl    or the shard folders NAME_base/, NAME_vbpe/
-rejected.jsonl                      {"dataset", "index", "id", "reason"} of every rejected row of all datasets
-manifest.json                       details.datasets: one entry a finished dataset, added when it is finished, replaced alone;
+rejected.jsonl                      {"dataset", "index", "id", "reason"} of every rejected row
+                                    of all datasets
+manifest.json                       details.datasets: one entry a finished dataset, added when
+                                    it is finished, replaced alone;
                                     it lists the files of finished datasets only
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from beingvl.artefact.manifest import Manifest
-    from beingvl.vocab import VocabLayout
+from beingvl.artefact.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    is_complete,
+    join_lineages,
+    read_manifest,
+    write_atomically,
+    write_manifest,
+)
+from beingvl.artefact.parts import remove_parts
+from beingvl.errors import InputError
+from beingvl.vocab import VocabLayout
 
 REJECTED_FILE = "rejected.jsonl"
 VARIANTS = ("base", "vbpe")
 
 
 class DatasetFolder:
-    """One dataset's part of an output folder, which several may share: its files, and its entry in the manifest's `datasets`."""
+    """One dataset's part of an output folder, which several may share: its files, and its entry
+    in the manifest's `datasets`.
+    """
 
     def __init__(self, folder: Path, name: str, layout: VocabLayout) -> None:
         self.folder, self.name, self.layout = folder, name, layout
@@ -35,43 +49,47 @@ class DatasetFolder:
         return self.folder / f"{self.name}_{variant}"
 
     def _manifest(self) -> Manifest | None:
-        from beingvl.artefact.manifest import is_complete, read_manifest
-
         return read_manifest(self.folder, "jsonl") if is_complete(self.folder) else None
 
     def is_made_by(self, request: dict[str, Any], quiet: bool = False) -> bool:
-        """Whether this dataset is finished. Raises InputError when another request made it, or it fits no neighbour."""
-        from beingvl.errors import InputError
-        from beingvl.artefact.manifest import join_lineages
-
+        """Whether this dataset is finished. Raises InputError when another request made it, or
+        it fits no neighbour.
+        """
         manifest = self._manifest()
         if manifest is None:
             return False
         datasets = manifest.details["datasets"]
         entry = datasets.get(self.name)
         if entry is None:
-            others = {f"{self.folder} ({name})": other["lineage"] for name, other in datasets.items()}
+            others = {
+                f"{self.folder} ({name})": other["lineage"] for name, other in datasets.items()
+            }
             join_lineages({**others, f"{self.folder} ({self.name})": request["lineage"]})
             return False
         made_by = entry["request"]
         different = [key for key in {**made_by, **request} if made_by.get(key) != request.get(key)]
         if different:
             raise InputError(
-                f"{self.folder} is finished, but {self.name} has another {different[0]} (found {made_by.get(different[0])!r}, "
-                f"asked for {request.get(different[0])!r}); choose another folder or add --overwrite"
+                f"{self.folder} is finished, but {self.name} has another {different[0]} (found "
+                f"{made_by.get(different[0])!r}, "
+                f"asked for {request.get(different[0])!r}); choose another folder or add "
+                "--overwrite"
             )
         if not quiet:
             print(f"{self.folder}: {self.name} is finished already, with the same inputs: reused")
         return True
 
     def remove(self) -> None:
-        """Take this dataset, finished or not, out of the folder; the others stay complete at every moment."""
-        from beingvl.artefact.manifest import MANIFEST_FILE
-        from beingvl.artefact.parts import remove_parts
-
+        """Take this dataset, finished or not, out of the folder; the others stay complete at
+        every moment.
+        """
         manifest = self._manifest()
         if manifest is not None and self.name in manifest.details["datasets"]:
-            others = {name: entry for name, entry in manifest.details["datasets"].items() if name != self.name}
+            others = {
+                name: entry
+                for name, entry in manifest.details["datasets"].items()
+                if name != self.name
+            }
             if others:
                 self._write(others, self._rejected_of_others(), self._hashes_of_others(manifest))
             else:
@@ -80,9 +98,9 @@ class DatasetFolder:
         remove_parts(self.folder, self.parts_name)
 
     def delete_files(self) -> None:
-        """Whatever a run that ended early may have left in the places of this dataset's files; never call it when finished."""
-        import shutil
-
+        """Whatever a run that ended early may have left in the places of this dataset's files;
+        never call it when finished.
+        """
         for variant in VARIANTS:
             self.file(variant).unlink(missing_ok=True)
             shutil.rmtree(self.shards(variant), ignore_errors=True)
@@ -98,22 +116,38 @@ class DatasetFolder:
         if manifest is None:
             return {}
         others = set(manifest.details["datasets"]) - {self.name}
-        return {name: str(file["hash"]) for name, file in manifest.files.items() if _is_file_of(others, name)}
+        return {
+            name: str(file["hash"])
+            for name, file in manifest.files.items()
+            if _is_file_of(others, name)
+        }
 
-    def finish(self, entry: dict[str, Any], rejected: list[str], known_hashes: dict[str, str]) -> None:
+    def finish(
+        self, entry: dict[str, Any], rejected: list[str], known_hashes: dict[str, str]
+    ) -> None:
         """Add this dataset, whose files are in their places, to the manifest."""
         manifest = self._manifest()
         datasets = {**(manifest.details["datasets"] if manifest else {}), self.name: entry}
-        self._write(datasets, self._rejected_of_others() + rejected, {**self._hashes_of_others(manifest), **known_hashes})
+        self._write(
+            datasets,
+            self._rejected_of_others() + rejected,
+            {**self._hashes_of_others(manifest), **known_hashes},
+        )
 
-    def _write(self, datasets: dict[str, Any], rejected: list[str], known_hashes: dict[str, str]) -> None:
-        from beingvl.artefact.manifest import join_lineages, write_atomically, write_manifest
-
-        write_atomically(self.folder / REJECTED_FILE, "".join(sorted(rejected, key=_dataset_and_index)))
+    def _write(
+        self, datasets: dict[str, Any], rejected: list[str], known_hashes: dict[str, str]
+    ) -> None:
+        write_atomically(
+            self.folder / REJECTED_FILE, "".join(sorted(rejected, key=_dataset_and_index))
+        )
         counts: dict[str, int] = {}
         for entry in datasets.values():
             for name, value in entry["counts"].items():
-                counts[name] = max(counts.get(name, 0), value) if name.startswith("longest") else counts.get(name, 0) + value
+                counts[name] = (
+                    max(counts.get(name, 0), value)
+                    if name.startswith("longest")
+                    else counts.get(name, 0) + value
+                )
         lineage = join_lineages({name: entry["lineage"] for name, entry in datasets.items()})
         details = {"layout": self.layout.to_dict(), "datasets": dict(sorted(datasets.items()))}
 
@@ -125,7 +159,11 @@ class DatasetFolder:
 
 def _is_file_of(datasets: Iterable[str], file: str) -> bool:
     first = file.partition("/")[0]
-    return any(first in (f"{name}_{variant}.jsonl", f"{name}_{variant}") for name in datasets for variant in VARIANTS)
+    return any(
+        first in (f"{name}_{variant}.jsonl", f"{name}_{variant}")
+        for name in datasets
+        for variant in VARIANTS
+    )
 
 
 def _dataset_and_index(line: str) -> tuple[str, int]:

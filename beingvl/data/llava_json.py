@@ -1,7 +1,9 @@
-"""LLaVA-format files read row by row: a JSON array or JSONL of any size, in the memory of one row and one block.
+"""LLaVA-format files read row by row: a JSON array or JSONL of any size, in the memory of one
+row and one block.
 
-The standard library's own decoder reads one element after the other out of a buffer that is refilled at its end. (It makes the
-rows about as fast as `json.load` of the whole file; a parser of single events, such as ijson, hands every bracket to Python.)
+The standard library's own decoder reads one element after the other out of a buffer that is
+refilled at its end. (It makes the rows about as fast as `json.load` of the whole file; a parser of
+single events, such as ijson, hands every bracket to Python.)
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ BLOCK_CHARS = 1 << 20
 BLOCK_BYTES = 1 << 20  # more than any space before the first row
 MAX_ROW_CHARS = 1 << 26  # in JSONL: bytes
 MAX_DEPTH = 64  # of a row, which other processes and files must take too
-NOT_READABLE = (ValueError, RecursionError)  # no JSON, a number of thousands of digits; nested too deeply
+NOT_READABLE = (
+    ValueError,
+    RecursionError,
+)  # no JSON, a number of thousands of digits; nested too deeply
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -32,9 +37,11 @@ class BrokenRow:
 
 
 def stream_rows_and_broken(path: Path) -> Iterator[dict[str, Any] | BrokenRow]:
-    """Rows of a LLaVA JSON array or JSONL file, and what stands in the place of one. Blank lines are no rows.
+    """Rows of a LLaVA JSON array or JSONL file, and what stands in the place of one. Blank lines
+    are no rows.
 
-    Raises InputError for an empty file, and for a damaged array: nothing says where its next element would begin.
+    Raises InputError for an empty file, and for a damaged array: nothing says where its next
+    element would begin.
     """
     count = 0
     with open(path, "rb") as file:
@@ -48,7 +55,9 @@ def stream_rows_and_broken(path: Path) -> Iterator[dict[str, Any] | BrokenRow]:
         else:
             yield BrokenRow(f"expected an object, found {type(value).__name__}")
     if not count:
-        raise InputError(f"{path} holds no row, expected a non-empty list of objects in LLaVA format")
+        raise InputError(
+            f"{path} holds no row, expected a non-empty list of objects in LLaVA format"
+        )
 
 
 def _is_deep(value: Any, left: int = MAX_DEPTH) -> bool:
@@ -60,16 +69,24 @@ def stream_rows(path: Path) -> Iterator[dict[str, Any]]:
     """As `stream_rows_and_broken`, but raises InputError for a broken row as well."""
     for number, row in enumerate(stream_rows_and_broken(path), 1):
         if isinstance(row, BrokenRow):
-            raise InputError(f"{path}, row {number}: {row.reason}; the file must be a list of objects in LLaVA format")
+            raise InputError(
+                f"{path}, row {number}: {row.reason}; the file must be a list of objects in "
+                "LLaVA format"
+            )
         yield row
 
 
 def image_keys(row: dict) -> list[str]:
-    """The images of a row: `image` is a path, a list of paths, or absent. Raises InputError for anything else."""
+    """The images of a row: `image` is a path, a list of paths, or absent. Raises InputError for
+    anything else.
+    """
     image = row.get("image") or []
     keys = [image] if isinstance(image, str) else image
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise InputError(f"expected an object whose `image` is a path or a list of paths, found {str(image)[:60]!r}")
+        raise InputError(
+            "expected an object whose `image` is a path or a list of paths, found "
+            f"{str(image)[:60]!r}"
+        )
     return keys
 
 
@@ -90,9 +107,14 @@ def _line_values(path: Path) -> Iterator[Any]:
                 try:
                     yield json.loads(text.decode())
                 except UnicodeDecodeError as error:
-                    yield BrokenRow(f"line {number} is not UTF-8 text ({error.reason} at byte {error.start})")
+                    yield BrokenRow(
+                        f"line {number} is not UTF-8 text ({error.reason} at byte {error.start})"
+                    )
                 except json.JSONDecodeError as error:
-                    yield BrokenRow(f"line {number} is not valid JSON ({error.msg} at character {error.pos + 1})")
+                    yield BrokenRow(
+                        f"line {number} is not valid JSON ({error.msg} at character "
+                        f"{error.pos + 1})"
+                    )
                 except NOT_READABLE as error:
                     yield BrokenRow(f"line {number} is not valid JSON ({error})")
 
@@ -102,7 +124,9 @@ def _array_values(path: Path) -> Iterator[Any]:
         with open(path, encoding="utf-8-sig", newline="\n") as file:
             yield from _elements(file, path)
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error}); was it copied completely?") from error
+        raise InputError(
+            f"{path} is not UTF-8 text ({error}); was it copied completely?"
+        ) from error
 
 
 def _elements(file: IO[str], path: Path) -> Iterator[Any]:
@@ -118,27 +142,46 @@ def _elements(file: IO[str], path: Path) -> Iterator[Any]:
         token = buffer[at : at + 1]
         if token == "]" and (after_value or not count):
             if (buffer[at + 1 :] + file.read(BLOCK_CHARS)).strip():
-                raise InputError(f"{path} is not valid JSON: something follows the array's closing bracket")
+                raise InputError(
+                    f"{path} is not valid JSON: something follows the array's closing bracket"
+                )
             return
         if token == "," and after_value:
             at, after_value = at + 1, False
             continue
-        problem = "the array has no closing bracket" if not token else f"expected a comma, found {token!r}"
+        problem = (
+            "the array has no closing bracket"
+            if not token
+            else f"expected a comma, found {token!r}"
+        )
         wrong_at = at
         if token and not after_value:
             try:
                 value, at = decode(buffer, at)
             except NOT_READABLE as error:
-                problem, wrong_at = (error.msg, error.pos) if isinstance(error, json.JSONDecodeError) else (str(error), at)
+                problem, wrong_at = (
+                    (error.msg, error.pos)
+                    if isinstance(error, json.JSONDecodeError)
+                    else (str(error), at)
+                )
             else:
                 count, after_value = count + 1, True
                 yield value
                 continue
         is_long = len(buffer) - at > MAX_ROW_CHARS
-        more = "" if (token and after_value) or is_long else file.read(max(BLOCK_CHARS, len(buffer) - at))
+        more = (
+            ""
+            if (token and after_value) or is_long
+            else file.read(max(BLOCK_CHARS, len(buffer) - at))
+        )
         if not more:
-            problem += f", or the element has more than {MAX_ROW_CHARS:,} characters" if is_long else ""
+            problem += (
+                f", or the element has more than {MAX_ROW_CHARS:,} characters" if is_long else ""
+            )
             where = f"character {dropped + wrong_at + 1:,}"
-            raise InputError(f"{path} is not valid JSON behind element {count} ({where}: {problem}); was it copied completely?")
+            raise InputError(
+                f"{path} is not valid JSON behind element {count} ({where}: {problem}); was it "
+                "copied completely?"
+            )
         dropped += at
         buffer, at = buffer[at:] + more, 0

@@ -1,12 +1,14 @@
 """The loader: from (step, rank, micro step) to one packed micro-batch, as a pure function.
 
     1. Mixture.draw          k-th sample of the global order      [num_samples]
-    2. PackingPlan           how many sequences each window of 4096 samples packs into     [num_windows]
+    2. PackingPlan           how many sequences each window of 4096 samples packs into
+        [num_windows]
     3. step s                takes sequences s*B … (s+1)*B - 1,   B = sequences_per_step
     4. TrainingData.micro_batch   this rank's share of one micro step, concatenated into one row
 
-B does not depend on the number of ranks, so neither does what a step sees. There is no iterator state: a resumed run asks for
-the next step, so the one integer to keep is the step, which every checkpoint does (`train/checkpoint.py`).
+B does not depend on the number of ranks, so neither does what a step sees. There is no iterator
+state: a resumed run asks for the next step, so the one integer to keep is the step, which every
+checkpoint does (`train/checkpoint.py`).
 """
 
 from __future__ import annotations
@@ -21,15 +23,24 @@ from typing import Any
 
 import numpy as np
 
-from beingvl.data.arrow_shards import LENGTHS_FILE, MEMBERS_FILE, SOURCE_OF_FILE, Sample, ShardReader, damaged
+from beingvl.artefact.manifest import hash_bytes, write_atomically
+from beingvl.data.arrow_shards import (
+    LENGTHS_FILE,
+    MEMBERS_FILE,
+    SOURCE_OF_FILE,
+    Sample,
+    ShardReader,
+    damaged,
+)
 from beingvl.data.mixture import Mixture, check_weights
 from beingvl.data.packing import WINDOW, PackingPlan, pack_window
 from beingvl.errors import InputError
-from beingvl.artefact.manifest import hash_bytes, write_atomically
 from beingvl.vocab import VocabLayout
 
 IGNORED = -100
-PLAN_VERSION = 5  # of the arithmetic of mixture and packing, which says what a step sees, and of what is kept
+PLAN_VERSION = (
+    5  # of the arithmetic of mixture and packing, which says what a step sees, and of what is kept
+)
 WINDOWS_KEPT = 2
 
 
@@ -37,10 +48,11 @@ WINDOWS_KEPT = 2
 class MicroBatch:
     """Samples laid end to end in one row of `num_tokens`.
 
-    input_ids, target_ids, position_ids: `[num_tokens]` int64. `target_ids` are already shifted: `target_ids[i]` is what follows
-    `input_ids[i]`, or IGNORED. cu_seqlens: `[num_documents + 1]` int32, where documents start and end.
-    token_kinds: `[num_tokens]` uint8, index into vocab.TOKEN_KINDS of every input id.
-    source_of_token: `[num_tokens]` uint8, index into the mixture's sources.
+    input_ids, target_ids, position_ids: `[num_tokens]` int64. `target_ids` are already shifted:
+    `target_ids[i]` is what follows `input_ids[i]`, or IGNORED. cu_seqlens: `[num_documents + 1]`
+    int32, where documents start and end. token_kinds: `[num_tokens]` uint8, index into
+    vocab.TOKEN_KINDS of every input id. source_of_token: `[num_tokens]` uint8, index into the
+    mixture's sources.
     """
 
     input_ids: np.ndarray
@@ -69,9 +81,10 @@ class Share:
 class TrainingData:
     """What a stage trains on: shards in mixture order, packed, cut into optimizer steps.
 
-    Opening it begins to plan the number of sequences of every window of the global order, in a thread; `num_steps` waits for it,
-    and keeps it in a small file beside the shards, so that the next start has it at once. A step waits for the windows up to its
-    own only. A window's samples are drawn and packed when a step reads it.
+    Opening it begins to plan the number of sequences of every window of the global order, in a
+    thread; `num_steps` waits for it, and keeps it in a small file beside the shards, so that the
+    next start has it at once. A step waits for the windows up to its own only. A window's samples
+    are drawn and packed when a step reads it.
     """
 
     def __init__(
@@ -85,24 +98,35 @@ class TrainingData:
         packing: bool = True,
     ) -> None:
         if num_samples < 1:
-            raise InputError(f"the run draws none of the {mixture.num_samples} samples of its mixture; raise beingvl.epochs")
+            raise InputError(
+                f"the run draws none of the {mixture.num_samples} samples of its mixture; "
+                "raise beingvl.epochs"
+            )
         self.shards = shards
         self.mixture = mixture
         self.sequences_per_step = sequences_per_step
-        self._num_samples, self._sequence_length, self._packing = num_samples, sequence_length, packing
+        self._num_samples, self._sequence_length, self._packing = (
+            num_samples,
+            sequence_length,
+            packing,
+        )
         self._loss_on = loss_on
         self._windows: dict[int, list[np.ndarray]] = {}
         self._plan_path = self._path_of_plan()
         kept = self._kept_plan()
-        self._tokens_of_source = np.array(kept["tokens_of_source"] if kept else [0] * len(shards.sources))
+        self._tokens_of_source = np.array(
+            kept["tokens_of_source"] if kept else [0] * len(shards.sources)
+        )
         self.plan = PackingPlan(self._lengths, num_samples, sequence_length, packing, kept)
         if shards.manifest.counts["longest_sample_tokens"] > sequence_length:
             self.plan.num_sequences  # noqa: B018  an error now, not when the step of such a sample comes
 
     def _draw(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Samples at these places of the global order, their lengths and sources. Raises InputError for a damaged index.
+        """Samples at these places of the global order, their lengths and sources. Raises
+        InputError for a damaged index.
 
-        A few thousand of them lie all over the index files, so that their pages are given back at once.
+        A few thousand of them lie all over the index files, so that their pages are given back at
+        once.
         """
         self.shards.give_back_pages()
         drawn = self.mixture.draw(start, stop)
@@ -110,10 +134,14 @@ class TrainingData:
             raise damaged(self.shards.folder / MEMBERS_FILE, f"it names the sample {drawn.max()}")
         lengths = self.shards.lengths[drawn]
         if lengths.min(initial=1) < 1:
-            raise damaged(self.shards.folder / LENGTHS_FILE, f"it holds a length of {lengths.min()} tokens")
+            raise damaged(
+                self.shards.folder / LENGTHS_FILE, f"it holds a length of {lengths.min()} tokens"
+            )
         sources = self.shards.source_of[drawn]
         if sources.max(initial=0) >= len(self.shards.sources):
-            raise damaged(self.shards.folder / SOURCE_OF_FILE, f"it holds the source {sources.max()}")
+            raise damaged(
+                self.shards.folder / SOURCE_OF_FILE, f"it holds the source {sources.max()}"
+            )
         self.shards.give_back_pages()
         return drawn, lengths, sources
 
@@ -136,12 +164,21 @@ class TrainingData:
             return None
         try:
             kept = json.loads(self._plan_path.read_text())
-            if len(kept["sequences"]) != -(-self._num_samples // WINDOW) or min(kept["sequences"]) < 1 or kept["tokens"] < 1:
+            if (
+                len(kept["sequences"]) != -(-self._num_samples // WINDOW)
+                or min(kept["sequences"]) < 1
+                or kept["tokens"] < 1
+            ):
                 raise ValueError("other windows")
-            if len(kept["tokens_of_source"]) != len(self.shards.sources) or sum(kept["tokens_of_source"]) != kept["tokens"]:
+            if (
+                len(kept["tokens_of_source"]) != len(self.shards.sources)
+                or sum(kept["tokens_of_source"]) != kept["tokens"]
+            ):
                 raise ValueError("other sources")
         except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{self._plan_path} is damaged ({error}); remove it, it is made again") from error
+            raise InputError(
+                f"{self._plan_path} is damaged ({error}); remove it, it is made again"
+            ) from error
         return kept
 
     @cached_property
@@ -149,13 +186,19 @@ class TrainingData:
         """Optimizer steps; the last one may hold fewer sequences. Waits for the whole plan."""
         num_sequences = self.plan.num_sequences
         if not self._plan_path.is_file():
-            with contextlib.suppress(OSError):  # a disk that is read-only or full: then every start plans anew
+            with contextlib.suppress(
+                OSError
+            ):  # a disk that is read-only or full: then every start plans anew
                 kept = {**self.plan.counts, "tokens_of_source": self._tokens_of_source.tolist()}
                 write_atomically(self._plan_path, json.dumps(kept))
         return -(-num_sequences // self.sequences_per_step)
 
-    def sequence_numbers(self, step: int, micro_step: int, rank: int, num_ranks: int, micro_batch_size: int) -> range:
-        """The sequences of one micro step of one rank; shorter or empty at the very end of the run."""
+    def sequence_numbers(
+        self, step: int, micro_step: int, rank: int, num_ranks: int, micro_batch_size: int
+    ) -> range:
+        """The sequences of one micro step of one rank; shorter or empty at the very end of the
+        run.
+        """
         start = step * self.sequences_per_step + (micro_step * num_ranks + rank) * micro_batch_size
         end = self.plan.at_most(start + micro_batch_size)
         return range(start, max(start, end))
@@ -163,32 +206,48 @@ class TrainingData:
     def samples_of(self, sequence: int) -> np.ndarray:
         """Sample indices of one sequence."""
         window, number, num_sequences = self.plan.window_of(sequence)
-        sequences = self._windows.get(window)  # once: a thread that fetches ahead may drop it meanwhile
+        sequences = self._windows.get(
+            window
+        )  # once: a thread that fetches ahead may drop it meanwhile
         if sequences is None:
             sequences = self._pack(window, num_sequences)
             if len(self._windows) >= WINDOWS_KEPT:
-                self._windows.pop(next(iter(list(self._windows))), None)  # a copy: another thread may add one
+                self._windows.pop(
+                    next(iter(list(self._windows))), None
+                )  # a copy: another thread may add one
             self._windows[window] = sequences
         return sequences[number]
 
     def _pack(self, window: int, num_sequences: int) -> list[np.ndarray]:
-        """Samples of the window's sequences. Raises InputError when there are not as many as were planned."""
+        """Samples of the window's sequences. Raises InputError when there are not as many as
+        were planned.
+        """
         start = window * WINDOW
         drawn, lengths, _ = self._draw(start, min(start + WINDOW, self._num_samples))
         if not self._packing:
             return list(drawn.reshape(-1, 1))
         sequences = [drawn[positions] for positions in pack_window(lengths, self._sequence_length)]
         if len(sequences) != num_sequences:
-            raise damaged(self.shards.folder / LENGTHS_FILE, f"it does not fit {self._plan_path.name}, which was made of it")
+            raise damaged(
+                self.shards.folder / LENGTHS_FILE,
+                f"it does not fit {self._plan_path.name}, which was made of it",
+            )
         return sequences
 
-    def micro_batch(self, step: int, micro_step: int, rank: int, num_ranks: int, micro_batch_size: int) -> MicroBatch:
+    def micro_batch(
+        self, step: int, micro_step: int, rank: int, num_ranks: int, micro_batch_size: int
+    ) -> MicroBatch:
         """Collate the samples of one micro step of one rank. Steps count from 0."""
         numbers = self.sequence_numbers(step, micro_step, rank, num_ranks, micro_batch_size)
         with self.plan.resting():
             indices = [int(index) for number in numbers for index in self.samples_of(number)]
             sources = [int(self.shards.source_of[index]) for index in indices]
-            return collate([self.shards[index] for index in indices], sources, self.shards.layout, self._loss_on)
+            return collate(
+                [self.shards[index] for index in indices],
+                sources,
+                self.shards.layout,
+                self._loss_on,
+            )
 
     def realised_shares(self, num_steps: int) -> dict[str, Share]:
         """What every source has of the first steps. Waits for the whole plan."""
@@ -196,9 +255,17 @@ class TrainingData:
             samples, tokens = self._seen_before(num_steps * self.sequences_per_step)
         else:
             counts = self.mixture.counts(self._num_samples)
-            samples, tokens = np.array([counts.get(name, 0) for name in self.shards.sources]), self._tokens_of_source
+            samples, tokens = (
+                np.array([counts.get(name, 0) for name in self.shards.sources]),
+                self._tokens_of_source,
+            )
         return {
-            name: Share(int(samples[at]), float(samples[at] / samples.sum()), int(tokens[at]), float(tokens[at] / tokens.sum()))
+            name: Share(
+                int(samples[at]),
+                float(samples[at] / samples.sum()),
+                int(tokens[at]),
+                float(tokens[at] / tokens.sum()),
+            )
             for at, name in enumerate(self.shards.sources)
         }
 
@@ -217,11 +284,15 @@ class TrainingData:
     def _count(self, sources: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Samples and tokens `[2, sources]`."""
         size = len(self.shards.sources)
-        return np.stack([np.bincount(sources, weights, size).astype(np.int64) for weights in (None, lengths)])
+        return np.stack(
+            [np.bincount(sources, weights, size).astype(np.int64) for weights in (None, lengths)]
+        )
 
 
 def open_mixture(shards: ShardReader, weights: Mapping[str, float], by: str, seed: int) -> Mixture:
-    """The mixture of a stage's JSON: `weights` are shares `by` samples or tokens. Raises InputError for impossible ones."""
+    """The mixture of a stage's JSON: `weights` are shares `by` samples or tokens. Raises
+    InputError for impossible ones.
+    """
     weights = dict(weights)
     check_weights(weights)
     if by not in ("samples", "tokens"):
@@ -233,8 +304,12 @@ def open_mixture(shards: ShardReader, weights: Mapping[str, float], by: str, see
     return Mixture(shards.members, shards.sources, weights, seed)
 
 
-def collate(samples: list[Sample], sources: list[int], layout: VocabLayout, loss_on: str = "response") -> MicroBatch:
-    """Lay samples end to end. No sample at all becomes one padding token without a target, so that every rank takes part."""
+def collate(
+    samples: list[Sample], sources: list[int], layout: VocabLayout, loss_on: str = "response"
+) -> MicroBatch:
+    """Lay samples end to end. No sample at all becomes one padding token without a target, so
+    that every rank takes part.
+    """
     if not samples:
         padding = np.array([layout.pad_id])
         return MicroBatch(
@@ -260,9 +335,11 @@ def collate(samples: list[Sample], sources: list[int], layout: VocabLayout, loss
 
 
 def shifted_targets(sample: Sample, layout: VocabLayout, loss_on: str = "response") -> np.ndarray:
-    """`[length]` int64: the next token where it is a target, else IGNORED; the last position never has one.
+    """`[length]` int64: the next token where it is a target, else IGNORED; the last position
+    never has one.
 
-    `response`: the target spans. `text`: every token that is not an image token. `all`: every token.
+    `response`: the target spans. `text`: every token that is not an image token. `all`: every
+    token.
     """
     ids = sample.input_ids
     if loss_on == "response":

@@ -1,13 +1,15 @@
-"""The mixture: which sample is the k-th of the global order, as a pure function of (source sizes, weights, seed, k).
+"""The mixture: which sample is the k-th of the global order, as a pure function of (source
+sizes, weights, seed, k).
 
-Draws come in blocks of 100, or of some hundreds where sources are many. A block holds an exact quota of every source, shuffled;
-the j-th draw from a source walks through a seeded permutation of that source, a new permutation for every pass, so nothing
-repeats within a pass.
+Draws come in blocks of 100, or of some hundreds where sources are many. A block holds an exact
+quota of every source, shuffled; the j-th draw from a source walks through a seeded permutation of
+that source, a new permutation for every pass, so nothing repeats within a pass.
 
     weights 80 / 20, block 0:  quotas 80 and 20  ->  slots shuffled:  0 0 1 0 0 0 1 0 …
     source 1, its 3rd draw  ->  permute(2, size of source 1, key of (seed, source 1, pass 0))
 
-Nothing is stored: a permutation is a formula (`permute`), so any range of the order costs only its own length.
+Nothing is stored: a permutation is a formula (`permute`), so any range of the order costs only its
+own length.
 """
 
 from __future__ import annotations
@@ -30,16 +32,24 @@ class Mixture:
     """The infinite global order over samples that belong to sources.
 
     Args:
-        members: sample numbers of every source, ascending (`ShardReader.members`).
-        sources: names of the sources, in the same order.
-        weights: name -> share of the draws; they need not sum to 1. Sources without a weight are never drawn.
-        seed: of the order.
+        members: sample numbers of every source, ascending (`ShardReader.members`). sources: names
+        of the sources, in the same order. weights: name -> share of the draws; they need not sum to
+        1. Sources without a weight are never drawn. seed: of the order.
     """
 
-    def __init__(self, members: Sequence[np.ndarray], sources: list[str], weights: Mapping[str, float], seed: int) -> None:
+    def __init__(
+        self,
+        members: Sequence[np.ndarray],
+        sources: list[str],
+        weights: Mapping[str, float],
+        seed: int,
+    ) -> None:
         unknown = sorted(set(weights) - set(sources))
         if unknown:
-            raise InputError(f"the mixture names the source {unknown[0]!r}, the shards hold {sources}; correct beingvl.mixture")
+            raise InputError(
+                f"the mixture names the source {unknown[0]!r}, the shards hold {sources}; "
+                "correct beingvl.mixture"
+            )
         check_weights(weights)
         drawn = {name: Fraction(str(weight)) for name, weight in weights.items() if weight > 0}
         self.sources = sources
@@ -48,18 +58,28 @@ class Mixture:
         total = sum(drawn.values())
         self._shares = [weight / total for weight in drawn.values()]
         self._largest = max(range(len(self._shares)), key=lambda s: self._shares[s])
-        # Where a share of a block is no whole number, it is rounded up now and then, at the expense of the largest source.
+        # Where a share of a block is no whole number, it is rounded up now and then, at the expense
+        # of the largest source.
         num_rounded = sum((share * BLOCK).denominator > 1 for share in self._shares)
         self._block = BLOCK * max(1, math.ceil(num_rounded / self._shares[self._largest] / BLOCK))
         self._members = [members[index] for index in self._indices]
         for name, own in zip(drawn, self._members, strict=True):
             if not len(own):
-                raise InputError(f"the mixture draws from {name!r}, which has no sample; leave it out of beingvl.mixture")
+                raise InputError(
+                    f"the mixture draws from {name!r}, which has no sample; leave it out of "
+                    "beingvl.mixture"
+                )
 
     @property
     def identity(self) -> list[Any]:
         """What, besides the samples, decides the order."""
-        return [self.seed, [[self.sources[index], str(share)] for index, share in zip(self._indices, self._shares, strict=True)]]
+        return [
+            self.seed,
+            [
+                [self.sources[index], str(share)]
+                for index, share in zip(self._indices, self._shares, strict=True)
+            ],
+        ]
 
     @property
     def num_samples(self) -> int:
@@ -67,7 +87,9 @@ class Mixture:
         return sum(map(len, self._members))
 
     def draw(self, start: int, stop: int) -> np.ndarray:
-        """Sample indices `[stop - start]` uint32 at positions start … stop-1 of the global order."""
+        """Sample indices `[stop - start]` uint32 at positions start … stop-1 of the global
+        order.
+        """
         first, last = start // self._block, -(-stop // self._block)
         at_once = DRAWS_AT_ONCE // self._block
         blocks = [self._blocks(at, min(at + at_once, last)) for at in range(first, last, at_once)]
@@ -79,11 +101,18 @@ class Mixture:
         whole, rest = divmod(num_samples, self._block)
         totals = np.array(self._allotment(whole))
         if rest:
-            totals = totals + np.bincount(self._slots(whole, whole + 1)[0, :rest], minlength=len(totals))
-        return {self.sources[index]: int(count) for index, count in zip(self._indices, totals, strict=True)}
+            totals = totals + np.bincount(
+                self._slots(whole, whole + 1)[0, :rest], minlength=len(totals)
+            )
+        return {
+            self.sources[index]: int(count)
+            for index, count in zip(self._indices, totals, strict=True)
+        }
 
     def _allotment(self, num_blocks: int) -> list[int]:
-        """Draws per source in the first `num_blocks` blocks; what rounding leaves goes to the largest source."""
+        """Draws per source in the first `num_blocks` blocks; what rounding leaves goes to the
+        largest source.
+        """
         draws = self._block * num_blocks
         counts = [share.numerator * draws // share.denominator for share in self._shares]
         counts[self._largest] += draws - sum(counts)
@@ -91,10 +120,16 @@ class Mixture:
 
     def _slots(self, first: int, last: int) -> np.ndarray:
         """`[last - first, block]`: which source every place of these blocks draws from."""
-        quotas = np.diff(np.array([self._allotment(number) for number in range(first, last + 1)]), axis=0)
-        sorted_slots = np.repeat(np.tile(np.arange(len(self._shares)), last - first), quotas.ravel()).reshape(-1, self._block)
+        quotas = np.diff(
+            np.array([self._allotment(number) for number in range(first, last + 1)]), axis=0
+        )
+        sorted_slots = np.repeat(
+            np.tile(np.arange(len(self._shares)), last - first), quotas.ravel()
+        ).reshape(-1, self._block)
         places = np.arange(first * self._block, last * self._block, dtype=np.uint64)
-        order = np.argsort(mix(places, self._key(0, 0)).reshape(-1, self._block), axis=1, kind="stable")
+        order = np.argsort(
+            mix(places, self._key(0, 0)).reshape(-1, self._block), axis=1, kind="stable"
+        )
         return np.take_along_axis(sorted_slots, order, axis=1)
 
     def _blocks(self, first: int, last: int) -> np.ndarray:
@@ -113,18 +148,32 @@ class Mixture:
         for pass_number in np.unique(passes).tolist():
             chosen = slice(*np.searchsorted(passes, [pass_number, pass_number + 1]))
             key = self._key(1 + source, pass_number)
-            out[chosen] = members[permute(numbers[chosen] - pass_number * len(members), len(members), key)]
+            out[chosen] = members[
+                permute(numbers[chosen] - pass_number * len(members), len(members), key)
+            ]
         return out
 
     def _key(self, stream: int, number: int) -> int:
-        return int(np.random.SeedSequence([self.seed, stream, number]).generate_state(1, np.uint64)[0])
+        return int(
+            np.random.SeedSequence([self.seed, stream, number]).generate_state(1, np.uint64)[0]
+        )
 
 
 def check_weights(weights: Mapping[str, Any]) -> None:
     """Raises InputError for weights that are no finite numbers, negative, or all 0."""
-    are_numbers = all(isinstance(weight, int | float) and not isinstance(weight, bool) for weight in weights.values())
-    if not are_numbers or not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
-        raise InputError(f"the mixture weights are {dict(weights)}, expected numbers, none negative and at least one above 0")
+    are_numbers = all(
+        isinstance(weight, int | float) and not isinstance(weight, bool)
+        for weight in weights.values()
+    )
+    if (
+        not are_numbers
+        or not all(0 <= weight < math.inf for weight in weights.values())
+        or not any(weights.values())
+    ):
+        raise InputError(
+            f"the mixture weights are {dict(weights)}, expected numbers, none negative and "
+            "at least one above 0"
+        )
 
 
 def mix(values: np.ndarray, key: int) -> np.ndarray:
@@ -136,10 +185,12 @@ def mix(values: np.ndarray, key: int) -> np.ndarray:
 
 
 def permute(numbers: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where a pseudo-random permutation of 0 … size-1 sends `numbers`, int64, each in constant time and memory.
+    """Where a pseudo-random permutation of 0 … size-1 sends `numbers`, int64, each in constant
+    time and memory.
 
-    A Feistel network permutes the numbers of an even number of bits; what falls outside 0 … size-1 is sent again until it does
-    not, which leaves a permutation of the inside ("cycle walking": Black and Rogaway, 2002).
+    A Feistel network permutes the numbers of an even number of bits; what falls outside 0 … size-1
+    is sent again until it does not, which leaves a permutation of the inside ("cycle walking":
+    Black and Rogaway, 2002).
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -148,7 +199,10 @@ def permute(numbers: np.ndarray, size: int, key: int) -> np.ndarray:
     while True:
         left, right = out[outside] >> half, out[outside] & mask
         for round_number in range(FEISTEL_ROUNDS):
-            left, right = right, left ^ (mix(right, (key + round_number * 0x9E3779B97F4A7C15) % 2**64) & mask)
+            left, right = (
+                right,
+                left ^ (mix(right, (key + round_number * 0x9E3779B97F4A7C15) % 2**64) & mask),
+            )
         out[outside] = (left << half) | right
         outside = np.flatnonzero(out >= size)
         if not len(outside):

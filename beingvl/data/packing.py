@@ -1,16 +1,18 @@
-"""Packing: samples into sequences of at most `sequence_length` tokens, best fit within a window of the global order.
+"""Packing: samples into sequences of at most `sequence_length` tokens, best fit within a window
+of the global order.
 
     lengths (window of 5) 6 3 4 5 2, capacity 8
       longest first:  6 -> [6]      5 -> [5]      4 -> [4]
                       3 -> fits 5 exactly: [5 3]  2 -> fits 6 exactly: [6 2]
       sequences, scattered:  (0 4) (2) (1 3)
 
-Sequences come in an order that has nothing to do with lengths. By their earliest samples, those of many short samples would come
-first, and every window would go from short samples to long ones.
+Sequences come in an order that has nothing to do with lengths. By their earliest samples, those of
+many short samples would come first, and every window would go from short samples to long ones.
 
-A window never mixes with the next, so a range of steps sees the samples of its range of the global order and no others, but
-for one window. The plan is the same on every rank and does not depend on their number. It is the number of sequences of every
-window: which samples a sequence holds is found again, in milliseconds, when its window is read.
+A window never mixes with the next, so a range of steps sees the samples of its range of the global
+order and no others, but for one window. The plan is the same on every rank and does not depend on
+their number. It is the number of sequences of every window: which samples a sequence holds is found
+again, in milliseconds, when its window is read.
 """
 
 from __future__ import annotations
@@ -30,18 +32,21 @@ from beingvl.errors import InputError
 WINDOW = 4096
 WINDOWS_AT_ONCE = 16  # so many samples are drawn together, but for the first
 LONGEST_REST_SECONDS = 0.1
-SCATTER = 2654435761  # 2**32 over the golden ratio: neighbours land far apart (Knuth, The Art of Computer Programming 3, 6.4)
+# 2**32 over the golden ratio: neighbours land far apart (Knuth, The Art of Computer Programming 3,
+# 6.4)
+SCATTER = 2654435761
 
 
 class PackingPlan:
-    """The number of sequences of every window of samples 0 … num_samples - 1, found in a thread of its own, in order.
+    """The number of sequences of every window of samples 0 … num_samples - 1, found in a thread
+    of its own, in order.
 
-    Whoever asks waits for as much as the answer needs: the first sequences are known at once, their number at the end. The thread
-    rests while a batch is made (`resting`).
+    Whoever asks waits for as much as the answer needs: the first sequences are known at once, their
+    number at the end. The thread rests while a batch is made (`resting`).
 
     Args:
-        lengths_of: (start, stop) -> tokens of these samples of the global order. Its errors reach whoever asks.
-        known: what an earlier plan was told by `counts`.
+        lengths_of: (start, stop) -> tokens of these samples of the global order. Its errors reach
+        whoever asks. known: what an earlier plan was told by `counts`.
     """
 
     def __init__(
@@ -64,7 +69,9 @@ class PackingPlan:
         else:
             Thread(target=self._run, args=(lengths_of, num_samples, packing), daemon=True).start()
 
-    def _run(self, lengths_of: Callable[[int, int], np.ndarray], num_samples: int, packing: bool) -> None:
+    def _run(
+        self, lengths_of: Callable[[int, int], np.ndarray], num_samples: int, packing: bool
+    ) -> None:
         try:
             start, num_windows = 0, 1
             while start < num_samples:
@@ -75,7 +82,9 @@ class PackingPlan:
                 for at in range(0, len(lengths), WINDOW):
                     self._rest()
                     window = lengths[at : at + WINDOW]
-                    count = count_sequences(window, self._sequence_length) if packing else len(window)
+                    count = (
+                        count_sequences(window, self._sequence_length) if packing else len(window)
+                    )
                     self._add([count], int(window.sum(dtype=np.int64)))
                 start, num_windows = stop, min(2 * num_windows, WINDOWS_AT_ONCE)
         except Exception as error:
@@ -86,13 +95,17 @@ class PackingPlan:
                 self._grown.notify_all()
 
     def _rest(self) -> None:
-        """While others work, but not for ever: somebody may wait for the number of all sequences meanwhile."""
+        """While others work, but not for ever: somebody may wait for the number of all sequences
+        meanwhile.
+        """
         with self._grown:
             self._grown.wait_for(lambda: not self._num_at_work, LONGEST_REST_SECONDS)
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """For work of many short calls: after each it would wait 5 ms for the interpreter's lock, which the thread has taken."""
+        """For work of many short calls: after each it would wait 5 ms for the interpreter's
+        lock, which the thread has taken.
+        """
         with self._grown:
             self._num_at_work += 1
         try:
@@ -117,7 +130,9 @@ class PackingPlan:
 
     @property
     def starts(self) -> np.ndarray:
-        """`[num_windows + 1]` int64: sequence s lies in the window w with `starts[w] <= s < starts[w + 1]`."""
+        """`[num_windows + 1]` int64: sequence s lies in the window w with `starts[w] <= s <
+        starts[w + 1]`.
+        """
         self._wait(math.inf)
         return np.array(self._starts)
 
@@ -147,19 +162,27 @@ class PackingPlan:
         """(window, number of the sequence in it, number of its sequences)."""
         self._wait(sequence + 1)
         window = bisect_right(self._starts, sequence) - 1
-        return window, sequence - self._starts[window], self._starts[window + 1] - self._starts[window]
+        return (
+            window,
+            sequence - self._starts[window],
+            self._starts[window + 1] - self._starts[window],
+        )
 
 
 def check_lengths(lengths: np.ndarray, sequence_length: int) -> None:
     num_too_long = int((lengths > sequence_length).sum())
     if num_too_long:
-        found = f"{num_too_long} of {len(lengths)} samples are longer than sequence_length {sequence_length}"
+        found = (
+            f"{num_too_long} of {len(lengths)} samples are longer than sequence_length "
+            f"{sequence_length}"
+        )
         remedy = "raise beingvl.sequence_length or tokenize with --max_length"
         raise InputError(f"{found} (the longest has {lengths.max()} tokens); {remedy}")
 
 
 def pack_window(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Best-fit decreasing. Ties: the earlier sample first, the sequence opened last first. Positions ascend in a sequence.
+    """Best-fit decreasing. Ties: the earlier sample first, the sequence opened last first.
+    Positions ascend in a sequence.
 
     Sequences are scattered by the position of their longest sample.
     """
@@ -183,14 +206,18 @@ def pack_window(lengths: np.ndarray, capacity: int) -> list[list[int]]:
             if free - length not in open_with:
                 insort(free_sizes, free - length)
             open_with.setdefault(free - length, []).append(sequence)
-    return [sorted(sequence) for sequence in sorted(sequences, key=lambda sequence: sequence[0] * SCATTER % 2**32)]
+    return [
+        sorted(sequence)
+        for sequence in sorted(sequences, key=lambda sequence: sequence[0] * SCATTER % 2**32)
+    ]
 
 
 def count_sequences(lengths: np.ndarray, capacity: int) -> int:
     """`len(pack_window(lengths, capacity))`, without saying which sample is where.
 
-    Sequences with as many free tokens are alike, so they are counted: `open_with[free]`. A best-fitting sequence takes samples of
-    one length until none fits, so samples of one length go in together.
+    Sequences with as many free tokens are alike, so they are counted: `open_with[free]`. A
+    best-fitting sequence takes samples of one length until none fits, so samples of one length go
+    in together.
     """
     open_with = [0] * (capacity + 1)
     free_sizes: list[int] = []  # where open_with is not 0, ascending

@@ -1,15 +1,22 @@
-"""One LLaVA row to token rows: the conversation, its images' codes and their merged ids as one sequence each."""
+"""One LLaVA row to token rows: the conversation, its images' codes and their merged ids as one
+sequence each.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from beingvl.data.conversation import TextEncoder, TokenizedSample, build_sequence, parse_conversation
-from beingvl.errors import InputError
+from beingvl.data.conversation import (
+    TextEncoder,
+    TokenizedSample,
+    build_sequence,
+    parse_conversation,
+)
 from beingvl.data.llava_json import image_keys
-from beingvl.vbpe.visual_bpe import VisualBPE
-from beingvl.vbpe.published import LegacyVisualBPE
+from beingvl.errors import InputError
 from beingvl.images.vq_codes import CodeFolder
+from beingvl.vbpe.published import LegacyVisualBPE
+from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import VocabLayout
 
 
@@ -43,18 +50,30 @@ class RowTokenizer:
         if type(row.get("id")) not in (str, int):  # True is an int
             raise InputError(f"id is {row['id']!r}, expected a text or a whole number")
         turns = parse_conversation(row.get("conversations"))
-        grids = [self._codes.codes[self._codes.row(key)] for key in image_keys(row)] if self._codes else []
+        grids = (
+            [self._codes.codes[self._codes.row(key)] for key in image_keys(row)]
+            if self._codes
+            else []
+        )
         raw_images = [self._layout.image_to_token_ids(grid.ravel()) for grid in grids]
         raw = build_sequence(turns, raw_images, self._encoder, self._layout, self._template)
         out = {"base": self._jsonl_row(row, raw, raw.image)}
         if self._vbpe:
-            merged_images = [self._layout.image_to_token_ids(self._vbpe.encode(grid)) for grid in grids]
-            merged = build_sequence(turns, merged_images, self._encoder, self._layout, self._template)
+            merged_images = [
+                self._layout.image_to_token_ids(self._vbpe.encode(grid)) for grid in grids
+            ]
+            merged = build_sequence(
+                turns, merged_images, self._encoder, self._layout, self._template
+            )
             out["vbpe"] = self._jsonl_row(row, merged, raw.image, merged.image)
         return out
 
     def _jsonl_row(
-        self, row: dict, sample: TokenizedSample, token_image: list[int], token_image_new: list[int] | None = None
+        self,
+        row: dict,
+        sample: TokenizedSample,
+        token_image: list[int],
+        token_image_new: list[int] | None = None,
     ) -> dict[str, Any]:
         return {
             "id": str(row["id"]),
@@ -69,8 +88,11 @@ class RowTokenizer:
         }
 
 
-def fit(variants: dict[str, dict], max_length: int | None, too_long: str) -> tuple[dict[str, dict], bool]:
-    """The variants of a row, cut to `max_length` tokens when `too_long` is `truncate`, and whether one was cut.
+def fit(
+    variants: dict[str, dict], max_length: int | None, too_long: str
+) -> tuple[dict[str, dict], bool]:
+    """The variants of a row, cut to `max_length` tokens when `too_long` is `truncate`, and
+    whether one was cut.
 
     Raises InputError when a row is too long and may not be cut, or when no target would be left.
     """
@@ -82,12 +104,23 @@ def fit(variants: dict[str, dict], max_length: int | None, too_long: str) -> tup
     cut = {}
     for variant, row in variants.items():
         kept = max_length - (num_tokens(row) - len(row["token_1"]))
-        spans = [(start, min(end, max_length)) for start, end in row["target_spans"] if start < max_length]
+        spans = [
+            (start, min(end, max_length))
+            for start, end in row["target_spans"]
+            if start < max_length
+        ]
         if kept < 1 or not spans:
-            raise InputError(f"the sample has {longest} tokens, and of its first {max_length} (--max_length) none is an answer")
+            raise InputError(
+                f"the sample has {longest} tokens, and of its first {max_length} "
+                "(--max_length) none is an answer"
+            )
         cut[variant] = {**row, "token_1": row["token_1"][:kept], "target_spans": spans}
     return cut, True
 
 
 def num_tokens(row: dict) -> int:
-    return len(row["token_0"]) + len(row.get("token_image_new", row["token_image"])) + len(row["token_1"])
+    return (
+        len(row["token_0"])
+        + len(row.get("token_image_new", row["token_image"]))
+        + len(row["token_1"])
+    )

@@ -2,13 +2,16 @@
 
     RowReader.read    the whole lines of a byte range -> ShardColumns, checked
       block           half a MiB at a time, cut at the last newline
-      parse_lines     the fast twin (token_rows_numba.py), integers from text to int32 without Python objects
-      parse_row       the readable twin: simdjson; for the lines that the fast one leaves over, and for every error
-      check_images    with a vBPE: a row's first image, merged, stands for the row's own codes; every further one, whose codes
+      parse_lines     the fast twin (token_rows_numba.py), integers from text to int32 without
+                      Python objects
+      parse_row       the readable twin: simdjson; for the lines that the fast one leaves over,
+                      and for every error
+      check_images    with a vBPE: a row's first image, merged, stands for the row's own codes;
+                      every further one, whose codes
                   are in no row, fills a grid of as many cells; the fast twin does the same
 
-The sequence of a row is token_0 + image + token_1, where image is token_image_new when the row has it, else token_image; without
-target_spans its target is token_1.
+The sequence of a row is token_0 + image + token_1, where image is token_image_new when the row has
+it, else token_image; without target_spans its target is token_1.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,10 +36,8 @@ from beingvl.data.token_rows_numba import (
     words_of,
 )
 from beingvl.errors import InputError
+from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import VocabLayout
-
-if TYPE_CHECKING:
-    from beingvl.vbpe.visual_bpe import VisualBPE
 
 BLOCK_BYTES = 1 << 19  # a block stays in the processor's cache between reading and parsing
 MAX_LINE_BYTES = 1 << 28
@@ -53,7 +54,8 @@ NOT_A_ROW = (ValueError, TypeError, RuntimeError)  # what `parse_row` raises
 class TokenRow:
     """One line. Integers are int64; `target_spans` is flat: start, end, start, end, …
 
-    `codes` and `merged` are its token_image and token_image_new when it has both, else empty; `after` is token_1.
+    `codes` and `merged` are its token_image and token_image_new when it has both, else empty;
+    `after` is token_1.
     """
 
     id: str
@@ -72,7 +74,8 @@ NOTHING = np.empty(0, np.int64)
 def parse_row(parser: Any, line: bytes) -> TokenRow:
     """A line with simdjson. Raises one of NOT_A_ROW when it is not a token row.
 
-    When it returns, no name may refer to a part of the document, or the parser refuses the next line.
+    When it returns, no name may refer to a part of the document, or the parser refuses the next
+    line.
     """
     fields = parser.parse(line)
     if not isinstance(fields, simdjson.Object):
@@ -99,7 +102,9 @@ def parse_row(parser: Any, line: bytes) -> TokenRow:
 
 
 def _integers(fields: Any, name: str, required: bool = True) -> np.ndarray:
-    """A list of integers `[n]` int64, nested ones flattened. Raises ValueError when it is something else."""
+    """A list of integers `[n]` int64, nested ones flattened. Raises ValueError when it is
+    something else.
+    """
     value = fields.get(name)
     if value is None and not required:
         return NOTHING
@@ -136,7 +141,9 @@ def _category(value: Any) -> str:
 
 
 class RowReader:
-    """Reads one part after the other into the same room in memory, so a part's columns are gone with the next `read`."""
+    """Reads one part after the other into the same room in memory, so a part's columns are gone
+    with the next `read`.
+    """
 
     def __init__(self, layout: VocabLayout, vbpe: VisualBPE | None = None) -> None:
         self._layout, self._vbpe = layout, vbpe
@@ -147,7 +154,9 @@ class RowReader:
         self._parser = simdjson.Parser()
 
     def read(self, path: Path, start: int, stop: int) -> ShardColumns:
-        """The rows of the lines that start in bytes `start … stop - 1`. Raises InputError that names file and line, or sample."""
+        """The rows of the lines that start in bytes `start … stop - 1`. Raises InputError that
+        names file and line, or sample.
+        """
         with open(path, "rb", buffering=1 << 16) as file:
             start, stop = _start_of_line(path, file, start), _start_of_line(path, file, stop)
             buffers = self._make_room(max(0, stop - start))
@@ -155,7 +164,9 @@ class RowReader:
             while at < stop:
                 size, end = self._read_block(file.fileno(), at, stop)
                 if not size:
-                    raise InputError(f"{path} became shorter while it was read; start again when it is complete")
+                    raise InputError(
+                        f"{path} became shorter while it was read; start again when it is complete"
+                    )
                 if end:
                     row = self._parse_block(path, at, end, buffers, row)
                     at += min(end, size)
@@ -166,15 +177,21 @@ class RowReader:
         return _columns(buffers, row)
 
     def _make_room(self, num_bytes: int) -> Buffers:
-        """Room for all rows that so many bytes can hold: memory is only taken for what is written."""
+        """Room for all rows that so many bytes can hold: memory is only taken for what is
+        written.
+        """
         if self._buffers is None or num_bytes > self._room:
             self._room = num_bytes
             self._buffers = make_buffers(num_bytes)
         return self._buffers
 
     def _read_block(self, file: int, at: int, stop: int) -> tuple[int, int]:
-        """Fill the block; returns (bytes read, where its last whole line ends, 0 without one). A last line gets its newline."""
-        size = os.preadv(file, [memoryview(self._block)[: min(len(self._block) - BYTES_AHEAD, stop - at)]], at)
+        """Fill the block; returns (bytes read, where its last whole line ends, 0 without one). A
+        last line gets its newline.
+        """
+        size = os.preadv(
+            file, [memoryview(self._block)[: min(len(self._block) - BYTES_AHEAD, stop - at)]], at
+        )
         if size == stop - at and self._block[size - 1] != NEWLINE:
             self._block[size] = NEWLINE
             return size, size + 1
@@ -196,7 +213,9 @@ class RowReader:
                     self._append_line(line, buffers, row)
                 except ValueError as error:
                     where = f"{path}, line {_line_number(path, offset + at)}"
-                    raise InputError(f"{where}: {error}; make the file again with `beingvl tokenize`") from error
+                    raise InputError(
+                        f"{where}: {error}; make the file again with `beingvl tokenize`"
+                    ) from error
                 row += 1
             at = line_end
 
@@ -221,7 +240,10 @@ class RowReader:
         for values, room, starts in lists:
             beyond = values[(values < -(2**31)) | (values >= 2**31)]
             if len(beyond):
-                raise ValueError(f"sample {line.id!r} has id {beyond[0]}, the vocabulary ends at {self._layout.size - 1}")
+                raise ValueError(
+                    f"sample {line.id!r} has id {beyond[0]}, the vocabulary ends at "
+                    f"{self._layout.size - 1}"
+                )
             starts[row + 1] = starts[row] + len(values)
             room[starts[row] : starts[row + 1]] = values
         for column, text in enumerate((line.id, line.image, line.category)):
@@ -232,8 +254,13 @@ class RowReader:
 
 
 def make_buffers(num_bytes: int) -> Buffers:
-    """Room for the rows of so many bytes: an integer takes two of them, a row at least BYTES_OF_THE_SHORTEST_ROW."""
-    num_rows, num_integers = num_bytes // BYTES_OF_THE_SHORTEST_ROW + 2, num_bytes // 2 + BYTES_AHEAD
+    """Room for the rows of so many bytes: an integer takes two of them, a row at least
+    BYTES_OF_THE_SHORTEST_ROW.
+    """
+    num_rows, num_integers = (
+        num_bytes // BYTES_OF_THE_SHORTEST_ROW + 2,
+        num_bytes // 2 + BYTES_AHEAD,
+    )
 
     def integers() -> np.ndarray:
         return np.empty(num_integers, np.int32)
@@ -258,15 +285,27 @@ def _columns(buffers: Buffers, num_rows: int) -> ShardColumns:
     texts = []
     for text, starts in zip(buffers.text, buffers.text_starts, strict=True):
         used = starts[: num_rows + 1]
-        texts.append(pa.StringArray.from_buffers(num_rows, pa.py_buffer(used), pa.py_buffer(text[: used[-1]])))
+        texts.append(
+            pa.StringArray.from_buffers(
+                num_rows, pa.py_buffer(used), pa.py_buffer(text[: used[-1]])
+            )
+        )
     id_starts, span_starts = buffers.id_starts[: num_rows + 1], buffers.span_starts[: num_rows + 1]
     return ShardColumns(
-        texts[0], texts[1], texts[2], buffers.ids[: id_starts[-1]], id_starts, buffers.spans[: span_starts[-1]], span_starts
+        texts[0],
+        texts[1],
+        texts[2],
+        buffers.ids[: id_starts[-1]],
+        id_starts,
+        buffers.spans[: span_starts[-1]],
+        span_starts,
     )
 
 
 def hash_ids(ids: pa.StringArray) -> np.ndarray:
-    """`[n]` uint64, equal for equal ids; of ten million different ones two are equal with a chance of 3 in a million."""
+    """`[n]` uint64, equal for equal ids; of ten million different ones two are equal with a
+    chance of 3 in a million.
+    """
     _, starts, text = ids.buffers()
     hashes = np.empty(len(ids), np.uint64)
     if len(ids):
@@ -275,7 +314,9 @@ def hash_ids(ids: pa.StringArray) -> np.ndarray:
 
 
 def _start_of_line(path: Path, file: Any, at: int) -> int:
-    """Where the first line that starts at `at` or behind it starts. Raises InputError for a line that no memory should hold."""
+    """Where the first line that starts at `at` or behind it starts. Raises InputError for a line
+    that no memory should hold.
+    """
     if not at:
         return 0
     file.seek(at - 1)
@@ -285,7 +326,10 @@ def _start_of_line(path: Path, file: Any, at: int) -> int:
 
 
 def _too_long(path: Path) -> InputError:
-    return InputError(f"{path} has a line of more than {MAX_LINE_BYTES:,} bytes; expected JSONL, one token row a line")
+    return InputError(
+        f"{path} has a line of more than {MAX_LINE_BYTES:,} bytes; expected JSONL, one "
+        "token row a line"
+    )
 
 
 def _line_number(path: Path, position: int) -> int:
@@ -303,18 +347,41 @@ def _line_number(path: Path, position: int) -> int:
 def images_of(layout: VocabLayout, vbpe: VisualBPE | None) -> Images:
     """What the compiled reader knows of the vBPE; None: nothing."""
     if vbpe is None:
-        starts, (dy, dx, codes), boxes = np.zeros(1, np.int64), np.empty((3, 0), np.int32), np.empty((0, 3), np.int32)
+        starts, (dy, dx, codes), boxes = (
+            np.zeros(1, np.int64),
+            np.empty((3, 0), np.int32),
+            np.empty((0, 3), np.int32),
+        )
     else:
         starts, dy, dx, codes = vbpe.shapes
         of_id = starts[:-1]
-        boxes = np.stack([np.maximum.reduceat(dy, of_id), np.minimum.reduceat(dx, of_id), np.maximum.reduceat(dx, of_id)], 1)
+        boxes = np.stack(
+            [
+                np.maximum.reduceat(dy, of_id),
+                np.minimum.reduceat(dx, of_id),
+                np.maximum.reduceat(dx, of_id),
+            ],
+            1,
+        )
     covered = np.empty(MOST_CELLS // 64, np.uint64)
     num_codes = vbpe.num_codes if vbpe else 0
-    return Images(vbpe is not None, layout.first_image_id, layout.boi_id, num_codes, starts, dy, dx, codes, boxes, covered)
+    return Images(
+        vbpe is not None,
+        layout.first_image_id,
+        layout.boi_id,
+        num_codes,
+        starts,
+        dy,
+        dx,
+        codes,
+        boxes,
+        covered,
+    )
 
 
 def check_images(row: TokenRow, layout: VocabLayout, vbpe: VisualBPE) -> None:
-    """Raises ValueError when merged images do not stand for codes. Without merged codes there is nothing to say.
+    """Raises ValueError when merged images do not stand for codes. Without merged codes there is
+    nothing to say.
 
     An image at the end of its row is one that `--too_long truncate` has cut.
     """
@@ -331,28 +398,44 @@ def check_images(row: TokenRow, layout: VocabLayout, vbpe: VisualBPE) -> None:
                 raise ValueError(f"an image of token_1 {error}") from error
 
 
-def check_decodes(merged: np.ndarray, codes: np.ndarray, layout: VocabLayout, vbpe: VisualBPE) -> None:
-    """Raises ValueError when the merged stream does not stand for the row's own codes, on a grid of some width."""
+def check_decodes(
+    merged: np.ndarray, codes: np.ndarray, layout: VocabLayout, vbpe: VisualBPE
+) -> None:
+    """Raises ValueError when the merged stream does not stand for the row's own codes, on a grid
+    of some width.
+    """
     image_ids, expected = layout.token_to_image_ids(merged), layout.token_to_image_ids(codes)
     if image_ids.size and image_ids.max() >= vbpe.num_ids:
         found = f"the image id {image_ids.max()}, the vBPE's ids end at {vbpe.num_ids - 1}"
         raise ValueError(f"token_image_new holds {found}: is it another vBPE?")
     if expected.size and expected.max() >= vbpe.num_codes:
         raise ValueError(
-            f"token_image holds the image id {expected.max()}, the vBPE has {vbpe.num_codes} codes: is it another vBPE?"
+            f"token_image holds the image id {expected.max()}, the vBPE has "
+            f"{vbpe.num_codes} codes: is it another vBPE?"
         )
     num_cells = int(vbpe.sizes[image_ids].sum())
     if num_cells != len(expected):
-        raise ValueError(f"token_image_new covers {num_cells} cells, token_image has {len(expected)}: is it another vBPE?")
+        raise ValueError(
+            f"token_image_new covers {num_cells} cells, token_image has {len(expected)}: "
+            "is it another vBPE?"
+        )
     side = round(len(expected) ** 0.5)
-    if side and side * side == len(expected) and not np.array_equal(vbpe.decode(image_ids, side, side).ravel(), expected):
+    if (
+        side
+        and side * side == len(expected)
+        and not np.array_equal(vbpe.decode(image_ids, side, side).ravel(), expected)
+    ):
         raise ValueError("token_image_new does not decode to token_image: is it another vBPE?")
 
 
 def check_fills(image_ids: np.ndarray, num_cells: int, vbpe: VisualBPE) -> None:
-    """Raises ValueError when the merged stream does not fill so many cells; where they are a square, each exactly once."""
+    """Raises ValueError when the merged stream does not fill so many cells; where they are a
+    square, each exactly once.
+    """
     if image_ids.size and image_ids.max() >= vbpe.num_ids:
-        raise ValueError(f"holds the image id {image_ids.max()}, the vBPE's ids end at {vbpe.num_ids - 1}")
+        raise ValueError(
+            f"holds the image id {image_ids.max()}, the vBPE's ids end at {vbpe.num_ids - 1}"
+        )
     if (found := int(vbpe.sizes[image_ids].sum())) != num_cells:
         raise ValueError(f"covers {found} cells, the first image has {num_cells}")
     side = round(num_cells**0.5)

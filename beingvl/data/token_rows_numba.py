@@ -1,17 +1,22 @@
 """Token rows from JSONL text, compiled: the fast twin of `token_rows.parse_row`.
 
-    parse_lines      a block of lines -> columns, until the end or until a line that the twin must read
-      parse_line     one object: known fields into `scratch` or marked, everything else skipped but checked
+    parse_lines      a block of lines -> columns, until the end or until a line that the twin
+                     must read
+      parse_line     one object: known fields into `scratch` or marked, everything else skipped
+                     but checked
       write_row      token_0 + image + token_1 end to end, target spans, texts
 
-It knows JSON's whole grammar for what it skips, and for what it takes only the shapes that rows have: lists of integers from 0 to
-10^7 - 1, texts without escapes. A line with anything else is left to the twin (a return of -1), which takes it or says what is
-wrong with it. So what is accepted here must be exactly what the twin would have made of it, and nothing here reports an error.
+It knows JSON's whole grammar for what it skips, and for what it takes only the shapes that rows
+have: lists of integers from 0 to 10^7 - 1, texts without escapes. A line with anything else is left
+to the twin (a return of -1), which takes it or says what is wrong with it. So what is accepted here
+must be exactly what the twin would have made of it, and nothing here reports an error.
 
-Every loop ends at a byte that is not allowed in its place; a line ends in a newline, which is allowed nowhere inside.
+Every loop ends at a byte that is not allowed in its place; a line ends in a newline, which is
+allowed nowhere inside.
 
-Most bytes are looked at eight at a time: `words[n]` is `data[n:n + 8]` as one integer, the first byte lowest. Arithmetic on
-all bytes of a word at once follows Anderson, Bit Twiddling Hacks, and Lemire, "Quickly parsing eight digits" (2018).
+Most bytes are looked at eight at a time: `words[n]` is `data[n:n + 8]` as one integer, the first
+byte lowest. Arithmetic on all bytes of a word at once follows Anderson, Bit Twiddling Hacks, and
+Lemire, "Quickly parsing eight digits" (2018).
 """
 
 from __future__ import annotations
@@ -23,19 +28,31 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-# Nothing here allocates. Without numba's reference counts, which are atomic, a call with three arrays is 50 ns cheaper; the
-# option is not in numba's manual (it is in its CPUTargetOptions), and a numba that no longer knows it says so when compiling.
+# Nothing here allocates. Without numba's reference counts, which are atomic, a call with three
+# arrays is 50 ns cheaper; the option is not in numba's manual (it is in its CPUTargetOptions), and
+# a numba that no longer knows it says so when compiling.
 _kernel = numba.njit(cache=True, nogil=True, _nrt=False)
 
 LEFT_TO_THE_TWIN = -1
 ABSENT, IS_NULL = -1, -2  # for a field's place; both count as empty ranges
-ZERO_, ONE, THREE, SEVEN, EIGHT, TEN, SIXTEEN, DIGIT_0 = (np.uint64(value) for value in (0, 1, 3, 7, 8, 10, 16, 48))
+ZERO_, ONE, THREE, SEVEN, EIGHT, TEN, SIXTEEN, DIGIT_0 = (
+    np.uint64(value) for value in (0, 1, 3, 7, 8, 10, 16, 48)
+)
 MAX_DEPTH = 60  # of what is skipped: the kinds of the open brackets are bits of one integer
 
 QUOTE, BACKSLASH, COMMA, COLON, NEWLINE, MINUS, POINT, ZERO = 34, 92, 44, 58, 10, 45, 46, 48
 OPEN_LIST, CLOSE_LIST, OPEN_OBJECT, CLOSE_OBJECT = 91, 93, 123, 125
 
-FIELDS = ("token_0", "token_1", "token_image", "token_image_new", "target_spans", "id", "image", "category")
+FIELDS = (
+    "token_0",
+    "token_1",
+    "token_image",
+    "token_image_new",
+    "target_spans",
+    "id",
+    "image",
+    "category",
+)
 TOKEN_0, TOKEN_1, CODES, MERGED, SPANS, ID, IMAGE, CATEGORY = range(8)
 NUM_LISTS = 5  # the first fields are lists of integers
 _NAMES = np.array([list(name.encode().ljust(16)) for name in FIELDS], np.uint8)
@@ -53,23 +70,34 @@ SPACES, QUOTES, BACKSLASHES = (EVERY_BYTE * np.uint64(byte) for byte in (32, QUO
 ZEROS, SIXES, HIGH_NIBBLES = (EVERY_BYTE * np.uint64(byte) for byte in (DIGIT_0, 0x06, 0xF0))
 ZEROS_AND_COMMA, SIX_SIXES = np.uint64(0x2C303030303030), np.uint64(0x060606060606)
 HIGH_NIBBLES_OF_SIX, FIRST_OF_SIX_DIGITS = np.uint64(0xFFF0F0F0F0F0F0), np.uint64(100_000)
-PAIRS, WEIGHTS_OF_PAIRS = np.uint64(0xFF000000FF), (np.uint64(0xF424000000064), np.uint64(0x271000000001))
-LOW_NIBBLE, LOW_BYTE, WHOLE_BYTES, BEFORE_LAST_BYTE, ALL_BITS = (np.uint64(value) for value in (15, 255, 0x78, 56, 64))
+PAIRS, WEIGHTS_OF_PAIRS = (
+    np.uint64(0xFF000000FF),
+    (np.uint64(0xF424000000064), np.uint64(0x271000000001)),
+)
+LOW_NIBBLE, LOW_BYTE, WHOLE_BYTES, BEFORE_LAST_BYTE, ALL_BITS = (
+    np.uint64(value) for value in (15, 255, 0x78, 56, 64)
+)
 SPACE = np.uint64(32)
 NO_BITS, ONE_BIT = np.uint64(0), np.uint64(1)
 FNV_OFFSET, FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)  # RFC 9923
 MANY = np.uint64(16)  # ids that are parsed at once
 BUT_THE_LAST = MANY - np.uint64(1)
-BYTES_AHEAD = 160  # so many bytes behind what is parsed may be looked at: MANY times 8 and a word, rounded up
+BYTES_AHEAD = (
+    160  # so many bytes behind what is parsed may be looked at: MANY times 8 and a word, rounded up
+)
 
 
 def words_of(data: np.ndarray) -> np.ndarray:
-    """`words[n]` is `data[n:n + 8]`: a view `[len(data) - 7]` uint64 of bytes that may start anywhere."""
+    """`words[n]` is `data[n:n + 8]`: a view `[len(data) - 7]` uint64 of bytes that may start
+    anywhere.
+    """
     return np.ndarray(len(data) - WORD_BYTES + 1, "<u8", data, strides=(1,))
 
 
 class Buffers(NamedTuple):
-    """Room for rows, end to end; row n of a list lies at `starts[n] … starts[n + 1]`. `scratch` holds one line's integers."""
+    """Room for rows, end to end; row n of a list lies at `starts[n] … starts[n + 1]`. `scratch`
+    holds one line's integers.
+    """
 
     place: np.ndarray  # int64 [8, 2]: where the fields of one line are
     scratch: np.ndarray  # int32
@@ -82,7 +110,9 @@ class Buffers(NamedTuple):
 
 
 class Images(NamedTuple):
-    """What it takes to compare a row's merged image with its codes; nothing is compared when the vBPE is not known."""
+    """What it takes to compare a row's merged image with its codes; nothing is compared when the
+    vBPE is not known.
+    """
 
     is_known: bool
     first_id: int  # of the image ids in the vocabulary
@@ -92,18 +122,27 @@ class Images(NamedTuple):
     dy: np.ndarray  # int32
     dx: np.ndarray  # int32
     codes: np.ndarray  # int32
-    boxes: np.ndarray  # int32 [V, 3]: how far an id reaches down, to the left (not above 0) and to the right of its anchor
+    # int32 [V, 3]: how far an id reaches down, to the left (not above 0) and to the right of its
+    # anchor
+    boxes: np.ndarray
     covered: np.ndarray  # uint64: a bit for a cell of the largest image that is compared here
 
 
 @_kernel
 def parse_lines(
-    data: np.ndarray, words: np.ndarray, at: int, stop: int, buffers: Buffers, images: Images, row: int
+    data: np.ndarray,
+    words: np.ndarray,
+    at: int,
+    stop: int,
+    buffers: Buffers,
+    images: Images,
+    row: int,
 ) -> tuple[int, int]:
-    """Rows of the lines in `data[at:stop]`, whole ones, from row number `row` on. Returns (where it stopped, rows now).
+    """Rows of the lines in `data[at:stop]`, whole ones, from row number `row` on. Returns (where
+    it stopped, rows now).
 
-    It stops before `stop` at a line that is left to the twin. `words` are those of `data`, which goes on for 7 bytes or more
-    behind `stop`.
+    It stops before `stop` at a line that is left to the twin. `words` are those of `data`, which
+    goes on for 7 bytes or more behind `stop`.
     """
     place = buffers.place
     while at < stop:
@@ -118,8 +157,12 @@ def parse_lines(
 
 
 @_kernel
-def parse_line(data: np.ndarray, words: np.ndarray, at: int, scratch: np.ndarray, place: np.ndarray) -> int:
-    """One object and its newline. `place[field]` becomes the range in `scratch` (lists) or in `data` (texts)."""
+def parse_line(
+    data: np.ndarray, words: np.ndarray, at: int, scratch: np.ndarray, place: np.ndarray
+) -> int:
+    """One object and its newline. `place[field]` becomes the range in `scratch` (lists) or in
+    `data` (texts).
+    """
     place[:] = ABSENT
     size = 0
     if data[at] != OPEN_OBJECT:
@@ -168,12 +211,21 @@ def parse_line(data: np.ndarray, words: np.ndarray, at: int, scratch: np.ndarray
 
 
 @_kernel
-def write_row(data: np.ndarray, buffers: Buffers, images: Images, place: np.ndarray, row: int) -> bool:
-    """Whether the marked fields are a row, whose merged image stands for its codes; then it is row number `row`."""
+def write_row(
+    data: np.ndarray, buffers: Buffers, images: Images, place: np.ndarray, row: int
+) -> bool:
+    """Whether the marked fields are a row, whose merged image stands for its codes; then it is
+    row number `row`.
+    """
     if place[TOKEN_0, 0] < 0 or place[TOKEN_1, 0] < 0 or place[ID, 0] < 0:
         return False
     has_merged = place[MERGED, 0] >= 0
-    if images.is_known and has_merged and place[CODES, 0] >= 0 and not images_fit(buffers.scratch, place, images):
+    if (
+        images.is_known
+        and has_merged
+        and place[CODES, 0] >= 0
+        and not images_fit(buffers.scratch, place, images)
+    ):
         return False
     at = copy(buffers.scratch, place[TOKEN_0], buffers.ids, buffers.id_starts[row])
     at = copy(buffers.scratch, place[MERGED if has_merged else CODES], buffers.ids, at)
@@ -199,7 +251,9 @@ def write_row(data: np.ndarray, buffers: Buffers, images: Images, place: np.ndar
 
 @_kernel
 def copy(source: np.ndarray, place: np.ndarray, target: np.ndarray, at: int) -> int:
-    """`source[place[0]:place[1]]` to `target[at:]`; returns where it ends. A slice assignment costs more than most texts."""
+    """`source[place[0]:place[1]]` to `target[at:]`; returns where it ends. A slice assignment
+    costs more than most texts.
+    """
     start, size = place[0], place[1] - place[0]
     for n in range(size):
         target[at + n] = source[start + n]
@@ -221,8 +275,13 @@ def hash_texts(text: np.ndarray, starts: np.ndarray, out: np.ndarray) -> None:
 
 @_kernel
 def images_fit(scratch: np.ndarray, place: np.ndarray, images: Images) -> bool:
-    """Whether the merged image stands for the codes, and every one that follows in token_1 fills a grid as large."""
-    stream, expected = scratch[place[MERGED, 0] : place[MERGED, 1]], scratch[place[CODES, 0] : place[CODES, 1]]
+    """Whether the merged image stands for the codes, and every one that follows in token_1 fills
+    a grid as large.
+    """
+    stream, expected = (
+        scratch[place[MERGED, 0] : place[MERGED, 1]],
+        scratch[place[CODES, 0] : place[CODES, 1]],
+    )
     if not image_fits(stream, expected, images, True):
         return False
     after = scratch[place[TOKEN_1, 0] : place[TOKEN_1, 1]]
@@ -239,11 +298,15 @@ def images_fit(scratch: np.ndarray, place: np.ndarray, images: Images) -> bool:
 
 @_kernel
 def image_fits(stream: np.ndarray, expected: np.ndarray, images: Images, compares: bool) -> bool:
-    """Whether the stream fills as many cells as `expected` has codes and, if it `compares`, stands for them."""
+    """Whether the stream fills as many cells as `expected` has codes and, if it `compares`,
+    stands for them.
+    """
     side = int(np.sqrt(len(expected)) + 0.5)
     if side * side != len(expected):
         return has_same_number_of_cells(stream, expected, images)
-    return len(expected) <= 64 * len(images.covered) and stands_for(stream, expected, side, images, compares)
+    return len(expected) <= 64 * len(images.covered) and stands_for(
+        stream, expected, side, images, compares
+    )
 
 
 @_kernel
@@ -263,16 +326,22 @@ def has_same_number_of_cells(stream: np.ndarray, expected: np.ndarray, images: I
 
 
 @_kernel
-def stands_for(stream: np.ndarray, expected: np.ndarray, side: int, images: Images, compares: bool) -> bool:
-    """`VisualBPE.decode` of a square grid, with a comparison, if it `compares`, in place of the grid.
+def stands_for(
+    stream: np.ndarray, expected: np.ndarray, side: int, images: Images, compares: bool
+) -> bool:
+    """`VisualBPE.decode` of a square grid, with a comparison, if it `compares`, in place of the
+    grid.
 
-    `free` holds the cells of the current 64 that are not covered yet, so that the next one is found without a loop.
+    `free` holds the cells of the current 64 that are not covered yet, so that the next one is found
+    without a loop.
     """
     covered, num_words = images.covered, (len(expected) + 63) // 64
     for n in range(num_words):
         covered[n] = NO_BITS
     if len(expected) % 64:
-        covered[num_words - 1] = ~NO_BITS << np.uint64(len(expected) % 64)  # cells that there are not
+        covered[num_words - 1] = ~NO_BITS << np.uint64(
+            len(expected) % 64
+        )  # cells that there are not
     word, num_cells = 0, 0
     free = ~covered[0] if num_words else NO_BITS
     for i in range(len(stream)):
@@ -316,7 +385,9 @@ def stands_for(stream: np.ndarray, expected: np.ndarray, side: int, images: Imag
 
 @intrinsic
 def trailing_zeros(typing_context: Any, word: Any) -> Any:
-    """How many of a word's lowest bits are zero, 64 of zero: one instruction, which numba has no name for."""
+    """How many of a word's lowest bits are zero, 64 of zero: one instruction, which numba has no
+    name for.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], context.get_constant(types.boolean, False))
@@ -349,7 +420,9 @@ def find_field(data: np.ndarray, start: int) -> int:
 
 @_kernel
 def skip_key(data: np.ndarray, at: int) -> int:
-    """Behind a key and its colon. A key with escapes could spell a known field: it is left to the twin."""
+    """Behind a key and its colon. A key with escapes could spell a known field: it is left to
+    the twin.
+    """
     if data[at] != QUOTE:
         return LEFT_TO_THE_TWIN
     at = find_end_of_plain_text(data, at)
@@ -377,7 +450,9 @@ def find_end_of_plain_text(data: np.ndarray, at: int) -> int:
 
 @_kernel
 def skip_plain_texts(data: np.ndarray, at: int) -> int:
-    """Behind a list of texts without escapes, and without a space between them: it is its own shortest JSON."""
+    """Behind a list of texts without escapes, and without a space between them: it is its own
+    shortest JSON.
+    """
     while True:
         if data[at + 1] != QUOTE:
             return LEFT_TO_THE_TWIN
@@ -415,11 +490,17 @@ def skip_text(data: np.ndarray, words: np.ndarray, at: int) -> int:
 
 @_kernel
 def skip_plain_words(words: np.ndarray, at: int) -> int:
-    """Behind as many eights of bytes as are ASCII, not below a space, and neither a quote nor a backslash."""
+    """Behind as many eights of bytes as are ASCII, not below a space, and neither a quote nor a
+    backslash.
+    """
     while True:
         word = words[at]
         quotes, backslashes = word ^ QUOTES, word ^ BACKSLASHES  # zero bytes where there is one
-        below = ((word - SPACES) & ~word) | ((quotes - EVERY_BYTE) & ~quotes) | ((backslashes - EVERY_BYTE) & ~backslashes)
+        below = (
+            ((word - SPACES) & ~word)
+            | ((quotes - EVERY_BYTE) & ~quotes)
+            | ((backslashes - EVERY_BYTE) & ~backslashes)
+        )
         if (word | below) & HIGH_BITS:
             return at
         at += WORD_BYTES
@@ -444,7 +525,9 @@ def is_escaped_character(data: np.ndarray, at: int) -> bool:
 
 @_kernel
 def utf8_size(data: np.ndarray, at: int) -> int:
-    """Bytes of the character of two or more bytes at `at`, 0 when there is none (Unicode 15, table 3-7)."""
+    """Bytes of the character of two or more bytes at `at`, 0 when there is none (Unicode 15,
+    table 3-7).
+    """
     first = data[at]
     if first < 0xC2 or first > 0xF4:
         return 0
@@ -467,8 +550,12 @@ def utf8_size(data: np.ndarray, at: int) -> int:
 
 
 @_kernel
-def parse_integers(data: np.ndarray, words: np.ndarray, at: int, out: np.ndarray, size: int) -> tuple[int, int]:
-    """A list of integers, or a list of such lists laid end to end, into `out[size:]`. Returns (behind it, the new size)."""
+def parse_integers(
+    data: np.ndarray, words: np.ndarray, at: int, out: np.ndarray, size: int
+) -> tuple[int, int]:
+    """A list of integers, or a list of such lists laid end to end, into `out[size:]`. Returns
+    (behind it, the new size).
+    """
     at = skip_space(data, at + 1)
     if data[at] != OPEN_LIST:
         return parse_flat_integers(data, words, at, out, size)
@@ -486,9 +573,13 @@ def parse_integers(data: np.ndarray, words: np.ndarray, at: int, out: np.ndarray
 
 
 @_kernel
-def parse_flat_integers(data: np.ndarray, words: np.ndarray, start: int, out: np.ndarray, size: int) -> tuple[Any, Any]:
-    """From behind the opening bracket. Nine bytes in ten pass here, nearly all of them as six digits and a comma, which is what
-    an image token is. Unsigned places spare the test for indices from the end. More than 7 digits are left to the twin."""
+def parse_flat_integers(
+    data: np.ndarray, words: np.ndarray, start: int, out: np.ndarray, size: int
+) -> tuple[Any, Any]:
+    """From behind the opening bracket. Nine bytes in ten pass here, nearly all of them as six
+    digits and a comma, which is what an image token is. Unsigned places spare the test for
+    indices from the end. More than 7 digits are left to the twin.
+    """
     if data[start] == CLOSE_LIST:
         return start + 1, size
     at, entry = np.uint64(start), np.uint64(size)
@@ -498,7 +589,9 @@ def parse_flat_integers(data: np.ndarray, words: np.ndarray, start: int, out: np
         word = words[at]
         stride = SEVEN + np.uint64(word >> BEFORE_LAST_BYTE == SPACE)
         last = words[at + BUT_THE_LAST * stride]
-        may_be_many = (others_than_six_digits_and_comma(word) | others_than_six_digits_and_comma(last)) == ZERO_
+        may_be_many = (
+            others_than_six_digits_and_comma(word) | others_than_six_digits_and_comma(last)
+        ) == ZERO_
         if may_be_many and parse_many(words, at, stride, out, entry):
             at += MANY * stride
             entry += MANY
@@ -513,13 +606,19 @@ def parse_flat_integers(data: np.ndarray, words: np.ndarray, start: int, out: np
         after = np.uint8((word >> num_bits) & LOW_BYTE)
         at += (num_bits >> THREE) + ONE
         if after != COMMA:
-            return (np.int64(at), np.int64(entry)) if after == CLOSE_LIST else (np.int64(LEFT_TO_THE_TWIN), np.int64(size))
+            return (
+                (np.int64(at), np.int64(entry))
+                if after == CLOSE_LIST
+                else (np.int64(LEFT_TO_THE_TWIN), np.int64(size))
+            )
 
 
 @_kernel
 def parse_many(words: np.ndarray, at: int, stride: int, out: np.ndarray, entry: int) -> bool:
-    """MANY times six digits, a comma, and with a stride of 8 a space, into `out[entry:]`; free of branches, so that the compiler
-    takes vector instructions. Returns False when one of them is something else; what it has written then means nothing."""
+    """MANY times six digits, a comma, and with a stride of 8 a space, into `out[entry:]`; free
+    of branches, so that the compiler takes vector instructions. Returns False when one of them
+    is something else; what it has written then means nothing.
+    """
     wrong, has_space = ZERO_, stride == EIGHT
     for n in range(MANY):
         word = words[at + np.uint64(n) * stride]
@@ -532,21 +631,27 @@ def parse_many(words: np.ndarray, at: int, stride: int, out: np.ndarray, entry: 
 
 @_kernel
 def others_than_six_digits_and_comma(word: int) -> np.uint64:
-    """Zero when the first seven bytes are those: 0x30 … 0x39 become 0x00 … 0x09, the comma 0x00; 0x0A and more pass 0x0F."""
+    """Zero when the first seven bytes are those: 0x30 … 0x39 become 0x00 … 0x09, the comma 0x00;
+    0x0A and more pass 0x0F.
+    """
     nibbles = word ^ ZEROS_AND_COMMA
     return (nibbles | (nibbles + SIX_SIXES)) & HIGH_NIBBLES_OF_SIX
 
 
 @_kernel
 def others_than_digits(word: int) -> np.uint64:
-    """High nibbles that are not zero: the lowest lies in the first byte that is no digit, those behind it mean nothing."""
+    """High nibbles that are not zero: the lowest lies in the first byte that is no digit, those
+    behind it mean nothing.
+    """
     nibbles = word ^ ZEROS
     return (nibbles | (nibbles + SIXES)) & HIGH_NIBBLES
 
 
 @_kernel
 def eight_digits(digits: int) -> np.uint64:
-    """The number of eight digits, one a byte: pairs of them first, then pairs of pairs. Zeros may come first."""
+    """The number of eight digits, one a byte: pairs of them first, then pairs of pairs. Zeros
+    may come first.
+    """
     pairs = digits * TEN + (digits >> EIGHT)
     low, high = pairs & PAIRS, (pairs >> SIXTEEN) & PAIRS
     return (low * WEIGHTS_OF_PAIRS[0] + high * WEIGHTS_OF_PAIRS[1]) >> np.uint64(32)
@@ -563,7 +668,9 @@ def is_integer(data: np.ndarray, start: int, end: int) -> bool:
 
 @_kernel
 def skip_scalar(data: np.ndarray, at: int) -> int:
-    """Behind true, false, null or a number without an exponent and of at most 18 digits before the point."""
+    """Behind true, false, null or a number without an exponent and of at most 18 digits before
+    the point.
+    """
     for literal in range(len(_LITERAL_SIZES)):
         same = 0
         while same < _LITERAL_SIZES[literal] and data[at + same] == _LITERALS[literal, same]:
@@ -588,7 +695,9 @@ def skip_scalar(data: np.ndarray, at: int) -> int:
 
 @_kernel
 def skip_value(data: np.ndarray, words: np.ndarray, at: int) -> int:
-    """Behind any value. The kinds of the open brackets are bits of `objects`, the innermost last."""
+    """Behind any value. The kinds of the open brackets are bits of `objects`, the innermost
+    last.
+    """
     objects, depth = 0, 0
     while True:
         if data[at] == OPEN_OBJECT or data[at] == OPEN_LIST:

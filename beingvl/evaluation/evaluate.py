@@ -1,49 +1,84 @@
-"""Score a model: answers to held-out questions, loss on held-out shards, or its text logits against the base model's.
+"""Score a model: answers to held-out questions, loss on held-out shards, or its text logits
+against the base model's.
 
 One of three, each into a folder of its own:
   --json_path FILE      answer every row's question greedily and score the answers by --metric
   --data SHARDS         loss and perplexity per source and token kind, computed as in training
-  --text_parity BASE    do-no-harm check on a fixed text: after stage 1 the logits of all text ids equal the base model's bit for
-                        bit (a difference is exit code 1); after stages 2 and 3 the KL divergence is printed
+  --text_parity BASE    do-no-harm check on a fixed text: after stage 1 the logits of all text
+                        ids equal the base model's bit for
+                        bit (a difference is exit code 1); after stages 2 and 3 the KL divergence is
+                        printed
 
-Rows of --json_path: LLaVA format, one question a row. Its reference answer is `answers` (a list of texts, or of objects with
-`answer`), else `answer` (a text, or a number into the list `choices`), else the gpt turn. `category` groups scores.
+Rows of --json_path: LLaVA format, one question a row. Its reference answer is `answers` (a list of
+texts, or of objects with `answer`), else `answer` (a text, or a number into the list `choices`),
+else the gpt turn. `category` groups scores.
   exact_match    equal to a reference after stripping and lower-casing
   vqa_accuracy   VQAv2, VizWiz, TextVQA: ten `answers` a row, official normalisation
-  pope           answer yes or no; accuracy, precision, recall, F1, share of yes; `category` random, popular, adversarial
-  mme            answer yes or no; `category` is the MME task, two questions an image; perception and cognition score
+  pope           answer yes or no; accuracy, precision, recall, F1, share of yes; `category`
+                 random, popular, adversarial
+  mme            answer yes or no; `category` is the MME task, two questions an image;
+                 perception and cognition score
   scienceqa      answer is a letter A … E, or a number into `choices`
   anls           DocVQA, ST-VQA: similarity with the best of `answers`, 0 below 0.5
   bleu, cider    captions; pip install '.[evaluation]'
 
-OUTPUT_PATH gets scores.json (with standard errors), predictions.jsonl or samples.jsonl, and manifest.json last. The work is cut
-into parts of --rows_per_part (beingvl/artefact/parts.py): started by a launcher or as a Slurm array, every rank makes its share; killed,
-it is started again with any number of ranks and makes what is missing. A finished evaluation with the same inputs is reused.
+OUTPUT_PATH gets scores.json (with standard errors), predictions.jsonl or samples.jsonl, and
+manifest.json last. The work is cut into parts of --rows_per_part (beingvl/artefact/parts.py):
+started by a launcher or as a Slurm array, every rank makes its share; killed, it is started again
+with any number of ranks and makes what is missing. A finished evaluation with the same inputs is
+reused.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from tqdm import tqdm
+
+from beingvl.artefact.manifest import (
+    already_made,
+    is_complete,
+    read_manifest,
+    start_folder,
+    to_json,
+    write_atomically,
+    write_manifest,
+)
+from beingvl.artefact.parts import (
+    OvertakenError,
+    Parts,
+    locked,
+    ranks_of,
+    refuse_overwrite_of_many,
+    remove_parts,
+)
 from beingvl.errors import InputError
-from beingvl.evaluation.metrics_qa import METRICS
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from beingvl.evaluation.held_out_loss import HeldOutLoss
-    from beingvl.evaluation.question_answering import Answering
+from beingvl.evaluation.held_out_loss import HeldOutLoss
+from beingvl.evaluation.question_answering import Answering
+from beingvl.evaluation.text_parity import check_base, text_parity
+from beingvl.images.vqgan import usable_device
 
 KIND = "evaluation"
 PREDICTIONS_FILE = "predictions.jsonl"
 SCORES_FILE = "scores.json"
 MAX_TABLE_ROWS = 20
-_ANSWER_OPTIONS = ("metric", "image_path", "vq_codes", "vbpe_path", "raw", "max_new_tokens", "batch_size")
+_ANSWER_OPTIONS = (
+    "metric",
+    "image_path",
+    "vq_codes",
+    "vbpe_path",
+    "raw",
+    "max_new_tokens",
+    "batch_size",
+)
 UNUSED_OPTIONS = {
     "json_path": ("loss_on",),
     "data": _ANSWER_OPTIONS,
@@ -52,36 +87,7 @@ UNUSED_OPTIONS = {
 """What is evaluated -> the options that say nothing about it."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from beingvl.artefact.parts import add_rank_arguments
-
-    add = parser.add_argument
-    add("--model", type=Path, required=True, help="Being-VL model folder, e.g. stage-3/final")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--json_path", type=Path, help="LLaVA-format JSON or JSONL, one question and its reference answer a row")
-    what.add_argument("--data", type=Path, help="shard folder of build-shards that was not trained on")
-    what.add_argument("--text_parity", type=Path, metavar="BASE", help="the model that training started from, converted or not")
-    add("--output_path", type=Path, required=True, help="folder to write")
-    add("--metric", default="exact_match", choices=list(METRICS), help="of --json_path")
-    add("--vbpe_path", type=Path, help="vbpe.json; default: the one inside the model folder")
-    add("--raw", action="store_true", help="plain VQ codes without vBPE, for a model trained on them")
-    add("--image_path", type=Path, help="folder that the rows' image paths start from")
-    add("--vq_codes", type=Path, help="folder of encode-images; without it the images are encoded now")
-    add("--name", help="name in scores.json and the table; default: the output folder's")
-    add("--batch_size", type=int, default=128, help="prompts a batch; fewer for a large model")
-    add("--max_new_tokens", type=int, default=16, help="longest answer, in tokens")
-    add("--loss_on", default="response", choices=["response", "text", "all"], help="of --data: which tokens are targets")
-    add("--limit", type=int, help="take only the first so many rows or samples")
-    add("--rows_per_part", type=int, default=512, help="rows or samples that are finished, or lost by a kill, together")
-    add("--torch_dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the language model")
-    add("--device", help="torch device; default: this rank's accelerator, if there is one; for --text_parity the cpu")
-    add_rank_arguments(parser)
-    add("--overwrite", action="store_true", help="replace a finished evaluation of other inputs")
-
-
 def run(args: argparse.Namespace) -> int:
-    from beingvl.artefact.parts import ranks_of, refuse_overwrite_of_many
-
     for name in ("rows_per_part", "batch_size", "max_new_tokens", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}, expected 1 or more")
@@ -91,20 +97,18 @@ def run(args: argparse.Namespace) -> int:
     if args.text_parity:
         return evaluate_text_parity(args)
     if args.json_path:
-        from beingvl.evaluation.question_answering import Answering
-
         evaluate_in_parts(Answering(args, device_of(args)), args, rank, num_ranks)
     else:
-        from beingvl.evaluation.held_out_loss import HeldOutLoss
-
         evaluate_in_parts(HeldOutLoss(args, device_of(args)), args, rank, num_ranks)
     return 0
 
 
 def refuse_unused_options(args: argparse.Namespace) -> None:
-    """An option that has no effect on what was asked for, and is not at its default, was meant for something else."""
+    """An option that has no effect on what was asked for, and is not at its default, was meant
+    for something else.
+    """
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    importlib.import_module("beingvl.commands.evaluate").add_arguments(parser)
     what = next(name for name in UNUSED_OPTIONS if getattr(args, name) is not None)
     for name in UNUSED_OPTIONS[what]:
         if getattr(args, name) != parser.get_default(name):
@@ -113,10 +117,6 @@ def refuse_unused_options(args: argparse.Namespace) -> None:
 
 def device_of(args: argparse.Namespace) -> str:
     """The launcher sets LOCAL_RANK, the number of this rank's accelerator on its machine."""
-    import torch
-
-    from beingvl.images.vqgan import usable_device
-
     own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     return str(usable_device(args.device or own))
 
@@ -124,11 +124,10 @@ def device_of(args: argparse.Namespace) -> str:
 # ---- questions and loss: in parts ----
 
 
-def evaluate_in_parts(work: Answering | HeldOutLoss, args: argparse.Namespace, rank: int, num_ranks: int) -> None:
+def evaluate_in_parts(
+    work: Answering | HeldOutLoss, args: argparse.Namespace, rank: int, num_ranks: int
+) -> None:
     """Make this rank's missing parts; the rank that finds all of them finished joins them."""
-    from beingvl.artefact.manifest import already_made, is_complete, start_folder
-    from beingvl.artefact.parts import OvertakenError, Parts, locked, remove_parts
-
     output = args.output_path
     with locked(output):
         if args.overwrite:
@@ -150,13 +149,18 @@ def evaluate_in_parts(work: Answering | HeldOutLoss, args: argparse.Namespace, r
         found, request, counts = work.finish(parts, num_parts, output)
         write_scores(args, found, work.lineage, {"request": request, **counts})
         parts.remove()
-    print(f"{output}: {work.num_rows} {work.unit}s in {counts['seconds']:.1f} s of all ranks together")
+    print(
+        f"{output}: {work.num_rows} {work.unit}s in {counts['seconds']:.1f} s of all ranks together"
+    )
 
 
-def _make_parts(work: Answering | HeldOutLoss, parts: Any, numbers: list[int], rows_per_part: int) -> None:
-    from tqdm import tqdm
-
-    ranges = [range(number * rows_per_part, min((number + 1) * rows_per_part, work.num_rows)) for number in numbers]
+def _make_parts(
+    work: Answering | HeldOutLoss, parts: Any, numbers: list[int], rows_per_part: int
+) -> None:
+    ranges = [
+        range(number * rows_per_part, min((number + 1) * rows_per_part, work.num_rows))
+        for number in numbers
+    ]
     with tqdm(total=sum(map(len, ranges)), desc="evaluate", unit=work.unit, disable=None) as bar:
         for number, rows in zip(numbers, ranges, strict=True):
             with parts.writing(number) as folder:
@@ -168,10 +172,6 @@ def _make_parts(work: Answering | HeldOutLoss, parts: Any, numbers: list[int], r
 
 def evaluate_text_parity(args: argparse.Namespace) -> int:
     """Exit code 1 when the text logits should be the base model's and are not."""
-    from beingvl.evaluation.text_parity import check_base, text_parity
-    from beingvl.artefact.manifest import already_made, read_manifest, start_folder
-    from beingvl.images.vqgan import usable_device
-
     device = str(usable_device(args.device or "cpu"))
     request = {**check_base(args.model, args.text_parity), "torch_dtype": args.torch_dtype}
     if not already_made(args.output_path, KIND, request, args.overwrite):
@@ -183,7 +183,10 @@ def evaluate_text_parity(args: argparse.Namespace) -> int:
     scores = read_summary(args.output_path)
     if scores["equal_is_expected"] and not scores["equal"]:
         difference = scores["scores"]["max_logit_difference"]
-        print(f"DIFFERENT: only new rows were trained, but text logits differ from {args.text_parity} by up to {difference:.3g}")
+        print(
+            "DIFFERENT: only new rows were trained, but text logits differ from "
+            f"{args.text_parity} by up to {difference:.3g}"
+        )
         return 1
     return 0
 
@@ -192,11 +195,12 @@ def evaluate_text_parity(args: argparse.Namespace) -> int:
 
 
 def write_scores(
-    args: argparse.Namespace, found: Mapping[str, Any], lineage: Mapping[str, str], details: Mapping[str, Any]
+    args: argparse.Namespace,
+    found: Mapping[str, Any],
+    lineage: Mapping[str, str],
+    details: Mapping[str, Any],
 ) -> None:
     """scores.json, then the manifest; prints the table."""
-    from beingvl.artefact.manifest import to_json, write_atomically, write_manifest
-
     scores = {"name": args.name or args.output_path.name, **found}
     write_atomically(args.output_path / SCORES_FILE, to_json(scores))
     write_manifest(args.output_path, KIND, {"rows": scores["rows"]}, lineage, details)
@@ -205,20 +209,21 @@ def write_scores(
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """scores.json of a finished evaluation. Raises InputError when the folder is none."""
-    from beingvl.artefact.manifest import read_manifest
-
     read_manifest(folder, KIND)
     if not (folder / SCORES_FILE).is_file():
-        raise InputError(f"{folder} has no {SCORES_FILE}: an older version made it; evaluate again with --overwrite")
+        raise InputError(
+            f"{folder} has no {SCORES_FILE}: an older version made it; evaluate again with "
+            "--overwrite"
+        )
     return json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
 
 
 def read_predictions(folder: Path) -> list[dict[str, Any]]:
     """All lines of a finished evaluation's predictions.jsonl."""
-    from beingvl.artefact.manifest import read_manifest
-
     read_manifest(folder, KIND)
-    with open(folder / PREDICTIONS_FILE, encoding="utf-8") as file:  # str.splitlines would also break at U+2028 in an answer
+    with open(
+        folder / PREDICTIONS_FILE, encoding="utf-8"
+    ) as file:  # str.splitlines would also break at U+2028 in an answer
         return [json.loads(line) for line in file]
 
 
@@ -233,7 +238,9 @@ def print_scores(scores: Mapping[str, Any]) -> None:
         print(f"  {name:<22} {value:12.6g}" + (f"  ± {error:.2g}" if error is not None else ""))
     for group in ("categories", "sources", "kinds"):
         for name, entry in scores.get(group, {}).items():
-            print(f"  {name:<22} " + "  ".join(f"{key} {value:.4g}" for key, value in entry.items()))
+            print(
+                f"  {name:<22} " + "  ".join(f"{key} {value:.4g}" for key, value in entry.items())
+            )
     if "equal" in scores:
         print(f"  text logits are {'equal to the bit' if scores['equal'] else 'not equal'}")
     if "questions" in scores:
@@ -241,21 +248,21 @@ def print_scores(scores: Mapping[str, Any]) -> None:
 
 
 def print_questions(scores: Mapping[str, Any]) -> None:
-    """Question, accuracy, chance, majority, rows; the most frequent questions only, when there are many."""
+    """Question, accuracy, chance, majority, rows; the most frequent questions only, when there
+    are many.
+    """
     entries = sorted(scores["questions"].items(), key=lambda item: -item[1]["rows"])
     width = max(len(text[:60]) for text, _ in entries)
     print(f"  {'question':<{width}}  accuracy  chance  majority    rows")
     for text, entry in entries[:MAX_TABLE_ROWS]:
-        columns = f"{entry['accuracy']:8.3f}  {entry['chance']:6.3f}  {entry['majority']:8.3f}  {entry['rows']:6d}"
+        columns = (
+            f"{entry['accuracy']:8.3f}  {entry['chance']:6.3f}  {entry['majority']:8.3f} "
+            f" {entry['rows']:6d}"
+        )
         print(f"  {text[:60]:<{width}}  {columns}")
     if len(entries) > MAX_TABLE_ROWS:
         print(f"  … and {len(entries) - MAX_TABLE_ROWS} more questions in {SCORES_FILE}")
-    print(f"  {'mean over questions':<{width}}  {scores['accuracy_mean']:8.3f}  {'':6}  {'':8}  {scores['rows']:6d}")
-
-
-if __name__ == "__main__":
-    import sys
-
-    from beingvl.commands.main import main
-
-    sys.exit(main(["evaluate", *sys.argv[1:]]))
+    print(
+        f"  {'mean over questions':<{width}}  {scores['accuracy_mean']:8.3f}  {'':6}  "
+        f"{'':8}  {scores['rows']:6d}"
+    )

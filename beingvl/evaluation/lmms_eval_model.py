@@ -1,8 +1,11 @@
-"""Being-VL as a model of lmms-eval, found through this package's entry point in the group `lmms_eval.models`.
+"""Being-VL as a model of lmms-eval, found through this package's entry point in the group
+`lmms_eval.models`.
 
-    lmms-eval --model beingvl --model_args pretrained=stage-3/final,vbpe_path=vbpe.json --tasks pope,mme --batch_size 16
+    lmms-eval --model beingvl --model_args pretrained=stage-3/final,vbpe_path=vbpe.json --tasks
+    pope,mme --batch_size 16
 
-Imported by lmms-eval only, which is not a dependency of this package; the work is done in lmms_eval_requests.py.
+Imported by lmms-eval only, which is not a dependency of this package; the work is done in
+lmms_eval_requests.py.
 """
 
 from __future__ import annotations
@@ -47,15 +50,28 @@ class LmmsEvalModel(lmms):
         for request in requests:
             context, options, doc_to_visual, doc_id, task, split = request.args
             visuals = doc_to_visual(self.task_dict[task][split][doc_id])
-            asked.append(Request(context, visuals if isinstance(visuals, list) else [visuals], options))
-        with tqdm(total=len(asked), disable=None if self.rank == 0 else True, desc="beingvl", unit="question") as bar:
-            answers = answer_requests(self._model, asked, self._batch_size, self._with_vbpe, bar.update)
+            asked.append(
+                Request(context, visuals if isinstance(visuals, list) else [visuals], options)
+            )
+        with tqdm(
+            total=len(asked),
+            disable=None if self.rank == 0 else True,
+            desc="beingvl",
+            unit="question",
+        ) as bar:
+            answers = answer_requests(
+                self._model, asked, self._batch_size, self._with_vbpe, bar.update
+            )
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("generate_until", request.args[:2], answer)
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        raise NotImplementedError("beingvl answers by generating; choose a task with output_type generate_until")
+        raise NotImplementedError(
+            "beingvl answers by generating; choose a task with output_type generate_until"
+        )
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[Any]:
-        raise NotImplementedError("beingvl answers one round; choose a task with output_type generate_until")
+        raise NotImplementedError(
+            "beingvl answers one round; choose a task with output_type generate_until"
+        )

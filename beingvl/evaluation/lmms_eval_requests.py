@@ -1,7 +1,8 @@
-"""What lmms-eval asks, answered by a `BeingVL`: text, images and generation options in, answers out.
+"""What lmms-eval asks, answered by a `BeingVL`: text, images and generation options in, answers
+out.
 
-Nothing of lmms-eval is needed here; beingvl/evaluation/lmms_eval_model.py is the class that it loads. Prompts go through the same
-chat template as everywhere.
+Nothing of lmms-eval is needed here; beingvl/evaluation/lmms_eval_model.py is the class that it
+loads. Prompts go through the same chat template as everywhere.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ from beingvl.errors import InputError
 from beingvl.inference.model import BeingVL
 
 MAX_NEW_TOKENS = 128  # of tasks that say nothing
-IGNORED_OPTIONS = {"top_p", "image_aspect_ratio", "use_cache", "max_gen_toks"}  # without effect on greedy answers of this model
+IGNORED_OPTIONS = {
+    "top_p",
+    "image_aspect_ratio",
+    "use_cache",
+    "max_gen_toks",
+}  # without effect on greedy answers of this model
 
 
 @dataclass(frozen=True)
@@ -32,9 +38,14 @@ class Request:
 
 
 def answer_requests(
-    model: BeingVL, requests: Sequence[Request], batch_size: int, with_vbpe: bool, on_answers: Callable[[int], object]
+    model: BeingVL,
+    requests: Sequence[Request],
+    batch_size: int,
+    with_vbpe: bool,
+    on_answers: Callable[[int], object],
 ) -> list[str]:
-    """Answers in the order of `requests`, in batches of equal options; `on_answers` hears how many more are done.
+    """Answers in the order of `requests`, in batches of equal options; `on_answers` hears how
+    many more are done.
 
     Raises InputError for options that this model cannot follow and for visuals that are no images.
     """
@@ -63,11 +74,19 @@ def answer_requests(
 def _generation(options: Mapping[str, Any]) -> tuple[int, float]:
     """(longest answer in tokens, temperature; 0 is greedy)."""
     if (options.get("num_beams") or 1) != 1:
-        raise InputError(f"num_beams is {options['num_beams']}, beingvl answers greedily or by sampling; set num_beams=1")
-    unknown = set(options) - IGNORED_OPTIONS - {"max_new_tokens", "temperature", "do_sample", "until", "num_beams"}
+        raise InputError(
+            f"num_beams is {options['num_beams']}, beingvl answers greedily or by "
+            "sampling; set num_beams=1"
+        )
+    unknown = (
+        set(options)
+        - IGNORED_OPTIONS
+        - {"max_new_tokens", "temperature", "do_sample", "until", "num_beams"}
+    )
     if unknown:
         raise InputError(
-            f"generation option {sorted(unknown)[0]!r} is not known to beingvl; remove it from the task or --gen_kwargs"
+            f"generation option {sorted(unknown)[0]!r} is not known to beingvl; remove it "
+            "from the task or --gen_kwargs"
         )
     temperature = float(options.get("temperature") or 0) if options.get("do_sample") else 0.0
     return int(options.get("max_new_tokens") or MAX_NEW_TOKENS), temperature
@@ -84,7 +103,10 @@ def _prompt(request: Request) -> str:
 def _images(request: Request) -> list[Any] | None:
     for image in request.images:
         if not isinstance(image, (str, os.PathLike)) and not hasattr(image, "convert"):
-            raise InputError(f"the task shows {type(image).__name__}, beingvl sees images only (no video, no audio)")
+            raise InputError(
+                f"the task shows {type(image).__name__}, beingvl sees images only (no video, "
+                "no audio)"
+            )
     return list(request.images) or None
 
 
@@ -100,8 +122,12 @@ def as_flag(value: Any) -> bool:
     return value.strip().lower() in ("1", "true", "yes") if isinstance(value, str) else bool(value)
 
 
-def open_model(pretrained: str, vbpe_path: str | None, torch_dtype: str | None, device: str | None) -> tuple[BeingVL, str]:
-    """The loaded model and its device: this rank's accelerator in bfloat16, else the CPU in float32."""
+def open_model(
+    pretrained: str, vbpe_path: str | None, torch_dtype: str | None, device: str | None
+) -> tuple[BeingVL, str]:
+    """The loaded model and its device: this rank's accelerator in bfloat16, else the CPU in
+    float32.
+    """
     on_gpu = torch.cuda.is_available() and not str(device).startswith("cpu")
     rank_device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     place = rank_device if on_gpu and device in (None, "cuda") else str(device) if on_gpu else "cpu"

@@ -1,16 +1,22 @@
-"""The field's question-answering metrics, each as its authors compute it. Pure functions of answers and references.
+"""The field's question-answering metrics, each as its authors compute it. Pure functions of
+answers and references.
 
     exact_match    equal to a reference after stripping and lower-casing
-    vqa_accuracy   VQA (Antol et al. 2015): min(1, matches / 3), averaged over leaving out each of ten answers
+    vqa_accuracy   VQA (Antol et al. 2015): min(1, matches / 3), averaged over leaving out each
+                   of ten answers
     pope           POPE (Li et al. 2023): accuracy, precision, recall, F1, share of "yes"
-    mme            MME (Fu et al. 2023): accuracy + accuracy of image pairs, summed over perception and cognition tasks
+    mme            MME (Fu et al. 2023): accuracy + accuracy of image pairs, summed over
+                   perception and cognition tasks
     scienceqa      ScienceQA (Lu et al. 2022) with the letter found as LLaVA's evaluation finds it
-    anls           ST-VQA and DocVQA (Biten et al. 2019): normalised Levenshtein similarity, threshold 0.5
+    anls           ST-VQA and DocVQA (Biten et al. 2019): normalised Levenshtein similarity,
+                   threshold 0.5
     bleu           corpus BLEU of sacrebleu, 0 … 100
-    cider          CIDEr-D (Vedantam et al. 2015) of pycocoevalcap, over words as the COCO toolkit cuts them
+    cider          CIDEr-D (Vedantam et al. 2015) of pycocoevalcap, over words as the COCO
+                   toolkit cuts them
 
-A metric gets all rows at once and gives numbers for the whole, for its categories, and for every row. `check` says, before the
-model answers anything, which row it cannot score. Only `bleu` and `cider` need libraries (`pip install '.[evaluation]'`).
+A metric gets all rows at once and gives numbers for the whole, for its categories, and for every
+row. `check` says, before the model answers anything, which row it cannot score. Only `bleu` and
+`cider` need libraries (`pip install '.[evaluation]'`).
 """
 
 from __future__ import annotations
@@ -35,7 +41,9 @@ class Reference:
 
 @dataclass(frozen=True)
 class Scores:
-    """`values` of all rows, `standard_errors` of those that are means, `categories`, and one score a row where there is one."""
+    """`values` of all rows, `standard_errors` of those that are means, `categories`, and one
+    score a row where there is one.
+    """
 
     values: dict[str, float]
     standard_errors: dict[str, float] = field(default_factory=dict)
@@ -49,14 +57,18 @@ Problems = Iterator[tuple[int, str]]
 
 @dataclass(frozen=True)
 class Metric:
-    """`score(predictions, references)`; `check(references)` names rows that `score` could not take."""
+    """`score(predictions, references)`; `check(references)` names rows that `score` could not
+    take.
+    """
 
     score: Callable[[Sequence[str], Sequence[Reference]], Scores]
     check: Callable[[Sequence[Reference]], Problems]
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error (sample deviation / sqrt(n)); 0 error for fewer than two values."""
+    """Mean and its standard error (sample deviation / sqrt(n)); 0 error for fewer than two
+    values.
+    """
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return mean, 0.0
@@ -96,7 +108,8 @@ def is_correct(prediction: str, answers: Sequence[str]) -> bool:
 
 def exact_match(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
     of_rows = [
-        float(is_correct(prediction, reference.answers)) for prediction, reference in zip(predictions, references, strict=True)
+        float(is_correct(prediction, reference.answers))
+        for prediction, reference in zip(predictions, references, strict=True)
     ]
     return _mean_of_rows("accuracy", of_rows, references)
 
@@ -110,15 +123,18 @@ _NUMBER_OF = {**{word: str(number) for number, word in enumerate(_NUMBERS)}, "no
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-# What people mean when they leave one apostrophe out. Words that are others without it (she'll, were, its) are not among them.
+# What people mean when they leave one apostrophe out. Words that are others without it (she'll,
+# were, its) are not among them.
 _CONTRACTIONS = """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
-    he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
-    needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
-    somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
-    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
-    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
-    would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've
+    hasn't haven't he'd he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll
+    ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at
+    shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+    someone'd someone'd've someone'll someone's something'd something'd've something'll that's
+    there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't
+    we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd
+    who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all
+    y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 
 
@@ -127,16 +143,17 @@ def _without_one_apostrophe(word: str) -> list[str]:
 
 
 # "somebody'd" loses its apostrophe in the published table, the only word that does.
-_CONTRACTION_OF = {short: word for word in _CONTRACTIONS.split() for short in _without_one_apostrophe(word)} | {
-    "somebody'd": "somebodyd"
-}
+_CONTRACTION_OF = {
+    short: word for word in _CONTRACTIONS.split() for short in _without_one_apostrophe(word)
+} | {"somebody'd": "somebodyd"}
 
 
 def normalise_vqa(text: str) -> str:
     """An answer as the VQA evaluation compares it.
 
-    A punctuation mark goes where it stands at a word's edge anywhere in the text (or the text has a number with a comma), else
-    it becomes a space; periods go unless a digit follows; number words become digits, articles go, apostrophes come back.
+    A punctuation mark goes where it stands at a word's edge anywhere in the text (or the text has a
+    number with a comma), else it becomes a space; periods go unless a digit follows; number words
+    become digits, articles go, apostrophes come back.
     """
     text = text.replace("\n", " ").replace("\t", " ").strip()
     has_comma_in_number = _COMMA_IN_NUMBER.search(text) is not None
@@ -150,7 +167,9 @@ def normalise_vqa(text: str) -> str:
 
 
 def vqa_accuracy_of(prediction: str, answers: Sequence[str]) -> float:
-    """Accuracy 0 … 1 of one prediction. Where all answers agree, they are compared as they are written."""
+    """Accuracy 0 … 1 of one prediction. Where all answers agree, they are compared as they are
+    written.
+    """
     prediction = prediction.replace("\n", " ").replace("\t", " ").strip()
     given = [answer.replace("\n", " ").replace("\t", " ").strip() for answer in answers]
     if len(set(given)) > 1:
@@ -161,7 +180,8 @@ def vqa_accuracy_of(prediction: str, answers: Sequence[str]) -> float:
 
 def vqa_accuracy(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
     of_rows = [
-        vqa_accuracy_of(prediction, reference.answers) for prediction, reference in zip(predictions, references, strict=True)
+        vqa_accuracy_of(prediction, reference.answers)
+        for prediction, reference in zip(predictions, references, strict=True)
     ]
     return _mean_of_rows("accuracy", of_rows, references)
 
@@ -169,7 +189,11 @@ def vqa_accuracy(predictions: Sequence[str], references: Sequence[Reference]) ->
 def _check_ten_answers(references: Sequence[Reference]) -> Problems:
     for row, reference in enumerate(references):
         if len(reference.answers) != VQA_ANSWERS:
-            yield row, f"has {len(reference.answers)} answers, vqa_accuracy is defined for a list `answers` of {VQA_ANSWERS}"
+            yield (
+                row,
+                f"has {len(reference.answers)} answers, vqa_accuracy is defined for a list "
+                f"`answers` of {VQA_ANSWERS}",
+            )
 
 
 # ---- yes and no: POPE, MME ----
@@ -186,12 +210,16 @@ def _is_yes(reference: Reference) -> bool:
 
 
 def says_yes_pope(prediction: str) -> bool:
-    """POPE takes the first sentence and counts everything as yes that has no word `No`, `no` or `not`."""
+    """POPE takes the first sentence and counts everything as yes that has no word `No`, `no` or
+    `not`.
+    """
     words = prediction.split(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(words)
 
 
-def _yes_no_values(says_yes: Sequence[bool], is_yes: Sequence[bool]) -> tuple[dict[str, float], dict[str, float]]:
+def _yes_no_values(
+    says_yes: Sequence[bool], is_yes: Sequence[bool]
+) -> tuple[dict[str, float], dict[str, float]]:
     """Values and standard errors; "yes" is the positive class."""
     right = [float(said == truth) for said, truth in zip(says_yes, is_yes, strict=True)]
     groups = {
@@ -213,14 +241,32 @@ def pope(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
     values, errors = _yes_no_values(says_yes, is_yes)
     categories = {}
     for category, rows in _rows_by_category(references).items():
-        categories[category], _ = _yes_no_values([says_yes[row] for row in rows], [is_yes[row] for row in rows])
+        categories[category], _ = _yes_no_values(
+            [says_yes[row] for row in rows], [is_yes[row] for row in rows]
+        )
         categories[category]["rows"] = len(rows)
     of_rows = [float(said == truth) for said, truth in zip(says_yes, is_yes, strict=True)]
     return Scores(values, errors, categories, of_rows)
 
 
-MME_PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
-MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+MME_PERCEPTION = (
+    "existence",
+    "count",
+    "position",
+    "color",
+    "posters",
+    "celebrity",
+    "scene",
+    "landmark",
+    "artwork",
+    "OCR",
+)
+MME_COGNITION = (
+    "commonsense_reasoning",
+    "numerical_calculation",
+    "text_translation",
+    "code_reasoning",
+)
 
 
 def read_mme(prediction: str) -> str:
@@ -245,7 +291,9 @@ def _group(pairs: Sequence[tuple[tuple[str, ...], int]]) -> dict[tuple[str, ...]
 
 
 def mme(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
-    """A task's score is 100 x (share of right questions + share of images with both right), at most 200."""
+    """A task's score is 100 x (share of right questions + share of images with both right), at
+    most 200.
+    """
     of_rows = [
         float(read_mme(prediction) == reference.answers[0].strip().lower())
         for prediction, reference in zip(predictions, references, strict=True)
@@ -263,7 +311,9 @@ def mme(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
             "rows": 2 * len(right),
         }
     totals = {
-        f"{name}_score": math.fsum(categories[category]["score"] for category in tasks if category in categories)
+        f"{name}_score": math.fsum(
+            categories[category]["score"] for category in tasks if category in categories
+        )
         for name, tasks in (("perception", MME_PERCEPTION), ("cognition", MME_COGNITION))
     }
     accuracy, error = mean_and_error(of_rows)
@@ -276,14 +326,16 @@ def _check_mme(references: Sequence[Reference]) -> Problems:
         if reference.category not in (*MME_PERCEPTION, *MME_COGNITION):
             yield (
                 row,
-                f"has the category {reference.category!r}, expected one of MME's: {', '.join(MME_PERCEPTION + MME_COGNITION)}",
+                f"has the category {reference.category!r}, expected one of MME's: "
+                f"{', '.join(MME_PERCEPTION + MME_COGNITION)}",
             )
     for category, pairs in _mme_pairs(references).items():
         for images, rows in pairs.items():
             if len(rows) != 2:
                 yield (
                     rows[0],
-                    f"is one of {len(rows)} questions about {', '.join(images) or 'no image'} in {category}, MME has two",
+                    f"is one of {len(rows)} questions about {', '.join(images) or 'no image'} "
+                    f"in {category}, MME has two",
                 )
 
 
@@ -294,7 +346,9 @@ _ANSWER_IS = re.compile(r"The answer is ([A-Z]).")
 
 
 def find_letter(prediction: str) -> str | None:
-    """The chosen letter: `B`, `B. text`, or one sentence `The answer is B.`; None where there is none or more than one."""
+    """The chosen letter: `B`, `B. text`, or one sentence `The answer is B.`; None where there is
+    none or more than one.
+    """
     text = prediction.strip()
     if len(text) == 1 and text in LETTERS:
         return text
@@ -310,10 +364,15 @@ def scienceqa(predictions: Sequence[str], references: Sequence[Reference]) -> Sc
         for prediction, reference in zip(predictions, references, strict=True)
     ]
     scores = _mean_of_rows("accuracy", of_rows, references)
-    with_image = [value for value, reference in zip(of_rows, references, strict=True) if reference.images]
+    with_image = [
+        value for value, reference in zip(of_rows, references, strict=True) if reference.images
+    ]
     if with_image:
         mean, error = mean_and_error(with_image)
-        scores.values["accuracy_with_image"], scores.standard_errors["accuracy_with_image"] = mean, error
+        scores.values["accuracy_with_image"], scores.standard_errors["accuracy_with_image"] = (
+            mean,
+            error,
+        )
     return scores
 
 
@@ -321,7 +380,11 @@ def _check_letter(references: Sequence[Reference]) -> Problems:
     for row, reference in enumerate(references):
         answers = reference.answers
         if len(answers) != 1 or len(answers[0]) != 1 or answers[0] not in LETTERS:
-            yield row, f"has the answer {' / '.join(answers)!r}, expected one letter of {LETTERS} or a number into `choices`"
+            yield (
+                row,
+                f"has the answer {' / '.join(answers)!r}, expected one letter of {LETTERS} or "
+                "a number into `choices`",
+            )
 
 
 # ---- ANLS ----
@@ -340,7 +403,9 @@ def levenshtein(one: str, other: str) -> int:
 
 
 def anls_of(prediction: str, answers: Sequence[str]) -> float:
-    """The best similarity with an answer, 0 below the threshold. Case and runs of spaces do not count."""
+    """The best similarity with an answer, 0 below the threshold. Case and runs of spaces do not
+    count.
+    """
     said = " ".join(prediction.lower().split())
     best = 0.0
     for answer in answers:
@@ -351,7 +416,10 @@ def anls_of(prediction: str, answers: Sequence[str]) -> float:
 
 
 def anls(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
-    of_rows = [anls_of(prediction, reference.answers) for prediction, reference in zip(predictions, references, strict=True)]
+    of_rows = [
+        anls_of(prediction, reference.answers)
+        for prediction, reference in zip(predictions, references, strict=True)
+    ]
     return _mean_of_rows("anls", of_rows, references)
 
 
@@ -359,8 +427,10 @@ def anls(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
 
 _CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b")
 _WORD = re.compile(
-    r"n't\b|'(?:s|re|ve|ll|d|m)\b|(?:[a-z]\.){2,}|(?:mr|mrs|ms|dr|st|ave|vs|jr)\.|\.\d+"  # clitics, abbreviations, .5
-    r"|\w+(?:(?:-|(?<=[a-z])/(?=[a-z])|(?<=\d)[.,:](?=\d))\w+)*|\S"  # words, old-fashioned, bath/shower, 2,000; anything else
+    # clitics, abbreviations, .5
+    r"n't\b|'(?:s|re|ve|ll|d|m)\b|(?:[a-z]\.){2,}|(?:mr|mrs|ms|dr|st|ave|vs|jr)\.|\.\d+"
+    # words, old-fashioned, bath/shower, 2,000; anything else
+    r"|\w+(?:(?:-|(?<=[a-z])/(?=[a-z])|(?<=\d)[.,:](?=\d))\w+)*|\S"
 )
 _SPLIT_WORDS = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na"}
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
@@ -368,45 +438,63 @@ _DROPPED = set(".?!,:;-'`\"…–—")
 
 
 def caption_words(caption: str) -> str:
-    """A caption as the COCO toolkit compares it: lower case, words cut as in the Penn Treebank, punctuation dropped.
+    """A caption as the COCO toolkit compares it: lower case, words cut as in the Penn Treebank,
+    punctuation dropped.
 
-    The toolkit runs Stanford's tokenizer in Java; on ordinary English captions this gives the same words (docs/log.md). Its
-    brackets survive as `-lrb-` and `-rrb-`, because it lower-cases before it drops punctuation.
+    The toolkit runs Stanford's tokenizer in Java; on ordinary English captions this gives the same
+    words (docs/log.md). Its brackets survive as `-lrb-` and `-rrb-`, because it lower-cases before
+    it drops punctuation.
     """
     text = caption.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
-    words = [_BRACKETS.get(word, _SPLIT_WORDS.get(word, word)) for word in _WORD.findall(_CLITIC.sub(r" \1", text))]
+    words = [
+        _BRACKETS.get(word, _SPLIT_WORDS.get(word, word))
+        for word in _WORD.findall(_CLITIC.sub(r" \1", text))
+    ]
     return " ".join(word for word in words if word not in _DROPPED)
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
-    """Corpus BLEU with sacrebleu's own tokenizer and smoothing. Raises InputError where sacrebleu is not installed."""
+    """Corpus BLEU with sacrebleu's own tokenizer and smoothing. Raises InputError where
+    sacrebleu is not installed.
+    """
     try:
         from sacrebleu.metrics import BLEU
     except ImportError as error:
         raise InputError("--metric bleu needs sacrebleu: pip install '.[evaluation]'") from error
     most = max(len(reference.answers) for reference in references)
     streams: list[Any] = [  # None where a question has fewer answers
-        [dict(enumerate(reference.answers)).get(number) for reference in references] for number in range(most)
+        [dict(enumerate(reference.answers)).get(number) for reference in references]
+        for number in range(most)
     ]
     found = BLEU().corpus_score(list(predictions), streams)
     return Scores({"bleu": found.score, "brevity_penalty": found.bp})
 
 
 def cider(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
-    """CIDEr-D; the document frequencies come from these references. Raises InputError where pycocoevalcap is not installed."""
+    """CIDEr-D; the document frequencies come from these references. Raises InputError where
+    pycocoevalcap is not installed.
+    """
     try:
         from pycocoevalcap.cider.cider import Cider
     except ImportError as error:
-        raise InputError("--metric cider needs pycocoevalcap: pip install '.[evaluation]'") from error
+        raise InputError(
+            "--metric cider needs pycocoevalcap: pip install '.[evaluation]'"
+        ) from error
     said = {row: [caption_words(prediction)] for row, prediction in enumerate(predictions)}
-    wanted = {row: [caption_words(answer) for answer in reference.answers] for row, reference in enumerate(references)}
+    wanted = {
+        row: [caption_words(answer) for answer in reference.answers]
+        for row, reference in enumerate(references)
+    }
     _, of_rows = Cider().compute_score(wanted, said)
     return _mean_of_rows("cider", [float(value) for value in of_rows], references)
 
 
 def _check_two_rows(references: Sequence[Reference]) -> Problems:
     if len(references) < 2:
-        yield 0, "is the only row: CIDEr weighs words by how many rows have them and needs two or more"
+        yield (
+            0,
+            "is the only row: CIDEr weighs words by how many rows have them and needs two or more",
+        )
 
 
 METRICS: Mapping[str, Metric] = {

@@ -1,10 +1,13 @@
-"""Do no harm: a trained model's text logits against those of the base model, on a fixed probe. `beingvl evaluate --text_parity`.
+"""Do no harm: a trained model's text logits against those of the base model, on a fixed probe.
+`beingvl evaluate --text_parity`.
 
-After stage 1 only new rows have changed, so the logits of the old ids on a text without images are the base model's, bit for bit.
-After stages 2 and 3 the language model itself has moved: the KL divergence says how far.
+After stage 1 only new rows have changed, so the logits of the old ids on a text without images are
+the base model's, bit for bit. After stages 2 and 3 the language model itself has moved: the KL
+divergence says how far.
 
     text_parity     both models, one after the other, on PROBE -> what scores.json says
-    expects_equal   whether the rules of the stage that made the model leave everything but new rows alone
+    expects_equal   whether the rules of the stage that made the model leave everything but new
+                    rows alone
 """
 
 from __future__ import annotations
@@ -15,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
+from beingvl.artefact.manifest import join_lineages, read_manifest
 from beingvl.data.conversation import TextEncoder
 from beingvl.errors import InputError
 from beingvl.evaluation.metrics_qa import mean_and_error
 from beingvl.inference.model import quiet_without_terminal
-from beingvl.artefact.manifest import join_lineages, read_manifest
 from beingvl.model.base_model import BaseModel
 from beingvl.model.conversion_check import cut_head
 from beingvl.model.extended_vocab import TEXT_ROWS, VISUAL_ROWS
@@ -49,23 +53,35 @@ PROBE = (
 
 
 def check_base(model: Path, base: Path) -> dict[str, Any]:
-    """The request of a comparison. Raises InputError when `base` is no model, or one of another vocabulary."""
+    """The request of a comparison. Raises InputError when `base` is no model, or one of another
+    vocabulary.
+    """
     layout, manifest = VocabLayout.load(model), read_manifest(model, "model")
     if not base.is_dir():
-        raise InputError(f"--text_parity {base} is not a folder; give the base model that {model} was trained from")
+        raise InputError(
+            f"--text_parity {base} is not a folder; give the base model that {model} was "
+            "trained from"
+        )
     opened = BaseModel.open(base)
     base_hash = opened.fingerprint()
     if is_converted(base):
         base_manifest = read_manifest(base, "model")
         base_hash = base_manifest.content_hash
-        join_lineages({str(model): {"vocab": layout.fingerprint()}, str(base): base_manifest.lineage})
+        join_lineages(
+            {str(model): {"vocab": layout.fingerprint()}, str(base): base_manifest.lineage}
+        )
     if opened.num_text < layout.num_text:
-        raise InputError(f"{base} has {opened.num_text} ids, {model} has {layout.num_text} text ids: it has another base model")
+        raise InputError(
+            f"{base} has {opened.num_text} ids, {model} has {layout.num_text} text ids: it "
+            "has another base model"
+        )
     return {"model": manifest.content_hash, "base": base_hash}
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether a model folder has our vocabulary, or is the plain model that one was converted from."""
+    """Whether a model folder has our vocabulary, or is the plain model that one was converted
+    from.
+    """
     return (folder / LAYOUT_FILE).is_file()
 
 
@@ -129,9 +145,9 @@ def text_parity(model: Path, base: Path, torch_dtype: str, device: str) -> dict[
 def probe_logits(
     folder: Path, texts: Sequence[torch.Tensor], num_text: int, dtype: torch.dtype, device: str
 ) -> tuple[list[torch.Tensor], list[float]]:
-    """Logits of the old ids `[tokens, num_text]` of every text, and at every position the probability of all other ids."""
-    from transformers import AutoModelForCausalLM
-
+    """Logits of the old ids `[tokens, num_text]` of every text, and at every position the
+    probability of all other ids.
+    """
     with quiet_without_terminal():
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     new_probability: list[float] = []

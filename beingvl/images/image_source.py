@@ -1,10 +1,12 @@
-"""Where images come from: a folder, or tar files (webdataset shards). An image's key is its path below the folder or in the tar.
+"""Where images come from: a folder, or tar files (webdataset shards). An image's key is its path
+below the folder or in the tar.
 
-`keys()` lists them all, sorted; `read(key)` gives one file's bytes, from any process; `stamp(key)` tells without reading it
-whether a file is the one of before.
+`keys()` lists them all, sorted; `read(key)` gives one file's bytes, from any process; `stamp(key)`
+tells without reading it whether a file is the one of before.
 
-An image that is not there is rejected. A disk that fails is no property of an image: it is asked again, a few times, and then the
-step ends, so that no image is lost for it; started again, the step goes on.
+An image that is not there is rejected. A disk that fails is no property of an image: it is asked
+again, a few times, and then the step ends, so that no image is lost for it; started again, the step
+goes on.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from beingvl.errors import InputError
 from beingvl.artefact.manifest import printable
 from beingvl.data.llava_json import BrokenRow, image_keys, stream_rows_and_broken
+from beingvl.errors import InputError
 from beingvl.images.vq_codes import IMAGE_SUFFIXES, find_images, iterate_images
 
 PAUSES_SECONDS = (0.5, 2, 8)  # between the tries of one read
@@ -33,14 +35,20 @@ class ImageSource(Protocol):
         """Sorted keys of all images. Raises InputError when there are none."""
 
     def read(self, key: str) -> bytes:
-        """The bytes of one image file. Raises InputError when it is not there, OSError when the disk fails."""
+        """The bytes of one image file. Raises InputError when it is not there, OSError when the
+        disk fails.
+        """
 
     def stamp(self, key: str) -> str:
-        """Size and time of the file that holds an image, or NO_STAMP. Equal stamps, equal bytes, as long as nobody sets times."""
+        """Size and time of the file that holds an image, or NO_STAMP. Equal stamps, equal bytes,
+        as long as nobody sets times.
+        """
 
 
 def read_patiently(path: Path, read: Callable[[], bytes]) -> bytes:
-    """What `read` gives of `path`; asked again after pauses where a disk fails. Raises OSError, at once for what is not there."""
+    """What `read` gives of `path`; asked again after pauses where a disk fails. Raises OSError,
+    at once for what is not there.
+    """
     for pause in (*PAUSES_SECONDS, None):
         try:
             return read()
@@ -58,23 +66,32 @@ def _stamp_of(path: Path) -> str:
 
 
 def open_images(paths: Sequence[Path]) -> ImageSource:
-    """One folder of image files, one folder of tar files, or tar files. Raises InputError for anything else, or a mixture."""
+    """One folder of image files, one folder of tar files, or tar files. Raises InputError for
+    anything else, or a mixture.
+    """
     if len(paths) == 1 and paths[0].is_dir():
         tars = sorted(paths[0].glob("*.tar"))
         if tars and (image := next(iterate_images(paths[0]), None)) is not None:
             found = f"--image_path {paths[0]} holds tar files ({tars[0].name}) and images ({image})"
-            raise InputError(f"{found}: name the tar files themselves, or move them out of the folder to take its images")
+            raise InputError(
+                f"{found}: name the tar files themselves, or move them out of the folder to "
+                "take its images"
+            )
         return TarImages(tars) if tars else FolderImages(paths[0])
     for path in paths:
         if path.is_dir():
-            raise InputError(f"--image_path {path} is a folder beside other paths; give one folder, or tar files")
+            raise InputError(
+                f"--image_path {path} is a folder beside other paths; give one folder, or tar files"
+            )
         if not path.is_file():
             raise InputError(f"--image_path {path} is not a folder and not a tar file")
     return TarImages(paths)
 
 
 def _refuse_names_without_text(key: str) -> None:
-    """Raises InputError for a name that is no UTF-8: neither an index nor a JSON file could hold it."""
+    """Raises InputError for a name that is no UTF-8: neither an index nor a JSON file could hold
+    it.
+    """
     if (name := printable(key)) != key:
         raise InputError(f"{name}: the name is not UTF-8; rename the file")
 
@@ -112,24 +129,32 @@ def _leaves(key: str) -> bool:
 
 
 class _ForgetfulTarFile(tarfile.TarFile):
-    """tarfile keeps every header it has seen; a tar of millions of images is read in the memory of one."""
+    """tarfile keeps every header it has seen; a tar of millions of images is read in the memory
+    of one.
+    """
 
     def next(self) -> tarfile.TarInfo | None:
         self.members: list[tarfile.TarInfo] = []
-        if self.offset == 0 and self.fileobj.tell():  # an empty tar, seen when it was opened; Python 3.10 seeks before its start
+        if (
+            self.offset == 0 and self.fileobj.tell()
+        ):  # an empty tar, seen when it was opened; Python 3.10 seeks before its start
             return None
         return super().next()
 
 
 def _refuse_lost_members(path: Path, end: int) -> None:
-    """tarfile takes any header that it cannot read, but the first, for the end of the tar: a whole one ends with zeros there."""
+    """tarfile takes any header that it cannot read, but the first, for the end of the tar: a
+    whole one ends with zeros there.
+    """
     with open(path, "rb") as file:
         if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"neither a header nor the end of the tar at byte {end}")
 
 
 class TarImages:
-    """Images in uncompressed tar files, found through their headers once and then read at their offsets."""
+    """Images in uncompressed tar files, found through their headers once and then read at their
+    offsets.
+    """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = list(paths)
@@ -139,24 +164,34 @@ class TarImages:
             self._stamps.append(_stamp_of(path))
             self._add(number, path)
         if not self._places:
-            raise InputError(f"{', '.join(map(str, paths))}: no images in there (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+            raise InputError(
+                f"{', '.join(map(str, paths))}: no images in there (looked for "
+                f"{', '.join(sorted(IMAGE_SUFFIXES))})"
+            )
 
     def _add(self, number: int, path: Path) -> None:
         try:
             with _ForgetfulTarFile.open(path, "r:") as tar:
                 while (member := tar.next()) is not None:
                     name = member.name.removeprefix("./")
-                    if not member.isfile() or PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
+                    if (
+                        not member.isfile()
+                        or PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES
+                    ):
                         continue
                     if name in self._places:
                         other = self._paths[self._places[name][0]]
                         raise InputError(
-                            f"{path} and {other} both hold {name}: keys must be unique; rename one or encode them apart"
+                            f"{path} and {other} both hold {name}: keys must be unique; rename "
+                            "one or encode them apart"
                         )
                     self._places[name] = (number, member.offset_data, member.size)
                 _refuse_lost_members(path, tar.offset)
         except (tarfile.TarError, OSError) as error:
-            raise InputError(f"{path} is not a readable, uncompressed tar file ({error}); was it copied completely?") from error
+            raise InputError(
+                f"{path} is not a readable, uncompressed tar file ({error}); was it copied "
+                "completely?"
+            ) from error
 
     def keys(self) -> list[str]:
         return sorted(self._places)
@@ -185,10 +220,11 @@ def _read_piece(path: Path, size: int, offset: int) -> bytes:
 
 
 def named_images(json_path: Path) -> list[str]:
-    """Sorted keys of the images that a LLaVA JSON array or JSONL file names. Raises InputError for a malformed file.
+    """Sorted keys of the images that a LLaVA JSON array or JSONL file names. Raises InputError
+    for a malformed file.
 
-    Rows that are broken, or whose `image` is no path, are counted in a warning, as tokenize rejects them; when there are only
-    such, it is an error.
+    Rows that are broken, or whose `image` is no path, are counted in a warning, as tokenize rejects
+    them; when there are only such, it is an error.
     """
     keys: set[str] = set()
     num_malformed, first = 0, ""
@@ -211,7 +247,9 @@ def listed_images(list_path: Path) -> list[str]:
     try:
         text = list_path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{list_path} is not UTF-8 text ({error}); expected one image a line") from error
+        raise InputError(
+            f"{list_path} is not UTF-8 text ({error}); expected one image a line"
+        ) from error
     return _some({line.strip() for line in text.split("\n")} - {""}, list_path)
 
 

@@ -1,14 +1,16 @@
 """The VQ-GAN: images to grids of codes and, where there is a decoder, back.
 
-    PIL images ──preprocess──> pixels [N, 3, H, W] float32 ──encode──> codes [N, h, w] uint16 ──decode──> [N, H, W, 3] uint8
+    PIL images ──preprocess──> pixels [N, 3, H, W] float32 ──encode──> codes [N, h, w] uint16
+    ──decode──> [N, H, W, 3] uint8
 
 Two transformers classes are supported, told apart by `model_type` in the folder's config.json:
 
-    chameleon_vqgan    ChameleonVQVAE, the published being-vq-8k layout: 512 px, 32 x 32 grid, 8192 codes; encoder only
+    chameleon_vqgan    ChameleonVQVAE, the published being-vq-8k layout: 512 px, 32 x 32 grid,
+                       8192 codes; encoder only
     janus_vqgan        JanusVQVAE, the same family with a decoder; `beingvl train-vq` makes these
 
-Both need a stock folder: config.json, model.safetensors, preprocessor_config.json (Chameleon's image processor: shortest edge,
-centre crop, rescale, mean and standard deviation).
+Both need a stock folder: config.json, model.safetensors, preprocessor_config.json (Chameleon's
+image processor: shortest edge, centre crop, rescale, mean and standard deviation).
 """
 
 from __future__ import annotations
@@ -27,13 +29,18 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig, JanusVQVAE, JanusVQVAEConfig
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
 
-from beingvl.errors import InputError
 from beingvl.artefact.manifest import Manifest, start_folder, write_atomically, write_manifest
+from beingvl.errors import InputError
 
-CLASSES = {"chameleon_vqgan": (ChameleonVQVAE, ChameleonVQVAEConfig), "janus_vqgan": (JanusVQVAE, JanusVQVAEConfig)}
+CLASSES = {
+    "chameleon_vqgan": (ChameleonVQVAE, ChameleonVQVAEConfig),
+    "janus_vqgan": (JanusVQVAE, JanusVQVAEConfig),
+}
 PREPROCESSING_FIELDS = (
     "do_convert_rgb",
     "do_resize",
@@ -49,14 +56,27 @@ PREPROCESSING_FIELDS = (
 )
 FILES = ("config.json", "model.safetensors", "preprocessor_config.json")  # of a stock folder
 MAX_CODES = 1 << 16
-MAX_PIXELS = 50_000_000  # decoded at once: 150 MB, and a few copies of it while the image is resized
-MAX_ASPECT = 100  # a line one pixel high would become wider than any memory when its short edge is resized
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+MAX_PIXELS = (
+    50_000_000  # decoded at once: 150 MB, and a few copies of it while the image is resized
+)
+MAX_ASPECT = (
+    100  # a line one pixel high would become wider than any memory when its short edge is resized
+)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 """What Pillow raises for damaged files, depending on the format."""
 
 
 class VQGAN:
-    """A VQ-GAN and its preprocessing. `dtype` is the encoder's and decoder's; codes are always looked up in float32."""
+    """A VQ-GAN and its preprocessing. `dtype` is the encoder's and decoder's; codes are always
+    looked up in float32.
+    """
 
     def __init__(
         self,
@@ -71,27 +91,43 @@ class VQGAN:
         self.image_size = _image_size(processor, source)
         self.grid = _grid(model, self.image_size, source)
         if model.config.num_embeddings > MAX_CODES:
-            raise InputError(f"{source} has {model.config.num_embeddings} codes, expected at most {MAX_CODES} (16 bits)")
+            raise InputError(
+                f"{source} has {model.config.num_embeddings} codes, expected at most "
+                f"{MAX_CODES} (16 bits)"
+            )
         self._fingerprint = _hash_what_decides_codes(model, processor)
         self._device, self._dtype = torch.device(device), dtype
-        codebook = model.quantize.embedding.weight.detach().float().clone()  # or 16 bits would round it
+        codebook = (
+            model.quantize.embedding.weight.detach().float().clone()
+        )  # or 16 bits would round it
         self.model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
         self.model.quantize.float()
         self.model.quantize.embedding.weight.data.copy_(codebook)
 
     @classmethod
-    def load(cls, folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> VQGAN:
-        """Read a stock folder, made by `beingvl train-vq` or published. Raises InputError naming what is wrong with it."""
+    def load(
+        cls,
+        folder: Path | str,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> VQGAN:
+        """Read a stock folder, made by `beingvl train-vq` or published. Raises InputError naming
+        what is wrong with it.
+        """
         folder = Path(folder)
         fields = _read_json(folder / "config.json", "a VQ-GAN folder")
         if fields.get("model_type") not in CLASSES:
             found, expected = fields.get("model_type"), " or ".join(CLASSES)
-            raise InputError(f"{folder / 'config.json'}: model_type is {found!r}, expected {expected}")
+            raise InputError(
+                f"{folder / 'config.json'}: model_type is {found!r}, expected {expected}"
+            )
         model_class, config_class = CLASSES[fields["model_type"]]
         try:
             model = model_class(config_class.from_dict(fields))
         except (TypeError, ValueError, StrictDataclassError) as error:
-            raise InputError(f"{folder / 'config.json'} is not usable ({' '.join(str(error).split())})") from error
+            raise InputError(
+                f"{folder / 'config.json'} is not usable ({' '.join(str(error).split())})"
+            ) from error
         _load_weights(model, folder)
         processor = _load_processor(folder, model)
         return cls(model, processor, device, dtype, str(folder))
@@ -103,8 +139,12 @@ class VQGAN:
         details: Mapping[str, Any] | None = None,
         files: Mapping[str, bytes] | None = None,
     ) -> Manifest:
-        """Write a stock folder and its manifest; `counts` and `details` go into the manifest, `files` beside the weights."""
-        assert self._dtype == torch.float32, "a VQ-GAN loaded in another dtype has lost the bits it would save"
+        """Write a stock folder and its manifest; `counts` and `details` go into the manifest,
+        `files` beside the weights.
+        """
+        assert self._dtype == torch.float32, (
+            "a VQ-GAN loaded in another dtype has lost the bits it would save"
+        )
         folder = start_folder(folder, "vqgan")
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
@@ -112,11 +152,22 @@ class VQGAN:
             write_atomically(folder / name, data)
         own = {"num_codes": self.num_codes, "grid": list(self.grid), "image_size": self.image_size}
         lineage = {"vqgan": self._fingerprint}
-        written = {*FILES, *(files or {})}  # somebody's files that lie there are never listed, nor removed
-        return write_manifest(folder, "vqgan", counts or {}, lineage, {**own, **(details or {})}, belongs=written.__contains__)
+        written = {
+            *FILES,
+            *(files or {}),
+        }  # somebody's files that lie there are never listed, nor removed
+        return write_manifest(
+            folder,
+            "vqgan",
+            counts or {},
+            lineage,
+            {**own, **(details or {})},
+            belongs=written.__contains__,
+        )
 
     def fingerprint(self) -> str:
-        """Hash of all that decides codes: encoder, code book, preprocessing. Equal fingerprints, equal codes.
+        """Hash of all that decides codes: encoder, code book, preprocessing. Equal fingerprints,
+        equal codes.
 
         The decoder is left out: one more, one less or another does not make existing codes wrong.
         """
@@ -136,16 +187,28 @@ class VQGAN:
         return self.model.quantize.embedding.weight.detach().cpu().numpy().copy()
 
     def preprocess(self, images: Sequence[Image.Image | Path | str]) -> torch.Tensor:
-        """Images to pixels `[N, 3, H, W]` float32; transparency becomes white. Raises InputError for an unreadable image."""
-        pixels = [to_pixels(self.processor, image if isinstance(image, Image.Image) else read_image(image)) for image in images]
-        return torch.stack(pixels) if pixels else torch.empty(0, 3, self.image_size, self.image_size)
+        """Images to pixels `[N, 3, H, W]` float32; transparency becomes white. Raises InputError
+        for an unreadable image.
+        """
+        pixels = [
+            to_pixels(
+                self.processor, image if isinstance(image, Image.Image) else read_image(image)
+            )
+            for image in images
+        ]
+        return (
+            torch.stack(pixels) if pixels else torch.empty(0, 3, self.image_size, self.image_size)
+        )
 
     @torch.inference_mode()
     def encode(self, pixel_values: torch.Tensor) -> np.ndarray:
         """Pixels `[N, 3, H, W]` to codes `[N, h, w]` uint16."""
         side = self.image_size
         if tuple(pixel_values.shape[1:]) != (3, side, side):
-            raise InputError(f"{self.source}: pixels have shape {list(pixel_values.shape)}, expected [N, 3, {side}, {side}]")
+            raise InputError(
+                f"{self.source}: pixels have shape {list(pixel_values.shape)}, expected [N, 3, "
+                f"{side}, {side}]"
+            )
         pixels = pixel_values.to(device=self._device, dtype=self._dtype)
         with self._whole_float32():
             latents = self.model.quant_conv(self.model.encoder(pixels))
@@ -156,10 +219,16 @@ class VQGAN:
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Codes `[N, h, w]` to images `[N, H, W, 3]` uint8. Raises InputError without a decoder."""
         if not self.has_decoder:
-            raise InputError(f"{self.source} has no decoder ({type(self.model).__name__}): codes cannot be turned into pixels")
+            raise InputError(
+                f"{self.source} has no decoder ({type(self.model).__name__}): codes cannot be "
+                "turned into pixels"
+            )
         if codes.shape[1:] != self.grid or int(codes.max(initial=0)) >= self.num_codes:
             found = f"codes of shape {codes.shape} up to {int(codes.max(initial=0))}"
-            raise InputError(f"{self.source}: {found}, expected [N, {self.grid[0]}, {self.grid[1]}] below {self.num_codes}")
+            raise InputError(
+                f"{self.source}: {found}, expected [N, {self.grid[0]}, {self.grid[1]}] below "
+                f"{self.num_codes}"
+            )
         flat = torch.from_numpy(codes.astype(np.int64)).view(len(codes), -1).to(self._device)
         vectors = self.model.quantize.get_codebook_entry(flat)
         with self._whole_float32():
@@ -167,23 +236,31 @@ class VQGAN:
         return self.to_uint8(pixels)
 
     def _whole_float32(self) -> AbstractContextManager[None]:
-        """In float32 a GPU's convolutions must not round to 10 bits (TF32), which torch lets cuDNN do by default."""
+        """In float32 a GPU's convolutions must not round to 10 bits (TF32), which torch lets
+        cuDNN do by default.
+        """
         if self._device.type != "cuda" or self._dtype != torch.float32:
             return nullcontext()
         return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
     def to_uint8(self, pixel_values: torch.Tensor) -> np.ndarray:
-        """Undo rescaling and normalisation: pixels `[N, 3, H, W]` to images `[N, H, W, 3]` uint8."""
+        """Undo rescaling and normalisation: pixels `[N, 3, H, W]` to images `[N, H, W, 3]`
+        uint8.
+        """
         pixels = pixel_values.float().cpu().permute(0, 2, 3, 1)
         if self.processor.do_normalize:
-            pixels = pixels * torch.tensor(self.processor.image_std) + torch.tensor(self.processor.image_mean)
+            pixels = pixels * torch.tensor(self.processor.image_std) + torch.tensor(
+                self.processor.image_mean
+            )
         if self.processor.do_rescale:
             pixels = pixels / self.processor.rescale_factor
         return pixels.round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def read_image(path: Path | str) -> Image.Image:
-    """Open and decode an image file. Raises InputError when it is missing, damaged or not an image."""
+    """Open and decode an image file. Raises InputError when it is missing, damaged or not an
+    image.
+    """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -192,9 +269,11 @@ def read_image(path: Path | str) -> Image.Image:
 
 
 def decode_image(data: bytes, name: Path | str) -> Image.Image:
-    """The bytes of an image file, decoded. Raises InputError, with `name` in it, when they are damaged, no image, or too large.
+    """The bytes of an image file, decoded. Raises InputError, with `name` in it, when they are
+    damaged, no image, or too large.
 
-    A JPEG file of more than MAX_PIXELS is decoded at 1/2, 1/4 or 1/8 of its size, which never makes it whole in memory.
+    A JPEG file of more than MAX_PIXELS is decoded at 1/2, 1/4 or 1/8 of its size, which never makes
+    it whole in memory.
     """
     try:
         with warnings.catch_warnings():  # MAX_PIXELS says it better
@@ -204,7 +283,11 @@ def decode_image(data: bytes, name: Path | str) -> Image.Image:
         if not too_large:
             image.load()
     except UNREADABLE as error:
-        reason = "it is in no known format" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+        reason = (
+            "it is in no known format"
+            if isinstance(error, UnidentifiedImageError)
+            else f"{type(error).__name__}: {error}"
+        )
         raise InputError(f"{name} cannot be read as an image ({reason})") from error
     if too_large:
         raise InputError(f"{name} has {image.width} x {image.height} pixels, {too_large}")
@@ -213,13 +296,17 @@ def decode_image(data: bytes, name: Path | str) -> Image.Image:
 
 
 def _refuse_deep_pixels(image: Image.Image, name: Path | str) -> None:
-    """Raises InputError for what RGB would cut off: 16 bits a pixel would become white, fractions of 1 black."""
+    """Raises InputError for what RGB would cut off: 16 bits a pixel would become white,
+    fractions of 1 black.
+    """
     if image.mode[0] not in "IF":
         return
     extrema: Any = image.getextrema()  # of one band
     low, high = extrema
     if image.mode == "F" or low < 0 or high > 255:
-        raise InputError(f"{name} has one value a pixel, from {low:g} to {high:g}, expected 8 bits; convert it")
+        raise InputError(
+            f"{name} has one value a pixel, from {low:g} to {high:g}, expected 8 bits; convert it"
+        )
 
 
 def as_array(image: Image.Image) -> np.ndarray:
@@ -228,13 +315,19 @@ def as_array(image: Image.Image) -> np.ndarray:
 
 
 def _bound_size(image: Image.Image) -> str:
-    """Before it is decoded: reduce a large JPEG; what is wrong with the size of anything else, or nothing."""
+    """Before it is decoded: reduce a large JPEG; what is wrong with the size of anything else,
+    or nothing.
+    """
     width, height = image.size
     if max(width, height) > MAX_ASPECT * min(width, height):
-        return f"expected at most {MAX_ASPECT} times as many along one side as along the other; cut it"
+        return (
+            f"expected at most {MAX_ASPECT} times as many along one side as along the other; cut it"
+        )
     if width * height <= MAX_PIXELS:
         return ""
-    factor = next((factor for factor in (2, 4, 8) if width * height / factor**2 <= MAX_PIXELS), None)
+    factor = next(
+        (factor for factor in (2, 4, 8) if width * height / factor**2 <= MAX_PIXELS), None
+    )
     if image.format not in ("JPEG", "MPO") or factor is None:  # MPO: JPEG files of some cameras
         return f"expected at most {MAX_PIXELS:,} in all (a JPEG file may have more); shrink it"
     image.draft(None, (width // factor, height // factor))
@@ -259,7 +352,10 @@ def make_processor(image_size: int) -> ChameleonImageProcessorPil:
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
     if not path.is_file():
-        raise InputError(f"{path.parent} has no {path.name}: it is not {what}; make one with `beingvl train-vq` or download one")
+        raise InputError(
+            f"{path.parent} has no {path.name}: it is not {what}; make one with `beingvl "
+            "train-vq` or download one"
+        )
     try:
         fields = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -270,13 +366,15 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def _load_weights(model: ChameleonVQVAE | JanusVQVAE, folder: Path) -> None:
-    """Fill the model from model.safetensors; a decoder or discriminator that the class lacks is left in the file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    """Fill the model from model.safetensors; a decoder or discriminator that the class lacks is
+    left in the file.
+    """
     path = folder / "model.safetensors"
     if not path.is_file():
-        raise InputError(f"{folder} has no model.safetensors (the only weight format read here: pickles are never loaded)")
+        raise InputError(
+            f"{folder} has no model.safetensors (the only weight format read here: pickles "
+            "are never loaded)"
+        )
     try:
         weights = load_file(path)
     except SafetensorError as error:
@@ -285,7 +383,8 @@ def _load_weights(model: ChameleonVQVAE | JanusVQVAE, folder: Path) -> None:
     missing = [name for name in wanted if name not in weights]
     if missing:
         raise InputError(
-            f"{path} lacks {len(missing)} of {len(wanted)} weights, the first is {missing[0]}; is config.json its own?"
+            f"{path} lacks {len(missing)} of {len(wanted)} weights, the first is "
+            f"{missing[0]}; is config.json its own?"
         )
     for name, parameter in wanted.items():
         if weights[name].shape != parameter.shape:
@@ -295,11 +394,15 @@ def _load_weights(model: ChameleonVQVAE | JanusVQVAE, folder: Path) -> None:
 
 
 def _load_processor(folder: Path, model: ChameleonVQVAE | JanusVQVAE) -> ChameleonImageProcessorPil:
-    """The folder's preprocessing; Chameleon's published one, at the model's resolution, where a Chameleon folder has none."""
+    """The folder's preprocessing; Chameleon's published one, at the model's resolution, where a
+    Chameleon folder has none.
+    """
     path = folder / "preprocessor_config.json"
     if isinstance(model, ChameleonVQVAE) and not path.is_file():
         side = model.config.resolution
-        return ChameleonImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        return ChameleonImageProcessorPil(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        )
     fields = _read_json(path, "a VQ-GAN folder with its preprocessing")
     return ChameleonImageProcessorPil.from_dict(fields)
 
@@ -309,7 +412,9 @@ def _image_size(processor: ChameleonImageProcessorPil, source: str) -> int:
     size = processor.crop_size if processor.do_center_crop else processor.size
     height, width = size.get("height"), size.get("width")
     if not height or height != width:
-        raise InputError(f"{source}: preprocessing ends in {dict(size)}, expected a square height and width")
+        raise InputError(
+            f"{source}: preprocessing ends in {dict(size)}, expected a square height and width"
+        )
     return int(height)
 
 
@@ -317,12 +422,21 @@ def _grid(model: ChameleonVQVAE | JanusVQVAE, image_size: int, source: str) -> t
     factor = 2 ** (len(model.config.channel_multiplier) - 1)
     side = image_size // factor
     if image_size % factor or (isinstance(model, JanusVQVAE) and model.config.num_patches != side):
-        expected = f"num_patches {model.config.num_patches}" if isinstance(model, JanusVQVAE) else "a whole grid"
-        raise InputError(f"{source}: {image_size} pixels and a factor of {factor} do not give {expected}; fix crop_size")
+        expected = (
+            f"num_patches {model.config.num_patches}"
+            if isinstance(model, JanusVQVAE)
+            else "a whole grid"
+        )
+        raise InputError(
+            f"{source}: {image_size} pixels and a factor of {factor} do not give "
+            f"{expected}; fix crop_size"
+        )
     return side, side
 
 
-def _hash_what_decides_codes(model: ChameleonVQVAE | JanusVQVAE, processor: ChameleonImageProcessorPil) -> str:
+def _hash_what_decides_codes(
+    model: ChameleonVQVAE | JanusVQVAE, processor: ChameleonImageProcessorPil
+) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         if name.startswith(("encoder.", "quant_conv.", "quantize.")):
@@ -340,13 +454,20 @@ def _plain(value: Any) -> Any:
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """Raises InputError for a name that torch does not know, an accelerator that is not there, or one that computes nothing."""
+    """Raises InputError for a name that torch does not know, an accelerator that is not there,
+    or one that computes nothing.
+    """
     try:
         target = torch.device(device)
         torch.empty(1, device=target).item()  # the device "meta" has no values to give
-    except (RuntimeError, AssertionError, ImportError) as error:  # torch's own builds differ in which they raise
+    except (
+        RuntimeError,
+        AssertionError,
+        ImportError,
+    ) as error:  # torch's own builds differ in which they raise
         reason = str(error).strip().partition("\n")[0][:200]
         raise InputError(
-            f"device {str(device)!r} cannot be used ({reason}); give cpu, or cuda where there is an accelerator"
+            f"device {str(device)!r} cannot be used ({reason}); give cpu, or cuda where "
+            "there is an accelerator"
         ) from error
     return target

@@ -1,33 +1,34 @@
 """Drawing: image tokens sampled so that they always are a picture. Experimental.
 
-A stream of image tokens gives a grid back because each token's anchor is the first cell that is not covered yet
-(`beingvl.vbpe.visual_bpe`). So a token may come next exactly when its polyomino, put there, stays inside the grid and covers no
-covered cell; every other token gets probability 0. A plain code is one cell and always fits, so no choice ends in a dead end:
+A stream of image tokens gives a grid back because each token's anchor is the first cell that is not
+covered yet (`beingvl.vbpe.visual_bpe`). So a token may come next exactly when its polyomino, put
+there, stays inside the grid and covers no covered cell; every other token gets probability 0. A
+plain code is one cell and always fits, so no choice ends in a dead end:
 
-    covered    next free cell    fits: . (a code)   .. (side by side)      does not: ... (outside)   . above . (outside)
+    covered    next free cell    fits: . (a code)   .. (side by side)      does not: ...
+        (outside)   . above . (outside)
     # # #      (1, 1)
     #
 
-When the grid is full only `<eoss>`, the end of the image, is left. The stream need not be the one that `encode` gives for the
-same grid: two codes may be drawn where a merge of them exists.
+When the grid is full only `<eoss>`, the end of the image, is left. The stream need not be the one
+that `encode` gives for the same grid: two codes may be drawn where a merge of them exists.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from beingvl.vbpe.visual_bpe import VisualBPE
-
-if TYPE_CHECKING:
-    from beingvl.vocab import VocabLayout
+from beingvl.vocab import VocabLayout
 
 
 class FittingTokens:
-    """Which image ids fit a partly covered grid, and what they cover. Ids of one shape share their answer."""
+    """Which image ids fit a partly covered grid, and what they cover. Ids of one shape share
+    their answer.
+    """
 
     def __init__(self, vbpe: VisualBPE, grid: tuple[int, int]) -> None:
         """`grid` is (height, width) in cells."""
@@ -40,7 +41,9 @@ class FittingTokens:
             self._shape_of[image_id] = shapes.setdefault(cells, len(shapes))
         longest = max(map(len, shapes))
         # Short shapes repeat their anchor, which is free by definition.
-        self._cells = np.array([[*cells, *[(0, 0)] * (longest - len(cells))] for cells in shapes])  # [shapes, longest, 2]
+        self._cells = np.array(
+            [[*cells, *[(0, 0)] * (longest - len(cells))] for cells in shapes]
+        )  # [shapes, longest, 2]
 
     def empty(self) -> np.ndarray:
         """A grid with no cell covered: bool `[height, width]`, True where a token lies."""
@@ -66,7 +69,9 @@ class FittingTokens:
 
 
 class OnlyWholeImages:
-    """A logits processor of transformers: from the prompt's end on, every row draws one image and then ends it."""
+    """A logits processor of transformers: from the prompt's end on, every row draws one image
+    and then ends it.
+    """
 
     def __init__(self, tokens: FittingTokens, layout: VocabLayout, num_rows: int) -> None:
         self._tokens = tokens
@@ -75,7 +80,9 @@ class OnlyWholeImages:
         self._is_first = True
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """`input_ids` `[rows, length]`, `scores` `[rows, vocabulary]`; impossible tokens become -inf."""
+        """`input_ids` `[rows, length]`, `scores` `[rows, vocabulary]`; impossible tokens become
+        -inf.
+        """
         if not self._is_first:
             self._place(input_ids[:, -1].tolist())
         self._is_first = False

@@ -1,52 +1,34 @@
 """Answer a prompt about images.
 
-    beingvl generate --model stage-3/final --vbpe_path vbpe.json --image a.png --prompt "Which digit is this?"
-    beingvl generate --model stage-3/final --image a.png --chat
-    beingvl generate --model stage-3/final --draw new.png --seed 1
+    beingvl generate --model stage-3/final --vbpe_path vbpe.json --image a.png --prompt "Which digit
+    is this?" beingvl generate --model stage-3/final --image a.png --chat beingvl generate --model
+    stage-3/final --draw new.png --seed 1
 
-With several --image options each stands where its `<image>` placeholder is in the prompt. The answer appears while it is
-made. --chat asks for one question after another and remembers the conversation; an empty line ends it.
+With several --image options each stands where its `<image>` placeholder is in the prompt. The
+answer appears while it is made. --chat asks for one question after another and remembers the
+conversation; an empty line ends it.
 
---draw (experimental) samples the tokens of an image instead of an answer, held to those that fit the grid, and saves what the
-VQ-GAN makes of them. Without --prompt and --image it begins as a training sample does; a model trained with the default
-`loss_on: response` was never taught to predict image tokens, so its pictures show little.
+--draw (experimental) samples the tokens of an image instead of an answer, held to those that fit
+the grid, and saves what the VQ-GAN makes of them. Without --prompt and --image it begins as a
+training sample does; a model trained with the default `loss_on: response` was never taught to
+predict image tokens, so its pictures show little.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING
+import sys
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
+import torch
 
-    from beingvl.inference.model import BeingVL
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--model", type=Path, required=True, help="Being-VL model folder, e.g. stage-3/final")
-    add("--vbpe_path", type=Path, help="vbpe.json; default: the one inside the model folder")
-    add("--raw", action="store_true", help="plain VQ codes without vBPE, for a model trained on them")
-    add("--image", type=Path, action="append", default=[], help="image file; can be given more than once")
-    add("--prompt", help="the question; `<image>` marks an image's place when there are several")
-    add("--chat", action="store_true", help="ask for questions one after another, on the terminal")
-    add("--draw", type=Path, metavar="PNG", help="experimental: draw an image, decode it with the model's VQ-GAN, save it here")
-    add("--max_new_tokens", type=int, default=128, help="longest answer, in tokens")
-    add("--do_sample", action="store_true", help="draw tokens by their probability; without it the likeliest one is taken")
-    add("--temperature", type=float, default=1.0, help="with --do_sample and --draw: below 1 more predictable, above 1 less")
-    add("--seed", type=int, default=0, help="of --do_sample and --draw")
-    add("--torch_dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the language model")
-    add("--device", help="torch device; default: the accelerator, if there is one")
+from beingvl.artefact.manifest import write_atomically
+from beingvl.errors import InputError
+from beingvl.images.vqgan_pictures import to_png
+from beingvl.inference.model import BeingVL
 
 
 def run(args: argparse.Namespace) -> None:
-    import torch
-
-    from beingvl.errors import InputError
-    from beingvl.inference.model import BeingVL
-
     if args.draw and args.chat:
         raise InputError("give either --draw or --chat")
     if not args.draw and (args.prompt is not None) == args.chat:
@@ -54,13 +36,18 @@ def run(args: argparse.Namespace) -> None:
     if args.draw and not args.draw.absolute().parent.is_dir():
         raise InputError(f"--draw {args.draw}: its folder does not exist; make it first")
     if args.draw and (args.draw.suffix.lower() != ".png" or args.draw.is_dir()):
-        raise InputError(f"--draw {args.draw} is {'a folder' if args.draw.is_dir() else 'no .png'}; name a PNG file")
+        raise InputError(
+            f"--draw {args.draw} is {'a folder' if args.draw.is_dir() else 'no .png'}; "
+            "name a PNG file"
+        )
     model = BeingVL(args.model, args.vbpe_path)
     if args.draw:
         draw(model, args)
         return
     images = model.img2tok(args.image, with_vbpe=not args.raw) if args.image else []
-    prompt_ids = [] if args.chat else model.tokenize_with_tokens(args.prompt, images)  # refused before weights are read
+    prompt_ids = (
+        [] if args.chat else model.tokenize_with_tokens(args.prompt, images)
+    )  # refused before weights are read
     model.load_model(args.torch_dtype, args.device)
     torch.manual_seed(args.seed)
     if args.chat:
@@ -71,20 +58,19 @@ def run(args: argparse.Namespace) -> None:
 
 def draw(model: BeingVL, args: argparse.Namespace) -> None:
     """Sample one image and save it as PNG."""
-    import torch
-
-    from beingvl.errors import InputError
-    from beingvl.artefact.manifest import write_atomically
-    from beingvl.images.vqgan_pictures import to_png
-
     if not model.vqgan.has_decoder:
         raise InputError(f"{model.vqgan.source} has no decoder, so a drawing could not be shown")
     model.load_model(args.torch_dtype, args.device)
     torch.manual_seed(args.seed)
-    token_ids = model.draw([args.prompt or ""], [args.image or None], not args.raw, args.temperature)
+    token_ids = model.draw(
+        [args.prompt or ""], [args.image or None], not args.raw, args.temperature
+    )
     picture = model.tok2img(token_ids)[0]
     write_atomically(args.draw, to_png(picture))
-    print(f"{args.draw}: {picture.shape[1]} x {picture.shape[0]} pixels from {len(token_ids[0])} tokens")
+    print(
+        f"{args.draw}: {picture.shape[1]} x {picture.shape[0]} pixels from "
+        f"{len(token_ids[0])} tokens"
+    )
 
 
 def print_answer(model: BeingVL, prompt_ids: list[int], args: argparse.Namespace) -> str:
@@ -101,14 +87,12 @@ def print_answer(model: BeingVL, prompt_ids: list[int], args: argparse.Namespace
 
 
 def chat(model: BeingVL, images: list[np.ndarray], args: argparse.Namespace) -> None:
-    """Questions from the terminal, each with all earlier turns before it; an empty line or the end of input ends it.
+    """Questions from the terminal, each with all earlier turns before it; an empty line or the
+    end of input ends it.
 
-    A question that cannot be asked (reserved tokens, context full) is explained, and the conversation goes on without it.
+    A question that cannot be asked (reserved tokens, context full) is explained, and the
+    conversation goes on without it.
     """
-    import sys
-
-    from beingvl.errors import InputError
-
     turns: list[tuple[str, str | None]] = []
     while True:
         try:
@@ -118,16 +102,10 @@ def chat(model: BeingVL, images: list[np.ndarray], args: argparse.Namespace) -> 
         if not question:
             return
         try:
-            answer = print_answer(model, model.tokenize_with_tokens([*turns, (question, None)], images), args)
+            answer = print_answer(
+                model, model.tokenize_with_tokens([*turns, (question, None)], images), args
+            )
         except InputError as error:
             print(error, file=sys.stderr)
             continue
         turns.append((question, answer))
-
-
-if __name__ == "__main__":
-    import sys
-
-    from beingvl.commands.main import main
-
-    sys.exit(main(["generate", *sys.argv[1:]]))

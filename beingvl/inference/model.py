@@ -1,14 +1,17 @@
 """A trained Being-VL as one object: prompts and images in, answers out.
 
     model = BeingVL("stage-3/final", "vbpe.json").load_model("bfloat16")
-    model.generate_with_vbpe(["Which digit is this?"], ["a.png"], max_new_tokens=16)      -> ["seven"]
+    model.generate_with_vbpe(["Which digit is this?"], ["a.png"], max_new_tokens=16)      ->
+        ["seven"]
 
-    images ──img2tok──> token ids ──tokenize (the chat template)──> prompt ids ──answer_token_sequences──> answers
+    images ──img2tok──> token ids ──tokenize (the chat template)──> prompt ids
+    ──answer_token_sequences──> answers
                             └──tok2img──> pictures
 
-The chat template is `beingvl.data.conversation.build_sequence`, the one that training data is made with. Generation is
-transformers' own. Prompts of different lengths share a batch by padding on the left: the attention mask hides the padding and
-positions count from each prompt's own first token, so a batch gives the answers that its prompts give alone:
+The chat template is `beingvl.data.conversation.build_sequence`, the one that training data is made
+with. Generation is transformers' own. Prompts of different lengths share a batch by padding on the
+left: the attention mask hides the padding and positions count from each prompt's own first token,
+so a batch gives the answers that its prompts give alone:
 
     <pad> <pad>  bos  hi  sep │ yes eos <pad>
       -     -     0    1   2  │  3   4
@@ -29,14 +32,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import logging
 
+from beingvl.artefact.manifest import join_lineages, read_manifest
 from beingvl.data.conversation import IMAGE_PLACEHOLDER, TextEncoder, Turn, build_sequence
 from beingvl.errors import InputError
-from beingvl.inference.draw import FittingTokens, OnlyWholeImages
-from beingvl.artefact.manifest import join_lineages, read_manifest
-from beingvl.vbpe.visual_bpe import VBPE_FILE, VisualBPE
-from beingvl.vbpe.published import LegacyVisualBPE
 from beingvl.images.vqgan import VQGAN, usable_device
+from beingvl.inference.draw import FittingTokens, OnlyWholeImages
+from beingvl.vbpe.published import LegacyVisualBPE
+from beingvl.vbpe.vbpe_file import VBPE_FILE
+from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import VocabLayout
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -48,9 +56,11 @@ Prompt = str | Sequence[Turn]
 
 
 class BeingVL:
-    """A model folder and a vBPE vocabulary. Text and image tokens work at once; weights are read by `load_model`.
+    """A model folder and a vBPE vocabulary. Text and image tokens work at once; weights are read
+    by `load_model`.
 
-    Raises InputError for a folder that is not a finished Being-VL model, or a vBPE of another model.
+    Raises InputError for a folder that is not a finished Being-VL model, or a vBPE of another
+    model.
     """
 
     def __init__(self, model_path: Path | str, vbpe_path: Path | str | None = None) -> None:
@@ -66,24 +76,31 @@ class BeingVL:
 
     # ---- loading ----
 
-    def load_model(self, torch_dtype: str | torch.dtype = "float32", device: str | torch.device | None = None) -> BeingVL:
-        """Read the weights as `torch_dtype` (or its name), onto the accelerator where there is one; returns self."""
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM, GenerationConfig
-
+    def load_model(
+        self, torch_dtype: str | torch.dtype = "float32", device: str | torch.device | None = None
+    ) -> BeingVL:
+        """Read the weights as `torch_dtype` (or its name), onto the accelerator where there is
+        one; returns self.
+        """
         dtype = str(torch_dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise InputError(f"torch_dtype is {dtype!r}, expected one of {list(DTYPES)}")
         target = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
             with quiet_without_terminal():
-                model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=getattr(torch, dtype))
+                model = AutoModelForCausalLM.from_pretrained(
+                    self.model_path, dtype=getattr(torch, dtype)
+                )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise self._damage(error) from error
         if model.get_input_embeddings().num_embeddings < self.layout.size:
             found = f"{model.get_input_embeddings().num_embeddings} rows"
-            raise InputError(f"{self.model_path}: the embedding has {found}, its vocabulary {self.layout.size} ids")
-        # The base model's own generation defaults (another stop token, sampling) must not reach our answers.
+            raise InputError(
+                f"{self.model_path}: the embedding has {found}, its vocabulary "
+                f"{self.layout.size} ids"
+            )
+        # The base model's own generation defaults (another stop token, sampling) must not reach our
+        # answers.
         model.generation_config = GenerationConfig()
         self._model = model.to(target).eval().requires_grad_(False)
         return self
@@ -97,9 +114,9 @@ class BeingVL:
 
     @cached_property
     def context(self) -> int | None:
-        """Tokens that a prompt and its answer may have together; None when config.json does not say. Needs no weights."""
-        from transformers import AutoConfig
-
+        """Tokens that a prompt and its answer may have together; None when config.json does not
+        say. Needs no weights.
+        """
         try:
             config = AutoConfig.from_pretrained(self.model_path)
         except (OSError, ValueError) as error:
@@ -108,27 +125,47 @@ class BeingVL:
 
     def _damage(self, error: Exception) -> InputError:
         reason = " ".join(str(error).split())[:200]
-        return InputError(f"{self.model_path} cannot be loaded ({reason}); `beingvl verify` tells which file changed")
+        return InputError(
+            f"{self.model_path} cannot be loaded ({reason}); `beingvl verify` tells which "
+            "file changed"
+        )
 
     @cached_property
     def vqgan(self) -> VQGAN:
-        """The VQ-GAN inside the model folder, on the model's device once that is loaded, in float32.
+        """The VQ-GAN inside the model folder, on the model's device once that is loaded, in
+        float32.
 
         Raises InputError when it is missing or not the one the model was trained with.
         """
         folder = self.model_path / VQGAN_FOLDER
         if not folder.is_dir():
-            raise InputError(f"{self.model_path} has no {VQGAN_FOLDER}/, so it reads no images; convert with --being_vq_path")
+            raise InputError(
+                f"{self.model_path} has no {VQGAN_FOLDER}/, so it reads no images; convert "
+                "with --being_vq_path"
+            )
         vqgan = VQGAN.load(folder, self._model.device if self._model is not None else "cpu")
-        join_lineages({str(self.model_path): self.manifest.lineage, str(folder): {"vqgan": vqgan.fingerprint()}})
+        join_lineages(
+            {
+                str(self.model_path): self.manifest.lineage,
+                str(folder): {"vqgan": vqgan.fingerprint()},
+            }
+        )
         return vqgan
 
     def _load_vbpe(self, path: Path) -> VisualBPE | LegacyVisualBPE:
         vbpe = VisualBPE.load(path)
-        join_lineages({str(self.model_path): self.manifest.lineage, str(path): {**vbpe.lineage, "vbpe": vbpe.fingerprint()}})
+        join_lineages(
+            {
+                str(self.model_path): self.manifest.lineage,
+                str(path): {**vbpe.lineage, "vbpe": vbpe.fingerprint()},
+            }
+        )
         if vbpe.num_codes != self.layout.num_vq or vbpe.num_merges > self.layout.num_merges:
             found = f"{path} has {vbpe.num_codes} codes and {vbpe.num_merges} merges"
-            raise InputError(f"{found}, the model's vocabulary has {self.layout.num_vq} and {self.layout.num_merges}")
+            raise InputError(
+                f"{found}, the model's vocabulary has {self.layout.num_vq} and "
+                f"{self.layout.num_merges}"
+            )
         return vbpe
 
     # ---- images and text to token ids ----
@@ -143,11 +180,16 @@ class BeingVL:
         return np.concatenate(parts) if parts else np.empty((0, *self.vqgan.grid), np.uint16)
 
     def codes2tok(self, codes: np.ndarray, with_vbpe: bool = True) -> list[np.ndarray]:
-        """VQ codes `[N, h, w]` to one array of token ids `[n]` int32 per image. Raises InputError without a vBPE."""
+        """VQ codes `[N, h, w]` to one array of token ids `[n]` int32 per image. Raises
+        InputError without a vBPE.
+        """
         if not with_vbpe:
             return [self.layout.image_to_token_ids(grid.ravel()) for grid in codes]
         if self.vbpe is None:
-            raise InputError(f"{self.model_path} has no {VBPE_FILE} inside: give vbpe_path, or generate without vBPE")
+            raise InputError(
+                f"{self.model_path} has no {VBPE_FILE} inside: give vbpe_path, or generate "
+                "without vBPE"
+            )
         ids, offsets = self.vbpe.encode_batch(codes)
         token_ids = self.layout.image_to_token_ids(ids)
         return [token_ids[start:end] for start, end in itertools.pairwise(offsets.tolist())]
@@ -157,7 +199,8 @@ class BeingVL:
         return self.codes2tok(self.img2codes(images), with_vbpe)
 
     def tok2img(self, token_ids: Sequence[np.ndarray | Sequence[int]]) -> list[np.ndarray]:
-        """The inverse, up to the VQ-GAN's loss: one array of token ids per image, merged or not, to pictures `[H, W, 3]` uint8.
+        """The inverse, up to the VQ-GAN's loss: one array of token ids per image, merged or not,
+        to pictures `[H, W, 3]` uint8.
 
         Raises InputError for a stream that no image has, or a VQ-GAN without decoder.
         """
@@ -171,14 +214,18 @@ class BeingVL:
         return (self.vbpe if self.vbpe and has_merges else plain).decode(ids, *self.vqgan.grid)
 
     def tokenize(self, prompt: Prompt, image: Any = None, with_vbpe: bool = True) -> list[int]:
-        """One prompt with its image, its list of images or None to the ids that the model continues."""
+        """One prompt with its image, its list of images or None to the ids that the model
+        continues.
+        """
         images = _images(image)
         return self.tokenize_with_tokens(prompt, self.img2tok(images, with_vbpe) if images else [])
 
     def tokenize_with_tokens(self, prompt: Prompt, images: Sequence[np.ndarray]) -> list[int]:
         """The same for images that are token ids already."""
         turns = _turns(prompt)
-        if not turns or any(not question.replace(IMAGE_PLACEHOLDER, "").strip() for question, _ in turns):
+        if not turns or any(
+            not question.replace(IMAGE_PLACEHOLDER, "").strip() for question, _ in turns
+        ):
             raise InputError("a prompt is empty; ask something")
         if turns[-1][1] is not None or any(answer is None for _, answer in turns[:-1]):
             raise InputError("a chat must have an answer to every question but the last")
@@ -194,11 +241,14 @@ class BeingVL:
         do_sample: bool = False,
         **options: Any,
     ) -> list[str]:
-        """Answers to `prompts`, only the answers. `images` holds one entry a prompt: an image, a list of images, or None.
+        """Answers to `prompts`, only the answers. `images` holds one entry a prompt: an image, a
+        list of images, or None.
 
         `options` are those of `answer_token_sequences`.
         """
-        return self._answer(prompts, images, True, max_new_tokens, {"do_sample": do_sample, **options})
+        return self._answer(
+            prompts, images, True, max_new_tokens, {"do_sample": do_sample, **options}
+        )
 
     def generate(
         self,
@@ -209,17 +259,27 @@ class BeingVL:
         **options: Any,
     ) -> list[str]:
         """The same with plain VQ codes, for a model that was trained on them."""
-        return self._answer(prompts, images, False, max_new_tokens, {"do_sample": do_sample, **options})
+        return self._answer(
+            prompts, images, False, max_new_tokens, {"do_sample": do_sample, **options}
+        )
 
     def _answer(
-        self, prompts: Sequence[Prompt], images: Sequence[Any] | None, with_vbpe: bool, max_new_tokens: int, options: dict
+        self,
+        prompts: Sequence[Prompt],
+        images: Sequence[Any] | None,
+        with_vbpe: bool,
+        max_new_tokens: int,
+        options: dict,
     ) -> list[str]:
         if isinstance(prompts, str):
             raise InputError("prompts is one string, expected a list of prompts")
         refuse_one_image(images)
         images = [None] * len(prompts) if images is None else images
         if len(images) != len(prompts):
-            raise InputError(f"{len(prompts)} prompts and {len(images)} images; expected one entry (or None) per prompt")
+            raise InputError(
+                f"{len(prompts)} prompts and {len(images)} images; expected one entry (or "
+                "None) per prompt"
+            )
         images_of = [_images(entry) for entry in images]
         together = [image for entry in images_of for image in entry]
         tokens = iter(self.img2tok(together, with_vbpe) if together else [])
@@ -238,13 +298,15 @@ class BeingVL:
     ) -> list[str]:
         """Answers to prompts that are token ids already, in the order given.
 
-        `on_text` hears each new piece of text while it is made (one prompt only); `options` are those of
-        `continue_token_sequences`.
+        `on_text` hears each new piece of text while it is made (one prompt only); `options` are
+        those of `continue_token_sequences`.
         """
         if on_text and len(sequences) != 1:
             raise InputError(f"on_text streams one answer, found {len(sequences)} prompts")
         streamer = TextStreamer(self.decode_answer, on_text) if on_text else None
-        answers = self.continue_token_sequences(sequences, max_new_tokens, streamer=streamer, **options)
+        answers = self.continue_token_sequences(
+            sequences, max_new_tokens, streamer=streamer, **options
+        )
         return [self.decode_answer(ids) for ids in answers]
 
     def continue_token_sequences(
@@ -259,11 +321,15 @@ class BeingVL:
     ) -> list[list[int]]:
         """New token ids of every prompt, up to its eos (left out) or `max_new_tokens`.
 
-        Prompts of like length share a batch; a batch ends when all its answers have. `on_batch` hears which prompts (indices
-        into `sequences`) a finished batch held, and their new token ids.
+        Prompts of like length share a batch; a batch ends when all its answers have. `on_batch`
+        hears which prompts (indices into `sequences`) a finished batch held, and their new token
+        ids.
         """
         self._check_request(sequences, max_new_tokens, temperature, batch_size)
-        options = {"streamer": streamer, **(_sampling(temperature) if do_sample else {"do_sample": False})}
+        options = {
+            "streamer": streamer,
+            **(_sampling(temperature) if do_sample else {"do_sample": False}),
+        }
         answers: list[list[int]] = [[]] * len(sequences)
         order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
         for start in range(0, len(order), batch_size):
@@ -277,9 +343,17 @@ class BeingVL:
         return answers
 
     def _check_request(
-        self, sequences: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, batch_size: int
+        self,
+        sequences: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float,
+        batch_size: int,
     ) -> None:
-        for name, value in (("max_new_tokens", max_new_tokens), ("temperature", temperature), ("batch_size", batch_size)):
+        for name, value in (
+            ("max_new_tokens", max_new_tokens),
+            ("temperature", temperature),
+            ("batch_size", batch_size),
+        ):
             if not value > 0:
                 raise InputError(f"{name} is {value}, expected more than 0")
         self.check_length(max(map(len, sequences), default=0), max_new_tokens)
@@ -288,15 +362,21 @@ class BeingVL:
         """Raises InputError when a prompt of `num_tokens` and its answer do not fit the context."""
         if self.context and num_tokens + max_new_tokens > self.context:
             raise InputError(
-                f"a prompt of {num_tokens} tokens and {max_new_tokens} new ones do not fit the model's context of "
+                f"a prompt of {num_tokens} tokens and {max_new_tokens} new ones do not fit the "
+                "model's context of "
                 f"{self.context}; shorten the prompt, use fewer images or lower max_new_tokens"
             )
 
     @torch.inference_mode()
     def _continue_batch(
-        self, sequences: Sequence[Sequence[int]], max_new_tokens: int, stop_id: int, options: dict[str, Any]
+        self,
+        sequences: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_id: int,
+        options: dict[str, Any],
     ) -> list[list[int]]:
-        """New token ids of every prompt, up to the longest answer's end; a shorter answer is followed by padding.
+        """New token ids of every prompt, up to the longest answer's end; a shorter answer is
+        followed by padding.
 
         `options` are those of transformers' `generate`.
         """
@@ -307,7 +387,9 @@ class BeingVL:
             input_ids[row, width - len(ids) :] = torch.tensor(ids)
             attention_mask[row, width - len(ids) :] = 1
         num_rows = self.model.get_input_embeddings().num_embeddings
-        padding_rows = list(range(self.layout.size, num_rows))  # of a vocabulary rounded up; they are no token
+        padding_rows = list(
+            range(self.layout.size, num_rows)
+        )  # of a vocabulary rounded up; they are no token
         out = self.model.generate(
             input_ids=input_ids.to(self.model.device),
             attention_mask=attention_mask.to(self.model.device),
@@ -321,7 +403,9 @@ class BeingVL:
 
     def decode_answer(self, token_ids: Sequence[int]) -> str:
         """The text of an answer's ids; image tokens and specials in it are left out."""
-        return self._tokenizer.decode([token for token in token_ids if token < self.layout.num_text]).strip()
+        return self._tokenizer.decode(
+            [token for token in token_ids if token < self.layout.num_text]
+        ).strip()
 
     # ---- drawing ----
 
@@ -332,15 +416,18 @@ class BeingVL:
         with_vbpe: bool = True,
         temperature: float = 1.0,
     ) -> list[np.ndarray]:
-        """One picture's token ids `[n]` int32 per prompt, sampled; `tok2img` makes pictures of them. Experimental.
+        """One picture's token ids `[n]` int32 per prompt, sampled; `tok2img` makes pictures of
+        them. Experimental.
 
-        An empty prompt without images draws as a training sample begins: `bos boi`. Otherwise the drawing stands where another
-        image of the sample would: behind the prompt's images and text. Raises InputError for a published vBPE, whose tokens
-        have no fixed shape.
+        An empty prompt without images draws as a training sample begins: `bos boi`. Otherwise the
+        drawing stands where another image of the sample would: behind the prompt's images and text.
+        Raises InputError for a published vBPE, whose tokens have no fixed shape.
         """
         vbpe = self._shapes_of_tokens(with_vbpe)
         images = [None] * len(prompts) if images is None else images
-        sequences = [self._before_drawing(*pair, with_vbpe) for pair in zip(prompts, images, strict=True)]
+        sequences = [
+            self._before_drawing(*pair, with_vbpe) for pair in zip(prompts, images, strict=True)
+        ]
         height, width = self.vqgan.grid
         max_new_tokens = height * width + 1  # one token a cell, and the end
         self._check_request(sequences, max_new_tokens, temperature, batch_size=1)
@@ -354,20 +441,26 @@ class BeingVL:
         if not with_vbpe:
             return VisualBPE(self.layout.num_vq, np.zeros((0, 4), np.int32))
         if self.vbpe is None:
-            raise InputError(f"{self.model_path} has no {VBPE_FILE} inside: give vbpe_path, or draw without vBPE")
+            raise InputError(
+                f"{self.model_path} has no {VBPE_FILE} inside: give vbpe_path, or draw without vBPE"
+            )
         if not isinstance(self.vbpe, VisualBPE):
-            raise InputError(f"{self.vbpe.source} is a published vocabulary, whose tokens have no fixed shape to draw with")
+            raise InputError(
+                f"{self.vbpe.source} is a published vocabulary, whose tokens have no fixed "
+                "shape to draw with"
+            )
         return self.vbpe
 
     def _before_drawing(self, prompt: str, image: Any, with_vbpe: bool) -> list[int]:
         if not prompt.strip() and image is None:
             return [self.layout.bos_id, self.layout.boi_id]
-        return [*self.tokenize(prompt, image, with_vbpe)[:-1], self.layout.boi_id]  # begin of image in the place of sep
+        return [
+            *self.tokenize(prompt, image, with_vbpe)[:-1],
+            self.layout.boi_id,
+        ]  # begin of image in the place of sep
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from tokenizers import Tokenizer
-
         return Tokenizer.from_file(str(self.model_path / "tokenizer.json"))
 
 
@@ -375,11 +468,17 @@ def _turns(prompt: Prompt) -> list[Turn]:
     if isinstance(prompt, str):
         return [(prompt, None)]
     is_chat = isinstance(prompt, (list, tuple)) and all(
-        isinstance(turn, (list, tuple)) and len(turn) == 2 and isinstance(turn[0], str) and isinstance(turn[1], (str, type(None)))
+        isinstance(turn, (list, tuple))
+        and len(turn) == 2
+        and isinstance(turn[0], str)
+        and isinstance(turn[1], (str, type(None)))
         for turn in prompt
     )
     if not is_chat:
-        raise InputError(f"a prompt is {str(prompt)[:60]!r}, expected a text or a list of (question, answer) pairs")
+        raise InputError(
+            f"a prompt is {str(prompt)[:60]!r}, expected a text or a list of (question, "
+            "answer) pairs"
+        )
     return [(question, answer) for question, answer in prompt]
 
 
@@ -404,8 +503,6 @@ def _until(token_ids: list[int], stop_id: int) -> list[int]:
 @contextmanager
 def quiet_without_terminal() -> Iterator[None]:
     """No progress bar of transformers in log files."""
-    from transformers.utils import logging
-
     was_enabled = logging.is_progress_bar_enabled()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -419,7 +516,9 @@ def quiet_without_terminal() -> Iterator[None]:
 class TextStreamer:
     """Hands on the text of one answer piece by piece, as transformers' `generate` makes it."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], on_text: Callable[[str], None]) -> None:
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], on_text: Callable[[str], None]
+    ) -> None:
         self._decode = decode
         self._on_text = on_text
         self._ids: list[int] | None = None
@@ -431,7 +530,9 @@ class TextStreamer:
             return
         self._ids.extend(token_ids.flatten().tolist())
         text = self._decode(self._ids)
-        if not text.endswith(REPLACEMENT_CHARACTER):  # half a character: its other bytes are still to come
+        if not text.endswith(
+            REPLACEMENT_CHARACTER
+        ):  # half a character: its other bytes are still to come
             self._show(text)
 
     def end(self) -> None:

@@ -1,9 +1,11 @@
-"""What a remote rank needs from this shell's environment, in the file from which DeepSpeed's launcher takes it.
+"""What a remote rank needs from this shell's environment, in the file from which DeepSpeed's
+launcher takes it.
 
-DeepSpeed passes PYTHON*, and on GPUs NCCL*, by itself, and everything in a `.deepspeed_env`. Its reader takes `KEY=VALUE` lines
-only (a comment or an empty line stops it) and puts a value between double quotes without looking for more of them. The variable
-DS_ENV_FILE names another file; we give it one of our own, so that two runs started from one folder do not share it. A user's own
-files, which then go unread, are read here and their lines are passed on.
+DeepSpeed passes PYTHON*, and on GPUs NCCL*, by itself, and everything in a `.deepspeed_env`. Its
+reader takes `KEY=VALUE` lines only (a comment or an empty line stops it) and puts a value between
+double quotes without looking for more of them. The variable DS_ENV_FILE names another file; we give
+it one of our own, so that two runs started from one folder do not share it. A user's own files,
+which then go unread, are read here and their lines are passed on.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from beingvl.errors import InputError
 from beingvl.artefact.manifest import write_atomically
+from beingvl.errors import InputError
 
 USERS_FILE = ".deepspeed_env"
 PASSED_PREFIXES = ("NCCL_", "GLOO_", "UCX_", "TORCH_NCCL_", "BEINGVL_", "WANDB_")
@@ -34,27 +36,37 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def users_files() -> list[Path]:
-    """The user's own files in DeepSpeed's order, the later wins: in the home folder, in the working folder, in DS_ENV_FILE."""
+    """The user's own files in DeepSpeed's order, the later wins: in the home folder, in the
+    working folder, in DS_ENV_FILE.
+    """
     named = os.environ.get("DS_ENV_FILE")
     paths = [Path.home() / USERS_FILE, Path.cwd() / USERS_FILE, *([Path(named)] if named else [])]
     return [path for path in paths if path.is_file()]
 
 
-def remote_environment(environment: Mapping[str, str], users_files: Sequence[Path]) -> dict[str, str]:
+def remote_environment(
+    environment: Mapping[str, str], users_files: Sequence[Path]
+) -> dict[str, str]:
     """The variables for every rank: this shell's, then those of the user's files, which win.
 
-    Proxies, keys, tokens and whatever else is not named above stay here. Raises InputError for what cannot be passed.
+    Proxies, keys, tokens and whatever else is not named above stay here. Raises InputError for what
+    cannot be passed.
     """
     passed = {
         name: value
         for name, value in environment.items()
-        if value and "KEY" not in name and (name in PASSED_NAMES or name.startswith(PASSED_PREFIXES))
+        if value
+        and "KEY" not in name
+        and (name in PASSED_NAMES or name.startswith(PASSED_PREFIXES))
     }
     for path in users_files:
         passed.update(_read_users_file(path))
     for name, value in passed.items():
         if "\n" in value:
-            raise InputError(f"the variable {name} has several lines, which DeepSpeed cannot pass to other hosts; unset it")
+            raise InputError(
+                f"the variable {name} has several lines, which DeepSpeed cannot pass to other "
+                "hosts; unset it"
+            )
     return dict(sorted(passed.items()))
 
 
@@ -65,20 +77,26 @@ def _read_users_file(path: Path) -> dict[str, str]:
             continue
         name, equals, value = text.partition("=")
         if not equals or not NAME.fullmatch(name.strip()):
-            raise InputError(f"{path}, line {number}: {text!r} is not a variable; expected NAME=VALUE")
+            raise InputError(
+                f"{path}, line {number}: {text!r} is not a variable; expected NAME=VALUE"
+            )
         found[name.strip()] = value.strip()
     return found
 
 
 def format_environment(variables: Mapping[str, str]) -> str:
-    """The file's text: no comment, no empty line; what a shell would read between double quotes is escaped."""
+    """The file's text: no comment, no empty line; what a shell would read between double quotes
+    is escaped.
+    """
     escaped = {name: re.sub(r'([\\"$`])', r"\\\1", value) for name, value in variables.items()}
     return "".join(f"{name}={value}\n" for name, value in escaped.items())
 
 
 @contextmanager
 def environment_file(path: Path, variables: Mapping[str, str]) -> Iterator[None]:
-    """`path` holds the variables, and DS_ENV_FILE names it, as long as the launcher runs; then both are as they were."""
+    """`path` holds the variables, and DS_ENV_FILE names it, as long as the launcher runs; then
+    both are as they were.
+    """
     before = os.environ.get("DS_ENV_FILE")
     write_atomically(path, format_environment(variables))
     os.environ["DS_ENV_FILE"] = str(path.absolute())

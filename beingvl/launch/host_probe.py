@@ -1,6 +1,8 @@
-"""What one host has to say before a run, as one line of JSON. `beingvl preflight` runs this on every host; standard library only.
+"""What one host has to say before a run, as one line of JSON. `beingvl preflight` runs this on
+every host; standard library only.
 
-python -m beingvl.launch.host_probe '{"port": 29500, "folders": {"base": "model"}, "output": "stage-1"}'
+python -m beingvl.launch.host_probe '{"port": 29500, "folders": {"base": "model"}, "output":
+"stage-1"}'
 """
 
 from __future__ import annotations
@@ -19,17 +21,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from beingvl.artefact.manifest import read_manifest
+from beingvl.errors import InputError
+from beingvl.version import __version__
+
 MARK = "beingvl-probe "
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 
 
 def probe(
-    port: int | None, folders: Mapping[str, str], output: str | None, stage: str | None = None, nvme: Sequence[str] = ()
+    port: int | None,
+    folders: Mapping[str, str],
+    output: str | None,
+    stage: str | None = None,
+    nvme: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """`port`: is it free here; `folders` (folder -> kind): their content hashes; `output`: free bytes where it will lie;
-    `stage`: the hash of its JSON file; `nvme`: free bytes of these folders, None for one that cannot be written."""
-    from beingvl import __version__
-
+    """`port`: is it free here; `folders` (folder -> kind): their content hashes; `output`: free
+    bytes where it will lie; `stage`: the hash of its JSON file; `nvme`: free bytes of these
+    folders, None for one that cannot be written.
+    """
     connection = os.environ.get("SSH_CONNECTION", "").split()
     return {
         "seconds": time.time(),
@@ -44,7 +54,12 @@ def probe(
         "folders": {folder: _content_hash(folder, kind) for folder, kind in folders.items()},
         "free_bytes": _free_bytes(Path(output)) if output else None,
         "stage": _file_hash(Path(stage)) if stage else None,
-        "nvme": {path: _free_bytes(Path(path)) if os.path.isdir(path) and os.access(path, os.W_OK) else None for path in nvme},
+        "nvme": {
+            path: _free_bytes(Path(path))
+            if os.path.isdir(path) and os.access(path, os.W_OK)
+            else None
+            for path in nvme
+        },
     }
 
 
@@ -56,7 +71,9 @@ def _version_of(package: str) -> str:
 
 
 def code_hash() -> str:
-    """Hash of every source file of this package, so that two checkouts of one version that differ are seen."""
+    """Hash of every source file of this package, so that two checkouts of one version that
+    differ are seen.
+    """
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
@@ -65,12 +82,16 @@ def code_hash() -> str:
 
 
 def count_devices() -> dict[str, Any]:
-    """GPUs (of CUDA_VISIBLE_DEVICES where it is set), or CPU cores where there is none or DS_ACCELERATOR says so."""
+    """GPUs (of CUDA_VISIBLE_DEVICES where it is set), or CPU cores where there is none or
+    DS_ACCELERATOR says so.
+    """
     if os.environ.get("DS_ACCELERATOR") != "cpu" and shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
         gpus = len([line for line in listed.stdout.splitlines() if line.startswith("GPU ")])
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = gpus if visible is None else len([name for name in visible.split(",") if name.strip()])
+        gpus = (
+            gpus if visible is None else len([name for name in visible.split(",") if name.strip()])
+        )
         if listed.returncode == 0 and gpus:
             return {"device": "GPU", "num_devices": gpus}
     return {"device": "CPU core", "num_devices": len(os.sched_getaffinity(0))}
@@ -87,9 +108,6 @@ def is_port_free(port: int) -> bool:
 
 
 def _content_hash(folder: str, kind: str) -> str:
-    from beingvl.errors import InputError
-    from beingvl.artefact.manifest import read_manifest
-
     try:
         return read_manifest(folder, kind).content_hash
     except (InputError, OSError) as error:

@@ -4,7 +4,8 @@
     worker-1 slots=8
     worker-2 slots=8      # the first host is rank 0's
 
-DeepSpeed's own reader ignores what follows the number, and takes a hostfile that does not exist for "this machine alone".
+DeepSpeed's own reader ignores what follows the number, and takes a hostfile that does not exist for
+"this machine alone".
 """
 
 from __future__ import annotations
@@ -43,19 +44,29 @@ def read_hostfile(path: Path | str) -> list[Host]:
         place = f"{path}, line {number}: {text.strip()!r}"
         match = LINE.fullmatch(line)
         if not match:
-            raise InputError(f"{place} is not a host; expected NAME slots=NUMBER, for example worker-1 slots=8")
+            raise InputError(
+                f"{place} is not a host; expected NAME slots=NUMBER, for example worker-1 slots=8"
+            )
         host = Host(match["name"], int(match["slots"]))
         if host.slots == 0:
-            raise InputError(f"{place} has no slot; remove the line, or give the number of ranks to run there")
-        first = hosts.setdefault(host.name.lower(), (number, host))[0]  # names of hosts do not tell case
+            raise InputError(
+                f"{place} has no slot; remove the line, or give the number of ranks to run there"
+            )
+        first = hosts.setdefault(host.name.lower(), (number, host))[
+            0
+        ]  # names of hosts do not tell case
         if first != number:
-            raise InputError(f"{place} names {host.name} again, first in line {first}; add the slots up in one line")
+            raise InputError(
+                f"{place} names {host.name} again, first in line {first}; add the slots up in "
+                "one line"
+            )
     if not hosts:
         raise InputError(f"{path} names no host; write one line a host: NAME slots=NUMBER")
     for name in THIS_MACHINE:
         if name in hosts and len(hosts) > 1:
             raise InputError(
-                f"{path}, line {hosts[name][0]}: {name!r} among other hosts means another machine on each of them; "
+                f"{path}, line {hosts[name][0]}: {name!r} among other hosts means another "
+                "machine on each of them; "
                 "write the name by which all hosts reach it"
             )
     return [host for _, host in hosts.values()]

@@ -2,8 +2,9 @@
 
   beingvl plan --model base --stage ds_configs/stage3.json --gpus 8x80GB --nodes 2 --data shards/
 
-Nothing is loaded and no GPU is needed: shapes come from the model's config. A run prints its own prediction beside what it
-really used. The time assumes that a GPU reaches --mfu of its peak, which is a guess until a run has shown it.
+Nothing is loaded and no GPU is needed: shapes come from the model's config. A run prints its own
+prediction beside what it really used. The time assumes that a GPU reaches --mfu of its peak, which
+is a guess until a run has shown it.
 """
 
 from __future__ import annotations
@@ -11,36 +12,32 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from beingvl.model.param_groups import PlannedParameter
-    from beingvl.stage.stage_config import StageConfig
+import numpy as np
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+from beingvl.artefact.manifest import read_manifest
+from beingvl.data.arrow_shards import ShardReader
+from beingvl.data.loader import open_mixture
+from beingvl.errors import InputError
+from beingvl.model.extended_vocab import build_packed_model
+from beingvl.model.packed_check import refuse_short_window, refuse_unlike_packed
+from beingvl.model.param_groups import PlannedParameter, plan_parameters
+from beingvl.stage.stage_config import StageConfig, load_stage_config
+from beingvl.train.flops import GPU_PEAKS, step_flops
+from beingvl.train.memory import device_bytes, predict_memory
+from beingvl.train.stage_run import find_start_model
+from beingvl.vocab import VocabLayout
 
 USABLE = 0.92
-"""Share of a device's memory that training may use; the rest is CUDA's, NCCL's and fragmentation."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--model", type=Path, required=True, help="start model: base/, or the previous stage's folder")
-    add("--stage", "--deepspeed_config", type=Path, required=True, help="the stage's JSON (ds_configs/)")
-    add("--gpus", required=True, metavar="NxMGB", help="GPUs of a node and the memory of each, for example 8x80GB")
-    add("--nodes", type=int, default=1, help="number of nodes")
-    add("--data", type=Path, help="shard folder, for the time per epoch")
-    add("--gpu", default="H100", help="kind of GPU, for its peak speed")
-    add("--mfu", type=float, default=0.4, help="share of the peak that the model's own FLOPs reach")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the JSON")
+"""Share of a device's memory that training may use; the rest is CUDA's, NCCL's and
+fragmentation.
+"""
 
 
 def run(args: argparse.Namespace) -> int:
-    from transformers import AutoConfig
-
-    from beingvl.artefact.manifest import read_manifest
-    from beingvl.train.memory import device_bytes, predict_memory
-    from beingvl.stage.stage_config import load_stage_config
-    from beingvl.train.train_stage import find_start_model
-
     gpus, capacity = parse_gpus(args.gpus)
     num_ranks = gpus * args.nodes
     config = load_stage_config(args.stage, args.set)
@@ -49,9 +46,15 @@ def run(args: argparse.Namespace) -> int:
     model_config = AutoConfig.from_pretrained(model)
     plan = plan_of(model, model_config, config)
     memory = predict_memory(plan, model_config, config, num_ranks)
-    print(f"{num_ranks} ranks, ZeRO-{config.zero_stage}, micro-batch {config.micro_batch_size}; predicted memory of one rank:")
+    print(
+        f"{num_ranks} ranks, ZeRO-{config.zero_stage}, micro-batch "
+        f"{config.micro_batch_size}; predicted memory of one rank:"
+    )
     for purpose, amount in memory.items():
-        print(f"  {purpose:<14} {amount / 1e9:8.2f} GB{'  (in the memory of the CPU)' if purpose.startswith('cpu_') else ''}")
+        print(
+            f"  {purpose:<14} {amount / 1e9:8.2f} "
+            f"GB{'  (in the memory of the CPU)' if purpose.startswith('cpu_') else ''}"
+        )
     print(f"  {'on the device':<14} {device_bytes(memory) / 1e9:8.2f} GB of {capacity / 1e9:g} GB")
     print(proposal(plan, model_config, config, num_ranks, capacity))
     if args.data:
@@ -61,8 +64,6 @@ def run(args: argparse.Namespace) -> int:
 
 def parse_gpus(text: str) -> tuple[int, int]:
     """`8x80GB` -> (8, 80_000_000_000). Raises InputError for anything else."""
-    from beingvl.errors import InputError
-
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)GB", text, re.IGNORECASE)
     if not found:
         raise InputError(f"--gpus {text!r}: expected NUMBERxMEMORY, for example 8x80GB")
@@ -71,39 +72,49 @@ def parse_gpus(text: str) -> tuple[int, int]:
 
 def plan_of(model: Path, model_config: Any, config: StageConfig) -> list[PlannedParameter]:
     """The freezer's plan for a model folder, from shapes alone."""
-    import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    from beingvl.model.extended_vocab import build_packed_model
-    from beingvl.model.packed_check import refuse_short_window, refuse_unlike_packed
-    from beingvl.model.param_groups import plan_parameters
-    from beingvl.vocab import VocabLayout
-
     num_text = VocabLayout.load(model).num_text
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
-    refuse_short_window(model_config, config.beingvl.sequence_length, "lower beingvl.sequence_length to {window}")
+    refuse_short_window(
+        model_config, config.beingvl.sequence_length, "lower beingvl.sequence_length to {window}"
+    )
     refuse_unlike_packed(model_class, model_config)
     with torch.device("meta"):
-        built = build_packed_model(model_class, model_config, num_text, model_config.vocab_size - num_text, 1, False)
-    shapes = {name: tuple(parameter.shape) for name, parameter in built.causal_lm.named_parameters()}
+        built = build_packed_model(
+            model_class, model_config, num_text, model_config.vocab_size - num_text, 1, False
+        )
+    shapes = {
+        name: tuple(parameter.shape) for name, parameter in built.causal_lm.named_parameters()
+    }
     return plan_parameters(shapes, config.beingvl.trainable)
 
 
-def proposal(plan: list[PlannedParameter], model_config: Any, config: StageConfig, num_ranks: int, capacity: int) -> str:
+def proposal(
+    plan: list[PlannedParameter],
+    model_config: Any,
+    config: StageConfig,
+    num_ranks: int,
+    capacity: int,
+) -> str:
     """The largest micro-batch that fits; when none does, what to change."""
-    from beingvl.train.memory import device_bytes, predict_memory
-
     per_rank = config.sequences_per_step // num_ranks
     if per_rank * num_ranks != config.sequences_per_step:
-        return f"train_batch_size {config.sequences_per_step} does not divide by {num_ranks} ranks: change it, or their number"
+        return (
+            f"train_batch_size {config.sequences_per_step} does not divide by {num_ranks} "
+            "ranks: change it, or their number"
+        )
     fitting = [
         size
         for size in range(1, per_rank + 1)
-        if per_rank % size == 0 and device_bytes(predict_memory(plan, model_config, config, num_ranks, size)) <= USABLE * capacity
+        if per_rank % size == 0
+        and device_bytes(predict_memory(plan, model_config, config, num_ranks, size))
+        <= USABLE * capacity
     ]
     if fitting:
         best = fitting[-1]
-        return f"proposal: train_micro_batch_size_per_gpu {best}, accumulation {per_rank // best}, no change of offload"
+        return (
+            f"proposal: train_micro_batch_size_per_gpu {best}, accumulation "
+            f"{per_rank // best}, no change of offload"
+        )
     if config.zero_stage < 3:
         return "proposal: it does not fit; use ZeRO stage 3"
     memory = predict_memory(plan, model_config, config, num_ranks, 1)
@@ -111,27 +122,35 @@ def proposal(plan: list[PlannedParameter], model_config: Any, config: StageConfi
     if kept <= USABLE * capacity:
         return 'proposal: it does not fit; micro-batch 1 and "offload_optimizer": {"device": "cpu"}'
     if kept - memory["weights"] <= USABLE * capacity:
-        return "proposal: it does not fit; micro-batch 1, offload_optimizer and offload_param (ds_configs/stage3-offload.json)"
-    return "proposal: it does not fit, even with everything offloaded: more GPUs, a shorter sequence or a smaller loss chunk"
+        return (
+            "proposal: it does not fit; micro-batch 1, offload_optimizer and offload_param "
+            "(ds_configs/stage3-offload.json)"
+        )
+    return (
+        "proposal: it does not fit, even with everything offloaded: more GPUs, a "
+        "shorter sequence or a smaller loss chunk"
+    )
 
 
 def time_per_epoch(
-    args: argparse.Namespace, config: StageConfig, plan: list[PlannedParameter], model_config: Any, num_ranks: int
+    args: argparse.Namespace,
+    config: StageConfig,
+    plan: list[PlannedParameter],
+    model_config: Any,
+    num_ranks: int,
 ) -> str:
     """FLOPs of the samples that the stage's mixture draws in an epoch, over what the GPUs reach."""
-    import numpy as np
-
-    from beingvl.data.arrow_shards import ShardReader
-    from beingvl.data.loader import open_mixture
-    from beingvl.errors import InputError
-    from beingvl.train.flops import GPU_PEAKS, step_flops
-
     if args.gpu not in GPU_PEAKS:
         raise InputError(f"--gpu {args.gpu!r} is not known, known are {', '.join(GPU_PEAKS)}")
     shards = ShardReader(args.data)
-    mixture = open_mixture(shards, config.beingvl.mixture, config.beingvl.mixture_by, config.beingvl.seed)
+    mixture = open_mixture(
+        shards, config.beingvl.mixture, config.beingvl.mixture_by, config.beingvl.seed
+    )
     draws = mixture.counts(mixture.num_samples)
-    repeats = [draws.get(name, 0) / max(1, len(own)) for name, own in zip(shards.sources, shards.members, strict=True)]
+    repeats = [
+        draws.get(name, 0) / max(1, len(own))
+        for name, own in zip(shards.sources, shards.members, strict=True)
+    ]
     times_drawn = np.array(repeats)[shards.source_of]
     lengths = shards.lengths.astype(np.int64)
     num_tokens = round(times_drawn @ lengths)
@@ -142,11 +161,3 @@ def time_per_epoch(
     hours = flops / (GPU_PEAKS[args.gpu] * args.mfu * num_ranks) / 3600
     size = f"{mixture.num_samples:,} samples, {num_tokens:,} tokens, {flops:.3g} FLOPs"
     return f"one epoch: {size}, {hours:.2f} hours at an MFU of {args.mfu:g}"
-
-
-if __name__ == "__main__":
-    import sys
-
-    from beingvl.commands.main import main
-
-    sys.exit(main(["plan", *sys.argv[1:]]))

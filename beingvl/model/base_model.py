@@ -1,7 +1,9 @@
-"""The language model a conversion starts from: its config, where its embeddings are, how many text ids it has.
+"""The language model a conversion starts from: its config, where its embeddings are, how many
+text ids it has.
 
-Nothing is loaded: transformers builds the model on the meta device, which says what the input embedding and the output head
-are called, whatever the architecture; shapes come from the weight files' headers.
+Nothing is loaded: transformers builds the model on the meta device, which says what the input
+embedding and the output head are called, whatever the architecture; shapes come from the weight
+files' headers.
 """
 
 from __future__ import annotations
@@ -13,21 +15,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from beingvl.errors import InputError
 from beingvl.artefact.manifest import hash_inputs
+from beingvl.errors import InputError
 from beingvl.model.weight_files import WeightFolder
 
 LICENSE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-SMALL_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer*", "original/tokenizer.model", *LICENSE_PATTERNS)
+SMALL_FILES = (
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "tokenizer*",
+    "original/tokenizer.model",
+    *LICENSE_PATTERNS,
+)
 
 
 @dataclass(frozen=True)
 class BaseModel:
     """A causal language model on disk.
 
-    `input_name` and `output_name` are the tensors with one row per token id; `output_bias_name` is the head's bias where it
-    has one. `stored_output_name` is the tensor that holds the head's values: the input embedding when the two are tied.
+    `input_name` and `output_name` are the tensors with one row per token id; `output_bias_name` is
+    the head's bias where it has one. `stored_output_name` is the tensor that holds the head's
+    values: the input embedding when the two are tied.
     """
 
     folder: Path
@@ -46,7 +57,9 @@ class BaseModel:
 
     @classmethod
     def open(cls, folder: Path | str) -> BaseModel:
-        """Raises InputError for a folder that is no causal language model, or whose weights do not fit its config."""
+        """Raises InputError for a folder that is no causal language model, or whose weights do
+        not fit its config.
+        """
         folder = Path(folder)
         config = read_json(folder / "config.json", "a Hugging Face model folder")
         weights = WeightFolder(folder)
@@ -55,8 +68,15 @@ class BaseModel:
         head = model.get_output_embeddings()
         output_name = _module_parameter(model, head, "weight")
         if input_name is None or output_name is None:
-            raise InputError(f"{folder}: {type(model).__name__} has no input embedding or no output head to extend")
-        bias_name = _module_parameter(model, head, "bias") if getattr(head, "bias", None) is not None else None
+            raise InputError(
+                f"{folder}: {type(model).__name__} has no input embedding or no output head to "
+                "extend"
+            )
+        bias_name = (
+            _module_parameter(model, head, "bias")
+            if getattr(head, "bias", None) is not None
+            else None
+        )
 
         tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
         stored_output = output_name if output_name in weights else input_name
@@ -65,28 +85,48 @@ class BaseModel:
             raise InputError(f"{folder}: the weights have no {missing!r}; is config.json theirs?")
         _check_shapes(folder, weights, input_name, stored_output, model)
         num_text, hidden_size = weights.shape(input_name)
-        return cls(folder, config, weights, input_name, output_name, stored_output, bias_name, num_text, hidden_size)
+        return cls(
+            folder,
+            config,
+            weights,
+            input_name,
+            output_name,
+            stored_output,
+            bias_name,
+            num_text,
+            hidden_size,
+        )
 
     def fingerprint(self) -> str:
-        """Hash of what a conversion reads: configs, tokenizer and licence files whole, weight files by `hash_sample`."""
+        """Hash of what a conversion reads: configs, tokenizer and licence files whole, weight
+        files by `hash_sample`.
+        """
         return hash_inputs(self.folder, small_files(self.folder), sampled=self.weights.files)
 
     def special_id(self, name: str, fallback: int | None) -> int | None:
-        """`bos_token_id` or `eos_token_id` of config.json (the first of a list), else `fallback`."""
+        """`bos_token_id` or `eos_token_id` of config.json (the first of a list), else
+        `fallback`.
+        """
         value = _text_config(self.config).get(name, self.config.get(name))
         value = value[0] if isinstance(value, list) and value else value
         return value if isinstance(value, int) else fallback
 
     def special_ids(self, name: str) -> set[int]:
-        """Every id that config.json and generation_config.json give for `bos_token_id` or `eos_token_id`."""
+        """Every id that config.json and generation_config.json give for `bos_token_id` or
+        `eos_token_id`.
+        """
         path = self.folder / "generation_config.json"
         generation = read_json(path, "a model folder") if path.is_file() else {}
-        values = [fields.get(name) for fields in (_text_config(self.config), self.config, generation)]
+        values = [
+            fields.get(name) for fields in (_text_config(self.config), self.config, generation)
+        ]
         flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
         return {one for one in flat if isinstance(one, int)}
 
     def extended_config(self, num_rows: int, dtype: torch.dtype | None) -> dict[str, Any]:
-        """config.json for a vocabulary of `num_rows` rows and an untied head; every other key survives."""
+        """config.json for a vocabulary of `num_rows` rows and an untied head; every other key
+        survives.
+        """
         config = copy.deepcopy(self.config)
         for fields in (config, _text_config(config)):
             if fields is _text_config(config) or "vocab_size" in fields:
@@ -125,14 +165,15 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def _empty_model(folder: Path) -> Any:
     """The model without weights, on the meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, OSError, TypeError) as error:
-        raise InputError(f"{folder / 'config.json'} is not a causal language model that transformers knows ({error})") from error
+        raise InputError(
+            f"{folder / 'config.json'} is not a causal language model that transformers "
+            f"knows ({error})"
+        ) from error
 
 
 def _module_parameter(model: Any, module: Any, attribute: str) -> str | None:
@@ -143,24 +184,33 @@ def _module_parameter(model: Any, module: Any, attribute: str) -> str | None:
     return None
 
 
-def _check_shapes(folder: Path, weights: WeightFolder, input_name: str, output_name: str, model: Any) -> None:
+def _check_shapes(
+    folder: Path, weights: WeightFolder, input_name: str, output_name: str, model: Any
+) -> None:
     expected = tuple(model.get_input_embeddings().weight.shape)
     for name in (input_name, output_name):
         if weights.shape(name) != expected:
             raise InputError(
-                f"{folder}: {name!r} is {list(weights.shape(name))}, config.json says {list(expected)} "
+                f"{folder}: {name!r} is {list(weights.shape(name))}, config.json says "
+                f"{list(expected)} "
                 f"(vocab_size x hidden_size); the config and the weights are not of the same model"
             )
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     prefix = "".join(f"{part}." for part in input_name.split(".")[:-2])
-    known = any(name in parameters for name in weights if name.startswith(prefix) and name != input_name)
+    known = any(
+        name in parameters for name in weights if name.startswith(prefix) and name != input_name
+    )
     if not known and not weights.keys() <= parameters.keys():
         return  # an older checkpoint whose names transformers translates while loading
     for name, shape in parameters.items():
         if name not in weights and name != output_name:
-            raise InputError(f"{folder}: the weights have no {name!r}, which config.json asks for; download the checkpoint again")
+            raise InputError(
+                f"{folder}: the weights have no {name!r}, which config.json asks for; download "
+                "the checkpoint again"
+            )
         if name in weights and weights.shape(name) != shape:
             raise InputError(
-                f"{folder}: {name!r} is {list(weights.shape(name))}, config.json says {list(shape)}; "
+                f"{folder}: {name!r} is {list(weights.shape(name))}, config.json says "
+                f"{list(shape)}; "
                 f"the config and the weights are not of the same model"
             )

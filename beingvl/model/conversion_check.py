@@ -1,6 +1,8 @@
-"""`--verify_loading`: load a converted model with unmodified transformers and compare it with the one it was made from.
+"""`--verify_loading`: load a converted model with unmodified transformers and compare it with
+the one it was made from.
 
-Every check returns what was seen or raises DifferenceError; the table shows all of them, and one difference fails the whole.
+Every check returns what was seen or raises DifferenceError; the table shows all of them, and one
+difference fails the whole.
 """
 
 from __future__ import annotations
@@ -9,20 +11,26 @@ import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from beingvl.errors import InputError
 from beingvl.artefact.manifest import hash_file, verify_folder
+from beingvl.errors import InputError
+from beingvl.images.vqgan import VQGAN
 from beingvl.model.base_model import BaseModel, read_json
 from beingvl.model.target_folder import VBPE_FILE, VQGAN_FOLDER
-from beingvl.model.tokenizer_files import check_same_text_tokens, check_token_ids, find_tokenizer_file, load_tokenizer
+from beingvl.model.tokenizer_files import (
+    check_same_text_tokens,
+    check_token_ids,
+    find_tokenizer_file,
+    load_tokenizer,
+)
 from beingvl.model.weight_files import WeightFolder
+from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import VocabLayout
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 PROMPTS = (
     "What is",
@@ -68,7 +76,9 @@ def verify_conversion(base: BaseModel, result: Path, vq_path: Path | None) -> bo
 
 
 def _check_tensors(base: BaseModel, result: Path) -> str:
-    """Names, shapes and bytes of every tensor that conversion leaves alone (after the cast, where dtypes differ)."""
+    """Names, shapes and bytes of every tensor that conversion leaves alone (after the cast,
+    where dtypes differ).
+    """
     weights = WeightFolder(result)
     grown = {base.input_name, base.output_name, base.output_bias_name}
     expected, found = {*base.weights, base.output_name}, set(weights)
@@ -78,9 +88,15 @@ def _check_tensors(base: BaseModel, result: Path) -> str:
         ours, theirs = weights[name], base.weights[name]
         if ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours.dtype)):
             raise DifferenceError(f"{name} is not the base model's")
-    linked = {path.name for path in {stored.file for stored in weights.tensors.values()} if _is_link_of(path, base)}
+    linked = {
+        path.name
+        for path in {stored.file for stored in weights.tensors.values()}
+        if _is_link_of(path, base)
+    }
     shared = sum(weights.tensors[name].file.name in linked for name in expected - grown)
-    return f"{len(expected - grown)} tensors" + (f", {shared} of them in files linked to the base's" if shared else "")
+    return f"{len(expected - grown)} tensors" + (
+        f", {shared} of them in files linked to the base's" if shared else ""
+    )
 
 
 def _is_link_of(path: Path, base: BaseModel) -> bool:
@@ -90,7 +106,10 @@ def _is_link_of(path: Path, base: BaseModel) -> bool:
 
 def _check_text_rows(base: BaseModel, result: Path) -> str:
     weights = WeightFolder(result)
-    for name, stored in [(base.input_name, base.input_name), (base.output_name, base.stored_output_name)]:
+    for name, stored in [
+        (base.input_name, base.input_name),
+        (base.output_name, base.stored_output_name),
+    ]:
         for start in range(0, base.num_text, _ROWS):
             stop = min(start + _ROWS, base.num_text)
             ours = weights[name][start:stop]
@@ -104,7 +123,9 @@ def _check_new_rows(base: BaseModel, result: Path, layout: VocabLayout) -> str:
     spreads = []
     for name in (base.input_name, base.output_name):
         if weights.shape(name)[0] < layout.size:
-            raise DifferenceError(f"{name} has {weights.shape(name)[0]} rows, the layout has {layout.size} ids")
+            raise DifferenceError(
+                f"{name} has {weights.shape(name)[0]} rows, the layout has {layout.size} ids"
+            )
         rows = weights[name][layout.num_text : layout.size]
         if not all(torch.isfinite(block).all() for block in rows.split(_ROWS)):
             raise DifferenceError(f"{name} has new rows that are not finite")
@@ -112,7 +133,9 @@ def _check_new_rows(base: BaseModel, result: Path, layout: VocabLayout) -> str:
     return f"2 x {layout.num_visual} rows, finite, std {spreads[0]:.4g} and {spreads[1]:.4g}"
 
 
-def _check_tokenizer(base: BaseModel, tokenizer: PreTrainedTokenizerFast, layout: VocabLayout, load_seconds: float) -> str:
+def _check_tokenizer(
+    base: BaseModel, tokenizer: PreTrainedTokenizerFast, layout: VocabLayout, load_seconds: float
+) -> str:
     check_token_ids(tokenizer, layout, "tokenizer.json")
     if find_tokenizer_file(base.folder):
         own = load_tokenizer(base.folder)
@@ -124,9 +147,11 @@ def _check_tokenizer(base: BaseModel, tokenizer: PreTrainedTokenizerFast, layout
 
 
 def _check_logits(base: BaseModel, result: Path, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Logits of every text id on fixed prompts, from both models loaded one after the other by transformers.
+    """Logits of every text id on fixed prompts, from both models loaded one after the other by
+    transformers.
 
-    The longer head is cut to the text rows first: a matrix product of another width may be rounded in another order.
+    The longer head is cut to the text rows first: a matrix product of another width may be rounded
+    in another order.
     """
     prompts = [torch.tensor([tokenizer(prompt)["input_ids"]]) for prompt in PROMPTS]
     ours, dtype = _text_logits(result, prompts, base.num_text, None)
@@ -134,15 +159,16 @@ def _check_logits(base: BaseModel, result: Path, tokenizer: PreTrainedTokenizerF
     if not all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):
         difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
         raise DifferenceError(f"the largest difference is {difference:.3g}")
-    return f"{len(prompts)} prompts x {base.num_text} ids, {str(dtype).removeprefix('torch.')}, equal to the bit"
+    return (
+        f"{len(prompts)} prompts x {base.num_text} ids, "
+        f"{str(dtype).removeprefix('torch.')}, equal to the bit"
+    )
 
 
 @torch.inference_mode()
 def _text_logits(
     folder: Path, prompts: list[torch.Tensor], num_text: int, dtype: torch.dtype | None
 ) -> tuple[list[torch.Tensor], torch.dtype]:
-    from transformers import AutoModelForCausalLM
-
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
     cut_head(model, num_text)
     logits = [model(input_ids=prompt, use_cache=False).logits[0].float() for prompt in prompts]
@@ -153,7 +179,9 @@ def _text_logits(
 
 
 def cut_head(model: Any, num_rows: int) -> None:
-    """Leave only the head's first rows. A matrix product of another width may be rounded in another order."""
+    """Leave only the head's first rows. A matrix product of another width may be rounded in
+    another order.
+    """
     head = model.get_output_embeddings()
     for name, parameter in list(head.named_parameters()):
         setattr(head, name, torch.nn.Parameter(parameter[:num_rows].clone(), requires_grad=False))
@@ -168,17 +196,14 @@ def _check_generation_config(result: Path, layout: VocabLayout) -> str:
 
 
 def _check_images(result: Path, vq_path: Path | None) -> str:
-    """Encode a test picture with both VQ-GANs, decode it again, and take the codes through vBPE and back.
+    """Encode a test picture with both VQ-GANs, decode it again, and take the codes through vBPE
+    and back.
 
-    Without a VQ-GAN to compare with, the one inside is tried alone; where there is none, nothing is checked.
+    Without a VQ-GAN to compare with, the one inside is tried alone; where there is none, nothing is
+    checked.
     """
     if not (result / VQGAN_FOLDER).is_dir() and vq_path is None:
         return NOT_CHECKED
-    import numpy as np
-
-    from beingvl.vbpe.visual_bpe import VisualBPE
-    from beingvl.images.vqgan import VQGAN
-
     ours = VQGAN.load(result / VQGAN_FOLDER)
     for path in vq_path.rglob("*") if vq_path else []:
         copy = result / VQGAN_FOLDER / path.relative_to(vq_path or result)
@@ -187,7 +212,9 @@ def _check_images(result: Path, vq_path: Path | None) -> str:
     theirs = VQGAN.load(vq_path) if vq_path else ours
     side = ours.image_size
     ramp = torch.linspace(-1, 1, side)
-    waves = torch.stack([ramp.expand(side, side), ramp.expand(side, side).T, torch.sin(9 * ramp[:, None] * ramp)])[None]
+    waves = torch.stack(
+        [ramp.expand(side, side), ramp.expand(side, side).T, torch.sin(9 * ramp[:, None] * ramp)]
+    )[None]
     codes = ours.encode(waves)
     if not np.array_equal(codes, theirs.encode(waves)):
         raise DifferenceError(f"{result / VQGAN_FOLDER} gives other codes than {theirs.source}")
@@ -199,4 +226,8 @@ def _check_images(result: Path, vq_path: Path | None) -> str:
         if is_lossless and not np.array_equal(vbpe.decode(ids, *codes.shape[1:]), codes[0]):
             raise DifferenceError("vBPE does not give the codes back")
         seen += f", {len(ids)} vBPE tokens{' and back' if is_lossless else ''}"
-    return seen + (f", decoded to {ours.decode(codes).shape[1:]}" if ours.has_decoder else ", no decoder to try")
+    return seen + (
+        f", decoded to {ours.decode(codes).shape[1:]}"
+        if ours.has_decoder
+        else ", no decoder to try"
+    )

@@ -3,12 +3,14 @@
     token id        0 … num_text-1 | num_text … size-1
     parameter          text_rows   |   visual_rows          (specials, VQ codes, vBPE ids)
 
-What a stage freezes is then a whole parameter: no gradient, no optimizer state, no weight decay, the same bytes afterwards. On
-disk (HF folders) each pair is one matrix again; only this file joins and splits.
+What a stage freezes is then a whole parameter: no gradient, no optimizer state, no weight decay,
+the same bytes afterwards. On disk (HF folders) each pair is one matrix again; only this file joins
+and splits.
 
-The head computes the loss itself, over target positions only, in chunks of rows that are recomputed in the backward pass, so
-that logits of the whole vocabulary never exist for more than one chunk and the two weights are never concatenated. The backward
-pass is written out (`ChunkedCrossEntropy`): autograd would make a gradient of the whole head for every chunk and add them up.
+The head computes the loss itself, over target positions only, in chunks of rows that are recomputed
+in the backward pass, so that logits of the whole vocabulary never exist for more than one chunk and
+the two weights are never concatenated. The backward pass is written out (`ChunkedCrossEntropy`):
+autograd would make a gradient of the whole head for every chunk and add them up.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.initialization import no_init_weights
+
+from beingvl.model import packed_attention
 
 ROW_ALIGNMENT = 64  # elements
 TEXT_ROWS = "text_rows"
@@ -42,31 +47,45 @@ class ExtendedEmbedding(nn.Module):
 
 
 class ExtendedHead(nn.Module):
-    """The output head over two row blocks. `forward` returns the loss of every target token, or logits where none is given."""
+    """The output head over two row blocks. `forward` returns the loss of every target token, or
+    logits where none is given.
+    """
 
-    def __init__(self, num_text: int, num_visual: int, hidden_size: int, loss_chunk_tokens: int) -> None:
+    def __init__(
+        self, num_text: int, num_visual: int, hidden_size: int, loss_chunk_tokens: int
+    ) -> None:
         super().__init__()
         self.loss_chunk_tokens = loss_chunk_tokens
         self.text_rows = nn.Parameter(torch.empty(num_text, hidden_size))
         self.visual_rows = nn.Parameter(torch.empty(num_visual, hidden_size))
 
     def forward(self, hidden: torch.Tensor, target_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """`hidden` `[n, hidden_size]`, `target_ids` `[n]` -> `[n]` float32 losses (nats), or logits `[n, vocabulary]`."""
+        """`hidden` `[n, hidden_size]`, `target_ids` `[n]` -> `[n]` float32 losses (nats), or
+        logits `[n, vocabulary]`.
+        """
         if target_ids is None:
             return _logits(hidden, self.text_rows, self.visual_rows)
-        return ChunkedCrossEntropy.apply(hidden, target_ids, self.text_rows, self.visual_rows, self.loss_chunk_tokens)
+        return ChunkedCrossEntropy.apply(
+            hidden, target_ids, self.text_rows, self.visual_rows, self.loss_chunk_tokens
+        )
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Cross entropy of linear logits over two row blocks, `chunk` positions at a time, in float32.
 
-    Of the forward pass only log(sum(exp(logits))) is kept, one number a position; the backward pass makes a chunk's logits again
-    and adds its share to the gradients in place. Logits are the model's dtype before they become float32, as without chunks.
+    Of the forward pass only log(sum(exp(logits))) is kept, one number a position; the backward pass
+    makes a chunk's logits again and adds its share to the gradients in place. Logits are the
+    model's dtype before they become float32, as without chunks.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, target_ids: torch.Tensor, text_rows: torch.Tensor, visual_rows: torch.Tensor, chunk: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        target_ids: torch.Tensor,
+        text_rows: torch.Tensor,
+        visual_rows: torch.Tensor,
+        chunk: int,
     ) -> torch.Tensor:
         """`hidden` `[n, hidden_size]`, `target_ids` `[n]` -> `[n]` float32 losses (nats)."""
         normalizers = hidden.new_empty(len(hidden), dtype=torch.float32)
@@ -83,16 +102,24 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """d loss / d logits = softmax - one-hot of the target; rows that are frozen get no gradient."""
+        """d loss / d logits = softmax - one-hot of the target; rows that are frozen get no
+        gradient.
+        """
         (of_losses,) = gradients
         hidden, target_ids, text_rows, visual_rows, normalizers = ctx.saved_tensors
         of_hidden = torch.zeros_like(hidden)
         of_text, of_visual = (
             torch.zeros_like(rows) if needed else None
-            for rows, needed in zip((text_rows, visual_rows), ctx.needs_input_grad[2:4], strict=True)
+            for rows, needed in zip(
+                (text_rows, visual_rows), ctx.needs_input_grad[2:4], strict=True
+            )
         )
         for rows in _chunks(len(hidden), ctx.chunk):
-            of_logits = _chunk_logits(hidden[rows], text_rows, visual_rows).sub_(normalizers[rows, None]).exp_()
+            of_logits = (
+                _chunk_logits(hidden[rows], text_rows, visual_rows)
+                .sub_(normalizers[rows, None])
+                .exp_()
+            )
             of_logits[torch.arange(len(of_logits), device=hidden.device), target_ids[rows]] -= 1
             low = _logits_buffer(hidden[rows], of_logits.shape[1])
             low.copy_(of_logits.mul_(of_losses[rows, None]))
@@ -109,8 +136,12 @@ def _chunks(length: int, chunk: int) -> list[slice]:
     return [slice(start, start + chunk) for start in range(0, length, chunk)]
 
 
-def _chunk_logits(hidden: torch.Tensor, text_rows: torch.Tensor, visual_rows: torch.Tensor) -> torch.Tensor:
-    """Float32 logits `[n, vocabulary]`, both products written to their place in one buffer; without gradients."""
+def _chunk_logits(
+    hidden: torch.Tensor, text_rows: torch.Tensor, visual_rows: torch.Tensor
+) -> torch.Tensor:
+    """Float32 logits `[n, vocabulary]`, both products written to their place in one buffer;
+    without gradients.
+    """
     logits = _logits_buffer(hidden, len(text_rows) + len(visual_rows))
     text, visual = logits.split([len(text_rows), len(visual_rows)], dim=1)
     torch.mm(hidden, text_rows.T, out=text)
@@ -119,22 +150,27 @@ def _chunk_logits(hidden: torch.Tensor, text_rows: torch.Tensor, visual_rows: to
 
 
 def _logits_buffer(hidden: torch.Tensor, width: int) -> torch.Tensor:
-    """Uninitialised `[n, width]` in the dtype of `hidden` whose rows start at multiples of 128 bytes.
+    """Uninitialised `[n, width]` in the dtype of `hidden` whose rows start at multiples of 128
+    bytes.
 
-    GPU matrix kernels read and write rows 16 bytes at a time where these are aligned; 144,645 columns of 2 bytes are not.
+    GPU matrix kernels read and write rows 16 bytes at a time where these are aligned; 144,645
+    columns of 2 bytes are not.
     """
     return hidden.new_empty(len(hidden), -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT)[:, :width]
 
 
-def _logits(hidden: torch.Tensor, text_rows: torch.Tensor, visual_rows: torch.Tensor) -> torch.Tensor:
+def _logits(
+    hidden: torch.Tensor, text_rows: torch.Tensor, visual_rows: torch.Tensor
+) -> torch.Tensor:
     return torch.cat([F.linear(hidden, text_rows), F.linear(hidden, visual_rows)], dim=-1)
 
 
 class PackedCausalLM(nn.Module):
-    """A stock transformers causal LM with split rows and packed attention; `forward` gives the loss of every target token.
+    """A stock transformers causal LM with split rows and packed attention; `forward` gives the
+    loss of every target token.
 
-    Parameter names are those of the stock model, with `.text_rows` and `.visual_rows` in place of `.weight` on the embedding
-    and the head.
+    Parameter names are those of the stock model, with `.text_rows` and `.visual_rows` in place of
+    `.weight` on the embedding and the head.
     """
 
     def __init__(self, causal_lm: nn.Module) -> None:
@@ -150,7 +186,8 @@ class PackedCausalLM(nn.Module):
         target_ids: torch.Tensor | None = None,
         longest: int | None = None,
     ) -> torch.Tensor:
-        """Losses `[num_targets]` float32 of one packed row; without `target_ids` the logits `[num_targets, vocabulary]`.
+        """Losses `[num_targets]` float32 of one packed row; without `target_ids` the logits
+        `[num_targets, vocabulary]`.
 
         Args:
             input_ids, position_ids: `[1, num_tokens]`.
@@ -170,33 +207,46 @@ class PackedCausalLM(nn.Module):
 
 
 def build_packed_model(
-    model_class: Any, config: Any, num_text: int, num_visual: int, loss_chunk_tokens: int, activation_checkpointing: bool
+    model_class: Any,
+    config: Any,
+    num_text: int,
+    num_visual: int,
+    loss_chunk_tokens: int,
+    activation_checkpointing: bool,
 ) -> PackedCausalLM:
     """Construct `model_class` (a causal LM of transformers) with split rows and no weights yet.
 
-    Works inside `deepspeed.zero.Init`, which rewrites torch's constructors: import the class before.
+    Works inside `deepspeed.zero.Init`, which rewrites torch's constructors: import the class
+    before.
     """
-    from transformers.initialization import no_init_weights
-
-    from beingvl.model import packed_attention
-
-    small = copy.deepcopy(config)  # the stock embedding is replaced at once, so it is built with one row
+    small = copy.deepcopy(
+        config
+    )  # the stock embedding is replaced at once, so it is built with one row
     small.vocab_size, small.pad_token_id, small.tie_word_embeddings = 1, None, False
     for name in [name for name in small.to_dict() if name.endswith(("dropout", "_pdrop"))]:
-        setattr(small, name, 0.0)  # its random numbers are in no checkpoint, so a resumed run would be another
+        setattr(
+            small, name, 0.0
+        )  # its random numbers are in no checkpoint, so a resumed run would be another
     with no_init_weights():
         causal_lm = model_class._from_config(small, attn_implementation=packed_attention.register())
     causal_lm.set_input_embeddings(ExtendedEmbedding(num_text, num_visual, config.hidden_size))
-    causal_lm.set_output_embeddings(ExtendedHead(num_text, num_visual, config.hidden_size, loss_chunk_tokens))
+    causal_lm.set_output_embeddings(
+        ExtendedHead(num_text, num_visual, config.hidden_size, loss_chunk_tokens)
+    )
     if activation_checkpointing:
         # transformers gave it this name in 2026; its old one is gone from version 6 on
-        enable = getattr(causal_lm, "activation_checkpointing_enable", None) or causal_lm.gradient_checkpointing_enable
+        enable = (
+            getattr(causal_lm, "activation_checkpointing_enable", None)
+            or causal_lm.gradient_checkpointing_enable
+        )
         enable({"use_reentrant": False})
     return PackedCausalLM(causal_lm)
 
 
 def pack_stock_model(causal_lm: Any, num_text: int, loss_chunk_tokens: int) -> PackedCausalLM:
-    """A stock causal LM, loaded with the attention `beingvl_packed`, as a packed one: its head is split without a copy."""
+    """A stock causal LM, loaded with the attention `beingvl_packed`, as a packed one: its head
+    is split without a copy.
+    """
     weight = causal_lm.get_output_embeddings().weight
     head = ExtendedHead(0, 0, weight.shape[1], loss_chunk_tokens)
     head.text_rows = nn.Parameter(weight[:num_text], requires_grad=False)
@@ -208,7 +258,8 @@ def pack_stock_model(causal_lm: Any, num_text: int, loss_chunk_tokens: int) -> P
 def stored_slice(name: str, num_text: int) -> tuple[str, slice]:
     """Where a parameter lies on disk, as (tensor name, rows).
 
-    `model.embed_tokens.visual_rows` -> `model.embed_tokens.weight`, rows num_text … ; other names are their own, all rows.
+    `model.embed_tokens.visual_rows` -> `model.embed_tokens.weight`, rows num_text … ; other names
+    are their own, all rows.
     """
     stem, _, last = name.rpartition(".")
     if last == TEXT_ROWS:

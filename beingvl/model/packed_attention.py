@@ -1,13 +1,16 @@
-"""Block-diagonal causal attention over samples laid end to end, registered as transformers attention `beingvl_packed`.
+"""Block-diagonal causal attention over samples laid end to end, registered as transformers
+attention `beingvl_packed`.
 
-Attention never crosses a sample. The borders arrive as `cu_seq_lens_q`, an int32 tensor of document starts with the total at
-the end, handed through the model's forward as a keyword argument. transformers builds no mask for an attention it does not
-know, so there is nothing that could let samples leak into each other.
+Attention never crosses a sample. The borders arrive as `cu_seq_lens_q`, an int32 tensor of document
+starts with the total at the end, handed through the model's forward as a keyword argument.
+transformers builds no mask for an attention it does not know, so there is nothing that could let
+samples leak into each other.
 
     CPU  per-document scaled_dot_product_attention (flex_attention has no CPU backward)
     GPU  torch.nn.attention.varlen.varlen_attn (bf16/fp16; torch 2.11 and later), else the CPU path
 
-`max_length_q`, the longest document as an integer, spares every layer a wait for the GPU to find it out.
+`max_length_q`, the longest document as an integer, spares every layer a wait for the GPU to find it
+out.
 """
 
 from __future__ import annotations
@@ -20,14 +23,13 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from transformers import AttentionInterface
 
 ATTENTION_NAME = "beingvl_packed"
 
 
 def register() -> str:
     """Make `attn_implementation="beingvl_packed"` known to transformers; returns the name."""
-    from transformers import AttentionInterface
-
     AttentionInterface.register(ATTENTION_NAME, packed_attention)
     return ATTENTION_NAME
 
@@ -47,18 +49,29 @@ def packed_attention(
     """Attention of one packed row.
 
     Args:
-        query: `[1, num_heads, num_tokens, head_dim]`; key and value: `[1, num_kv_heads, num_tokens, head_dim]`.
-        attention_mask: must be None; the documents come from `cu_seq_lens_q` `[num_documents + 1]` int32.
+        query: `[1, num_heads, num_tokens, head_dim]`; key and value: `[1, num_kv_heads, num_tokens,
+        head_dim]`. attention_mask: must be None; the documents come from `cu_seq_lens_q`
+        `[num_documents + 1]` int32.
 
     Returns:
         `[1, num_tokens, num_heads, head_dim]` and None for the attention weights.
     """
-    assert cu_seq_lens_q is not None and attention_mask is None, "packed attention takes document borders and no mask"
+    assert cu_seq_lens_q is not None and attention_mask is None, (
+        "packed attention takes document borders and no mask"
+    )
     assert query.shape[0] == 1, "packed samples lie end to end in one row"
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and (varlen := varlen_kernel()):
+    if (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and (varlen := varlen_kernel())
+    ):
         longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else max_length_q
-        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [num_tokens, heads, head_dim]
-        return varlen(*rows, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling).unsqueeze(0), None
+        rows = [
+            tensor[0].transpose(0, 1) for tensor in (query, key, value)
+        ]  # [num_tokens, heads, head_dim]
+        return varlen(
+            *rows, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling
+        ).unsqueeze(0), None
     borders = cu_seq_lens_q.tolist()
     documents = [
         F.scaled_dot_product_attention(
@@ -77,9 +90,11 @@ def packed_attention(
 
 @cache
 def varlen_kernel() -> Callable[..., torch.Tensor] | None:
-    """torch's causal attention over documents laid end to end, `(query, key, value, starts, starts, longest, longest, scale=…)`.
+    """torch's causal attention over documents laid end to end, `(query, key, value, starts,
+    starts, longest, longest, scale=…)`.
 
-    None where this torch has none. The module must be imported: `torch.nn.attention` does not have it as an attribute before.
+    None where this torch has none. The module must be imported: `torch.nn.attention` does not have
+    it as an attribute before.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -89,10 +104,18 @@ def varlen_kernel() -> Callable[..., torch.Tensor] | None:
     if "window_size" not in known:  # torch 2.10: neither this nor, always, a scale
         return None
 
-    def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *lengths: Any, scale: float | None) -> torch.Tensor:
+    def causal(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *lengths: Any,
+        scale: float | None,
+    ) -> torch.Tensor:
         if "enable_gqa" in known:
             grouped = query.shape[1] != key.shape[1]
-            return varlen_attn(query, key, value, *lengths, scale=scale, window_size=(-1, 0), enable_gqa=grouped)
+            return varlen_attn(
+                query, key, value, *lengths, scale=scale, window_size=(-1, 0), enable_gqa=grouped
+            )
         repeats = query.shape[1] // key.shape[1]  # torch 2.11 wants equal numbers of heads
         key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
         return varlen_attn(query, key, value, *lengths, scale=scale, window_size=(-1, 0))

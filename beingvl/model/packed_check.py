@@ -1,12 +1,15 @@
-"""Would packed training train another model than the stock one? A small random model of the same class is asked before.
+"""Would packed training train another model than the stock one? A small random model of the same
+class is asked before.
 
-    the start model's config.json   a layer of each kind, few heads, short vocabulary; everything else as it is
+    the start model's config.json   a layer of each kind, few heads, short vocabulary;
+                                    everything else as it is
     stock      two documents, one after the other, through transformers' own model
     packed     the same weights with split rows, both documents in one row (model/extended_vocab.py)
 
-Equal logits, or the base is refused: a head that does more than a matrix product, an attention with more than scaled dot
-products, positions that do not come from `position_ids`, layers that carry a state from one document to the next, and what
-nobody here has heard of yet. Takes hundredths of a second.
+Equal logits, or the base is refused: a head that does more than a matrix product, an attention with
+more than scaled dot products, positions that do not come from `position_ids`, layers that carry a
+state from one document to the next, and what nobody here has heard of yet. Takes hundredths of a
+second.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import copy
 from typing import Any
 
 import torch
+from transformers.initialization import no_init_weights
 
 from beingvl.errors import InputError
 from beingvl.model.extended_vocab import build_packed_model, stored_slice
@@ -25,37 +29,51 @@ LARGEST_DIFFERENCE_NATS = 1e-3  # float32 differs by 1e-5, the least of the refu
 
 
 def refuse_unlike_packed(model_class: Any, config: Any) -> None:
-    """Raises InputError for a class of models that gives other logits when it is packed, or that cannot be asked."""
+    """Raises InputError for a class of models that gives other logits when it is packed, or that
+    cannot be asked.
+    """
     try:
         difference = _largest_difference(model_class, small_config(config))
     except Exception as error:  # any code of any model: what cannot be compared is not trained
         raise InputError(
-            f"models of type {config.model_type!r} cannot be packed ({type(error).__name__}: {error}); use another base"
+            f"models of type {config.model_type!r} cannot be packed "
+            f"({type(error).__name__}: {error}); use another base"
         ) from error
     if not difference <= LARGEST_DIFFERENCE_NATS:
         raise InputError(
-            f"models of type {config.model_type!r} compute something else when samples are packed (a small random one is "
+            f"models of type {config.model_type!r} compute something else when samples are "
+            "packed (a small random one is "
             f"{difference:.2g} nats off); use another base"
         )
 
 
 def refuse_short_window(config: Any, longest: int, remedy: str) -> None:
-    """Raises InputError for a model that treats a sample of `longest` tokens as packed attention cannot.
+    """Raises InputError for a model that treats a sample of `longest` tokens as packed attention
+    cannot.
 
-    Its layers look back fewer tokens, or its positions are others from some length on: that of the longest sample in the row.
+    Its layers look back fewer tokens, or its positions are others from some length on: that of the
+    longest sample in the row.
     """
     window = _window(config)
     if window is not None and window < longest:
-        found = f"the model's layers look back {window} tokens (sliding_window), samples may have {longest}"
+        found = (
+            f"the model's layers look back {window} tokens (sliding_window), samples may "
+            f"have {longest}"
+        )
         raise InputError(f"{found}; {remedy.format(window=window)}")
     for name, limit in _changing_positions(config).items():
         if limit < longest:
-            found = f"the model's positions ({name!r} RoPE) are others for samples of more than {limit} tokens"
+            found = (
+                f"the model's positions ({name!r} RoPE) are others for samples of more "
+                f"than {limit} tokens"
+            )
             raise InputError(f"{found}, samples may have {longest}; {remedy.format(window=limit)}")
 
 
 def small_config(config: Any) -> Any:
-    """The same kind of model with a layer of each kind and four heads as wide as they were, in float32 and without dropout."""
+    """The same kind of model with a layer of each kind and four heads as wide as they were, in
+    float32 and without dropout.
+    """
     small = copy.deepcopy(config)
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ["the only one"]))
     num_layers = max(2, len(kinds))
@@ -83,8 +101,6 @@ def small_config(config: Any) -> Any:
 @torch.no_grad()
 def _largest_difference(model_class: Any, config: Any) -> float:
     """Nats between the log-probabilities of both models, at the token where they differ most."""
-    from transformers.initialization import no_init_weights
-
     with no_init_weights():
         stock = model_class._from_config(config, attn_implementation="eager").eval()
     packed = build_packed_model(model_class, config, NUM_TEXT, NUM_VISUAL, 1, False).eval()
@@ -98,8 +114,13 @@ def _largest_difference(model_class: Any, config: Any) -> float:
 
     longest = min(LONGEST_DOCUMENT, _window(config) or LONGEST_DOCUMENT)
     lengths = [longest, longest - longest // 3]
-    documents = [torch.randint(0, NUM_TEXT + NUM_VISUAL, (length,), generator=generator) for length in lengths]
-    expected = torch.cat([stock(input_ids=ids[None], use_cache=False).logits[0] for ids in documents])
+    documents = [
+        torch.randint(0, NUM_TEXT + NUM_VISUAL, (length,), generator=generator)
+        for length in lengths
+    ]
+    expected = torch.cat(
+        [stock(input_ids=ids[None], use_cache=False).logits[0] for ids in documents]
+    )
     found = packed(
         torch.cat(documents)[None],
         torch.cat([torch.arange(length) for length in lengths])[None],
@@ -110,16 +131,27 @@ def _largest_difference(model_class: Any, config: Any) -> float:
 
 
 def _changing_positions(config: Any) -> dict[str, int]:
-    """RoPE types whose frequencies depend on the length of what is read -> tokens up to which they do not."""
+    """RoPE types whose frequencies depend on the length of what is read -> tokens up to which
+    they do not.
+    """
     stated = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     limits = {}
-    for rope in (stated, *(each for each in stated.values() if isinstance(each, dict))):  # for all layers, or by kind of layer
+    for rope in (
+        stated,
+        *(each for each in stated.values() if isinstance(each, dict)),
+    ):  # for all layers, or by kind of layer
         name = str(rope.get("rope_type") or rope.get("type"))
         if "dynamic" in name or name in ("longrope", "su"):
-            original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+            original = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
             limits[name] = original or config.max_position_embeddings
     return limits
 
 
 def _window(config: Any) -> int | None:
-    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return (
+        getattr(config, "sliding_window", None)
+        if getattr(config, "use_sliding_window", True)
+        else None
+    )

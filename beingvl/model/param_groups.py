@@ -6,9 +6,10 @@
         {"match": ".*", "train": false}                             everything else stays
     ]
 
-The first rule that matches a parameter decides; every parameter must be matched and every rule must match something, so
-neither a forgotten parameter nor a misspelt rule goes unnoticed. Rules name a group (`visual_rows`, `text_rows`,
-`layers[k:l]` with numbers or percentages, `norm`) or are a regular expression over the full parameter name.
+The first rule that matches a parameter decides; every parameter must be matched and every rule must
+match something, so neither a forgotten parameter nor a misspelt rule goes unnoticed. Rules name a
+group (`visual_rows`, `text_rows`, `layers[k:l]` with numbers or percentages, `norm`) or are a
+regular expression over the full parameter name.
 """
 
 from __future__ import annotations
@@ -43,10 +44,13 @@ class PlannedParameter:
     rule: Rule
 
 
-def plan_parameters(shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule]) -> list[PlannedParameter]:
+def plan_parameters(
+    shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule]
+) -> list[PlannedParameter]:
     """Assign every parameter (name -> full shape) the first rule that matches it.
 
-    Raises InputError when a parameter matches no rule, a rule decides nothing, or nothing is trained.
+    Raises InputError when a parameter matches no rule, a rule decides nothing, or nothing is
+    trained.
     """
     layer_numbers = [int(found[1]) for name in shapes if (found := _LAYER_NUMBER.search(name))]
     num_layers = max(layer_numbers, default=-1) + 1
@@ -55,14 +59,20 @@ def plan_parameters(shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule]
     for name, shape in shapes.items():
         rule = next((rule for matches, rule in matchers if matches(name)), None)
         if rule is None:
-            raise InputError(f"no rule of beingvl.trainable matches the parameter {name!r}; end the rules with {_CATCH_ALL}")
+            raise InputError(
+                f"no rule of beingvl.trainable matches the parameter {name!r}; end the rules "
+                f"with {_CATCH_ALL}"
+            )
         num_elements = 1
         for size in shape:
             num_elements *= size
         plan.append(PlannedParameter(name, tuple(shape), num_elements, rule))
     for rule in rules:
         if not any(planned.rule is rule for planned in plan):
-            raise InputError(f"the rule {rule.match!r} of beingvl.trainable decides no parameter; correct or remove it")
+            raise InputError(
+                f"the rule {rule.match!r} of beingvl.trainable decides no parameter; correct "
+                "or remove it"
+            )
     if not any(planned.rule.train for planned in plan):
         raise InputError("the rules of beingvl.trainable train no parameter at all")
     return plan
@@ -83,7 +93,9 @@ def _matcher(text: str, num_layers: int) -> Callable[[str], bool]:
     try:
         pattern = re.compile(text)
     except re.error as error:
-        raise InputError(f"beingvl.trainable: {text!r} is neither a group nor a regular expression ({error})") from error
+        raise InputError(
+            f"beingvl.trainable: {text!r} is neither a group nor a regular expression ({error})"
+        ) from error
     return lambda name: pattern.fullmatch(name) is not None
 
 
@@ -94,16 +106,32 @@ def _bound(text: str, num_layers: int, default: int) -> int:
 
 
 def format_plan(plan: Sequence[PlannedParameter], rules: Sequence[Rule]) -> str:
-    """The plan as a table, one line a rule: what is trained, how many parameters, learning-rate multiplier, decay."""
+    """The plan as a table, one line a rule: what is trained, how many parameters, learning-rate
+    multiplier, decay.
+    """
     rows = [("rule", "trained", "tensors", "parameters", "lr x", "decay", "for example")]
     for rule in rules:
         members = [planned for planned in plan if planned.rule is rule]
         count = sum(planned.num_elements for planned in members)
         decay = "optimizer's" if rule.weight_decay is None else f"{rule.weight_decay:g}"
         how = (f"{rule.lr_multiplier:g}", decay) if rule.train else ("-", "-")
-        rows.append((rule.match, "yes" if rule.train else "frozen", str(len(members)), f"{count:,}", *how, members[0].name))
+        rows.append(
+            (
+                rule.match,
+                "yes" if rule.train else "frozen",
+                str(len(members)),
+                f"{count:,}",
+                *how,
+                members[0].name,
+            )
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     trained = sum(planned.num_elements for planned in plan if planned.rule.train)
     total = sum(planned.num_elements for planned in plan)
-    return "\n".join([*lines, f"{trained:,} of {total:,} parameters are trained ({trained / total:.1%})"])
+    return "\n".join(
+        [*lines, f"{trained:,} of {total:,} parameters are trained ({trained / total:.1%})"]
+    )

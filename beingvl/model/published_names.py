@@ -1,13 +1,15 @@
-"""The published Being-VL-0.5 form of a model, and back: one folder whose weights hold language model and VQ-GAN.
+"""The published Being-VL-0.5 form of a model, and back: one folder whose weights hold language
+model and VQ-GAN.
 
     Being-VL folder                                   published folder
-    model.safetensors…   model.*, lm_head.*           model.safetensors…   model.*, lm_head.*, model.vqmodel.*
+    model.safetensors…   model.*, lm_head.*           model.safetensors…   model.*, lm_head.*,
+        model.vqmodel.*
     vqgan/model.safetensors   encoder.*, quantize.*   (among the weights)
     vqgan/config.json                                 config.json, key vq_config
     vqgan/preprocessor_config.json                    preprocessor_config.json
 
-Tensors keep their bytes and dtypes both ways, shards that do not change are hard-linked, and everything else in the folder
-(tokenizer, layout, vbpe.json, generation config) is carried along.
+Tensors keep their bytes and dtypes both ways, shards that do not change are hard-linked, and
+everything else in the folder (tokenizer, layout, vbpe.json, generation config) is carried along.
 """
 
 from __future__ import annotations
@@ -19,20 +21,37 @@ from typing import Any
 
 import torch
 
+from beingvl.artefact.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    read_manifest,
+    start_folder,
+    to_json,
+    write_atomically,
+    write_manifest,
+)
 from beingvl.errors import InputError
-from beingvl.artefact.manifest import MANIFEST_FILE, Manifest, read_manifest, start_folder, to_json, write_atomically, write_manifest
+from beingvl.images.vqgan import VQGAN
 from beingvl.model.base_model import read_json
 from beingvl.model.target_folder import VQGAN_FOLDER, finish_target, start_target
-from beingvl.model.weight_files import WEIGHT_PATTERNS, NewTensor, WeightFolder, bytes_to_write, rewrite_weights
-from beingvl.images.vqgan import VQGAN
+from beingvl.model.weight_files import (
+    WEIGHT_PATTERNS,
+    NewTensor,
+    WeightFolder,
+    bytes_to_write,
+    rewrite_weights,
+)
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 
 PREFIX = "model.vqmodel."
 VQ_CONFIG_KEY = "vq_config"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 PUBLISHED_KIND = "published_model"
-# The vocabulary that Being-VL-0.5 was published with; folders from elsewhere carry no vocab_layout.json.
-PUBLISHED_LAYOUT = VocabLayout(num_text=128_256, num_vq=8192, num_merges=8192, bos_id=128_000, eos_id=128_001)
+# The vocabulary that Being-VL-0.5 was published with; folders from elsewhere carry no
+# vocab_layout.json.
+PUBLISHED_LAYOUT = VocabLayout(
+    num_text=128_256, num_vq=8192, num_merges=8192, bos_id=128_000, eos_id=128_001
+)
 
 
 def is_published(folder: Path | str) -> bool:
@@ -50,12 +69,18 @@ def write_published(model_folder: Path | str, target: Path | str, link: bool = T
     manifest = read_manifest(model_folder, "model")
     vq_folder = model_folder / VQGAN_FOLDER
     if not vq_folder.is_dir():
-        raise InputError(f"{model_folder} has no {VQGAN_FOLDER}/, which the published form holds; convert with --being_vq_path")
+        raise InputError(
+            f"{model_folder} has no {VQGAN_FOLDER}/, which the published form holds; "
+            "convert with --being_vq_path"
+        )
     weights, vq_weights = WeightFolder(model_folder), WeightFolder(vq_folder)
     config = read_json(model_folder / "config.json", "a model folder")
     config[VQ_CONFIG_KEY] = read_json(vq_folder / "config.json", "a VQ-GAN folder")
     added = {
-        PREFIX + name: NewTensor(vq_weights.shape(name), vq_weights.dtype(name), _reader(vq_weights, name)) for name in vq_weights
+        PREFIX + name: NewTensor(
+            vq_weights.shape(name), vq_weights.dtype(name), _reader(vq_weights, name)
+        )
+        for name in vq_weights
     }
 
     others = _other_files(model_folder)
@@ -66,14 +91,17 @@ def write_published(model_folder: Path | str, target: Path | str, link: bool = T
     if (vq_folder / PREPROCESSOR_FILE).is_file():
         shutil.copyfile(vq_folder / PREPROCESSOR_FILE, target / PREPROCESSOR_FILE)
     hashes = rewrite_weights(weights, target, added, link=link)
-    return finish_target(target, PUBLISHED_KIND, manifest.counts, manifest.lineage, manifest.details, hashes)
+    return finish_target(
+        target, PUBLISHED_KIND, manifest.counts, manifest.lineage, manifest.details, hashes
+    )
 
 
 def read_published(folder: Path | str, target: Path | str, link: bool = True) -> Manifest:
     """Write the Being-VL model folder of a published one, ours or from elsewhere.
 
-    The layout is that of the folder's vocab_layout.json, else the published one, if the number of rows fits. Raises InputError
-    for a folder without `model.vqmodel.*` weights or whose sizes contradict each other.
+    The layout is that of the folder's vocab_layout.json, else the published one, if the number of
+    rows fits. Raises InputError for a folder without `model.vqmodel.*` weights or whose sizes
+    contradict each other.
     """
     folder, target = Path(folder), Path(target)
     weights = WeightFolder(folder)
@@ -83,34 +111,62 @@ def read_published(folder: Path | str, target: Path | str, link: bool = True) ->
     if not vq_names or not isinstance(vq_config, dict):
         missing = f"weights {PREFIX}*" if not vq_names else f"key {VQ_CONFIG_KEY!r} in config.json"
         raise InputError(
-            f"{folder} has no {missing}: it is not a published Being-VL folder; for a stock LLaMA use `beingvl convert`"
+            f"{folder} has no {missing}: it is not a published Being-VL folder; for a "
+            "stock LLaMA use `beingvl convert`"
         )
     layout = _layout_of(folder, config)
     if vq_config.get("num_embeddings", layout.num_vq) != layout.num_vq:
         raise InputError(
-            f"{folder}: its VQ-GAN has {vq_config['num_embeddings']} codes, its vocabulary {layout.num_vq}; "
+            f"{folder}: its VQ-GAN has {vq_config['num_embeddings']} codes, its vocabulary "
+            f"{layout.num_vq}; "
             f"put the right {LAYOUT_FILE} into the folder"
         )
 
     others = _other_files(folder)
     vq_bytes = sum(weights.tensors[name].num_bytes for name in vq_names)
-    num_bytes = bytes_to_write(weights, target, {}, link, drop=vq_names) + vq_bytes + _num_bytes(others)
+    num_bytes = (
+        bytes_to_write(weights, target, {}, link, drop=vq_names) + vq_bytes + _num_bytes(others)
+    )
     start_target(target, "model", {"model": str(folder.resolve())}, num_bytes)
     _copy([path for path in others if path.name != PREPROCESSOR_FILE], target)
     write_atomically(target / "config.json", to_json(config))
     write_atomically(target / LAYOUT_FILE, to_json(layout.to_dict()))
-    vqgan = _write_vqgan(folder, target / VQGAN_FOLDER, weights, vq_names, {"model_type": "chameleon_vqgan", **vq_config})
+    vqgan = _write_vqgan(
+        folder,
+        target / VQGAN_FOLDER,
+        weights,
+        vq_names,
+        {"model_type": "chameleon_vqgan", **vq_config},
+    )
     hashes = rewrite_weights(weights, target, {}, link=link, drop=vq_names)
     inherited = read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else None
-    lineage = {**(inherited.lineage if inherited else {}), "vocab": layout.fingerprint(), "vqgan": vqgan.fingerprint()}
-    counts = inherited.counts if inherited else {"text_rows": layout.num_text, "new_rows": layout.num_visual}
-    return finish_target(target, "model", counts, lineage, inherited.details if inherited else {}, hashes)
+    lineage = {
+        **(inherited.lineage if inherited else {}),
+        "vocab": layout.fingerprint(),
+        "vqgan": vqgan.fingerprint(),
+    }
+    counts = (
+        inherited.counts
+        if inherited
+        else {"text_rows": layout.num_text, "new_rows": layout.num_visual}
+    )
+    return finish_target(
+        target, "model", counts, lineage, inherited.details if inherited else {}, hashes
+    )
 
 
-def _write_vqgan(folder: Path, target: Path, weights: WeightFolder, vq_names: list[str], vq_config: Mapping[str, Any]) -> VQGAN:
+def _write_vqgan(
+    folder: Path,
+    target: Path,
+    weights: WeightFolder,
+    vq_names: list[str],
+    vq_config: Mapping[str, Any],
+) -> VQGAN:
     """The VQ-GAN folder inside the model folder, finished with its own manifest."""
     named = {
-        name.removeprefix(PREFIX): NewTensor(weights.shape(name), weights.dtype(name), _reader(weights, name))
+        name.removeprefix(PREFIX): NewTensor(
+            weights.shape(name), weights.dtype(name), _reader(weights, name)
+        )
         for name in vq_names
     }
     start_folder(target, "vqgan")
@@ -119,8 +175,14 @@ def _write_vqgan(folder: Path, target: Path, weights: WeightFolder, vq_names: li
     if (folder / PREPROCESSOR_FILE).is_file():
         shutil.copyfile(folder / PREPROCESSOR_FILE, target / PREPROCESSOR_FILE)
     vqgan = VQGAN.load(target)
-    details = {"num_codes": vqgan.num_codes, "grid": list(vqgan.grid), "image_size": vqgan.image_size}
-    write_manifest(target, "vqgan", {}, {"vqgan": vqgan.fingerprint()}, details, known_hashes=hashes)
+    details = {
+        "num_codes": vqgan.num_codes,
+        "grid": list(vqgan.grid),
+        "image_size": vqgan.image_size,
+    }
+    write_manifest(
+        target, "vqgan", {}, {"vqgan": vqgan.fingerprint()}, details, known_hashes=hashes
+    )
     return vqgan
 
 
@@ -129,7 +191,8 @@ def _layout_of(folder: Path, config: Mapping[str, Any]) -> VocabLayout:
     layout = VocabLayout.load(folder) if (folder / LAYOUT_FILE).is_file() else PUBLISHED_LAYOUT
     if not isinstance(rows, int) or rows < layout.size:
         raise InputError(
-            f"{folder / 'config.json'} has vocab_size {rows}, the layout has {layout.size} ids ({layout.to_dict()}); "
+            f"{folder / 'config.json'} has vocab_size {rows}, the layout has {layout.size} "
+            f"ids ({layout.to_dict()}); "
             f"put the {LAYOUT_FILE} that the model was trained with into the folder"
         )
     return layout
@@ -138,7 +201,11 @@ def _layout_of(folder: Path, config: Mapping[str, Any]) -> VocabLayout:
 def _other_files(source: Path) -> list[Path]:
     """Every file of the top folder that holds no weights; config and manifest are written anew."""
     own = ("config.json", MANIFEST_FILE, "*.tmp", *WEIGHT_PATTERNS)
-    return [path for path in sorted(source.iterdir()) if path.is_file() and not any(path.match(pattern) for pattern in own)]
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if path.is_file() and not any(path.match(pattern) for pattern in own)
+    ]
 
 
 def _num_bytes(paths: list[Path]) -> int:

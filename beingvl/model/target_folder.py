@@ -1,11 +1,14 @@
-"""The folder that a model is written into: never an input, never somebody's files, incomplete until its manifest is there.
+"""The folder that a model is written into: never an input, never somebody's files, incomplete
+until its manifest is there.
 
-    check_target(target, inputs, overwrite)    before anything else: refuses a target that would harm
-    start_target(target, kind, request, …)     from here on it is ours and incomplete; nothing of another model stays in it
+    check_target(target, inputs, overwrite)    before anything else: refuses a target that would
+                                               harm
+    start_target(target, kind, request, …)     from here on it is ours and incomplete; nothing
+                                               of another model stays in it
     finish_target(target, kind, …)             the manifest, then the marker goes
 
-While a folder is unfinished it holds a marker with the request (options and inputs) that is being written, so that the same
-request can go on with it.
+While a folder is unfinished it holds a marker with the request (options and inputs) that is being
+written, so that the same request can go on with it.
 """
 
 from __future__ import annotations
@@ -16,8 +19,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from beingvl.artefact.manifest import (
+    Manifest,
+    is_complete,
+    refuse_other_kind,
+    start_folder,
+    to_json,
+    write_atomically,
+    write_manifest,
+)
 from beingvl.errors import InputError
-from beingvl.artefact.manifest import Manifest, is_complete, refuse_other_kind, start_folder, to_json, write_atomically, write_manifest
 from beingvl.model.weight_files import WEIGHT_PATTERNS, check_disk_space
 from beingvl.vocab import LAYOUT_FILE
 
@@ -41,7 +52,8 @@ MODEL_PATTERNS = (
 
 
 def check_target(target: Path, inputs: Mapping[str, Path], overwrite: bool) -> None:
-    """Refuse a target that lies in an input (option -> path) or holds one, and one with files that no step left unfinished.
+    """Refuse a target that lies in an input (option -> path) or holds one, and one with files
+    that no step left unfinished.
 
     Links are followed, those of single files too. A finished target is the caller's to judge.
     """
@@ -49,22 +61,42 @@ def check_target(target: Path, inputs: Mapping[str, Path], overwrite: bool) -> N
     for option, path in inputs.items():
         if not path.exists():
             raise InputError(f"{option} {path} does not exist")
-        sources = [path.resolve(), *(file.resolve() for file in path.rglob("*") if file.is_symlink())]
-        if sources[0] in resolved.parents or any(resolved in [source, *source.parents] for source in sources):
-            raise InputError(f"--output_path {target} and {option} {path} lie in each other; inputs are never changed")
+        sources = [
+            path.resolve(),
+            *(file.resolve() for file in path.rglob("*") if file.is_symlink()),
+        ]
+        if sources[0] in resolved.parents or any(
+            resolved in [source, *source.parents] for source in sources
+        ):
+            raise InputError(
+                f"--output_path {target} and {option} {path} lie in each other; inputs are "
+                "never changed"
+            )
     if target.exists() and not target.is_dir():
         raise InputError(f"--output_path {target} is a file, expected a folder")
-    if not target.is_dir() or overwrite or is_complete(target) or (target / UNFINISHED_FILE).is_file():
+    if (
+        not target.is_dir()
+        or overwrite
+        or is_complete(target)
+        or (target / UNFINISHED_FILE).is_file()
+    ):
         return
     if any(not path.name.endswith(".tmp") for path in target.iterdir()):
-        raise InputError(f"--output_path {target} exists and holds files; choose another folder or add --overwrite")
+        raise InputError(
+            f"--output_path {target} exists and holds files; choose another folder or add "
+            "--overwrite"
+        )
 
 
-def start_target(target: Path, kind: str, request: Mapping[str, Any], num_bytes: int, overwrite: bool = True) -> bool:
-    """Make the target ours, incomplete and free of another model's files; True when `request` had begun to fill it.
+def start_target(
+    target: Path, kind: str, request: Mapping[str, Any], num_bytes: int, overwrite: bool = True
+) -> bool:
+    """Make the target ours, incomplete and free of another model's files; True when `request`
+    had begun to fill it.
 
-    Raises InputError, before anything is changed, when the disk has less than `num_bytes` free, or when another request was
-    interrupted here and `overwrite` is not given, or when the target is a finished artefact of another kind.
+    Raises InputError, before anything is changed, when the disk has less than `num_bytes` free, or
+    when another request was interrupted here and `overwrite` is not given, or when the target is a
+    finished artefact of another kind.
     """
     if is_complete(target):
         refuse_other_kind(target, kind)
@@ -72,7 +104,8 @@ def start_target(target: Path, kind: str, request: Mapping[str, Any], num_bytes:
     same = found.get("request") == json.loads(to_json(request))
     if found and not same and not overwrite:
         raise InputError(
-            f"{target} holds an interrupted run with other options or inputs; start that one again, choose another folder or "
+            f"{target} holds an interrupted run with other options or inputs; start that "
+            "one again, choose another folder or "
             f"add --overwrite"
         )
     resuming = bool(same and found["cleared"])
@@ -80,10 +113,16 @@ def start_target(target: Path, kind: str, request: Mapping[str, Any], num_bytes:
     check_disk_space(target, num_bytes - sum(stat.st_size for stat in kept if stat.st_nlink == 1))
     marker = target / UNFINISHED_FILE
     target.mkdir(parents=True, exist_ok=True)
-    # The marker comes before the first deletion, so that a run killed in between is known; `cleared` says what may be kept.
+    # The marker comes before the first deletion, so that a run killed in between is known;
+    # `cleared` says what may be kept.
     write_atomically(marker, to_json({"request": request, "cleared": resuming}))
     start_folder(target, kind)
-    _remove(path for pattern in (["*.tmp"] if resuming else MODEL_PATTERNS) for path in target.glob(pattern) if path != marker)
+    _remove(
+        path
+        for pattern in (["*.tmp"] if resuming else MODEL_PATTERNS)
+        for path in target.glob(pattern)
+        if path != marker
+    )
     write_atomically(marker, to_json({"request": request, "cleared": True}))
     return resuming
 

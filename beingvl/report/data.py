@@ -1,10 +1,12 @@
 """What shards hold, as one self-contained HTML page.
 
-    beingvl report data shards/… --output_path page.html [--deepspeed_config stage1.json] [--vq_path vqgan/ --vbpe_path vbpe/]
+    beingvl report data shards/… --output_path page.html [--deepspeed_config stage1.json] [--vq_path
+    vqgan/ --vbpe_path vbpe/]
 
-Counts, lengths, packing efficiency, the histogram of token kinds, which of the new rows never occur, and decoded examples; with a
-stage's JSON what its mixture draws; with a VQ-GAN that has a decoder, and the vBPE they were made with, the examples' images too.
-A folder that holds folders of shards, as `beingvl tokenize --format arrow` writes it, stands for all of them.
+Counts, lengths, packing efficiency, the histogram of token kinds, which of the new rows never
+occur, and decoded examples; with a stage's JSON what its mixture draws; with a VQ-GAN that has a
+decoder, and the vBPE they were made with, the examples' images too. A folder that holds folders of
+shards, as `beingvl tokenize --format arrow` writes it, stands for all of them.
 """
 
 from __future__ import annotations
@@ -14,12 +16,18 @@ import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
-    from beingvl.data.arrow_shards import Sample, ShardReader
+from beingvl.artefact.manifest import is_complete, join_lineages, read_manifest, write_atomically
+from beingvl.data.arrow_shards import Sample, ShardReader
+from beingvl.data.conversation import open_tokenizer
+from beingvl.data.loader import TrainingData, open_mixture
+from beingvl.data.packing import PackingPlan
+from beingvl.errors import InputError
+from beingvl.images.vqgan_pictures import Pictures
+from beingvl.vocab import TOKEN_KINDS
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; --paper: #fff; --bar: #4c8eda }
@@ -31,34 +39,19 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
 .bar { background: var(--bar); height: .8rem; min-width: 1px }
 """
-IMAGE_STYLE = "width: 8rem; image-rendering: pixelated"  # not in STYLE, for pages that show these tables in a style of their own
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shards", nargs="+", type=Path, help="shard folders, or folders of them")
-    parser.add_argument("--output_path", type=Path, default=Path("data_report.html"), help="HTML file to write")
-    parser.add_argument("--model_path", type=Path, help="model folder whose tokenizer shows the examples' text")
-    parser.add_argument("--vbpe_path", type=Path, help="vbpe.json, to turn merged images into codes")
-    parser.add_argument("--vq_path", type=Path, help="VQ-GAN folder with a decoder, to show the examples' images")
-    parser.add_argument("--deepspeed_config", type=Path, help="a stage's JSON: shows what its mixture draws from the shards")
-    parser.add_argument(
-        "--sequence_length", type=int, default=4096, help="tokens a sequence, for the packing efficiency without a stage"
-    )
-    parser.add_argument("--num_examples", type=int, default=6, help="examples a folder, of every source in turn")
+# not in STYLE, for pages that show these tables in a style of their own
+IMAGE_STYLE = "width: 8rem; image-rendering: pixelated"
 
 
 def run(args: argparse.Namespace) -> None:
-    from beingvl.data.arrow_shards import ShardReader
-    from beingvl.errors import InputError
-    from beingvl.artefact.manifest import write_atomically
-
     for name in ("sequence_length", "num_examples"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}, expected at least 1")
     folders = [folder for path in args.shards for folder in shard_folders(path)]
     body = "".join(folder_section(ShardReader(folder), args) for folder in folders)
     head = (
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Being-VL: data</title><style>{STYLE}</style></head>"
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Being-VL: "
+        f"data</title><style>{STYLE}</style></head>"
     )
     write_atomically(args.output_path, f"{head}<body><h1>Being-VL: data</h1>{body}</body></html>\n")
     print(args.output_path)
@@ -66,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
 
 INSTEAD = {
     "jsonl": "build shards of its files with `beingvl build-shards` and give those",
-    "vq_codes": "give shards of samples that were tokenized with it; `beingvl report vbpe --codes` shows codes",
+    "vq_codes": "give shards of samples that were tokenized with it; `beingvl report vbpe "
+    "--codes` shows codes",
     "stage": "give the shards that it was trained on; `beingvl report train` shows a stage",
     "config": "give shards, and this file with --deepspeed_config",
 }
@@ -74,16 +68,17 @@ INSTEAD = {
 
 def shard_folders(path: Path) -> list[Path]:
     """`path`, or the shard folders in it. Raises InputError that says what to give in its place."""
-    from beingvl.errors import InputError
-    from beingvl.artefact.manifest import is_complete, read_manifest
-
     kind = read_manifest(path).kind if is_complete(path) else None
     if kind is None and path.is_file():
         kind = {".jsonl": "jsonl", ".json": "config"}.get(path.suffix)
     elif kind is None and (path / "metrics.jsonl").is_file():
         kind = "stage"
     if kind in (None, "jsonl") and path.is_dir():
-        inside = [folder for folder in sorted(path.iterdir()) if is_complete(folder) and read_manifest(folder).kind == "shards"]
+        inside = [
+            folder
+            for folder in sorted(path.iterdir())
+            if is_complete(folder) and read_manifest(folder).kind == "shards"
+        ]
         if inside:
             return inside
     if kind in INSTEAD:
@@ -93,8 +88,6 @@ def shard_folders(path: Path) -> list[Path]:
 
 def folder_section(shards: ShardReader, args: argparse.Namespace) -> str:
     """Everything about one folder, as HTML."""
-    import numpy as np
-
     used = count_ids(shards)
     lengths = np.asarray(shards.lengths)
     counts = shards.manifest.counts
@@ -107,18 +100,31 @@ def folder_section(shards: ShardReader, args: argparse.Namespace) -> str:
     facts += [("lengths in tokens, percentiles 1, 25, 50, 75, 99", percentiles)]
     if not args.deepspeed_config:  # else the mixture's section says it of the stage's own sequences
         facts += [("packing", packing_fact(lengths, args.sequence_length))]
-    parts = [f"<h2>{escape(str(shards.folder))}</h2>", table([], facts), "<h2>Sources</h2>", sources_table(shards)]
+    parts = [
+        f"<h2>{escape(str(shards.folder))}</h2>",
+        table([], facts),
+        "<h2>Sources</h2>",
+        sources_table(shards),
+    ]
     if args.deepspeed_config:
         parts += ["<h2>Mixture</h2>", mixture_section(shards, args.deepspeed_config)]
-    parts += ["<h2>Lengths</h2>", histogram(lengths), "<h2>Kinds of tokens</h2>", kinds_table(used, shards)]
-    parts += ["<h2>New rows that never occur</h2>", coverage_table(used, shards), "<h2>Examples</h2>", examples(shards, args)]
+    parts += [
+        "<h2>Lengths</h2>",
+        histogram(lengths),
+        "<h2>Kinds of tokens</h2>",
+        kinds_table(used, shards),
+    ]
+    parts += [
+        "<h2>New rows that never occur</h2>",
+        coverage_table(used, shards),
+        "<h2>Examples</h2>",
+        examples(shards, args),
+    ]
     return "".join(parts)
 
 
 def count_ids(shards: ShardReader) -> np.ndarray:
     """`[vocabulary]` int64: how often every id occurs."""
-    import numpy as np
-
     total = np.zeros(shards.layout.size, np.int64)
     for ids in shards.all_ids():
         total += np.bincount(ids, minlength=len(total))
@@ -126,8 +132,6 @@ def count_ids(shards: ShardReader) -> np.ndarray:
 
 
 def packing_fact(lengths: np.ndarray, sequence_length: int) -> str:
-    from beingvl.data.packing import PackingPlan
-
     if lengths.max() > sequence_length:
         return f"{int((lengths > sequence_length).sum())} samples are longer than {sequence_length}"
     plan = PackingPlan(lambda start, stop: lengths[start:stop], len(lengths), sequence_length)
@@ -142,31 +146,42 @@ def table(head: list[str], rows: list[Any]) -> str:
 def sources_table(shards: ShardReader) -> str:
     counts = shards.manifest.counts
     rows = [
-        (escape(name), f"{e['samples']:,}", f"{e['samples'] / counts['samples']:.1%}", f"{e['tokens'] / counts['tokens']:.1%}")
+        (
+            escape(name),
+            f"{e['samples']:,}",
+            f"{e['samples'] / counts['samples']:.1%}",
+            f"{e['tokens'] / counts['tokens']:.1%}",
+        )
         for name, e in shards.manifest.details["sources"].items()
     ]
     return table(["source", "samples", "share of samples", "share of tokens"], rows)
 
 
 def mixture_section(shards: ShardReader, config_path: Path) -> str:
-    """What the run of a stage draws, in as many optimizer steps as it takes, and how full its sequences are.
+    """What the run of a stage draws, in as many optimizer steps as it takes, and how full its
+    sequences are.
 
     Raises InputError when the file is no stage's JSON, or does not fit the shards.
     """
-    from beingvl.data.loader import TrainingData, open_mixture
-    from beingvl.errors import InputError
-
     try:
         config = json.loads(config_path.read_text())
         stage, per_step = config["beingvl"], int(config["train_batch_size"])
-        weights, epochs, length = dict(stage["mixture"]), float(stage["epochs"]), int(stage["sequence_length"])
+        weights, epochs, length = (
+            dict(stage["mixture"]),
+            float(stage["epochs"]),
+            int(stage["sequence_length"]),
+        )
     except (ValueError, KeyError, TypeError) as error:
         expected = "train_batch_size and beingvl's mixture, epochs and sequence_length"
-        raise InputError(f"{config_path} is not a stage's JSON with {expected} ({error!r})") from error
+        raise InputError(
+            f"{config_path} is not a stage's JSON with {expected} ({error!r})"
+        ) from error
     by = stage.get("mixture_by", "samples")
     mixture = open_mixture(shards, weights, by, stage.get("seed", 0))
     num_samples = round(epochs * mixture.num_samples)
-    data = TrainingData(shards, mixture, num_samples, length, per_step, packing=stage.get("packing", True))
+    data = TrainingData(
+        shards, mixture, num_samples, length, per_step, packing=stage.get("packing", True)
+    )
     steps = min(data.num_steps, stage.get("max_steps") or data.num_steps)
     rows = [
         (
@@ -179,38 +194,52 @@ def mixture_section(shards: ShardReader, config_path: Path) -> str:
         )
         for n, (name, share) in enumerate(data.realised_shares(steps).items())
     ]
-    head = ["source", f"weight, by {by}", "samples drawn", "share of samples", "share of tokens", "times through it"]
-    fact = f"{steps:,} steps of {per_step:,} sequences of {length:,} tokens, which are {data.plan.efficiency:.2%} full"
+    head = [
+        "source",
+        f"weight, by {by}",
+        "samples drawn",
+        "share of samples",
+        "share of tokens",
+        "times through it",
+    ]
+    fact = (
+        f"{steps:,} steps of {per_step:,} sequences of {length:,} tokens, which are "
+        f"{data.plan.efficiency:.2%} full"
+    )
     return f"<p>{fact}</p>{table(head, rows)}"
 
 
 def bars(rows: list[tuple[str, int]]) -> str:
     largest = max(1, *(count for _, count in rows))
     shown = [
-        (name, f"{n:,}", f"<div class='bar' style='width:{20 * n / largest:.2f}rem'></div>" if n else "") for name, n in rows
+        (
+            name,
+            f"{n:,}",
+            f"<div class='bar' style='width:{20 * n / largest:.2f}rem'></div>" if n else "",
+        )
+        for name, n in rows
     ]
     return table([], shown)
 
 
 def histogram(lengths: np.ndarray) -> str:
-    import numpy as np
-
     counts, edges = np.histogram(lengths, bins=min(16, max(1, int(np.ptp(lengths)))))
-    return bars([(f"from {edge:.0f} tokens", int(count)) for edge, count in zip(edges, counts, strict=False)])
+    return bars(
+        [
+            (f"from {edge:.0f} tokens", int(count))
+            for edge, count in zip(edges, counts, strict=False)
+        ]
+    )
 
 
 def kinds_table(used: np.ndarray, shards: ShardReader) -> str:
-    import numpy as np
-
-    from beingvl.vocab import TOKEN_KINDS
-
-    kinds = np.bincount(shards.layout.token_kinds(np.arange(len(used))), weights=used, minlength=len(TOKEN_KINDS))
+    kinds = np.bincount(
+        shards.layout.token_kinds(np.arange(len(used))), weights=used, minlength=len(TOKEN_KINDS)
+    )
     return bars([(name, int(count)) for name, count in zip(TOKEN_KINDS, kinds, strict=True)])
 
 
 def coverage_table(used: np.ndarray, shards: ShardReader) -> str:
-    import numpy as np
-
     layout = shards.layout
     ranges = {
         "specials": (layout.num_text, layout.first_image_id),
@@ -227,8 +256,6 @@ def coverage_table(used: np.ndarray, shards: ShardReader) -> str:
 
 def ranges_of(ids: np.ndarray) -> list[str]:
     """Ascending ids in words: 1, 2, 3, 7 become `1 to 3` and `7`."""
-    import numpy as np
-
     runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1) if len(ids) else []
     return [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
 
@@ -240,19 +267,18 @@ def folded(words: list[str], shown: int = 6) -> str:
 
 
 def images_of(ids: np.ndarray, shards: ShardReader) -> list[np.ndarray]:
-    """The image ids of every image of a sample: between two images there is always another token."""
-    import numpy as np
-
+    """The image ids of every image of a sample: between two images there is always another
+    token.
+    """
     is_image = shards.layout.is_image_token(ids)
     runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(is_image)) + 1)
     return [shards.layout.token_to_image_ids(ids[run]) for run in runs if is_image[run[0]]]
 
 
 def examples(shards: ShardReader, args: argparse.Namespace) -> str:
-    """Some samples with their text and images. Raises InputError for a VQ-GAN or vBPE that the shards were not made with."""
-    from beingvl.artefact.manifest import join_lineages
-    from beingvl.images.vqgan_pictures import Pictures
-
+    """Some samples with their text and images. Raises InputError for a VQ-GAN or vBPE that the
+    shards were not made with.
+    """
     pictures = Pictures(args.vq_path, args.vbpe_path)
     join_lineages({str(shards.folder): shards.manifest.lineage, **pictures.lineages})
     rows = []
@@ -260,20 +286,35 @@ def examples(shards: ShardReader, args: argparse.Namespace) -> str:
         sample = shards[index]
         urls = [pictures.data_url(image_ids) for image_ids in images_of(sample.input_ids, shards)]
         shown = "".join(f"<img alt='' style='{IMAGE_STYLE}' src='{url}'>" for url in urls if url)
-        rows.append((shown, escape(sample.id), escape(sample.category), escape(text_of(sample, shards, args.model_path))))
+        rows.append(
+            (
+                shown,
+                escape(sample.id),
+                escape(sample.category),
+                escape(text_of(sample, shards, args.model_path)),
+            )
+        )
     header = "text" if args.model_path else "text ids (--model_path shows them as text)"
     return table(["image", "id", "source", header], rows)
 
 
 def spread_over_sources(members: Sequence[np.ndarray], count: int) -> list[int]:
-    """At most `count` samples, of every source in turn, evenly over the source's own (`members`: sample numbers of each)."""
-    import numpy as np
-
+    """At most `count` samples, of every source in turn, evenly over the source's own (`members`:
+    sample numbers of each).
+    """
     shares = [0] * len(members)
-    for source in sorted(range(len(members)), key=lambda source: len(members[source])):  # what a small one lacks, others have
-        num_left = sum(share == 0 and len(own) > 0 for share, own in zip(shares, members, strict=True))
+    for source in sorted(
+        range(len(members)), key=lambda source: len(members[source])
+    ):  # what a small one lacks, others have
+        num_left = sum(
+            share == 0 and len(own) > 0 for share, own in zip(shares, members, strict=True)
+        )
         shares[source] = min(len(members[source]), -(-(count - sum(shares)) // max(1, num_left)))
-    spread = [own[np.linspace(0, len(own) - 1, share).astype(int)] for own, share in zip(members, shares, strict=True) if share]
+    spread = [
+        own[np.linspace(0, len(own) - 1, share).astype(int)]
+        for own, share in zip(members, shares, strict=True)
+        if share
+    ]
     return sorted(int(index) for own in spread for index in own)
 
 
@@ -282,6 +323,4 @@ def text_of(sample: Sample, shards: ShardReader, model_path: Path | None) -> str
     ids = sample.input_ids[~shards.layout.is_image_token(sample.input_ids)]
     if model_path is None:
         return " ".join(map(str, ids[:40].tolist()))
-    from beingvl.data.conversation import open_tokenizer
-
     return open_tokenizer(model_path).decode(ids.tolist(), skip_special_tokens=False)

@@ -1,7 +1,8 @@
-"""What a stage changed: a hash of every parameter group before and after it, from the weight files themselves.
+"""What a stage changed: a hash of every parameter group before and after it, from the weight
+files themselves.
 
-Groups are the freezer's rules, kept in `stage-N/final/manifest.json`. A frozen group must have the same hash before and after, a
-trained one another. Each model folder is read once.
+Groups are the freezer's rules, kept in `stage-N/final/manifest.json`. A frozen group must have the
+same hash before and after, a trained one another. Each model folder is read once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 from blake3 import blake3
+from tqdm import tqdm
 
 from beingvl.artefact.manifest import is_complete, read_manifest
 from beingvl.model.extended_vocab import TEXT_ROWS, VISUAL_ROWS, stored_slice
@@ -22,7 +24,9 @@ from beingvl.vocab import VocabLayout
 
 @dataclass(frozen=True)
 class GroupHashes:
-    """One group of one stage. `before` is None when the stage's start model is not there, `base` when no base model is."""
+    """One group of one stage. `before` is None when the stage's start model is not there, `base`
+    when no base model is.
+    """
 
     stage: str
     group: str
@@ -40,7 +44,9 @@ class GroupHashes:
 
 
 def hash_groups(stages: Mapping[str, Path], base: Path | None) -> list[GroupHashes]:
-    """Rows of all stages (name -> final/ folder, in the order of training). `base` is the model the first one started from."""
+    """Rows of all stages (name -> final/ folder, in the order of training). `base` is the model
+    the first one started from.
+    """
     folders = ([base] if base else []) + list(stages.values())
     hashes = {folder: hash_parameters(folder) for folder in folders}
     folder_of_content = {read_manifest(folder).content_hash: folder for folder in folders}
@@ -55,10 +61,17 @@ def hash_groups(stages: Mapping[str, Path], base: Path | None) -> list[GroupHash
         for rule in rules:
             members = [planned for planned in plan if planned.rule is rule]
             names = [planned.name for planned in members]
-            base_hash, before, after = (_joined(hashes[folder], names) if folder else None for folder in (base, start, final))
+            base_hash, before, after = (
+                _joined(hashes[folder], names) if folder else None
+                for folder in (base, start, final)
+            )
             assert after is not None
             count = sum(planned.num_elements for planned in members)
-            groups.append(GroupHashes(stage, rule.match, rule.train, len(names), count, base_hash, before, after))
+            groups.append(
+                GroupHashes(
+                    stage, rule.match, rule.train, len(names), count, base_hash, before, after
+                )
+            )
     return groups
 
 
@@ -67,15 +80,20 @@ def finished_models(folders: Mapping[str, Path]) -> dict[str, Path]:
 
 
 def hash_parameters(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Parameter name, as the freezer knows it -> (shape, hash of its bytes). Embedding and head count as two each."""
-    from tqdm import tqdm
-
+    """Parameter name, as the freezer knows it -> (shape, hash of its bytes). Embedding and head
+    count as two each.
+    """
     weights, layout = WeightFolder(folder), VocabLayout.load(folder)
     found = {}
-    for stored in tqdm(list(weights), desc=f"hash {folder}", unit="tensor", disable=None, leave=False):
+    for stored in tqdm(
+        list(weights), desc=f"hash {folder}", unit="tensor", disable=None, leave=False
+    ):
         for name in _parameters_of(stored, weights.shape(stored), layout):
             part = weights[stored][stored_slice(name, layout.num_text)[1]].contiguous()
-            found[name] = (tuple(part.shape), blake3(memoryview(part.view(-1).view(torch.uint8).numpy())).hexdigest())
+            found[name] = (
+                tuple(part.shape),
+                blake3(memoryview(part.view(-1).view(torch.uint8).numpy())).hexdigest(),
+            )
         weights.release()
     return found
 

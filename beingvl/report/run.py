@@ -3,7 +3,8 @@
 Reads what is there of RUN_FOLDER (each piece may lie elsewhere, see the options)
 
     stage-N/          metrics, validation, plan; final/ for the hashes of what was frozen
-    eval/*/           every finished evaluation: accuracy after each stage, scores, text parity, answers
+    eval/*/           every finished evaluation: accuracy after each stage, scores, text parity,
+                      answers
     base/             the model that stage 1 started from
     shards*/          the data report
     vbpe/             the vBPE report, on the images of vq_codes/test/
@@ -11,29 +12,50 @@ Reads what is there of RUN_FOLDER (each piece may lie elsewhere, see the options
 
 and writes
 
-    summary.json         accuracy per question after each stage, chance, compression, scores, hashes, time, memory
-    contact_sheet.png    image, reconstruction, token borders, question, answer and truth of ten test images
+    summary.json         accuracy per question after each stage, chance, compression, scores,
+                         hashes, time, memory
+    contact_sheet.png    image, reconstruction, token borders, question, answer and truth of ten
+                         test images
     training.png         loss of each stage, accuracy after it
     index.html           all of it, and what was not found, on one page
     manifest.json        last
 
-The examples are answers of the last stage, spread evenly over the test questions; nothing is chosen by its answer.
+The examples are answers of the last stage, spread evenly over the test questions; nothing is chosen
+by its answer.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
-    from beingvl.report.frozen import GroupHashes
-    from beingvl.vbpe.visual_bpe import VisualBPE
-    from beingvl.images.vqgan import VQGAN
+from beingvl.artefact.manifest import (
+    is_complete,
+    read_manifest,
+    start_folder,
+    to_json,
+    write_atomically,
+    write_manifest,
+)
+from beingvl.errors import InputError
+from beingvl.evaluation.evaluate import KIND, read_predictions, read_summary
+from beingvl.images.vq_codes import CodeFolder
+from beingvl.images.vqgan import VQGAN, as_array, read_image
+from beingvl.inference.model import VQGAN_FOLDER
+from beingvl.report.frozen import finished_models, hash_groups
+from beingvl.report.page import page
+from beingvl.report.pictures import contact_sheet, to_png, training_curves
+from beingvl.report.run_pieces import Example, Run, Stage
+from beingvl.report.train import read_stage
+from beingvl.report.vbpe import owners
+from beingvl.vbpe.visual_bpe import VisualBPE
 
 STAGES = ("stage-1", "stage-2", "stage-3")
 NUM_EXAMPLES = 10
@@ -41,91 +63,34 @@ RAW_FOLDER = "raw"
 """Where a run keeps the stages that it trained on plain codes."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("run_folder", type=Path, help="folder of the run")
-    add("--stages_path", type=Path, help="folder with stage-N/ and eval/; default: RUN_FOLDER")
-    add("--base_path", type=Path, help="model that stage 1 started from; default: RUN_FOLDER/base")
-    add("--data", nargs="+", type=Path, help="shard folders; default: RUN_FOLDER/shards*")
-    add("--vbpe_path", type=Path, help="vBPE; default: RUN_FOLDER/vbpe")
-    add("--vq_codes", type=Path, help="codes to measure the vBPE on; default: RUN_FOLDER/vq_codes/test")
-    add("--image_path", type=Path, help="folder that images of the evaluations start from; default: RUN_FOLDER/data/images")
-    add("--output_path", type=Path, help="folder to write; default: report/ beside the stages")
-    add("--wall_seconds", type=float, help="seconds the whole run took, for the summary")
-    add("--peak_memory_bytes", type=int, help="of the whole run; default: the largest in the stages' metrics, which are rank 0's")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What training wrote: lines of the metrics files, and the plan's table."""
-
-    rows: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
-    plan: str
-
-
-@dataclass(frozen=True)
-class Run:
-    """The pieces of a run that are there. `missing` says in words which are not.
-
-    `evaluations` holds scores by name; `asked_alike` are those of the stages that share their questions, in order;
-    `mean_of_variant` is the mean accuracy after the last stage with vBPE and with plain codes, as far as both were trained.
-    """
-
-    stages: dict[str, Stage]
-    evaluations: dict[str, dict[str, Any]]
-    asked_alike: dict[str, dict[str, Any]]
-    predictions: list[dict[str, Any]]
-    mean_of_variant: dict[str, float]
-    frozen: list[GroupHashes]
-    vbpe: VisualBPE | None
-    codes: np.ndarray | None
-    vqgan: VQGAN | None
-    images: Path | None
-    shards: list[Path]
-    data_options: argparse.Namespace
-    missing: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One test question with its picture in three forms.
-
-    `image` and `reconstruction` are `[H, W, 3]`, `owners` `[h, w]` says which token covers each cell of the code grid.
-    """
-
-    question: str
-    truth: str
-    answer: str
-    correct: bool
-    key: str
-    image: np.ndarray
-    reconstruction: np.ndarray
-    owners: np.ndarray
-
-
 def run(args: argparse.Namespace) -> None:
-    from beingvl.report.page import page
-    from beingvl.report.pictures import contact_sheet, to_png, training_curves
-    from beingvl.artefact.manifest import start_folder, to_json, write_atomically, write_manifest
-
     pieces = read_run(args)
     summary = summarize(pieces, args.wall_seconds, args.peak_memory_bytes)
     examples = choose_examples(pieces)
-    figures = {"training": training_curves({name: stage.rows for name, stage in pieces.stages.items()}, summary)}
+    figures = {
+        "training": training_curves(
+            {name: stage.rows for name, stage in pieces.stages.items()}, summary
+        )
+    }
     if examples:
         figures["contact_sheet"] = contact_sheet(examples)
     folder = start_folder(args.output_path or stages_folder(args) / "report", "report")
     write_atomically(folder / "summary.json", to_json(summary))
     for name, figure in figures.items():
         write_atomically(folder / f"{name}.png", to_png(figure))
-    write_atomically(folder / "index.html", page(args.run_folder.resolve().name, pieces, summary, examples, figures))
+    write_atomically(
+        folder / "index.html",
+        page(args.run_folder.resolve().name, pieces, summary, examples, figures),
+    )
     write_manifest(folder, "report", {"examples": len(examples)}, {})
     print_accuracy(summary)
     print_examples(examples)
     for what in pieces.missing:
         print(f"not in the report: {what}")
-    print(f"\n{folder}: summary.json, {''.join(f'{name}.png, ' for name in reversed(figures))}index.html")
+    print(
+        f"\n{folder}: summary.json, "
+        f"{''.join(f'{name}.png, ' for name in reversed(figures))}index.html"
+    )
 
 
 # ---- reading ----
@@ -136,13 +101,14 @@ def stages_folder(args: argparse.Namespace) -> Path:
 
 
 def read_run(args: argparse.Namespace) -> Run:
-    """Raises InputError when there is neither a stage nor an evaluation, or a piece that was named does not exist."""
-    from beingvl.errors import InputError
-    from beingvl.report.frozen import finished_models, hash_groups
-
+    """Raises InputError when there is neither a stage nor an evaluation, or a piece that was
+    named does not exist.
+    """
     folder, stages = args.run_folder, stages_folder(args)
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; give the folder that holds stage-1/, stage-2/ … and eval/")
+        raise InputError(
+            f"{folder} is not a folder; give the folder that holds stage-1/, stage-2/ … and eval/"
+        )
     missing: list[str] = []
 
     def piece(option: str, default: Path, what: str) -> Path | None:
@@ -156,15 +122,23 @@ def read_run(args: argparse.Namespace) -> Run:
     trained = read_stages(stages, missing)
     evaluations = read_evaluations(stages / "eval", missing)
     if not trained and not evaluations:
-        raise InputError(f"{stages} holds neither stage-1/{METRICS_HINT} nor a finished evaluation in eval/: nothing to report")
+        raise InputError(
+            f"{stages} holds neither stage-1/{METRICS_HINT} nor a finished evaluation in "
+            "eval/: nothing to report"
+        )
     alike = asked_alike(evaluations)
     if not alike:
-        missing.append(f"accuracy after each stage ({stages / 'eval' / STAGES[-1]}, made by `beingvl evaluate`)")
+        missing.append(
+            f"accuracy after each stage ({stages / 'eval' / STAGES[-1]}, made by `beingvl "
+            "evaluate`)"
+        )
     base = piece("base_path", folder / "base", "the base model")
     finals = finished_models({name: stages / name / "final" for name in STAGES})
     vbpe_path = piece("vbpe_path", folder / "vbpe", "the vBPE")
     codes_path = piece("vq_codes", folder / "vq_codes" / "test", "codes to measure the vBPE on")
-    shards = args.data or sorted(path for path in folder.glob("shards*") if (path / "manifest.json").is_file())
+    shards = args.data or sorted(
+        path for path in folder.glob("shards*") if (path / "manifest.json").is_file()
+    )
     missing += [] if shards else [f"the data ({folder}/shards*, or --data)"]
     return Run(
         stages=trained,
@@ -178,7 +152,9 @@ def read_run(args: argparse.Namespace) -> Run:
         vqgan=read_vqgan([*reversed(list(finals.values())), *([base] if base else [])]),
         images=piece("image_path", folder / "data" / "images", "images of the examples"),
         shards=shards,
-        data_options=data_options(args, shards, [*finals.values(), *([base] if base else [])], vbpe_path),
+        data_options=data_options(
+            args, shards, [*finals.values(), *([base] if base else [])], vbpe_path
+        ),
         missing=missing,
     )
 
@@ -189,48 +165,54 @@ METRICS_HINT = "metrics.jsonl"
 def data_options(
     args: argparse.Namespace, shards: Sequence[Path], models: Sequence[Path], vbpe_path: Path | None
 ) -> argparse.Namespace:
-    """What `beingvl report data` would be given for the run's shards; sequence length as the last stage's."""
-    from beingvl.report import data as report_data
-    from beingvl.inference.model import VQGAN_FOLDER
-    from beingvl.artefact.manifest import read_manifest
-
+    """What `beingvl report data` would be given for the run's shards; sequence length as the
+    last stage's.
+    """
     parser = argparse.ArgumentParser()
-    report_data.add_arguments(parser)
+    importlib.import_module("beingvl.commands.report_data").add_arguments(parser)
     options = [str(path) for path in shards] or ["none"]
     if models:
         identity = read_manifest(models[0]).details.get("identity", {})
         options += [f"--model_path={models[0]}"]
-        options += [f"--sequence_length={identity['sequence_length']}"] if "sequence_length" in identity else []
+        options += (
+            [f"--sequence_length={identity['sequence_length']}"]
+            if "sequence_length" in identity
+            else []
+        )
         vqgan = models[0] / VQGAN_FOLDER
         options += [f"--vq_path={vqgan}"] if has_decoder(vqgan) else []
     return parser.parse_args([*options, *([f"--vbpe_path={vbpe_path}"] if vbpe_path else [])])
 
 
 def read_stages(folder: Path, missing: list[str]) -> dict[str, Stage]:
-    from beingvl.report.train import read_stage
-
     found = {name: Stage(*read_stage(folder / name)) for name in STAGES}
-    missing += [f"the curves of {name} ({folder / name / METRICS_HINT})" for name, stage in found.items() if not stage.rows]
+    missing += [
+        f"the curves of {name} ({folder / name / METRICS_HINT})"
+        for name, stage in found.items()
+        if not stage.rows
+    ]
     return {name: stage for name, stage in found.items() if stage.rows}
 
 
 def read_evaluations(folder: Path, missing: list[str]) -> dict[str, dict[str, Any]]:
-    """Scores of every finished evaluation below `folder`, by folder name: base, the stages, then the others."""
-    from beingvl.evaluation.evaluate import KIND
-    from beingvl.artefact.manifest import is_complete, read_manifest
-
+    """Scores of every finished evaluation below `folder`, by folder name: base, the stages, then
+    the others.
+    """
     order = ("base", *STAGES)
-    paths = [path for path in folder.glob("*") if is_complete(path) and read_manifest(path).kind == KIND]
-    paths.sort(key=lambda path: (order.index(path.name) if path.name in order else len(order), path.name))
+    paths = [
+        path for path in folder.glob("*") if is_complete(path) and read_manifest(path).kind == KIND
+    ]
+    paths.sort(
+        key=lambda path: (order.index(path.name) if path.name in order else len(order), path.name)
+    )
     found = {path.name: read_scores(path, missing) for path in paths}
     return {name: scores for name, scores in found.items() if scores}
 
 
 def read_scores(folder: Path, missing: list[str]) -> dict[str, Any] | None:
-    """Scores of a finished evaluation; None for one that an older version made, which `missing` then names."""
-    from beingvl.errors import InputError
-    from beingvl.evaluation.evaluate import read_summary
-
+    """Scores of a finished evaluation; None for one that an older version made, which `missing`
+    then names.
+    """
     try:
         return read_summary(folder)
     except InputError as error:
@@ -239,8 +221,14 @@ def read_scores(folder: Path, missing: list[str]) -> dict[str, Any] | None:
 
 
 def asked_alike(evaluations: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Evaluations of base and stages that share the questions of the last stage's; empty without one by question."""
-    named = {name: scores for name, scores in evaluations.items() if name in ("base", *STAGES) and scores.get("questions")}
+    """Evaluations of base and stages that share the questions of the last stage's; empty without
+    one by question.
+    """
+    named = {
+        name: scores
+        for name, scores in evaluations.items()
+        if name in ("base", *STAGES) and scores.get("questions")
+    }
     if not named:
         return {}
     questions = set(list(named.values())[-1]["questions"])
@@ -248,59 +236,56 @@ def asked_alike(evaluations: Mapping[str, dict[str, Any]]) -> dict[str, dict[str
 
 
 def read_last_predictions(folder: Path, alike: Mapping[str, Any]) -> list[dict[str, Any]]:
-    from beingvl.evaluation.evaluate import read_predictions
-
     return read_predictions(folder / list(alike)[-1]) if alike else []
 
 
-def mean_of_variants(folder: Path, alike: Mapping[str, dict[str, Any]], missing: list[str]) -> dict[str, float]:
-    from beingvl.artefact.manifest import is_complete
-
+def mean_of_variants(
+    folder: Path, alike: Mapping[str, dict[str, Any]], missing: list[str]
+) -> dict[str, float]:
     paths = [path / "eval" / STAGES[-1] for path in (folder, folder / RAW_FOLDER)]
     finals = [read_scores(path, missing) for path in paths if is_complete(path)]
-    known = [scores for scores in [*finals, *list(alike.values())[-1:]] if scores and "accuracy_mean" in scores]
+    known = [
+        scores
+        for scores in [*finals, *list(alike.values())[-1:]]
+        if scores and "accuracy_mean" in scores
+    ]
     return {scores["variant"]: scores["accuracy_mean"] for scores in known}
 
 
 def read_vbpe(path: Path) -> VisualBPE:
-    from beingvl.errors import InputError
-    from beingvl.vbpe.visual_bpe import VisualBPE
-
     vbpe = VisualBPE.load(path)
     if not isinstance(vbpe, VisualBPE):
-        raise InputError(f"{path} is a published vocabulary, which gives no token its cells; use `beingvl train-vbpe`")
+        raise InputError(
+            f"{path} is a published vocabulary, which gives no token its cells; use "
+            "`beingvl train-vbpe`"
+        )
     return vbpe
 
 
 def read_codes(path: Path) -> np.ndarray:
-    from beingvl.images.vq_codes import CodeFolder
-
     return CodeFolder(path).codes
 
 
 def has_decoder(vqgan: Path) -> bool:
-    import json
-
     config = vqgan / "config.json"
     return config.is_file() and json.loads(config.read_text()).get("model_type") == "janus_vqgan"
 
 
 def read_vqgan(models: Sequence[Path]) -> VQGAN | None:
     """The VQ-GAN inside the first model folder that has one."""
-    from beingvl.inference.model import VQGAN_FOLDER
-    from beingvl.images.vqgan import VQGAN
-
-    folder = next((model / VQGAN_FOLDER for model in models if (model / VQGAN_FOLDER).is_dir()), None)
+    folder = next(
+        (model / VQGAN_FOLDER for model in models if (model / VQGAN_FOLDER).is_dir()), None
+    )
     return VQGAN.load(folder) if folder else None
 
 
 # ---- numbers ----
 
 
-def summarize(pieces: Run, wall_seconds: float | None, peak_memory_bytes: int | None) -> dict[str, Any]:
+def summarize(
+    pieces: Run, wall_seconds: float | None, peak_memory_bytes: int | None
+) -> dict[str, Any]:
     """What summary.json holds; accuracies and chance are shares 0 … 1."""
-    from dataclasses import asdict
-
     last = list(pieces.asked_alike.values())[-1] if pieces.asked_alike else {"questions": {}}
     peaks = [row["peak_memory_bytes"] for stage in pieces.stages.values() for row in stage.rows]
     return {
@@ -317,7 +302,9 @@ def summarize(pieces: Run, wall_seconds: float | None, peak_memory_bytes: int | 
         "test_images": len({str(row["image"]) for row in pieces.predictions if row["image"]}),
         "vbpe_compression": compression(pieces),
         "evaluations": {name: scores_of(scores) for name, scores in pieces.evaluations.items()},
-        "frozen": [{**asdict(group), "is_as_promised": group.is_as_promised} for group in pieces.frozen],
+        "frozen": [
+            {**asdict(group), "is_as_promised": group.is_as_promised} for group in pieces.frozen
+        ],
         "wall_seconds": wall_seconds,
         "peak_memory_bytes": peak_memory_bytes or max(peaks, default=None),
     }
@@ -345,28 +332,36 @@ def mean(values: Mapping[str, float]) -> float:
 
 
 def choose_examples(pieces: Run) -> list[Example]:
-    """Ten questions evenly over the test images, taking turns through the questions asked about each."""
-    import numpy as np
-
+    """Ten questions evenly over the test images, taking turns through the questions asked about
+    each.
+    """
     rows_of_image: dict[str, list[dict[str, Any]]] = {}
     for row in pieces.predictions:
         if isinstance(row["image"], str):
             rows_of_image.setdefault(row["image"], []).append(row)
     keys = list(rows_of_image)
     chosen = np.linspace(0, len(keys) - 1, min(NUM_EXAMPLES, len(keys))).round().astype(int)
-    return make_examples(pieces, [rows_of_image[keys[n]][turn % len(rows_of_image[keys[n]])] for turn, n in enumerate(chosen)])
+    return make_examples(
+        pieces,
+        [
+            rows_of_image[keys[n]][turn % len(rows_of_image[keys[n]])]
+            for turn, n in enumerate(chosen)
+        ],
+    )
 
 
 def make_examples(pieces: Run, rows: list[dict[str, Any]]) -> list[Example]:
-    """Images are encoded here. A VQ-GAN without decoder shows what it was given instead of what it makes of it."""
+    """Images are encoded here. A VQ-GAN without decoder shows what it was given instead of what
+    it makes of it.
+    """
     if not rows or pieces.vqgan is None or pieces.images is None:
         return []
-    from beingvl.images.vqgan import as_array, read_image
-
     images = [read_image(pieces.images / row["image"]) for row in rows]
     pixels = pieces.vqgan.preprocess(images)
     grids = pieces.vqgan.encode(pixels)
-    pictures = pieces.vqgan.decode(grids) if pieces.vqgan.has_decoder else pieces.vqgan.to_uint8(pixels)
+    pictures = (
+        pieces.vqgan.decode(grids) if pieces.vqgan.has_decoder else pieces.vqgan.to_uint8(pixels)
+    )
     return [
         Example(
             question=row["question"],
@@ -383,11 +378,9 @@ def make_examples(pieces: Run, rows: list[dict[str, Any]]) -> list[Example]:
 
 
 def token_owners(pieces: Run, codes: np.ndarray) -> np.ndarray:
-    """Codes `[h, w]` to the position in the stream of the token that covers each cell, `[h, w]` int."""
-    import numpy as np
-
-    from beingvl.report.vbpe import owners
-
+    """Codes `[h, w]` to the position in the stream of the token that covers each cell, `[h, w]`
+    int.
+    """
     if pieces.vbpe is None or list(pieces.asked_alike.values())[-1]["variant"] == "raw":
         return np.arange(codes.size).reshape(codes.shape)
     return owners(pieces.vbpe, pieces.vbpe.encode(codes), *codes.shape)
@@ -400,17 +393,28 @@ def print_accuracy(summary: dict[str, Any]) -> None:
     accuracy, chance = summary["test_accuracy"], summary["chance"]
     if accuracy:
         width = max(map(len, [*chance, "mean"]))
-        print(f"Accuracy on {summary['test_questions']} questions about {summary['test_images']} held-out images\n")
-        print(f"  {'question':<{width}}  {'chance':>7}" + "".join(f"  {name:>7}" for name in accuracy))
+        print(
+            f"Accuracy on {summary['test_questions']} questions about "
+            f"{summary['test_images']} held-out images\n"
+        )
+        print(
+            f"  {'question':<{width}}  {'chance':>7}" + "".join(f"  {name:>7}" for name in accuracy)
+        )
         for question in chance:
             columns = "".join(f"  {accuracy[name][question]:7.3f}" for name in accuracy)
             print(f"  {question:<{width}}  {chance[question]:7.3f}{columns}")
-        print(f"  {'mean':<{width}}  {mean(chance):7.3f}" + "".join(f"  {mean(accuracy[name]):7.3f}" for name in accuracy))
+        print(
+            f"  {'mean':<{width}}  {mean(chance):7.3f}"
+            + "".join(f"  {mean(accuracy[name]):7.3f}" for name in accuracy)
+        )
     if summary["vbpe_compression"]:
         print(f"\nvBPE: {summary['vbpe_compression']:.2f} codes per token on the test images")
     if len(summary["test_accuracy_mean_of_variant"]) > 1:
         variants = summary["test_accuracy_mean_of_variant"].items()
-        print("Mean accuracy after stage 3: " + ", ".join(f"{name} {value:.3f}" for name, value in variants))
+        print(
+            "Mean accuracy after stage 3: "
+            + ", ".join(f"{name} {value:.3f}" for name, value in variants)
+        )
     for group in summary["frozen"]:
         if not group["is_as_promised"]:
             what = "trained, but unchanged" if group["is_trained"] else "frozen, but changed"
@@ -420,8 +424,15 @@ def print_accuracy(summary: dict[str, Any]) -> None:
 def print_examples(examples: list[Example]) -> None:
     if not examples:
         return
-    print("\nTen of them, spread evenly:" if len(examples) == NUM_EXAMPLES else "\nExamples, spread evenly:")
+    print(
+        "\nTen of them, spread evenly:"
+        if len(examples) == NUM_EXAMPLES
+        else "\nExamples, spread evenly:"
+    )
     width = max(len(example.question) for example in examples)
     for example in examples:
         verdict = "right" if example.correct else f"wrong, it is {example.truth!r}"
-        print(f"  {example.key:<20}  {example.question:<{width}}  {example.answer or '(nothing)':<8}  {verdict}")
+        print(
+            f"  {example.key:<20}  {example.question:<{width}}  "
+            f"{example.answer or '(nothing)':<8}  {verdict}"
+        )

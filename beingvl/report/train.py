@@ -1,7 +1,8 @@
 """The metrics of one training stage on one self-contained HTML page: STAGE_FOLDER/report.html.
 
-Loss (with the losses per token kind and source, and of the validation set), gradient norm, learning rate, tokens per second,
-MFU, memory, where the time of a step goes, skipped steps and spikes. Works while the stage is still running.
+Loss (with the losses per token kind and source, and of the validation set), gradient norm, learning
+rate, tokens per second, MFU, memory, where the time of a step goes, skipped steps and spikes. Works
+while the stage is still running.
 """
 
 from __future__ import annotations
@@ -10,29 +11,39 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+import numpy as np
+from matplotlib.figure import Figure
+
+from beingvl.artefact.manifest import write_atomically
+from beingvl.errors import InputError
+from beingvl.report.page import facts, whole_page
+from beingvl.report.pictures import SERIES_COLOURS, running_mean, scale_by_range, set_title, to_svg
+from beingvl.train.metrics import METRICS_FILE, VALIDATION_FILE, read_metrics
 
 Row = Mapping[str, Any]
-PHASES = ("data", "communication", "forward", "backward", "optimizer", "check", "log", "validation", "save")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("stage_folder", type=Path, help="output folder of `beingvl train`")
-    parser.add_argument("--output_path", type=Path, help="page to write; default: STAGE_FOLDER/report.html")
+PHASES = (
+    "data",
+    "communication",
+    "forward",
+    "backward",
+    "optimizer",
+    "check",
+    "log",
+    "validation",
+    "save",
+)
 
 
 def run(args: argparse.Namespace) -> None:
-    from beingvl.errors import InputError
-    from beingvl.artefact.manifest import write_atomically
-    from beingvl.train.metrics import METRICS_FILE
-
     folder = args.stage_folder
     if not (folder / METRICS_FILE).is_file():
-        raise InputError(f"{folder} has no {METRICS_FILE}; give the output folder of `beingvl train`")
+        raise InputError(
+            f"{folder} has no {METRICS_FILE}; give the output folder of `beingvl train`"
+        )
     rows, validation, plan = read_stage(folder)
     if not rows:
         raise InputError(f"{folder / METRICS_FILE} holds no step yet")
@@ -43,10 +54,9 @@ def run(args: argparse.Namespace) -> None:
 
 def read_stage(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:
     """Metrics, validation and the plan's table of a stage folder; empty where there is none."""
-    from beingvl.train.metrics import METRICS_FILE, VALIDATION_FILE, read_metrics
-
     rows, validation = (
-        read_metrics(folder, name) if (folder / name).is_file() else [] for name in (METRICS_FILE, VALIDATION_FILE)
+        read_metrics(folder, name) if (folder / name).is_file() else []
+        for name in (METRICS_FILE, VALIDATION_FILE)
     )
     plan = folder / "plan.txt"
     return rows, validation, plan.read_text() if plan.is_file() else ""
@@ -54,21 +64,17 @@ def read_stage(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
 
 def page(name: str, rows: Sequence[Row], validation: Sequence[Row], plan: str) -> str:
     """HTML text of one stage; `rows` and `validation` are the lines of the metrics files."""
-    from beingvl.report.page import whole_page
-
     return whole_page(f"{name}: training", section(name, rows, validation, plan))
 
 
 def section(name: str, rows: Sequence[Row], validation: Sequence[Row], plan: str) -> str:
     """The same as a part of a page."""
-    from html import escape
-
-    from beingvl.report.page import facts
-    from beingvl.report.pictures import to_svg
-
     values = {"step": f"{rows[-1]['step']}", "last loss": f"{rows[-1]['loss']:.4f}"}
     values["tokens seen"] = f"{sum(row.get('tokens', 0) for row in rows):,}"
-    for key, what, form in (("tokens_per_second", "tokens/s (median)", ",.0f"), ("mfu", "MFU (median)", ".1%")):
+    for key, what, form in (
+        ("tokens_per_second", "tokens/s (median)", ",.0f"),
+        ("mfu", "MFU (median)", ".1%"),
+    ):
         measured = [row[key] for row in rows if row.get(key)]
         if measured:
             values[what] = format(statistics.median(measured), form)
@@ -85,11 +91,6 @@ def section(name: str, rows: Sequence[Row], validation: Sequence[Row], plan: str
 
 def curves(rows: Sequence[Row], validation: Sequence[Row]) -> Figure:
     """Six panels over the optimizer steps; losses thin, and their running means."""
-    import numpy as np
-    from matplotlib.figure import Figure
-
-    from beingvl.report.pictures import SERIES_COLOURS, running_mean, scale_by_range, set_title
-
     figure = Figure(figsize=(12, 9), layout="constrained")
     panels = figure.subplots(3, 2).ravel()
     groups = sorted({key for row in rows for key in row if key.startswith("loss/")})
@@ -110,16 +111,24 @@ def curves(rows: Sequence[Row], validation: Sequence[Row]) -> Figure:
                 if title.startswith("Loss"):
                     axes.plot(steps, values, linewidth=1, color=colour, alpha=0.25)
                     values = running_mean(values)
-                axes.plot(steps, values, linewidth=1.4, label=key.removeprefix("loss/"), color=colour)
+                axes.plot(
+                    steps, values, linewidth=1.4, label=key.removeprefix("loss/"), color=colour
+                )
         set_title(axes, title)
         axes.set(xlabel="optimizer step", ylabel=unit)
         if len(keys) > 1:
             axes.legend(fontsize=8)
         if title.startswith("Loss"):
             checked = [row["validation/loss"] for row in validation] if keys == ["loss"] else []
-            scale_by_range(axes, checked + [row[key] for row in rows for key in keys if row.get(key) is not None])
+            scale_by_range(
+                axes,
+                checked + [row[key] for row in rows for key in keys if row.get(key) is not None],
+            )
     if validation:
-        steps, losses = [row["step"] for row in validation], [row["validation/loss"] for row in validation]
+        steps, losses = (
+            [row["step"] for row in validation],
+            [row["validation/loss"] for row in validation],
+        )
         panels[0].plot(steps, losses, "o-", label="validation", color=SERIES_COLOURS[1])
         panels[0].legend(fontsize=8)
     return figure
@@ -129,14 +138,13 @@ def _time_table(rows: Sequence[Row]) -> str:
     totals = {phase: sum(row.get(f"seconds_{phase}", 0.0) for row in rows) for phase in PHASES}
     whole = sum(totals.values()) or 1.0
     cells = "".join(
-        f"<tr><td>{phase}</td><td>{seconds:.1f} s</td><td>{seconds / whole:.1%}</td></tr>" for phase, seconds in totals.items()
+        f"<tr><td>{phase}</td><td>{seconds:.1f} s</td><td>{seconds / whole:.1%}</td></tr>"
+        for phase, seconds in totals.items()
     )
     return f"<table><tr><th>phase</th><th>all steps</th><th>share</th></tr>{cells}</table>"
 
 
 def _events_table(rows: Sequence[Row]) -> str:
-    from html import escape
-
     events = [row for row in rows if row.get("skipped") or row.get("spike")]
     if not events:
         return "<p class='soft'>None.</p>"
@@ -145,4 +153,7 @@ def _events_table(rows: Sequence[Row]) -> str:
         f"<td>{escape(', '.join(row.get('sample_ids', [])))}</td></tr>"
         for row in events
     )
-    return f"<table class='words'><tr><th>step</th><th>what</th><th>loss</th><th>samples</th></tr>{cells}</table>"
+    return (
+        "<table "
+        f"class='words'><tr><th>step</th><th>what</th><th>loss</th><th>samples</th></tr>{cells}</table>"
+    )

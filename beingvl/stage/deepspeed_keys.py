@@ -1,9 +1,11 @@
-"""DeepSpeed's keys that a stage may have, what each must be, and those that are refused, with the reason.
+"""DeepSpeed's keys that a stage may have, what each must be, and those that are refused, with
+the reason.
 
-DeepSpeed takes unknown top-level keys silently, and the text "false" for false in one place and for true in another; other types
-stop it when the model is built, or later. Some of its defaults hurt silently, so they must be written out: gradient_clipping
-(1.0), train_batch_size (must not depend on the number of ranks).
-Sources: https://www.deepspeed.ai/docs/config-json/, and deepspeed/runtime/constants.py and zero/config.py of 0.19.
+DeepSpeed takes unknown top-level keys silently, and the text "false" for false in one place and for
+true in another; other types stop it when the model is built, or later. Some of its defaults hurt
+silently, so they must be written out: gradient_clipping (1.0), train_batch_size (must not depend on
+the number of ranks). Sources: https://www.deepspeed.ai/docs/config-json/, and
+deepspeed/runtime/constants.py and zero/config.py of 0.19.
 """
 
 from __future__ import annotations
@@ -27,26 +29,37 @@ from beingvl.stage.json_schema import (
     whole,
 )
 
-LARGEST_FACTOR = 1e6  # of what multiplies weights or gradients: far above any use, far below what float32 can hold
+# of what multiplies weights or gradients: far above any use, far below what float32 can hold
+LARGEST_FACTOR = 1e6
 FACTOR = number(0, LARGEST_FACTOR)
 BETAS = Allowed(
     "two numbers from 0 to below 1",
-    lambda value: isinstance(value, list) and len(value) == 2 and all(number(0, 1).holds(beta) and beta < 1 for beta in value),
+    lambda value: (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(number(0, 1).holds(beta) and beta < 1 for beta in value)
+    ),
 )
-NAMES = Allowed("a list of names", lambda value: isinstance(value, list) and all(map(TEXT.holds, value)))
+NAMES = Allowed(
+    "a list of names", lambda value: isinstance(value, list) and all(map(TEXT.holds, value))
+)
 IN_FLOAT32 = only(False, "checkpoints hold masters and moments in float32")
 
 REFUSED_KEYS = {
-    "scheduler": "the learning rate is a pure function of the step: use beingvl.schedule and beingvl.warmup_ratio",
-    "gradient_accumulation_steps": "it follows from train_batch_size, the micro-batch size and the number of ranks; remove it",
+    "scheduler": "the learning rate is a pure function of the step: use beingvl.schedule and "
+    "beingvl.warmup_ratio",
+    "gradient_accumulation_steps": "it follows from train_batch_size, the micro-batch size and "
+    "the number of ranks; remove it",
     "fp16": "loss scaling makes steps depend on history: use bf16 or neither",
     "tensorboard": "metrics are beingvl's own: beingvl.tensorboard",
     "seed": "the data order's seed is beingvl.seed, and nothing else is drawn",
     "compile": "DeepSpeed's compilation is not used here; remove it",
     "data_efficiency": "the data order is beingvl's own: beingvl.mixture",
     "activation_checkpointing": "it is beingvl's own: beingvl.activation_checkpointing",
-    "prescale_gradients": "ZeRO refuses it; the loss is divided by all ranks' target tokens before its gradient is taken",
-    "gradient_predivide_factor": "ZeRO refuses it; the loss is divided by all ranks' target tokens before its gradient is taken",
+    "prescale_gradients": "ZeRO refuses it; the loss is divided by all ranks' target tokens "
+    "before its gradient is taken",
+    "gradient_predivide_factor": "ZeRO refuses it; the loss is divided by all ranks' target "
+    "tokens before its gradient is taken",
 }
 REQUIRED_KEYS = (
     "train_batch_size",
@@ -90,7 +103,9 @@ STAGE3_KEYS: dict[str, Schema] = {
     "gather_16bit_weights_on_model_save": SWITCH,
     "use_all_reduce_for_fetch_params": SWITCH,
     "allgather_sequential": SWITCH,
-    "module_granularity_threshold": only(0, "rows in two parts would be looked up while only one rank's share is there"),
+    "module_granularity_threshold": only(
+        0, "rows in two parts would be looked up while only one rank's share is there"
+    ),
 }
 # What is refused was tried on two CPU ranks (DeepSpeed 0.19.8), but for quantization.
 ZERO_KEYS: dict[str, Schema] = {
@@ -113,15 +128,22 @@ ZERO_KEYS: dict[str, Schema] = {
     "log_trace_cache_warnings": SWITCH,
     "enable_sanity_checks": SWITCH,
     "round_robin_gradients": only(
-        False, "with it DeepSpeed tells wrong places of masters and moments, and checkpoints would be wrong"
+        False,
+        "with it DeepSpeed tells wrong places of masters and moments, and checkpoints "
+        "would be wrong",
     ),
-    "zero_hpz_partition_size": only(1, "its second copy of the weights is not loaded, and the first loss is no number"),
+    "zero_hpz_partition_size": only(
+        1, "its second copy of the weights is not loaded, and the first loss is no number"
+    ),
     "zero_quantized_weights": only(False, "weights must pass between ranks as they are"),
-    "zero_quantized_nontrainable_weights": only(False, "weights must pass between ranks as they are"),
+    "zero_quantized_nontrainable_weights": only(
+        False, "weights must pass between ranks as they are"
+    ),
     "zero_quantized_gradients": only(False, "gradients must pass between ranks as they are"),
 }
-# With weights on NVMe, where buffers are few. Fetched ahead, a weight that a step uses twice would be given a second one (an
-# assertion of DeepSpeed 0.19.8); kept for later or for ever, it would block its own. Those below 1 MB are in memory anyway.
+# With weights on NVMe, where buffers are few. Fetched ahead, a weight that a step uses twice would
+# be given a second one (an assertion of DeepSpeed 0.19.8); kept for later or for ever, it would
+# block its own. Those below 1 MB are in memory anyway.
 AHEAD_KEYS = ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance")
 LARGEST_ON_NVME = {**dict.fromkeys(AHEAD_KEYS, 0), "stage3_param_persistence_threshold": 200_000}
 
@@ -166,7 +188,13 @@ DEEPSPEED_KEYS: dict[str, Schema] = {
         "overlap_events": SWITCH,
         "use_gds": SWITCH,
     },
-    "comms_logger": {"enabled": SWITCH, "verbose": SWITCH, "prof_all": SWITCH, "prof_ops": NAMES, "debug": SWITCH},
+    "comms_logger": {
+        "enabled": SWITCH,
+        "verbose": SWITCH,
+        "prof_all": SWITCH,
+        "prof_ops": NAMES,
+        "debug": SWITCH,
+    },
     "flops_profiler": {
         "enabled": SWITCH,
         "profile_step": count(),
@@ -195,24 +223,39 @@ def check_offload(zero: Mapping[str, Any], source: str) -> None:
             for key in (name, name.removeprefix("stage3_")):
                 if zero.get(key, 0) > largest:
                     found = f"{source}: zero_optimization.{key} is {zero[key]!r}"
-                    raise InputError(f"{found}, expected {largest} at most with offload_param on NVMe, where buffers are few")
+                    raise InputError(
+                        f"{found}, expected {largest} at most with offload_param on NVMe, "
+                        "where buffers are few"
+                    )
 
 
 def _check_device(offload: Mapping[str, Any], key: str, stage: int, source: str) -> None:
     device = offload.get("device", "none")
     if device != "none" and stage < (1 if device == "cpu" and key.endswith("optimizer") else 3):
-        raise InputError(f"{source}: {key} needs a higher stage than {stage} for the device {device!r}; remove it")
+        raise InputError(
+            f"{source}: {key} needs a higher stage than {stage} for the device {device!r}; "
+            "remove it"
+        )
     if device != "nvme":
         return
     if not offload.get("nvme_path"):
-        raise InputError(f"{source}: {key}.nvme_path is {offload.get('nvme_path')!r}, expected a folder on the NVMe disk")
-    if key.endswith("optimizer") and offload.get("buffer_count", fewest_buffers(offload)) < fewest_buffers(offload):
         raise InputError(
-            f"{source}: {key}.buffer_count is {offload['buffer_count']!r}, expected at least {fewest_buffers(offload)}: "
-            "master, two moments and gradient of a sub-group, of the next with pipeline_read, of the last with pipeline_write"
+            f"{source}: {key}.nvme_path is {offload.get('nvme_path')!r}, expected a folder "
+            "on the NVMe disk"
+        )
+    if key.endswith("optimizer") and offload.get(
+        "buffer_count", fewest_buffers(offload)
+    ) < fewest_buffers(offload):
+        raise InputError(
+            f"{source}: {key}.buffer_count is {offload['buffer_count']!r}, expected at "
+            f"least {fewest_buffers(offload)}: "
+            "master, two moments and gradient of a sub-group, of the next with "
+            "pipeline_read, of the last with pipeline_write"
         )
 
 
 def fewest_buffers(offload: Mapping[str, Any]) -> int:
-    """Of "offload_optimizer" on NVMe: a sub-group in memory is four, and each way that runs beside the update needs as many."""
+    """Of "offload_optimizer" on NVMe: a sub-group in memory is four, and each way that runs
+    beside the update needs as many.
+    """
     return 4 * (1 + bool(offload.get("pipeline_read")) + bool(offload.get("pipeline_write")))

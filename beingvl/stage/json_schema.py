@@ -1,8 +1,10 @@
 """What a JSON file may hold, as nested as the file is: names, and what is allowed for each.
 
-    {"optimizer": {"type": one_of("Adam", "AdamW"), "params": {"lr": number(), "fused": SWITCH}}, "rules": [{"match": TEXT}]}
+    {"optimizer": {"type": one_of("Adam", "AdamW"), "params": {"lr": number(), "fused": SWITCH}},
+    "rules": [{"match": TEXT}]}
 
-`check` finds the first value that is not allowed and says so in one sentence; for an unknown name it asks "did you mean".
+`check` finds the first value that is not allowed and says so in one sentence; for an unknown name
+it asks "did you mean".
 """
 
 from __future__ import annotations
@@ -28,34 +30,50 @@ class Allowed:
 Schema: TypeAlias = "Allowed | Sequence[Schema] | Mapping[str, Schema]"
 
 SWITCH = Allowed("true or false", lambda value: isinstance(value, bool))
-TEXT = Allowed("a text without NUL characters", lambda value: isinstance(value, str) and "\0" not in value)
+TEXT = Allowed(
+    "a text without NUL characters", lambda value: isinstance(value, str) and "\0" not in value
+)
 OBJECT = Allowed("an object", lambda value: isinstance(value, Mapping))
 
 
 def whole(fewest: int = 0, most: int = 2**63 - 1) -> Allowed:
     above = f"at most {most}" if most < 2**63 - 1 else "below 2**63"
-    return Allowed(f"a whole number, at least {fewest} and {above}", lambda value: type(value) is int and fewest <= value <= most)
+    return Allowed(
+        f"a whole number, at least {fewest} and {above}",
+        lambda value: type(value) is int and fewest <= value <= most,
+    )
 
 
 def count(fewest: int = 0) -> Allowed:
     """A whole number that may be written as 5e8."""
     return Allowed(
         f"a whole number of at least {fewest}, below 2**63",
-        lambda value: type(value) in (int, float) and fewest <= value < 2**63 and value == int(value),
+        lambda value: (
+            type(value) in (int, float) and fewest <= value < 2**63 and value == int(value)
+        ),
     )
 
 
 def number(fewest: float = 0, most: float = 2**63) -> Allowed:
-    return Allowed(f"a number from {fewest:g} to {most:g}", lambda value: type(value) in (int, float) and fewest <= value <= most)
+    return Allowed(
+        f"a number from {fewest:g} to {most:g}",
+        lambda value: type(value) in (int, float) and fewest <= value <= most,
+    )
 
 
-POSITIVE = Allowed("a number above 0 and below 2**63", lambda value: type(value) in (int, float) and 0 < value < 2**63)
+POSITIVE = Allowed(
+    "a number above 0 and below 2**63",
+    lambda value: type(value) in (int, float) and 0 < value < 2**63,
+)
 
 
 def one_of(*choices: object) -> Allowed:
     listed = ", ".join(map(json.dumps, choices))
     # 1 is true and 1.0 is 1 for Python, but not in JSON
-    return Allowed(f"one of {listed}", lambda value: any(type(value) is type(choice) and value == choice for choice in choices))
+    return Allowed(
+        f"one of {listed}",
+        lambda value: any(type(value) is type(choice) and value == choice for choice in choices),
+    )
 
 
 def only(choice: object, reason: str) -> Allowed:
@@ -63,11 +81,15 @@ def only(choice: object, reason: str) -> Allowed:
 
 
 def maybe(allowed: Allowed) -> Allowed:
-    return Allowed(f"{allowed.expected}, or null", lambda value: value is None or allowed.holds(value))
+    return Allowed(
+        f"{allowed.expected}, or null", lambda value: value is None or allowed.holds(value)
+    )
 
 
 def check(value: Any, schema: Schema, source: str, name: str = "") -> None:
-    """Raises InputError that names `source` and the place of the first value, `name.key`, that is not allowed."""
+    """Raises InputError that names `source` and the place of the first value, `name.key`, that
+    is not allowed.
+    """
     shown = name or "the file"
     if isinstance(schema, Allowed):
         if not schema.holds(value):
@@ -79,9 +101,15 @@ def check(value: Any, schema: Schema, source: str, name: str = "") -> None:
             inner = f"{name}.{key}" if name else key
             if key not in schema:
                 near = difflib.get_close_matches(key, schema, n=1) or [
-                    f"{outer}.{key}" for outer, inside in schema.items() if isinstance(inside, Mapping) and key in inside
+                    f"{outer}.{key}"
+                    for outer, inside in schema.items()
+                    if isinstance(inside, Mapping) and key in inside
                 ]
-                hint = f"did you mean {inner.removesuffix(key)}{near[0]}?" if near else f"known are {', '.join(sorted(schema))}"
+                hint = (
+                    f"did you mean {inner.removesuffix(key)}{near[0]}?"
+                    if near
+                    else f"known are {', '.join(sorted(schema))}"
+                )
                 raise InputError(f"{source}: unknown key {inner}; {hint}")
             check(inside, schema[key], source, inner)
     else:
@@ -91,8 +119,12 @@ def check(value: Any, schema: Schema, source: str, name: str = "") -> None:
             check(inside, schema[0], source, f"{name}[{at}]")
 
 
-def check_present(fields: Mapping[str, Any], paths: Sequence[str], source: str, why: str = "") -> None:
-    """Raises InputError for the first of `paths` (`a.b.c`) that is missing, with the sentence `why`."""
+def check_present(
+    fields: Mapping[str, Any], paths: Sequence[str], source: str, why: str = ""
+) -> None:
+    """Raises InputError for the first of `paths` (`a.b.c`) that is missing, with the sentence
+    `why`.
+    """
     for path in paths:
         inside: Any = fields
         for key in path.split("."):

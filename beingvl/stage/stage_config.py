@@ -1,4 +1,5 @@
-"""A stage's JSON: DeepSpeed's own keys (deepspeed_keys.py) and one block "beingvl", validated before anything is built.
+"""A stage's JSON: DeepSpeed's own keys (deepspeed_keys.py) and one block "beingvl", validated
+before anything is built.
 
     load_stage_config(path, overrides) -> StageConfig(deepspeed=dict, beingvl=BeingVLBlock)
 
@@ -16,7 +17,14 @@ from typing import Annotated, Any, TypeAlias, get_type_hints
 
 from beingvl.errors import InputError
 from beingvl.model.param_groups import Rule
-from beingvl.stage.deepspeed_keys import DEEPSPEED_KEYS, FACTOR, OFFLOAD_KEYS, REQUIRED_KEYS, check_offload, refuse_keys
+from beingvl.stage.deepspeed_keys import (
+    DEEPSPEED_KEYS,
+    FACTOR,
+    OFFLOAD_KEYS,
+    REQUIRED_KEYS,
+    check_offload,
+    refuse_keys,
+)
 from beingvl.stage.json_schema import (
     OBJECT,
     POSITIVE,
@@ -34,7 +42,12 @@ from beingvl.stage.json_schema import (
 
 LONGEST_SEQUENCE = 1 << 24  # the packer holds a list of so many entries
 SHARES = Allowed("an object of source -> share", OBJECT.holds)
-RULE: Schema = {"match": TEXT, "train": SWITCH, "lr_multiplier": FACTOR, "weight_decay": maybe(FACTOR)}
+RULE: Schema = {
+    "match": TEXT,
+    "train": SWITCH,
+    "lr_multiplier": FACTOR,
+    "weight_decay": maybe(FACTOR),
+}
 
 Positive: TypeAlias = Annotated[float, POSITIVE]
 NotNegative: TypeAlias = Annotated[float, number(0)]
@@ -48,14 +61,16 @@ Switch: TypeAlias = Annotated[bool, SWITCH]
 class BeingVLBlock:
     """The block "beingvl" of a stage's JSON.
 
-    mixture: source -> share. mixture_by: shares of `samples` or of `tokens`. epochs: passes over all samples of the drawn
-    sources together. max_steps: stop earlier. loss_on: `response`, `text` or `all`. schedule: `cosine` or `constant`, after a
-    linear warm-up over warmup_ratio of the steps, down to min_lr_ratio of the peak. trainable: the freezer's rules.
-    checkpoint_every_steps, checkpoint_every_minutes: 0 means not for this reason; one is written at the end always.
-    background_save: a thread writes it from a copy in host memory while training goes on. keep_last: how many checkpoints
-    stay, and keep_every: those of every so many steps stay as well. loss_chunk_tokens: target tokens whose logits exist at a
-    time. validation_every_steps: 0 means never. stall_timeout_seconds: when a rank that finishes no part of its work is
-    given up. deterministic: only kernels that give the same bits every time, which on a GPU are slower.
+    mixture: source -> share. mixture_by: shares of `samples` or of `tokens`. epochs: passes over
+    all samples of the drawn sources together. max_steps: stop earlier. loss_on: `response`, `text`
+    or `all`. schedule: `cosine` or `constant`, after a linear warm-up over warmup_ratio of the
+    steps, down to min_lr_ratio of the peak. trainable: the freezer's rules. checkpoint_every_steps,
+    checkpoint_every_minutes: 0 means not for this reason; one is written at the end always.
+    background_save: a thread writes it from a copy in host memory while training goes on.
+    keep_last: how many checkpoints stay, and keep_every: those of every so many steps stay as well.
+    loss_chunk_tokens: target tokens whose logits exist at a time. validation_every_steps: 0 means
+    never. stall_timeout_seconds: when a rank that finishes no part of its work is given up.
+    deterministic: only kernels that give the same bits every time, which on a GPU are slower.
     """
 
     epochs: Positive
@@ -87,7 +102,9 @@ class BeingVLBlock:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A validated stage. `deepspeed` holds DeepSpeed's keys only; `source` names the file for messages."""
+    """A validated stage. `deepspeed` holds DeepSpeed's keys only; `source` names the file for
+    messages.
+    """
 
     deepspeed: dict[str, Any]
     beingvl: BeingVLBlock
@@ -126,7 +143,9 @@ class StageConfig:
     def nvme_offloads(self) -> dict[str, dict[str, Any]]:
         """`offload_optimizer` and `offload_param`, as far as they go to NVMe."""
         zero = self.deepspeed["zero_optimization"]
-        return {key: zero[key] for key in OFFLOAD_KEYS if (zero.get(key) or {}).get("device") == "nvme"}
+        return {
+            key: zero[key] for key in OFFLOAD_KEYS if (zero.get(key) or {}).get("device") == "nvme"
+        }
 
     def accumulation_steps(self, num_ranks: int) -> int:
         """Micro steps in an optimizer step. Raises InputError when the batch does not divide."""
@@ -134,19 +153,25 @@ class StageConfig:
         if self.sequences_per_step % per_micro_step:
             raise InputError(
                 f"{self.source}: train_batch_size {self.sequences_per_step} is not a multiple of "
-                f"{self.micro_batch_size} (micro-batch) x {num_ranks} (ranks) = {per_micro_step}; change one of them"
+                f"{self.micro_batch_size} (micro-batch) x {num_ranks} (ranks) = "
+                f"{per_micro_step}; change one of them"
             )
         return self.sequences_per_step // per_micro_step
 
 
 def load_stage_config(path: Path | str, overrides: Sequence[str] = ()) -> StageConfig:
-    """Read, override (`beingvl.epochs=1`) and validate. Raises InputError that names file and key."""
+    """Read, override (`beingvl.epochs=1`) and validate. Raises InputError that names file and
+    key.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist; stage configurations are in ds_configs/")
     try:
         fields = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:  # a ValueError also of bytes that are no text, or of thousands of digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a ValueError also of bytes that are no text, or of thousands of digits
         raise InputError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(fields, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(fields).__name__}")
@@ -180,8 +205,14 @@ def parse_stage_config(fields: Mapping[str, Any], source: str) -> StageConfig:
     hints = get_type_hints(BeingVLBlock, include_extras=True)
     block_keys = {name: hint.__metadata__[0] for name, hint in hints.items()}
     check(fields, {**DEEPSPEED_KEYS, "beingvl": block_keys}, source)
-    check_present(fields, REQUIRED_KEYS, source, "; write it out, DeepSpeed's default for it is not safe here")
-    needed = [entry.name for entry in dataclasses.fields(BeingVLBlock) if entry.default is dataclasses.MISSING]
+    check_present(
+        fields, REQUIRED_KEYS, source, "; write it out, DeepSpeed's default for it is not safe here"
+    )
+    needed = [
+        entry.name
+        for entry in dataclasses.fields(BeingVLBlock)
+        if entry.default is dataclasses.MISSING
+    ]
     check_present(fields, ["beingvl", *(f"beingvl.{name}" for name in needed)], source)
     check_offload(fields["zero_optimization"], source)
     block = fields["beingvl"]

@@ -1,13 +1,17 @@
 """Checkpoints: what training changes, in slices, without pickles.
 
     checkpoints/step-00000120/
-        rank-00000-of-00002.safetensors    this rank's slices: NAME.master, NAME.exp_avg, NAME.exp_avg_sq (float32)
-        probe.safetensors                  one sample and the logits the model had for it (train/probe.py)
+        rank-00000-of-00002.safetensors    this rank's slices: NAME.master, NAME.exp_avg,
+                                           NAME.exp_avg_sq (float32)
+        probe.safetensors                  one sample and the logits the model had for it
+                                           (train/probe.py)
         state.json                         step, applied steps, run identity, shapes and slice sizes
-        manifest.json                      commit marker, written last, by rank 0, when every rank has written
+        manifest.json                      commit marker, written last, by rank 0, when every
+                                           rank has written
 
-Frozen weights are not in it: they are re-read from the stage's start model, whose hash is part of the run identity. A slice is
-a range of the flattened parameter, so another number of ranks, or another ZeRO stage, reads other ranges of the same files.
+Frozen weights are not in it: they are re-read from the stage's start model, whose hash is part of
+the run identity. A slice is a range of the flattened parameter, so another number of ranks, or
+another ZeRO stage, reads other ranges of the same files.
 
     parameter of 7 elements, saved by 2 ranks:  rank 0 [0 1 2 3]   rank 1 [4 5 6]
     read by 3 ranks:                            rank 0 [0 1 2]     rank 1 [3 4 5]    rank 2 [6]
@@ -29,7 +33,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from beingvl.errors import InputError
 from beingvl.artefact.manifest import (
     MANIFEST_FILE,
     HashedFile,
@@ -39,20 +42,25 @@ from beingvl.artefact.manifest import (
     write_atomically,
     write_manifest,
 )
+from beingvl.errors import InputError
 from beingvl.model.weight_files import make_header
 from beingvl.train.failures import SaveError, TrainingError
 from beingvl.train.partitions import STATE_KEYS
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.json"
-FLUSH_BYTES = 1 << 28  # so much is written before the disk is waited for: one part of the phase "save"
+FLUSH_BYTES = (
+    1 << 28
+)  # so much is written before the disk is waited for: one part of the phase "save"
 
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """`state.json`. `step` optimizer steps are done, `num_applied_steps` of them changed weights; `identity` names the run.
+    """`state.json`. `step` optimizer steps are done, `num_applied_steps` of them changed
+    weights; `identity` names the run.
 
-    `parameters`: trained name -> {"shape": […], "spans": [[start, stop] of every rank], "adam_steps": n}.
+    `parameters`: trained name -> {"shape": […], "spans": [[start, stop] of every rank],
+    "adam_steps": n}.
     """
 
     step: int
@@ -73,18 +81,31 @@ def complete_checkpoints(output: Path) -> list[Path]:
 
 def _started_checkpoints(output: Path) -> list[Path]:
     """Finished or not; a `step-00000500-copy` is somebody's own."""
-    return [path for path in (output / CHECKPOINTS).glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return [
+        path
+        for path in (output / CHECKPOINTS).glob("step-*")
+        if path.name.removeprefix("step-").isdigit()
+    ]
 
 
 def agree_on_newest(
-    output: Path, gather: Callable[[Any], list[Any]], patience_seconds: float, before_step: int | None = None
+    output: Path,
+    gather: Callable[[Any], list[Any]],
+    patience_seconds: float,
+    before_step: int | None = None,
 ) -> Path | None:
-    """The newest complete checkpoint (of a step before `before_step`) that any rank sees, on every rank; None without any.
+    """The newest complete checkpoint (of a step before `before_step`) that any rank sees, on
+    every rank; None without any.
 
-    Hosts may see a network disk as it was at different times, so a rank that does not see it yet waits for it. Raises
-    TrainingError, on all ranks, that names those which still do not. `gather` hands every rank's value to all.
+    Hosts may see a network disk as it was at different times, so a rank that does not see it yet
+    waits for it. Raises TrainingError, on all ranks, that names those which still do not. `gather`
+    hands every rank's value to all.
     """
-    found = [folder.name for folder in complete_checkpoints(output) if before_step is None or step_of(folder) < before_step]
+    found = [
+        folder.name
+        for folder in complete_checkpoints(output)
+        if before_step is None or step_of(folder) < before_step
+    ]
     seen = gather(found[-1] if found else "")
     if not any(seen):
         return None
@@ -94,7 +115,8 @@ def agree_on_newest(
     blind = [str(rank) for rank, sees_it in enumerate(gather(is_complete(newest))) if not sees_it]
     if blind:
         raise TrainingError(
-            f"rank {', '.join(blind)} cannot see {newest}, which rank {seen.index(newest.name)} sees; all hosts need the same "
+            f"rank {', '.join(blind)} cannot see {newest}, which rank "
+            f"{seen.index(newest.name)} sees; all hosts need the same "
             "output folder: share it, or start again when its disk shows the same to all"
         )
     return newest
@@ -105,17 +127,25 @@ def rank_file(rank: int, num_ranks: int) -> str:
 
 
 class CheckpointWriter:
-    """Writes checkpoints, all ranks together: `begin`, and `commit` when every rank's `is_written` is true, or at any later time.
+    """Writes checkpoints, all ranks together: `begin`, and `commit` when every rank's
+    `is_written` is true, or at any later time.
 
         begin    waits for the checkpoint before; a thread writes this rank's slices
         commit   waits for the thread; rank 0 writes the rest and the manifest
 
-    `gather` hands every rank's value to all (and is the barrier). When one rank cannot write, every rank raises SaveError, and
-    what was written of this checkpoint is removed to make room.
+    `gather` hands every rank's value to all (and is the barrier). When one rank cannot write, every
+    rank raises SaveError, and what was written of this checkpoint is removed to make room.
     """
 
-    def __init__(self, rank: int, gather: Callable[[Any], list[Any]], advance: Callable[[], object] = lambda: None) -> None:
-        """`advance` hears, from a thread, of every piece that is written, which is a slice or `FLUSH_BYTES` of one."""
+    def __init__(
+        self,
+        rank: int,
+        gather: Callable[[Any], list[Any]],
+        advance: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`advance` hears, from a thread, of every piece that is written, which is a slice or
+        `FLUSH_BYTES` of one.
+        """
         self._rank, self._gather, self._advance = rank, gather, advance
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._begun: _BegunCheckpoint | None = None
@@ -127,22 +157,33 @@ class CheckpointWriter:
         slices: Iterable[tuple[str, torch.Tensor]],
         write_more: Callable[[Path], None],
     ) -> None:
-        """`slices`: (`NAME.KEY`, this rank's flat float32 slice) in the order of `state.parameters` and `STATE_KEYS`.
+        """`slices`: (`NAME.KEY`, this rank's flat float32 slice) in the order of
+        `state.parameters` and `STATE_KEYS`.
 
-        A thread takes them one by one; what they are made of must not change until `commit`. Rank 0 calls `write_more` for what
-        belongs to the checkpoint beside the slices. What a killed run left of this checkpoint is removed first.
+        A thread takes them one by one; what they are made of must not change until `commit`. Rank 0
+        calls `write_more` for what belongs to the checkpoint beside the slices. What a killed run
+        left of this checkpoint is removed first.
         """
         self.commit()
         self._together(folder, lambda: _start_empty(folder) if self._rank == 0 else None)
         path = folder / rank_file(self._rank, state.num_ranks)
         self._begun = _BegunCheckpoint(
-            folder, state, write_more, self._pool.submit(_write_slices, path, self._sizes(state), slices, self._advance)
+            folder,
+            state,
+            write_more,
+            self._pool.submit(_write_slices, path, self._sizes(state), slices, self._advance),
         )
 
     def _sizes(self, state: CheckpointState) -> dict[str, int]:
         """Slice -> its number of elements, on this rank."""
-        spans = {name: parameter["spans"][self._rank] for name, parameter in state.parameters.items()}
-        return {f"{name}.{key}": stop - start for name, (start, stop) in spans.items() for key in STATE_KEYS}
+        spans = {
+            name: parameter["spans"][self._rank] for name, parameter in state.parameters.items()
+        }
+        return {
+            f"{name}.{key}": stop - start
+            for name, (start, stop) in spans.items()
+            for key in STATE_KEYS
+        }
 
     @property
     def is_written(self) -> bool:
@@ -150,7 +191,9 @@ class CheckpointWriter:
         return self._begun is not None and self._begun.slices.done()
 
     def commit(self) -> None:
-        """Make what was begun a checkpoint; without any, nothing happens. All ranks call together."""
+        """Make what was begun a checkpoint; without any, nothing happens. All ranks call
+        together.
+        """
         begun, self._begun = self._begun, None
         if begun is None:
             return
@@ -167,7 +210,10 @@ class CheckpointWriter:
         if problems:
             if self._rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
-            raise SaveError(f"{folder} could not be written ({problems[0]}); earlier checkpoints are as they were, start again")
+            raise SaveError(
+                f"{folder} could not be written ({problems[0]}); earlier checkpoints are as "
+                "they were, start again"
+            )
         return [result for result, _ in answers]
 
 
@@ -184,20 +230,32 @@ class _BegunCheckpoint:
         self.write_more(self.folder)
         write_atomically(self.folder / STATE_FILE, to_json(asdict(self.state)))
         counts = {"step": self.state.step, "ranks": self.state.num_ranks}
-        write_manifest(self.folder, "checkpoint", counts, self.state.identity["lineage"], known_hashes=hashes)
+        write_manifest(
+            self.folder, "checkpoint", counts, self.state.identity["lineage"], known_hashes=hashes
+        )
 
 
 def _write_slices(
-    path: Path, sizes: Mapping[str, int], slices: Iterable[tuple[str, torch.Tensor]], advance: Callable[[], object]
+    path: Path,
+    sizes: Mapping[str, int],
+    slices: Iterable[tuple[str, torch.Tensor]],
+    advance: Callable[[], object],
 ) -> tuple[str, str]:
-    """Write one rank's file of float32 slices, on disk before it has its name; returns (name, hash)."""
+    """Write one rank's file of float32 slices, on disk before it has its name; returns (name,
+    hash).
+    """
     temporary = path.with_suffix(".tmp")
     num_unflushed = 0
     with open(temporary, "wb") as file:
         hashed = HashedFile(file)
         hashed.write(make_header({name: ("F32", [size], 4 * size) for name, size in sizes.items()}))
         for (name, tensor), (expected, size) in zip(slices, sizes.items(), strict=True):
-            assert (name, tensor.dtype, tensor.numel()) == (expected, torch.float32, size), (name, tensor.dtype, expected, size)
+            assert (name, tensor.dtype, tensor.numel()) == (expected, torch.float32, size), (
+                name,
+                tensor.dtype,
+                expected,
+                size,
+            )
             data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
             for start in range(0, len(data), FLUSH_BYTES):
                 num_unflushed += hashed.write(data[start : start + FLUSH_BYTES])
@@ -220,7 +278,9 @@ def delete_old_checkpoints(output: Path, keep_last: int, keep_every: int = 0) ->
     complete = complete_checkpoints(output)
     for folder in _started_checkpoints(output):
         is_old = bool(complete) and folder < complete[-1]
-        is_kept = folder in complete[-keep_last:] or (keep_every and folder in complete and step_of(folder) % keep_every == 0)
+        is_kept = folder in complete[-keep_last:] or (
+            keep_every and folder in complete and step_of(folder) % keep_every == 0
+        )
         if is_old and not is_kept:
             _delete(folder)
 
@@ -251,23 +311,33 @@ def read_state(folder: Path) -> CheckpointState:
 
 def _damaged(folder: Path, name: str, found: str) -> InputError:
     """The error for a file of a checkpoint; it says which older one there is."""
-    older = [other for other in complete_checkpoints(folder.parent.parent) if other.name < folder.name]
-    what = f"to go on from {older[-1].name}, the next older one" if older else "to begin anew, since there is no older one"
+    older = [
+        other for other in complete_checkpoints(folder.parent.parent) if other.name < folder.name
+    ]
+    what = (
+        f"to go on from {older[-1].name}, the next older one"
+        if older
+        else "to begin anew, since there is no older one"
+    )
     return InputError(f"{folder / name} is missing or damaged: {found}; remove {folder} {what}")
 
 
 def check_identity(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raises InputError that names what differs when a checkpoint is of another run than the one asked for."""
+    """Raises InputError that names what differs when a checkpoint is of another run than the one
+    asked for.
+    """
     for key in {**found, **expected}:
         if found.get(key) != expected.get(key):
             raise InputError(
-                f"{folder} belongs to another run: its {key} is {found.get(key)!r}, this run's is {expected.get(key)!r}; "
+                f"{folder} belongs to another run: its {key} is {found.get(key)!r}, this run's "
+                f"is {expected.get(key)!r}; "
                 "give another --output, or remove the folder to start this stage anew"
             )
 
 
 class StateReader:
-    """The saved slices of one checkpoint, open for reading: `with StateReader(folder) as reader: reader.fetch(...)`.
+    """The saved slices of one checkpoint, open for reading: `with StateReader(folder) as reader:
+    reader.fetch(...)`.
 
     Raises InputError that names the file which is missing or damaged, and the checkpoint before.
     """
@@ -281,9 +351,13 @@ class StateReader:
             name = rank_file(rank, self.state.num_ranks)
             found, expected = _num_bytes(folder / name), listed.get(name, {}).get("bytes")
             if found != expected:
-                raise _damaged(folder, name, f"it has {found} bytes, {MANIFEST_FILE} says {expected}")
+                raise _damaged(
+                    folder, name, f"it has {found} bytes, {MANIFEST_FILE} says {expected}"
+                )
             try:
-                self._files.append(self._stack.enter_context(safe_open(folder / name, framework="pt")))
+                self._files.append(
+                    self._stack.enter_context(safe_open(folder / name, framework="pt"))
+                )
             except SafetensorError as error:
                 raise _damaged(folder, name, str(error)) from error
 
@@ -294,16 +368,24 @@ class StateReader:
         self._stack.close()
 
     def fetch(self, name: str, key: str, start: int, stop: int) -> torch.Tensor:
-        """Elements start … stop of a flattened parameter; `key` is master, exp_avg or exp_avg_sq. Float32."""
+        """Elements start … stop of a flattened parameter; `key` is master, exp_avg or
+        exp_avg_sq. Float32.
+        """
         flat, reached = torch.empty(stop - start), start
         spans = self.state.parameters[name]["spans"]
         for file, (first, last) in zip(self._files, spans, strict=True):
             high = min(stop, last)
             if first <= reached < high:
-                flat[reached - start : high - start] = file.get_slice(f"{name}.{key}")[reached - first : high - first]
+                flat[reached - start : high - start] = file.get_slice(f"{name}.{key}")[
+                    reached - first : high - first
+                ]
                 reached = high
         if reached < stop:
-            raise _damaged(self._folder, STATE_FILE, f"its spans {spans} of {name} do not give the elements {start} … {stop}")
+            raise _damaged(
+                self._folder,
+                STATE_FILE,
+                f"its spans {spans} of {name} do not give the elements {start} … {stop}",
+            )
         return flat
 
     def master(self, name: str) -> torch.Tensor:

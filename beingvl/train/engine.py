@@ -7,9 +7,10 @@
     4. local_state            this rank's slices of what training changes, for checkpoints
        load_state             the way back, before the first step
 
-Under ZeRO-3 no rank ever holds the whole model: every parameter is partitioned when it is made, and each rank copies its own
-flat slice from the memory-mapped weights into its partition. Under the stages 0, 1 and 2, which keep all weights on every
-rank, they are copied one by one. train/partitions.py knows where each stage keeps what.
+Under ZeRO-3 no rank ever holds the whole model: every parameter is partitioned when it is made, and
+each rank copies its own flat slice from the memory-mapped weights into its partition. Under the
+stages 0, 1 and 2, which keep all weights on every rank, they are copied one by one.
+train/partitions.py knows where each stage keeps what.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import torch
 from blake3 import blake3
 from deepspeed.accelerator import get_accelerator
 from numpy.typing import ArrayLike
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from beingvl.data.loader import IGNORED, MicroBatch
@@ -43,11 +45,16 @@ from beingvl.model.packed_check import refuse_short_window, refuse_unlike_packed
 from beingvl.model.param_groups import PlannedParameter, plan_parameters
 from beingvl.model.weight_files import WeightFolder
 from beingvl.stage.deepspeed_keys import AHEAD_KEYS, fewest_buffers
+from beingvl.stage.stage_config import StageConfig
 from beingvl.train.failures import FreezerError
 from beingvl.train.flops import step_flops
-from beingvl.train.memory import NVME_SUB_GROUP_ELEMENTS, predict_memory, reduce_bucket_elements, swap_buffers
+from beingvl.train.memory import (
+    NVME_SUB_GROUP_ELEMENTS,
+    predict_memory,
+    reduce_bucket_elements,
+    swap_buffers,
+)
 from beingvl.train.partitions import MASTER, MOMENTS, STATE_KEYS, partition_in_memory, partitions_of
-from beingvl.stage.stage_config import StageConfig
 from beingvl.vocab import VocabLayout
 
 
@@ -60,7 +67,8 @@ class Ranks:
     device: torch.device
 
 
-# Heartbeats find a rank that is lost or stalled (train/phases.py); a collective may wait as long as another rank works.
+# Heartbeats find a rank that is lost or stalled (train/phases.py); a collective may wait as long as
+# another rank works.
 LONGEST_COLLECTIVE = timedelta(days=1)
 LONGEST_COMPILATION_SECONDS = 3600  # 13 minutes were seen, on two processors with a load of 8
 SECONDS_BEFORE_TELLING = 5  # a compiled op is loaded in less
@@ -68,7 +76,9 @@ SECONDS_BEFORE_TELLING = 5  # a compiled op is loaded in less
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step did. `applied` is False when DeepSpeed skipped it for a non-finite gradient."""
+    """What an optimizer step did. `applied` is False when DeepSpeed skipped it for a non-finite
+    gradient.
+    """
 
     applied: bool
     gradient_norm: float
@@ -80,7 +90,9 @@ def start_distributed(deterministic: bool = False) -> Ranks:
     Raises InputError when rank 0's port is taken, or cannot be reached.
     """
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS reads it when it is first used
         torch.use_deterministic_algorithms(True)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     for name, value in {
@@ -88,14 +100,20 @@ def start_distributed(deterministic: bool = False) -> Ranks:
         "WORLD_SIZE": "1",
         "LOCAL_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500" if "WORLD_SIZE" in os.environ else "0",  # alone: any, so that two may run on one machine
+        "MASTER_PORT": "29500"
+        if "WORLD_SIZE" in os.environ
+        else "0",  # alone: any, so that two may run on one machine
     }.items():
         os.environ.setdefault(name, value)
-    # DeepSpeed looks at every optimizer it has, and one of them loads torch's compiler: a second and 30 MB for nothing.
+    # DeepSpeed looks at every optimizer it has, and one of them loads torch's compiler: a second
+    # and 30 MB for nothing.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # On CPU ranks DeepSpeed compiles a shared-memory op that only its inference calls: no compiler, no minute, no lock files.
+    # On CPU ranks DeepSpeed compiles a shared-memory op that only its inference calls: no compiler,
+    # no minute, no lock files.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls, not ours
+    warnings.filterwarnings(
+        "ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning
+    )  # DeepSpeed's calls, not ours
     local_rank = int(os.environ["LOCAL_RANK"])
     accelerator = get_accelerator()
     accelerator.set_device(local_rank)
@@ -105,9 +123,12 @@ def start_distributed(deterministic: bool = False) -> Ranks:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).partition("\n")[0]
         raise InputError(
-            f"ranks cannot meet at {place}, rank 0's place: {reason}; give --master_port (MASTER_PORT) another"
+            f"ranks cannot meet at {place}, rank 0's place: {reason}; give --master_port "
+            "(MASTER_PORT) another"
         ) from error
-    device = torch.device(accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu")
+    device = torch.device(
+        accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu"
+    )
     return Ranks(deepspeed.comm.get_rank(), deepspeed.comm.get_world_size(), device)
 
 
@@ -140,25 +161,43 @@ def build_engine(
     weights: Mapping[str, torch.Tensor] | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> TrainingEngine:
-    """Build the stage's model, load the start model's weights, freeze by plan, hand over to DeepSpeed.
+    """Build the stage's model, load the start model's weights, freeze by plan, hand over to
+    DeepSpeed.
 
-    `adam_steps`: trained name -> updates that its moments will have behind them, where they are carried over or resumed.
-    `weights`: tensors by their names on disk, in place of those in the folder, of which only config.json is read then.
-    `advance` hears, from any thread, of every parameter and every batch that is done.
+    `adam_steps`: trained name -> updates that its moments will have behind them, where they are
+    carried over or resumed. `weights`: tensors by their names on disk, in place of those in the
+    folder, of which only config.json is read then. `advance` hears, from any thread, of every
+    parameter and every batch that is done.
     """
     accumulation_steps = config.accumulation_steps(ranks.num_ranks)
     weights = weights or WeightFolder(model_folder)
-    zero = {**config.deepspeed["zero_optimization"], **swap_settings(config, weights, ranks.num_ranks)}
-    deepspeed_config = {**config.deepspeed, "gradient_accumulation_steps": accumulation_steps, "zero_optimization": zero}
+    zero = {
+        **config.deepspeed["zero_optimization"],
+        **swap_settings(config, weights, ranks.num_ranks),
+    }
+    deepspeed_config = {
+        **config.deepspeed,
+        "gradient_accumulation_steps": accumulation_steps,
+        "zero_optimization": zero,
+    }
     model_config = AutoConfig.from_pretrained(model_folder)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
-    refuse_short_window(model_config, config.beingvl.sequence_length, "lower beingvl.sequence_length to {window}")
+    refuse_short_window(
+        model_config, config.beingvl.sequence_length, "lower beingvl.sequence_length to {window}"
+    )
     refuse_unlike_packed(model_class, model_config)
     model = _empty_model(model_class, model_config, layout, config, deepspeed_config)
     parameters = dict(model.causal_lm.named_parameters())
-    if "offload_param" in config.nvme_offloads and ranks.num_ranks == 1 and ranks.device.type == "cpu":
+    if (
+        "offload_param" in config.nvme_offloads
+        and ranks.num_ranks == 1
+        and ranks.device.type == "cpu"
+    ):
         _fetch_copies(parameters.values())
-    shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters.items()}
+    shapes = {
+        name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in parameters.items()
+    }
     plan = plan_parameters(shapes, config.beingvl.trainable)
     _load_weights(parameters, shapes, model_folder, weights, layout, config, ranks, advance)
     for planned in plan:
@@ -176,17 +215,25 @@ def build_engine(
     assert sorted(name for names in groups.values() for name in names) == sorted(
         name for name, parameter in parameters.items() if parameter.requires_grad
     ), "weight decay moves what is in the optimizer, frozen or not"
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=settings, config=deepspeed_config)
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=settings, config=deepspeed_config
+    )
     _restore_rotary_buffers(model, model_config, ranks.device)
-    return TrainingEngine(engine, model, parameters, plan, groups, config, ranks, accumulation_steps, advance)
+    return TrainingEngine(
+        engine, model, parameters, plan, groups, config, ranks, accumulation_steps, advance
+    )
 
 
 @contextlib.contextmanager
-def swap_folders(config: StageConfig, run: str, ranks: Ranks, advance: Callable[[], object]) -> Iterator[StageConfig]:
-    """`config` with its folders on NVMe, if any, in ones of this run and rank alone, which are removed afterwards.
+def swap_folders(
+    config: StageConfig, run: str, ranks: Ranks, advance: Callable[[], object]
+) -> Iterator[StageConfig]:
+    """`config` with its folders on NVMe, if any, in ones of this run and rank alone, which are
+    removed afterwards.
 
-    `run` is a name that no other run has; what a killed run of this name left there is removed first. `advance` is called while
-    DeepSpeed's op compiles. Raises InputError, on all ranks, when one cannot write there or cannot compile the op.
+    `run` is a name that no other run has; what a killed run of this name left there is removed
+    first. `advance` is called while DeepSpeed's op compiles. Raises InputError, on all ranks, when
+    one cannot write there or cannot compile the op.
     """
     folders = {
         key: Path(offload["nvme_path"]) / f"beingvl-{run}" / f"rank-{ranks.rank:05d}"
@@ -195,10 +242,15 @@ def swap_folders(config: StageConfig, run: str, ranks: Ranks, advance: Callable[
     if not folders:
         yield config
         return
-    own = {key: {**offload, "nvme_path": str(folders[key])} for key, offload in config.nvme_offloads.items()}
+    own = {
+        key: {**offload, "nvme_path": str(folders[key])}
+        for key, offload in config.nvme_offloads.items()
+    }
     zero = {**config.deepspeed["zero_optimization"], **own}
     try:
-        problems = gather_objects(_why_no_swapping(config, folders, ranks.rank, advance), ranks.num_ranks)
+        problems = gather_objects(
+            _why_no_swapping(config, folders, ranks.rank, advance), ranks.num_ranks
+        )
         if any(problems):
             raise InputError(f"{config.source}: {next(filter(None, problems))}")
         yield replace(config, deepspeed={**config.deepspeed, "zero_optimization": zero})
@@ -209,17 +261,27 @@ def swap_folders(config: StageConfig, run: str, ranks: Ranks, advance: Callable[
                 folder.parent.rmdir()  # by the last rank of this host
 
 
-def _why_no_swapping(config: StageConfig, folders: Mapping[str, Path], rank: int, advance: Callable[[], object]) -> str:
-    """What keeps this rank from offloading to NVMe, as one sentence; "" when nothing does. Makes the folders, empty."""
+def _why_no_swapping(
+    config: StageConfig, folders: Mapping[str, Path], rank: int, advance: Callable[[], object]
+) -> str:
+    """What keeps this rank from offloading to NVMe, as one sentence; "" when nothing does. Makes
+    the folders, empty.
+    """
     for key, offload in config.nvme_offloads.items():
         path = Path(offload["nvme_path"])
         if not path.is_dir():
-            return f"zero_optimization.{key}.nvme_path {path} is no folder on rank {rank}'s host; mount the disk, or give another"
+            return (
+                f"zero_optimization.{key}.nvme_path {path} is no folder on rank {rank}'s "
+                "host; mount the disk, or give another"
+            )
         try:
             shutil.rmtree(folders[key], ignore_errors=True)
             folders[key].mkdir(parents=True)
         except OSError as error:
-            return f"zero_optimization.{key}.nvme_path {path} cannot be written by rank {rank} ({error.strerror}); give another"
+            return (
+                f"zero_optimization.{key}.nvme_path {path} cannot be written by rank {rank} "
+                f"({error.strerror}); give another"
+            )
     builder = deepspeed.ops.op_builder.AsyncIOBuilder()
     try:
         if builder.is_compatible(verbose=False):
@@ -230,17 +292,20 @@ def _why_no_swapping(config: StageConfig, folders: Mapping[str, Path], rank: int
     except Exception as error:  # whatever a compiler, its absence, or a driver's headers make of it
         found = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     needed = "install libaio-dev, g++ and ninja, or offload to the CPU"
-    return f"offload to NVMe needs an op that DeepSpeed cannot compile for rank {rank} ({found}); {needed}"
+    return (
+        f"offload to NVMe needs an op that DeepSpeed cannot compile for rank {rank} "
+        f"({found}); {needed}"
+    )
 
 
 @contextlib.contextmanager
 def _compiling(rank: int, advance: Callable[[], object]) -> Iterator[None]:
-    """Once a machine this takes minutes: whoever waits is told why, and `advance` shows that the rank is not stalled.
+    """Once a machine this takes minutes: whoever waits is told why, and `advance` shows that the
+    rank is not stalled.
 
-    Not for ever: torch waits as long as there is the lock file of another compilation, though that may have been killed.
+    Not for ever: torch waits as long as there is the lock file of another compilation, though that
+    may have been killed.
     """
-    from torch.utils.cpp_extension import get_default_build_root  # takes a second
-
     root = os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())
     is_done = threading.Event()
 
@@ -250,8 +315,15 @@ def _compiling(rank: int, advance: Callable[[], object]) -> Iterator[None]:
                 return
             advance()
             if second == SECONDS_BEFORE_TELLING:
-                found = f"rank {rank} compiles DeepSpeed's op for NVMe, which takes minutes, once a machine"
-                print(f"{found} (if an earlier start was killed in it, remove its file lock below {root})", file=sys.stderr)
+                found = (
+                    f"rank {rank} compiles DeepSpeed's op for NVMe, which takes minutes, "
+                    "once a machine"
+                )
+                print(
+                    f"{found} (if an earlier start was killed in it, remove its file lock "
+                    f"below {root})",
+                    file=sys.stderr,
+                )
 
     thread = threading.Thread(target=show_life, daemon=True)
     thread.start()
@@ -262,8 +334,11 @@ def _compiling(rank: int, advance: Callable[[], object]) -> Iterator[None]:
         thread.join()
 
 
-def swap_settings(config: StageConfig, weights: Mapping[str, torch.Tensor], num_ranks: int) -> dict[str, Any]:
-    """Keys of "zero_optimization" without which DeepSpeed has too few or too large buffers, where the JSON leaves them open.
+def swap_settings(
+    config: StageConfig, weights: Mapping[str, torch.Tensor], num_ranks: int
+) -> dict[str, Any]:
+    """Keys of "zero_optimization" without which DeepSpeed has too few or too large buffers,
+    where the JSON leaves them open.
 
     Raises InputError for a buffer that is smaller than the largest parameter's share.
     """
@@ -271,42 +346,72 @@ def swap_settings(config: StageConfig, weights: Mapping[str, torch.Tensor], num_
     for key, offload in config.nvme_offloads.items():
         if key == "offload_optimizer":
             settings[key] = {"buffer_count": fewest_buffers(offload), **offload}
-            settings["sub_group_size"] = config.deepspeed["zero_optimization"].get("sub_group_size", NVME_SUB_GROUP_ELEMENTS)
+            settings["sub_group_size"] = config.deepspeed["zero_optimization"].get(
+                "sub_group_size", NVME_SUB_GROUP_ELEMENTS
+            )
             continue
-        largest, count = swap_buffers({name: weight.shape for name, weight in weights.items()}, num_ranks)
+        largest, count = swap_buffers(
+            {name: weight.shape for name, weight in weights.items()}, num_ranks
+        )
         settings |= {key: {"buffer_size": largest, "buffer_count": count, **offload}}
-        settings |= {name: 0 for name in AHEAD_KEYS if name.removeprefix("stage3_") not in config.deepspeed["zero_optimization"]}
+        settings |= {
+            name: 0
+            for name in AHEAD_KEYS
+            if name.removeprefix("stage3_") not in config.deepspeed["zero_optimization"]
+        }
         if settings[key]["buffer_size"] < largest:
-            given = f"{config.source}: zero_optimization.{key}.buffer_size is {offload['buffer_size']}"
-            raise InputError(f"{given}, the largest weight's share is {largest} elements on {num_ranks} ranks; remove the key")
+            given = (
+                f"{config.source}: zero_optimization.{key}.buffer_size is {offload['buffer_size']}"
+            )
+            raise InputError(
+                f"{given}, the largest weight's share is {largest} elements on {num_ranks} "
+                "ranks; remove the key"
+            )
     return settings
 
 
 def _empty_model(
-    model_class: Any, model_config: Any, layout: VocabLayout, config: StageConfig, deepspeed_config: dict[str, Any]
+    model_class: Any,
+    model_config: Any,
+    layout: VocabLayout,
+    config: StageConfig,
+    deepspeed_config: dict[str, Any],
 ) -> PackedCausalLM:
-    """The stage's model without weights; every parameter partitioned as soon as it is made, when the stage is 3."""
+    """The stage's model without weights; every parameter partitioned as soon as it is made, when
+    the stage is 3.
+    """
     # zero.Init with dtype= given takes 16 bits whatever is given, so the JSON decides alone
     is_cut = config.zero_stage == 3
-    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if is_cut else contextlib.nullcontext():
+    with (
+        deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
+        if is_cut
+        else contextlib.nullcontext()
+    ):
         return build_packed_model(
             model_class,
             model_config,
             layout.num_text,
-            model_config.vocab_size - layout.num_text,  # more than layout.num_visual when the converter padded the rows
+            model_config.vocab_size
+            - layout.num_text,  # more than layout.num_visual when the converter padded the rows
             config.beingvl.loss_chunk_tokens,
             config.beingvl.activation_checkpointing,
         )
 
 
 def _fetch_copies(parameters: Iterable[Any]) -> None:
-    """Make one CPU rank compute with copies of what it fetches from NVMe, as several ranks and GPUs do.
+    """Make one CPU rank compute with copies of what it fetches from NVMe, as several ranks and
+    GPUs do.
 
-    DeepSpeed gives it the buffer that was read into, which holds another weight by the time of the backward pass.
+    DeepSpeed gives it the buffer that was read into, which holds another weight by the time of the
+    backward pass.
     """
     for parameter in parameters:
 
-        def fetch(params: Iterable[Any], fetch: Callable[..., Any] = parameter.all_gather_coalesced, **settings: Any) -> Any:
+        def fetch(
+            params: Iterable[Any],
+            fetch: Callable[..., Any] = parameter.all_gather_coalesced,
+            **settings: Any,
+        ) -> Any:
             params = list(params)
             handle = fetch(params, **settings)
             for fetched in params:
@@ -327,13 +432,17 @@ def _load_weights(
     ranks: Ranks,
     advance: Callable[[], object],
 ) -> None:
-    """Copy what this rank holds of every parameter, from the memory map for one. Raises InputError for what does not fit."""
+    """Copy what this rank holds of every parameter, from the memory map for one. Raises
+    InputError for what does not fit.
+    """
     dtype = torch.bfloat16 if config.is_bf16 else torch.float32
     for name, parameter in parameters.items():
         advance()
         stored_name, rows = stored_slice(name, layout.num_text)
         if stored_name not in weights:
-            raise InputError(f"{folder} has no tensor {stored_name!r}; it is not a whole Being-VL model folder")
+            raise InputError(
+                f"{folder} has no tensor {stored_name!r}; it is not a whole Being-VL model folder"
+            )
         stored = weights[stored_name][rows]
         if tuple(stored.shape) != shapes[name]:
             found = f"{folder}: {stored_name!r} gives {tuple(stored.shape)} for {name!r}"
@@ -350,8 +459,12 @@ def _load_weights(
             weights.release()
 
 
-def _restore_rotary_buffers(model: torch.nn.Module, model_config: Any, device: torch.device) -> None:
-    """Rotary frequencies in float32 again: in a bf16 run DeepSpeed casts buffers too, and positions would be wrong by 0.1 %."""
+def _restore_rotary_buffers(
+    model: torch.nn.Module, model_config: Any, device: torch.device
+) -> None:
+    """Rotary frequencies in float32 again: in a bf16 run DeepSpeed casts buffers too, and
+    positions would be wrong by 0.1 %.
+    """
     for module in model.modules():
         if "inv_freq" in dict(module.named_buffers(recurse=False)):
             for name, buffer in type(module)(model_config).named_buffers():
@@ -361,11 +474,17 @@ def _restore_rotary_buffers(model: torch.nn.Module, model_config: Any, device: t
 def _optimizer_groups(
     plan: list[PlannedParameter], config: StageConfig, adam_steps: Mapping[str, int]
 ) -> dict[tuple[float, float, int], list[str]]:
-    """(learning-rate multiplier, weight decay, earlier Adam updates) -> trained names; Adam counts updates per group."""
+    """(learning-rate multiplier, weight decay, earlier Adam updates) -> trained names; Adam
+    counts updates per group.
+    """
     groups: dict[tuple[float, float, int], list[str]] = {}
     for planned in plan:
         if planned.rule.train:
-            decay = config.weight_decay if planned.rule.weight_decay is None else planned.rule.weight_decay
+            decay = (
+                config.weight_decay
+                if planned.rule.weight_decay is None
+                else planned.rule.weight_decay
+            )
             key = (planned.rule.lr_multiplier, decay, adam_steps.get(planned.name, 0))
             groups.setdefault(key, []).append(planned.name)
     return groups
@@ -395,9 +514,13 @@ class TrainingEngine:
         self.accumulation_steps = accumulation_steps
         self._lr_multipliers = [multiplier for multiplier, _, _ in groups]
         shapes = {planned.name: planned.shape for planned in plan}
-        self.trained_shapes = {name: shapes[name] for names in groups.values() for name in names}  # in DeepSpeed's order
+        self.trained_shapes = {
+            name: shapes[name] for names in groups.values() for name in names
+        }  # in DeepSpeed's order
         self._advance = advance
-        self._partitions = partitions_of(config.zero_stage, engine, parameters, ranks.rank, ranks.num_ranks)
+        self._partitions = partitions_of(
+            config.zero_stage, engine, parameters, ranks.rank, ranks.num_ranks
+        )
         self._frozen_hashes = self._hash_frozen()
         self._carried_names: set[str] = set()  # parameters whose moments an earlier stage made
 
@@ -425,7 +548,9 @@ class TrainingEngine:
 
     @torch.no_grad()
     def logits(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits `[p, vocabulary]` float32 of one sample `[n]` at some positions, on every rank; all ranks call together."""
+        """Logits `[p, vocabulary]` float32 of one sample `[n]` at some positions, on every rank;
+        all ranks call together.
+        """
         device = self.ranks.device
         self._engine.eval()
         logits = self._engine(
@@ -441,7 +566,9 @@ class TrainingEngine:
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         if self.ranks.device.type == "cuda" and not tensor.is_pinned():
-            tensor = tensor.pin_memory()  # a copy from other memory waits for what the GPU has to do before it
+            tensor = (
+                tensor.pin_memory()
+            )  # a copy from other memory waits for what the GPU has to do before it
         return tensor.to(self.ranks.device, non_blocking=True)
 
     def backward(self, scaled_loss: torch.Tensor) -> None:
@@ -452,17 +579,25 @@ class TrainingEngine:
         if learning_rate is None:
             self._engine.step()
             return None
-        for group, multiplier in zip(self._engine.optimizer.param_groups, self._lr_multipliers, strict=True):
+        for group, multiplier in zip(
+            self._engine.optimizer.param_groups, self._lr_multipliers, strict=True
+        ):
             group["lr"] = learning_rate * multiplier
         if self._config.zero_stage == 0 and not self._config.is_bf16:
             return self._step_without_zero()
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        return StepResult(bool(self._engine.was_step_applied()), float(norm if norm is not None else 0.0))
+        return StepResult(
+            bool(self._engine.was_step_applied()), float(norm if norm is not None else 0.0)
+        )
 
     def _step_without_zero(self) -> StepResult:
-        """Stage 0 in float32: DeepSpeed neither tells the gradient norm nor skips what is not finite."""
-        gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+        """Stage 0 in float32: DeepSpeed neither tells the gradient norm nor skips what is not
+        finite.
+        """
+        gradients = [
+            parameter.grad for parameter in self._parameters.values() if parameter.grad is not None
+        ]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         if np.isfinite(norm):
             self._engine.step()
@@ -473,7 +608,11 @@ class TrainingEngine:
 
     def learning_rates(self, learning_rate: float) -> dict[str, float]:
         """`learning_rate/xM` for every multiplier M of the freezer's rules beside 1."""
-        return {f"learning_rate/x{m:g}": learning_rate * m for m in dict.fromkeys(self._lr_multipliers) if m != 1}
+        return {
+            f"learning_rate/x{m:g}": learning_rate * m
+            for m in dict.fromkeys(self._lr_multipliers)
+            if m != 1
+        }
 
     def step_flops(self, num_tokens: int, num_pairs: int, num_target_tokens: int) -> float:
         """Forward and backward of a step, as train/flops.py counts them."""
@@ -485,7 +624,9 @@ class TrainingEngine:
 
     def predicted_memory(self) -> dict[str, int]:
         """Bytes by purpose, as train/memory.py predicts them for one rank."""
-        return predict_memory(self.plan, self.model.causal_lm.config, self._config, self.ranks.num_ranks)
+        return predict_memory(
+            self.plan, self.model.causal_lm.config, self._config, self.ranks.num_ranks
+        )
 
     # ---- what checkpoints need ----
     @property
@@ -498,10 +639,11 @@ class TrainingEngine:
         return self._partitions.span(name)
 
     def local_state(self, copy: bool = False) -> Iterable[tuple[str, torch.Tensor]]:
-        """(`NAME.master` | `NAME.exp_avg` | `NAME.exp_avg_sq`, this rank's flat float32 slice) of every trained parameter.
+        """(`NAME.master` | `NAME.exp_avg` | `NAME.exp_avg_sq`, this rank's flat float32 slice)
+        of every trained parameter.
 
-        On the CPU, in the order of `trained_shapes`, each valid until the next is asked for. With `copy` all are made at once
-        and stay what they are when training goes on.
+        On the CPU, in the order of `trained_shapes`, each valid until the next is asked for. With
+        `copy` all are made at once and stay what they are when training goes on.
         """
 
         def pieces() -> Iterator[tuple[str, torch.Tensor]]:
@@ -517,9 +659,11 @@ class TrainingEngine:
         adam_steps: Mapping[str, int],
         only_moments_of: Collection[str] | None = None,
     ) -> None:
-        """Put back masters and moments before the first step, or only the moments of some parameters.
+        """Put back masters and moments before the first step, or only the moments of some
+        parameters.
 
-        `fetch(name, key, start, stop)` gives a flat range; `adam_steps`: name -> updates its moments have behind them.
+        `fetch(name, key, start, stop)` gives a flat range; `adam_steps`: name -> updates its
+        moments have behind them.
         """
         self._partitions.create_moments(adam_steps)
         self._carried_names = set(only_moments_of or ())
@@ -529,13 +673,23 @@ class TrainingEngine:
             return fetch(name, key, start, stop)
 
         names = self.trained_shapes if only_moments_of is None else only_moments_of
-        self._partitions.write([*names], fetch_next, STATE_KEYS if only_moments_of is None else MOMENTS)
+        self._partitions.write(
+            [*names], fetch_next, STATE_KEYS if only_moments_of is None else MOMENTS
+        )
 
     # ---- the freezer's checks ----
     def _hash_frozen(self) -> dict[str, str]:
         names = [planned.name for planned in self.plan if not planned.rule.train]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing gives the interpreter's lock back
-            return dict(zip(names, pool.map(lambda name: self._hash(self._partitions.held_weights(name)), names), strict=True))
+        with ThreadPoolExecutor(
+            min(8, os.cpu_count() or 1)
+        ) as pool:  # hashing gives the interpreter's lock back
+            return dict(
+                zip(
+                    names,
+                    pool.map(lambda name: self._hash(self._partitions.held_weights(name)), names),
+                    strict=True,
+                )
+            )
 
     def _hash(self, tensor: torch.Tensor) -> str:
         self._advance()
@@ -543,32 +697,47 @@ class TrainingEngine:
         return blake3(memoryview(data.view(torch.uint8).numpy())).hexdigest()
 
     def check_frozen(self) -> None:
-        """Raises FreezerError, on all ranks, when a frozen parameter is no longer what it was at the start on any of them.
+        """Raises FreezerError, on all ranks, when a frozen parameter is no longer what it was at
+        the start on any of them.
 
         All ranks call together.
         """
         if not self._frozen_hashes:
             return
         now = self._hash_frozen()
-        counts = sum_over_ranks([now[name] != then for name, then in self._frozen_hashes.items()], self.ranks.device)
+        counts = sum_over_ranks(
+            [now[name] != then for name, then in self._frozen_hashes.items()], self.ranks.device
+        )
         changed = [name for name, count in zip(self._frozen_hashes, counts, strict=True) if count]
         if changed:
             raise FreezerError(
-                f"the frozen parameter {changed[0]} changed during training ({len(changed)} did); nothing is saved"
+                f"the frozen parameter {changed[0]} changed during training ({len(changed)} "
+                "did); nothing is saved"
             )
 
     def hash_trained(self) -> dict[str, tuple[str, str]]:
-        """Hashes of this rank's masters, before the first step, for `check_trained`; and, of second moments that were carried
-        over, of what an update without a gradient would make of them ("" for others)."""
+        """Hashes of this rank's masters, before the first step, for `check_trained`; and, of
+        second moments that were carried over, of what an update without a gradient would make of
+        them ("" for others).
+        """
         decay, read = self._config.second_moment_decay, self._partitions.read
-        masters = {name: self._hash(piece) for name, _, piece in read([*self.trained_shapes], [MASTER])}
-        carried = {name: self._hash(piece * decay) for name, _, piece in read([*self._carried_names], [MOMENTS[1]])}
+        masters = {
+            name: self._hash(piece) for name, _, piece in read([*self.trained_shapes], [MASTER])
+        }
+        carried = {
+            name: self._hash(piece * decay)
+            for name, _, piece in read([*self._carried_names], [MOMENTS[1]])
+        }
         return {name: (master, carried.get(name, "")) for name, master in masters.items()}
 
-    def check_trained(self, before: Mapping[str, tuple[str, str]], saw_text: bool = True, saw_visual: bool = True) -> None:
-        """After the first update. Raises FreezerError when a parameter declared trained got no gradient or did not move.
+    def check_trained(
+        self, before: Mapping[str, tuple[str, str]], saw_text: bool = True, saw_visual: bool = True
+    ) -> None:
+        """After the first update. Raises FreezerError when a parameter declared trained got no
+        gradient or did not move.
 
-        Rows of the input embedding are excused when no token of the step looked them up. All ranks call together.
+        Rows of the input embedding are excused when no token of the step looked them up. All ranks
+        call together.
         """
         embedding = self.model.causal_lm.get_input_embeddings()
         unseen = [] if saw_text else [embedding.text_rows]
@@ -583,7 +752,14 @@ class TrainingEngine:
             elif not without and key == MOMENTS[0]:
                 has_gradient[name] = bool(piece.any())
         flags = [(has_moved[name], has_gradient[name]) for name in before]
-        for name, (moved, got_gradient) in zip(before, sum_over_ranks(flags, self.ranks.device), strict=True):
-            if not (moved and got_gradient) and not any(self._parameters[name] is rows for rows in unseen):
+        for name, (moved, got_gradient) in zip(
+            before, sum_over_ranks(flags, self.ranks.device), strict=True
+        ):
+            if not (moved and got_gradient) and not any(
+                self._parameters[name] is rows for rows in unseen
+            ):
                 what = "did not move" if got_gradient else "got no gradient"
-                raise FreezerError(f"{name} is declared trained but {what} in the first step; correct beingvl.trainable")
+                raise FreezerError(
+                    f"{name} is declared trained but {what} in the first step; correct "
+                    "beingvl.trainable"
+                )

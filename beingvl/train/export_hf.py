@@ -1,12 +1,17 @@
-"""[7] Start model + training checkpoint -> stock Hugging Face folder; also to and from the published parameter names.
+"""[7] Start model + training checkpoint -> stock Hugging Face folder; also to and from the
+published parameter names.
 
-    beingvl export --model base/ --checkpoint stage-1/ --output_path out/          the model as it is now, before its stage ends
-    beingvl export --model stage-3/final --format being-vl-0.5 --output_path out/  VQ-GAN among the weights, as published
-    beingvl export --model Being-VL-0.5/ --output_path base/                       a published folder back into ours
+    beingvl export --model base/ --checkpoint stage-1/ --output_path out/          the model as
+        it is now, before its stage ends
+    beingvl export --model stage-3/final --format being-vl-0.5 --output_path out/  VQ-GAN among the
+    weights, as published
+    beingvl export --model Being-VL-0.5/ --output_path base/                       a published
+        folder back into ours
 
-A finished stage already has its `final/`. The result loads with unmodified transformers and is a start model for the next stage.
-The probe logits that a checkpoint stored while it was trained are compared with those of the written folder; when they differ,
-the exit code is 1 and the folder stays incomplete.
+A finished stage already has its `final/`. The result loads with unmodified transformers and is a
+start model for the next stage. The probe logits that a checkpoint stored while it was trained are
+compared with those of the written folder; when they differ, the exit code is 1 and the folder stays
+incomplete.
 """
 
 from __future__ import annotations
@@ -16,10 +21,17 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from beingvl.artefact.manifest import Manifest
+import torch
+
+from beingvl.artefact.manifest import Manifest, is_complete
+from beingvl.errors import InputError
+from beingvl.model.published_names import is_published, read_published, write_published
+from beingvl.model.target_folder import check_target
+from beingvl.train.checkpoint import CHECKPOINTS, complete_checkpoints, read_state
+from beingvl.train.hf_folder import write_hf_folder
+from beingvl.train.probe import compare_probe, load_probe
+from beingvl.train.stage_run import find_start_model
 
 HF, PUBLISHED = "hf", "being-vl-0.5"
 
@@ -28,29 +40,15 @@ class ProbeMismatchError(Exception):
     """The written folder does not answer the checkpoint's probe as the trained model did."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", type=Path, required=True, help="start model of the stage, a finished stage, or a published folder"
-    )
-    parser.add_argument("--checkpoint", type=Path, help="STAGE/checkpoints/step-…, or STAGE for its newest one")
-    parser.add_argument("--format", choices=(HF, PUBLISHED), default=HF, help="names and layout of the weights")
-    parser.add_argument("--output_path", type=Path, required=True, help="folder to write")
-    parser.add_argument("--no_link", action="store_true", help="copy unchanged weight files instead of hard-linking them")
-    parser.add_argument("--no_probe", action="store_true", help="do not load the result to compare the checkpoint's probe logits")
-    parser.add_argument("--overwrite", action="store_true", help="replace a finished folder")
-
-
 def run(args: argparse.Namespace) -> int:
-    from beingvl.errors import InputError
-    from beingvl.model.published_names import is_published, read_published, write_published
-    from beingvl.artefact.manifest import is_complete
-    from beingvl.model.target_folder import check_target
-    from beingvl.train.train_stage import find_start_model
-
     target, link = args.output_path, not args.no_link
     model = find_start_model(args.model)
     checkpoint = _find_checkpoint(args.checkpoint) if args.checkpoint else None
-    check_target(target, {"--model": model} | ({"--checkpoint": checkpoint} if checkpoint else {}), args.overwrite)
+    check_target(
+        target,
+        {"--model": model} | ({"--checkpoint": checkpoint} if checkpoint else {}),
+        args.overwrite,
+    )
     if is_complete(target) and not args.overwrite:
         raise InputError(f"{target} is finished already; choose another folder or add --overwrite")
     if checkpoint is None:
@@ -59,7 +57,10 @@ def run(args: argparse.Namespace) -> int:
         elif is_published(model):
             manifest = read_published(model, target, link=link)
         else:
-            raise InputError(f"{model} is a Hugging Face folder already: give --checkpoint or --format {PUBLISHED}")
+            raise InputError(
+                f"{model} is a Hugging Face folder already: give --checkpoint or --format "
+                f"{PUBLISHED}"
+            )
         print(f"{target}: {manifest.kind.replace('_', ' ')}, {len(manifest.files)} files")
         return 0
 
@@ -72,12 +73,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write_checkpoint_model(model: Path, checkpoint: Path, target: Path, args: argparse.Namespace) -> Manifest:
-    """Write and compare the Hugging Face folder; for the published format it is an intermediate one beside the target."""
-    from beingvl.model.published_names import write_published
-    from beingvl.train.hf_folder import write_hf_folder
-    from beingvl.train.probe import load_probe
-
+def _write_checkpoint_model(
+    model: Path, checkpoint: Path, target: Path, args: argparse.Namespace
+) -> Manifest:
+    """Write and compare the Hugging Face folder; for the published format it is an intermediate
+    one beside the target.
+    """
     if not args.no_probe:
         load_probe(checkpoint)
     check = None if args.no_probe else partial(_check_probe, checkpoint)
@@ -94,9 +95,6 @@ def _write_checkpoint_model(model: Path, checkpoint: Path, target: Path, args: a
 
 def _find_checkpoint(path: Path) -> Path:
     """A checkpoint folder, or the newest finished one of a stage folder."""
-    from beingvl.errors import InputError
-    from beingvl.train.checkpoint import CHECKPOINTS, complete_checkpoints
-
     if not (path / CHECKPOINTS).is_dir():
         return path
     checkpoints = complete_checkpoints(path)
@@ -106,12 +104,9 @@ def _find_checkpoint(path: Path) -> Path:
 
 
 def _check_probe(checkpoint: Path, folder: Path) -> None:
-    """Print how far the written folder's logits are from those stored in training. Raises ProbeMismatchError when too far."""
-    import torch
-
-    from beingvl.train.checkpoint import read_state
-    from beingvl.train.probe import compare_probe
-
+    """Print how far the written folder's logits are from those stored in training. Raises
+    ProbeMismatchError when too far.
+    """
     is_bf16 = bool((read_state(checkpoint).identity["bf16"] or {}).get("enabled"))
     comparison = compare_probe(checkpoint, folder, torch.bfloat16 if is_bf16 else torch.float32)
     if not comparison.matches:

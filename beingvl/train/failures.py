@@ -1,4 +1,6 @@
-"""Errors that end a training run with one sentence and exit code 1: neither wrong input nor a defect of the program."""
+"""Errors that end a training run with one sentence and exit code 1: neither wrong input nor a
+defect of the program.
+"""
 
 from __future__ import annotations
 

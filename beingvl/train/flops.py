@@ -1,12 +1,14 @@
-"""Floating-point operations of a step as the model needs them, for the model FLOP utilisation (MFU).
+"""Floating-point operations of a step as the model needs them, for the model FLOP utilisation
+(MFU).
 
     MFU = step_flops / (seconds * devices * peak of a device)
 
-Of a weight matrix of n elements that T tokens pass: forward 2 n T; gradient of its input 2 n T, if anything below it is
-trained; its own gradient 2 n T, if it is trained. A frozen layer over trained rows so counts 4 n T, a frozen layer below
-everything trained 2 n T. Attention of documents of l tokens: 2 * width * sum(l^2) a layer forward (two products, half of them
-masked), twice that backward. The head sees target tokens only. Looking up embeddings costs nothing, and what is computed a
-second time to save memory (activation checkpointing, loss chunks) is not counted.
+Of a weight matrix of n elements that T tokens pass: forward 2 n T; gradient of its input 2 n T, if
+anything below it is trained; its own gradient 2 n T, if it is trained. A frozen layer over trained
+rows so counts 4 n T, a frozen layer below everything trained 2 n T. Attention of documents of l
+tokens: 2 * width * sum(l^2) a layer forward (two products, half of them masked), twice that
+backward. The head sees target tokens only. Looking up embeddings costs nothing, and what is
+computed a second time to save memory (activation checkpointing, loss chunks) is not counted.
 """
 
 from __future__ import annotations
@@ -23,14 +25,27 @@ _LAYER_NUMBER = re.compile(r"\.(?:layers|h)\.(\d+)\.")
 
 ASSUMED_MFU = 0.4  # as `beingvl plan --mfu` where it is not given
 
-# Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name that is part of the device's name counts.
-GPU_PEAKS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12}
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name that is part of the
+# device's name counts.
+GPU_PEAKS = {
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+}
 
 
 def step_flops(
-    plan: Sequence[PlannedParameter], attention_width: int, num_tokens: int, num_pairs: int, num_target_tokens: int
+    plan: Sequence[PlannedParameter],
+    attention_width: int,
+    num_tokens: int,
+    num_pairs: int,
+    num_target_tokens: int,
 ) -> float:
-    """FLOPs of forward and backward over `num_tokens`. `num_pairs` is the sum of the documents' squared lengths.
+    """FLOPs of forward and backward over `num_tokens`. `num_pairs` is the sum of the documents'
+    squared lengths.
 
     `attention_width` is heads x head size.
     """
@@ -42,7 +57,9 @@ def step_flops(
         if number:
             layers.setdefault(int(number[1]), []).append(planned)
         elif len(planned.shape) > 1:
-            (embedding if "embed" in planned.name or ".wte." in planned.name else head).append(planned)
+            (embedding if "embed" in planned.name or ".wte." in planned.name else head).append(
+                planned
+            )
     something_trained_below = any(planned.rule.train for planned in embedding)
     flops = 0.0
     for _, members in sorted(layers.items()):
@@ -50,17 +67,25 @@ def step_flops(
         matrices = [planned for planned in members if len(planned.shape) > 1]
         flops += _matrix_flops(matrices, num_tokens, something_trained_below)
         flops += 2 * attention_width * num_pairs * (3 if something_trained_below else 1)
-    something_trained_below |= any(planned.rule.train and len(planned.shape) == 1 for planned in plan)
+    something_trained_below |= any(
+        planned.rule.train and len(planned.shape) == 1 for planned in plan
+    )
     return flops + _matrix_flops(head, num_target_tokens, something_trained_below)
 
 
-def _matrix_flops(matrices: Sequence[PlannedParameter], num_tokens: int, input_gradient: bool) -> float:
-    products = sum(planned.num_elements * (1 + input_gradient + planned.rule.train) for planned in matrices)
+def _matrix_flops(
+    matrices: Sequence[PlannedParameter], num_tokens: int, input_gradient: bool
+) -> float:
+    products = sum(
+        planned.num_elements * (1 + input_gradient + planned.rule.train) for planned in matrices
+    )
     return 2.0 * products * num_tokens
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s that a device reaches at best: a data sheet's for a known GPU, measured on a CPU, else None."""
+    """FLOP/s that a device reaches at best: a data sheet's for a known GPU, measured on a CPU,
+    else None.
+    """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return next((peak for part, peak in GPU_PEAKS.items() if part in name), None)

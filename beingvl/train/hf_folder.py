@@ -1,8 +1,9 @@
-"""From a checkpoint back to a stock Hugging Face folder: the stage's start model with the trained tensors in place.
+"""From a checkpoint back to a stock Hugging Face folder: the stage's start model with the
+trained tensors in place.
 
-Frozen tensors come from the start model byte for byte (whole files are hard-linked where they can be); trained ones are the
-checkpoint's float32 weights in the start model's dtype. Text and visual rows become one matrix again. Tensors are streamed,
-so memory holds one of them.
+Frozen tensors come from the start model byte for byte (whole files are hard-linked where they can
+be); trained ones are the checkpoint's float32 weights in the start model's dtype. Text and visual
+rows become one matrix again. Tensors are streamed, so memory holds one of them.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from beingvl.errors import InputError
 from beingvl.artefact.manifest import Manifest, read_manifest
+from beingvl.errors import InputError
 from beingvl.model.extended_vocab import stored_slice
 from beingvl.model.target_folder import finish_target, start_target
 from beingvl.model.weight_files import WeightFolder, bytes_to_write, rewrite_weights
@@ -24,23 +25,39 @@ from beingvl.vocab import VocabLayout
 
 
 def write_hf_folder(
-    start_model: Path, checkpoint: Path, target: Path, link: bool = True, check: Callable[[Path], None] | None = None
+    start_model: Path,
+    checkpoint: Path,
+    target: Path,
+    link: bool = True,
+    check: Callable[[Path], None] | None = None,
 ) -> Manifest:
-    """Write `target`. Raises InputError when the checkpoint was not trained from `start_model`, or is cut off.
+    """Write `target`. Raises InputError when the checkpoint was not trained from `start_model`,
+    or is cut off.
 
-    `check` is called with the written folder before its manifest; what it raises leaves the folder incomplete.
+    `check` is called with the written folder before its manifest; what it raises leaves the folder
+    incomplete.
     """
     manifest = read_manifest(start_model, "model")
     state = read_state(checkpoint)
     if state.identity["start_model"] != manifest.content_hash:
-        raise InputError(f"{checkpoint} was not trained from {start_model}: its start model has another hash; give the right one")
+        raise InputError(
+            f"{checkpoint} was not trained from {start_model}: its start model has another "
+            "hash; give the right one"
+        )
     layout = VocabLayout.load(start_model)
     weights = WeightFolder(start_model)
     trained = _trained_tensors(weights, checkpoint, state, layout)
     weight_files = {*weights.files, weights.index_file}
     others = [name for name in manifest.files if name not in weight_files]
-    num_bytes = bytes_to_write(weights, target, trained, link) + sum(int(manifest.files[name]["bytes"]) for name in others)
-    start_target(target, "model", {"start_model": manifest.content_hash, "checkpoint": str(checkpoint)}, num_bytes)
+    num_bytes = bytes_to_write(weights, target, trained, link) + sum(
+        int(manifest.files[name]["bytes"]) for name in others
+    )
+    start_target(
+        target,
+        "model",
+        {"start_model": manifest.content_hash, "checkpoint": str(checkpoint)},
+        num_bytes,
+    )
     for name in others:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(start_model / name, target / name)
@@ -48,7 +65,9 @@ def write_hf_folder(
     if check:
         check(target)
     counts = {**manifest.counts, "step": state.step}
-    return finish_target(target, "model", counts, state.identity["lineage"], {"identity": state.identity}, hashes)
+    return finish_target(
+        target, "model", counts, state.identity["lineage"], {"identity": state.identity}, hashes
+    )
 
 
 def _trained_tensors(
@@ -64,7 +83,9 @@ def _trained_tensors(
         tensor = weights[stored_name].clone()
         with StateReader(checkpoint, state) as reader:
             for name in trained_parts[stored_name]:
-                tensor[stored_slice(name, layout.num_text)[1]] = reader.master(name).to(tensor.dtype)
+                tensor[stored_slice(name, layout.num_text)[1]] = reader.master(name).to(
+                    tensor.dtype
+                )
         return tensor
 
     return {stored_name: partial(assemble, stored_name) for stored_name in trained_parts}

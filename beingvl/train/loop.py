@@ -1,9 +1,10 @@
 """The training loop: one function, five parts a step.
 
-    fetch the window and count its target tokens / forward and backward / step and check finite / log / save or stop
+    fetch the window and count its target tokens / forward and backward / step and check finite /
+    log / save or stop
 
-Everything that decides what a step does is a pure function of its number: which samples it sees, its learning rate. So a
-resumed run only needs the number, the weights and the optimizer's moments.
+Everything that decides what a step does is a pure function of its number: which samples it sees,
+its learning rate. So a resumed run only needs the number, the weights and the optimizer's moments.
 """
 
 from __future__ import annotations
@@ -18,18 +19,20 @@ import torch
 
 from beingvl.data.loader import TrainingData
 from beingvl.errors import InputError
+from beingvl.stage.stage_config import StageConfig
 from beingvl.train.engine import TrainingEngine, sum_over_ranks
 from beingvl.train.failures import NonFiniteError
 from beingvl.train.loss import LossSums, backward_scale, learning_rate_at
 from beingvl.train.metrics import MetricsWriter, SpikeDetector, peak_memory_bytes
 from beingvl.train.phases import BETWEEN_STEPS, STEP_PHASES, Phases
-from beingvl.stage.stage_config import StageConfig
 from beingvl.train.window import WindowFetcher
 
 
 @dataclass
 class Progress:
-    """Where a run is. `step` optimizer steps are done, `num_applied_steps` of them changed weights."""
+    """Where a run is. `step` optimizer steps are done, `num_applied_steps` of them changed
+    weights.
+    """
 
     step: int = 0
     num_applied_steps: int = 0
@@ -37,7 +40,9 @@ class Progress:
 
 
 class Saver(Protocol):
-    """Writes checkpoints, all ranks together: `save`, and `commit` once every rank `is_written` (or at the latest at the end)."""
+    """Writes checkpoints, all ranks together: `save`, and `commit` once every rank `is_written`
+    (or at the latest at the end).
+    """
 
     @property
     def is_written(self) -> bool: ...
@@ -46,16 +51,28 @@ class Saver(Protocol):
 
 
 def num_steps_of(data: TrainingData, config: StageConfig) -> int:
-    """Optimizer steps of the whole run; the learning-rate schedule spans exactly these. Raises InputError for less than one."""
+    """Optimizer steps of the whole run; the learning-rate schedule spans exactly these. Raises
+    InputError for less than one.
+    """
     if data.plan.num_sequences < config.sequences_per_step:
-        found = f"{config.source}: train_batch_size is {config.sequences_per_step}, the whole run has {data.plan.num_sequences}"
+        found = (
+            f"{config.source}: train_batch_size is {config.sequences_per_step}, the whole "
+            f"run has {data.plan.num_sequences}"
+        )
         raise InputError(f"{found} sequences; lower it, or raise beingvl.epochs")
     return min(data.num_steps, config.beingvl.max_steps or data.num_steps)
 
 
 def learning_rate_of(step: int, num_steps: int, config: StageConfig) -> float:
     block = config.beingvl
-    return learning_rate_at(step, num_steps, config.learning_rate, block.schedule, block.warmup_ratio, block.min_lr_ratio)
+    return learning_rate_at(
+        step,
+        num_steps,
+        config.learning_rate,
+        block.schedule,
+        block.warmup_ratio,
+        block.min_lr_ratio,
+    )
 
 
 def train(
@@ -69,16 +86,20 @@ def train(
     validate: Callable[[int], None],
     stop_requested: Callable[[], bool],
 ) -> bool:
-    """Run from `progress.step` to the end. True when finished, False when stopped early after saving.
+    """Run from `progress.step` to the end. True when finished, False when stopped early after
+    saving.
 
-    `stop_requested` is asked on every rank before every step; one rank's yes is everybody's. Raises NonFiniteError after
-    `max_skipped_steps` skipped steps in a row, when the last good state is saved.
+    `stop_requested` is asked on every rank before every step; one rank's yes is everybody's. Raises
+    NonFiniteError after `max_skipped_steps` skipped steps in a row, when the last good state is
+    saved.
     """
     block, ranks = config.beingvl, engine.ranks
     num_steps = num_steps_of(data, config)
     place = (ranks.rank, ranks.num_ranks)
     is_gpu = ranks.device.type == "cuda"
-    windows = WindowFetcher(data, engine.accumulation_steps, config.micro_batch_size, *place, stop=num_steps, pin=is_gpu)
+    windows = WindowFetcher(
+        data, engine.accumulation_steps, config.micro_batch_size, *place, stop=num_steps, pin=is_gpu
+    )
     windows.load_state_dict({"step": progress.step})
     spikes = SpikeDetector()
     last_good = saved = replace(progress)
@@ -93,10 +114,20 @@ def train(
         is_time = 0 < block.checkpoint_every_minutes * 60 <= time.monotonic() - saved_at
         asked = [int(stop_requested()), int(is_time and ranks.rank == 0), int(saver.is_written)]
         totals = sum_over_ranks([*window.counts, *asked], ranks.device).astype(int).tolist()
-        num_target_tokens, num_tokens, num_pairs, num_visual_tokens, num_stop_requests, is_time, num_written = totals
+        (
+            num_target_tokens,
+            num_tokens,
+            num_pairs,
+            num_visual_tokens,
+            num_stop_requests,
+            is_time,
+            num_written,
+        ) = totals
         if num_stop_requests:
             phases.enter(step, "save")
-            if saved.step < last_good.step:  # skipped steps after it changed nothing; the next start takes them again
+            if (
+                saved.step < last_good.step
+            ):  # skipped steps after it changed nothing; the next start takes them again
                 saver.save(last_good)
             break
 
@@ -111,7 +142,9 @@ def train(
             engine.backward(token_losses.sum() * scale)
             if micro_step == engine.accumulation_steps - 1:
                 phases.enter(step + 1, "optimizer")
-            result = engine.step(learning_rate if micro_step == engine.accumulation_steps - 1 else None)
+            result = engine.step(
+                learning_rate if micro_step == engine.accumulation_steps - 1 else None
+            )
             window_losses.append(token_losses.detach())
 
         # ---- step and check finite ----
@@ -119,28 +152,39 @@ def train(
         phases.enter(step + 1, "check")
         sums = LossSums.zero(data.shards.layout, data.shards.sources)
         for batch, losses in zip(
-            window.batches, torch.cat(window_losses).cpu().split([len(x) for x in window_losses]), strict=True
+            window.batches,
+            torch.cat(window_losses).cpu().split([len(x) for x in window_losses]),
+            strict=True,
         ):
             sums.add(batch, losses.numpy())
         phases.enter(step + 1, "communication")
         sums.values = sum_over_ranks(sums.values, ranks.device)
         phases.enter(step + 1, "check")
         means = sums.means()
-        is_good = result.applied and math.isfinite(means["loss"]) and math.isfinite(result.gradient_norm)
+        is_good = (
+            result.applied and math.isfinite(means["loss"]) and math.isfinite(result.gradient_norm)
+        )
         progress.step = step + 1
         progress.num_applied_steps += result.applied
         progress.num_skipped_in_a_row = 0 if is_good else progress.num_skipped_in_a_row + 1
         if is_good:
             last_good = replace(progress)
         if masters_before and result.applied:
-            engine.check_trained(masters_before, num_tokens > num_visual_tokens, num_visual_tokens > 0)
+            engine.check_trained(
+                masters_before, num_tokens > num_visual_tokens, num_visual_tokens > 0
+            )
             masters_before = None
 
         # ---- log ----
         phases.enter(step + 1, "log")
         seconds = phases.take_seconds(STEP_PHASES)
         is_spike = is_good and spikes.add(means["loss"])
-        if progress.step % block.log_every_steps == 0 or progress.step == num_steps or not is_good or is_spike:
+        if (
+            progress.step % block.log_every_steps == 0
+            or progress.step == num_steps
+            or not is_good
+            or is_spike
+        ):
             metrics.write_step(
                 progress.step,
                 {
@@ -167,19 +211,27 @@ def train(
         if num_written == ranks.num_ranks:
             saver.commit()
         is_end = progress.step == num_steps
-        gives_up = progress.num_skipped_in_a_row >= block.max_skipped_steps or (is_end and last_good.step == 0)
-        is_due = is_time or (block.checkpoint_every_steps and progress.step % block.checkpoint_every_steps == 0)
+        gives_up = progress.num_skipped_in_a_row >= block.max_skipped_steps or (
+            is_end and last_good.step == 0
+        )
+        is_due = is_time or (
+            block.checkpoint_every_steps and progress.step % block.checkpoint_every_steps == 0
+        )
         if (is_good and is_due) or ((gives_up or is_end) and saved.step < last_good.step):
             saver.save(last_good)
             saved, saved_at = last_good, time.monotonic()
         if gives_up:
             saver.commit()
             kept = (
-                f"the last good state, after step {last_good.step}, is kept" if last_good.step else "there was no good one before"
+                f"the last good state, after step {last_good.step}, is kept"
+                if last_good.step
+                else "there was no good one before"
             )
             raise NonFiniteError(
-                f"{progress.num_skipped_in_a_row} steps in a row had a loss or gradient that is not finite (the last is step "
-                f"{progress.step}; their samples are in metrics.jsonl); {kept}: lower the learning rate or look at those samples"
+                f"{progress.num_skipped_in_a_row} steps in a row had a loss or gradient that "
+                "is not finite (the last is step "
+                f"{progress.step}; their samples are in metrics.jsonl); {kept}: lower the "
+                "learning rate or look at those samples"
             )
     saver.commit()
     windows.close()

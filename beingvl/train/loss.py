@@ -1,7 +1,8 @@
 """Token-exact loss and learning rate: what a step computes, as pure functions.
 
-The loss of an optimizer step is the sum over its target tokens divided by their number, over all ranks and accumulation
-steps. DeepSpeed averages gradients over ranks and divides by the accumulation steps, so every micro-batch's *sum* is scaled by
+The loss of an optimizer step is the sum over its target tokens divided by their number, over all
+ranks and accumulation steps. DeepSpeed averages gradients over ranks and divides by the
+accumulation steps, so every micro-batch's *sum* is scaled by
 
     num_ranks * accumulation_steps / num_target_tokens_of_the_step
 
@@ -20,14 +21,20 @@ from beingvl.vocab import TOKEN_KINDS, VocabLayout
 
 
 def backward_scale(num_target_tokens: int, num_ranks: int, accumulation_steps: int) -> float:
-    """Factor from a micro-batch's loss sum to what `engine.backward` takes; a step without targets has scale 0."""
+    """Factor from a micro-batch's loss sum to what `engine.backward` takes; a step without
+    targets has scale 0.
+    """
     return num_ranks * accumulation_steps / num_target_tokens if num_target_tokens else 0.0
 
 
-def learning_rate_at(step: int, num_steps: int, peak: float, schedule: str, warmup_ratio: float, min_ratio: float) -> float:
-    """Learning rate of step `step` (from 0) of `num_steps`: linear warm-up, then cosine or constant.
+def learning_rate_at(
+    step: int, num_steps: int, peak: float, schedule: str, warmup_ratio: float, min_ratio: float
+) -> float:
+    """Learning rate of step `step` (from 0) of `num_steps`: linear warm-up, then cosine or
+    constant.
 
-    The first step already learns, with peak / num_warmup_steps; the last cosine step ends just above min_ratio * peak.
+    The first step already learns, with peak / num_warmup_steps; the last cosine step ends just
+    above min_ratio * peak.
     """
     num_warmup = math.ceil(num_steps * warmup_ratio)
     if step < num_warmup:
@@ -40,9 +47,11 @@ def learning_rate_at(step: int, num_steps: int, peak: float, schedule: str, warm
 
 @dataclass
 class LossSums:
-    """Loss sums (nats) and target counts of one rank in one step, by token kind and by mixture source.
+    """Loss sums (nats) and target counts of one rank in one step, by token kind and by mixture
+    source.
 
-    `values` is `[2, num_kinds + num_sources]` float64: row 0 sums, row 1 counts; ranks add theirs up.
+    `values` is `[2, num_kinds + num_sources]` float64: row 0 sums, row 1 counts; ranks add theirs
+    up.
     """
 
     layout: VocabLayout
@@ -54,7 +63,9 @@ class LossSums:
         return cls(layout, sources, np.zeros((2, len(TOKEN_KINDS) + len(sources))))
 
     def add(self, batch: MicroBatch, token_losses: np.ndarray) -> None:
-        """Count in one micro-batch; `token_losses` `[num_targets]` in the order of its target positions."""
+        """Count in one micro-batch; `token_losses` `[num_targets]` in the order of its target
+        positions.
+        """
         positions = np.flatnonzero(batch.target_ids != IGNORED)
         kinds = self.layout.token_kinds(batch.target_ids[positions])
         sources = batch.source_of_token[positions] + len(TOKEN_KINDS)
@@ -64,8 +75,15 @@ class LossSums:
 
     def means(self) -> dict[str, float]:
         """`loss`, `loss/kind/…` and `loss/source/…`, for groups that occurred."""
-        names = [*(f"loss/kind/{kind}" for kind in TOKEN_KINDS), *(f"loss/source/{source}" for source in self.sources)]
+        names = [
+            *(f"loss/kind/{kind}" for kind in TOKEN_KINDS),
+            *(f"loss/source/{source}" for source in self.sources),
+        ]
         sums, counts = self.values
         total = counts[: len(TOKEN_KINDS)].sum()
         means = {"loss": float(sums[: len(TOKEN_KINDS)].sum() / total)} if total else {"loss": 0.0}
-        return means | {name: float(value / count) for name, value, count in zip(names, sums, counts, strict=True) if count}
+        return means | {
+            name: float(value / count)
+            for name, value, count in zip(names, sums, counts, strict=True)
+            if count
+        }

@@ -1,7 +1,9 @@
-"""Metrics of a run: metrics.jsonl always, TensorBoard when the stage asks for it, Weights & Biases when WANDB_PROJECT
-is set, a progress bar on rank 0, or a line now and then where no terminal is.
+"""Metrics of a run: metrics.jsonl always, TensorBoard when the stage asks for it, Weights &
+Biases when WANDB_PROJECT is set, a progress bar on rank 0, or a line now and then where no
+terminal is.
 
-Only rank 0 writes. A resumed run cuts metrics.jsonl back to the step it resumes from, so that no step stands in it twice.
+Only rank 0 writes. A resumed run cuts metrics.jsonl back to the step it resumes from, so that no
+step stands in it twice.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from types import TracebackType
 from typing import Any, TextIO
 
 import torch
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from beingvl.errors import InputError
 from beingvl.artefact.manifest import write_atomically
+from beingvl.errors import InputError
 from beingvl.train.flops import ASSUMED_MFU
 from beingvl.train.phases import STEP_PHASES
 
@@ -60,19 +63,32 @@ class MetricsWriter:
         self._validation_file = _open_from(output / VALIDATION_FILE, first_step)
         self._board = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(log_folder or output / "tensorboard"), purge_step=first_step + 1)
+            self._board = SummaryWriter(
+                str(log_folder or output / "tensorboard"), purge_step=first_step + 1
+            )
         self._wandb = _start_wandb(output) if os.environ.get(WANDB_VARIABLE) else None
         self._first_step, self._num_steps = first_step, num_steps
         self._started_at, self._printed_at = time.monotonic(), -math.inf
-        self._bar = tqdm(total=num_steps, initial=first_step, desc=output.name, unit="step", disable=None, smoothing=0.1)
+        self._bar = tqdm(
+            total=num_steps,
+            initial=first_step,
+            desc=output.name,
+            unit="step",
+            disable=None,
+            smoothing=0.1,
+        )
 
     def write_step(
-        self, step: int, values: dict[str, Any], flops: float, seconds_of: dict[str, float], sample_ids: list[str]
+        self,
+        step: int,
+        values: dict[str, Any],
+        flops: float,
+        seconds_of: dict[str, float],
+        sample_ids: list[str],
     ) -> None:
-        """`step` counts finished optimizer steps, from 1. `seconds_of`: phase -> seconds of this step; `save`, `validation` and
-        `start` are all that lay between the line before and this one. `flops` are this step's, on all devices.
+        """`step` counts finished optimizer steps, from 1. `seconds_of`: phase -> seconds of this
+        step; `save`, `validation` and `start` are all that lay between the line before and this
+        one. `flops` are this step's, on all devices.
         """
         if not self._is_writer:
             return
@@ -97,29 +113,46 @@ class MetricsWriter:
         self._bar.update(step - self._bar.n)
         if values["spike"]:
             self._bar.write(
-                f"step {step}: loss {values['loss']:.4f} is far above the last steps'; its samples are in {METRICS_FILE}"
+                f"step {step}: loss {values['loss']:.4f} is far above the last steps'; its "
+                f"samples are in {METRICS_FILE}"
             )
 
     def _print_line(self, step: int, shown: str) -> None:
-        """In place of the bar, where no terminal is: a line now and then, for the log of a batch job."""
+        """In place of the bar, where no terminal is: a line now and then, for the log of a batch
+        job.
+        """
         now = time.monotonic()
         if now - self._printed_at < SECONDS_BETWEEN_LINES and step < self._num_steps:
             return
         left = (now - self._started_at) / (step - self._first_step) * (self._num_steps - step)
         self._printed_at = now
-        print(f"step {step:,} of {self._num_steps:,}: {shown}, {tqdm.format_interval(left)} left", file=sys.stderr, flush=True)
+        print(
+            f"step {step:,} of {self._num_steps:,}: {shown}, {tqdm.format_interval(left)} left",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def describe_time(self) -> str:
         """Time of the steps written so far beside what `beingvl plan` predicts for them."""
         if not self._peak_flops:
-            return f"time of the logged steps: {self._seconds:.1f} s; the device's peak is not known, so nothing was predicted"
+            return (
+                f"time of the logged steps: {self._seconds:.1f} s; the device's peak is not "
+                "known, so nothing was predicted"
+            )
         predicted = self._flops / self._peak_flops / ASSUMED_MFU
-        return f"time of the logged steps: predicted {predicted:.1f} s at an MFU of {ASSUMED_MFU:.0%}, real {self._seconds:.1f} s"
+        return (
+            f"time of the logged steps: predicted {predicted:.1f} s at an MFU of "
+            f"{ASSUMED_MFU:.0%}, real {self._seconds:.1f} s"
+        )
 
     def write_validation(self, step: int, values: dict[str, float]) -> None:
         """One validation after `step`; the names get a prefix."""
         if self._is_writer:
-            self._write(self._validation_file, step, {f"validation/{name}": value for name, value in values.items()})
+            self._write(
+                self._validation_file,
+                step,
+                {f"validation/{name}": value for name, value in values.items()},
+            )
 
     def _write(self, file: TextIO, step: int, values: dict[str, Any]) -> None:
         file.write(json.dumps({"step": step, **values}) + "\n")
@@ -133,7 +166,12 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._is_writer:
             self._file.close()
             self._validation_file.close()
@@ -147,7 +185,9 @@ class MetricsWriter:
 def refuse_missing_wandb() -> None:
     """Raises InputError, before a model is loaded for minutes."""
     if os.environ.get(WANDB_VARIABLE) and find_spec("wandb") is None:
-        raise InputError(f"{WANDB_VARIABLE} is set, but wandb is not installed: pip install wandb, or unset it")
+        raise InputError(
+            f"{WANDB_VARIABLE} is set, but wandb is not installed: pip install wandb, or unset it"
+        )
 
 
 def _start_wandb(output: Path) -> Any:
@@ -163,16 +203,22 @@ def _start_wandb(output: Path) -> Any:
 def _open_from(path: Path, first_step: int) -> TextIO:
     """Open for appending, after lines of later steps than `first_step` are cut off."""
     if path.is_file():
-        kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= first_step]
+        kept = [
+            line
+            for line in path.read_text().splitlines(keepends=True)
+            if _step_of(line) <= first_step
+        ]
         write_atomically(path, "".join(kept))
     return path.open("a", encoding="utf-8", buffering=1)
 
 
 class SpikeDetector:
-    """Says of each loss whether it stands out: more than 6 standard deviations (and 10 %) above the mean of the 50 steps before.
+    """Says of each loss whether it stands out: more than 6 standard deviations (and 10 %) above
+    the mean of the 50 steps before.
 
-    Of those, spikes do not count. The first 20 steps are never called a spike. The window has an end, because the steep fall of
-    the first steps would otherwise hide spikes for hundreds of steps.
+    Of those, spikes do not count. The first 20 steps are never called a spike. The window has an
+    end, because the steep fall of the first steps would otherwise hide spikes for hundreds of
+    steps.
     """
 
     def __init__(self, memory: int = 50, factor: float = 6.0, num_quiet: int = 20) -> None:
@@ -199,8 +245,14 @@ def _step_of(line: str) -> int:
 
 
 def read_metrics(output: Path, file: str = METRICS_FILE) -> list[dict[str, Any]]:
-    """All lines of a stage folder's metrics.jsonl, or validation.jsonl, but one that a crash cut off."""
-    return [json.loads(line) for line in (output / file).read_text().splitlines() if _step_of(line) < NEVER_WRITTEN]
+    """All lines of a stage folder's metrics.jsonl, or validation.jsonl, but one that a crash cut
+    off.
+    """
+    return [
+        json.loads(line)
+        for line in (output / file).read_text().splitlines()
+        if _step_of(line) < NEVER_WRITTEN
+    ]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

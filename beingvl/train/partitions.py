@@ -1,17 +1,23 @@
-"""Where a parameter's weights and Adam moments lie on this rank, for every ZeRO stage, behind four verbs.
+"""Where a parameter's weights and Adam moments lie on this rank, for every ZeRO stage, behind
+four verbs.
 
-    stage 3     weights, masters and moments are cut: rank r holds elements r*E … (r+1)*E - 1 of each flattened parameter; what
+    stage 3     weights, masters and moments are cut: rank r holds elements r*E … (r+1)*E - 1 of
+                each flattened parameter; what
                 is offloaded to NVMe is in memory only while it is asked for
-    stage 1, 2  weights are whole on every rank; masters and moments are a piece of one flat buffer per optimizer group
+    stage 1, 2  weights are whole on every rank; masters and moments are a piece of one flat buffer
+    per optimizer group
     stage 0     everything is whole on every rank; each rank saves the r-th part
 
     span(name)                  the flat range [start, stop) that this rank saves
-    read(names, keys)           those float32 elements, one (name, key, tensor) after the other, in the order that costs least
-    write(names, fetch, keys)   put parameters back: `fetch(name, key, start, stop)` gives any flat float32 range of one
-    held_weights(name)          the weights as the forward pass uses them, as far as this rank holds them
+    read(names, keys)           those float32 elements, one (name, key, tensor) after the other,
+                                in the order that costs least
+    write(names, fetch, keys)   put parameters back: `fetch(name, key, start, stop)` gives any
+                                flat float32 range of one
+    held_weights(name)          the weights as the forward pass uses them, as far as this rank
+                                holds them
 
-A key is one of master, exp_avg, exp_avg_sq. What `read` yields lies where it is, unless it is on NVMe: then it is overwritten by
-the next one.
+A key is one of master, exp_avg, exp_avg_sq. What `read` yields lies where it is, unless it is on
+NVMe: then it is overwritten by the next one.
 
 Nothing outside asks for the stage, so a checkpoint of one stage is read by any other.
 """
@@ -34,16 +40,22 @@ Read = Iterator[tuple[str, str, torch.Tensor]]
 
 
 class Partitions(Protocol):
-    """See the module's docstring. `create_moments` makes Adam's state before its first update; name -> updates already made."""
+    """See the module's docstring. `create_moments` makes Adam's state before its first update;
+    name -> updates already made.
+    """
 
     def span(self, name: str) -> tuple[int, int]: ...
     def read(self, names: Sequence[str], keys: Sequence[str] = STATE_KEYS) -> Read: ...
-    def write(self, names: Sequence[str], fetch: Fetch, keys: Sequence[str] = STATE_KEYS) -> None: ...
+    def write(
+        self, names: Sequence[str], fetch: Fetch, keys: Sequence[str] = STATE_KEYS
+    ) -> None: ...
     def held_weights(self, name: str) -> torch.Tensor: ...
     def create_moments(self, adam_steps: Mapping[str, int]) -> None: ...
 
 
-def partitions_of(zero_stage: int, engine: Any, parameters: Mapping[str, Any], rank: int, num_ranks: int) -> Partitions:
+def partitions_of(
+    zero_stage: int, engine: Any, parameters: Mapping[str, Any], rank: int, num_ranks: int
+) -> Partitions:
     """The partitions of a DeepSpeed engine's parameters (name -> parameter)."""
     if zero_stage == 3:
         return CutPartitions(engine.optimizer, parameters, rank)
@@ -60,12 +72,16 @@ def share_of(num_elements: int, rank: int, num_ranks: int) -> tuple[int, int]:
 
 @contextmanager
 def partition_in_memory(parameter: Any, changes: bool = False) -> Iterator[torch.Tensor]:
-    """This rank's flat part of a ZeRO-3 parameter. One on NVMe is in memory for as long, and `changes` go back there."""
+    """This rank's flat part of a ZeRO-3 parameter. One on NVMe is in memory for as long, and
+    `changes` go back there.
+    """
     partition, swapper = parameter.ds_tensor, parameter.nvme_swapper
     if partition.status.name == "INFLIGHT":  # fetched before it is needed
         swapper.synchronize_reads()
     is_away = partition.status.name == "NOT_AVAILABLE"
-    assert is_away or not (changes and partition.final_location == "nvme"), "its file would keep what it was"
+    assert is_away or not (changes and partition.final_location == "nvme"), (
+        "its file would keep what it was"
+    )
     if is_away:
         swapper.swap_in([parameter], async_op=False)
     try:
@@ -78,7 +94,9 @@ def partition_in_memory(parameter: Any, changes: bool = False) -> Iterator[torch
 
 
 class CutPartitions:
-    """ZeRO-3. `zero` is DeepSpeedZeroOptimizer_Stage3, which keeps masters and moments in flat sub-groups of parameters."""
+    """ZeRO-3. `zero` is DeepSpeedZeroOptimizer_Stage3, which keeps masters and moments in flat
+    sub-groups of parameters.
+    """
 
     def __init__(self, zero: Any, parameters: Mapping[str, Any], rank: int) -> None:
         self._zero, self._parameters, self._rank = zero, parameters, rank
@@ -107,14 +125,19 @@ class CutPartitions:
                         padded[: stop - start] = fetch(name, key, start, stop)
                         self._piece(state[key], name).copy_(padded)
                         if key == MASTER:
-                            with partition_in_memory(self._parameters[name], changes=True) as weights:
+                            with partition_in_memory(
+                                self._parameters[name], changes=True
+                            ) as weights:
                                 weights.copy_(padded)
 
     def held_weights(self, name: str) -> torch.Tensor:
         parameter = self._parameters[name]
         if parameter.ds_tensor.final_location != "nvme":
             return parameter.ds_tensor.detach()
-        with self._swapping, partition_in_memory(parameter) as weights:  # callers have threads, DeepSpeed's buffers no locks
+        with (
+            self._swapping,
+            partition_in_memory(parameter) as weights,
+        ):  # callers have threads, DeepSpeed's buffers no locks
             return weights.clone()
 
     def create_moments(self, adam_steps: Mapping[str, int]) -> None:
@@ -122,7 +145,9 @@ class CutPartitions:
         adam = self._zero.optimizer
         for group, members in enumerate(self._zero.fp16_groups):
             with self._state_in_memory(group, changes=True) as state:
-                adam.state[state[MASTER]] = _new_moments(state[MASTER], adam_steps[names[id(members[0])]], adam)
+                adam.state[state[MASTER]] = _new_moments(
+                    state[MASTER], adam_steps[names[id(members[0])]], adam
+                )
 
     def _by_group(self, names: Sequence[str]) -> dict[int, list[str]]:
         """Sub-group -> those of `names` that are in it."""
@@ -140,8 +165,12 @@ class CutPartitions:
         return flat.detach()[start : start + length]
 
     @contextmanager
-    def _state_in_memory(self, group: int, changes: bool = False) -> Iterator[Mapping[str, torch.Tensor]]:
-        """Key -> flat master or moment of a sub-group. Those on NVMe are in memory for as long, and `changes` go back there."""
+    def _state_in_memory(
+        self, group: int, changes: bool = False
+    ) -> Iterator[Mapping[str, torch.Tensor]]:
+        """Key -> flat master or moment of a sub-group. Those on NVMe are in memory for as long,
+        and `changes` go back there.
+        """
         zero, is_away = self._zero, self._zero._swappable_optimizer_subgroup(group)
         if is_away:
             zero._optimizer_states_and_gradient_swap_in(group)
@@ -149,16 +178,22 @@ class CutPartitions:
         try:
             yield {MASTER: flat, **zero.optimizer.state.get(flat, {})}
         finally:
-            if is_away and changes:  # DeepSpeed's own way back may leave writes running, and the next read would overtake them
+            if (
+                is_away and changes
+                # DeepSpeed's own way back may leave writes running, and the next read would
+                # overtake them
+            ):
                 zero._writeback_swap_state(group, write_opt_state=True, write_gradients=False)
             elif is_away:
                 zero._release_swap_buffers(group)
 
 
 class FlatPartitions:
-    """ZeRO-1 and 2. `zero` is DeepSpeedZeroOptimizer, which links each parameter to its piece of the flat buffers.
+    """ZeRO-1 and 2. `zero` is DeepSpeedZeroOptimizer, which links each parameter to its piece of
+    the flat buffers.
 
-    It links moments once, after the first group's first update, when the other groups have none: so they are made beforehand.
+    It links moments once, after the first group's first update, when the other groups have none: so
+    they are made beforehand.
     """
 
     def __init__(self, zero: Any, parameters: Mapping[str, Any]) -> None:
@@ -175,7 +210,11 @@ class FlatPartitions:
     def read(self, names: Sequence[str], keys: Sequence[str] = STATE_KEYS) -> Read:
         for name, key in itertools.product(names, keys):
             link = self._parameters[name]._hp_mapping
-            piece = torch.empty(0) if link is None else link.get_hp_fragment(None if key == MASTER else key)
+            piece = (
+                torch.empty(0)
+                if link is None
+                else link.get_hp_fragment(None if key == MASTER else key)
+            )
             yield name, key, piece.detach().float()
 
     def write(self, names: Sequence[str], fetch: Fetch, keys: Sequence[str] = STATE_KEYS) -> None:
@@ -186,30 +225,50 @@ class FlatPartitions:
             if parameter._hp_mapping is not None:
                 for key in keys:
                     values = fetch(name, key, *self.span(name))
-                    parameter._hp_mapping.get_hp_fragment(None if key == MASTER else key).data.copy_(values)
+                    parameter._hp_mapping.get_hp_fragment(
+                        None if key == MASTER else key
+                    ).data.copy_(values)
 
     def held_weights(self, name: str) -> torch.Tensor:
         return self._parameters[name].detach()
 
     def create_moments(self, adam_steps: Mapping[str, int]) -> None:
         names = {id(parameter): name for name, parameter in self._parameters.items()}
-        for flat, group in zip(self._zero.single_partition_of_fp32_groups, self._zero.bit16_groups, strict=True):
-            self._zero.optimizer.state[flat] = _new_moments(flat, adam_steps[names[id(group[0])]], self._zero.optimizer)
+        for flat, group in zip(
+            self._zero.single_partition_of_fp32_groups, self._zero.bit16_groups, strict=True
+        ):
+            self._zero.optimizer.state[flat] = _new_moments(
+                flat, adam_steps[names[id(group[0])]], self._zero.optimizer
+            )
         self._zero._hp_optimizer_states_linked = False  # or it would keep what it linked before
         self._zero._lazy_init_hp_params_optimizer_state()
 
 
 class WholePartitions:
-    """Stage 0. `optimizer` is torch's in float32, and DeepSpeed's wrapper with float32 masters around it in bf16."""
+    """Stage 0. `optimizer` is torch's in float32, and DeepSpeed's wrapper with float32 masters
+    around it in bf16.
+    """
 
-    def __init__(self, optimizer: Any, parameters: Mapping[str, Any], rank: int, num_ranks: int) -> None:
+    def __init__(
+        self, optimizer: Any, parameters: Mapping[str, Any], rank: int, num_ranks: int
+    ) -> None:
         self._parameters, self._rank, self._num_ranks = parameters, rank, num_ranks
         self._adam = getattr(optimizer, "optimizer", optimizer)
         names = {id(parameter): name for name, parameter in parameters.items()}
-        low = getattr(optimizer, "fp16_groups", None) or [group["params"] for group in optimizer.param_groups]
+        low = getattr(optimizer, "fp16_groups", None) or [
+            group["params"] for group in optimizer.param_groups
+        ]
         high = getattr(optimizer, "fp32_groups", low)
-        self._masters = {names[id(p)]: m for ps, ms in zip(low, high, strict=True) for p, m in zip(ps, ms, strict=True)}
-        if high is not low:  # the wrapper has made one update with zero gradients, which decays weights and counts as a step
+        self._masters = {
+            names[id(p)]: m
+            for ps, ms in zip(low, high, strict=True)
+            for p, m in zip(ps, ms, strict=True)
+        }
+        if (
+            high is not low
+            # the wrapper has made one update with zero gradients, which decays weights and counts
+            # as a step
+        ):
             for name, master in self._masters.items():
                 self._adam.state.pop(master, None)
                 master.data.copy_(parameters[name].data)
@@ -241,7 +300,9 @@ class WholePartitions:
             self._adam.state[master] = _new_moments(master, adam_steps[name], self._adam)
 
 
-def _new_moments(master: torch.Tensor, num_steps: int, adam: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _new_moments(
+    master: torch.Tensor, num_steps: int, adam: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
     on_device = any(group.get("fused") or group.get("capturable") for group in adam.param_groups)
     step = torch.tensor(float(num_steps), device=master.device if on_device else "cpu")
     return {"step": step, **{key: torch.zeros_like(master) for key in MOMENTS}}

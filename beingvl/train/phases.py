@@ -1,17 +1,23 @@
-"""What this rank is doing: seconds per phase for the metrics, and a heartbeat by which the others find out who stands still.
+"""What this rank is doing: seconds per phase for the metrics, and a heartbeat by which the
+others find out who stands still.
 
     loop              phases.enter(step, "forward")            two assignments and a clock
-    engine, writer    phases.advance()                         one of many parts of a phase is done: a parameter, a batch, a slice
-    every rank        OUTPUT/ranks/rank-00001.json             rewritten every few seconds by a thread: a counter, and how long
-                                                               this rank has not advanced; removed by a rank that ends in order
-    a rank that has not advanced for half the timeout reads all files from then on, and after the whole of it
+    engine, writer    phases.advance()                         one of many parts of a phase is
+        done: a parameter, a batch, a slice
+    every rank        OUTPUT/ranks/rank-00001.json             rewritten every few seconds by a
+        thread: a counter, and how long
+                                                               this rank has not advanced; removed
+                                                               by a rank that ends in order
+    a rank that has not advanced for half the timeout reads all files from then on, and after the
+    whole of it
                       a counter stood still for half of it:    that rank is dead or stopped
                       nobody has advanced for the timeout:     the one furthest behind stands still
                       else somebody works, however long:       go on waiting
 
-So the timeout covers the longest part, not the longest phase. Who is behind is told by the number of phases entered so far, which
-every rank enters in the same order. A file system tells all this even when rank 0, which hosts torch's store, is the one that
-died, or when a rank never came; what an earlier run left in the folder does not count.
+So the timeout covers the longest part, not the longest phase. Who is behind is told by the number
+of phases entered so far, which every rank enters in the same order. A file system tells all this
+even when rank 0, which hosts torch's store, is the one that died, or when a rank never came; what
+an earlier run left in the folder does not count.
 """
 
 from __future__ import annotations
@@ -36,9 +42,18 @@ NO_BEAT = {"step": 0, "phase": "start", "num_entered": 0, "beat": 0, "idle_secon
 
 
 class Phases:
-    """This rank's position and times. With `stall_timeout_seconds` a thread watches, as a context manager."""
+    """This rank's position and times. With `stall_timeout_seconds` a thread watches, as a
+    context manager.
+    """
 
-    def __init__(self, output: Path, rank: int, num_ranks: int, stall_timeout_seconds: float, folder: str = RANKS) -> None:
+    def __init__(
+        self,
+        output: Path,
+        rank: int,
+        num_ranks: int,
+        stall_timeout_seconds: float,
+        folder: str = RANKS,
+    ) -> None:
         self._seconds: dict[str, float] = {}
         self.folder, self._rank, self._num_ranks = output / folder, rank, num_ranks
         self._timeout = stall_timeout_seconds
@@ -51,13 +66,17 @@ class Phases:
         self._thread = threading.Thread(target=self._watch, name="phases", daemon=True)
 
     def enter(self, step: int, phase: str) -> None:
-        """From now on this rank is in `phase` of `step`; the time until now belongs to the phase before."""
+        """From now on this rank is in `phase` of `step`; the time until now belongs to the phase
+        before.
+        """
         self._count_time()
         self._place, self._advanced_at = (step, phase), self._since
         self._num_entered += 1
 
     def advance(self) -> None:
-        """One of the parts that make up the phase is done: this rank is not stalled. Any thread may call."""
+        """One of the parts that make up the phase is done: this rank is not stalled. Any thread
+        may call.
+        """
         self._advanced_at = time.perf_counter()
 
     def take_seconds(self, phases: Collection[str]) -> dict[str, float]:
@@ -94,7 +113,9 @@ class Phases:
         return f"rank {self._rank}, step {step}, phase {phase}"
 
     def find_lost_ranks(self) -> str:
-        """One sentence about who stands still, for a rank whose collective failed; takes a few heartbeats."""
+        """One sentence about who stands still, for a rank whose collective failed; takes a few
+        heartbeats.
+        """
         before = self._read()
         time.sleep(3 * self._beat_seconds)
         after = self._read()
@@ -117,7 +138,11 @@ class Phases:
             is_stall = all(beat["idle_seconds"] > self._timeout for beat in others.values())
             if own["idle_seconds"] > self._timeout and (silent or is_stall):
                 lost = _describe({self._rank: own, **others}, silent)
-                print(f"{self.where()}: no progress for {self._timeout:g} s: {lost}", file=sys.stderr, flush=True)
+                print(
+                    f"{self.where()}: no progress for {self._timeout:g} s: {lost}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 os._exit(1)  # the main thread hangs in a collective that no exception reaches
 
     def _heartbeat(self) -> dict[str, Any]:
@@ -133,27 +158,43 @@ class Phases:
         }
 
     def _beat(self) -> dict[str, Any]:
-        """Write this rank's heartbeat; returns it. Not flushed to disk: it only tells who is alive now."""
+        """Write this rank's heartbeat; returns it. Not flushed to disk: it only tells who is
+        alive now.
+        """
         self._num_beats += 1
         beat = self._heartbeat()
         path = self._path_of(self._rank)
-        temporary = path.with_suffix(".tmp")  # always the same, so that killed ranks do not leave one each
+        temporary = path.with_suffix(
+            ".tmp"
+        )  # always the same, so that killed ranks do not leave one each
         try:
             temporary.write_text(json.dumps(beat))
             os.replace(temporary, path)
-        except OSError as error:  # a full disk is reported by the save that it breaks, not by a heartbeat
-            print(f"{self.where()}: the heartbeat could not be written ({error})", file=sys.stderr, flush=True)
+        except (
+            OSError
+        ) as error:  # a full disk is reported by the save that it breaks, not by a heartbeat
+            print(
+                f"{self.where()}: the heartbeat could not be written ({error})",
+                file=sys.stderr,
+                flush=True,
+            )
         return beat
 
     def _read(self) -> dict[int, dict[str, Any]]:
-        """Other ranks -> their last heartbeat; `NO_BEAT` for one that has written none since this rank came."""
+        """Other ranks -> their last heartbeat; `NO_BEAT` for one that has written none since
+        this rank came.
+        """
         beats: dict[int, dict[str, Any]] = {}
         for rank in range(self._num_ranks):
             if rank == self._rank:
                 continue
             try:
                 text = self._path_of(rank).read_text()
-                beats[rank] = NO_BEAT if text == self._left_over.get(rank) else {**NO_BEAT, **json.loads(text)}
+                beats[rank] = (
+                    NO_BEAT
+                    if text == self._left_over.get(rank)
+                    else {**NO_BEAT, **json.loads(text)}
+                )
             except (OSError, ValueError):  # a network disk may lose a file that is being replaced
                 beats[rank] = NO_BEAT
         return beats
@@ -161,7 +202,10 @@ class Phases:
     def _remove_ranks_from(self, first: int) -> None:
         """What ranks of an earlier, larger world left; no rank of this one writes there."""
         for path in self.folder.glob("rank-*"):
-            if path.stem.removeprefix("rank-").isdigit() and int(path.stem.removeprefix("rank-")) >= first:
+            if (
+                path.stem.removeprefix("rank-").isdigit()
+                and int(path.stem.removeprefix("rank-")) >= first
+            ):
                 path.unlink(missing_ok=True)
 
     def _path_of(self, rank: int) -> Path:
@@ -171,10 +215,13 @@ class Phases:
 def _describe(beats: Mapping[int, Mapping[str, Any]], silent: Sequence[int]) -> str:
     """Who stands still: the silent ranks, or without any those furthest behind."""
     furthest_behind = min(beat["num_entered"] for beat in beats.values())
-    behind = [rank for rank, beat in sorted(beats.items()) if beat["num_entered"] == furthest_behind]
+    behind = [
+        rank for rank, beat in sorted(beats.items()) if beat["num_entered"] == furthest_behind
+    ]
     what = "gives no sign of life any more; it was last seen in" if silent else "stands still in"
     return "; ".join(
-        f"rank {rank} (process {beats[rank]['process']} on {beats[rank]['host']}) {what} step {beats[rank]['step']}, "
+        f"rank {rank} (process {beats[rank]['process']} on {beats[rank]['host']}) "
+        f"{what} step {beats[rank]['step']}, "
         f"phase {beats[rank]['phase']}"
         if beats[rank]["beat"]
         else f"rank {rank} has not started"

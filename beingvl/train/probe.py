@@ -1,26 +1,26 @@
 """Probe logits: what the model says about one fixed sample, stored in every checkpoint.
 
-    checkpoints/step-…/probe.safetensors    input_ids [n], positions [p], logits [p, vocabulary] float32
+    checkpoints/step-…/probe.safetensors    input_ids [n], positions [p], logits [p, vocabulary]
+                                            float32
 
-Whoever reads the checkpoint asks the same question again: a resumed run before its first step, `beingvl export` after it has
-written a Hugging Face folder. A wrong tensor, a lost row or another attention shows as another answer.
+Whoever reads the checkpoint asks the same question again: a resumed run before its first step,
+`beingvl export` after it has written a Hugging Face folder. A wrong tensor, a lost row or another
+attention shows as another answer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from beingvl.data.arrow_shards import ShardReader
 from beingvl.errors import InputError
-
-if TYPE_CHECKING:
-    from beingvl.data.arrow_shards import ShardReader
 
 PROBE_FILE = "probe.safetensors"
 MAX_TOKENS, MAX_POSITIONS = 512, 16
@@ -37,14 +37,20 @@ class Probe:
 
     @classmethod
     def of_shards(cls, shards: ShardReader) -> Probe:
-        """The first sample of the shards, at most 512 tokens of it, at 16 positions from its first to its last."""
+        """The first sample of the shards, at most 512 tokens of it, at 16 positions from its
+        first to its last.
+        """
         ids = torch.from_numpy(shards[0].input_ids[:MAX_TOKENS].astype(np.int64))
-        return cls(ids, torch.linspace(0, len(ids) - 1, min(MAX_POSITIONS, len(ids))).long().unique())
+        return cls(
+            ids, torch.linspace(0, len(ids) - 1, min(MAX_POSITIONS, len(ids))).long().unique()
+        )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sets of logits for one probe. `kl_nats` is the mean over positions of KL(stored || found)."""
+    """Two sets of logits for one probe. `kl_nats` is the mean over positions of KL(stored ||
+    found).
+    """
 
     kl_nats: float
     max_difference: float
@@ -57,26 +63,35 @@ class Comparison:
     def describe(self) -> str:
         verdict = "the same model" if self.matches else "NOT the model that was trained"
         return (
-            f"probe logits: KL {self.kl_nats:.2g} nats (at most {self.tolerance_nats:g}), largest difference "
+            f"probe logits: KL {self.kl_nats:.2g} nats (at most {self.tolerance_nats:g}), "
+            "largest difference "
             f"{self.max_difference:.2g}: {verdict}"
         )
 
 
 def save_probe(folder: Path, probe: Probe, logits: torch.Tensor) -> None:
     """Write `probe.safetensors`; the checkpoint's manifest, written later, lists it."""
-    tensors = {"input_ids": probe.input_ids, "positions": probe.positions, "logits": logits.float().cpu().contiguous()}
+    tensors = {
+        "input_ids": probe.input_ids,
+        "positions": probe.positions,
+        "logits": logits.float().cpu().contiguous(),
+    }
     temporary = folder / f"{PROBE_FILE}.tmp"
     save_file(tensors, temporary)
     temporary.replace(folder / PROBE_FILE)
 
 
 def load_probe(folder: Path) -> tuple[Probe, torch.Tensor]:
-    """The probe of a checkpoint and its logits `[p, vocabulary]`. Raises InputError when it is missing or damaged."""
+    """The probe of a checkpoint and its logits `[p, vocabulary]`. Raises InputError when it is
+    missing or damaged.
+    """
     path = folder / PROBE_FILE
     try:
         tensors = load_file(path)
     except (FileNotFoundError, SafetensorError) as error:
-        raise InputError(f"{path} is missing or damaged ({error}), so the model cannot be compared with it") from error
+        raise InputError(
+            f"{path} is missing or damaged ({error}), so the model cannot be compared with it"
+        ) from error
     return Probe(tensors["input_ids"], tensors["positions"]), tensors["logits"]
 
 
@@ -87,16 +102,20 @@ def compare_logits(stored: torch.Tensor, found: torch.Tensor, dtype: torch.dtype
         return Comparison(float("inf"), float("inf"), TOLERANCE_NATS[dtype])
     ours, theirs = stored.double().log_softmax(-1), found.double().log_softmax(-1)
     kl = (ours.exp() * (ours - theirs)).sum(-1).mean().item()
-    return Comparison(kl if np.isfinite(kl) else float("inf"), float((stored - found).abs().max()), TOLERANCE_NATS[dtype])
+    return Comparison(
+        kl if np.isfinite(kl) else float("inf"),
+        float((stored - found).abs().max()),
+        TOLERANCE_NATS[dtype],
+    )
 
 
 @torch.inference_mode()
 def compare_probe(checkpoint: Path, folder: Path, trained_dtype: torch.dtype) -> Comparison:
     """Load `folder` with stock transformers and ask it the checkpoint's probe."""
-    from transformers import AutoModelForCausalLM
-
     probe, stored = load_probe(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    found = model(input_ids=probe.input_ids[None], use_cache=False).logits[0, probe.positions].float()
+    found = (
+        model(input_ids=probe.input_ids[None], use_cache=False).logits[0, probe.positions].float()
+    )
     coarser = max(trained_dtype, model.dtype, key=TOLERANCE_NATS.__getitem__)
     return compare_logits(stored, found, coarser)

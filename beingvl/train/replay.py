@@ -1,7 +1,8 @@
-"""Replay: a step's batch again, from its number alone, with its samples decoded and its loss computed.
+"""Replay: a step's batch again, from its number alone, with its samples decoded and its loss
+computed.
 
-The loss is that of the weights before the step when a checkpoint of the step before exists; else of the nearest older
-checkpoint, or of the start model, and the output says how many steps lie between.
+The loss is that of the weights before the step when a checkpoint of the step before exists; else of
+the nearest older checkpoint, or of the start model, and the output says how many steps lie between.
 """
 
 from __future__ import annotations
@@ -14,20 +15,30 @@ from tokenizers import Tokenizer
 
 from beingvl.data.arrow_shards import Sample
 from beingvl.data.loader import TrainingData
+from beingvl.stage.stage_config import StageConfig
 from beingvl.train.engine import TrainingEngine, sum_over_ranks
 from beingvl.train.loss import LossSums
 from beingvl.train.metrics import METRICS_FILE, read_metrics
-from beingvl.stage.stage_config import StageConfig
 from beingvl.train.window import WindowFetcher
 from beingvl.vocab import VocabLayout
 
 
 def replay(
-    engine: TrainingEngine, data: TrainingData, config: StageConfig, model: Path, output: Path, step: int, weights_step: int
+    engine: TrainingEngine,
+    data: TrainingData,
+    config: StageConfig,
+    model: Path,
+    output: Path,
+    step: int,
+    weights_step: int,
 ) -> None:
-    """Print step `step` (from 1) with weights as they were after `weights_step`. All ranks call together, rank 0 prints."""
+    """Print step `step` (from 1) with weights as they were after `weights_step`. All ranks call
+    together, rank 0 prints.
+    """
     ranks = engine.ranks
-    windows = WindowFetcher(data, engine.accumulation_steps, config.micro_batch_size, ranks.rank, ranks.num_ranks)
+    windows = WindowFetcher(
+        data, engine.accumulation_steps, config.micro_batch_size, ranks.rank, ranks.num_ranks
+    )
     sums = LossSums.zero(data.shards.layout, data.shards.sources)
     for batch in windows.fetch(step - 1).batches:
         sums.add(batch, engine.evaluate(batch).cpu().numpy())
@@ -36,7 +47,11 @@ def replay(
         return
     for line in describe_samples(data, model, step):
         print(line)
-    logged = [row for row in read_metrics(output) if row["step"] == step] if (output / METRICS_FILE).is_file() else []
+    logged = (
+        [row for row in read_metrics(output) if row["step"] == step]
+        if (output / METRICS_FILE).is_file()
+        else []
+    )
     distance = step - 1 - weights_step
     weights = f"the weights after step {weights_step}" if weights_step else "the start model"
     print(f"step {step}: loss with {weights}{f', {distance} steps too old' if distance else ''}:")
@@ -46,7 +61,9 @@ def replay(
 
 
 def describe_samples(data: TrainingData, model: Path, step: int) -> list[str]:
-    """One line a sample of the whole step: sequence, id, source, tokens, and its text with images shortened."""
+    """One line a sample of the whole step: sequence, id, source, tokens, and its text with
+    images shortened.
+    """
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     layout = data.shards.layout
     lines = []
@@ -54,7 +71,8 @@ def describe_samples(data: TrainingData, model: Path, step: int) -> list[str]:
         for index in data.samples_of(number).tolist():
             sample = data.shards[index]
             lines.append(
-                f"sequence {number}  {sample.id}  {sample.category}  {len(sample.input_ids)} tokens: "
+                f"sequence {number}  {sample.id}  {sample.category}  {len(sample.input_ids)} "
+                "tokens: "
                 f"{decode(sample, tokenizer, layout)}"
             )
     return lines
@@ -67,7 +85,11 @@ def decode(sample: Sample, tokenizer: Tokenizer, layout: VocabLayout) -> str:
     is_target = np.zeros(len(ids), bool)
     for start, end in sample.target_spans:
         is_target[start:end] = True
-    borders = [0, *(np.flatnonzero((np.diff(is_image) != 0) | (np.diff(is_target) != 0)) + 1).tolist(), len(ids)]
+    borders = [
+        0,
+        *(np.flatnonzero((np.diff(is_image) != 0) | (np.diff(is_target) != 0)) + 1).tolist(),
+        len(ids),
+    ]
     parts = []
     for start, end in itertools.pairwise(borders):
         text = (

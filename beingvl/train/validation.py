@@ -1,30 +1,31 @@
-"""Validation: the loss over held-out shards, per token kind and per source, by the code that computes the training loss.
+"""Validation: the loss over held-out shards, per token kind and per source, by the code that
+computes the training loss.
 
-Every sample is seen once, in the order of the shards, packed like the training data. Nothing of the training state is touched:
-no gradient, no random number, no optimizer; a run is the same to the bit with and without it. `beingvl evaluate --data` takes
-the same batches (`pack_in_order`, `held_out_batch`) and sums (`LossSums`) without DeepSpeed.
+Every sample is seen once, in the order of the shards, packed like the training data. Nothing of the
+training state is touched: no gradient, no random number, no optimizer; a run is the same to the bit
+with and without it. `beingvl evaluate --data` takes the same batches (`pack_in_order`,
+`held_out_batch`) and sums (`LossSums`) without DeepSpeed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import MicroBatch, collate
 from beingvl.data.packing import WINDOW, check_lengths, pack_window
+from beingvl.stage.stage_config import StageConfig
+from beingvl.train.engine import TrainingEngine, sum_over_ranks
 from beingvl.train.loss import LossSums
-
-if TYPE_CHECKING:
-    from beingvl.train.engine import TrainingEngine
-    from beingvl.train.metrics import MetricsWriter
-    from beingvl.stage.stage_config import StageConfig
+from beingvl.train.metrics import MetricsWriter
 
 
 def pack_in_order(lengths: np.ndarray, sequence_length: int) -> list[list[int]]:
-    """Positions in `lengths` of the samples of every sequence; each sample once. Raises InputError for one that is too long."""
+    """Positions in `lengths` of the samples of every sequence; each sample once. Raises
+    InputError for one that is too long.
+    """
     check_lengths(lengths, sequence_length)
     return [
         [start + position for position in sequence]
@@ -46,10 +47,9 @@ def validator(
     metrics: MetricsWriter,
     stop_requested: Callable[[], bool],
 ) -> Callable[[int], None]:
-    """The function the loop calls after a step; all ranks call together. It gives up between two batches when any rank is asked
-    to stop, and writes nothing then."""
-    from beingvl.train.engine import sum_over_ranks
-
+    """The function the loop calls after a step; all ranks call together. It gives up between two
+    batches when any rank is asked to stop, and writes nothing then.
+    """
     if shards is None:
         return lambda step: None
     ranks = engine.ranks
@@ -58,12 +58,18 @@ def validator(
     def validate(step: int) -> None:
         sums = LossSums.zero(shards.layout, shards.sources)
         for first in range(0, len(sequences), ranks.num_ranks):
-            number = first + ranks.rank  # past the end: a batch without targets, because every rank must take part
-            batch = held_out_batch(shards, sequences[number] if number < len(sequences) else [], config.beingvl.loss_on)
+            number = (
+                first + ranks.rank
+            )  # past the end: a batch without targets, because every rank must take part
+            batch = held_out_batch(
+                shards, sequences[number] if number < len(sequences) else [], config.beingvl.loss_on
+            )
             sums.add(batch, engine.evaluate(batch).cpu().numpy())
             if sum_over_ranks([int(stop_requested())], ranks.device)[0]:
                 if ranks.rank == 0:
-                    print(f"asked to stop: the validation after step {step} is left out", flush=True)
+                    print(
+                        f"asked to stop: the validation after step {step} is left out", flush=True
+                    )
                 return
         sums.values = np.asarray(sum_over_ranks(sums.values, ranks.device))
         metrics.write_validation(step, sums.means())

@@ -1,4 +1,6 @@
-"""The accumulation window: all micro-batches of one optimizer step on this rank, fetched while the step before it computes."""
+"""The accumulation window: all micro-batches of one optimizer step on this rank, fetched while
+the step before it computes.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,21 @@ from beingvl.data.loader import MicroBatch, TrainingData
 
 @dataclass(frozen=True)
 class Window:
-    """`counts` `[4]` of this rank: target tokens, tokens, squared document lengths, tokens that are no text."""
+    """`counts` `[4]` of this rank: target tokens, tokens, squared document lengths, tokens that
+    are no text.
+    """
 
     batches: list[MicroBatch]
     counts: np.ndarray
 
 
 class WindowFetcher:
-    """Iterates over the windows of steps `state_dict()["step"] … stop - 1`; the next one is collated in a thread meanwhile.
+    """Iterates over the windows of steps `state_dict()["step"] … stop - 1`; the next one is
+    collated in a thread meanwhile.
 
-    With `pin` it is also brought into page-locked memory there, from which copies to the GPU run beside computation. The state is
-    the number of optimizer steps that were fetched: it fits any number of ranks.
+    With `pin` it is also brought into page-locked memory there, from which copies to the GPU run
+    beside computation. The state is the number of optimizer steps that were fetched: it fits any
+    number of ranks.
     """
 
     def __init__(
@@ -63,12 +69,22 @@ class WindowFetcher:
 
     def fetch(self, step: int) -> Window:
         place = (self._rank, self._num_ranks, self._micro_batch_size)
-        batches = [self._data.micro_batch(step, micro_step, *place) for micro_step in range(self._accumulation_steps)]
+        batches = [
+            self._data.micro_batch(step, micro_step, *place)
+            for micro_step in range(self._accumulation_steps)
+        ]
         counts = [
-            [b.num_target_tokens, len(b.input_ids), int((np.diff(b.cu_seqlens) ** 2).sum()), int((b.token_kinds > 0).sum())]
+            [
+                b.num_target_tokens,
+                len(b.input_ids),
+                int((np.diff(b.cu_seqlens) ** 2).sum()),
+                int((b.token_kinds > 0).sum()),
+            ]
             for b in batches
         ]
-        return Window([pinned(batch) for batch in batches] if self._pin else batches, np.sum(counts, axis=0))
+        return Window(
+            [pinned(batch) for batch in batches] if self._pin else batches, np.sum(counts, axis=0)
+        )
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -80,5 +96,11 @@ class WindowFetcher:
 
 def pinned(batch: MicroBatch) -> MicroBatch:
     """The batch with what goes to the GPU in page-locked memory. Needs a GPU."""
-    arrays = {name: getattr(batch, name) for name in ("input_ids", "target_ids", "position_ids", "cu_seqlens")}
-    return replace(batch, **{name: torch.from_numpy(array).pin_memory().numpy() for name, array in arrays.items()})
+    arrays = {
+        name: getattr(batch, name)
+        for name in ("input_ids", "target_ids", "position_ids", "cu_seqlens")
+    }
+    return replace(
+        batch,
+        **{name: torch.from_numpy(array).pin_memory().numpy() for name, array in arrays.items()},
+    )

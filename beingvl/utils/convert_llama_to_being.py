@@ -1,4 +1,6 @@
-"""The training guide's name for `beingvl convert`; also runs as a script from the repository root, without installation."""
+"""The training guide's name for `beingvl convert`; also runs as a script from the repository
+root, without installation.
+"""
 
 import sys
 from pathlib import Path

@@ -1,12 +1,16 @@
-"""The fast twin of `vbpe.py`, compiled with numba. Same rules, same results bit for bit; only the data structures differ.
+"""The fast twin of `vbpe.py`, compiled with numba. Same rules, same results bit for bit; only
+the data structures differ.
 
-One file, because numba notices on its own only when the file of a cached kernel changes, not those it calls into.
+One file, because numba notices on its own only when the file of a cached kernel changes, not those
+it calls into.
 
-**Displacements** are one integer: `step = dy * SPAN + dx`. Sorting steps sorts (dy, dx) in raster order, and a pair of tokens is
-one int64 key `a << 44 | b << 24 | step` whose order is that of (a, b, dy, dx).
+**Displacements** are one integer: `step = dy * SPAN + dx`. Sorting steps sorts (dy, dx) in raster
+order, and a pair of tokens is one int64 key `a << 44 | b << 24 | step` whose order is that of (a,
+b, dy, dx).
 
-**The board** is one int32 per cell. A cell >= 0 is the anchor of a token and holds its id. A cell < 0 belongs to a token whose
-anchor lies that many cells earlier. BORDER cells surround every image, so no kernel ever compares coordinates with a width:
+**The board** is one int32 per cell. A cell >= 0 is the anchor of a token and holds its id. A cell <
+0 belongs to a token whose anchor lies that many cells earlier. BORDER cells surround every image,
+so no kernel ever compares coordinates with a width:
 
     codes        board (stride 3)            after merging (7, 8, 0, 1) -> 9
                  #  #  #                     #  #  #
@@ -14,7 +18,8 @@ anchor lies that many cells earlier. BORDER cells surround every image, so no ke
     7 5          7  5  #                     7  5  #
                  #  #  #                     #  #  #
 
-**Shapes.** `cells` of a token are the steps from its anchor, sorted; `edges` are the steps of all cells that touch it, sorted.
+**Shapes.** `cells` of a token are the steps from its anchor, sorted; `edges` are the steps of all
+cells that touch it, sorted.
 """
 
 from __future__ import annotations
@@ -39,8 +44,9 @@ _kernel = numba.njit(cache=True, nogil=True)
 class Tables(NamedTuple):
     """What the encoder and decoder need to know of a vocabulary with V ids.
 
-    Token i covers `cells[cell_start[i]:cell_start[i + 1]]` with `codes[…]` of the same range and touches
-    `edges[edge_start[i]:edge_end[i]]`. `slot_keys`/`slot_ranks` is an open hash table from a pair's key to the merge's rank.
+    Token i covers `cells[cell_start[i]:cell_start[i + 1]]` with `codes[…]` of the same range and
+    touches `edges[edge_start[i]:edge_end[i]]`. `slot_keys`/`slot_ranks` is an open hash table from
+    a pair's key to the merge's rank.
     """
 
     num_codes: int
@@ -81,9 +87,18 @@ def hash_slot(key: int, mask: int) -> int:
 
 @_kernel
 def unite_cells(
-    cells: np.ndarray, codes: np.ndarray, a_start: int, a_end: int, b_start: int, b_end: int, step: int, out: int
+    cells: np.ndarray,
+    codes: np.ndarray,
+    a_start: int,
+    a_end: int,
+    b_start: int,
+    b_end: int,
+    step: int,
+    out: int,
 ) -> bool:
-    """Write the sorted union of token a's cells and token b's cells moved by `step` at `out`; False when they overlap."""
+    """Write the sorted union of token a's cells and token b's cells moved by `step` at `out`;
+    False when they overlap.
+    """
     i, j = a_start, b_start
     while i < a_end or j < b_end:
         if i < a_end and j < b_end and cells[i] == cells[j] + step:
@@ -102,9 +117,11 @@ def unite_cells(
 
 @_kernel
 def list_edges(cells: np.ndarray, start: int, end: int, edges: np.ndarray, out: int) -> int:
-    """Write the sorted steps of all cells that touch a token at `out`; returns the end. At most 2 x cells + 2.
+    """Write the sorted steps of all cells that touch a token at `out`; returns the end. At most
+    2 x cells + 2.
 
-    The cells above, left, right and below are four sorted lists; this merges them and leaves out the token's own cells.
+    The cells above, left, right and below are four sorted lists; this merges them and leaves out
+    the token's own cells.
     """
     above, left, right, below, own = start, start, start, start, start
     beyond = 1 << 40
@@ -127,7 +144,15 @@ def list_edges(cells: np.ndarray, start: int, end: int, edges: np.ndarray, out: 
 
 
 @_kernel
-def touches(edges: np.ndarray, edge_start: int, edge_end: int, cells: np.ndarray, start: int, end: int, step: int) -> bool:
+def touches(
+    edges: np.ndarray,
+    edge_start: int,
+    edge_end: int,
+    cells: np.ndarray,
+    start: int,
+    end: int,
+    step: int,
+) -> bool:
     """Whether a token's cells, moved by `step`, meet the (sorted) edges of another."""
     i = edge_start
     for j in range(start, end):
@@ -149,7 +174,9 @@ def build_shapes(
     codes: np.ndarray,
     edges: np.ndarray,
 ) -> tuple[int, int]:
-    """Fill the shapes of all ids. Returns (status, rank): SHAPES_OVERLAP or SHAPES_APART with the rank of the first bad merge."""
+    """Fill the shapes of all ids. Returns (status, rank): SHAPES_OVERLAP or SHAPES_APART with
+    the rank of the first bad merge.
+    """
     for code in range(num_codes):
         cells[code] = 0
         codes[code] = code
@@ -158,17 +185,23 @@ def build_shapes(
         a, b, step = merges[rank]
         new = num_codes + rank
         b_start, b_end = cell_start[b], cell_start[b + 1]
-        if not unite_cells(cells, codes, cell_start[a], cell_start[a + 1], b_start, b_end, step, cell_start[new]):
+        if not unite_cells(
+            cells, codes, cell_start[a], cell_start[a + 1], b_start, b_end, step, cell_start[new]
+        ):
             return SHAPES_OVERLAP, rank
         if not touches(edges, edge_start[a], edge_end[a], cells, b_start, b_end, step):
             return SHAPES_APART, rank
-        edge_end[new] = list_edges(cells, cell_start[new], cell_start[new + 1], edges, edge_start[new])
+        edge_end[new] = list_edges(
+            cells, cell_start[new], cell_start[new + 1], edges, edge_start[new]
+        )
     return SHAPES_FINE, -1
 
 
 @_kernel
 def fill_slots(merges: np.ndarray, slot_keys: np.ndarray, slot_ranks: np.ndarray) -> int:
-    """Insert every merge into the hash table. Returns the rank of a merge that is there twice, or -1."""
+    """Insert every merge into the hash table. Returns the rank of a merge that is there twice,
+    or -1.
+    """
     mask = len(slot_keys) - 1
     for rank in range(len(merges)):
         key = pair_key(merges[rank, 0], merges[rank, 1], merges[rank, 2])
@@ -208,8 +241,12 @@ def place_images(board: np.ndarray, stride: int, grids: np.ndarray, origins: np.
 
 
 @_kernel
-def join_tokens(board: np.ndarray, anchor: int, other: int, cells: np.ndarray, start: int, end: int, stride: int) -> None:
-    """Hand the cells `cells[start:end]` of the token at `other` to the token at the earlier `anchor`."""
+def join_tokens(
+    board: np.ndarray, anchor: int, other: int, cells: np.ndarray, start: int, end: int, stride: int
+) -> None:
+    """Hand the cells `cells[start:end]` of the token at `other` to the token at the earlier
+    `anchor`.
+    """
     for i in range(start, end):
         cell = other + step_offset(cells[i], stride)
         board[cell] = anchor - cell
@@ -240,7 +277,9 @@ def step_before(column: int, distance: int, stride: int) -> int:
 
 @_kernel
 def encode_images(grids: np.ndarray, tables: Tables, ids: np.ndarray, lengths: np.ndarray) -> int:
-    """Encode `grids` [N, H, W] int32 into `ids` (flat, at least N x H x W long) and `lengths` [N]; returns the number of ids."""
+    """Encode `grids` [N, H, W] int32 into `ids` (flat, at least N x H x W long) and `lengths`
+    [N]; returns the number of ids.
+    """
     num_images, height, width = grids.shape
     stride = width + 1
     board = np.full((height + 2) * stride + 1, BORDER, np.int32)
@@ -266,15 +305,24 @@ def encode_images(grids: np.ndarray, tables: Tables, ids: np.ndarray, lengths: n
 
 @_kernel
 def encode_board(
-    board: np.ndarray, stride: int, height: int, tables: Tables, heads: np.ndarray, links: np.ndarray, places: np.ndarray
+    board: np.ndarray,
+    stride: int,
+    height: int,
+    tables: Tables,
+    heads: np.ndarray,
+    links: np.ndarray,
+    places: np.ndarray,
 ) -> bool:
-    """Apply all merges to a board of one image; False, with `heads` empty again, when `links` and `places` are too short.
+    """Apply all merges to a board of one image; False, with `heads` empty again, when `links`
+    and `places` are too short.
 
-    Places where a merge may apply wait in one linked list per rank: `heads[rank]` is its last entry (-1: none), `links` leads
-    from an entry to the one before it, `places` holds its anchor. A new token only makes pairs of higher rank, so one walk over
-    the ranks applies every merge to all its places; only a merge of equal tokens, which can overlap itself, needs raster order.
+    Places where a merge may apply wait in one linked list per rank: `heads[rank]` is its last entry
+    (-1: none), `links` leads from an entry to the one before it, `places` holds its anchor. A new
+    token only makes pairs of higher rank, so one walk over the ranks applies every merge to all its
+    places; only a merge of equal tokens, which can overlap itself, needs raster order.
     """
-    # Arrays are unpacked once: a field of a tuple costs an atomic reference count wherever it is read.
+    # Arrays are unpacked once: a field of a tuple costs an atomic reference count wherever it is
+    # read.
     merges, cell_start, cells = tables.merges, tables.cell_start, tables.cells
     edge_start, edge_end, edges = tables.edge_start, tables.edge_end, tables.edges
     slot_keys, slot_ranks = tables.slot_keys, tables.slot_ranks
@@ -285,7 +333,9 @@ def encode_board(
             for down in range(2):
                 other = board[cell + stride] if down else board[cell + 1]
                 if other >= 0:
-                    found = find_rank(slot_keys, slot_ranks, pair_key(token, other, SPAN if down else 1))
+                    found = find_rank(
+                        slot_keys, slot_ranks, pair_key(token, other, SPAN if down else 1)
+                    )
                     if found >= 0:
                         links[size], places[size], heads[found] = heads[found], cell, size
                         size += 1
@@ -307,7 +357,9 @@ def encode_board(
                 heads[:] = -1
                 return False
             board[anchor] = new
-            join_tokens(board, anchor, anchor + offset, cells, cell_start[b], cell_start[b + 1], stride)
+            join_tokens(
+                board, anchor, anchor + offset, cells, cell_start[b], cell_start[b + 1], stride
+            )
             column = anchor % stride
             for i in range(first, last):
                 neighbour = anchor + step_offset(edges[i], stride)
@@ -322,15 +374,25 @@ def encode_board(
                 else:
                     key = pair_key(other, new, step_before(column, anchor - neighbour, stride))
                 found = find_rank(slot_keys, slot_ranks, key)
-                if found >= 0:  # a neighbour that touches twice is added twice; the second one finds the tokens gone
-                    links[size], places[size], heads[found] = heads[found], min(anchor, neighbour), size
+                if (
+                    found >= 0
+                    # a neighbour that touches twice is added twice; the second one finds the tokens
+                    # gone
+                ):
+                    links[size], places[size], heads[found] = (
+                        heads[found],
+                        min(anchor, neighbour),
+                        size,
+                    )
                     size += 1
     return True
 
 
 @_kernel
 def sort_places(entry: int, links: np.ndarray, places: np.ndarray) -> int:
-    """Relink a list so that its places ascend; returns its first entry. Insertion: a list is nearly sorted, the largest first."""
+    """Relink a list so that its places ascend; returns its first entry. Insertion: a list is
+    nearly sorted, the largest first.
+    """
     first = -1
     while entry >= 0:
         before = links[entry]
@@ -347,9 +409,16 @@ def sort_places(entry: int, links: np.ndarray, places: np.ndarray) -> int:
 
 @_kernel
 def paint_streams(
-    board: np.ndarray, stride: int, origins: np.ndarray, size: tuple[int, int], ids: np.ndarray, tables: Tables
+    board: np.ndarray,
+    stride: int,
+    origins: np.ndarray,
+    size: tuple[int, int],
+    ids: np.ndarray,
+    tables: Tables,
 ) -> None:
-    """Turn images of codes on a board, all of `size` (height, width), into the tokens of their streams."""
+    """Turn images of codes on a board, all of `size` (height, width), into the tokens of their
+    streams.
+    """
     cells, cell_start = tables.cells, tables.cell_start
     at = 0
     for image in range(len(origins)):
@@ -359,12 +428,27 @@ def paint_streams(
                     token = ids[at]
                     at += 1
                     board[cell] = token
-                    join_tokens(board, cell, cell, cells, cell_start[token] + 1, cell_start[token + 1], stride)
+                    join_tokens(
+                        board,
+                        cell,
+                        cell,
+                        cells,
+                        cell_start[token] + 1,
+                        cell_start[token + 1],
+                        stride,
+                    )
 
 
 # ---- the decoder ----
 
-STREAM_FINE, STREAM_UNKNOWN_ID, STREAM_OUTSIDE, STREAM_OVERLAP, STREAM_TOO_LONG, STREAM_TOO_SHORT = 0, 1, 2, 3, 4, 5
+(
+    STREAM_FINE,
+    STREAM_UNKNOWN_ID,
+    STREAM_OUTSIDE,
+    STREAM_OVERLAP,
+    STREAM_TOO_LONG,
+    STREAM_TOO_SHORT,
+) = 0, 1, 2, 3, 4, 5
 
 
 @_kernel
@@ -401,10 +485,14 @@ def decode_stream(ids: np.ndarray, tables: Tables, grid: np.ndarray) -> tuple[in
 
 
 @_kernel
-def encode_legacy_images(grids: np.ndarray, num_codes: int, merges: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -> int:
-    """The fast twin of `vbpe_legacy.encode_legacy_reference` for `grids` [N, H, W] int32; returns the number of ids.
+def encode_legacy_images(
+    grids: np.ndarray, num_codes: int, merges: np.ndarray, ids: np.ndarray, lengths: np.ndarray
+) -> int:
+    """The fast twin of `vbpe_legacy.encode_legacy_reference` for `grids` [N, H, W] int32;
+    returns the number of ids.
 
-    `present` counts the ids of an image: a merge whose tokens are not there is passed over without reading the stream.
+    `present` counts the ids of an image: a merge whose tokens are not there is passed over without
+    reading the stream.
     """
     num_images, height, width = grids.shape
     present = np.zeros(num_codes + len(merges), np.int64)
@@ -430,7 +518,9 @@ def encode_legacy_images(grids: np.ndarray, num_codes: int, merges: np.ndarray, 
 
 @_kernel
 def flatten_first(grid: np.ndarray, num_codes: int, merges: np.ndarray, stream: np.ndarray) -> int:
-    """The first merge, on the grid: right neighbour, else lower one. Writes the flat stream and returns its length."""
+    """The first merge, on the grid: right neighbour, else lower one. Writes the flat stream and
+    returns its length.
+    """
     height, width = grid.shape
     gone = np.zeros((height, width), np.bool_)
     first, second = (merges[0, 0], merges[0, 1]) if len(merges) else (-1, -1)
@@ -468,21 +558,39 @@ def replace_pairs(stream: np.ndarray, size: int, first: int, second: int, new: i
 
 # ---- the trainer ----
 #
-# After the round that makes token y, the count of a pair that contains y only falls: every new pair contains the newest token. So
+# After the round that makes token y, the count of a pair that contains y only falls: every new pair
+# contains the newest token. So
 #
-#   - a round writes the occurrences of its pairs once, grouped by pair, at the end of `places`: a *record* is one pair and its
+# - a round writes the occurrences of its pairs once, grouped by pair, at the end of `places`: a
+# *record* is one pair and its
 #     slice of `places`; nothing is ever inserted later;
-#   - no count is kept up to date. A record's count is an upper bound, exact while neither of its tokens has been merged away
-#     since (`changed`), and made exact by re-reading its own slice (`recount`), which happens only to records that might win;
+# - no count is kept up to date. A record's count is an upper bound, exact while neither of its
+# tokens has been merged away
+# since (`changed`), and made exact by re-reading its own slice (`recount`), which happens only to
+# records that might win;
 #   - a pair below `min_count` when it is written can never win and is not kept.
 #
-# One round, on the board above (`7 8 / 7 5`, pairs (7,8,0,1) (7,7,1,0) (7,5,0,1) (8,5,1,0), all with count 1):
+# One round, on the board above (`7 8 / 7 5`, pairs (7,8,0,1) (7,7,1,0) (7,5,0,1) (8,5,1,0), all
+# with count 1):
 #   choose     the record with the highest priority, here (7,8,0,1)
-#   merge      each of its places in raster order: the board becomes `9 -1 / 7 5`, changed[7] = changed[8] = this round
+# merge      each of its places in raster order: the board becomes `9 -1 / 7 5`, changed[7] =
+# changed[8] = this round
 #   collect    the pairs of every new 9, each neighbour once: (9,7,1,0) (9,5,1,1)
-#   write      their records; (7,7,1,0) and (8,5,1,0) are stale now, which is found out when and if they come up
+# write      their records; (7,7,1,0) and (8,5,1,0) are stale now, which is found out when and if
+# they come up
 
-NUM_RECORDS, NUM_PLACES, HEAP_SIZE, FLOOR, ROUND, POOL_SIZE, LARGEST, NUM_CELLS, NUM_TOKENS, NUM_COUNTERS = range(10)
+(
+    NUM_RECORDS,
+    NUM_PLACES,
+    HEAP_SIZE,
+    FLOOR,
+    ROUND,
+    POOL_SIZE,
+    LARGEST,
+    NUM_CELLS,
+    NUM_TOKENS,
+    NUM_COUNTERS,
+) = range(10)
 LEARNT, NOTHING_LEFT, SHAPES_FULL, POOL_FULL = 0, 1, 2, 3
 SEEN = 1 << 29  # marks an anchor whose pair with the current token is already collected
 RECORD, FIRST, SECOND, COUNT, EXACT_AT = range(5)  # columns of the pool
@@ -490,7 +598,9 @@ GROUP_BITS = 24  # key >> 24 is the pair of tokens without their offset
 
 
 class State(NamedTuple):
-    """Everything the trainer holds, as arrays that the kernels change in place. B board cells, at most 2 B live pairs."""
+    """Everything the trainer holds, as arrays that the kernels change in place. B board cells,
+    at most 2 B live pairs.
+    """
 
     stride: int
     num_codes: int
@@ -519,7 +629,9 @@ class State(NamedTuple):
 
 @_kernel
 def recount(state: State, record: int) -> int:
-    """Drop the places of a record whose tokens are gone; its count is exact afterwards and returned."""
+    """Drop the places of a record whose tokens are gone; its count is exact afterwards and
+    returned.
+    """
     board, places = state.board, state.places
     a, b = state.keys[record] >> 44, (state.keys[record] >> GROUP_BITS) & 0xFFFFF
     offset = step_offset(state.keys[record] & 0xFFFFFF, state.stride)
@@ -544,7 +656,9 @@ def is_exact(state: State, record: int) -> bool:
 @_kernel
 def is_before(counts: np.ndarray, keys: np.ndarray, record: int, other: int) -> bool:
     """Heap order: higher count, then smaller (a, b, dy, dx)."""
-    return counts[record] > counts[other] or (counts[record] == counts[other] and keys[record] < keys[other])
+    return counts[record] > counts[other] or (
+        counts[record] == counts[other] and keys[record] < keys[other]
+    )
 
 
 @_kernel
@@ -588,7 +702,9 @@ def pop_record(state: State) -> None:
 
 @_kernel
 def lower_floor(state: State) -> None:
-    """Let the next records into the heap. It holds those with `counts >= floor` that are not in the pool; most never come up."""
+    """Let the next records into the heap. It holds those with `counts >= floor` that are not in
+    the pool; most never come up.
+    """
     counters, counts = state.counters, state.counts
     old = counters[FLOOR]
     new = max(state.min_count, old * 3 // 4)
@@ -600,14 +716,18 @@ def lower_floor(state: State) -> None:
 
 @_kernel
 def compact(state: State) -> None:
-    """Recount every record and close the gaps. A record goes when no offset of its pair can win any more."""
+    """Recount every record and close the gaps. A record goes when no offset of its pair can win
+    any more.
+    """
     counters = state.counters
     num_records = counters[NUM_RECORDS]
     kept_records, kept_places = 0, 0
     first = 0
     while first < num_records:
         last, alive = first, False
-        while last < num_records and state.keys[last] >> GROUP_BITS == state.keys[first] >> GROUP_BITS:
+        while (
+            last < num_records and state.keys[last] >> GROUP_BITS == state.keys[first] >> GROUP_BITS
+        ):
             alive |= recount(state, last) >= state.min_count
             last += 1
         for record in range(first, last if alive else first):
@@ -633,7 +753,9 @@ def compact(state: State) -> None:
 
 @_kernel
 def choose_by_count(state: State) -> int:
-    """The record with the highest count (ties: smallest pair), out of the heap; -1 when none reaches min_count."""
+    """The record with the highest count (ties: smallest pair), out of the heap; -1 when none
+    reaches min_count.
+    """
     counters = state.counters
     while True:
         if counters[HEAP_SIZE] == 0:
@@ -671,13 +793,17 @@ def refresh(state: State, at: int) -> int:
 
 @_kernel
 def find_largest(state: State) -> int:
-    """The largest count of all records, which is then in the pool; 0 when none reaches min_count, -1 when the pool is full."""
+    """The largest count of all records, which is then in the pool; 0 when none reaches
+    min_count, -1 when the pool is full.
+    """
     counters, pool = state.counters, state.pool
     largest = 0
     at = 0
     while at < counters[POOL_SIZE]:
         if pool[at, COUNT] > largest and refresh(state, at) < counters[FLOOR]:
-            leave_pool(state, at)  # at once: `lower_floor` takes what is below the floor for outside
+            leave_pool(
+                state, at
+            )  # at once: `lower_floor` takes what is below the floor for outside
         else:
             largest = max(largest, pool[at, COUNT])
             at += 1
@@ -701,7 +827,10 @@ def enter_pool(state: State) -> None:
     """Move the top of the heap into the pool."""
     pool, at, record = state.pool, state.counters[POOL_SIZE], state.heap[0]
     pool[at, RECORD] = record
-    pool[at, FIRST], pool[at, SECOND] = state.keys[record] >> 44, (state.keys[record] >> GROUP_BITS) & 0xFFFFF
+    pool[at, FIRST], pool[at, SECOND] = (
+        state.keys[record] >> 44,
+        (state.keys[record] >> GROUP_BITS) & 0xFFFFF,
+    )
     pool[at, COUNT], pool[at, EXACT_AT] = state.counts[record], state.exact_at[record]
     state.consistencies[at] = -1.0
     state.counters[POOL_SIZE] = at + 1
@@ -710,10 +839,11 @@ def enter_pool(state: State) -> None:
 
 @_kernel
 def measure_consistency(state: State, record: int) -> float:
-    """S of a record's pair of tokens, from the exact counts of all its offsets, which are its neighbours among the records.
+    """S of a record's pair of tokens, from the exact counts of all its offsets, which are its
+    neighbours among the records.
 
-    The arithmetic is that of `vbpe.spatial_consistency`, operation by operation. Counts of records in the heap must not change
-    there, so only those below the floor are kept.
+    The arithmetic is that of `vbpe.spatial_consistency`, operation by operation. Counts of records
+    in the heap must not change there, so only those below the floor are kept.
     """
     group = state.keys[record] >> GROUP_BITS
     first, last = record, record + 1
@@ -741,7 +871,9 @@ def measure_consistency(state: State, record: int) -> float:
             dy = (step + SPAN // 2) >> 13
             dx = step - dy * SPAN
             squared_distance = (dy - mean_y) * (dy - mean_y) + (dx - mean_x) * (dx - mean_x)
-            consistency += exact[i - first] * math.exp(-squared_distance / (2.0 * state.sigma * state.sigma))
+            consistency += exact[i - first] * math.exp(
+                -squared_distance / (2.0 * state.sigma * state.sigma)
+            )
     return math.floor(consistency / total * 2.0**30 + 0.5) / 2.0**30
 
 
@@ -762,31 +894,46 @@ def count_places(state: State, record: int) -> int:
 
 @_kernel
 def choose_by_priority(state: State) -> int:
-    """The record with the highest P = count / largest + alpha S, out of the pool; -1: nothing left, -2: the pool is full.
+    """The record with the highest P = count / largest + alpha S, out of the pool; -1: nothing
+    left, -2: the pool is full.
 
-    No P is above its bound, count / largest + alpha. So the pool holds what the bound of the best does not rule out; an unknown S
-    is measured only while its bound may still win; the rest stays in the heap, which is sorted by count, thus by bound.
+    No P is above its bound, count / largest + alpha. So the pool holds what the bound of the best
+    does not rule out; an unknown S is measured only while its bound may still win; the rest stays
+    in the heap, which is sorted by count, thus by bound.
     """
     largest = find_largest(state)
     if largest <= 0:
         return -1 if largest == 0 else -2
-    pool, consistencies, counters, alpha = state.pool, state.consistencies, state.counters, state.alpha
+    pool, consistencies, counters, alpha = (
+        state.pool,
+        state.consistencies,
+        state.counters,
+        state.alpha,
+    )
     changed, counts, keys = state.changed, state.counts, state.keys
     counters[LARGEST] = largest
     best, best_priority = -1, -1.0
     for at in range(counters[POOL_SIZE]):
         if consistencies[at] >= 0.0 and is_fresh(pool, changed, at):
             priority = pool[at, COUNT] / largest + alpha * consistencies[at]
-            if priority > best_priority or (priority == best_priority and is_before(counts, keys, pool[at, RECORD], best)):
+            if priority > best_priority or (
+                priority == best_priority and is_before(counts, keys, pool[at, RECORD], best)
+            ):
                 best, best_priority = pool[at, RECORD], priority
     at = 0
     while True:
         if at == counters[POOL_SIZE]:
-            if counters[HEAP_SIZE] and state.counts[state.heap[0]] / largest + alpha >= best_priority:
+            if (
+                counters[HEAP_SIZE]
+                and state.counts[state.heap[0]] / largest + alpha >= best_priority
+            ):
                 if at == len(pool):
                     return -2
                 enter_pool(state)
-            elif counters[FLOOR] > state.min_count and (counters[FLOOR] - 1) / largest + alpha >= best_priority:
+            elif (
+                counters[FLOOR] > state.min_count
+                and (counters[FLOOR] - 1) / largest + alpha >= best_priority
+            ):
                 lower_floor(state)
                 continue
             else:
@@ -797,7 +944,9 @@ def choose_by_priority(state: State) -> int:
             if may_win:
                 consistencies[at] = measure_consistency(state, pool[at, RECORD])
                 priority = pool[at, COUNT] / largest + alpha * consistencies[at]
-                if priority > best_priority or (priority == best_priority and is_before(counts, keys, pool[at, RECORD], best)):
+                if priority > best_priority or (
+                    priority == best_priority and is_before(counts, keys, pool[at, RECORD], best)
+                ):
                     best, best_priority = pool[at, RECORD], priority
         if may_win:
             at += 1
@@ -833,7 +982,9 @@ class Found(NamedTuple):
     slots: np.ndarray  # int32 [power of two]: number of a pair; -1 = free
     keys: np.ndarray  # int64 [pairs]
     slot_of: np.ndarray  # int32 [pairs]
-    tallies: np.ndarray  # int64 [pairs]: occurrences; while writing: 1 + where the next one goes in `places`, or negative
+    # int64 [pairs]: occurrences; while writing: 1 + where the next one goes in `places`, or
+    # negative
+    tallies: np.ndarray
 
 
 @_kernel
@@ -857,8 +1008,17 @@ def find_slot(slots: np.ndarray, keys: np.ndarray, key: int) -> int:
 
 
 @_kernel
-def list_neighbours(board: np.ndarray, anchor: int, offsets: np.ndarray, start: int, end: int, neighbours: np.ndarray) -> int:
-    """Write the anchors of the tokens that cover the cells at `offsets[start:end]`, each once; returns how many."""
+def list_neighbours(
+    board: np.ndarray,
+    anchor: int,
+    offsets: np.ndarray,
+    start: int,
+    end: int,
+    neighbours: np.ndarray,
+) -> int:
+    """Write the anchors of the tokens that cover the cells at `offsets[start:end]`, each once;
+    returns how many.
+    """
     size = 0
     for i in range(start, end):
         neighbour = anchor + offsets[i]
@@ -879,9 +1039,16 @@ def list_neighbours(board: np.ndarray, anchor: int, offsets: np.ndarray, start: 
 
 @_kernel
 def collect(
-    board: np.ndarray, stride: int, anchors: np.ndarray, token: int, offsets: np.ndarray, keys: np.ndarray, places: np.ndarray
+    board: np.ndarray,
+    stride: int,
+    anchors: np.ndarray,
+    token: int,
+    offsets: np.ndarray,
+    keys: np.ndarray,
+    places: np.ndarray,
 ) -> int:
-    """Write the pair and the place of every pair of `token`, whose instances stand at `anchors`; returns how many.
+    """Write the pair and the place of every pair of `token`, whose instances stand at `anchors`;
+    returns how many.
 
     A pair of two such tokens is taken from the earlier one.
     """
@@ -905,9 +1072,15 @@ def collect(
 
 @_kernel
 def tally(
-    keys: np.ndarray, slots: np.ndarray, found_keys: np.ndarray, slot_of: np.ndarray, tallies: np.ndarray, pair_of: np.ndarray
+    keys: np.ndarray,
+    slots: np.ndarray,
+    found_keys: np.ndarray,
+    slot_of: np.ndarray,
+    tallies: np.ndarray,
+    pair_of: np.ndarray,
 ) -> int:
-    """Number the different keys in order of appearance and count them; `pair_of` [len(keys)] gets their numbers.
+    """Number the different keys in order of appearance and count them; `pair_of` [len(keys)]
+    gets their numbers.
 
     Returns how many there are, or -1, with empty slots, when there is no room for them.
     """
@@ -932,8 +1105,11 @@ def tally(
 
 
 @_kernel
-def write_records(state: State, keys: np.ndarray, places: np.ndarray, found: Found, pair_of: np.ndarray) -> Found:
-    """Make records of the pairs that may win one day, in the order of their keys. `found` comes and leaves empty.
+def write_records(
+    state: State, keys: np.ndarray, places: np.ndarray, found: Found, pair_of: np.ndarray
+) -> Found:
+    """Make records of the pairs that may win one day, in the order of their keys. `found` comes
+    and leaves empty.
 
     With alpha, rarer offsets of the same two tokens are kept too: S counts them.
     """
@@ -1002,8 +1178,8 @@ def edge_offsets(state: State, token: int) -> np.ndarray:
 def index_board(state: State) -> None:
     """Write the records of all pairs on the board and open the heap.
 
-    The pairs are dealt out to their first tokens in one walk over the board, so that only this walk reads it; then each token's
-    share is counted by itself, in cache.
+    The pairs are dealt out to their first tokens in one walk over the board, so that only this walk
+    reads it; then each token's share is counted by itself, in cache.
     """
     board, counters, stride = state.board, state.counters, state.stride
     num_ids = state.num_codes + counters[ROUND]
@@ -1030,9 +1206,17 @@ def index_board(state: State) -> None:
         token = board[anchor]
         if token >= 0:
             column, at = anchor % stride, ends[token]
-            for i in range(list_neighbours(board, anchor, offsets, offset_start[token], offset_start[token + 1], neighbours)):
+            for i in range(
+                list_neighbours(
+                    board, anchor, offsets, offset_start[token], offset_start[token + 1], neighbours
+                )
+            ):
                 if neighbours[i] > anchor:
-                    keys[at] = pair_key(token, board[neighbours[i]], step_after(column, neighbours[i] - anchor, stride))
+                    keys[at] = pair_key(
+                        token,
+                        board[neighbours[i]],
+                        step_after(column, neighbours[i] - anchor, stride),
+                    )
                     places[at] = anchor
                     at += 1
             ends[token] = at
@@ -1050,9 +1234,11 @@ def index_board(state: State) -> None:
 
 @_kernel
 def merge_places(state: State, record: int, new: int) -> np.ndarray:
-    """Merge every occurrence of a record, in raster order, and return the anchors of the new tokens.
+    """Merge every occurrence of a record, in raster order, and return the anchors of the new
+    tokens.
 
-    Only a pair of equal tokens can overlap itself (`a a a`): then the later occurrence finds its token gone.
+    Only a pair of equal tokens can overlap itself (`a a a`): then the later occurrence finds its
+    token gone.
     """
     board, stride, counters = state.board, state.stride, state.counters
     key = state.keys[record]
@@ -1065,7 +1251,15 @@ def merge_places(state: State, record: int, new: int) -> np.ndarray:
         if a == b and (board[anchor] != a or board[anchor + offset] != b):
             continue
         board[anchor] = new
-        join_tokens(board, anchor, anchor + offset, state.cells, state.cell_start[b], state.cell_start[b + 1], stride)
+        join_tokens(
+            board,
+            anchor,
+            anchor + offset,
+            state.cells,
+            state.cell_start[b],
+            state.cell_start[b + 1],
+            stride,
+        )
         state.places[start + merged] = anchor
         merged += 1
     state.counts[record] = 0
@@ -1078,12 +1272,16 @@ def merge_places(state: State, record: int, new: int) -> np.ndarray:
 
 @_kernel
 def learn(state: State, until: int) -> int:
-    """Learn merges until there are `until`. Returns LEARNT, NOTHING_LEFT, or what has to grow before the next call."""
+    """Learn merges until there are `until`. Returns LEARNT, NOTHING_LEFT, or what has to grow
+    before the next call.
+    """
     counters = state.counters
     found = make_found(1 << 12)
     keys, places, pair_of = np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.int32)
     while counters[ROUND] < until:
-        if counters[NUM_CELLS] * 3 > len(state.cells):  # the new token has at most twice the cells of all others
+        if counters[NUM_CELLS] * 3 > len(
+            state.cells
+        ):  # the new token has at most twice the cells of all others
             return SHAPES_FULL
         record = choose_by_count(state) if state.alpha == 0.0 else choose_by_priority(state)
         if record < 0:
@@ -1094,12 +1292,25 @@ def learn(state: State, until: int) -> int:
         a, b, step = state.merges[counters[ROUND] - 1, :3]
         starts = state.cell_start
         starts[new + 1] = starts[new] + starts[a + 1] - starts[a] + starts[b + 1] - starts[b]
-        unite_cells(state.cells, state.codes, starts[a], starts[a + 1], starts[b], starts[b + 1], step, starts[new])
+        unite_cells(
+            state.cells,
+            state.codes,
+            starts[a],
+            starts[a + 1],
+            starts[b],
+            starts[b + 1],
+            step,
+            starts[new],
+        )
         counters[NUM_CELLS] = starts[new + 1]
         offsets = edge_offsets(state, new)
         if len(keys) < len(anchors) * len(offsets):
             room = 2 * len(anchors) * len(offsets)
-            keys, places, pair_of = np.empty(room, np.int64), np.empty(room, np.int32), np.empty(room, np.int32)
+            keys, places, pair_of = (
+                np.empty(room, np.int64),
+                np.empty(room, np.int32),
+                np.empty(room, np.int32),
+            )
         size = collect(state.board, state.stride, anchors, new, offsets, keys, places)
         if max(counters[NUM_PLACES], counters[NUM_RECORDS]) + size > len(state.places):
             compact(state)
@@ -1111,9 +1322,11 @@ def learn(state: State, until: int) -> int:
 
 
 def plan_board(sizes: np.ndarray) -> tuple[int, int, np.ndarray]:
-    """Where images of `sizes` [N, 2] (height, width) stand: (stride, board cells, origins int64 [N] of their upper left cells).
+    """Where images of `sizes` [N, 2] (height, width) stand: (stride, board cells, origins int64
+    [N] of their upper left cells).
 
-    Images of one size stand below each other. A mixture fills shelves from the highest to the lowest image.
+    Images of one size stand below each other. A mixture fills shelves from the highest to the
+    lowest image.
     """
     heights, widths = sizes[:, 0].astype(np.int64), sizes[:, 1].astype(np.int64)
     if (sizes == sizes[0]).all():
@@ -1133,9 +1346,11 @@ def plan_board(sizes: np.ndarray) -> tuple[int, int, np.ndarray]:
 
 
 class Trainer:
-    """Learns merges from `corpora`, a list of code arrays [N, H, W] (int types, memory maps welcome, sizes may differ).
+    """Learns merges from `corpora`, a list of code arrays [N, H, W] (int types, memory maps
+    welcome, sizes may differ).
 
-    `learnt` are merges to begin with (their shapes and hash table), from an earlier run on the same images.
+    `learnt` are merges to begin with (their shapes and hash table), from an earlier run on the same
+    images.
     """
 
     def __init__(
@@ -1147,11 +1362,14 @@ class Trainer:
         min_count: int,
         learnt: Tables | None = None,
     ) -> None:
-        self.sizes = np.concatenate([np.tile(corpus.shape[1:], (len(corpus), 1)) for corpus in corpora])
+        self.sizes = np.concatenate(
+            [np.tile(corpus.shape[1:], (len(corpus), 1)) for corpus in corpora]
+        )
         stride, num_cells, self.origins = plan_board(self.sizes)
         if num_cells >= 1 << 31:
             raise InputError(
-                f"{len(self.sizes)} images need a board of {num_cells} cells, expected below 2**31: use fewer images"
+                f"{len(self.sizes)} images need a board of {num_cells} cells, expected below "
+                "2**31: use fewer images"
             )
         board = np.full(num_cells, BORDER, np.int32)
         first = 0
@@ -1166,11 +1384,15 @@ class Trainer:
                     paint_streams(board, stride, origins, chunk.shape[1:], ids, learnt)
                 first += len(chunk)
         self.num_cells = int(self.sizes.prod(axis=1).sum())
-        self._state = _new_state(board, stride, self.num_cells, num_codes, alpha, sigma, min_count, learnt)
+        self._state = _new_state(
+            board, stride, self.num_cells, num_codes, alpha, sigma, min_count, learnt
+        )
         index_board(self._state)
 
     def learn(self, until: int) -> bool:
-        """Learn until there are `until` merges; False when no pair was left that occurs `min_count` times."""
+        """Learn until there are `until` merges; False when no pair was left that occurs
+        `min_count` times.
+        """
         state = self._state
         more = until + 1 + state.num_codes - len(state.cell_start) + 1
         if more > 0:
@@ -1183,10 +1405,14 @@ class Trainer:
         while (status := learn(state, until)) in (SHAPES_FULL, POOL_FULL):
             if status == SHAPES_FULL:
                 more = 3 * len(state.cells)
-                state = state._replace(cells=_longer(state.cells, more), codes=_longer(state.codes, more))
+                state = state._replace(
+                    cells=_longer(state.cells, more), codes=_longer(state.codes, more)
+                )
             else:
                 more = len(state.pool)
-                state = state._replace(pool=_longer(state.pool, more), consistencies=_longer(state.consistencies, more))
+                state = state._replace(
+                    pool=_longer(state.pool, more), consistencies=_longer(state.consistencies, more)
+                )
             self._state = state
         return status == LEARNT
 

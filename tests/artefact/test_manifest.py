@@ -4,7 +4,6 @@ import os
 import pytest
 
 from beingvl import manifest
-from beingvl.errors import InputError
 from beingvl.artefact.manifest import (
     MANIFEST_FILE,
     already_made,
@@ -15,19 +14,26 @@ from beingvl.artefact.manifest import (
     write_manifest,
 )
 from beingvl.artefact.parts import locked
+from beingvl.errors import InputError
 
 
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.bin").write_bytes(b"12345")
-    write_manifest(tmp_path, "shards", {"samples": 3}, {"vocab": "sha256:aa"}, {"request": {"n": 1}})
+    write_manifest(
+        tmp_path, "shards", {"samples": 3}, {"vocab": "sha256:aa"}, {"request": {"n": 1}}
+    )
     return tmp_path
 
 
 def test_round_trip_and_verification(folder) -> None:
     read = verify_folder(folder)
-    assert (read.kind, read.counts, read.lineage) == ("shards", {"samples": 3}, {"vocab": "sha256:aa"})
+    assert (read.kind, read.counts, read.lineage) == (
+        "shards",
+        {"samples": 3},
+        {"vocab": "sha256:aa"},
+    )
     assert read.files["sub/a.bin"]["bytes"] == 5
 
 
@@ -37,7 +43,9 @@ def test_a_sampled_hash_finds_other_content_and_another_size(folder, tmp_path) -
     write_manifest(folder, "shards", {}, {}, known_hashes={"big.bin": manifest.hash_sample(big)})
     assert str(read_manifest(folder).files["big.bin"]["hash"]).startswith("sampled-sha256:")
     verify_folder(folder)
-    big.write_bytes(bytes(range(1, 256)) + bytes(1) + bytes(range(256)) * 99_999)  # the first piece differs
+    big.write_bytes(
+        bytes(range(1, 256)) + bytes(1) + bytes(range(256)) * 99_999
+    )  # the first piece differs
     with pytest.raises(InputError, match="does not have the hash"):
         verify_folder(folder)
     with pytest.raises(InputError, match="bytes"):
@@ -68,7 +76,9 @@ def test_verify_finds_damage(folder, damage, message) -> None:
         verify_folder(folder)
 
 
-def test_incomplete_wrong_kind_newer_and_damaged_manifests_are_refused(folder, tmp_path_factory) -> None:
+def test_incomplete_wrong_kind_newer_and_damaged_manifests_are_refused(
+    folder, tmp_path_factory
+) -> None:
     with pytest.raises(InputError, match="incomplete; make it with `beingvl build-shards`"):
         read_manifest(tmp_path_factory.mktemp("empty"), "shards")
     with pytest.raises(InputError, match="is not a folder"):
@@ -96,7 +106,9 @@ def test_a_manifest_that_lacks_something_is_named(folder, name) -> None:
 
 
 def test_a_started_folder_is_incomplete_and_empty(folder) -> None:
-    with pytest.raises(InputError, match="holds 'shards', which a step that writes 'vq_codes' does not replace"):
+    with pytest.raises(
+        InputError, match="holds 'shards', which a step that writes 'vq_codes' does not replace"
+    ):
         start_folder(folder, "vq_codes")
     start_folder(folder, "shards")
     assert not manifest.is_complete(folder)
@@ -106,7 +118,10 @@ def test_a_started_folder_is_incomplete_and_empty(folder) -> None:
 def test_a_file_in_the_way_of_a_folder_is_named(tmp_path) -> None:
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "file", tmp_path / "file" / "inside"):
-        for make in (lambda path: start_folder(path, "shards"), lambda path: locked(path).__enter__()):
+        for make in (
+            lambda path: start_folder(path, "shards"),
+            lambda path: locked(path).__enter__(),
+        ):
             with pytest.raises(InputError, match=f"{path} cannot be made, a file is in the way"):
                 make(path)
 
@@ -120,7 +135,10 @@ def test_already_made(folder) -> None:
 
 
 def test_join_lineages_names_the_two_that_contradict_each_other() -> None:
-    assert join_lineages({"a": {"vq": "1"}, "b": {"vq": "1", "vbpe": "2"}}) == {"vq": "1", "vbpe": "2"}
+    assert join_lineages({"a": {"vq": "1"}, "b": {"vq": "1", "vbpe": "2"}}) == {
+        "vq": "1",
+        "vbpe": "2",
+    }
     with pytest.raises(InputError, match="a and c do not match: they were made with different vq"):
         join_lineages({"a": {"vq": "1"}, "b": {"vbpe": "2"}, "c": {"vq": "3"}})
 
@@ -128,7 +146,9 @@ def test_join_lineages_names_the_two_that_contradict_each_other() -> None:
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch) -> None:
     path = tmp_path / "x.json"
     manifest.write_atomically(path, "old")
-    monkeypatch.setattr(manifest.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        manifest.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         manifest.write_atomically(path, "new")
     assert path.read_text() == "old"
@@ -154,7 +174,11 @@ def test_a_hash_of_pieces_depends_on_every_byte(tmp_path) -> None:
         path.write_bytes(bytes(byte ^ (number == at) for number, byte in enumerate(range(100))))
         assert manifest.hash_pieces(path, piece_bytes=30) != whole
     path.write_bytes(bytes(range(100)))
-    assert manifest.hash_pieces(path, piece_bytes=30) == whole != manifest.hash_pieces(path, piece_bytes=50)
+    assert (
+        manifest.hash_pieces(path, piece_bytes=30)
+        == whole
+        != manifest.hash_pieces(path, piece_bytes=50)
+    )
 
 
 def test_unfinished_folders_are_not_entered(folder, monkeypatch) -> None:

@@ -1,4 +1,6 @@
-"""`beingvl verify` of models, checkpoints and evaluations: what no hash can tell, because it was written that way."""
+"""`beingvl verify` of models, checkpoints and evaluations: what no hash can tell, because it was
+written that way.
+"""
 
 import json
 from dataclasses import asdict
@@ -8,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from beingvl.commands import main as cli
 from beingvl.artefact.manifest import read_manifest, to_json, write_manifest
+from beingvl.commands import main as cli
 from beingvl.train.checkpoint import CheckpointState, CheckpointWriter, rank_file
 from beingvl.train.probe import Probe, save_probe
 from tests.tiny import LAYOUT, write_model
@@ -31,7 +33,9 @@ def refuses(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
 def test_a_model_folder_fits_its_config_its_index_and_its_vocabulary(tmp_path, capsys) -> None:
     folder = write_model(tmp_path / "model")
     assert cli.main(["verify", str(folder)]) == 0
-    weights, config, layout = (folder / name for name in ("model.safetensors", "config.json", "vocab_layout.json"))
+    weights, config, layout = (
+        folder / name for name in ("model.safetensors", "config.json", "vocab_layout.json")
+    )
     whole, fields, ids = weights.read_bytes(), config.read_text(), layout.read_text()
 
     weights.write_bytes(whole[:-4])
@@ -41,23 +45,36 @@ def test_a_model_folder_fits_its_config_its_index_and_its_vocabulary(tmp_path, c
     assert "are not of the same model" in refuses(folder, capsys)
     config.write_text(fields)
     layout.write_text(ids.replace('"num_merges": 8', '"num_merges": 9'))
-    assert f"has {LAYOUT.size} rows, vocab_layout.json has {LAYOUT.size + 1} ids" in refuses(folder, capsys)
+    assert f"has {LAYOUT.size} rows, vocab_layout.json has {LAYOUT.size + 1} ids" in refuses(
+        folder, capsys
+    )
     layout.write_text(ids.replace('"num_merges": 8', '"num_merges": 7'))
     assert "is not the vocabulary of the manifest's lineage" in refuses(folder, capsys)
     layout.write_text(ids)
     (folder / "old.safetensors").write_bytes(whole)
-    assert "old.safetensors is a weight file that model.safetensors does not name" in refuses(folder, capsys)
+    assert "old.safetensors is a weight file that model.safetensors does not name" in refuses(
+        folder, capsys
+    )
 
 
 def write_checkpoint(folder: Path) -> Path:
     """Parameter `a` `[2, 3]`, of which rank 0 has four elements and rank 1 two."""
     spans = [[0, 4], [4, 6]]
-    state = CheckpointState(1, 1, 2, {"lineage": {}}, {"a": {"shape": [2, 3], "spans": spans, "adam_steps": 1}})
+    state = CheckpointState(
+        1, 1, 2, {"lineage": {}}, {"a": {"shape": [2, 3], "spans": spans, "adam_steps": 1}}
+    )
     probe = Probe(torch.tensor([1]), torch.tensor([0]))
     writers = [CheckpointWriter(rank, lambda value: [value]) for rank in (0, 1)]
     for writer, span in zip(writers, spans, strict=True):
-        tensors = {f"a.{key}": torch.arange(*span).float() for key in ("master", "exp_avg", "exp_avg_sq")}
-        writer.begin(folder, state, tensors.items(), lambda folder: save_probe(folder, probe, torch.zeros(1, 4)))
+        tensors = {
+            f"a.{key}": torch.arange(*span).float() for key in ("master", "exp_avg", "exp_avg_sq")
+        }
+        writer.begin(
+            folder,
+            state,
+            tensors.items(),
+            lambda folder: save_probe(folder, probe, torch.zeros(1, 4)),
+        )
     for writer in reversed(writers):  # rank 0 writes the manifest, of all ranks' files
         writer.commit()
     return folder
@@ -78,7 +95,10 @@ def test_the_slices_of_a_checkpoint_make_whole_parameters(tmp_path, capsys) -> N
         state.write_text(to_json(asdict(CheckpointState(**fields))))
         assert "of a do not make its shape" in refuses(folder, capsys)
     state.write_text(text)
-    for damaged, found in ((whole | {"a.exp_avg": torch.zeros(1)}, 4), ({"a.master": whole["a.master"]}, 0)):
+    for damaged, found in (
+        (whole | {"a.exp_avg": torch.zeros(1)}, 4),
+        ({"a.master": whole["a.master"]}, 0),
+    ):
         save_file(damaged, slices)
         assert f"{slices.name} holds {found} of 8 bytes of a.exp_avg" in refuses(folder, capsys)
     save_file(whole, slices)
@@ -100,7 +120,10 @@ def test_an_evaluation_has_a_readable_line_for_every_row(tmp_path, capsys) -> No
     ):
         lines.write_text(text)
         assert message in refuses(tmp_path, capsys)
-    for text, message in (('{"rows": 3}', "scores.json is of 3 rows, the manifest of 2"), ("{", "scores.json cannot be read")):
+    for text, message in (
+        ('{"rows": 3}', "scores.json is of 3 rows, the manifest of 2"),
+        ("{", "scores.json cannot be read"),
+    ):
         scores.write_text(text)
         assert message in refuses(tmp_path, capsys)
     lines.unlink()

@@ -1,13 +1,16 @@
-"""Convert a random checkpoint of real size and compare with `cp -r`: time, private memory, differences.
+"""Convert a random checkpoint of real size and compare with `cp -r`: time, private memory,
+differences.
 
     python -m tests.benchmarks.convert --size 8b      16 GB source; needs 35 GB of free disk
     python -m tests.benchmarks.convert --size 1b      tied embeddings, one file; needs 9 GB
 
-Each step runs after `sync` and its time ends with another `sync`, so that every writer pays for its bytes; `cp -r` is timed
-before and after the conversions and the mean counts, because disks and neighbours are noisy. The last line is one JSON object:
-`time_ratio_copy` (conversion with copies / cp), `link_seconds`, `peak_private_bytes` (USS, sampled every 200 ms: a sample walks
-the page tables, and more of them would slow the conversion), `max_abs_diff` (over all tensors of the source).
-`cpu_seconds` are the processor's, of the conversion with copies and of the one with links: on a busy machine they tell more.
+Each step runs after `sync` and its time ends with another `sync`, so that every writer pays for its
+bytes; `cp -r` is timed before and after the conversions and the mean counts, because disks and
+neighbours are noisy. The last line is one JSON object: `time_ratio_copy` (conversion with copies /
+cp), `link_seconds`, `peak_private_bytes` (USS, sampled every 200 ms: a sample walks the page
+tables, and more of them would slow the conversion), `max_abs_diff` (over all tensors of the
+source). `cpu_seconds` are the processor's, of the conversion with copies and of the one with links:
+on a busy machine they tell more.
 """
 
 from __future__ import annotations
@@ -34,18 +37,37 @@ from beingvl.model.weight_files import WeightFolder
 from tests.model.small_models import LLAMA3_ROPE, llama3_tokenizer_file
 
 SIZES: dict[str, dict[str, Any]] = {
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8},
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+    },
 }
 NUM_TEXT = 128_256
 SHARD_BYTES = {"8b": 5_000_000_000, "1b": 1 << 40, "tiny": 20_000_000}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
-    parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder, removed at the end")
+    parser.add_argument(
+        "--folder", type=Path, help="where to work; default: a temporary folder, removed at the end"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="convert-benchmark-", dir=args.folder) as folder:
         result = measure(Path(folder), args.size)
@@ -56,7 +78,10 @@ def main() -> int:
 def measure(folder: Path, size: str) -> dict[str, Any]:
     source = folder / "llama"
     source_bytes = make_checkpoint(source, size)
-    print(f"{size}: {source_bytes / 1e9:.2f} GB in {len(WeightFolder(source).files)} files", flush=True)
+    print(
+        f"{size}: {source_bytes / 1e9:.2f} GB in {len(WeightFolder(source).files)} files",
+        flush=True,
+    )
     copy_seconds = [timed_copy(source, folder / "copied")]
     converted = convert(source, folder / "base", "--no_link")
     difference = largest_difference(source, folder / "base")
@@ -104,11 +129,21 @@ def make_checkpoint(folder: Path, size: str) -> int:
     weight_map: dict[str, str] = {}
     shards = list(shards_of(dict(tensor_shapes(config)), SHARD_BYTES[size]))
     for number, shapes in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        save_file({tensor: random_tensor(shape, tensor) for tensor, shape in shapes.items()}, folder / name, {"format": "pt"})
+        name = (
+            f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            if len(shards) > 1
+            else "model.safetensors"
+        )
+        save_file(
+            {tensor: random_tensor(shape, tensor) for tensor, shape in shapes.items()},
+            folder / name,
+            {"format": "pt"},
+        )
         weight_map |= dict.fromkeys(shapes, name)
     if len(shards) > 1:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
@@ -118,9 +153,18 @@ def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
     yield "model.embed_tokens.weight", (NUM_TEXT, hidden)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        for name, rows, columns in [("q", hidden, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, hidden)]:
+        for name, rows, columns in [
+            ("q", hidden, hidden),
+            ("k", kv, hidden),
+            ("v", kv, hidden),
+            ("o", hidden, hidden),
+        ]:
             yield f"{prefix}self_attn.{name}_proj.weight", (rows, columns)
-        for name, rows, columns in [("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)]:
+        for name, rows, columns in [
+            ("gate", inner, hidden),
+            ("up", inner, hidden),
+            ("down", hidden, inner),
+        ]:
             yield f"{prefix}mlp.{name}_proj.weight", (rows, columns)
         yield f"{prefix}input_layernorm.weight", (hidden,)
         yield f"{prefix}post_attention_layernorm.weight", (hidden,)
@@ -129,7 +173,9 @@ def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
         yield "lm_head.weight", (NUM_TEXT, hidden)
 
 
-def shards_of(shapes: dict[str, tuple[int, ...]], limit: int) -> Iterator[dict[str, tuple[int, ...]]]:
+def shards_of(
+    shapes: dict[str, tuple[int, ...]], limit: int
+) -> Iterator[dict[str, tuple[int, ...]]]:
     """Tensors in order, a new shard where the next tensor would pass `limit` bytes."""
     shard: dict[str, tuple[int, ...]] = {}
     used = 0
@@ -144,7 +190,9 @@ def shards_of(shapes: dict[str, tuple[int, ...]], limit: int) -> Iterator[dict[s
 
 
 def random_tensor(shape: tuple[int, ...], name: str) -> torch.Tensor:
-    """bf16 normals, repeated from a pool of 32 M: incompressible enough for a disk, and 8 B of them come quickly."""
+    """bf16 normals, repeated from a pool of 32 M: incompressible enough for a disk, and 8 B of
+    them come quickly.
+    """
     count = int(torch.tensor(shape).prod())
     start = hash(name) % 1_000_003
     pool = normal_pool()
@@ -190,7 +238,11 @@ def convert(source: Path, target: Path, option: str) -> dict[str, float]:
 
     used = children_cpu_seconds()
     seconds = timed(work)
-    return {"seconds": seconds, "cpu_seconds": children_cpu_seconds() - used, "peak_private_bytes": peak}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": children_cpu_seconds() - used,
+        "peak_private_bytes": peak,
+    }
 
 
 def children_cpu_seconds() -> float:
@@ -203,7 +255,9 @@ def largest_difference(source: Path, target: Path) -> float:
     ours, theirs = WeightFolder(target), WeightFolder(source)
     largest = 0.0
     for name in theirs:
-        for block, expected in zip(ours[name][: len(theirs[name])].split(4096), theirs[name].split(4096), strict=True):
+        for block, expected in zip(
+            ours[name][: len(theirs[name])].split(4096), theirs[name].split(4096), strict=True
+        ):
             if not torch.equal(block, expected):
                 largest = max(largest, float((block.float() - expected.float()).abs().max()))
     return largest

@@ -1,11 +1,13 @@
-"""Answers per second of BeingVL against plain transformers `generate`, on one random small model; one JSON line last.
+"""Answers per second of BeingVL against plain transformers `generate`, on one random small
+model; one JSON line last.
 
     python -m tests.benchmarks.generate [--prompts 512] [--repeats 3]
 
-Both get the same prompts in the same order and the same batch size; plain transformers pads each batch on the left as its
-documentation says. `generation_ratio` is ours / plain (above 1: ours is faster), the median over repeats taken in turn;
-`generation_ratio_sorted` the same when plain transformers is given the prompts sorted by length, as our class sorts them itself;
-`batch_equal` says whether batched and single answers are the same tokens.
+Both get the same prompts in the same order and the same batch size; plain transformers pads each
+batch on the left as its documentation says. `generation_ratio` is ours / plain (above 1: ours is
+faster), the median over repeats taken in turn; `generation_ratio_sorted` the same when plain
+transformers is given the prompts sorted by length, as our class sorts them itself; `batch_equal`
+says whether batched and single answers are the same tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ MAX_NEW_TOKENS, BATCH_SIZE = 16, 64
 def make_prompts(count: int) -> list[list[int]]:
     """Random ids; lengths as of the quickstart's prompts, in random order."""
     random = np.random.default_rng(0)
-    return [random.integers(0, LAYOUT.size, random.integers(40, 100)).tolist() for _ in range(count)]
+    return [
+        random.integers(0, LAYOUT.size, random.integers(40, 100)).tolist() for _ in range(count)
+    ]
 
 
 @torch.inference_mode()
@@ -52,19 +56,25 @@ def plain_transformers(model: BeingVL, prompts: list[list[int]]) -> list[list[in
             pad_token_id=LAYOUT.pad_id,
         )
         rows = out[:, width:].tolist()
-        answers += [row[: row.index(LAYOUT.eos_id)] if LAYOUT.eos_id in row else row for row in rows]
+        answers += [
+            row[: row.index(LAYOUT.eos_id)] if LAYOUT.eos_id in row else row for row in rows
+        ]
     return answers
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = write_model(Path(folder) / "model", LAYOUT, num_layers=4, hidden_size=128)
         model = BeingVL(path).load_model(device="cpu")
-    for parameter in model.model.parameters():  # freshly initialised weights hardly attend: `batch_equal` would say little
+    for parameter in (
+        model.model.parameters()
+    ):  # freshly initialised weights hardly attend: `batch_equal` would say little
         if parameter.dim() == 2:
             parameter.data *= 8
     prompts = make_prompts(args.prompts)
@@ -82,12 +92,22 @@ def main() -> None:
         sorted_seconds = time.perf_counter() - started
         sorted_ratios.append(sorted_seconds / seconds)
         speeds = [len(prompts) / each for each in (seconds, plain_seconds, sorted_seconds)]
-        print("ours {:.0f}, plain transformers {:.0f}, given sorted prompts {:.0f} answers per second".format(*speeds))
+        print(
+            "ours {:.0f}, plain transformers {:.0f}, given sorted prompts {:.0f} answers "
+            "per second".format(*speeds)
+        )
         assert ours == plain, "both must give the same answers"
     single = model.continue_token_sequences(prompts[:BATCH_SIZE], MAX_NEW_TOKENS, batch_size=1)
     equal = single == ours[:BATCH_SIZE]
     found = {"generation_ratio": ratios, "generation_ratio_sorted": sorted_ratios}
-    print(json.dumps({**{name: round(statistics.median(values), 3) for name, values in found.items()}, "batch_equal": equal}))
+    print(
+        json.dumps(
+            {
+                **{name: round(statistics.median(values), 3) for name, values in found.items()},
+                "batch_equal": equal,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How fast this device multiplies and copies: what any training step is measured against.
 
-Rates are medians of several timed batches, on random data, after a warm-up. Copies count bytes read plus bytes written on one
-memory, and bytes moved between two.
+Rates are medians of several timed batches, on random data, after a warm-up. Copies count bytes read
+plus bytes written on one memory, and bytes moved between two.
 """
 
 from __future__ import annotations
@@ -21,14 +21,22 @@ def measure_floors(device: torch.device) -> dict[str, float | str]:
         "torch": torch.__version__,
         "matmul_flops": matmul_rate(device, 8192 if on_gpu else 256),
         "device_copy_bytes": copy_rate(device, device, 1 << 31 if on_gpu else 1 << 24),
-        "host_copy_bytes": copy_rate(torch.device("cpu"), torch.device("cpu"), 1 << 30 if on_gpu else 1 << 24),
-        "host_to_device_bytes": copy_rate(torch.device("cpu"), device, 1 << 30 if on_gpu else 1 << 24),
-        "device_to_host_bytes": copy_rate(device, torch.device("cpu"), 1 << 30 if on_gpu else 1 << 24),
+        "host_copy_bytes": copy_rate(
+            torch.device("cpu"), torch.device("cpu"), 1 << 30 if on_gpu else 1 << 24
+        ),
+        "host_to_device_bytes": copy_rate(
+            torch.device("cpu"), device, 1 << 30 if on_gpu else 1 << 24
+        ),
+        "device_to_host_bytes": copy_rate(
+            device, torch.device("cpu"), 1 << 30 if on_gpu else 1 << 24
+        ),
         **head_seconds(device, 4096 if on_gpu else 64, 16_389 if on_gpu else 389),
     }
 
 
-def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 5, calls: int = 4) -> float:
+def seconds_of(
+    work: Callable[[], object], device: torch.device, repeats: int = 5, calls: int = 4
+) -> float:
     """Median seconds of one call."""
 
     def wait() -> None:
@@ -58,7 +66,8 @@ def copy_rate(source: torch.device, target: torch.device, num_bytes: int) -> flo
     """Bytes a second; host memory is page-locked when the other side is a GPU."""
     pinned = "cuda" in (source.type, target.type)
     here, there = (
-        torch.ones(num_bytes // 4, device=place, pin_memory=pinned and place.type == "cpu") for place in (source, target)
+        torch.ones(num_bytes // 4, device=place, pin_memory=pinned and place.type == "cpu")
+        for place in (source, target)
     )
     waits_for = target if target.type == "cuda" else source
     seconds = seconds_of(lambda: there.copy_(here, non_blocking=True), waits_for)
@@ -66,7 +75,9 @@ def copy_rate(source: torch.device, target: torch.device, num_bytes: int) -> flo
 
 
 def head_seconds(device: torch.device, hidden_size: int, num_rows: int) -> dict[str, float]:
-    """Seconds of the visual rows' logits of 256 and 1024 positions, with and without aligned rows of the result."""
+    """Seconds of the visual rows' logits of 256 and 1024 positions, with and without aligned
+    rows of the result.
+    """
     rows = torch.randn(num_rows, hidden_size, device=device).bfloat16()
     found = {}
     for positions in (256, 1024):

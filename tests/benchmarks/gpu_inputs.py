@@ -1,7 +1,9 @@
-"""What the benchmarks of training on a GPU run on: a model of real shape without weight files, shards of realistic lengths.
+"""What the benchmarks of training on a GPU run on: a model of real shape without weight files,
+shards of realistic lengths.
 
-A sample is `bos boi IMAGE eoi question sep answer eos` of random ids. An image has 720 tokens on average, as real codes have
-after vBPE (docs/benchmarks.md); questions and answers have lognormal lengths, whose medians below are assumed, not measured.
+A sample is `bos boi IMAGE eoi question sep answer eos` of random ids. An image has 720 tokens on
+average, as real codes have after vBPE (docs/benchmarks.md); questions and answers have lognormal
+lengths, whose medians below are assumed, not measured.
 """
 
 from __future__ import annotations
@@ -14,25 +16,39 @@ from typing import Any
 import numpy as np
 import torch
 
-from beingvl.data.arrow_shards import Sample, ShardWriter
 from beingvl.artefact.manifest import to_json
+from beingvl.data.arrow_shards import Sample, ShardWriter
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 from tests.benchmarks.convert import SIZES
 from tests.model.small_models import LLAMA3_ROPE
 
 LAYOUTS = {
-    "8b": VocabLayout(num_text=128_256, num_vq=8192, num_merges=8192, bos_id=128_000, eos_id=128_001),
-    "1b": VocabLayout(num_text=128_256, num_vq=8192, num_merges=8192, bos_id=128_000, eos_id=128_001),
+    "8b": VocabLayout(
+        num_text=128_256, num_vq=8192, num_merges=8192, bos_id=128_000, eos_id=128_001
+    ),
+    "1b": VocabLayout(
+        num_text=128_256, num_vq=8192, num_merges=8192, bos_id=128_000, eos_id=128_001
+    ),
     "tiny": VocabLayout(num_text=1024, num_vq=128, num_merges=64, bos_id=1022, eos_id=1023),
 }
 IMAGE_TOKENS, QUESTION_TOKENS = (720, 120), 25  # mean and deviation; median
-ANSWER_TOKENS = {"foundation": 60, "perception": 15, "reasoning": 120, "instruction": 200}  # medians
+ANSWER_TOKENS = {
+    "foundation": 60,
+    "perception": 15,
+    "reasoning": 120,
+    "instruction": 200,
+}  # medians
 LONGEST_SAMPLE = 2000
 
 
-def write_model(folder: Path, size: str, pad_to_multiple_of: int = 1, num_layers: int | None = None) -> Path:
+def write_model(
+    folder: Path, size: str, pad_to_multiple_of: int = 1, num_layers: int | None = None
+) -> Path:
     """config.json and the vocabulary layout of Llama 3's shape; `RandomWeights` has the weights."""
-    layout, fields = LAYOUTS[size], SIZES[size] | ({"num_hidden_layers": num_layers} if num_layers else {})
+    layout, fields = (
+        LAYOUTS[size],
+        SIZES[size] | ({"num_hidden_layers": num_layers} if num_layers else {}),
+    )
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -55,9 +71,11 @@ def write_model(folder: Path, size: str, pad_to_multiple_of: int = 1, num_layers
 
 
 class RandomWeights(Mapping[str, torch.Tensor]):
-    """A model's tensors by name, each made on the device when it is asked for: normals, ones for norms.
+    """A model's tensors by name, each made on the device when it is asked for: normals, ones for
+    norms.
 
-    16 GB need no disk then, and no time to read; zeros would be quicker still, but matrix products are faster on zeros.
+    16 GB need no disk then, and no time to read; zeros would be quicker still, but matrix products
+    are faster on zeros.
     """
 
     def __init__(self, model_folder: Path, device: torch.device) -> None:
@@ -65,7 +83,9 @@ class RandomWeights(Mapping[str, torch.Tensor]):
 
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._shapes = {
+            name: tuple(parameter.shape) for name, parameter in model.named_parameters()
+        }
         self._device = device
 
     @property
@@ -90,15 +110,27 @@ def write_shards(folder: Path, layout: VocabLayout, num_samples: int) -> Path:
     random = np.random.default_rng(0)
     writer = ShardWriter(folder, layout)
     for number in range(num_samples):
-        writer.add(_random_sample(str(number), list(ANSWER_TOKENS)[number % len(ANSWER_TOKENS)], layout, random))
+        writer.add(
+            _random_sample(
+                str(number), list(ANSWER_TOKENS)[number % len(ANSWER_TOKENS)], layout, random
+            )
+        )
     writer.finish({"vocab": layout.fingerprint()}, {})
     return folder
 
 
-def _random_sample(name: str, source: str, layout: VocabLayout, random: np.random.Generator) -> Sample:
+def _random_sample(
+    name: str, source: str, layout: VocabLayout, random: np.random.Generator
+) -> Sample:
     image = int(np.clip(random.normal(*IMAGE_TOKENS), 256, 1024))
     question = int(np.clip(random.lognormal(np.log(QUESTION_TOKENS), 0.5), 4, 200))
-    answer = int(np.clip(random.lognormal(np.log(ANSWER_TOKENS[source]), 0.7), 1, LONGEST_SAMPLE - image - question - 5))
+    answer = int(
+        np.clip(
+            random.lognormal(np.log(ANSWER_TOKENS[source]), 0.7),
+            1,
+            LONGEST_SAMPLE - image - question - 5,
+        )
+    )
     ids = np.concatenate(
         [
             [layout.bos_id, layout.boi_id],
@@ -114,7 +146,9 @@ def _random_sample(name: str, source: str, layout: VocabLayout, random: np.rando
 
 
 def rows_of(samples: list[Sample]) -> list[dict[str, Any]]:
-    """What Hugging Face's Trainer trains on: `labels` are not shifted, -100 where there is no target."""
+    """What Hugging Face's Trainer trains on: `labels` are not shifted, -100 where there is no
+    target.
+    """
     rows = []
     for sample in samples:
         labels = np.full(len(sample.input_ids), -100)

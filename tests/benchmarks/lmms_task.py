@@ -1,11 +1,14 @@
-"""lmms-eval's POPE task on local pictures and questions, by the adapter and by `beingvl evaluate`; one JSON line last.
+"""lmms-eval's POPE task on local pictures and questions, by the adapter and by `beingvl
+evaluate`; one JSON line last.
 
-    python -m tests.benchmarks.lmms_task --run runs/quickstart --lmms_python LMMS_ENVIRONMENT/bin/python [--rows 200]
+    python -m tests.benchmarks.lmms_task --run runs/quickstart --lmms_python
+    LMMS_ENVIRONMENT/bin/python [--rows 200]
 
-LMMS_ENVIRONMENT is a virtual environment with lmms-eval and this package (`pip install lmms-eval; pip install -e .`), not the
-tests' own. The task is lmms-eval's, its YAML and its functions; only its documents come from a parquet file of the
-quickstart's held-out pictures with their yes-or-no questions. `answers_equal`: both gave the same answer to every question.
-(lmms-eval 0.7.3 computes POPE's yes ratio from the reference answers, so that one number differs.)
+LMMS_ENVIRONMENT is a virtual environment with lmms-eval and this package (`pip install lmms-eval;
+pip install -e .`), not the tests' own. The task is lmms-eval's, its YAML and its functions; only
+its documents come from a parquet file of the quickstart's held-out pictures with their yes-or-no
+questions. `answers_equal`: both gave the same answer to every question. (lmms-eval 0.7.3 computes
+POPE's yes ratio from the reference answers, so that one number differs.)
 """
 
 from __future__ import annotations
@@ -45,7 +48,9 @@ def yes_or_no_rows(run: Path, count: int) -> list[dict]:
     return chosen[:count]
 
 
-def by_lmms_eval(python: str, processes: int, run: Path, rows: list[dict], folder: Path) -> tuple[dict, list[str]]:
+def by_lmms_eval(
+    python: str, processes: int, run: Path, rows: list[dict], folder: Path
+) -> tuple[dict, list[str]]:
     """Scores of lmms-eval, and its answers in the order of the rows."""
     documents = [
         {
@@ -57,10 +62,29 @@ def by_lmms_eval(python: str, processes: int, run: Path, rows: list[dict], folde
         for row in rows
     ]
     (folder / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
-    subprocess.run([python, "-c", MAKE_TASK, folder, (run / "data" / "images").resolve()], check=True)
-    arguments = f"pretrained={run / 'stage-3' / 'final'},vbpe_path={run / 'vbpe'},torch_dtype=float32"
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", processes, "-m"] if processes > 1 else []
-    command = [python, "-m", *launch, "lmms_eval", "--model", "beingvl", "--model_args", arguments, "--tasks", "pope_local"]
+    subprocess.run(
+        [python, "-c", MAKE_TASK, folder, (run / "data" / "images").resolve()], check=True
+    )
+    arguments = (
+        f"pretrained={run / 'stage-3' / 'final'},vbpe_path={run / 'vbpe'},torch_dtype=float32"
+    )
+    launch = (
+        ["accelerate.commands.launch", "--cpu", "--num_processes", processes, "-m"]
+        if processes > 1
+        else []
+    )
+    command = [
+        python,
+        "-m",
+        *launch,
+        "lmms_eval",
+        "--model",
+        "beingvl",
+        "--model_args",
+        arguments,
+        "--tasks",
+        "pope_local",
+    ]
     command += [
         "--include_path",
         folder,
@@ -77,31 +101,58 @@ def by_lmms_eval(python: str, processes: int, run: Path, rows: list[dict], folde
     (samples,) = (folder / "out").rglob("*samples_pope_local.jsonl")
     with open(samples, encoding="utf-8") as file:
         answers = {sample["doc_id"]: sample["filtered_resps"] for sample in map(json.loads, file)}
-    return json.loads(results.read_text())["results"]["pope_local"], [answers[number] for number in range(len(rows))]
+    return json.loads(results.read_text())["results"]["pope_local"], [
+        answers[number] for number in range(len(rows))
+    ]
 
 
 def by_evaluate(run: Path, rows: list[dict], folder: Path) -> tuple[dict, list[str]]:
     (folder / "rows.json").write_text(json.dumps(rows))
-    where = [f"--model={run / 'stage-3' / 'final'}", f"--vbpe_path={run / 'vbpe'}", f"--json_path={folder / 'rows.json'}"]
-    where += [f"--image_path={run / 'data' / 'images'}", f"--output_path={folder / 'eval'}", "--metric=pope", "--device=cpu"]
+    where = [
+        f"--model={run / 'stage-3' / 'final'}",
+        f"--vbpe_path={run / 'vbpe'}",
+        f"--json_path={folder / 'rows.json'}",
+    ]
+    where += [
+        f"--image_path={run / 'data' / 'images'}",
+        f"--output_path={folder / 'eval'}",
+        "--metric=pope",
+        "--device=cpu",
+    ]
     assert beingvl(["evaluate", *where]) == 0
-    return read_summary(folder / "eval")["scores"], [row["prediction"] for row in read_predictions(folder / "eval")]
+    return read_summary(folder / "eval")["scores"], [
+        row["prediction"] for row in read_predictions(folder / "eval")
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, required=True, help="folder of scripts/quickstart.sh")
-    parser.add_argument("--lmms_python", required=True, help="python of an environment with lmms-eval and this package")
+    parser.add_argument(
+        "--lmms_python",
+        required=True,
+        help="python of an environment with lmms-eval and this package",
+    )
     parser.add_argument("--rows", type=int, default=200)
-    parser.add_argument("--processes", type=int, default=1, help="of lmms-eval, started by accelerate")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="of lmms-eval, started by accelerate"
+    )
     args = parser.parse_args()
     rows = yes_or_no_rows(args.run.resolve(), args.rows)
     with tempfile.TemporaryDirectory() as folder:
-        theirs, their_answers = by_lmms_eval(args.lmms_python, args.processes, args.run.resolve(), rows, Path(folder))
+        theirs, their_answers = by_lmms_eval(
+            args.lmms_python, args.processes, args.run.resolve(), rows, Path(folder)
+        )
         ours, our_answers = by_evaluate(args.run.resolve(), rows, Path(folder))
     names = [name for name in theirs if name.startswith("pope_") and "stderr" not in name]
     scores = {f"lmms_{name.partition(',')[0]}": theirs[name] for name in names}
-    print(json.dumps({"rows": len(rows), "answers_equal": their_answers == our_answers, **scores, **ours}))
+    print(
+        json.dumps(
+            {"rows": len(rows), "answers_equal": their_answers == our_answers, **scores, **ours}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,22 @@
-"""vBPE against the `tokenizers` package (Rust BPE), on the same tokens: training time, encoding speed, growth, memory.
+"""vBPE against the `tokenizers` package (Rust BPE), on the same tokens: training time, encoding
+speed, growth, memory.
 
     python -m tests.benchmarks.vbpe [--images 5000] [--merges 8192] [--repeats 3]
 
-Needs tokenizers, scikit-learn and scikit-image (the photographs come in their wheels). Corpora, 32 x 32 codes out of 8192 each:
+Needs tokenizers, scikit-learn and scikit-image (the photographs come in their wheels). Corpora, 32
+x 32 codes out of 8192 each:
 
-    real    crops of 20 photographs at 6 scales, flipped, turned, recoloured; codes of a two-level k-means of 8 x 8 pixel patches.
-            Few photographs and no VQ-GAN: more repetitive than a photo collection, less smooth than a VQ-GAN's codes.
+    real    crops of 20 photographs at 6 scales, flipped, turned, recoloured; codes of a
+            two-level k-means of 8 x 8 pixel patches.
+            Few photographs and no VQ-GAN: more repetitive than a photo collection, less smooth than
+            a VQ-GAN's codes.
     low     independent codes, Zipf 0.6: hardly anything to merge
-    high    Zipf 1.0, 45 % of the codes determined by their left or upper neighbour: every merge happens hundreds of times
+    high    Zipf 1.0, 45 % of the codes determined by their left or upper neighbour: every merge
+            happens hundreds of times
 
-`tokenizers` sees each image as one word of 1024 characters, and may use all cores; our trainer uses one. The two run in turn.
-The last line is JSON: train_ratio, train_ratio_alpha, encode_ratio, growth_slope, bytes_per_cell.
+`tokenizers` sees each image as one word of 1024 characters, and may use all cores; our trainer uses
+one. The two run in turn. The last line is JSON: train_ratio, train_ratio_alpha, encode_ratio,
+growth_slope, bytes_per_cell.
 """
 
 from __future__ import annotations
@@ -33,8 +39,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vbpe.kernels import Trainer
+from beingvl.vbpe.visual_bpe import VisualBPE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -42,15 +48,37 @@ if TYPE_CHECKING:
 NUM_CODES = 8192
 SIDE = 32
 DEFAULT_ALPHA = 0.3
-PHOTOGRAPHS = ["astronaut", "brick", "camera", "cat", "cell", "coffee", "coins", "grass", "gravel", "hubble_deep_field", "logo"]
-PHOTOGRAPHS += ["immunohistochemistry", "moon", "page", "retina", "rocket", "text", "stereo_motorcycle"]
+PHOTOGRAPHS = [
+    "astronaut",
+    "brick",
+    "camera",
+    "cat",
+    "cell",
+    "coffee",
+    "coins",
+    "grass",
+    "gravel",
+    "hubble_deep_field",
+    "logo",
+]
+PHOTOGRAPHS += [
+    "immunohistochemistry",
+    "moon",
+    "page",
+    "retina",
+    "rocket",
+    "text",
+    "stereo_motorcycle",
+]
 
 
 # ---- corpora ----
 
 
 def real_codes(num_images: int, seed: int = 0) -> np.ndarray:
-    """[num_images, 32, 32] uint16, see the module docstring. Takes about a minute for 8000 images, then comes from a cache."""
+    """[num_images, 32, 32] uint16, see the module docstring. Takes about a minute for 8000
+    images, then comes from a cache.
+    """
     from sklearn.cluster import MiniBatchKMeans
 
     cached = Path(tempfile.gettempdir()) / f"beingvl-benchmark-codes-{num_images}-{seed}.npy"
@@ -62,13 +90,19 @@ def real_codes(num_images: int, seed: int = 0) -> np.ndarray:
     fine: list[MiniBatchKMeans] = []
     codes = np.empty((num_images, SIDE, SIDE), np.uint16)
     for start in range(0, num_images, 200):
-        patches = np.concatenate([crop_patches(scaled, rng) for _ in range(min(200, num_images - start))])
+        patches = np.concatenate(
+            [crop_patches(scaled, rng) for _ in range(min(200, num_images - start))]
+        )
         if not fine:
             group = coarse.fit_predict(patches)
             for number in range(128):
                 members = patches[group == number]
                 members = members if len(members) >= 64 else patches[rng.choice(len(patches), 64)]
-                fine.append(MiniBatchKMeans(64, batch_size=1024, n_init=1, max_iter=20, random_state=seed).fit(members))
+                fine.append(
+                    MiniBatchKMeans(
+                        64, batch_size=1024, n_init=1, max_iter=20, random_state=seed
+                    ).fit(members)
+                )
         group = coarse.predict(patches)
         chunk = np.empty(len(patches), np.uint16)
         for number in np.unique(group):
@@ -94,12 +128,18 @@ def scaled_photographs() -> list[np.ndarray]:
         image = np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image[..., :3]
         for scale in (0.4, 0.6, 0.8, 1.0, 1.3, 1.7):
             if min(image.shape[:2]) * scale >= 257:
-                scaled.append(rescale(image, scale, order=1, anti_aliasing=scale < 1, channel_axis=2).astype(np.float32))
+                scaled.append(
+                    rescale(image, scale, order=1, anti_aliasing=scale < 1, channel_axis=2).astype(
+                        np.float32
+                    )
+                )
     return scaled
 
 
 def crop_patches(scaled: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """One random 256 x 256 crop as float32 [1024, 48]: its 8 x 8 patches, each averaged to 4 x 4 pixels."""
+    """One random 256 x 256 crop as float32 [1024, 48]: its 8 x 8 patches, each averaged to 4 x 4
+    pixels.
+    """
     image = scaled[rng.integers(len(scaled))]
     top, left = rng.integers(image.shape[0] - 255), rng.integers(image.shape[1] - 255)
     crop = np.rot90(image[top : top + 256, left : left + 256], rng.integers(4))
@@ -111,7 +151,9 @@ def crop_patches(scaled: list[np.ndarray], rng: np.random.Generator) -> np.ndarr
 
 def zipf_codes(rng: np.random.Generator, exponent: float, num_images: int) -> np.ndarray:
     weights = 1.0 / np.arange(1, NUM_CODES + 1) ** exponent
-    return rng.choice(NUM_CODES, size=(num_images, SIDE, SIDE), p=weights / weights.sum()).astype(np.uint16)
+    return rng.choice(NUM_CODES, size=(num_images, SIDE, SIDE), p=weights / weights.sum()).astype(
+        np.uint16
+    )
 
 
 def low_codes(num_images: int) -> np.ndarray:
@@ -151,7 +193,10 @@ def train(codes: np.ndarray, num_merges: int, alpha: float) -> Trainer:
 
 def as_words(codes: np.ndarray) -> list[str]:
     """Each image one word; code c is the character U+10000 + c, of which none is white space."""
-    return ["".join(map(chr, image)) for image in (codes.reshape(len(codes), -1).astype(int) + 0x10000).tolist()]
+    return [
+        "".join(map(chr, image))
+        for image in (codes.reshape(len(codes), -1).astype(int) + 0x10000).tolist()
+    ]
 
 
 def train_text_bpe(words: list[str], num_merges: int) -> Tokenizer:
@@ -159,12 +204,16 @@ def train_text_bpe(words: list[str], num_merges: int) -> Tokenizer:
 
     tokenizer = Tokenizer(models.BPE())
     alphabet = [chr(0x10000 + code) for code in range(NUM_CODES)]
-    trainer = trainers.BpeTrainer(vocab_size=NUM_CODES + num_merges, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=NUM_CODES + num_merges, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(words, trainer)
     return tokenizer
 
 
-def compare_training(name: str, codes: np.ndarray, num_merges: int, repeats: int) -> dict[str, float]:
+def compare_training(
+    name: str, codes: np.ndarray, num_merges: int, repeats: int
+) -> dict[str, float]:
     """Median seconds of the three trainers, in turn."""
     words = as_words(codes)
     times: dict[str, list[float]] = {"ours": [], "ours_alpha": [], "text": []}
@@ -176,16 +225,31 @@ def compare_training(name: str, codes: np.ndarray, num_merges: int, repeats: int
         tokenizer = train_text_bpe(words, num_merges)
         times["text"].append(time.perf_counter() - started)
     found = {key: median(values) for key, values in times.items()}
-    lengths = [train(codes, num_merges, alpha).num_tokens / len(codes) for alpha in (0.0, DEFAULT_ALPHA)]
-    lengths.append(sum(len(encoding.ids) for encoding in tokenizer.encode_batch(words[:500])) / min(500, len(words)))
-    print(f"\n{name}: {len(codes)} images, {num_merges} merges        seconds   ratio   tokens per image")
-    for label, key, length in zip(("vBPE alpha 0", f"vBPE alpha {DEFAULT_ALPHA}", "tokenizers"), found, lengths, strict=True):
-        print(f"  {label:<44}{found[key]:8.2f}{found[key] / found['text']:8.3f}{length:11.1f}", flush=True)
+    lengths = [
+        train(codes, num_merges, alpha).num_tokens / len(codes) for alpha in (0.0, DEFAULT_ALPHA)
+    ]
+    lengths.append(
+        sum(len(encoding.ids) for encoding in tokenizer.encode_batch(words[:500]))
+        / min(500, len(words))
+    )
+    print(
+        f"\n{name}: {len(codes)} images, {num_merges} merges        seconds   ratio   "
+        "tokens per image"
+    )
+    for label, key, length in zip(
+        ("vBPE alpha 0", f"vBPE alpha {DEFAULT_ALPHA}", "tokenizers"), found, lengths, strict=True
+    ):
+        print(
+            f"  {label:<44}{found[key]:8.2f}{found[key] / found['text']:8.3f}{length:11.1f}",
+            flush=True,
+        )
     return found
 
 
 def compare_encoding(codes: np.ndarray, num_merges: int, repeats: int) -> float:
-    """Images per second, ours over theirs, both on all cores, each with the vocabulary it learnt from these images."""
+    """Images per second, ours over theirs, both on all cores, each with the vocabulary it learnt
+    from these images.
+    """
     words = as_words(codes)
     num_threads = os.cpu_count() or 1
     vbpe = VisualBPE(NUM_CODES, train(codes, num_merges, DEFAULT_ALPHA).merges)
@@ -198,28 +262,56 @@ def compare_encoding(codes: np.ndarray, num_merges: int, repeats: int) -> float:
         ours_single.append(seconds(lambda: vbpe.encode_batch(codes, 1)))
     ratio = median(theirs) / median(ours)
     print(f"\nencoding {len(codes)} real images                images/s   ratio")
-    for label, times in (("vBPE", ours), ("tokenizers encode_batch", theirs), ("vBPE, one thread", ours_single)):
-        print(f"  {label:<36}{len(codes) / median(times):12.0f}{median(theirs) / median(times):8.2f}", flush=True)
+    for label, times in (
+        ("vBPE", ours),
+        ("tokenizers encode_batch", theirs),
+        ("vBPE, one thread", ours_single),
+    ):
+        print(
+            f"  {label:<36}{len(codes) / median(times):12.0f}{median(theirs) / median(times):8.2f}",
+            flush=True,
+        )
     return ratio
 
 
 def measure_growth(codes: np.ndarray, num_merges: int, repeats: int) -> float:
     """Slope of training time over images on logarithmic axes."""
     counts = [1000, 2000, 4000, 8000]
-    times = [median(seconds(lambda n=n: train(codes[:n], num_merges, DEFAULT_ALPHA)) for _ in range(repeats)) for n in counts]
+    times = [
+        median(
+            seconds(lambda n=n: train(codes[:n], num_merges, DEFAULT_ALPHA)) for _ in range(repeats)
+        )
+        for n in counts
+    ]
     print(
-        "\ngrowth (real)  " + "  ".join(f"{count} images {spent:.2f} s" for count, spent in zip(counts, times, strict=True)),
+        "\ngrowth (real)  "
+        + "  ".join(
+            f"{count} images {spent:.2f} s" for count, spent in zip(counts, times, strict=True)
+        ),
         flush=True,
     )
     return float(np.polyfit(np.log(counts), np.log(times), 1)[0])
 
 
 def peak_bytes_per_cell(codes: np.ndarray, num_merges: int) -> float:
-    """Peak resident memory that training adds, in a process of its own that memory-maps the codes."""
+    """Peak resident memory that training adds, in a process of its own that memory-maps the
+    codes.
+    """
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "codes.npy", codes)
-        command = [sys.executable, "-m", "tests.benchmarks.vbpe", "--peak_of", f"{folder}/codes.npy", "--merges", str(num_merges)]
-        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / codes.size
+        command = [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.vbpe",
+            "--peak_of",
+            f"{folder}/codes.npy",
+            "--merges",
+            str(num_merges),
+        ]
+        return (
+            float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            / codes.size
+        )
 
 
 def print_peak(path: str, num_merges: int) -> None:
@@ -247,19 +339,28 @@ def resident_bytes() -> int:
 
 
 def time_compilation() -> tuple[float, float]:
-    """Seconds that a new process takes for its first trainer and encoder: (nothing cached, cached on disk)."""
+    """Seconds that a new process takes for its first trainer and encoder: (nothing cached,
+    cached on disk).
+    """
     code = (
         "import time, numpy as np; started = time.perf_counter()\n"
         "from beingvl.vbpe.visual_bpe import VisualBPE; from beingvl.vbpe.kernels import Trainer\n"
         "trainer = Trainer([np.zeros((2, 4, 4), np.uint16)], 2, 0.3, 1.0, 2); trainer.learn(3)\n"
-        "vbpe = VisualBPE(2, trainer.merges); vbpe.decode(vbpe.encode(np.zeros((4, 4), int)), 4, 4)\n"
+        "vbpe = VisualBPE(2, trainer.merges); vbpe.decode(vbpe.encode(np.zeros((4, 4), "
+        "int)), 4, 4)\n"
         "print(time.perf_counter() - started)"
     )
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"NUMBA_CACHE_DIR": cache}
         first, second = (
             float(
-                subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+                subprocess.run(
+                    [sys.executable, "-c", code],
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                ).stdout
             )
             for _ in range(2)
         )
@@ -267,7 +368,9 @@ def time_compilation() -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--merges", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=3)
@@ -277,17 +380,35 @@ def main() -> None:
         return print_peak(args.peak_of, args.merges)
 
     packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "numba", "tokenizers"))
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}")
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python "
+        f"{platform.python_version()}, {packages}"
+    )
     print(f"load average {os.getloadavg()[0]:.1f}")
     first, second = time_compilation()
-    print(f"first call in a process: {first:.1f} s compiling, {second:.1f} s with the kernels cached on disk", flush=True)
+    print(
+        f"first call in a process: {first:.1f} s compiling, {second:.1f} s with the "
+        "kernels cached on disk",
+        flush=True,
+    )
     train(np.zeros((2, 4, 4), np.uint16), 3, 0.0)
     train(np.zeros((2, 4, 4), np.uint16), 3, DEFAULT_ALPHA)
     real = real_codes(max(8000, args.images))
-    corpora = {"real": real[: args.images], "low": low_codes(args.images), "high": high_codes(args.images)}
-    times = {name: compare_training(name, codes, args.merges, args.repeats) for name, codes in corpora.items()}
+    corpora = {
+        "real": real[: args.images],
+        "low": low_codes(args.images),
+        "high": high_codes(args.images),
+    }
+    times = {
+        name: compare_training(name, codes, args.merges, args.repeats)
+        for name, codes in corpora.items()
+    }
     memory = {name: peak_bytes_per_cell(codes, args.merges) for name, codes in corpora.items()}
-    print("\npeak memory, bytes per cell: " + ", ".join(f"{name} {value:.1f}" for name, value in memory.items()), flush=True)
+    print(
+        "\npeak memory, bytes per cell: "
+        + ", ".join(f"{name} {value:.1f}" for name, value in memory.items()),
+        flush=True,
+    )
     result = {
         "train_ratio": max(found["ours"] / found["text"] for found in times.values()),
         "train_ratio_alpha": max(found["ours_alpha"] / found["text"] for found in times.values()),

@@ -59,15 +59,36 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(tmp_path, capsys) -> None:
 
 
 def test_a_wrong_path_is_named_with_its_option(tmp_path, capsys) -> None:
-    words = ["tokenize", "--mode=pt", f"--json_path={tmp_path / 'none.json'}", f"--output_dir={tmp_path}", "--dataset_name=a"]
+    words = [
+        "tokenize",
+        "--mode=pt",
+        f"--json_path={tmp_path / 'none.json'}",
+        f"--output_dir={tmp_path}",
+        "--dataset_name=a",
+    ]
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / LAYOUT_FILE).write_text(json.dumps(VocabLayout(100, 8, 4, 1, 2).to_dict()))
     assert cli.main([*words, f"--model_path={tmp_path / 'base'}"]) == 2
-    assert f"error: --json_path {tmp_path / 'none.json'}: No such file or directory" in capsys.readouterr().err
+    assert (
+        f"error: --json_path {tmp_path / 'none.json'}: No such file or directory"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_folder_in_the_place_of_an_output_is_named(tmp_path, capsys) -> None:
-    row = dict.fromkeys(["step", "loss", "tokens", "tokens_per_second", "mfu", "peak_memory_bytes", "skipped", "spike"], 1)
+    row = dict.fromkeys(
+        [
+            "step",
+            "loss",
+            "tokens",
+            "tokens_per_second",
+            "mfu",
+            "peak_memory_bytes",
+            "skipped",
+            "spike",
+        ],
+        1,
+    )
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     (page := tmp_path / "page").mkdir()
     for words in ([f"--output_path={page}"], ["--output_path", str(page)]):
@@ -91,7 +112,9 @@ def test_a_defect_keeps_its_traceback_in_a_file(tmp_path, capsys, monkeypatch) -
     assert "ZeroDivisionError" in Path(saved).read_text()
 
 
-def test_a_failing_or_full_disk_is_a_sentence_and_any_other_error_of_the_system_a_defect(tmp_path, capsys, monkeypatch) -> None:
+def test_a_failing_or_full_disk_is_a_sentence_and_any_other_error_of_the_system_a_defect(
+    tmp_path, capsys, monkeypatch
+) -> None:
     for number, code, message in (
         (errno.EBADF, 1, "looks like a defect"),
         (errno.EIO, 2, "see to the disk"),

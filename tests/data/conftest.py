@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beingvl.commands import main as cli
 from beingvl.artefact.manifest import read_manifest, write_manifest
-from tests.tiny import LAYOUT, write_model
+from beingvl.commands import main as cli
 from tests.images.test_encode_images import save_vqgan
+from tests.tiny import LAYOUT, write_model
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,9 @@ def inputs(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     (folder / "images").mkdir()
     for number in range(40):
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / "images" / f"{number}.png")
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(
+            folder / "images" / f"{number}.png"
+        )
     (folder / "images" / "7.png").write_bytes(b"no image")
     save_vqgan(folder / "vqgan", seed=0)
     vqgan = read_manifest(folder / "vqgan").lineage["vqgan"]
@@ -33,7 +35,14 @@ def inputs(tmp_path_factory) -> Path:
     assert cli.main(commands(folder, folder)["encode-images"]) == 0
     assert (
         cli.main(
-            ["train-vbpe", "--data_path", f"{folder}/encode-images", "--output_path", f"{folder}/vbpe.json", "--num_merges=5"]
+            [
+                "train-vbpe",
+                "--data_path",
+                f"{folder}/encode-images",
+                "--output_path",
+                f"{folder}/vbpe.json",
+                "--num_merges=5",
+            ]
         )
         == 0
     )
@@ -44,13 +53,35 @@ def inputs(tmp_path_factory) -> Path:
 
 def commands(inputs: Path, output: Path) -> dict[str, list[str]]:
     """Every step in many small parts; what it writes is OUTPUT/NAME."""
-    encode = [f"--image_path={inputs}/images", f"--vq_path={inputs}/vqgan", "--images_per_part=3", "--batch_size=2"]
-    tokenize = [f"--json_path={inputs}/rows.json", f"--vq_codes={inputs}/encode-images", f"--vbpe_path={inputs}/vbpe.json"]
-    tokenize += [f"--model_path={inputs}/base", f"--output_dir={output}/tokenize", "--rows_per_part=16"]
-    build = [f"--jsonl_path={inputs}/tokenize/data_vbpe.jsonl", "--part_bytes=10000", "--num_workers=0"]
+    encode = [
+        f"--image_path={inputs}/images",
+        f"--vq_path={inputs}/vqgan",
+        "--images_per_part=3",
+        "--batch_size=2",
+    ]
+    tokenize = [
+        f"--json_path={inputs}/rows.json",
+        f"--vq_codes={inputs}/encode-images",
+        f"--vbpe_path={inputs}/vbpe.json",
+    ]
+    tokenize += [
+        f"--model_path={inputs}/base",
+        f"--output_dir={output}/tokenize",
+        "--rows_per_part=16",
+    ]
+    build = [
+        f"--jsonl_path={inputs}/tokenize/data_vbpe.jsonl",
+        "--part_bytes=10000",
+        "--num_workers=0",
+    ]
     build += [f"--vbpe_path={inputs}/vbpe.json"]
     return {
-        "encode-images": ["encode-images", *encode, f"--output_path={output}/encode-images", "--max_rejected=0.1"],
+        "encode-images": [
+            "encode-images",
+            *encode,
+            f"--output_path={output}/encode-images",
+            "--max_rejected=0.1",
+        ],
         "tokenize": ["tokenize", *tokenize, "--max_rejected=0.1"],
         "build-shards": ["build-shards", *build, f"--output_path={output}/build-shards"],
     }

@@ -56,7 +56,12 @@ def test_a_prompt_is_the_sequence_with_the_last_answer_missing(encoder) -> None:
 
 @pytest.mark.parametrize(
     ("question", "images"),
-    [("<image>", [IMAGE, OTHER]), ("<image><image><image>", [IMAGE, OTHER]), ("<image>", []), ("<image> and <image>", [IMAGE])],
+    [
+        ("<image>", [IMAGE, OTHER]),
+        ("<image><image><image>", [IMAGE, OTHER]),
+        ("<image>", []),
+        ("<image> and <image>", [IMAGE]),
+    ],
 )
 def test_placeholders_and_images_must_fit(encoder, question, images) -> None:
     with pytest.raises(InputError, match="placeholders"):
@@ -111,4 +116,6 @@ def test_malformed_conversations(conversations, message) -> None:
 
 
 def test_conversation_roles_have_two_names() -> None:
-    assert parse_conversation([{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]) == [("q", "a")]
+    assert parse_conversation(
+        [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]
+    ) == [("q", "a")]

@@ -38,12 +38,20 @@ def test_uneven_weights_are_exact_in_the_long_run() -> None:
 @pytest.mark.parametrize("weights", [[1] * 30, [1] * 51, [1] * 256, [1e-3] * 254 + [1e6, 3]])
 def test_many_sources_have_their_shares(weights: list[float]) -> None:
     names = [f"s{number}" for number in range(len(weights))]
-    many = Mixture(np.split(np.arange(10 * len(weights)), len(weights)), names, dict(zip(names, weights, strict=True)), 0)
+    many = Mixture(
+        np.split(np.arange(10 * len(weights)), len(weights)),
+        names,
+        dict(zip(names, weights, strict=True)),
+        0,
+    )
     drawn = many.draw(0, 140_000)
     expected = np.array(weights) / sum(weights) * len(drawn)
     assert np.abs(np.bincount(drawn // 10, minlength=len(weights)) - expected).max() <= len(weights)
     assert many.draw(99_950, 100_150).tolist() == drawn[99_950:100_150].tolist()
-    assert list(many.counts(70_001).values()) == np.bincount(drawn[:70_001] // 10, minlength=len(weights)).tolist()
+    assert (
+        list(many.counts(70_001).values())
+        == np.bincount(drawn[:70_001] // 10, minlength=len(weights)).tolist()
+    )
 
 
 def test_nothing_repeats_within_a_pass() -> None:
@@ -67,7 +75,10 @@ def test_seed_and_missing_sources() -> None:
         ({"x": 1}, "'x'"),
         ({"a": 0}, "at least one above 0"),
         ({"a": -1, "b": 1}, "negative"),
-        *(({"a": weight, "b": 1}, "expected numbers") for weight in (math.inf, math.nan, "1", True, None)),
+        *(
+            ({"a": weight, "b": 1}, "expected numbers")
+            for weight in (math.inf, math.nan, "1", True, None)
+        ),
     ],
 )
 def test_bad_weights(weights, message) -> None:

@@ -13,7 +13,9 @@ from beingvl.errors import InputError
 
 def plan(lengths, sequence_length, packing=True):
     lengths = np.array(lengths)
-    return PackingPlan(lambda start, stop: lengths[start:stop], len(lengths), sequence_length, packing)
+    return PackingPlan(
+        lambda start, stop: lengths[start:stop], len(lengths), sequence_length, packing
+    )
 
 
 def test_the_documented_example() -> None:
@@ -23,14 +25,20 @@ def test_the_documented_example() -> None:
 @given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 70))
 def test_every_sample_once_and_nothing_overflows(lengths: list[int], capacity: int) -> None:
     sequences = pack_window(np.array(lengths, np.int64), capacity)
-    assert sorted(position for sequence in sequences for position in sequence) == list(range(len(lengths)))
-    assert all(sum(lengths[position] for position in sequence) <= capacity for sequence in sequences)
+    assert sorted(position for sequence in sequences for position in sequence) == list(
+        range(len(lengths))
+    )
+    assert all(
+        sum(lengths[position] for position in sequence) <= capacity for sequence in sequences
+    )
 
 
 def test_a_window_does_not_go_from_short_samples_to_long_ones() -> None:
     lengths = np.random.default_rng(0).lognormal(5.5, 0.6, (20, WINDOW)).clip(20, 1500).astype(int)
     packed = [[len(sequence) for sequence in pack_window(window, 2048)] for window in lengths]
-    eighths = np.array([[np.mean(part) for part in np.array_split(sizes, 8)] for sizes in packed]).mean(0)
+    eighths = np.array(
+        [[np.mean(part) for part in np.array_split(sizes, 8)] for sizes in packed]
+    ).mean(0)
     assert eighths.std() < 0.03 * eighths.mean(), eighths
 
 
@@ -42,7 +50,9 @@ def test_counting_is_packing(lengths: list[int], capacity: int) -> None:
 
 @pytest.mark.parametrize("sequence_length", [4096, 8192, 1500])
 def test_realistic_lengths_fill_98_percent_and_are_counted_right(sequence_length: int) -> None:
-    lengths = np.random.default_rng(0).lognormal(5.5, 0.6, 5 * WINDOW + 100).clip(20, 1500).astype(int)
+    lengths = (
+        np.random.default_rng(0).lognormal(5.5, 0.6, 5 * WINDOW + 100).clip(20, 1500).astype(int)
+    )
     found = plan(lengths, sequence_length)
     assert found.efficiency > 0.98
     for window in range(6):
@@ -85,7 +95,9 @@ def test_an_error_reaches_whoever_asks_for_what_lies_behind_it() -> None:
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_too_long_a_sample_is_named(packing) -> None:
-    with pytest.raises(InputError, match=r"1 of 2 samples are longer than sequence_length 8 \(the longest has 9"):
+    with pytest.raises(
+        InputError, match=r"1 of 2 samples are longer than sequence_length 8 \(the longest has 9"
+    ):
         plan([3, 9], 8, packing).num_sequences  # noqa: B018
 
 

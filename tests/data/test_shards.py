@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from beingvl.artefact.manifest import hash_file, read_manifest, write_manifest
 from beingvl.commands import main as cli
 from beingvl.data import arrow_shards
 from beingvl.data.arrow_shards import Sample, ShardReader, ShardWriter, open_batch
@@ -16,14 +17,15 @@ from beingvl.data.loader import IGNORED, Share, TrainingData, collate, open_mixt
 from beingvl.data.mixture import Mixture
 from beingvl.data.token_rows import hash_ids
 from beingvl.errors import InputError
-from beingvl.artefact.manifest import hash_file, read_manifest, write_manifest
 from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import TOKEN_KINDS, VocabLayout
 from tests.tiny import LAYOUT, write_model, write_shards
 
 
 def sample(ids, spans, name="s", category="foundation") -> Sample:
-    return Sample(name, "", category, np.array(ids, np.int32), np.array(spans, np.int32).reshape(-1, 2))
+    return Sample(
+        name, "", category, np.array(ids, np.int32), np.array(spans, np.int32).reshape(-1, 2)
+    )
 
 
 def test_what_was_written_is_read(tmp_path) -> None:
@@ -43,11 +45,15 @@ def test_what_was_written_is_read(tmp_path) -> None:
         assert found.input_ids.tolist() == expected.input_ids.tolist()
         assert found.target_spans.tolist() == expected.target_spans.tolist()
     assert reader.lengths.tolist() == [len(entry.input_ids) for entry in written]
-    assert [reader.sources[source] for source in reader.source_of] == [entry.category for entry in written]
+    assert [reader.sources[source] for source in reader.source_of] == [
+        entry.category for entry in written
+    ]
 
 
 def test_shards_are_read_in_the_order_they_were_written(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(arrow_shards, "shard_name", lambda number: f"shard-{99_999 + number:05d}.arrow")
+    monkeypatch.setattr(
+        arrow_shards, "shard_name", lambda number: f"shard-{99_999 + number:05d}.arrow"
+    )
     writer = ShardWriter(tmp_path, LAYOUT, rows_per_shard=1)
     for number in range(3):
         writer.add(sample([1, 2, *range(number)], [], f"s{number}"))
@@ -124,14 +130,31 @@ def test_fewer_samples_than_the_manifest_says(tmp_path) -> None:
 
 # ---- JSONL -> shards ----
 
-ROW = {"id": 7, "category": "foundation", "token_0": [256, 262], "token_image": [263, 264], "token_1": [260, 5, 259, 6, 257]}
+ROW = {
+    "id": 7,
+    "category": "foundation",
+    "token_0": [256, 262],
+    "token_image": [263, 264],
+    "token_1": [260, 5, 259, 6, 257],
+}
 
 
 def build_shards(tmp_path, rows, *more: str) -> int:
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     write_model(tmp_path / "base")
-    return cli.main(["build-shards", "--jsonl_path", str(path), "--output_path", str(tmp_path / "shards"), *more])
+    return cli.main(
+        [
+            "build-shards",
+            "--jsonl_path",
+            str(path),
+            "--output_path",
+            str(tmp_path / "shards"),
+            *more,
+        ]
+    )
 
 
 def test_rows_with_and_without_target_spans_and_merged_image(tmp_path) -> None:
@@ -144,8 +167,12 @@ def test_rows_with_and_without_target_spans_and_merged_image(tmp_path) -> None:
     assert reader[1].target_spans.tolist() == [[7, 8]]
     assert reader[0].id == "7"
     assert build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base")) == 0  # reused
-    assert build_shards(tmp_path, rows[:1], "--model_path", str(tmp_path / "base")) == 2  # another input, no --overwrite
-    assert build_shards(tmp_path, rows[:1], "--model_path", str(tmp_path / "base"), "--overwrite") == 0
+    assert (
+        build_shards(tmp_path, rows[:1], "--model_path", str(tmp_path / "base")) == 2
+    )  # another input, no --overwrite
+    assert (
+        build_shards(tmp_path, rows[:1], "--model_path", str(tmp_path / "base"), "--overwrite") == 0
+    )
     assert len(ShardReader(tmp_path / "shards")) == 1
 
 
@@ -154,7 +181,10 @@ def test_rows_with_and_without_target_spans_and_merged_image(tmp_path) -> None:
     [
         ("{not json", "line 2: not a token row"),
         ("[1]", "line 2: not a token row (the line is no object)"),
-        ('{"id":' + "1" * 30 + ',"token_0":[1],"token_1":[]}', "line 2: not a token row (BIGINT_ERROR"),
+        (
+            '{"id":' + "1" * 30 + ',"token_0":[1],"token_1":[]}',
+            "line 2: not a token row (BIGINT_ERROR",
+        ),
         ({"id": 1, "token_0": []}, "missing field 'token_1'"),
         ({**ROW, "token_1": [2**40]}, "has id 1099511627776, the vocabulary ends"),
         ({**ROW, "token_1": [100000]}, "vocabulary"),
@@ -167,8 +197,14 @@ def test_bad_rows_are_named(tmp_path, capsys, row, message) -> None:
 
 
 def test_the_garbage_collector_works_again_when_the_shards_are_built(tmp_path) -> None:
-    assert build_shards(tmp_path, [ROW], "--model_path", str(tmp_path / "base")) == 0 and gc.isenabled()
-    assert build_shards(tmp_path, ["{"], "--model_path", str(tmp_path / "base"), "--overwrite") == 2 and gc.isenabled()
+    assert (
+        build_shards(tmp_path, [ROW], "--model_path", str(tmp_path / "base")) == 0
+        and gc.isenabled()
+    )
+    assert (
+        build_shards(tmp_path, ["{"], "--model_path", str(tmp_path / "base"), "--overwrite") == 2
+        and gc.isenabled()
+    )
 
 
 def test_merged_images_far_behind_in_a_shard_are_seen(tmp_path, capsys) -> None:
@@ -185,7 +221,9 @@ def test_parts_of_another_version_are_not_gone_on_with(tmp_path, capsys, monkeyp
         patch.setattr("beingvl.data.build_shards.PARTS_VERSION", 1)
         assert build_shards(tmp_path, rows, *options, "--rank=0", "--num_ranks=2") == 0
     assert build_shards(tmp_path, rows, *options) == 2
-    assert "unfinished work of another parts_version (found 1, asked for 2)" in capsys.readouterr().err
+    assert (
+        "unfinished work of another parts_version (found 1, asked for 2)" in capsys.readouterr().err
+    )
     assert build_shards(tmp_path, rows, *options, "--overwrite") == 0
 
 
@@ -208,14 +246,29 @@ def test_an_overwrite_removes_shards_only(tmp_path, capsys) -> None:
     rows.parent.mkdir()
     rows.write_text(json.dumps(ROW) + "\n")
     write_manifest_beside(rows, {})
-    assert cli.main(["build-shards", f"--jsonl_path={rows}", f"--output_path={rows.parent}", "--overwrite"]) == 2
-    assert "holds 'jsonl', which a step that writes 'shards' does not replace" in capsys.readouterr().err and rows.is_file()
+    assert (
+        cli.main(
+            ["build-shards", f"--jsonl_path={rows}", f"--output_path={rows.parent}", "--overwrite"]
+        )
+        == 2
+    )
+    assert (
+        "holds 'jsonl', which a step that writes 'shards' does not replace"
+        in capsys.readouterr().err
+        and rows.is_file()
+    )
 
 
 def test_unknown_vocabulary_and_missing_file(tmp_path, capsys) -> None:
     assert build_shards(tmp_path, [ROW]) == 2
     assert "--model_path" in capsys.readouterr().err
-    command = ["build-shards", "--jsonl_path", str(tmp_path / "none.jsonl"), "--output_path", str(tmp_path / "x")]
+    command = [
+        "build-shards",
+        "--jsonl_path",
+        str(tmp_path / "none.jsonl"),
+        "--output_path",
+        str(tmp_path / "x"),
+    ]
     assert cli.main([*command, "--model_path", str(tmp_path / "base")]) == 2
     assert "does not exist" in capsys.readouterr().err
 
@@ -231,7 +284,9 @@ def test_targets_are_shifted_and_never_cross_a_sample() -> None:
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1]
     assert batch.cu_seqlens.tolist() == [0, 3, 5]
     assert batch.source_of_token.tolist() == [0, 0, 0, 1, 1]
-    assert [array.dtype.name for array in (batch.input_ids, batch.target_ids, batch.position_ids)] == ["int64"] * 3
+    assert [
+        array.dtype.name for array in (batch.input_ids, batch.target_ids, batch.position_ids)
+    ] == ["int64"] * 3
     assert (batch.cu_seqlens.dtype.name, batch.token_kinds.dtype.name) == ("int32", "uint8")
     assert batch.num_target_tokens == 3
 
@@ -276,8 +331,14 @@ def test_a_run_sees_exactly_its_samples(tmp_path) -> None:
     shards = ShardReader(write_shards(tmp_path))
     mixture = Mixture(shards.members, shards.sources, {"foundation": 1}, 0)
     data = TrainingData(shards, mixture, mixture.num_samples, 64, sequences_per_step=4)
-    seen = [name for step in range(data.num_steps) for name in data.micro_batch(step, 0, 0, 1, 4).sample_ids]
-    assert sorted(seen) == sorted(shards[index].id for index in range(60) if shards[index].category == "foundation")
+    seen = [
+        name
+        for step in range(data.num_steps)
+        for name in data.micro_batch(step, 0, 0, 1, 4).sample_ids
+    ]
+    assert sorted(seen) == sorted(
+        shards[index].id for index in range(60) if shards[index].category == "foundation"
+    )
 
 
 # ---- bad input ----
@@ -287,7 +348,9 @@ def test_duplicate_ids_are_refused_or_kept(tmp_path, capsys) -> None:
     model = ["--model_path", str(tmp_path / "base")]
     assert build_shards(tmp_path, [ROW, {**ROW, "id": 8}, ROW], *model) == 2
     assert "1 rows repeat the id of another row, the first is '7'" in capsys.readouterr().err
-    assert build_shards(tmp_path, [ROW, {**ROW, "id": 8}, ROW], *model, "--duplicate_ids", "keep") == 0
+    assert (
+        build_shards(tmp_path, [ROW, {**ROW, "id": 8}, ROW], *model, "--duplicate_ids", "keep") == 0
+    )
     assert len(ShardReader(tmp_path / "shards")) == 3
 
 
@@ -301,14 +364,24 @@ def test_rows_of_another_vocabulary(tmp_path, capsys) -> None:
     path = tmp_path / "jsonl" / "data.jsonl"
     path.write_text(json.dumps(ROW) + "\n")
     write_manifest_beside(path, {"vocab": LAYOUT.fingerprint()})
-    write_model(tmp_path / "base", VocabLayout(num_text=258, num_vq=16, num_merges=9, bos_id=256, eos_id=257))
-    command = ["build-shards", f"--jsonl_path={path}", f"--output_path={tmp_path}/shards", f"--model_path={tmp_path}/base"]
+    write_model(
+        tmp_path / "base",
+        VocabLayout(num_text=258, num_vq=16, num_merges=9, bos_id=256, eos_id=257),
+    )
+    command = [
+        "build-shards",
+        f"--jsonl_path={path}",
+        f"--output_path={tmp_path}/shards",
+        f"--model_path={tmp_path}/base",
+    ]
     assert cli.main(command) == 2
     assert "do not match: they were made with different vocab" in capsys.readouterr().err
     assert not (tmp_path / "shards").exists()
 
 
-def test_a_file_that_the_manifest_beside_it_does_not_list_is_not_of_its_vocabulary(tmp_path, capsys) -> None:
+def test_a_file_that_the_manifest_beside_it_does_not_list_is_not_of_its_vocabulary(
+    tmp_path, capsys
+) -> None:
     listed, stranger = tmp_path / "jsonl" / "data.jsonl", tmp_path / "jsonl" / "mine.jsonl"
     listed.parent.mkdir()
     listed.write_text(json.dumps(ROW) + "\n")
@@ -316,7 +389,9 @@ def test_a_file_that_the_manifest_beside_it_does_not_list_is_not_of_its_vocabula
     stranger.write_text(json.dumps({**ROW, "id": 8}) + "\n")
     command = ["build-shards", f"--jsonl_path={stranger}", f"--output_path={tmp_path}/shards"]
     assert cli.main(command) == 2
-    assert "mine.jsonl is in no manifest beside it: say with --model_path" in capsys.readouterr().err
+    assert (
+        "mine.jsonl is in no manifest beside it: say with --model_path" in capsys.readouterr().err
+    )
     assert cli.main([*command, f"--model_path={write_model(tmp_path / 'base')}"]) == 0
     assert read_manifest(tmp_path / "shards").lineage == {"vocab": LAYOUT.fingerprint()}
 
@@ -340,7 +415,10 @@ def test_verify_reads_rows_and_merges_again(tmp_path, capsys) -> None:
     write_manifest(vbpe, "vbpe", {}, {})
     assert cli.main(["verify", str(vbpe)]) == 0
     (vbpe / "vbpe.json").write_text(
-        (vbpe / "vbpe.json").read_text().replace("[0,1,0,1]", "[0,99,0,1]").replace("[0, 1, 0, 1]", "[0, 99, 0, 1]")
+        (vbpe / "vbpe.json")
+        .read_text()
+        .replace("[0,1,0,1]", "[0,99,0,1]")
+        .replace("[0, 1, 0, 1]", "[0, 99, 0, 1]")
     )
     write_manifest(vbpe, "vbpe", {}, {})
     assert cli.main(["verify", str(vbpe)]) == 2
@@ -356,7 +434,9 @@ def test_verify_of_one_file(tmp_path, capsys) -> None:
     assert "every merge possible, no hash to compare with" in capsys.readouterr().out
     write_manifest(tmp_path, "vbpe", {}, {})
     assert cli.main(["verify", str(path)]) == 0
-    assert "every merge possible, the hash that the manifest beside it says" in capsys.readouterr().out
+    assert (
+        "every merge possible, the hash that the manifest beside it says" in capsys.readouterr().out
+    )
     VisualBPE(16, np.array([[0, 2, 0, 1]], np.int32)).save(path)
     assert cli.main(["verify", str(path)]) == 2
     assert "vbpe.json does not have the hash that manifest.json says" in capsys.readouterr().err
@@ -372,26 +452,62 @@ def test_parts_of_any_size_give_the_same_rows(tmp_path) -> None:
     found = []
     for part_bytes in ("37", "500", "100000"):
         assert (
-            build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base"), "--part_bytes", part_bytes, "--overwrite") == 0
+            build_shards(
+                tmp_path,
+                rows,
+                "--model_path",
+                str(tmp_path / "base"),
+                "--part_bytes",
+                part_bytes,
+                "--overwrite",
+            )
+            == 0
         )
         reader = ShardReader(tmp_path / "shards")
-        found.append([(reader[n].id, reader[n].image, reader[n].input_ids.tolist()) for n in range(len(reader))])
-    assert found[0] == found[1] == found[2] and [entry[0] for entry in found[0]] == [str(n) for n in range(30)]
+        found.append(
+            [
+                (reader[n].id, reader[n].image, reader[n].input_ids.tolist())
+                for n in range(len(reader))
+            ]
+        )
+    assert found[0] == found[1] == found[2] and [entry[0] for entry in found[0]] == [
+        str(n) for n in range(30)
+    ]
 
 
 def test_the_line_of_a_bad_row_is_counted_over_parts(tmp_path, capsys) -> None:
     rows = [*({**ROW, "id": n} for n in range(20)), {"id": 1}]
-    assert build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base"), "--part_bytes", "200", "--num_workers", "0") == 2
+    assert (
+        build_shards(
+            tmp_path,
+            rows,
+            "--model_path",
+            str(tmp_path / "base"),
+            "--part_bytes",
+            "200",
+            "--num_workers",
+            "0",
+        )
+        == 2
+    )
     assert "line 21: not a token row" in capsys.readouterr().err
 
 
 def test_a_line_without_an_end_is_not_read_as_a_whole(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("beingvl.data.token_rows.MAX_LINE_BYTES", 1000)
     rows = [ROW, {**ROW, "id": 8, "token_1": [5] * 2000}]
-    assert build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base"), "--part_bytes=500") == 2
+    assert (
+        build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base"), "--part_bytes=500")
+        == 2
+    )
     monkeypatch.setattr("beingvl.data.token_rows.BLOCK_BYTES", 500)
-    assert build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base"), "--part_bytes=50000") == 2, "inside a part"
-    assert "rows.jsonl has a line of more than 1,000 bytes; expected JSONL" in capsys.readouterr().err
+    assert (
+        build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base"), "--part_bytes=50000")
+        == 2
+    ), "inside a part"
+    assert (
+        "rows.jsonl has a line of more than 1,000 bytes; expected JSONL" in capsys.readouterr().err
+    )
 
 
 def test_flipped_bits_are_found_by_verify(tmp_path, capsys) -> None:
@@ -405,21 +521,39 @@ def test_flipped_bits_are_found_by_verify(tmp_path, capsys) -> None:
 
 
 def test_a_flipped_bit_that_makes_a_sample_impossible_stops_the_reader(tmp_path, capsys) -> None:
-    """Training does not re-hash gigabytes at its start; an id that the model has no row for is still an error with a name."""
+    """Training does not re-hash gigabytes at its start; an id that the model has no row for is
+    still an error with a name.
+    """
     path = write_shards(tmp_path) / "shard-00000.arrow"
     data = path.read_bytes()
     reader = ShardReader(tmp_path)
-    ids, spans = reader[3].input_ids.tobytes(), b"".join(reader[n].target_spans.tobytes() for n in (3, 4))
+    ids, spans = (
+        reader[3].input_ids.tobytes(),
+        b"".join(reader[n].target_spans.tobytes() for n in (3, 4)),
+    )
     text = b"sample-3sample-4"
-    for found, at, message in ((ids, 2, "ids, spans"), (ids, 3, "ids, spans"), (spans, 7, "ids, spans"), (text, 7, "text")):
+    for found, at, message in (
+        (ids, 2, "ids, spans"),
+        (ids, 3, "ids, spans"),
+        (spans, 7, "ids, spans"),
+        (text, 7, "text"),
+    ):
         flipped = bytearray(data)
         assert data.count(found) == 1
         flipped[data.index(found) + at] ^= 0x80
         path.write_bytes(flipped)
-        with pytest.raises(InputError, match=f"shard-00000.arrow is damaged: its row 3 has .*{message}.*beingvl verify"):
+        with pytest.raises(
+            InputError,
+            match=f"shard-00000.arrow is damaged: its row 3 has .*{message}.*beingvl verify",
+        ):
             ShardReader(tmp_path)[3]
         if found is ids:
-            assert cli.main(["report", "data", str(tmp_path), "--output_path", str(tmp_path / "page.html")]) == 2
+            assert (
+                cli.main(
+                    ["report", "data", str(tmp_path), "--output_path", str(tmp_path / "page.html")]
+                )
+                == 2
+            )
             assert "it holds an id outside the vocabulary" in capsys.readouterr().err
 
 
@@ -427,7 +561,10 @@ def test_a_source_that_the_manifest_does_not_name(tmp_path, capsys) -> None:
     manifest = write_shards(tmp_path) / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"reasoning"', '"seasoning"'))
     assert cli.main(["verify", str(tmp_path)]) == 2
-    assert "shard-00000.arrow holds the source 'reasoning', the manifest ['foundation', 'seasoning']" in capsys.readouterr().err
+    assert (
+        "shard-00000.arrow holds the source 'reasoning', the manifest ['foundation', 'seasoning']"
+        in capsys.readouterr().err
+    )
 
 
 def test_counts_that_do_not_fit(tmp_path, capsys) -> None:
@@ -442,7 +579,9 @@ def test_counts_that_do_not_fit(tmp_path, capsys) -> None:
         assert cli.main(["verify", str(tmp_path)]) == 2
         return capsys.readouterr().err
 
-    assert "of 'target_tokens', its manifest says 7" in says(lambda manifest: manifest["counts"].update(target_tokens=7))
+    assert "of 'target_tokens', its manifest says 7" in says(
+        lambda manifest: manifest["counts"].update(target_tokens=7)
+    )
     sources = {"foundation": {"samples": 40, "tokens": 7}}
     found = says(lambda manifest: manifest["details"]["sources"].update(sources))
     assert "of 'foundation', its manifest says {'samples': 40, 'tokens': 7}" in found
@@ -478,8 +617,12 @@ def test_an_index_that_does_not_fit(tmp_path, capsys) -> None:
 
 def test_a_run_that_draws_no_sample(tmp_path) -> None:
     shards = ShardReader(write_shards(tmp_path))
-    with pytest.raises(InputError, match=r"draws none of the 40 samples of its mixture; raise beingvl\.epochs"):
-        TrainingData(shards, Mixture(shards.members, shards.sources, {"foundation": 1}, 0), 0, 64, 4)
+    with pytest.raises(
+        InputError, match=r"draws none of the 40 samples of its mixture; raise beingvl\.epochs"
+    ):
+        TrainingData(
+            shards, Mixture(shards.members, shards.sources, {"foundation": 1}, 0), 0, 64, 4
+        )
 
 
 def test_a_source_without_samples() -> None:
@@ -502,13 +645,23 @@ def test_the_kept_plan_is_the_plan(tmp_path) -> None:
     assert made.num_steps and len(list(tmp_path.glob("plan-*"))) == 1
     kept = TrainingData(shards, mixture, 150, 64, 4)
     assert kept.num_steps == made.num_steps and len(list(tmp_path.glob("plan-*"))) == 1
-    assert kept.plan.efficiency == made.plan.efficiency and kept.plan.starts.tolist() == made.plan.starts.tolist()
-    assert TrainingData(shards, mixture, 150, 80, 4).num_steps and len(list(tmp_path.glob("plan-*"))) == 2
-    with pytest.raises(InputError, match=r"samples are longer than sequence_length 20 .*tokenize with --max_length"):
+    assert (
+        kept.plan.efficiency == made.plan.efficiency
+        and kept.plan.starts.tolist() == made.plan.starts.tolist()
+    )
+    assert (
+        TrainingData(shards, mixture, 150, 80, 4).num_steps
+        and len(list(tmp_path.glob("plan-*"))) == 2
+    )
+    with pytest.raises(
+        InputError, match=r"samples are longer than sequence_length 20 .*tokenize with --max_length"
+    ):
         TrainingData(shards, mixture, 150, 20, 4)
     for path in tmp_path.glob("plan-*"):
         path.write_text(path.read_text()[:-3])
-    with pytest.raises(InputError, match=r"plan-\w+\.tmp is damaged .*; remove it, it is made again"):
+    with pytest.raises(
+        InputError, match=r"plan-\w+\.tmp is damaged .*; remove it, it is made again"
+    ):
         TrainingData(shards, mixture, 150, 64, 4)
 
 
@@ -523,7 +676,9 @@ def test_a_plan_that_cannot_be_kept_stops_nothing(tmp_path, monkeypatch) -> None
 
     monkeypatch.setattr("beingvl.data.loader.write_atomically", full)
     shards = ShardReader(write_shards(tmp_path))
-    assert TrainingData(shards, Mixture(shards.members, shards.sources, {"foundation": 1}, 0), 40, 64, 4).num_steps
+    assert TrainingData(
+        shards, Mixture(shards.members, shards.sources, {"foundation": 1}, 0), 40, 64, 4
+    ).num_steps
     assert not list(tmp_path.glob("plan-*"))
 
 
@@ -536,7 +691,15 @@ def test_a_disk_that_is_full_behind_the_shard_is_named(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr("beingvl.data.token_rows.hash_ids", hash_ids_and_fill_the_disk)
     try:
-        assert build_shards(tmp_path, [{**ROW, "id": n} for n in range(1000)], "--model_path", str(tmp_path / "base")) == 2
+        assert (
+            build_shards(
+                tmp_path,
+                [{**ROW, "id": n} for n in range(1000)],
+                "--model_path",
+                str(tmp_path / "base"),
+            )
+            == 2
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "make room and start the same command again" in capsys.readouterr().err
@@ -544,7 +707,10 @@ def test_a_disk_that_is_full_behind_the_shard_is_named(tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
-    [("members.npy", 60, "it names the sample 60"), ("lengths.npy", 0, "it holds a length of 0 tokens")],
+    [
+        ("members.npy", 60, "it names the sample 60"),
+        ("lengths.npy", 0, "it holds a length of 0 tokens"),
+    ],
 )
 def test_an_index_that_was_damaged_stops_the_loader(tmp_path, name, value, message) -> None:
     write_shards(tmp_path)
@@ -552,7 +718,13 @@ def test_an_index_that_was_damaged_stops_the_loader(tmp_path, name, value, messa
     array[7] = value
     np.save(tmp_path / name, array)
     shards = ShardReader(tmp_path)
-    data = TrainingData(shards, Mixture(shards.members, shards.sources, {"foundation": 1, "reasoning": 1}, 0), 60, 64, 4)
+    data = TrainingData(
+        shards,
+        Mixture(shards.members, shards.sources, {"foundation": 1, "reasoning": 1}, 0),
+        60,
+        64,
+        4,
+    )
     with pytest.raises(InputError, match=f"{name} is damaged: {message}.*beingvl verify"):
         data.micro_batch(0, 0, 0, 1, 4)
 
@@ -600,21 +772,31 @@ def test_realised_shares_are_those_of_the_draws(tmp_path, by) -> None:
         tokens = np.bincount(shards.source_of[drawn], weights=shards.lengths[drawn]).astype(int)
         assert data.num_steps and tokens[0] / tokens.sum() != samples[0] / 137
         expected = [
-            Share(int(samples[n]), samples[n] / 137, int(tokens[n]), tokens[n] / tokens.sum()) for n in range(len(samples))
+            Share(int(samples[n]), samples[n] / 137, int(tokens[n]), tokens[n] / tokens.sum())
+            for n in range(len(samples))
         ]
         assert [data.realised_shares(data.num_steps)[name] for name in shards.sources] == expected
 
 
 def test_realised_shares_of_a_run_that_stops_earlier_are_those_of_its_batches(tmp_path) -> None:
     shards = ShardReader(write_shards(tmp_path))
-    data = TrainingData(shards, open_mixture(shards, {"foundation": 0.7, "reasoning": 0.3}, "samples", 0), 9000, 64, 4)
+    data = TrainingData(
+        shards,
+        open_mixture(shards, {"foundation": 0.7, "reasoning": 0.3}, "samples", 0),
+        9000,
+        64,
+        4,
+    )
     for num_steps in (1, data.num_steps // 2 + 3):  # in the first window, and in a later one
         found = data.realised_shares(num_steps)
         seen = np.concatenate([data.samples_of(sequence) for sequence in range(4 * num_steps)])
         assert (len(seen) < 4096) == (num_steps == 1)
         for number, name in enumerate(shards.sources):
             of_source = seen[shards.source_of[seen] == number]
-            assert (found[name].samples, found[name].tokens) == (len(of_source), shards.lengths[of_source].sum())
+            assert (found[name].samples, found[name].tokens) == (
+                len(of_source),
+                shards.lengths[of_source].sum(),
+            )
             assert found[name].share_of_samples == len(of_source) / len(seen)
 
 
@@ -622,16 +804,25 @@ def test_a_mixture_by_tokens_has_the_shares_of_tokens_that_were_asked_for(tmp_pa
     writer = ShardWriter(tmp_path, LAYOUT)
     for number in range(4000):
         ids = np.ones(5 if number % 2 else 40, np.int32)
-        writer.add(Sample(str(number), "", ("long", "short")[number % 2], ids, np.array([[1, 2]], np.int32)))
+        writer.add(
+            Sample(
+                str(number), "", ("long", "short")[number % 2], ids, np.array([[1, 2]], np.int32)
+            )
+        )
     writer.finish({"vocab": LAYOUT.fingerprint()}, {})
     shards = ShardReader(tmp_path)
-    data = TrainingData(shards, open_mixture(shards, {"long": 0.4, "short": 0.6}, "tokens", 0), 4000, 64, 4)
+    data = TrainingData(
+        shards, open_mixture(shards, {"long": 0.4, "short": 0.6}, "tokens", 0), 4000, 64, 4
+    )
     shares = data.realised_shares(data.num_steps)
     assert shares["short"].share_of_tokens == pytest.approx(0.6, abs=0.001)
     assert shares["short"].share_of_samples == pytest.approx(0.6 * 8 / (0.6 * 8 + 0.4), abs=0.001)
 
 
 def test_pages_that_are_given_back_are_read_again(tmp_path) -> None:
-    reader, calm = ShardReader(write_shards(tmp_path), bytes_mapped_at_most=-(1 << 40)), ShardReader(tmp_path)
+    reader, calm = (
+        ShardReader(write_shards(tmp_path), bytes_mapped_at_most=-(1 << 40)),
+        ShardReader(tmp_path),
+    )
     ids = [reader[n].input_ids for n in range(60)]
     assert all((ids[n] == calm[n].input_ids).all() for n in range(60))

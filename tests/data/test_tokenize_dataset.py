@@ -6,25 +6,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from beingvl.artefact.manifest import hash_file, read_manifest, to_json, write_manifest
 from beingvl.commands import main as cli
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.dataset_folder import DatasetFolder
 from beingvl.data.tokenize_dataset import read_rows
 from beingvl.errors import InputError
-from beingvl.artefact.manifest import hash_file, read_manifest, to_json, write_manifest
-from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.images.vq_codes import CodeFolder
 from beingvl.images.vqgan_pictures import to_png
+from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
-from tests.tiny import LAYOUT, write_model, write_tokenizer
 from tests.images.test_encode_images import save_vqgan
+from tests.tiny import LAYOUT, write_model, write_tokenizer
 
 VQGAN = {"vqgan": "sha256:" + "1" * 64}
 
 
 def row(number: int, **fields: object) -> dict:
     turns = [{"from": "human", "value": "<image>\nhi"}, {"from": "gpt", "value": "yes"}]
-    return {"id": f"r{number}", "image": f"{number % 4}.png", "category": "perception", "conversations": turns, **fields}
+    return {
+        "id": f"r{number}",
+        "image": f"{number % 4}.png",
+        "category": "perception",
+        "conversations": turns,
+        **fields,
+    }
 
 
 @pytest.fixture
@@ -38,9 +44,21 @@ def inputs(tmp_path):
     np.save(folder / "codes.npy", codes)
     (folder / "keys.jsonl").write_text("".join(json.dumps(f"{n}.png") + "\n" for n in range(4)))
     (folder / "rejected.jsonl").write_text("")
-    write_manifest(folder, "vq_codes", {"images": 4}, VQGAN, {"num_codes": LAYOUT.num_vq, "grid": [4, 4]})
+    write_manifest(
+        folder, "vq_codes", {"images": 4}, VQGAN, {"num_codes": LAYOUT.num_vq, "grid": [4, 4]}
+    )
     assert (
-        cli.main(["train-vbpe", "--data_path", str(folder), "--output_path", str(tmp_path / "vbpe.json"), "--num_merges", "5"])
+        cli.main(
+            [
+                "train-vbpe",
+                "--data_path",
+                str(folder),
+                "--output_path",
+                str(tmp_path / "vbpe.json"),
+                "--num_merges",
+                "5",
+            ]
+        )
         == 0
     )
     return tmp_path
@@ -48,7 +66,15 @@ def inputs(tmp_path):
 
 def tokenize(inputs, rows: list, *more: str) -> int:
     (inputs / "data.json").write_text(json.dumps(rows))
-    command = ["tokenize", "--json_path", str(inputs / "data.json"), "--model_path", str(inputs / "base"), "--dataset_name", "d"]
+    command = [
+        "tokenize",
+        "--json_path",
+        str(inputs / "data.json"),
+        "--model_path",
+        str(inputs / "base"),
+        "--dataset_name",
+        "d",
+    ]
     command += [
         "--vq_codes",
         str(inputs / "vq_codes"),
@@ -61,7 +87,10 @@ def tokenize(inputs, rows: list, *more: str) -> int:
 
 
 def read(inputs, variant: str) -> list[dict]:
-    return [json.loads(line) for line in (inputs / "out" / f"d_{variant}.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (inputs / "out" / f"d_{variant}.jsonl").read_text().splitlines()
+    ]
 
 
 def test_both_files_hold_the_published_fields_and_decode_to_the_codes(inputs) -> None:
@@ -69,19 +98,35 @@ def test_both_files_hold_the_published_fields_and_decode_to_the_codes(inputs) ->
     base, merged = read(inputs, "base"), read(inputs, "vbpe")
     codes, vbpe = np.load(inputs / "vq_codes" / "codes.npy"), VisualBPE.load(inputs / "vbpe.json")
     for number, (raw, new) in enumerate(zip(base, merged, strict=True)):
-        assert list(raw) == ["id", "image", "category", "conversations", "token_0", "token_image", "token_1", "target_spans"]
-        assert LAYOUT.token_to_image_ids(np.array(raw["token_image"])).tolist() == codes[number % 4].ravel().tolist()
+        assert list(raw) == [
+            "id",
+            "image",
+            "category",
+            "conversations",
+            "token_0",
+            "token_image",
+            "token_1",
+            "target_spans",
+        ]
+        assert (
+            LAYOUT.token_to_image_ids(np.array(raw["token_image"])).tolist()
+            == codes[number % 4].ravel().tolist()
+        )
         grid = vbpe.decode(LAYOUT.token_to_image_ids(np.array(new["token_image_new"])), 4, 4)
         assert grid.tolist() == codes[number % 4].tolist()
         for out, image in ((raw, raw["token_image"]), (new, new["token_image_new"])):
             start, end = out["target_spans"][0]
-            assert [*out["token_0"], *image, *out["token_1"]][start:end] == out["token_1"][-4:]  # y e s eos
+            assert [*out["token_0"], *image, *out["token_1"]][start:end] == out["token_1"][
+                -4:
+            ]  # y e s eos
     lineage = read_manifest(inputs / "out", "jsonl").lineage
     assert lineage == {"vocab": LAYOUT.fingerprint(), **VQGAN, "vbpe": vbpe.fingerprint()}
 
 
 def test_rows_of_a_vocabulary_as_large_as_llama_3(tmp_path) -> None:
-    layout = VocabLayout(num_text=128256, num_vq=8192, num_merges=8192, bos_id=128000, eos_id=128001)
+    layout = VocabLayout(
+        num_text=128256, num_vq=8192, num_merges=8192, bos_id=128000, eos_id=128001
+    )
     model, folder = tmp_path / "base", tmp_path / "vq_codes"
     for path in (model, folder):
         path.mkdir()
@@ -94,27 +139,47 @@ def test_rows_of_a_vocabulary_as_large_as_llama_3(tmp_path) -> None:
     (folder / "rejected.jsonl").write_text("")
     write_manifest(folder, "vq_codes", {"images": 2}, VQGAN, {"num_codes": 8192, "grid": [8, 8]})
     (tmp_path / "data.json").write_text(json.dumps([row(0), row(1)]))
-    command = ["tokenize", f"--json_path={tmp_path}/data.json", f"--vq_codes={folder}", f"--model_path={model}"]
+    command = [
+        "tokenize",
+        f"--json_path={tmp_path}/data.json",
+        f"--vq_codes={folder}",
+        f"--model_path={model}",
+    ]
     assert cli.main([*command, f"--output_dir={tmp_path}/out", "--format=arrow"]) == 0
     ids = ShardReader(tmp_path / "out" / "data_base")[1].input_ids
-    assert ids[:2].tolist() == [128000, 128260] and (ids[2:66] == codes[1].ravel().astype(int) + 128261).all()
+    assert (
+        ids[:2].tolist() == [128000, 128260]
+        and (ids[2:66] == codes[1].ravel().astype(int) + 128261).all()
+    )
 
 
 def test_the_way_to_shards_and_reuse(inputs, capsys) -> None:
     assert (
         tokenize(
-            inputs, [row(0), row(1, image=None, category=None, conversations=row(0)["conversations"])], "--max_rejected", "1"
+            inputs,
+            [row(0), row(1, image=None, category=None, conversations=row(0)["conversations"])],
+            "--max_rejected",
+            "1",
         )
         == 0
     )
     assert (
         tokenize(
-            inputs, [row(0), row(1, image=None, category=None, conversations=row(0)["conversations"])], "--max_rejected", "1"
+            inputs,
+            [row(0), row(1, image=None, category=None, conversations=row(0)["conversations"])],
+            "--max_rejected",
+            "1",
         )
         == 0
     )
     assert "reused" in capsys.readouterr().out
-    command = ["build-shards", "--jsonl_path", str(inputs / "out" / "d_vbpe.jsonl"), "--output_path", str(inputs / "shards")]
+    command = [
+        "build-shards",
+        "--jsonl_path",
+        str(inputs / "out" / "d_vbpe.jsonl"),
+        "--output_path",
+        str(inputs / "shards"),
+    ]
     assert cli.main(command) == 0
     assert ShardReader(inputs / "shards").manifest.lineage == read_manifest(inputs / "out").lineage
 
@@ -122,30 +187,62 @@ def test_the_way_to_shards_and_reuse(inputs, capsys) -> None:
 def test_malformed_rows_are_listed_and_too_many_fail(inputs, capsys) -> None:
     bad = [row(1, image="none.png"), row(2, conversations=[]), row(3, image=["0.png", "1.png"])]
     assert tokenize(inputs, [row(0), *bad], "--max_rejected", "0.8") == 0
-    rejected = [json.loads(line) for line in (inputs / "out" / "rejected.jsonl").read_text().splitlines()]
+    rejected = [
+        json.loads(line) for line in (inputs / "out" / "rejected.jsonl").read_text().splitlines()
+    ]
     assert [entry["index"] for entry in rejected] == [1, 2, 3]
-    assert "none.png" in rejected[0]["reason"] and "empty" in rejected[1]["reason"] and "placeholders" in rejected[2]["reason"]
+    assert (
+        "none.png" in rejected[0]["reason"]
+        and "empty" in rejected[1]["reason"]
+        and "placeholders" in rejected[2]["reason"]
+    )
     assert tokenize(inputs, [row(0), *bad], "--overwrite") == 2
     assert "3 of 4 rows" in capsys.readouterr().err
     assert not (inputs / "out" / "manifest.json").exists()
 
 
 def test_broken_lines_are_rejected_with_their_index(inputs, capsys) -> None:
-    """On the way that reads the images, too; a limit that is too low for them stops the run and names the first."""
+    """On the way that reads the images, too; a limit that is too low for them stops the run and
+    names the first.
+    """
     folder = write_model_with_vqgan(inputs / "model")
-    lines = [json.dumps(row(0, image="0.png")), '{"id": "cut', "", "7", json.dumps(row(1, image="0.png"))]
+    lines = [
+        json.dumps(row(0, image="0.png")),
+        '{"id": "cut',
+        "",
+        "7",
+        json.dumps(row(1, image="0.png")),
+    ]
     (inputs / "rows.jsonl").write_text("\n".join(lines) + "\n")
     (inputs / "0.png").write_bytes(png(0))
-    command = ["tokenize", f"--json_path={inputs}/rows.jsonl", f"--image_path={inputs}", f"--model_path={folder}"]
+    command = [
+        "tokenize",
+        f"--json_path={inputs}/rows.jsonl",
+        f"--image_path={inputs}",
+        f"--model_path={folder}",
+    ]
     command += [f"--output_dir={inputs}/out", "--dataset_name=d"]
     assert cli.main(command) == 2
-    assert "2 of 4 rows" in (message := capsys.readouterr().err) and "line 2 is not valid JSON" in message
+    assert (
+        "2 of 4 rows" in (message := capsys.readouterr().err)
+        and "line 2 is not valid JSON" in message
+    )
     assert cli.main([*command, "--max_rejected=0.5", "--rows_per_part=2", "--overwrite"]) == 0
     assert [line["id"] for line in read(inputs, "base")] == ["r0", "r1"]
-    rejected = [json.loads(line) for line in (inputs / "out" / "rejected.jsonl").read_text().splitlines()]
+    rejected = [
+        json.loads(line) for line in (inputs / "out" / "rejected.jsonl").read_text().splitlines()
+    ]
     assert [(entry["index"], entry["id"]) for entry in rejected] == [(1, None), (2, None)]
-    assert "line 2 is not valid JSON" in rejected[0]["reason"] and "expected an object, found int" in rejected[1]["reason"]
-    assert tokenize(inputs, [row(0), None, row(1)], "--max_rejected=0.5", f"--output_dir={inputs}/array") == 0
+    assert (
+        "line 2 is not valid JSON" in rejected[0]["reason"]
+        and "expected an object, found int" in rejected[1]["reason"]
+    )
+    assert (
+        tokenize(
+            inputs, [row(0), None, row(1)], "--max_rejected=0.5", f"--output_dir={inputs}/array"
+        )
+        == 0
+    )
     assert read_manifest(inputs / "array").counts["rejected"] == 1
 
 
@@ -155,7 +252,9 @@ def test_max_length(inputs) -> None:
 
 
 TURNS = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]
-WITH_NAN, WITH_BIG_INTEGER = ([{**TURNS[0], "score": score}, TURNS[1]] for score in (float("nan"), 10**30))
+WITH_NAN, WITH_BIG_INTEGER = (
+    [{**TURNS[0], "score": score}, TURNS[1]] for score in (float("nan"), 10**30)
+)
 
 
 @pytest.mark.parametrize(
@@ -166,12 +265,23 @@ WITH_NAN, WITH_BIG_INTEGER = ([{**TURNS[0], "score": score}, TURNS[1]] for score
         ({"id": ["\ud83d"]}, "id is ['\\\\ud83d'], expected a text or a whole number"),
         ({"id": True}, "id is True"),
         ({"category": "\ud83d"}, "half of a surrogate pair"),
-        ({"image": None, "conversations": WITH_NAN}, "Out of range float values are not JSON compliant"),
+        (
+            {"image": None, "conversations": WITH_NAN},
+            "Out of range float values are not JSON compliant",
+        ),
         ({"conversations": WITH_BIG_INTEGER}, "BIGINT_ERROR"),
         ({"image": False}, "image is neither a path nor a list of paths"),
         ({"image": 0}, "image is neither a path nor a list of paths"),
         ({"image": {}}, "image is neither a path nor a list of paths"),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "\ud83d"}]}, "half of a surrogate pair"),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "a"},
+                    {"from": "gpt", "value": "\ud83d"},
+                ]
+            },
+            "half of a surrogate pair",
+        ),
     ],
 )
 def test_a_row_that_no_file_could_hold_is_rejected_alone(inputs, change, reason) -> None:
@@ -195,9 +305,16 @@ def test_a_run_over_the_limit_goes_on_with_a_higher_one(inputs, capsys) -> None:
     listing = inputs / "out" / "e.parts.tmp" / "rejected.jsonl"
     assert str(listing) in capsys.readouterr().err and json.loads(listing.read_text())["index"] == 1
     assert tokenize(inputs, rows[:1]) == 0
-    assert set(read_manifest(inputs / "out").files) == {"d_base.jsonl", "d_vbpe.jsonl", "rejected.jsonl"}
+    assert set(read_manifest(inputs / "out").files) == {
+        "d_base.jsonl",
+        "d_vbpe.jsonl",
+        "rejected.jsonl",
+    }
     assert tokenize(inputs, rows, "--dataset_name", "e", "--max_rejected", "0.5") == 0
-    assert not list((inputs / "out").glob("e_rejected*")) and cli.main(["verify", str(inputs / "out")]) == 0
+    assert (
+        not list((inputs / "out").glob("e_rejected*"))
+        and cli.main(["verify", str(inputs / "out")]) == 0
+    )
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "arrow"])
@@ -214,7 +331,11 @@ def test_files_of_an_unfinished_run_get_into_no_manifest(inputs, monkeypatch, ki
         tokenize(inputs, [row(n) for n in range(4)], *options, "--rows_per_part=1")
     assert len(list((inputs / "out").glob("e_*"))) == 2
     assert tokenize(inputs, [row(0)]) == 0
-    assert set(read_manifest(inputs / "out").files) == {"d_base.jsonl", "d_vbpe.jsonl", "rejected.jsonl"}
+    assert set(read_manifest(inputs / "out").files) == {
+        "d_base.jsonl",
+        "d_vbpe.jsonl",
+        "rejected.jsonl",
+    }
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr("beingvl.data.tokenize_dataset.tokenize_parts", kill)
         tokenize(inputs, [row(5)], *options, "--overwrite")
@@ -223,7 +344,9 @@ def test_files_of_an_unfinished_run_get_into_no_manifest(inputs, monkeypatch, ki
     assert cli.main(["verify", str(inputs / "out")]) == 0
 
 
-def test_a_dataset_is_replaced_without_a_moment_at_which_the_others_are_incomplete(inputs, monkeypatch) -> None:
+def test_a_dataset_is_replaced_without_a_moment_at_which_the_others_are_incomplete(
+    inputs, monkeypatch
+) -> None:
     assert tokenize(inputs, [row(0)]) == 0
     assert tokenize(inputs, [row(1)], "--dataset_name", "e", "--format", "arrow") == 0
     removed = []
@@ -238,7 +361,9 @@ def test_a_dataset_is_replaced_without_a_moment_at_which_the_others_are_incomple
         folder.delete_files()
 
     monkeypatch.setattr(DatasetFolder, "delete_files", delete)
-    assert tokenize(inputs, [row(2)], "--dataset_name", "e", "--format", "arrow", "--overwrite") == 0
+    assert (
+        tokenize(inputs, [row(2)], "--dataset_name", "e", "--format", "arrow", "--overwrite") == 0
+    )
     assert removed == ["e"] and cli.main(["verify", str(inputs / "out")]) == 0
     assert ShardReader(inputs / "out" / "e_base")[0].id == "r2"
 
@@ -246,7 +371,10 @@ def test_a_dataset_is_replaced_without_a_moment_at_which_the_others_are_incomple
 def test_the_join_hashes_no_shard_again(inputs, monkeypatch) -> None:
     hashed = []
     with monkeypatch.context() as patch:
-        patch.setattr("beingvl.artefact.manifest.hash_file", lambda path: hashed.append(path.name) or hash_file(path))
+        patch.setattr(
+            "beingvl.artefact.manifest.hash_file",
+            lambda path: hashed.append(path.name) or hash_file(path),
+        )
         assert tokenize(inputs, [row(0)], "--format", "arrow") == 0
     assert "lengths.npy" in hashed and not [name for name in hashed if name.endswith(".arrow")]
     assert cli.main(["verify", str(inputs / "out")]) == 0
@@ -255,24 +383,43 @@ def test_the_join_hashes_no_shard_again(inputs, monkeypatch) -> None:
 def test_shards_hold_no_id_twice_unasked(inputs, capsys) -> None:
     assert tokenize(inputs, [row(0), row(1), row(0)], "--format", "arrow") == 2
     assert "1 rows repeat the id of another row" in capsys.readouterr().err
-    assert tokenize(inputs, [row(0), row(1), row(0)], "--format", "arrow", "--duplicate_ids", "keep") == 0
+    assert (
+        tokenize(inputs, [row(0), row(1), row(0)], "--format", "arrow", "--duplicate_ids", "keep")
+        == 0
+    )
 
 
-@pytest.mark.parametrize("options", [("--max_rejected", "nan"), ("--dataset_name", "../x"), ("--dataset_name", "")])
+@pytest.mark.parametrize(
+    "options", [("--max_rejected", "nan"), ("--dataset_name", "../x"), ("--dataset_name", "")]
+)
 def test_impossible_options_are_refused(inputs, capsys, options) -> None:
     assert tokenize(inputs, [row(0)], *options) == 2
     assert f"{options[0]} is" in capsys.readouterr().err
 
 
 def test_inputs_that_contradict_each_other_are_refused(inputs, capsys) -> None:
-    write_manifest(inputs / "vq_codes", "vq_codes", {}, {"vqgan": "sha256:" + "2" * 64}, {"num_codes": 16, "grid": [4, 4]})
+    write_manifest(
+        inputs / "vq_codes",
+        "vq_codes",
+        {},
+        {"vqgan": "sha256:" + "2" * 64},
+        {"num_codes": 16, "grid": [4, 4]},
+    )
     assert tokenize(inputs, [row(0)]) == 2
     assert "do not match: they were made with different vqgan" in capsys.readouterr().err
 
 
 def test_a_vbpe_too_large_for_the_vocabulary(inputs, capsys) -> None:
     folder = inputs / "vq_codes"
-    learn = ["train-vbpe", "--data_path", str(folder), "--output_path", str(inputs / "vbpe.json"), "--num_merges", "9"]
+    learn = [
+        "train-vbpe",
+        "--data_path",
+        str(folder),
+        "--output_path",
+        str(inputs / "vbpe.json"),
+        "--num_merges",
+        "9",
+    ]
     assert cli.main([*learn, "--overwrite"]) == 0
     assert tokenize(inputs, [row(0)]) == 2
     assert "9 merges, the model's vocabulary has room for 16 and 8" in capsys.readouterr().err
@@ -295,7 +442,13 @@ def test_reading_rows(tmp_path) -> None:
 
 def test_images_without_codes_or_folder(inputs, capsys) -> None:
     (inputs / "data.json").write_text(json.dumps([row(0)]))
-    command = ["tokenize", "--json_path", str(inputs / "data.json"), "--model_path", str(inputs / "base")]
+    command = [
+        "tokenize",
+        "--json_path",
+        str(inputs / "data.json"),
+        "--model_path",
+        str(inputs / "base"),
+    ]
     assert cli.main([*command, "--output_dir", str(inputs / "out")]) == 2
     assert "--image_path" in capsys.readouterr().err
 
@@ -309,24 +462,40 @@ def test_several_datasets_are_made_of_images(tmp_path) -> None:
 
     def of_images(name: str, *numbers: int, more: tuple[str, ...] = ()) -> int:
         (tmp_path / f"{name}.json").write_text(json.dumps([row(number) for number in numbers]))
-        command = ["tokenize", f"--json_path={tmp_path}/{name}.json", f"--image_path={tmp_path}", f"--model_path={folder}"]
+        command = [
+            "tokenize",
+            f"--json_path={tmp_path}/{name}.json",
+            f"--image_path={tmp_path}",
+            f"--model_path={folder}",
+        ]
         return cli.main([*command, f"--output_dir={tmp_path}/pt", f"--dataset_name={name}", *more])
 
     assert of_images("one", 0, 1) == 0 and of_images("two", 2) == 0 and of_images("one", 0, 1) == 0
-    assert [CodeFolder(tmp_path / f"pt_{name}_vq_codes").keys for name in ("one", "two")] == [["0.png", "1.png"], ["2.png"]]
+    assert [CodeFolder(tmp_path / f"pt_{name}_vq_codes").keys for name in ("one", "two")] == [
+        ["0.png", "1.png"],
+        ["2.png"],
+    ]
     assert of_images("three", 3) == 2
     (tmp_path / "3.png").write_bytes(png(3))
     assert of_images("three", 3, more=("--overwrite",)) == 0
     (tmp_path / "2.png").write_bytes(png(4))
     assert of_images("two", 2) == 2 and of_images("two", 2, more=("--overwrite",)) == 0
-    assert read_manifest(tmp_path / "pt").counts["rows"] == 4 and cli.main(["verify", str(tmp_path / "pt")]) == 0
+    assert (
+        read_manifest(tmp_path / "pt").counts["rows"] == 4
+        and cli.main(["verify", str(tmp_path / "pt")]) == 0
+    )
 
 
 def write_model_with_vqgan(folder: Path) -> Path:
     layout = VocabLayout(num_text=258, num_vq=32, num_merges=8, bos_id=256, eos_id=257)
     write_model(folder, layout)
     save_vqgan(folder / "vqgan", seed=0)
-    write_manifest(folder, "model", {}, {"vocab": layout.fingerprint(), **read_manifest(folder / "vqgan").lineage})
+    write_manifest(
+        folder,
+        "model",
+        {},
+        {"vocab": layout.fingerprint(), **read_manifest(folder / "vqgan").lineage},
+    )
     return folder
 
 
@@ -338,10 +507,14 @@ def test_several_datasets_share_a_folder(inputs, capsys) -> None:
     bad = row(9, conversations=[])
     assert tokenize(inputs, [row(0), bad], "--max_rejected", "1") == 0
     first = read(inputs, "base")
-    assert tokenize(inputs, [bad, row(1), row(2)], "--max_rejected", "1", "--dataset_name", "e") == 0
+    assert (
+        tokenize(inputs, [bad, row(1), row(2)], "--max_rejected", "1", "--dataset_name", "e") == 0
+    )
     manifest = read_manifest(inputs / "out")
     assert manifest.counts["rows"] == 3 and set(manifest.details["datasets"]) == {"d", "e"}
-    lines = [json.loads(line) for line in (inputs / "out" / "rejected.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (inputs / "out" / "rejected.jsonl").read_text().splitlines()
+    ]
     assert [(entry["dataset"], entry["index"]) for entry in lines] == [("d", 1), ("e", 0)]
     assert tokenize(inputs, [row(0)], "--dataset_name", "e") == 2
     assert "e has another json" in capsys.readouterr().err
@@ -354,16 +527,39 @@ def test_shards_at_once_are_the_shards_of_the_jsonl(inputs) -> None:
     rows = [row(n) for n in range(6)]
     assert tokenize(inputs, rows) == 0
     assert tokenize(inputs, rows, "--dataset_name", "a", "--format", "arrow") == 0
-    command = ["build-shards", "--jsonl_path", str(inputs / "out" / "d_vbpe.jsonl"), "--output_path", str(inputs / "shards")]
+    command = [
+        "build-shards",
+        "--jsonl_path",
+        str(inputs / "out" / "d_vbpe.jsonl"),
+        "--output_path",
+        str(inputs / "shards"),
+    ]
     assert cli.main([*command, "--vbpe_path", str(inputs / "vbpe.json")]) == 0
-    at_once, built = read_manifest(inputs / "out" / "a_vbpe", "shards"), read_manifest(inputs / "shards", "shards")
+    at_once, built = (
+        read_manifest(inputs / "out" / "a_vbpe", "shards"),
+        read_manifest(inputs / "shards", "shards"),
+    )
     assert at_once.content_hash == built.content_hash and at_once.lineage == built.lineage
     assert cli.main(["verify", str(inputs / "out" / "a_vbpe"), str(inputs / "out")]) == 0
 
 
 def test_long_samples_are_cut_by_choice(inputs, capsys) -> None:
-    two_turns = [*row(0)["conversations"], {"from": "human", "value": "more"}, {"from": "gpt", "value": "a long answer"}]
-    assert tokenize(inputs, [row(0, conversations=two_turns)], "--max_length", "35", "--too_long", "truncate") == 0
+    two_turns = [
+        *row(0)["conversations"],
+        {"from": "human", "value": "more"},
+        {"from": "gpt", "value": "a long answer"},
+    ]
+    assert (
+        tokenize(
+            inputs,
+            [row(0, conversations=two_turns)],
+            "--max_length",
+            "35",
+            "--too_long",
+            "truncate",
+        )
+        == 0
+    )
     assert "1 cut" in capsys.readouterr().out
     (found,) = read(inputs, "base")
     assert len(found["token_0"] + found["token_image"] + found["token_1"]) == 35
@@ -391,7 +587,13 @@ def test_rows_of_another_vbpe(inputs, capsys) -> None:
         "train-vbpe", "--data_path", str(inputs / "vq_codes"), "--output_path", str(inputs / "other.json"), "--num_merges", "2",
     ]  # fmt: skip
     assert cli.main(other) == 0
-    command = ["build-shards", "--jsonl_path", str(inputs / "out" / "d_vbpe.jsonl"), "--output_path", str(inputs / "shards")]
+    command = [
+        "build-shards",
+        "--jsonl_path",
+        str(inputs / "out" / "d_vbpe.jsonl"),
+        "--output_path",
+        str(inputs / "shards"),
+    ]
     assert cli.main([*command, "--vbpe_path", str(inputs / "other.json")]) == 2
     assert "different vbpe" in capsys.readouterr().err
 
@@ -403,13 +605,27 @@ def test_shards_say_whether_their_merged_images_were_decoded(inputs, capsys) -> 
     def build(name: str, variant: str, *options: object) -> tuple[str, str]:
         rows, output = inputs / "out" / f"d_{variant}.jsonl", inputs / name
         capsys.readouterr()
-        assert cli.main(["build-shards", f"--jsonl_path={rows}", f"--output_path={output}", *map(str, options)]) == 0
+        assert (
+            cli.main(
+                [
+                    "build-shards",
+                    f"--jsonl_path={rows}",
+                    f"--output_path={output}",
+                    *map(str, options),
+                ]
+            )
+            == 0
+        )
         return read_manifest(output).details["merged_images"], capsys.readouterr().out
 
     merged, shown = build("unknown", "vbpe")
-    assert merged == "not decoded" and "warning: the merged images" in shown and "--vbpe_path" in shown
+    assert (
+        merged == "not decoded" and "warning: the merged images" in shown and "--vbpe_path" in shown
+    )
     assert "warning: the merged images" in build("unknown", "vbpe")[1]  # when it is reused
-    assert build("unknown", "vbpe", "--vbpe_path", inputs / "vbpe.json", "--overwrite")[0] == "decoded"
+    assert (
+        build("unknown", "vbpe", "--vbpe_path", inputs / "vbpe.json", "--overwrite")[0] == "decoded"
+    )
     merged, shown = build("raw", "base")
     assert merged == "none" and "warning" not in shown
     own_vbpe.write_bytes((inputs / "vbpe.json").read_bytes())
@@ -418,10 +634,18 @@ def test_shards_say_whether_their_merged_images_were_decoded(inputs, capsys) -> 
 
 def test_parts_made_without_decoding_are_not_passed_off_as_decoded(inputs, capsys) -> None:
     assert tokenize(inputs, [row(0), row(1)]) == 0
-    command = ["build-shards", f"--jsonl_path={inputs}/out/d_vbpe.jsonl", f"--output_path={inputs}/shards", "--part_bytes=600"]
+    command = [
+        "build-shards",
+        f"--jsonl_path={inputs}/out/d_vbpe.jsonl",
+        f"--output_path={inputs}/shards",
+        "--part_bytes=600",
+    ]
     assert cli.main([*command, "--rank=0", "--num_ranks=2"]) == 0
     assert cli.main([*command, f"--vbpe_path={inputs}/vbpe.json"]) == 2
-    assert "unfinished work of another decoded (found False, asked for True)" in capsys.readouterr().err
+    assert (
+        "unfinished work of another decoded (found False, asked for True)"
+        in capsys.readouterr().err
+    )
 
 
 def test_wrong_options(inputs, capsys) -> None:

@@ -1,4 +1,6 @@
-"""Predictions equal the class's answers, scores equal an independent count, killed and shared work is continued; refusals."""
+"""Predictions equal the class's answers, scores equal an independent count, killed and shared
+work is continued; refusals.
+"""
 
 import json
 import shutil
@@ -9,12 +11,17 @@ from typing import Any
 
 import pytest
 
+from beingvl.artefact.manifest import read_manifest, verify_folder
 from beingvl.commands.main import main
 from beingvl.evaluation.evaluate import read_predictions, read_summary
 from beingvl.evaluation.metrics_qa import METRICS, Reference
+from beingvl.evaluation.question_answering import (
+    Question,
+    by_question,
+    summarize,
+    write_predictions,
+)
 from beingvl.inference.model import BeingVL
-from beingvl.evaluation.question_answering import Question, by_question, summarize, write_predictions
-from beingvl.artefact.manifest import read_manifest, verify_folder
 from beingvl.vbpe.visual_bpe import VisualBPE
 from tests.artefact.test_parts import when_it_writes
 from tests.inference.small_run import QUESTIONS, evaluate
@@ -29,21 +36,46 @@ def question(number: int, text: str, answer: str) -> Question:
 
 def test_half_a_surrogate_pair_in_a_row_is_written_as_it_was_read(tmp_path) -> None:
     cut = Question("\ud83d", "hi", Reference(("yes \udcff",)))
-    write_predictions(tmp_path / "predictions.jsonl", [cut], ["no"], METRICS["exact_match"].score(["no"], [cut.reference]))
+    write_predictions(
+        tmp_path / "predictions.jsonl",
+        [cut],
+        ["no"],
+        METRICS["exact_match"].score(["no"], [cut.reference]),
+    )
     (line,) = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["id"] == cut.id and json.loads(line)["answer"] == "yes \udcff"
 
 
 def test_scores_by_hand() -> None:
-    questions = [question(n, WHICH, "one") for n in range(3)] + [question(3, WHICH, "Two"), question(4, EVEN, "yes")]
+    questions = [question(n, WHICH, "one") for n in range(3)] + [
+        question(3, WHICH, "Two"),
+        question(4, EVEN, "yes"),
+    ]
     predictions = ["one", " ONE ", "two", "two", "no"]
-    scores = METRICS["exact_match"].score(predictions, [question.reference for question in questions])
+    scores = METRICS["exact_match"].score(
+        predictions, [question.reference for question in questions]
+    )
     found = summarize("exact_match", questions, predictions, scores)
     assert found["questions"] == by_question(questions, [1, 1, 0, 1, 0])
-    assert found["questions"][WHICH] == {"accuracy": 0.75, "chance": 0.5, "majority": 0.75, "rows": 4, "distinct_answers": 2}
-    assert found["questions"][EVEN] == {"accuracy": 0.0, "chance": 1.0, "majority": 1.0, "rows": 1, "distinct_answers": 1}
+    assert found["questions"][WHICH] == {
+        "accuracy": 0.75,
+        "chance": 0.5,
+        "majority": 0.75,
+        "rows": 4,
+        "distinct_answers": 2,
+    }
+    assert found["questions"][EVEN] == {
+        "accuracy": 0.0,
+        "chance": 1.0,
+        "majority": 1.0,
+        "rows": 1,
+        "distinct_answers": 1,
+    }
     assert (found["rows"], found["correct"]) == (5, 3)
-    assert found["accuracy"] == found["scores"]["accuracy"] == 3 / 5 and found["accuracy_mean"] == 0.375
+    assert (
+        found["accuracy"] == found["scores"]["accuracy"] == 3 / 5
+        and found["accuracy_mean"] == 0.375
+    )
     assert found["standard_errors"]["accuracy"] == pytest.approx((0.24 / 4) ** 0.5)
 
 
@@ -66,12 +98,19 @@ def test_predictions_are_the_models_answers_in_the_order_of_the_file(run_folder:
     predictions = read_predictions(run_folder / "eval" / "stage-2")
     assert [row["prediction"] for row in predictions] == answers
     assert [row["id"] for row in predictions] == [row["id"] for row in rows]
-    assert [row["answer"] for row in predictions] == [row["conversations"][1]["value"] for row in rows]
+    assert [row["answer"] for row in predictions] == [
+        row["conversations"][1]["value"] for row in rows
+    ]
     summary = read_summary(run_folder / "eval" / "stage-2")
-    assert summary["rows"] == len(rows) and summary["name"] == "stage-2" and set(summary["questions"]) == set(QUESTIONS)
+    assert (
+        summary["rows"] == len(rows)
+        and summary["name"] == "stage-2"
+        and set(summary["questions"]) == set(QUESTIONS)
+    )
 
 
-# What somebody who does not trust us would write: the predictions file in, the scores out, nothing of ours imported.
+# What somebody who does not trust us would write: the predictions file in, the scores out, nothing
+# of ours imported.
 INDEPENDENT = """
 import json, sys
 rows = [json.loads(line) for line in open(sys.argv[1], encoding="utf-8")]
@@ -86,18 +125,32 @@ print(json.dumps({**overall, "of_question": means}))
 
 
 def test_an_independent_script_gives_the_same_scores(run_folder: Path, tmp_path: Path) -> None:
-    """Through the whole command, on questions of which the model answers some rightly: its own answers, some of them spoilt."""
+    """Through the whole command, on questions of which the model answers some rightly: its own
+    answers, some of them spoilt.
+    """
     predictions = read_predictions(run_folder / "eval" / "stage-1")
     rows = json.loads((run_folder / "data" / "test.json").read_text())
-    known = [row for row, prediction in zip(rows, predictions, strict=True) if prediction["prediction"]]
+    known = [
+        row for row, prediction in zip(rows, predictions, strict=True) if prediction["prediction"]
+    ]
     answer_of = {row["id"]: row["prediction"] for row in predictions}
     for number, row in enumerate(known):
-        row["conversations"][1]["value"] = "wrong" if number % 5 == 3 else answer_of[row["id"]].upper() + " "
+        row["conversations"][1]["value"] = (
+            "wrong" if number % 5 == 3 else answer_of[row["id"]].upper() + " "
+        )
     (tmp_path / "known.json").write_text(json.dumps(known))
-    assert evaluate(run_folder / "stage-1" / "final", run_folder, tmp_path / "known.json", tmp_path / "eval") == 0
+    assert (
+        evaluate(
+            run_folder / "stage-1" / "final", run_folder, tmp_path / "known.json", tmp_path / "eval"
+        )
+        == 0
+    )
 
     done = subprocess.run(
-        [sys.executable, "-c", INDEPENDENT, tmp_path / "eval" / "predictions.jsonl"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", INDEPENDENT, tmp_path / "eval" / "predictions.jsonl"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     summary, expected = read_summary(tmp_path / "eval"), json.loads(done.stdout)
     of_question = expected.pop("of_question")
@@ -126,13 +179,32 @@ def codes(run_folder: Path) -> str:
 
 def test_images_encoded_now_give_the_same_predictions(run_folder: Path, tmp_path: Path) -> None:
     image_path = f"--image_path={run_folder / 'data' / 'images'}"
-    assert main(command(run_folder, tmp_path / "eval", image_path, "--batch_size=5", "--rows_per_part=7")) == 0
+    assert (
+        main(
+            command(
+                run_folder, tmp_path / "eval", image_path, "--batch_size=5", "--rows_per_part=7"
+            )
+        )
+        == 0
+    )
     assert read_predictions(tmp_path / "eval") == read_predictions(run_folder / "eval" / "stage-1")
     assert main(command(run_folder, tmp_path / "eval", image_path)) == 0, "the same images: reused"
 
 
 def test_raw_codes_name_and_limit(run_folder: Path, tmp_path: Path) -> None:
-    assert main(command(run_folder, tmp_path / "eval", codes(run_folder), "--raw", "--limit=5", "--name=plain codes")) == 0
+    assert (
+        main(
+            command(
+                run_folder,
+                tmp_path / "eval",
+                codes(run_folder),
+                "--raw",
+                "--limit=5",
+                "--name=plain codes",
+            )
+        )
+        == 0
+    )
     summary = read_summary(tmp_path / "eval")
     assert (summary["name"], summary["variant"], summary["rows"]) == ("plain codes", "raw", 5)
     model = BeingVL(run_folder / "stage-1" / "final").load_model(device="cpu")
@@ -161,9 +233,14 @@ def test_a_finished_evaluation_is_reused_and_another_request_refused(
 
 
 def test_an_interrupted_evaluation_is_continued_on_other_ranks(
-    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Stopped in its third part and started again as two ranks: what is missing is answered, nothing twice, the same bytes."""
+    """Stopped in its third part and started again as two ranks: what is missing is answered,
+    nothing twice, the same bytes.
+    """
     arguments = command(run_folder, tmp_path / "eval", codes(run_folder), "--rows_per_part=5")
     answer_batch = BeingVL._continue_batch
     sizes: list[int] = []
@@ -177,22 +254,32 @@ def test_an_interrupted_evaluation_is_continued_on_other_ranks(
     monkeypatch.setattr(BeingVL, "_continue_batch", interrupted)
     assert main(arguments) == 130
     assert not (tmp_path / "eval" / "manifest.json").exists()
-    assert main([*arguments, "--limit=7"]) == 2 and "unfinished work of another limit" in capsys.readouterr().err
+    assert (
+        main([*arguments, "--limit=7"]) == 2
+        and "unfinished work of another limit" in capsys.readouterr().err
+    )
     counted: list[int] = []
     monkeypatch.setattr(
-        BeingVL, "_continue_batch", lambda self, s, *more: (counted.append(len(s)), answer_batch(self, s, *more))[1]
+        BeingVL,
+        "_continue_batch",
+        lambda self, s, *more: (counted.append(len(s)), answer_batch(self, s, *more))[1],
     )
     assert main([*arguments, "--rank=1", "--num_ranks=2"]) == 0
     assert "2 of 5 are still missing" in capsys.readouterr().out
     assert main([*arguments, "--rank=0", "--num_ranks=2"]) == 0
     assert sum(counted) == 24 - 10 and not list((tmp_path / "eval").glob("parts.tmp"))
     assert read_predictions(tmp_path / "eval") == read_predictions(run_folder / "eval" / "stage-1")
-    ours, whole = (read_summary(folder) for folder in (tmp_path / "eval", run_folder / "eval" / "stage-1"))
+    ours, whole = (
+        read_summary(folder) for folder in (tmp_path / "eval", run_folder / "eval" / "stage-1")
+    )
     assert {**ours, "name": ""} == {**whole, "name": ""}
 
 
 def test_a_rank_that_is_overtaken_in_the_middle_of_a_part_ends_well(
-    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output, overtakers = tmp_path / "eval", []
     arguments = command(run_folder, output, codes(run_folder), "--rows_per_part=9")
@@ -202,8 +289,17 @@ def test_a_rank_that_is_overtaken_in_the_middle_of_a_part_ends_well(
     assert read_predictions(output) == read_predictions(run_folder / "eval" / "stage-1")
 
 
-def test_overwrite_is_for_one_rank(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command(run_folder, tmp_path, codes(run_folder), "--overwrite", "--rank=0", "--num_ranks=2")) == 2
+def test_overwrite_is_for_one_rank(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(
+            command(
+                run_folder, tmp_path, codes(run_folder), "--overwrite", "--rank=0", "--num_ranks=2"
+            )
+        )
+        == 2
+    )
     assert "--overwrite is for one rank" in capsys.readouterr().err
 
 
@@ -216,13 +312,24 @@ def test_text_only_rows(run_folder: Path, tmp_path: Path) -> None:
     assert read_predictions(output)[0]["id"] == 1, "not the text '1'"
 
 
-def test_many_questions_print_a_short_table(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_questions_print_a_short_table(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [
-        {"id": n, "conversations": [{"from": "human", "value": f"question {n}"}, {"from": "gpt", "value": "yes"}]}
+        {
+            "id": n,
+            "conversations": [
+                {"from": "human", "value": f"question {n}"},
+                {"from": "gpt", "value": "yes"},
+            ],
+        }
         for n in range(23)
     ]
     (tmp_path / "many.json").write_text(json.dumps(rows))
-    assert main([*command(run_folder, tmp_path / "eval"), f"--json_path={tmp_path / 'many.json'}"]) == 0
+    assert (
+        main([*command(run_folder, tmp_path / "eval"), f"--json_path={tmp_path / 'many.json'}"])
+        == 0
+    )
     assert "and 3 more questions" in capsys.readouterr().out
 
 
@@ -234,7 +341,10 @@ def asked(text: str = "hi") -> list[dict[str, str]]:
 
 
 ROWS_OF = {
-    "vqa_accuracy": [{"answers": [{"answer": "yes", "answer_id": n} for n in range(10)]}, {"answers": ["two"] * 9 + ["2"]}],
+    "vqa_accuracy": [
+        {"answers": [{"answer": "yes", "answer_id": n} for n in range(10)]},
+        {"answers": ["two"] * 9 + ["2"]},
+    ],
     "pope": [{"answer": "yes", "category": "random"}, {"answer": "No", "category": "random"}],
     "mme": [{"answer": "Yes", "category": "OCR"}, {"answer": "No", "category": "OCR"}],
     "scienceqa": [{"answer": 1, "choices": ["a dog", "a cat"]}, {"answer": "A"}],
@@ -245,17 +355,28 @@ ROWS_OF = {
 
 
 @pytest.mark.parametrize("metric", ROWS_OF)
-def test_scores_are_those_of_the_predictions_file(metric: str, run_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": asked(), **row} for row in ROWS_OF[metric]]))
+def test_scores_are_those_of_the_predictions_file(
+    metric: str, run_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.json").write_text(
+        json.dumps([{"conversations": asked(), **row} for row in ROWS_OF[metric]])
+    )
     where = [f"--json_path={tmp_path / 'rows.json'}", f"--metric={metric}"]
     assert main([*command(run_folder, tmp_path / "eval"), *where]) == 0
     rows, summary = read_predictions(tmp_path / "eval"), read_summary(tmp_path / "eval")
     references = [
-        Reference(tuple([row["answer"]] if isinstance(row["answer"], str) else row["answer"]), row.get("category"))
+        Reference(
+            tuple([row["answer"]] if isinstance(row["answer"], str) else row["answer"]),
+            row.get("category"),
+        )
         for row in rows
     ]
     again = METRICS[metric].score([row["prediction"] for row in rows], references)
-    assert (summary["metric"], summary["scores"], summary["categories"]) == (metric, again.values, again.categories)
+    assert (summary["metric"], summary["scores"], summary["categories"]) == (
+        metric,
+        again.values,
+        again.categories,
+    )
     assert [row.get("score") for row in rows] == (again.of_rows or [None, None])
     if metric == "scienceqa":
         assert [row["answer"] for row in rows] == ["B", "A"]
@@ -267,19 +388,55 @@ def test_scores_are_those_of_the_predictions_file(metric: str, run_folder: Path,
 def test_refusals(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
     for row, more, message in [
-        ({"id": "a", "conversations": turns * 2}, [], "row 0 (id 'a'): found 2 questions, expected one"),
-        ({"id": "a", "conversations": turns[:1]}, [], "row 0 (id 'a'): there is no reference answer; give `answer`, `answers`"),
+        (
+            {"id": "a", "conversations": turns * 2},
+            [],
+            "row 0 (id 'a'): found 2 questions, expected one",
+        ),
+        (
+            {"id": "a", "conversations": turns[:1]},
+            [],
+            "row 0 (id 'a'): there is no reference answer; give `answer`, `answers`",
+        ),
         ({"id": "a", "answer": "yes"}, [], "row 0 (id 'a'): conversations is empty or not a list"),
-        ({"conversations": asked(), "answers": []}, [], "`answers` is '[]', expected a list of texts"),
-        ({"conversations": asked(), "answers": [{"text": "a"}]}, [], "expected a list of texts or of objects with `answer`"),
+        (
+            {"conversations": asked(), "answers": []},
+            [],
+            "`answers` is '[]', expected a list of texts",
+        ),
+        (
+            {"conversations": asked(), "answers": [{"text": "a"}]},
+            [],
+            "expected a list of texts or of objects with `answer`",
+        ),
         ({"conversations": asked(), "answer": None}, [], "`answer` is 'None', expected a text"),
-        ({"conversations": asked(), "answer": 2, "choices": ["a", "b"]}, [], "`answer` is 2, but `choices` is"),
-        ({"conversations": turns}, ["--metric=pope"], "row 0 (id None) has the answer 'ho', expected yes or no; correct it"),
+        (
+            {"conversations": asked(), "answer": 2, "choices": ["a", "b"]},
+            [],
+            "`answer` is 2, but `choices` is",
+        ),
+        (
+            {"conversations": turns},
+            ["--metric=pope"],
+            "row 0 (id None) has the answer 'ho', expected yes or no; correct it",
+        ),
         ({"conversations": turns, "image": "a.png"}, [], "give --vq_codes, or --image_path"),
-        ({"conversations": turns, "image": "../a.png"}, [f"--image_path={tmp_path}"], "leaves --image_path"),
-        ({"conversations": turns, "image": "a.png"}, [f"--image_path={tmp_path}"], "a.png does not exist"),
+        (
+            {"conversations": turns, "image": "../a.png"},
+            [f"--image_path={tmp_path}"],
+            "leaves --image_path",
+        ),
+        (
+            {"conversations": turns, "image": "a.png"},
+            [f"--image_path={tmp_path}"],
+            "a.png does not exist",
+        ),
         ({"conversations": turns, "image": "a.png"}, [codes(run_folder)], "no codes of a.png"),
-        ({"id": "a", "conversations": asked("<image> \n"), "answer": "b"}, [], "row 0 (id 'a'): a prompt is empty"),
+        (
+            {"id": "a", "conversations": asked("<image> \n"), "answer": "b"},
+            [],
+            "row 0 (id 'a'): a prompt is empty",
+        ),
         ({"conversations": turns}, ["--loss_on=all"], "--loss_on has no effect on --json_path"),
         ({"conversations": turns}, ["--device=foo"], "device 'foo' cannot be used"),
         ({"conversations": turns}, ["--limit=0"], "--limit is 0"),
@@ -287,43 +444,73 @@ def test_refusals(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     ]:
         (tmp_path / "rows.json").write_text(json.dumps([row]))
         capsys.readouterr()
-        arguments = [*command(run_folder, tmp_path / "eval"), f"--json_path={tmp_path / 'rows.json'}", *more]
+        arguments = [
+            *command(run_folder, tmp_path / "eval"),
+            f"--json_path={tmp_path / 'rows.json'}",
+            *more,
+        ]
         assert main(arguments) == 2, message
         assert message in capsys.readouterr().err
     assert not (tmp_path / "eval").exists()
 
 
 @pytest.mark.parametrize(
-    ("prompt", "message"), [("<image> hi", "more <image> placeholders than images"), ("long " * 200, "do not fit the model's")]
+    ("prompt", "message"),
+    [
+        ("<image> hi", "more <image> placeholders than images"),
+        ("long " * 200, "do not fit the model's"),
+    ],
 )
 def test_a_bad_row_is_named_before_any_is_answered(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], prompt: str, message: str
 ) -> None:
-    rows = [{"id": n, "conversations": asked(text), "answer": "yes"} for n, text in enumerate(["hi", prompt])]
+    rows = [
+        {"id": n, "conversations": asked(text), "answer": "yes"}
+        for n, text in enumerate(["hi", prompt])
+    ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    arguments = [*command(run_folder, tmp_path / "eval"), f"--json_path={tmp_path / 'rows.json'}", "--rows_per_part=1"]
+    arguments = [
+        *command(run_folder, tmp_path / "eval"),
+        f"--json_path={tmp_path / 'rows.json'}",
+        "--rows_per_part=1",
+    ]
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert f"{tmp_path / 'rows.json'}, row 1 (id 1): " in error and message in error
     assert not (tmp_path / "eval").exists()
 
 
-def test_a_row_whose_images_do_not_fit_is_named(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_row_whose_images_do_not_fit_is_named(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its text fits; how many tokens its images have is known when they are encoded."""
-    row = {"id": "a", "conversations": asked("<image>" * 30 + "hi"), "answer": "yes", "image": ["test/0000.png"] * 30}
+    row = {
+        "id": "a",
+        "conversations": asked("<image>" * 30 + "hi"),
+        "answer": "yes",
+        "image": ["test/0000.png"] * 30,
+    }
     (tmp_path / "rows.json").write_text(json.dumps([row]))
-    arguments = [*command(run_folder, tmp_path / "eval", codes(run_folder)), f"--json_path={tmp_path / 'rows.json'}", "--raw"]
+    arguments = [
+        *command(run_folder, tmp_path / "eval", codes(run_folder)),
+        f"--json_path={tmp_path / 'rows.json'}",
+        "--raw",
+    ]
     assert main(arguments) == 2
     assert "row 0 (id 'a'): a prompt of " in capsys.readouterr().err
 
 
-def test_an_unknown_metric_is_refused(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_metric_is_refused(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(command(run_folder, tmp_path, "--metric=guess"))
     assert exit_.value.code == 2 and "invalid choice: 'guess'" in capsys.readouterr().err
 
 
-def test_another_model_or_vbpe_is_refused(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_model_or_vbpe_is_refused(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import numpy as np
 
     VisualBPE(NUM_CODES, np.array([[1, 1, 0, 1]])).save(tmp_path / "other.json")
@@ -335,6 +522,9 @@ def test_another_model_or_vbpe_is_refused(run_folder: Path, tmp_path: Path, caps
         assert message in capsys.readouterr().err
     incomplete = shutil.copytree(run_folder / "stage-1" / "final", tmp_path / "model")
     (incomplete / "manifest.json").unlink()
-    assert main([*command(run_folder, tmp_path / "eval", codes(run_folder)), f"--model={incomplete}"]) == 2
+    assert (
+        main([*command(run_folder, tmp_path / "eval", codes(run_folder)), f"--model={incomplete}"])
+        == 2
+    )
     assert "incomplete" in capsys.readouterr().err
     assert read_manifest(run_folder / "stage-1" / "final", "model")

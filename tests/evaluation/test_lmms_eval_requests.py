@@ -1,6 +1,8 @@
-"""What the adapter makes of lmms-eval's requests: the class's own answers, images where tasks put none, options, refusals.
+"""What the adapter makes of lmms-eval's requests: the class's own answers, images where tasks
+put none, options, refusals.
 
-The class that lmms-eval loads needs lmms-eval itself: `python -m tests.benchmarks.lmms_task` runs one of its tasks.
+The class that lmms-eval loads needs lmms-eval itself: `python -m tests.benchmarks.lmms_task` runs
+one of its tasks.
 """
 
 from __future__ import annotations
@@ -12,7 +14,13 @@ import pytest
 from PIL import Image
 
 from beingvl.errors import InputError
-from beingvl.evaluation.lmms_eval_requests import Request, answer_requests, as_flag, cut_at, open_model
+from beingvl.evaluation.lmms_eval_requests import (
+    Request,
+    answer_requests,
+    as_flag,
+    cut_at,
+    open_model,
+)
 from beingvl.inference.model import BeingVL
 
 GREEDY = {"max_new_tokens": 6, "temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False}
@@ -20,18 +28,27 @@ GREEDY = {"max_new_tokens": 6, "temperature": 0, "top_p": 1.0, "num_beams": 1, "
 
 @pytest.fixture(scope="module")
 def model(run_folder: Path) -> BeingVL:
-    model, device = open_model(str(run_folder / "stage-3" / "final"), str(run_folder / "vbpe"), None, "cpu")
-    assert device == "cpu" and model.model.dtype.is_floating_point and model.model.dtype.itemsize == 4
+    model, device = open_model(
+        str(run_folder / "stage-3" / "final"), str(run_folder / "vbpe"), None, "cpu"
+    )
+    assert (
+        device == "cpu" and model.model.dtype.is_floating_point and model.model.dtype.itemsize == 4
+    )
     return model
 
 
 @pytest.fixture(scope="module")
 def images(run_folder: Path) -> list[Image.Image]:
-    return [Image.open(path) for path in sorted((run_folder / "data" / "images" / "test").glob("*.png"))[:3]]
+    return [
+        Image.open(path)
+        for path in sorted((run_folder / "data" / "images" / "test").glob("*.png"))[:3]
+    ]
 
 
 def test_answers_are_those_of_the_class(model: BeingVL, images: list[Image.Image]) -> None:
-    """Requests of unlike options and of none, one and two images keep their order; missing placeholders are added."""
+    """Requests of unlike options and of none, one and two images keep their order; missing
+    placeholders are added.
+    """
     requests = [
         Request("Is it even?", [images[0]], GREEDY),
         Request("Which?", [images[1]], {**GREEDY, "max_new_tokens": 3}),
@@ -50,13 +67,19 @@ def test_answers_are_those_of_the_class(model: BeingVL, images: list[Image.Image
             method(["<image> and <image>, same?"], [images[1:]], 6),
             method(["Is it even?"], [images[2]], 6),
         ]
-        assert answer_requests(model, requests, 2, with_vbpe, told.append) == [answer.strip() for (answer,) in expected]
+        assert answer_requests(model, requests, 2, with_vbpe, told.append) == [
+            answer.strip() for (answer,) in expected
+        ]
     assert sum(told) == 12 and max(told) == 2
 
 
 def test_stop_strings_cut_answers() -> None:
     assert cut_at("yes ASSISTANT: no", ["ASSISTANT:", "\n"]) == "yes"
-    assert cut_at("yes\nno", "\n") == "yes" and cut_at(" yes ", None) == "yes" and cut_at("yes", [""]) == "yes"
+    assert (
+        cut_at("yes\nno", "\n") == "yes"
+        and cut_at(" yes ", None) == "yes"
+        and cut_at("yes", [""]) == "yes"
+    )
 
 
 def test_flags_arrive_as_text_too() -> None:
@@ -86,7 +109,10 @@ def test_refusals(model: BeingVL, images: list[Image.Image], run_folder: Path) -
 def test_the_entry_point_names_the_adapter() -> None:
     """setup.py's entry point and the class path in the manifest exist, read without lmms-eval."""
     root = Path(__file__).parents[2]
-    assert '"lmms_eval.models": ["beingvl=beingvl.evaluation.lmms_eval_model:manifest"]' in (root / "setup.py").read_text()
+    assert (
+        '"lmms_eval.models": ["beingvl=beingvl.evaluation.lmms_eval_model:manifest"]'
+        in (root / "setup.py").read_text()
+    )
     tree = ast.parse((root / "beingvl" / "inference" / "lmms_eval_model.py").read_text())
     names = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     assert names == {"manifest", "LmmsEvalModel"}

@@ -1,4 +1,5 @@
-"""Tests of what only a GPU can show; without one every test of this folder skips, here and nowhere else.
+"""Tests of what only a GPU can show; without one every test of this folder skips, here and
+nowhere else.
 
 pytest tests/gpu                                    on a machine with a GPU
 BEINGVL_TEST_DEVICE=cpu pytest tests/gpu            a rehearsal: all of it that a CPU can run
@@ -17,7 +18,9 @@ def device() -> torch.device:
     """The device under test; the reference is always this machine's CPU."""
     wanted = os.environ.get(VARIABLE) or ("cuda:0" if torch.cuda.is_available() else None)
     if wanted is None:
-        pytest.skip(f"torch finds no GPU, so nothing of tests/gpu was tested ({VARIABLE}=cpu rehearses it)")
+        pytest.skip(
+            f"torch finds no GPU, so nothing of tests/gpu was tested ({VARIABLE}=cpu rehearses it)"
+        )
     return torch.device(wanted)
 
 

@@ -1,4 +1,6 @@
-"""The packed model in bf16 on a GPU against float32 on the CPU; its attention against each sample alone."""
+"""The packed model in bf16 on a GPU against float32 on the CPU; its attention against each
+sample alone.
+"""
 
 import copy
 from itertools import pairwise
@@ -21,7 +23,9 @@ LENGTHS = (300, 1, 77, 512, 2, 130)
 
 @pytest.fixture(scope="module")
 def reference() -> PackedCausalLM:
-    """Float32 on the CPU, with weights that bf16 holds exactly and that attend: those of a fresh model hardly do."""
+    """Float32 on the CPU, with weights that bf16 holds exactly and that attend: those of a fresh
+    model hardly do.
+    """
     config = LlamaConfig(
         vocab_size=LAYOUT.size,
         hidden_size=256,
@@ -31,11 +35,15 @@ def reference() -> PackedCausalLM:
         num_key_value_heads=2,
         tie_word_embeddings=False,
     )
-    model = build_packed_model(LlamaForCausalLM, config, LAYOUT.num_text, LAYOUT.num_visual, 256, True)
+    model = build_packed_model(
+        LlamaForCausalLM, config, LAYOUT.num_text, LAYOUT.num_visual, 256, True
+    )
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=1.0 if "embed" in name else 1.5 / parameter.shape[1] ** 0.5)
+            torch.nn.init.normal_(
+                parameter, std=1.0 if "embed" in name else 1.5 / parameter.shape[1] ** 0.5
+            )
         else:
             torch.nn.init.ones_(parameter)
         parameter.data = parameter.data.bfloat16().float()
@@ -54,7 +62,13 @@ def model(reference: PackedCausalLM, device: torch.device) -> PackedCausalLM:
 def samples() -> list[Sample]:
     random = np.random.default_rng(0)
     return [
-        Sample(str(n), "", "a", random.integers(0, LAYOUT.size, n).astype(np.int32), np.array([[n // 2, n]], np.int32))
+        Sample(
+            str(n),
+            "",
+            "a",
+            random.integers(0, LAYOUT.size, n).astype(np.int32),
+            np.array([[n // 2, n]], np.int32),
+        )
         for n in LENGTHS
     ]
 
@@ -89,7 +103,10 @@ def test_losses_and_gradients_in_bf16_follow_float32_on_the_cpu(reference, model
     expected.mean().backward()
     found.mean().backward()
     of_reference = dict(reference.named_parameters())
-    errors = {name: relative_error(parameter.grad, of_reference[name].grad) for name, parameter in model.named_parameters()}
+    errors = {
+        name: relative_error(parameter.grad, of_reference[name].grad)
+        for name, parameter in model.named_parameters()
+    }
     print("largest relative error of a gradient:", max(errors.values()))
     assert max(errors.values()) < 8e-2, errors
 
@@ -97,33 +114,54 @@ def test_losses_and_gradients_in_bf16_follow_float32_on_the_cpu(reference, model
 def test_packed_samples_have_the_losses_they_have_alone(model, device) -> None:
     with torch.no_grad():
         packed = model(**arguments_of(collate(samples(), [0] * len(LENGTHS), LAYOUT), device))
-        alone = [model(**arguments_of(collate([sample], [0], LAYOUT), device)) for sample in samples()]
+        alone = [
+            model(**arguments_of(collate([sample], [0], LAYOUT), device)) for sample in samples()
+        ]
     assert relative_error(packed, torch.cat(alone)) < 1e-2
 
 
 def test_a_sample_does_not_see_its_neighbours(model, device) -> None:
-    """Equal shapes, other neighbours: the same kernels on the same numbers must give the same bits."""
+    """Equal shapes, other neighbours: the same kernels on the same numbers must give the same
+    bits.
+    """
     first, *others = samples()
     changed = [
-        Sample(other.id, "", "a", ((other.input_ids + 1) % LAYOUT.size).astype(np.int32), other.target_spans) for other in others
+        Sample(
+            other.id,
+            "",
+            "a",
+            ((other.input_ids + 1) % LAYOUT.size).astype(np.int32),
+            other.target_spans,
+        )
+        for other in others
     ]
     with torch.no_grad():
         one, two = (
-            model(**arguments_of(collate([first, *rest], [0] * len(LENGTHS), LAYOUT), device)) for rest in (others, changed)
+            model(**arguments_of(collate([first, *rest], [0] * len(LENGTHS), LAYOUT), device))
+            for rest in (others, changed)
         )
     count = LENGTHS[0] // 2
     assert torch.equal(one[:count], two[:count]) and not torch.equal(one[count:], two[count:])
 
 
 @pytest.mark.parametrize("num_kv_heads", [2, 8])
-def test_attention_and_its_gradients_equal_float64_document_by_document(device, num_kv_heads) -> None:
+def test_attention_and_its_gradients_equal_float64_document_by_document(
+    device, num_kv_heads
+) -> None:
     torch.manual_seed(0)
     shapes = [(1, heads, sum(LENGTHS), 64) for heads in (8, num_kv_heads, num_kv_heads)]
     given = [torch.randn(shape).to(device, torch.bfloat16).requires_grad_() for shape in shapes]
     exact = [tensor.detach().cpu().double().requires_grad_() for tensor in given]
     borders = np.cumsum([0, *LENGTHS]).tolist()
     starts = torch.tensor(borders, dtype=torch.int32, device=device)
-    found, _ = packed_attention(torch.nn.Identity(), *given, None, scaling=0.2, cu_seq_lens_q=starts, max_length_q=max(LENGTHS))
+    found, _ = packed_attention(
+        torch.nn.Identity(),
+        *given,
+        None,
+        scaling=0.2,
+        cu_seq_lens_q=starts,
+        max_length_q=max(LENGTHS),
+    )
     documents = []
     for start, end in pairwise(borders):
         query, key, value = (tensor[:, :, start:end] for tensor in exact)
@@ -156,11 +194,15 @@ def test_bf16_on_a_gpu_takes_the_varlen_kernel(model, cuda) -> None:
     with Operations() as seen, torch.no_grad():
         model(**arguments_of(collate(samples(), [0] * len(LENGTHS), LAYOUT), cuda))
     assert any("varlen" in name for name in seen.names), sorted(seen.names)
-    assert not any("scaled_dot_product" in name for name in seen.names), "some layer took the path of the CPU"
+    assert not any("scaled_dot_product" in name for name in seen.names), (
+        "some layer took the path of the CPU"
+    )
 
 
 def test_a_micro_batch_never_waits_for_the_gpu(model, cuda) -> None:
-    """Forward and backward only queue work: one `.item()` in a layer would empty the queue 32 times a pass."""
+    """Forward and backward only queue work: one `.item()` in a layer would empty the queue 32
+    times a pass.
+    """
     arguments = arguments_of(collate(samples(), [0] * len(LENGTHS), LAYOUT), cuda)
     model(**arguments).sum().backward()  # what is made once, on first use, may wait
     torch.cuda.synchronize()

@@ -1,4 +1,6 @@
-"""Whole training runs under DeepSpeed ZeRO-3 in bf16 on one device: frozen to the bit, resumed to the bit."""
+"""Whole training runs under DeepSpeed ZeRO-3 in bf16 on one device: frozen to the bit, resumed
+to the bit.
+"""
 
 import json
 import shutil
@@ -12,7 +14,11 @@ from beingvl.train.metrics import read_metrics
 from tests.launcher import log_of, run
 from tests.tiny import LAYOUT, stage_fields, write_model, write_shards
 
-ROWS_AND_LAYERS = [{"match": "visual_rows"}, {"match": "layers[:25%]"}, {"match": ".*", "train": False}]
+ROWS_AND_LAYERS = [
+    {"match": "visual_rows"},
+    {"match": "layers[:25%]"},
+    {"match": ".*", "train": False},
+]
 NUM_STEPS = 6
 
 
@@ -22,7 +28,9 @@ def work(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gpu")
     write_model(folder / "base", hidden_size=128)
     write_shards(folder / "shards")
-    fields = stage_fields(max_steps=NUM_STEPS, epochs=6, trainable=ROWS_AND_LAYERS, deterministic=True, keep_last=5)
+    fields = stage_fields(
+        max_steps=NUM_STEPS, epochs=6, trainable=ROWS_AND_LAYERS, deterministic=True, keep_last=5
+    )
     (folder / "stage.json").write_text(json.dumps({**fields, "bf16": {"enabled": True}}))
     return folder
 
@@ -39,7 +47,9 @@ def train(work: Path, output: Path, device: torch.device) -> Path:
 
 
 def test_frozen_parameters_keep_their_bits_and_trained_ones_move(work, whole_run) -> None:
-    """The run itself compared the frozen weights on the device with those of its start before each save."""
+    """The run itself compared the frozen weights on the device with those of its start before
+    each save.
+    """
     rows = slice(LAYOUT.num_text, None)
     start = dict(WeightFolder(work / "base"))
     for name, tensor in WeightFolder(whole_run / "final").items():
@@ -58,13 +68,20 @@ def test_a_resumed_run_ends_with_the_same_bits(work, whole_run, device) -> None:
     shutil.copytree(half, resumed / "checkpoints" / half.name)
     train(work, resumed, device)
     assert "resumed from" in log_of(resumed)
-    found, expected = ([(row["loss"], row["gradient_norm"]) for row in read_metrics(of)] for of in (resumed, whole_run))
+    found, expected = (
+        [(row["loss"], row["gradient_norm"]) for row in read_metrics(of)]
+        for of in (resumed, whole_run)
+    )
     assert found == expected[NUM_STEPS // 2 :]
     whole = dict(WeightFolder(whole_run / "final"))
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in WeightFolder(resumed / "final").items())
+    assert all(
+        torch.equal(tensor, whole[name]) for name, tensor in WeightFolder(resumed / "final").items()
+    )
 
 
 def test_memory_is_reported_beside_its_prediction(whole_run, cuda) -> None:
-    assert "of the whole process" not in log_of(whole_run), "the peak is the device's, not the process's"
+    assert "of the whole process" not in log_of(whole_run), (
+        "the peak is the device's, not the process's"
+    )
     peaks = [row["peak_memory_bytes"] for row in read_metrics(whole_run)]
     assert 0 < peaks[-1] < torch.cuda.get_device_properties(cuda).total_memory

@@ -1,4 +1,6 @@
-"""encode-images: the rows are the VQ-GAN's codes in key order, however computed; what cannot be read is accounted for."""
+"""encode-images: the rows are the VQ-GAN's codes in key order, however computed; what cannot be
+read is accounted for.
+"""
 
 import json
 import os
@@ -12,9 +14,9 @@ import torch
 from PIL import Image
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
+from beingvl.artefact.manifest import MANIFEST_FILE, read_manifest, verify_folder
 from beingvl.commands.main import main
 from beingvl.errors import InputError
-from beingvl.artefact.manifest import MANIFEST_FILE, read_manifest, verify_folder
 from beingvl.images import image_source
 from beingvl.images.image_source import NO_STAMP, FolderImages, TarImages
 from beingvl.images.vq_codes import CODES_FILE, REJECTED_FILE, CodeFolder
@@ -26,8 +28,16 @@ KEYS = ["b/2.png", "a.png", "b/10.JPG", "z z/ü.png", "b/1.png"]
 
 def save_vqgan(folder, seed):
     torch.manual_seed(seed)
-    sizes = {"embed_dim": 4, "num_embeddings": 32, "latent_channels": 8, "base_channels": 32, "num_res_blocks": 0}
-    model = JanusVQVAE(JanusVQVAEConfig(**sizes, channel_multiplier=[1, 1], num_patches=8, initializer_range=0.2))
+    sizes = {
+        "embed_dim": 4,
+        "num_embeddings": 32,
+        "latent_channels": 8,
+        "base_channels": 32,
+        "num_res_blocks": 0,
+    }
+    model = JanusVQVAE(
+        JanusVQVAEConfig(**sizes, channel_multiplier=[1, 1], num_patches=8, initializer_range=0.2)
+    )
     VQGAN(model, make_processor(16)).save(folder)
     return folder
 
@@ -60,22 +70,33 @@ def test_each_row_is_the_image_of_its_key(image_path, vq_path, tmp_path):
     assert encode(image_path, vq_path, tmp_path / "codes") == 0
     folder, vqgan = CodeFolder(tmp_path / "codes"), VQGAN.load(vq_path)
     assert folder.keys == sorted(KEYS)
-    assert folder.codes.shape == (5, 8, 8) and folder.codes.dtype == np.uint16 and isinstance(folder.codes, np.memmap)
+    assert (
+        folder.codes.shape == (5, 8, 8)
+        and folder.codes.dtype == np.uint16
+        and isinstance(folder.codes, np.memmap)
+    )
     assert len(np.unique(folder.codes)) > 4
     for key in KEYS:
         expected = vqgan.encode(vqgan.preprocess([image_path / key]))[0]
         np.testing.assert_array_equal(folder.codes[folder.row(key)], expected)
     manifest = verify_folder(tmp_path / "codes")
-    assert manifest.lineage == {"vqgan": vqgan.fingerprint()} and manifest.counts == {"images": 5, "rejected": 0}
+    assert manifest.lineage == {"vqgan": vqgan.fingerprint()} and manifest.counts == {
+        "images": 5,
+        "rejected": 0,
+    }
     assert (folder.num_codes, folder.grid) == (32, (8, 8))
 
 
 def test_batches_and_workers_do_not_change_a_bit(image_path, vq_path, tmp_path):
     hashes = set()
-    for number, options in enumerate([{"batch_size": 1}, {"batch_size": 2, "num_workers": 2}, {"batch_size": 64}]):
+    for number, options in enumerate(
+        [{"batch_size": 1}, {"batch_size": 2, "num_workers": 2}, {"batch_size": 64}]
+    ):
         output = tmp_path / f"codes-{number}"
         assert encode(image_path, vq_path, output, **options) == 0
-        hashes.add((read_manifest(output).content_hash, read_manifest(output).details["request"]["images"]))
+        hashes.add(
+            (read_manifest(output).content_hash, read_manifest(output).details["request"]["images"])
+        )
     assert len(hashes) == 1
 
 
@@ -96,28 +117,46 @@ def test_unreadable_images_are_rejected_with_reasons(image_path, vq_path, tmp_pa
     assert encode(image_path, vq_path, tmp_path / "codes", **options) == 0
     folder = CodeFolder(tmp_path / "codes")
     assert folder.keys == ["a.png"] and folder.manifest.counts == {"images": 1, "rejected": 4}
-    for name, reason in zip(names[1:], ["no known format", "No such file", "leaves", "leaves"], strict=True):
+    for name, reason in zip(
+        names[1:], ["no known format", "No such file", "leaves", "leaves"], strict=True
+    ):
         with pytest.raises(InputError, match=f"was rejected when .*{reason}"):
             folder.row(name)
-    with pytest.raises(InputError, match=r"has no codes of other\.png .it has 1 images, a\.png is one.; make"):
+    with pytest.raises(
+        InputError, match=r"has no codes of other\.png .it has 1 images, a\.png is one.; make"
+    ):
         folder.row("other.png")
 
 
 def test_names_that_are_no_text_are_rejected_with_a_reason(image_path, vq_path, tmp_path, capsys):
     data = (image_path / "a.png").read_bytes()
     (image_path / os.fsdecode(b"\xff.png")).write_bytes(data)
-    for output in (tmp_path / "codes", tmp_path / os.fsdecode(b"codes \xff")):  # twice: the second time it is reused
+    for output in (
+        tmp_path / "codes",
+        tmp_path / os.fsdecode(b"codes \xff"),
+    ):  # twice: the second time it is reused
         for _ in range(2):
             assert encode(image_path, vq_path, output, max_rejected=0.5) == 0
     assert "reused" in capsys.readouterr().out
     folder = CodeFolder(tmp_path / "codes")
     assert folder.keys == sorted(KEYS) and folder.manifest.counts == {"images": 5, "rejected": 1}
-    with pytest.raises(InputError, match=r"\\udcff.png was rejected .*the name is not UTF-8; rename the file"):
+    with pytest.raises(
+        InputError, match=r"\\udcff.png was rejected .*the name is not UTF-8; rename the file"
+    ):
         folder.row(os.fsdecode(b"\xff.png"))
 
     names = ["\ud83d.png", "a.png"]
     (tmp_path / "rows.json").write_text(json.dumps([{"image": name} for name in names]))
-    assert encode(image_path, vq_path, tmp_path / "named", json_path=tmp_path / "rows.json", max_rejected=0.5) == 0
+    assert (
+        encode(
+            image_path,
+            vq_path,
+            tmp_path / "named",
+            json_path=tmp_path / "rows.json",
+            max_rejected=0.5,
+        )
+        == 0
+    )
     assert CodeFolder(tmp_path / "named").keys == ["a.png"]
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for name in (b"\xff.png", b"a.png"):
@@ -129,7 +168,10 @@ def test_names_that_are_no_text_are_rejected_with_a_reason(image_path, vq_path, 
 def test_too_many_unreadable_images_stop_the_run(image_path, vq_path, tmp_path, capsys):
     (image_path / "b/1.png").write_bytes(b"no image")
     assert encode(image_path, vq_path, tmp_path / "codes", max_rejected=0.19) == 2
-    assert "1 of 5 images rejected so far, --max_rejected is 0.19; the last: b/1.png cannot be read" in capsys.readouterr().err
+    assert (
+        "1 of 5 images rejected so far, --max_rejected is 0.19; the last: b/1.png cannot be read"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "codes" / MANIFEST_FILE).exists()
     with pytest.raises(InputError, match="incomplete"):
         CodeFolder(tmp_path / "codes")
@@ -150,7 +192,10 @@ def test_a_finished_output_is_reused_refused_or_replaced(image_path, vq_path, tm
     assert encode(image_path, vq_path, output) == 0
     before = (output / MANIFEST_FILE).stat().st_mtime_ns
     assert encode(image_path, vq_path, output, batch_size=2) == 0
-    assert "reused" in capsys.readouterr().out and (output / MANIFEST_FILE).stat().st_mtime_ns == before
+    assert (
+        "reused" in capsys.readouterr().out
+        and (output / MANIFEST_FILE).stat().st_mtime_ns == before
+    )
 
     other_vq = save_vqgan(tmp_path / "other", seed=1)
     assert encode(image_path, other_vq, output) == 2
@@ -163,7 +208,9 @@ def test_a_finished_output_is_reused_refused_or_replaced(image_path, vq_path, tm
     assert read_manifest(output).lineage == {"vqgan": VQGAN.load(other_vq).fingerprint()}
 
 
-def test_a_finished_output_reads_no_image_again_that_looks_the_same(image_path, vq_path, tmp_path, capsys):
+def test_a_finished_output_reads_no_image_again_that_looks_the_same(
+    image_path, vq_path, tmp_path, capsys
+):
     tar_path = tmp_path / "images.tar"
     with tarfile.open(tar_path, "w") as tar:
         tar.add(image_path / "a.png", "a.png")
@@ -175,22 +222,35 @@ def test_a_finished_output_reads_no_image_again_that_looks_the_same(image_path, 
         data[place] ^= 1
         path.write_bytes(data)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-        assert encode(source, vq_path, output) == 0 and "reused" in capsys.readouterr().out  # or it would see the other bit
+        assert (
+            encode(source, vq_path, output) == 0 and "reused" in capsys.readouterr().out
+        )  # or it would see the other bit
         os.utime(path)
-        assert encode(source, vq_path, output) == 2 and "with another images" in capsys.readouterr().err
+        assert (
+            encode(source, vq_path, output) == 2
+            and "with another images" in capsys.readouterr().err
+        )
         data[place] ^= 1
         path.write_bytes(data)  # the same bytes, later: read, and found equal
         assert encode(source, vq_path, output) == 0 and "reused" in capsys.readouterr().out
-    for change in (lambda: (image_path / "a.png").unlink(), lambda: shutil.copy(image_path / "b/1.png", image_path / "new.png")):
+    for change in (
+        lambda: (image_path / "a.png").unlink(),
+        lambda: shutil.copy(image_path / "b/1.png", image_path / "new.png"),
+    ):
         change()
-        assert encode(image_path, vq_path, tmp_path / "codes-0") == 2 and "with another images" in capsys.readouterr().err
+        assert (
+            encode(image_path, vq_path, tmp_path / "codes-0") == 2
+            and "with another images" in capsys.readouterr().err
+        )
 
 
 FAILING_DISK = "/proc/self/mem"  # a file whose first bytes the kernel answers with an I/O error
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_disk_that_fails_ends_the_run_and_loses_no_image(image_path, vq_path, tmp_path, capsys, monkeypatch, num_workers):
+def test_a_disk_that_fails_ends_the_run_and_loses_no_image(
+    image_path, vq_path, tmp_path, capsys, monkeypatch, num_workers
+):
     assert encode(image_path, vq_path, tmp_path / "expected", images_per_part=2) == 0
     monkeypatch.setattr(image_source, "PAUSES_SECONDS", (0.01,))
     path = image_path / "b/2.png"  # the fourth of five, so in the second part of three
@@ -199,12 +259,18 @@ def test_a_disk_that_fails_ends_the_run_and_loses_no_image(image_path, vq_path, 
     options = {"images_per_part": 2, "num_workers": num_workers, "max_rejected": 1}
     assert encode(image_path, vq_path, tmp_path / "codes", **options) == 2
     message = capsys.readouterr().err
-    assert f"Input/output error ({path}); nothing finished is lost: see to the disk and start the same" in message
+    assert (
+        f"Input/output error ({path}); nothing finished is lost: see to the disk and start the same"
+        in message
+    )
     assert [part.name for part in (tmp_path / "codes").glob("parts.tmp/0*")] == ["00000"]
     path.unlink()
     (tmp_path / "2.png").rename(path)
     assert encode(image_path, vq_path, tmp_path / "codes", **options) == 0
-    assert read_manifest(tmp_path / "codes").content_hash == read_manifest(tmp_path / "expected").content_hash
+    assert (
+        read_manifest(tmp_path / "codes").content_hash
+        == read_manifest(tmp_path / "expected").content_hash
+    )
 
 
 def test_a_disk_that_fails_once_is_asked_again(image_path, vq_path, tmp_path, monkeypatch):
@@ -250,7 +316,12 @@ def test_rows_that_name_no_path_are_left_out(image_path, vq_path, tmp_path, caps
 def test_an_overwrite_removes_no_images(image_path, vq_path, tmp_path):
     folder = shutil.copytree(image_path, tmp_path / "both")
     assert encode(folder, vq_path, folder) == 0
-    assert set(read_manifest(folder).files) == {"codes.npy", "keys.jsonl", "key_offsets.npy", "rejected.jsonl"}
+    assert set(read_manifest(folder).files) == {
+        "codes.npy",
+        "keys.jsonl",
+        "key_offsets.npy",
+        "rejected.jsonl",
+    }
     assert encode(folder, vq_path, folder, overwrite=True) == 0
     assert all((folder / key).is_file() for key in KEYS)
 
@@ -284,7 +355,19 @@ def test_wrong_options_are_refused(image_path, vq_path, tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert encode(tmp_path / "nowhere", vq_path, tmp_path / "codes") == 2
     assert "nowhere is not a folder and not a tar file" in capsys.readouterr().err
-    assert main(["encode-images", "--image_path", "/", "/", f"--vq_path={vq_path}", f"--output_path={tmp_path}/codes"]) == 2
+    assert (
+        main(
+            [
+                "encode-images",
+                "--image_path",
+                "/",
+                "/",
+                f"--vq_path={vq_path}",
+                f"--output_path={tmp_path}/codes",
+            ]
+        )
+        == 2
+    )
     assert "/ is a folder beside other paths" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert encode(image_path, vq_path, tmp_path / "file") == 2
@@ -300,18 +383,25 @@ def test_files_that_are_cut_off_or_gone_are_named(image_path, vq_path, tmp_path,
     path = tmp_path / "codes" / name
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(InputError, match=f"{name} is damaged .it has {size - 3} bytes, the manifest says {size}"):
+    with pytest.raises(
+        InputError, match=f"{name} is damaged .it has {size - 3} bytes, the manifest says {size}"
+    ):
         CodeFolder(tmp_path / "codes")
     path.unlink()
     with pytest.raises(InputError, match=f"{name} is damaged .it has 0 bytes"):
         CodeFolder(tmp_path / "codes")
 
 
-@pytest.mark.parametrize(("start", "found"), [(b"\0", "Expecting value"), (b"\xff", "invalid start byte"), (b"7", "it holds 7")])
+@pytest.mark.parametrize(
+    ("start", "found"),
+    [(b"\0", "Expecting value"), (b"\xff", "invalid start byte"), (b"7", "it holds 7")],
+)
 def test_keys_that_are_none_are_named(image_path, vq_path, tmp_path, start, found):
     encode(image_path, vq_path, tmp_path / "codes")
     path = tmp_path / "codes" / "keys.jsonl"
-    path.write_bytes(b"".join(start.ljust(len(line) - 1) + b"\n" for line in path.read_bytes().splitlines(True)))
+    path.write_bytes(
+        b"".join(start.ljust(len(line) - 1) + b"\n" for line in path.read_bytes().splitlines(True))
+    )
     for ask in (lambda folder: folder.keys, lambda folder: folder.row("a.png")):
         with pytest.raises(InputError, match=f"keys.jsonl is damaged .*{found}.*encode-images"):
             ask(CodeFolder(tmp_path / "codes"))
@@ -332,10 +422,18 @@ def test_tar_files_and_lists_give_the_rows_of_the_folder(image_path, vq_path, tm
             for key in keys:
                 tar.add(image_path / key, key)
                 tar.add(image_path / "notes.txt", f"{key}.txt")
-    (tmp_path / "list.txt").write_text("\ufeff" + "\r\n".join([*KEYS, "a.png", ""]), encoding="utf-8")
+    (tmp_path / "list.txt").write_text(
+        "\ufeff" + "\r\n".join([*KEYS, "a.png", ""]), encoding="utf-8"
+    )
     outputs = [tmp_path / name for name in ("folder", "tars", "folder_of_tars", "list")]
     assert encode(image_path, vq_path, outputs[0]) == 0
-    two = ["--image_path", f"{tars}/0.tar", f"{tars}/1.tar", f"--vq_path={vq_path}", f"--output_path={outputs[1]}"]
+    two = [
+        "--image_path",
+        f"{tars}/0.tar",
+        f"{tars}/1.tar",
+        f"--vq_path={vq_path}",
+        f"--output_path={outputs[1]}",
+    ]
     assert main(["encode-images", *two, "--num_workers=2"]) == 0
     assert encode(tars, vq_path, outputs[2]) == 0
     assert encode(image_path, vq_path, outputs[3], list_path=tmp_path / "list.txt") == 0
@@ -366,7 +464,10 @@ def test_wrong_tars_and_lists_are_refused(image_path, vq_path, tmp_path, capsys)
     for damaged in (flipped, whole[:second], whole[: second + 100]):
         (tmp_path / "bad.tar").write_bytes(damaged)
         assert encode(tmp_path / "bad.tar", vq_path, tmp_path / "codes") == 2
-        assert f"the end of the tar at byte {second}); was it copied completely?" in capsys.readouterr().err
+        assert (
+            f"the end of the tar at byte {second}); was it copied completely?"
+            in capsys.readouterr().err
+        )
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass
     assert encode(tmp_path / "empty.tar", vq_path, tmp_path / "codes") == 2
@@ -374,36 +475,86 @@ def test_wrong_tars_and_lists_are_refused(image_path, vq_path, tmp_path, capsys)
     (tmp_path / "list.txt").write_bytes(b"\xff\xfe\x00")
     assert encode(image_path, vq_path, tmp_path / "codes", list_path=tmp_path / "list.txt") == 2
     assert "is not UTF-8 text" in capsys.readouterr().err
-    assert encode(image_path, vq_path, tmp_path / "codes", list_path=tmp_path / "l", json_path=tmp_path / "j") == 2
+    assert (
+        encode(
+            image_path,
+            vq_path,
+            tmp_path / "codes",
+            list_path=tmp_path / "l",
+            json_path=tmp_path / "j",
+        )
+        == 2
+    )
     assert "give one of them" in capsys.readouterr().err
 
 
 def test_keys_are_found_without_reading_them_all(image_path, vq_path, tmp_path):
     assert encode(image_path, vq_path, tmp_path / "codes") == 0
     folder = CodeFolder(tmp_path / "codes")
-    assert [folder.row(key) for key in sorted(KEYS)] == list(range(5)) and "keys" not in vars(folder)
+    assert [folder.row(key) for key in sorted(KEYS)] == list(range(5)) and "keys" not in vars(
+        folder
+    )
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_ranks_of_a_launcher_in_a_slurm_array_write_what_one_process_writes(image_path, vq_path, tmp_path, monkeypatch, launcher):
-    """The first of two array tasks is launched for real, with two ranks; the ranks of the second follow one after the other."""
+def test_ranks_of_a_launcher_in_a_slurm_array_write_what_one_process_writes(
+    image_path, vq_path, tmp_path, monkeypatch, launcher
+):
+    """The first of two array tasks is launched for real, with two ranks; the ranks of the second
+    follow one after the other.
+    """
     words = {
-        "deepspeed": ["deepspeed", "--num_gpus", 2, "--master_port", free_port(), "--module", "beingvl"],
-        "torchrun": ["torchrun", "--nproc-per-node", 2, "--master-port", free_port(), "-m", "beingvl"],
+        "deepspeed": [
+            "deepspeed",
+            "--num_gpus",
+            2,
+            "--master_port",
+            free_port(),
+            "--module",
+            "beingvl",
+        ],
+        "torchrun": [
+            "torchrun",
+            "--nproc-per-node",
+            2,
+            "--master-port",
+            free_port(),
+            "-m",
+            "beingvl",
+        ],
     }[launcher]
-    words += ["encode-images", f"--image_path={image_path}", f"--vq_path={vq_path}", f"--output_path={tmp_path}/ranks"]
+    words += [
+        "encode-images",
+        f"--image_path={image_path}",
+        f"--vq_path={vq_path}",
+        f"--output_path={tmp_path}/ranks",
+    ]
     array = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
     done = subprocess.run(
-        [*map(str, words), "--images_per_part=1"], env=ENVIRONMENT | array, capture_output=True, text=True, timeout=300
+        [*map(str, words), "--images_per_part=1"],
+        env=ENVIRONMENT | array,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert all(f"rank {rank} of 4 has finished its parts" in done.stdout for rank in (0, 1)), done.stdout + done.stderr
-    assert sorted(part.name for part in (tmp_path / "ranks").glob("parts.tmp/0*")) == ["00000", "00001", "00004"]
+    assert all(f"rank {rank} of 4 has finished its parts" in done.stdout for rank in (0, 1)), (
+        done.stdout + done.stderr
+    )
+    assert sorted(part.name for part in (tmp_path / "ranks").glob("parts.tmp/0*")) == [
+        "00000",
+        "00001",
+        "00004",
+    ]
     for rank in (0, 1):
-        for name, value in (array | {"SLURM_ARRAY_TASK_ID": "2", "RANK": str(rank), "WORLD_SIZE": "2"}).items():
+        for name, value in (
+            array | {"SLURM_ARRAY_TASK_ID": "2", "RANK": str(rank), "WORLD_SIZE": "2"}
+        ).items():
             monkeypatch.setenv(name, value)
         assert encode(image_path, vq_path, tmp_path / "ranks", images_per_part=1) == 0
-    assert encode(image_path, vq_path, tmp_path / "one", images_per_part=5, rank=0, num_ranks=1) == 0
+    assert (
+        encode(image_path, vq_path, tmp_path / "one", images_per_part=5, rank=0, num_ranks=1) == 0
+    )
     ranks, one = verify_folder(tmp_path / "ranks"), read_manifest(tmp_path / "one")
     assert ranks.content_hash == one.content_hash and ranks.details == one.details
 

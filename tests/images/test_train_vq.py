@@ -1,16 +1,25 @@
-"""train-vq: a few seconds of it already learn to reconstruct, from the seed, into a folder that encode-images accepts."""
+"""train-vq: a few seconds of it already learn to reconstruct, from the seed, into a folder that
+encode-images accepts.
+"""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from beingvl.commands.main import main
 from beingvl.artefact.manifest import read_manifest, verify_folder
+from beingvl.commands.main import main
 from beingvl.images.train_vq import PICTURE_FILE, cluster, learning_rate_factor
 from beingvl.images.vqgan import VQGAN
 
-SMALL = ("--image_size=8", "--grid=4", "--num_codes=16", "--base_channels=32", "--batch_size=16", "--num_threads=1")
+SMALL = (
+    "--image_size=8",
+    "--grid=4",
+    "--num_codes=16",
+    "--base_channels=32",
+    "--batch_size=16",
+    "--num_threads=1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +37,37 @@ def image_path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(image_path, tmp_path_factory):
     output = tmp_path_factory.mktemp("trained") / "vqgan"
-    assert main(["train-vq", f"--image_path={image_path}", f"--output_path={output}", "--steps=80", *SMALL]) == 0
+    assert (
+        main(
+            [
+                "train-vq",
+                f"--image_path={image_path}",
+                f"--output_path={output}",
+                "--steps=80",
+                *SMALL,
+            ]
+        )
+        == 0
+    )
     return output
 
 
 def test_it_learns_to_reconstruct(image_path, trained):
     manifest = verify_folder(trained)
     assert manifest.counts["images"] == 36 and manifest.counts["held_out_images"] == 4
-    assert manifest.details["held_out_psnr_decibels"] > 15 and manifest.counts["held_out_codes_used"] > 4
+    assert (
+        manifest.details["held_out_psnr_decibels"] > 15
+        and manifest.counts["held_out_codes_used"] > 4
+    )
     vqgan = VQGAN.load(trained)
     assert (vqgan.grid, vqgan.num_codes) == ((4, 4), 16)
     np.testing.assert_allclose(np.linalg.norm(vqgan.codebook, axis=1), 1, rtol=1e-5)
-    originals = np.stack([np.asarray(Image.open(image_path / f"{number}.png")) for number in range(40)]).astype(float)
-    decoded = vqgan.decode(vqgan.encode(vqgan.preprocess([image_path / f"{number}.png" for number in range(40)])))
+    originals = np.stack(
+        [np.asarray(Image.open(image_path / f"{number}.png")) for number in range(40)]
+    ).astype(float)
+    decoded = vqgan.decode(
+        vqgan.encode(vqgan.preprocess([image_path / f"{number}.png" for number in range(40)]))
+    )
     assert np.square(originals - decoded).mean() < 0.3 * originals.var()
     assert Image.open(trained / PICTURE_FILE).size[0] == 4 * 64
 
@@ -58,7 +85,12 @@ def test_the_seed_decides(image_path, trained, tmp_path, capsys):
 def test_held_out_images_of_another_folder(image_path, tmp_path):
     (tmp_path / "held").mkdir()
     Image.new("RGB", (9, 12), "gray").save(tmp_path / "held" / "a.png")
-    command = ["train-vq", f"--image_path={image_path}", f"--validation_path={tmp_path / 'held'}", "--max_images=8"]
+    command = [
+        "train-vq",
+        f"--image_path={image_path}",
+        f"--validation_path={tmp_path / 'held'}",
+        "--max_images=8",
+    ]
     assert main([*command, f"--output_path={tmp_path / 'vqgan'}", "--steps=2", *SMALL]) == 0
     counts = read_manifest(tmp_path / "vqgan").counts
     assert (counts["images"], counts["held_out_images"]) == (8, 1)
@@ -75,7 +107,9 @@ def test_clusters_find_the_directions_that_are_there():
 
 
 def test_more_clusters_than_points():
-    points = torch.nn.functional.normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    points = torch.nn.functional.normalize(
+        torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), dim=1
+    )
     centres = cluster(points, 8, torch.Generator().manual_seed(0))
     assert centres.shape == (8, 4) and torch.isfinite(centres).all()
 
@@ -100,7 +134,13 @@ def test_the_learning_rate_rises_and_falls():
     ],
 )
 def test_wrong_options_are_refused(image_path, tmp_path, capsys, option, message):
-    command = ["train-vq", f"--image_path={image_path}", f"--output_path={tmp_path / 'vqgan'}", *SMALL, option]
+    command = [
+        "train-vq",
+        f"--image_path={image_path}",
+        f"--output_path={tmp_path / 'vqgan'}",
+        *SMALL,
+        option,
+    ]
     assert main(command) == 2
     assert message in capsys.readouterr().err
 
@@ -108,7 +148,12 @@ def test_wrong_options_are_refused(image_path, tmp_path, capsys, option, message
 def test_one_image_is_too_few_and_a_broken_one_is_named(tmp_path, capsys):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
-    command = ["train-vq", f"--image_path={tmp_path / 'images'}", f"--output_path={tmp_path / 'vqgan'}", *SMALL]
+    command = [
+        "train-vq",
+        f"--image_path={tmp_path / 'images'}",
+        f"--output_path={tmp_path / 'vqgan'}",
+        *SMALL,
+    ]
     assert main(command) == 2
     assert "has one image, expected at least 2" in capsys.readouterr().err
     (tmp_path / "images" / "b.png").write_text("no image")

@@ -1,4 +1,6 @@
-"""VQGAN: the same codes as transformers' own classes, fingerprints that follow what decides codes, wrong input."""
+"""VQGAN: the same codes as transformers' own classes, fingerprints that follow what decides
+codes, wrong input.
+"""
 
 import json
 import shutil
@@ -10,10 +12,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, ChameleonVQVAE, ChameleonVQVAEConfig, JanusVQVAE, JanusVQVAEConfig
+from transformers import (
+    AutoImageProcessor,
+    ChameleonVQVAE,
+    ChameleonVQVAEConfig,
+    JanusVQVAE,
+    JanusVQVAEConfig,
+)
 
-from beingvl.errors import InputError
 from beingvl.artefact.manifest import read_manifest, verify_folder
+from beingvl.errors import InputError
 from beingvl.images import vqgan as vqgan_module
 from beingvl.images.vqgan import VQGAN, make_processor, read_image
 
@@ -28,7 +36,9 @@ SIZES = {
 
 
 def make_janus(seed: int = 0, **changed: int) -> VQGAN:
-    """A JanusVQVAE with random weights, 16 px, 8 x 8 grid, 16 codes; code vectors of length 1, which it assumes in decode."""
+    """A JanusVQVAE with random weights, 16 px, 8 x 8 grid, 16 codes; code vectors of length 1,
+    which it assumes in decode.
+    """
     torch.manual_seed(seed)
     model = JanusVQVAE(JanusVQVAEConfig(**{**SIZES, "num_patches": 8, **changed}))
     for module in model.modules():
@@ -41,7 +51,9 @@ def make_janus(seed: int = 0, **changed: int) -> VQGAN:
 
 def make_images(count: int, seed: int = 0) -> list[Image.Image]:
     rng = np.random.default_rng(seed)
-    return [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(count)]
+    return [
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(count)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +108,9 @@ def test_files_that_somebody_put_there_are_not_the_vqgans(janus, folder):
     assert {path.name for path in folder.iterdir()} == {*stock, "notes.txt", "manifest.json"}
 
 
-@pytest.mark.parametrize("name", ["encoder.conv_in.weight", "quant_conv.bias", "quantize.embedding.weight"])
+@pytest.mark.parametrize(
+    "name", ["encoder.conv_in.weight", "quant_conv.bias", "quantize.embedding.weight"]
+)
 def test_the_fingerprint_follows_each_weight_that_decides_codes(janus, folder, name):
     weights = load_file(folder / "model.safetensors")
     weights[name].view(-1)[0] += 1e-6
@@ -123,16 +137,25 @@ def test_codes_and_pixels_are_those_of_transformers(janus):
     np.testing.assert_array_equal(codes, expected.numpy())
     images = janus.decode(codes)
     assert images.shape == (3, 16, 16, 3) and images.dtype == np.uint8
-    by_hand = ((decoded.permute(0, 2, 3, 1) * 0.5 + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
+    by_hand = (
+        ((decoded.permute(0, 2, 3, 1) * 0.5 + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
+    )
     assert np.abs(images.astype(int) - by_hand.numpy()).max() <= 1
 
 
 def test_the_codes_are_the_nearest_code_vectors(janus):
     pixels = janus.preprocess(make_images(2))
     with torch.inference_mode():
-        latents = janus.model.quant_conv(janus.model.encoder(pixels)).permute(0, 2, 3, 1).numpy().astype(np.float64)
+        latents = (
+            janus.model.quant_conv(janus.model.encoder(pixels))
+            .permute(0, 2, 3, 1)
+            .numpy()
+            .astype(np.float64)
+        )
     distances = np.linalg.norm(latents[..., None, :] - janus.codebook.astype(np.float64), axis=-1)
-    chosen = np.take_along_axis(distances, janus.encode(pixels)[..., None].astype(int), axis=-1)[..., 0]
+    chosen = np.take_along_axis(distances, janus.encode(pixels)[..., None].astype(int), axis=-1)[
+        ..., 0
+    ]
     assert (chosen - distances.min(-1)).max() < 1e-5
 
 
@@ -154,19 +177,29 @@ PUBLISHED_PREPROCESSING = {
 
 @pytest.mark.parametrize("size", [(700, 531), (531, 700), (300, 200), (512, 512), (1025, 513)])
 def test_preprocessing_is_the_published_one(chameleon_folder, tmp_path, size):
-    """To the bit: transformers' processor of the same configuration, and the published steps done by hand."""
+    """To the bit: transformers' processor of the same configuration, and the published steps
+    done by hand.
+    """
     (chameleon_folder / "preprocessor_config.json").write_text(json.dumps(PUBLISHED_PREPROCESSING))
-    noise = np.random.default_rng(0).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(
+        0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8
+    )
     image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
     image.save(tmp_path / "image.png")
     found = VQGAN.load(chameleon_folder).preprocess([tmp_path / "image.png"])[0].numpy()
-    theirs = AutoImageProcessor.from_pretrained(chameleon_folder, use_fast=False)(image, return_tensors="np")["pixel_values"][0]
+    theirs = AutoImageProcessor.from_pretrained(chameleon_folder, use_fast=False)(
+        image, return_tensors="np"
+    )["pixel_values"][0]
     np.testing.assert_array_equal(found, theirs)
     scale = 512 / min(size)
     width, height = (512 if edge == min(size) else int(edge * scale) for edge in size)
     left, top = (width - 512) // 2, (height - 512) // 2
-    cropped = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))[top : top + 512, left : left + 512]
-    by_hand = ((cropped.astype(np.float64) * 0.0078).astype(np.float32) - np.float32(1)).transpose(2, 0, 1)
+    cropped = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))[
+        top : top + 512, left : left + 512
+    ]
+    by_hand = ((cropped.astype(np.float64) * 0.0078).astype(np.float32) - np.float32(1)).transpose(
+        2, 0, 1
+    )
     np.testing.assert_array_equal(found, by_hand)
 
 
@@ -179,7 +212,12 @@ def test_codes_do_not_depend_on_the_batch(janus, num_together):
 
 def test_the_published_layout_loads_without_a_decoder(chameleon_folder):
     vqgan = VQGAN.load(chameleon_folder)
-    assert (vqgan.num_codes, vqgan.grid, vqgan.image_size, vqgan.has_decoder) == (16, (16, 16), 32, False)
+    assert (vqgan.num_codes, vqgan.grid, vqgan.image_size, vqgan.has_decoder) == (
+        16,
+        (16, 16),
+        32,
+        False,
+    )
     pixels = vqgan.preprocess(make_images(2))
     white = vqgan.preprocess([Image.new("RGB", (40, 40), "white")])
     assert white.min() == white.max() == pytest.approx(255 * 0.0078 - 1)
@@ -193,7 +231,10 @@ def test_the_published_layout_loads_without_a_decoder(chameleon_folder):
 def test_weights_that_the_class_lacks_are_left_in_the_file(chameleon_folder):
     weights = load_file(chameleon_folder / "model.safetensors")
     before = VQGAN.load(chameleon_folder).fingerprint()
-    save_file({**weights, "decoder.conv_in.weight": torch.zeros(3)}, chameleon_folder / "model.safetensors")
+    save_file(
+        {**weights, "decoder.conv_in.weight": torch.zeros(3)},
+        chameleon_folder / "model.safetensors",
+    )
     assert VQGAN.load(chameleon_folder).fingerprint() == before
 
 
@@ -210,7 +251,9 @@ def test_preprocessing_resizes_the_shortest_edge_and_crops_the_centre(janus):
 
 def test_pixels_of_the_right_size_come_back_exactly(janus):
     images = make_images(4)
-    np.testing.assert_array_equal(janus.to_uint8(janus.preprocess(images)), np.stack([np.asarray(image) for image in images]))
+    np.testing.assert_array_equal(
+        janus.to_uint8(janus.preprocess(images)), np.stack([np.asarray(image) for image in images])
+    )
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "F"])
@@ -222,7 +265,9 @@ def test_every_kind_of_image_becomes_pixels(janus, mode, size):
 
 
 def test_an_orientation_in_exif_is_not_applied(janus, tmp_path):
-    """As by transformers' processor of an opened file; a rotated image would have other codes than the published ones."""
+    """As by transformers' processor of an opened file; a rotated image would have other codes
+    than the published ones.
+    """
     exif, image = Image.Exif(), make_images(1)[0].resize((48, 16))
     exif[0x112] = 6
     image.save(tmp_path / "a.png", exif=exif)
@@ -237,7 +282,10 @@ def test_transparency_becomes_white(janus):
 def test_paths_and_images_give_the_same_pixels(janus, tmp_path):
     image = make_images(1)[0]
     image.save(tmp_path / "a.png")
-    assert torch.equal(janus.preprocess([tmp_path / "a.png", str(tmp_path / "a.png")])[1], janus.preprocess([image])[0])
+    assert torch.equal(
+        janus.preprocess([tmp_path / "a.png", str(tmp_path / "a.png")])[1],
+        janus.preprocess([image])[0],
+    )
     assert janus.preprocess([]).shape == (0, 3, 16, 16)
 
 
@@ -262,13 +310,21 @@ WRONG_FOLDERS = {
     "config.json is not usable": lambda folder: edit(folder / "config.json", num_embeddings="many"),
     "has no model.safetensors": lambda folder: (folder / "model.safetensors").unlink(),
     "is damaged": lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100),
-    "lacks 1 of": lambda folder: edit_weights(folder, lambda weights: weights.pop("quant_conv.bias")),
+    "lacks 1 of": lambda folder: edit_weights(
+        folder, lambda weights: weights.pop("quant_conv.bias")
+    ),
     "quant_conv.bias has shape": lambda folder: edit_weights(
         folder, lambda weights: weights.update({"quant_conv.bias": torch.zeros(5)})
     ),
-    "has no preprocessor_config.json": lambda folder: (folder / "preprocessor_config.json").unlink(),
-    "expected a square": lambda folder: edit(folder / "preprocessor_config.json", crop_size={"height": 16, "width": 32}),
-    "do not give num_patches 8": lambda folder: edit(folder / "preprocessor_config.json", crop_size={"height": 32, "width": 32}),
+    "has no preprocessor_config.json": lambda folder: (
+        folder / "preprocessor_config.json"
+    ).unlink(),
+    "expected a square": lambda folder: edit(
+        folder / "preprocessor_config.json", crop_size={"height": 16, "width": 32}
+    ),
+    "do not give num_patches 8": lambda folder: edit(
+        folder / "preprocessor_config.json", crop_size={"height": 32, "width": 32}
+    ),
 }
 
 
@@ -289,7 +345,9 @@ def test_pixels_of_another_size_are_refused(janus):
         janus.encode(torch.zeros(1, 3, 32, 32))
 
 
-@pytest.mark.parametrize("codes", [np.zeros((1, 4, 4), np.uint16), np.full((1, 8, 8), 16, np.uint16)])
+@pytest.mark.parametrize(
+    "codes", [np.zeros((1, 4, 4), np.uint16), np.full((1, 8, 8), 16, np.uint16)]
+)
 def test_codes_of_another_vqgan_are_refused(janus, codes):
     with pytest.raises(InputError, match=r"expected \[N, 8, 8\] below 16"):
         janus.decode(codes)
@@ -316,7 +374,9 @@ def test_an_unreadable_image_is_named(tmp_path, damage, suffix):
 
 def save_ramp(path, side, **options):
     """A picture that becomes brighter from left to right."""
-    Image.fromarray(np.tile(np.linspace(0, 255, side).astype(np.uint8), (side, 1))).save(path, **options)
+    Image.fromarray(np.tile(np.linspace(0, 255, side).astype(np.uint8), (side, 1))).save(
+        path, **options
+    )
     return path
 
 
@@ -327,7 +387,9 @@ def test_a_large_jpeg_is_decoded_smaller_and_other_formats_are_refused(tmp_path,
         image = read_image(save_ramp(tmp_path / f"{side}.jpg", side))
         assert 16 * 16 < image.width * image.height <= 32 * 32
         assert abs(np.asarray(image.resize((32, 32))).astype(int) - small).max() < 12
-    Image.open(tmp_path / "64.jpg").save(tmp_path / "two.mpo", save_all=True, append_images=[Image.new("L", (64, 64))])
+    Image.open(tmp_path / "64.jpg").save(
+        tmp_path / "two.mpo", save_all=True, append_images=[Image.new("L", (64, 64))]
+    )
     assert read_image(tmp_path / "two.mpo").size == (32, 32)
     with pytest.raises(InputError, match="has 300 x 300 pixels, expected at most 1,024 in all"):
         read_image(save_ramp(tmp_path / "b.jpg", 300))
@@ -360,7 +422,9 @@ def test_a_line_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_hundred_megapixels_take_bounded_memory(tmp_path):
-    """A JPEG file is read with less memory than its pixels would take, a PNG file is refused before it is decoded."""
+    """A JPEG file is read with less memory than its pixels would take, a PNG file is refused
+    before it is decoded.
+    """
     script = """
 import resource, sys
 from beingvl.errors import InputError
@@ -373,9 +437,17 @@ except InputError as error:
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
 """
     picture = Image.new("L", (10000, 10000), 128)
-    for name, printed, megabytes in [("a.jpg", "(3, 512, 512)", 300), ("a.png", "has 10000 x 10000 pixels", 20)]:
+    for name, printed, megabytes in [
+        ("a.jpg", "(3, 512, 512)", 300),
+        ("a.png", "has 10000 x 10000 pixels", 20),
+    ]:
         picture.save(tmp_path / name)
-        out = subprocess.run([sys.executable, "-c", script, tmp_path / name], capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", script, tmp_path / name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         assert printed in out and float(out.splitlines()[-1]) < megabytes, out
 
 

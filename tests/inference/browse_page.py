@@ -1,6 +1,8 @@
-"""What a reader does with the page of `beingvl serve`, in headless Chromium; prints what was seen as JSON.
+"""What a reader does with the page of `beingvl serve`, in headless Chromium; prints what was
+seen as JSON.
 
-python browse_page.py CHROMIUM URL PICTURE NO_PICTURE LARGE_FILE SCREENSHOT      with playwright installed
+python browse_page.py CHROMIUM URL PICTURE NO_PICTURE LARGE_FILE SCREENSHOT      with playwright
+    installed
 """
 
 import json
@@ -21,7 +23,12 @@ def main() -> None:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1100, "height": 800})
         elsewhere: list[str] = []
-        page.on("response", lambda response: response.url.startswith((url, "data:", "blob:")) or elsewhere.append(response.url))
+        page.on(
+            "response",
+            lambda response: (
+                response.url.startswith((url, "data:", "blob:")) or elsewhere.append(response.url)
+            ),
+        )
         page.goto(url)
         found: dict = {"elsewhere": elsewhere}
         upload(page, no_picture)

@@ -1,4 +1,6 @@
-"""A run folder of the quickstart's layout with random tiny models, made in a second: nothing in it has learnt anything."""
+"""A run folder of the quickstart's layout with random tiny models, made in a second: nothing in
+it has learnt anything.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from beingvl.commands.main import main
 from beingvl.artefact.manifest import read_manifest, start_folder, to_json, write_manifest
+from beingvl.commands.main import main
 from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import VocabLayout
 from tests.model.small_models import NUM_CODES, write_vbpe, write_vqgan
@@ -48,13 +50,21 @@ def write_questions(path: Path, keys: list[str]) -> Path:
     return path
 
 
-def write_being_vl(folder: Path, vqgan: Path, vbpe: VisualBPE, seed: int = 0, layout: VocabLayout = LAYOUT) -> Path:
-    """`tests.tiny.write_model` with the VQ-GAN inside and the lineage that `beingvl convert` writes."""
+def write_being_vl(
+    folder: Path, vqgan: Path, vbpe: VisualBPE, seed: int = 0, layout: VocabLayout = LAYOUT
+) -> Path:
+    """`tests.tiny.write_model` with the VQ-GAN inside and the lineage that `beingvl convert`
+    writes.
+    """
     assert layout.num_vq == NUM_CODES
     write_model(folder, layout, seed=seed)
     start_folder_keeping_files(folder)
     shutil.copytree(vqgan, folder / "vqgan")
-    lineage = {**read_manifest(vqgan).lineage, "vocab": layout.fingerprint(), "vbpe": vbpe.fingerprint()}
+    lineage = {
+        **read_manifest(vqgan).lineage,
+        "vocab": layout.fingerprint(),
+        "vbpe": vbpe.fingerprint(),
+    }
     write_manifest(folder, "model", {}, lineage)
     return folder
 
@@ -71,20 +81,41 @@ def write_run(folder: Path) -> Path:
     (folder / "vbpe").mkdir()
     vbpe = write_vbpe(folder / "vbpe" / "vbpe.json", vqgan)
     codes = folder / "vq_codes" / "test"
-    command = ["encode-images", f"--image_path={folder / 'data' / 'images'}", f"--vq_path={vqgan}", f"--output_path={codes}"]
+    command = [
+        "encode-images",
+        f"--image_path={folder / 'data' / 'images'}",
+        f"--vq_path={vqgan}",
+        f"--output_path={codes}",
+    ]
     assert main(command) == 0
     for seed, stage in enumerate(STAGES):
-        model = write_being_vl(folder / "base" if stage == "base" else folder / stage / "final", vqgan, vbpe, seed)
+        model = write_being_vl(
+            folder / "base" if stage == "base" else folder / stage / "final", vqgan, vbpe, seed
+        )
         if stage != "base":
-            rows = [{"step": step, "loss": 3.0 / step, "peak_memory_bytes": 1000 * seed + step} for step in range(1, 9)]
-            (folder / stage / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            rows = [
+                {"step": step, "loss": 3.0 / step, "peak_memory_bytes": 1000 * seed + step}
+                for step in range(1, 9)
+            ]
+            (folder / stage / "metrics.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in rows)
+            )
         assert evaluate(model, folder, json_path, folder / "eval" / stage) == 0
     return folder
 
 
 def evaluate(model: Path, run: Path, json_path: Path, output: Path, *more: str) -> int:
-    options = [f"--model={model}", f"--vbpe_path={run / 'vbpe' / 'vbpe.json'}", f"--json_path={json_path}"]
-    options += [f"--vq_codes={run / 'vq_codes' / 'test'}", f"--output_path={output}", "--max_new_tokens=4", "--device=cpu"]
+    options = [
+        f"--model={model}",
+        f"--vbpe_path={run / 'vbpe' / 'vbpe.json'}",
+        f"--json_path={json_path}",
+    ]
+    options += [
+        f"--vq_codes={run / 'vq_codes' / 'test'}",
+        f"--output_path={output}",
+        "--max_new_tokens=4",
+        "--device=cpu",
+    ]
     return main(["evaluate", *options, *more])
 
 

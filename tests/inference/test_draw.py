@@ -1,4 +1,6 @@
-"""Every drawn stream is exactly one grid; the rule allows what an independent check allows; the command saves a PNG."""
+"""Every drawn stream is exactly one grid; the rule allows what an independent check allows; the
+command saves a PNG.
+"""
 
 from pathlib import Path
 
@@ -13,8 +15,9 @@ from beingvl.commands.main import main
 from beingvl.errors import InputError
 from beingvl.inference.draw import FittingTokens
 from beingvl.inference.model import BeingVL
-from beingvl.vbpe.visual_bpe import VisualBPE, cells_reference, decode_reference, train_reference
 from beingvl.vbpe.published import LegacyVisualBPE
+from beingvl.vbpe.reference import cells_reference, decode_reference, train_reference
+from beingvl.vbpe.visual_bpe import VisualBPE
 from tests.model.small_models import NUM_CODES
 from tests.tiny import LAYOUT
 
@@ -38,10 +41,14 @@ def test_every_drawing_is_a_whole_grid(model: BeingVL, with_vbpe: bool, temperat
             grid = decode_reference(ids, height, width, NUM_CODES, merges)
             assert (picture == model.vqgan.decode(grid[None].astype(np.uint16))[0]).all()
             lengths.add(len(ids))
-    assert (min(lengths) < height * width) == with_vbpe, "with vBPE some merged tokens should be drawn"
+    assert (min(lengths) < height * width) == with_vbpe, (
+        "with vBPE some merged tokens should be drawn"
+    )
 
 
-def test_a_drawing_is_a_function_of_the_seed_and_may_follow_images(model: BeingVL, run_folder: Path) -> None:
+def test_a_drawing_is_a_function_of_the_seed_and_may_follow_images(
+    model: BeingVL, run_folder: Path
+) -> None:
     image = run_folder / "data" / "images" / "test" / "0000.png"
     drawings = []
     for seed in (1, 1, 2):
@@ -62,9 +69,13 @@ def test_an_empty_prompt_begins_as_a_training_sample_does(model: BeingVL, run_fo
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 5))
 def test_the_rule_allows_exactly_what_fits(seed: int, height: int, width: int) -> None:
-    """Shapes learnt from random grids of two codes (also those that reach to the left), against a check cell by cell."""
+    """Shapes learnt from random grids of two codes (also those that reach to the left), against
+    a check cell by cell.
+    """
     random = np.random.default_rng(seed)
-    merges, _ = train_reference([random.integers(0, 2, (5, 5)) for _ in range(3)], 2, 12, min_count=1)
+    merges, _ = train_reference(
+        [random.integers(0, 2, (5, 5)) for _ in range(3)], 2, 12, min_count=1
+    )
     tokens = FittingTokens(VisualBPE(2, np.array(merges, np.int32).reshape(-1, 4)), (height, width))
     shapes = [set(cells_reference(image_id, 2, merges)) for image_id in range(2 + len(merges))]
     covered, stream = tokens.empty(), []
@@ -81,7 +92,12 @@ def test_the_rule_allows_exactly_what_fits(seed: int, height: int, width: int) -
 
 def options(run_folder: Path) -> list[str]:
     vbpe = run_folder / "vbpe" / "vbpe.json"
-    return ["generate", f"--model={run_folder / 'stage-3' / 'final'}", f"--vbpe_path={vbpe}", "--device=cpu"]
+    return [
+        "generate",
+        f"--model={run_folder / 'stage-3' / 'final'}",
+        f"--vbpe_path={vbpe}",
+        "--device=cpu",
+    ]
 
 
 def test_the_command_saves_what_the_class_draws(
@@ -95,7 +111,11 @@ def test_the_command_saves_what_the_class_draws(
 
 
 def test_refusals(
-    model: BeingVL, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: BeingVL,
+    run_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for more, message in [
         (["--chat", "--draw=a.png"], "give either --draw or --chat"),

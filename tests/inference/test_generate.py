@@ -38,7 +38,9 @@ def test_a_chat_remembers_its_turns(
 ) -> None:
     model, image = model_and_image(run_folder)
     first = model.generate_with_vbpe(["one"], [image], max_new_tokens=6)[0]
-    second = model.generate_with_vbpe([[("one", first), ("two", None)]], [image], max_new_tokens=6)[0]
+    second = model.generate_with_vbpe([[("one", first), ("two", None)]], [image], max_new_tokens=6)[
+        0
+    ]
     capsys.readouterr()
     questions = iter(["one", "IMGIMGAAAAAAZ", "two", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(questions))
@@ -57,6 +59,8 @@ def test_the_end_of_input_ends_a_chat(run_folder: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("more", [[], ["--chat", "--prompt=hi"]])
-def test_prompt_or_chat(run_folder: Path, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
+def test_prompt_or_chat(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
     assert main([*options(run_folder), *more]) == 2
     assert "give either --prompt with a question, or --chat" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""Answers do not depend on the batch, equal a plain greedy loop, stop at eos; prompts are what training saw; refusals."""
+"""Answers do not depend on the batch, equal a plain greedy loop, stop at eos; prompts are what
+training saw; refusals.
+"""
 
 import json
 import shutil
@@ -12,11 +14,11 @@ import torch
 from PIL import Image
 
 import beingvl
+from beingvl.artefact.manifest import read_manifest, write_manifest
 from beingvl.commands.main import main
 from beingvl.data.conversation import TextEncoder, build_sequence
 from beingvl.errors import InputError
 from beingvl.inference.model import BeingVL
-from beingvl.artefact.manifest import read_manifest, write_manifest
 from beingvl.vbpe.visual_bpe import VisualBPE
 from tests.model.small_models import NUM_CODES, write_vqgan
 from tests.tiny import LAYOUT
@@ -27,11 +29,15 @@ PHI = "\N{GREEK SMALL LETTER PHI}"
 
 @pytest.fixture(scope="module")
 def model(run_folder: Path) -> BeingVL:
-    return strengthen(BeingVL(run_folder / "stage-3" / "final", run_folder / "vbpe").load_model(device="cpu"))
+    return strengthen(
+        BeingVL(run_folder / "stage-3" / "final", run_folder / "vbpe").load_model(device="cpu")
+    )
 
 
 def strengthen(model: BeingVL) -> BeingVL:
-    """Larger weights: freshly initialised ones hardly attend, so that a wrong mask or position would change no answer."""
+    """Larger weights: freshly initialised ones hardly attend, so that a wrong mask or position
+    would change no answer.
+    """
     for parameter in model.model.parameters():
         if parameter.dim() == 2:
             parameter.data *= 8
@@ -51,7 +57,9 @@ def copied_model(run_folder: Path, tmp_path: Path) -> Path:
 
 def random_prompts(count: int, longest: int = 60) -> list[list[int]]:
     random = np.random.default_rng(0)
-    return [random.integers(0, LAYOUT.size, random.integers(2, longest)).tolist() for _ in range(count)]
+    return [
+        random.integers(0, LAYOUT.size, random.integers(2, longest)).tolist() for _ in range(count)
+    ]
 
 
 def greedy_loop(model: BeingVL, prompt: list[int], max_new_tokens: int) -> list[int]:
@@ -76,7 +84,9 @@ def test_batched_answers_equal_single_ones_and_a_plain_loop(model: BeingVL) -> N
     assert model.continue_token_sequences(prompts, 12, batch_size=7) == expected
     assert model.continue_token_sequences(prompts, 12, batch_size=1) == expected
     lengths = {len(answer) for answer in expected}
-    assert 12 in lengths and min(lengths) < 12, "the prompts should reach both ends: eos and the limit"
+    assert 12 in lengths and min(lengths) < 12, (
+        "the prompts should reach both ends: eos and the limit"
+    )
 
 
 def test_answers_of_images_chats_and_text_in_one_call_equal_single_ones(
@@ -88,14 +98,25 @@ def test_answers_of_images_chats_and_text_in_one_call_equal_single_ones(
     pictures = [images[0], None, Image.open(images[1]), [images[2], images[3]]]
     for method in (model.generate_with_vbpe, model.generate):
         together = method(prompts, pictures, max_new_tokens=8)
-        alone = [method([prompt], [picture], max_new_tokens=8)[0] for prompt, picture in zip(prompts, pictures, strict=True)]
+        alone = [
+            method([prompt], [picture], max_new_tokens=8)[0]
+            for prompt, picture in zip(prompts, pictures, strict=True)
+        ]
         assert together == alone
-    monkeypatch.setattr(model, "img2codes", lambda images: (calls.append(len(images)), img2codes(images))[1])
-    assert model.generate(prompts, pictures, max_new_tokens=8) == together and calls == [4], "one pass of the VQ-GAN"
-    assert model.generate_with_vbpe(["hi"], max_new_tokens=8) == model.generate(["hi"], [None], max_new_tokens=8)
+    monkeypatch.setattr(
+        model, "img2codes", lambda images: (calls.append(len(images)), img2codes(images))[1]
+    )
+    assert model.generate(prompts, pictures, max_new_tokens=8) == together and calls == [4], (
+        "one pass of the VQ-GAN"
+    )
+    assert model.generate_with_vbpe(["hi"], max_new_tokens=8) == model.generate(
+        ["hi"], [None], max_new_tokens=8
+    )
 
 
-def test_a_prompt_is_the_beginning_of_the_training_sample(run_folder: Path, model: BeingVL, images: list[Path]) -> None:
+def test_a_prompt_is_the_beginning_of_the_training_sample(
+    run_folder: Path, model: BeingVL, images: list[Path]
+) -> None:
     folder = run_folder / "stage-3" / "final"
     tokens = model.img2tok([images[0]])
     sample = build_sequence([(QUESTION, "one")], tokens, TextEncoder(folder, LAYOUT), LAYOUT)
@@ -113,12 +134,16 @@ def test_rows_behind_the_vocabulary_are_never_answers(copied_model: Path, run_fo
     model = BeingVL(copied_model, run_folder / "vbpe").load_model(device="cpu")
     model.model.resize_token_embeddings(LAYOUT.size + 6)
     head = model.model.get_output_embeddings().weight
-    head.data[LAYOUT.size :] = 100 * torch.randn(6, head.shape[1])  # one of them is nearly always the likeliest
+    head.data[LAYOUT.size :] = 100 * torch.randn(
+        6, head.shape[1]
+    )  # one of them is nearly always the likeliest
     answers = model.continue_token_sequences(random_prompts(8), 4)
     assert all(token < LAYOUT.size for answer in answers for token in answer)
 
 
-def test_called_as_the_published_guide_does(run_folder: Path, model: BeingVL, images: list[Path]) -> None:
+def test_called_as_the_published_guide_does(
+    run_folder: Path, model: BeingVL, images: list[Path]
+) -> None:
     other = BeingVL(str(run_folder / "stage-3" / "final"), str(run_folder / "vbpe" / "vbpe.json"))
     strengthen(other.load_model(torch_dtype=torch.float32, device="cpu"))
     arguments = ([QUESTION], [str(images[0])], 8, False)
@@ -130,11 +155,15 @@ def test_sampling_is_a_function_of_the_seed(model: BeingVL) -> None:
     answers = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        answers.append(model.continue_token_sequences(random_prompts(4), 8, do_sample=True, temperature=2.0))
+        answers.append(
+            model.continue_token_sequences(random_prompts(4), 8, do_sample=True, temperature=2.0)
+        )
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_the_base_models_generation_defaults_do_not_reach_answers(copied_model: Path, model: BeingVL) -> None:
+def test_the_base_models_generation_defaults_do_not_reach_answers(
+    copied_model: Path, model: BeingVL
+) -> None:
     defaults = {"do_sample": True, "temperature": 9.0, "eos_token_id": 65, "max_length": 3}
     (copied_model / "generation_config.json").write_text(json.dumps(defaults))
     other = strengthen(BeingVL(copied_model).load_model(device="cpu"))
@@ -207,8 +236,12 @@ def test_folders_that_are_no_model_are_refused(tmp_path: Path, copied_model: Pat
         BeingVL(copied_model)
 
 
-@pytest.mark.parametrize("name", ["vocab_layout.json", "tokenizer.json", "config.json", "model.safetensors"])
-def test_damaged_files_of_a_model_are_named(copied_model: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "name", ["vocab_layout.json", "tokenizer.json", "config.json", "model.safetensors"]
+)
+def test_damaged_files_of_a_model_are_named(
+    copied_model: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = copied_model / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert main(["generate", f"--model={copied_model}", "--prompt=hi", "--device=cpu"]) == 2
@@ -223,7 +256,10 @@ def test_every_bad_input_is_one_sentence_and_exit_code_2(
     image.write_text("no image")
     Image.new("1", (2000, 4)).save(line)
     VisualBPE(NUM_CODES, np.array([[1, 1, 0, 1]])).save(vbpe)
-    ours, own_vbpe = f"--model={run_folder / 'stage-3' / 'final'}", f"--vbpe_path={run_folder / 'vbpe'}"
+    ours, own_vbpe = (
+        f"--model={run_folder / 'stage-3' / 'final'}",
+        f"--vbpe_path={run_folder / 'vbpe'}",
+    )
     for options, message in [
         ([ours, own_vbpe, "--prompt=hi", f"--image={image}"], "cannot be read as an image"),
         ([ours, own_vbpe, "--prompt=hi", f"--image={line}"], "has 2000 x 4 pixels"),
@@ -236,7 +272,10 @@ def test_every_bad_input_is_one_sentence_and_exit_code_2(
         ([ours, own_vbpe, f"--prompt={'long ' * 200}"], "do not fit the model's context of 512"),
         ([ours, f"--vbpe_path={vbpe}", "--prompt=hi"], "were made with different vbpe"),
         ([f"--model={tmp_path}", "--prompt=hi"], "is not a Being-VL model folder"),
-        ([f"--model={tmp_path / 'nowhere'}", "--prompt=hi"], "nowhere does not exist; expected a Being-VL model folder"),
+        (
+            [f"--model={tmp_path / 'nowhere'}", "--prompt=hi"],
+            "nowhere does not exist; expected a Being-VL model folder",
+        ),
     ]:
         capsys.readouterr()
         assert main(["generate", "--device=cpu", *options]) == 2, message
@@ -255,7 +294,9 @@ def test_another_vbpe_is_refused(run_folder: Path, copied_model: Path, tmp_path:
         BeingVL(copied_model, tmp_path / "vbpe.json")
 
 
-def test_the_vbpe_inside_the_model_folder_is_the_default(run_folder: Path, copied_model: Path, images: list[Path]) -> None:
+def test_the_vbpe_inside_the_model_folder_is_the_default(
+    run_folder: Path, copied_model: Path, images: list[Path]
+) -> None:
     with pytest.raises(InputError, match="give vbpe_path"):
         BeingVL(copied_model).img2tok(images[:1])
     shutil.copy(run_folder / "vbpe" / "vbpe.json", copied_model)
@@ -271,7 +312,9 @@ def test_missing_or_other_vqgan_is_refused(copied_model: Path) -> None:
         _ = BeingVL(copied_model).vqgan
 
 
-def test_what_cannot_be_asked_is_refused(model: BeingVL, images: list[Path], tmp_path: Path) -> None:
+def test_what_cannot_be_asked_is_refused(
+    model: BeingVL, images: list[Path], tmp_path: Path
+) -> None:
     no_image = tmp_path / "a.png"
     no_image.write_text("no image")
     for arguments, message in [
@@ -307,7 +350,9 @@ def test_unknown_dtype_and_short_embeddings_are_refused(copied_model: Path) -> N
         BeingVL(copied_model).load_model("float8")
     longer = LAYOUT.to_dict() | {"num_merges": LAYOUT.num_merges + 1}
     (copied_model / "vocab_layout.json").write_text(json.dumps(longer))
-    with pytest.raises(InputError, match=f"has {LAYOUT.size} rows, its vocabulary {LAYOUT.size + 1} ids"):
+    with pytest.raises(
+        InputError, match=f"has {LAYOUT.size} rows, its vocabulary {LAYOUT.size + 1} ids"
+    ):
         BeingVL(copied_model).load_model(device="cpu")
 
 

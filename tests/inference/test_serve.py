@@ -1,4 +1,6 @@
-"""The page says what the class says, keeps to this machine and its temporary folder; refusals. The browser's part is slow."""
+"""The page says what the class says, keeps to this machine and its temporary folder; refusals.
+The browser's part is slow.
+"""
 
 import json
 import os
@@ -21,10 +23,10 @@ import pytest
 
 from beingvl.commands.main import main
 from beingvl.errors import InputError
+from beingvl.images.vqgan_pictures import BORDER, with_borders
 from beingvl.inference.model import BeingVL
 from beingvl.inference.serve import Conversations, listen, pieces_of, shown, temporary_folder
 from beingvl.vbpe.published import LegacyVisualBPE
-from beingvl.images.vqgan_pictures import BORDER, with_borders
 from tests.inference.small_run import write_images
 
 REPOSITORY = Path(__file__).parents[2]
@@ -36,7 +38,9 @@ def model(run_folder: Path) -> BeingVL:
 
 
 @pytest.mark.parametrize("with_vbpe", [True, False])
-def test_answers_and_tokens_are_those_of_the_class(model: BeingVL, run_folder: Path, with_vbpe: bool) -> None:
+def test_answers_and_tokens_are_those_of_the_class(
+    model: BeingVL, run_folder: Path, with_vbpe: bool
+) -> None:
     image = run_folder / "data" / "images" / "test" / "0000.png"
     method = model.generate_with_vbpe if with_vbpe else model.generate
     page = Conversations(model, with_vbpe, 6)
@@ -48,15 +52,22 @@ def test_answers_and_tokens_are_those_of_the_class(model: BeingVL, run_folder: P
     assert first.strip() == method(["one"], [image], max_new_tokens=6)[0]
     assert second.strip() == method([[("one", first), ("two", None)]], [image], max_new_tokens=6)[0]
     grown = list(page.ask("hi", [], None))
-    assert grown[-1] == method(["hi"], max_new_tokens=6)[0] and all(after.startswith(before) for before, after in pairwise(grown))
+    assert grown[-1] == method(["hi"], max_new_tokens=6)[0] and all(
+        after.startswith(before) for before, after in pairwise(grown)
+    )
 
 
-def test_what_cannot_be_asked_is_refused_with_the_classs_sentences(model: BeingVL, tmp_path: Path) -> None:
+def test_what_cannot_be_asked_is_refused_with_the_classs_sentences(
+    model: BeingVL, tmp_path: Path
+) -> None:
     page = Conversations(model, True, 6)
     (tmp_path / "a.png").write_text("no image")
     with pytest.raises(InputError, match=r"a\.png cannot be read as an image"):
         page.look(str(tmp_path / "a.png"))
-    for question, message in [(" ", "a prompt is empty"), ("long " * 200, "do not fit the model's context")]:
+    for question, message in [
+        (" ", "a prompt is empty"),
+        ("long " * 200, "do not fit the model's context"),
+    ]:
         with pytest.raises(InputError, match=message):
             list(page.ask(question, [], None))
 
@@ -64,15 +75,21 @@ def test_what_cannot_be_asked_is_refused_with_the_classs_sentences(model: BeingV
 def test_a_published_vbpe_shows_no_borders(run_folder: Path) -> None:
     model = BeingVL(run_folder / "stage-3" / "final")
     model.vbpe = LegacyVisualBPE(16, np.array([[1, 2]]))
-    picture, _, words = Conversations(model, True, 6).look(str(run_folder / "data" / "images" / "test" / "0000.png"))
+    picture, _, words = Conversations(model, True, 6).look(
+        str(run_folder / "data" / "images" / "test" / "0000.png")
+    )
     assert picture.shape == (16, 16, 3) and "no borders are shown" in words
 
 
 def test_borders_drawn_by_hand() -> None:
     picture = np.zeros((2, 4, 3), np.uint8)
-    large = with_borders(picture, np.array([[0, 0, 1, 2], [3, 0, 1, 1]]), min_side=6)  # 12 x 6 pixels, 3 a cell
+    large = with_borders(
+        picture, np.array([[0, 0, 1, 2], [3, 0, 1, 1]]), min_side=6
+    )  # 12 x 6 pixels, 3 a cell
     drawn = (large == BORDER).all(axis=-1)
-    assert drawn[2].tolist() == [True] * 3 + [False] * 2 + [True] + [False] * 2 + [True] * 4  # 0 above 3; 0|1; 1|2; 2 above 1
+    assert (
+        drawn[2].tolist() == [True] * 3 + [False] * 2 + [True] + [False] * 2 + [True] * 4
+    )  # 0 above 3; 0|1; 1|2; 2 above 1
     assert drawn[0].tolist() == [False] * 5 + [True] + [False] * 2 + [True] + [False] * 3
     assert drawn[5].tolist() == [False] * 2 + [True] + [False] * 2 + [True] + [False] * 6
     assert (large[~drawn] == 0).all()
@@ -90,7 +107,12 @@ def test_a_failing_worker_fails_the_reader() -> None:
 
 
 def test_an_empty_answer_is_shown_as_such() -> None:
-    assert [message["content"] for message in shown([("a", "b"), ("c", "")])] == ["a", "b", "c", "(nothing)"]
+    assert [message["content"] for message in shown([("a", "b"), ("c", "")])] == [
+        "a",
+        "b",
+        "c",
+        "(nothing)",
+    ]
 
 
 def test_the_temporary_folder_goes_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,9 +127,17 @@ def test_the_temporary_folder_goes_also_after_an_error(monkeypatch: pytest.Monke
     assert not folder.exists() and tempfile.gettempdir() == before
 
 
-def test_refusals(run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = ["serve", f"--model={run_folder / 'stage-3' / 'final'}", "--port=0"]
-    for name in ("GRADIO_TEMP_DIR", "MPLCONFIGDIR", "GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+    for name in (
+        "GRADIO_TEMP_DIR",
+        "MPLCONFIGDIR",
+        "GRADIO_ANALYTICS_ENABLED",
+        "HF_HUB_DISABLE_TELEMETRY",
+        "DO_NOT_TRACK",
+    ):
         monkeypatch.setenv(name, "")
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
@@ -137,7 +167,11 @@ def serve_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (packages / "base.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     python = folder / "bin" / "python"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([python, "-m", "pip", "install", "-q", "gradio>=6.0", "playwright"], check=True, env=environment)
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "gradio>=6.0", "playwright"],
+        check=True,
+        env=environment,
+    )
     return python
 
 
@@ -147,19 +181,35 @@ def test_in_a_browser(serve_python: Path, model: BeingVL, run_folder: Path, tmp_
     assert chromium, "apt-get install chromium (a test dependency)"
     home, temporary = tmp_path / "home", tmp_path / "tmp"
     home.mkdir(), temporary.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HOME": str(home), "TMPDIR": str(temporary)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "HOME": str(home),
+        "TMPDIR": str(temporary),
+    }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    model_options = [f"--model={run_folder / 'stage-3' / 'final'}", f"--vbpe_path={run_folder / 'vbpe'}", "--device=cpu"]
+    model_options = [
+        f"--model={run_folder / 'stage-3' / 'final'}",
+        f"--vbpe_path={run_folder / 'vbpe'}",
+        "--device=cpu",
+    ]
     limits = ["--max_new_tokens=30", "--max_upload_megabytes=1", f"--port={port}"]
     server = subprocess.Popen(
-        [serve_python, "-m", "beingvl", "serve", *model_options, *limits], env=environment, stdout=subprocess.PIPE, text=True
+        [serve_python, "-m", "beingvl", "serve", *model_options, *limits],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert server.stdout is not None
         url = server.stdout.readline().split()[0]
-        listening = [entry for entry in psutil.Process(server.pid).net_connections() if entry.status == psutil.CONN_LISTEN]
+        listening = [
+            entry
+            for entry in psutil.Process(server.pid).net_connections()
+            if entry.status == psutil.CONN_LISTEN
+        ]
         assert [entry.laddr.ip for entry in listening] == ["127.0.0.1"]
         image = run_folder / "data" / "images" / "test" / "0000.png"
         (tmp_path / "text.png").write_text("no image")
@@ -173,7 +223,10 @@ def test_in_a_browser(serve_python: Path, model: BeingVL, run_folder: Path, tmp_
             str(tmp_path / "page.png"),
         ]
         done = subprocess.run(
-            [serve_python, Path(__file__).with_name("browse_page.py"), *arguments], capture_output=True, text=True, timeout=240
+            [serve_python, Path(__file__).with_name("browse_page.py"), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=240,
         )
         assert done.returncode == 0, done.stderr
         assert any(temporary.glob("beingvl-serve-*/**/0000.png"))
@@ -182,11 +235,18 @@ def test_in_a_browser(serve_python: Path, model: BeingVL, run_folder: Path, tmp_
         server.wait(30)
     found = json.loads(done.stdout.splitlines()[-1])
     first = model.generate_with_vbpe(["one"], [image], max_new_tokens=30)[0]
-    second = model.generate_with_vbpe([[("one", first), ("two", None)]], [image], max_new_tokens=30)[0]
-    assert [" ".join(answer.split()) for answer in found["answers"]] == [" ".join(answer.split()) for answer in (first, second)]
+    second = model.generate_with_vbpe(
+        [[("one", first), ("two", None)]], [image], max_new_tokens=30
+    )[0]
+    assert [" ".join(answer.split()) for answer in found["answers"]] == [
+        " ".join(answer.split()) for answer in (first, second)
+    ]
     assert len(found["seen"]) > 4, "the answers should have grown before the reader's eyes"
     assert found["words"].startswith("16 codes in") and found["width"] == 512
-    assert "text.png cannot be read as an image" in found["bad"] and "a prompt is empty" in found["empty"]
+    assert (
+        "text.png cannot be read as an image" in found["bad"]
+        and "a prompt is empty" in found["empty"]
+    )
     assert "exceed the maximum allowed size" in found["large"]
     assert found["elsewhere"] == []
     time.sleep(1)

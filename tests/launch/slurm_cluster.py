@@ -1,4 +1,6 @@
-"""A Slurm cluster of two nodes on one machine: munged, slurmctld and two slurmd in one folder. Needs root and apt packages."""
+"""A Slurm cluster of two nodes on one machine: munged, slurmctld and two slurmd in one folder.
+Needs root and apt packages.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,28 @@ class Cluster:
 
     def run(self, *words: object, **variables: object) -> str:
         """A command's output; raises AssertionError with its complaint when it fails."""
-        environment = {**self.environment, **{name: str(value) for name, value in variables.items()}}
-        done = subprocess.run([str(word) for word in words], env=environment, capture_output=True, text=True, timeout=60)
+        environment = {
+            **self.environment,
+            **{name: str(value) for name, value in variables.items()},
+        }
+        done = subprocess.run(
+            [str(word) for word in words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def start(self, name: str, *words: object) -> None:
         with open(self.folder / f"{name}.log", "a") as log:
             self.daemons[name] = subprocess.Popen(
-                [str(word) for word in words], env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                [str(word) for word in words],
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
             )
 
     def start_node(self, node: str) -> None:
@@ -52,12 +67,16 @@ class Cluster:
         deadline = time.monotonic() + seconds
         while (state := self.field_of(job, "JobState")) not in states:
             assert time.monotonic() < deadline, f"job {job} is {state}, not {states}\n{self.logs()}"
-            assert state not in ("FAILED", "NODE_FAIL", "TIMEOUT", "CANCELLED", "COMPLETED"), f"{job}: {state}\n{self.logs()}"
+            assert state not in ("FAILED", "NODE_FAIL", "TIMEOUT", "CANCELLED", "COMPLETED"), (
+                f"{job}: {state}\n{self.logs()}"
+            )
             time.sleep(0.5)
         return state
 
     def logs(self) -> str:
-        texts = [f"== {path}\n{path.read_text()[-1500:]}" for path in sorted(self.folder.rglob("*.log"))]
+        texts = [
+            f"== {path}\n{path.read_text()[-1500:]}" for path in sorted(self.folder.rglob("*.log"))
+        ]
         return "\n".join(texts)[-12000:]
 
     def processes(self, word: str) -> list[psutil.Process]:
@@ -135,7 +154,11 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=60 State=UP
 
 def _num_idle(cluster: Cluster) -> int:
     words = ["sinfo", "--noheader", "--Node", "--format=%T"]
-    return subprocess.run(words, env=cluster.environment, capture_output=True, text=True).stdout.split().count("idle")
+    return (
+        subprocess.run(words, env=cluster.environment, capture_output=True, text=True)
+        .stdout.split()
+        .count("idle")
+    )
 
 
 def _wait(condition, cluster: Cluster, seconds: float = 40) -> None:
@@ -146,7 +169,9 @@ def _wait(condition, cluster: Cluster, seconds: float = 40) -> None:
 
 
 def _take_away(cluster: Cluster) -> None:
-    subprocess.run(["scancel", "--user=root"], env=cluster.environment, capture_output=True, timeout=30)
+    subprocess.run(
+        ["scancel", "--user=root"], env=cluster.environment, capture_output=True, timeout=30
+    )
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and _stepds(cluster):
         time.sleep(0.2)
@@ -167,7 +192,9 @@ def _stepds(cluster: Cluster) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["name"]):
         try:
-            if process.info["name"] == "slurmstepd" and process.environ().get("SLURM_CONF", "").startswith(str(cluster.folder)):
+            if process.info["name"] == "slurmstepd" and process.environ().get(
+                "SLURM_CONF", ""
+            ).startswith(str(cluster.folder)):
                 found.append(process)
         except psutil.Error:
             continue

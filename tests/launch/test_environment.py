@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 
 from beingvl.errors import InputError
-from beingvl.launch.environment import environment_file, format_environment, remote_environment, users_files
+from beingvl.launch.environment import (
+    environment_file,
+    format_environment,
+    remote_environment,
+    users_files,
+)
 from beingvl.launch.start_training import for_remote_shell
 
 
@@ -39,9 +44,14 @@ def test_what_ranks_need_is_passed_and_nothing_else() -> None:
 def test_a_users_file_is_passed_on_with_its_comments_left_out(tmp_path) -> None:
     path = tmp_path / ".deepspeed_env"
     path.write_text("# ours\n\nNCCL_DEBUG = INFO\nMINE=a=b\n")
-    assert remote_environment({"NCCL_DEBUG": "WARN"}, [path]) == {"NCCL_DEBUG": "INFO", "MINE": "a=b"}
+    assert remote_environment({"NCCL_DEBUG": "WARN"}, [path]) == {
+        "NCCL_DEBUG": "INFO",
+        "MINE": "a=b",
+    }
     path.write_text("A=1\nexport B=2\n")
-    with pytest.raises(InputError, match=r"\.deepspeed_env, line 2: 'export B=2' is not a variable"):
+    with pytest.raises(
+        InputError, match=r"\.deepspeed_env, line 2: 'export B=2' is not a variable"
+    ):
         remote_environment({}, [path])
 
 
@@ -53,7 +63,12 @@ def test_the_users_files_are_read_in_deepspeeds_order(tmp_path, monkeypatch) -> 
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / "named"))
-    assert remote_environment({}, users_files()) == {"WHO": "here", "HOME": "1", "HERE": "1", "NAMED": "1"}
+    assert remote_environment({}, users_files()) == {
+        "WHO": "here",
+        "HOME": "1",
+        "HERE": "1",
+        "NAMED": "1",
+    }
 
 
 def test_a_value_of_several_lines_is_refused() -> None:
@@ -77,12 +92,16 @@ def test_deepspeeds_reader_and_a_shell_give_every_value_back(tmp_path) -> None:
     for line in format_environment(values).splitlines(keepends=True):
         runner.add_export(*line.split("=", maxsplit=1))
     exports = "".join(f"export {key}={value}; " for key, value in runner.exports.items())
-    shown = subprocess.run(["bash", "-c", exports + "env -0"], capture_output=True, check=True).stdout.decode()
+    shown = subprocess.run(
+        ["bash", "-c", exports + "env -0"], capture_output=True, check=True
+    ).stdout.decode()
     found = dict(entry.split("=", 1) for entry in shown.split("\0") if "=" in entry)
     assert {name: found[name] for name in values} == values
 
 
-def test_the_file_is_there_while_the_launcher_runs_and_everything_is_restored(tmp_path, monkeypatch) -> None:
+def test_the_file_is_there_while_the_launcher_runs_and_everything_is_restored(
+    tmp_path, monkeypatch
+) -> None:
     monkeypatch.setenv("DS_ENV_FILE", "before")
     users = tmp_path / ".deepspeed_env"
     users.write_text("A=1\n")
@@ -90,7 +109,9 @@ def test_the_file_is_there_while_the_launcher_runs_and_everything_is_restored(tm
     with pytest.raises(KeyError), environment_file(path, {"B": "2"}):
         assert path.read_text() == "B=2\n" and Path(os.environ["DS_ENV_FILE"]) == path
         raise KeyError
-    assert os.environ["DS_ENV_FILE"] == "before" and not path.exists() and users.read_text() == "A=1\n"
+    assert (
+        os.environ["DS_ENV_FILE"] == "before" and not path.exists() and users.read_text() == "A=1\n"
+    )
 
 
 def test_the_trainers_words_come_back_behind_deepspeeds_quoting_and_a_shell() -> None:
@@ -106,6 +127,15 @@ def test_the_trainers_words_come_back_behind_deepspeeds_quoting_and_a_shell() ->
         "$HOME",
         "",
     ]
-    runner = PDSHRunner(types.SimpleNamespace(user_args=[for_remote_shell(word) for word in words], user_script="x"), "")
-    shown = subprocess.run(["bash", "-c", "printf '%s\\0' " + " ".join(runner.user_arguments)], capture_output=True, check=True)
+    runner = PDSHRunner(
+        types.SimpleNamespace(
+            user_args=[for_remote_shell(word) for word in words], user_script="x"
+        ),
+        "",
+    )
+    shown = subprocess.run(
+        ["bash", "-c", "printf '%s\\0' " + " ".join(runner.user_arguments)],
+        capture_output=True,
+        check=True,
+    )
     assert shown.stdout.decode().split("\0")[:-1] == words

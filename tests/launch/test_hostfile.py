@@ -15,15 +15,23 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 def test_hosts_in_file_order_comments_and_blank_lines_are_skipped(tmp_path) -> None:
-    hosts = read_hostfile(write(tmp_path, "# two\n\nworker-2 slots=8\n  10.0.0.1\tslots=4   # the old one\n"))
+    hosts = read_hostfile(
+        write(tmp_path, "# two\n\nworker-2 slots=8\n  10.0.0.1\tslots=4   # the old one\n")
+    )
     assert hosts == [Host("worker-2", 8), Host("10.0.0.1", 4)]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a slots=8\nb slot=8\n", "hostfile-7, line 2: 'b slot=8' is not a host; expected NAME slots=NUMBER"),
-        ("a slots=8 max_slots=9\n", "line 1: 'a slots=8 max_slots=9' is not a host"),  # DeepSpeed's reader takes it
+        (
+            "a slots=8\nb slot=8\n",
+            "hostfile-7, line 2: 'b slot=8' is not a host; expected NAME slots=NUMBER",
+        ),
+        (
+            "a slots=8 max_slots=9\n",
+            "line 1: 'a slots=8 max_slots=9' is not a host",
+        ),  # DeepSpeed's reader takes it
         ("a slots=8x\n", "line 1: 'a slots=8x' is not a host"),  # and this
         ("a slots = 8\n", "is not a host"),
         ("a\n", "line 1: 'a' is not a host"),
@@ -48,7 +56,9 @@ def test_a_named_but_missing_hostfile_is_an_error(tmp_path) -> None:
 
 
 def test_this_machine_alone() -> None:
-    assert is_this_machine_alone([Host("localhost", 2)]) and is_this_machine_alone([Host(socket.gethostname(), 8)])
+    assert is_this_machine_alone([Host("localhost", 2)]) and is_this_machine_alone(
+        [Host(socket.gethostname(), 8)]
+    )
     assert not is_this_machine_alone([Host("worker-1", 8)])
     assert not is_this_machine_alone([Host(socket.gethostname(), 8), Host("worker-1", 8)])
 
@@ -57,6 +67,8 @@ def test_the_shipped_hostfiles_are_read_as_deepspeed_reads_them() -> None:
     from deepspeed.launcher.runner import fetch_hostfile
 
     for path in sorted(HOSTFILES.iterdir()):
-        assert {host.name: host.slots for host in read_hostfile(path)} == fetch_hostfile(str(path)), path
+        assert {host.name: host.slots for host in read_hostfile(path)} == fetch_hostfile(
+            str(path)
+        ), path
     assert is_this_machine_alone(read_hostfile(HOSTFILES / "hostfile-0"))
     assert len(read_hostfile(HOSTFILES / "hostfile-1")) == 2

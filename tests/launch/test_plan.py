@@ -4,9 +4,9 @@ from beingvl.commands import main as cli
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.errors import InputError
 from beingvl.launch.plan import parse_gpus
+from beingvl.stage.stage_config import parse_stage_config
 from beingvl.train.flops import ASSUMED_MFU
 from beingvl.train.memory import device_bytes, predict_memory
-from beingvl.stage.stage_config import parse_stage_config
 from tests.tiny import stage_fields, write_inputs
 
 
@@ -16,7 +16,9 @@ def work(tmp_path_factory):
 
 
 def plan(work, *more: str) -> int:
-    return cli.main(["plan", "--model", str(work / "base"), "--stage", str(work / "stage.json"), *more])
+    return cli.main(
+        ["plan", "--model", str(work / "base"), "--stage", str(work / "stage.json"), *more]
+    )
 
 
 def test_it_proposes_and_tells_the_time(work, capsys) -> None:
@@ -28,14 +30,22 @@ def test_it_proposes_and_tells_the_time(work, capsys) -> None:
 
 
 def test_an_epoch_is_what_the_mixture_draws(work, capsys) -> None:
-    """As the trainer counts it: no sample of a source that is left out, and more of the one that has the larger share."""
+    """As the trainer counts it: no sample of a source that is left out, and more of the one that
+    has the larger share.
+    """
     data = ["--gpus", "2x80GB", "--data", str(work / "shards"), "--set"]
     shards = ShardReader(work / "shards")
     foundation, reasoning = (shards.lengths[members] for members in shards.members)
     assert plan(work, *data, 'beingvl.mixture={"reasoning": 1}') == 0
-    assert f"one epoch: {len(reasoning)} samples, {reasoning.sum():,} tokens" in capsys.readouterr().out
+    assert (
+        f"one epoch: {len(reasoning)} samples, {reasoning.sum():,} tokens"
+        in capsys.readouterr().out
+    )
     assert plan(work, *data, 'beingvl.mixture={"foundation": 1, "reasoning": 1}') == 0
-    assert f"one epoch: 60 samples, {round(30 * foundation.mean() + 30 * reasoning.mean()):,} tokens" in capsys.readouterr().out
+    assert (
+        f"one epoch: 60 samples, {round(30 * foundation.mean() + 30 * reasoning.mean()):,} tokens"
+        in capsys.readouterr().out
+    )
     assert plan(work, *data, 'beingvl.mixture={"perception": 1}') == 2
     assert "names the source 'perception'" in capsys.readouterr().err
 
@@ -58,10 +68,14 @@ def llama_plan(trainable: list[dict]):
 
     layer = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)}
     layer |= {"gate": (14336, 4096), "up": (14336, 4096), "down": (4096, 14336)}
-    shapes = {f"model.layers.{n}.{name}.weight": shape for n in range(32) for name, shape in layer.items()}
+    shapes = {
+        f"model.layers.{n}.{name}.weight": shape for n in range(32) for name, shape in layer.items()
+    }
     for stem in ("model.embed_tokens", "lm_head"):
         shapes |= {f"{stem}.text_rows": (128256, 4096), f"{stem}.visual_rows": (16389, 4096)}
-    config = parse_stage_config(stage_fields(trainable=trainable, sequence_length=4096) | {"bf16": {"enabled": True}}, "x")
+    config = parse_stage_config(
+        stage_fields(trainable=trainable, sequence_length=4096) | {"bf16": {"enabled": True}}, "x"
+    )
     return plan_parameters(shapes, config.beingvl.trainable), config
 
 
@@ -69,8 +83,12 @@ def test_stage_1_at_full_size_needs_a_tenth_of_the_optimizer(work) -> None:
     """14.2 GB of masters and moments for all embedding rows, 1.6 GB for the new ones."""
     everything, config = llama_plan([{"match": ".*_rows"}, {"match": ".*", "train": False}])
     new_rows, _ = llama_plan([{"match": "visual_rows"}, {"match": ".*", "train": False}])
-    assert predict_memory(everything, Llama8B, config, 1)["optimizer"] == pytest.approx(14.2e9, rel=0.01)
-    assert predict_memory(new_rows, Llama8B, config, 1)["optimizer"] == pytest.approx(1.6e9, rel=0.01)
+    assert predict_memory(everything, Llama8B, config, 1)["optimizer"] == pytest.approx(
+        14.2e9, rel=0.01
+    )
+    assert predict_memory(new_rows, Llama8B, config, 1)["optimizer"] == pytest.approx(
+        1.6e9, rel=0.01
+    )
 
 
 def test_zero_cuts_and_offload_moves(work) -> None:
@@ -81,7 +99,9 @@ def test_zero_cuts_and_offload_moves(work) -> None:
     config.deepspeed["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     offloaded = predict_memory(plan_8b, Llama8B, config, 8)
     assert offloaded["optimizer"] == 0 and offloaded["cpu_optimizer"] == eight["optimizer"]
-    assert device_bytes(offloaded) == device_bytes(eight) - sum(eight[name] for name in ("optimizer", "gradients", "update"))
+    assert device_bytes(offloaded) == device_bytes(eight) - sum(
+        eight[name] for name in ("optimizer", "gradients", "update")
+    )
     config.deepspeed["zero_optimization"] = {"stage": 1}
     assert predict_memory(plan_8b, Llama8B, config, 8)["weights"] == alone["weights"]
 
@@ -93,7 +113,13 @@ def test_what_is_gathered_stays_as_long_as_deepspeed_is_allowed_to_keep_it(work)
     assert predict_memory(plan_8b, Llama8B, config, 1)["gathered"] == 0
     for limits, expected in (
         ({}, largest),
-        ({"stage3_max_live_parameters": 3_000_000_000, "stage3_max_reuse_distance": 2_000_000_000}, 2_000_000_000),
+        (
+            {
+                "stage3_max_live_parameters": 3_000_000_000,
+                "stage3_max_reuse_distance": 2_000_000_000,
+            },
+            2_000_000_000,
+        ),
         ({"max_live_parameters": 3_000_000_000, "max_reuse_distance": 0}, largest),
     ):
         config.deepspeed["zero_optimization"] = {**zero, **limits}
@@ -101,7 +127,9 @@ def test_what_is_gathered_stays_as_long_as_deepspeed_is_allowed_to_keep_it(work)
 
 
 def test_an_update_needs_gradients_and_temporaries_of_a_sub_group(work) -> None:
-    """8B on one GPU: DeepSpeed updates a billion weights at once, 12 bytes each, where activations and logits were before."""
+    """8B on one GPU: DeepSpeed updates a billion weights at once, 12 bytes each, where
+    activations and logits were before.
+    """
     plan_8b, config = llama_plan([{"match": ".*"}])
     zero = config.deepspeed["zero_optimization"]
     memory = predict_memory(plan_8b, Llama8B, config, 1)
@@ -116,17 +144,27 @@ def test_an_update_needs_gradients_and_temporaries_of_a_sub_group(work) -> None:
 
 
 def test_on_nvme_only_buffers_stay_in_memory(work) -> None:
-    """8B on one GPU: sub-groups of 100 million and one matrix more; 11 buffers as large as the text rows."""
+    """8B on one GPU: sub-groups of 100 million and one matrix more; 11 buffers as large as the
+    text rows.
+    """
     plan_8b, config = llama_plan([{"match": ".*"}])
     text_rows = 128256 * 4096
     nvme = {"device": "nvme", "nvme_path": "/nvme"}
-    config.deepspeed["zero_optimization"] = {"stage": 3, "offload_optimizer": nvme, "offload_param": {**nvme, "max_in_cpu": 0}}
+    config.deepspeed["zero_optimization"] = {
+        "stage": 3,
+        "offload_optimizer": nvme,
+        "offload_param": {**nvme, "max_in_cpu": 0},
+    }
     memory = predict_memory(plan_8b, Llama8B, config, 1)
     assert memory["optimizer"] == memory["weights"] == memory["gradients"] == 0
     assert memory["cpu_optimizer"] == 4 * 4 * (100_000_000 + text_rows)
     assert memory["cpu_weights"] == 2 * (11 * text_rows + 100_000_000 + text_rows)
-    config.deepspeed["zero_optimization"]["offload_param"] = nvme  # a billion trained weights stay in memory then
+    config.deepspeed["zero_optimization"]["offload_param"] = (
+        nvme  # a billion trained weights stay in memory then
+    )
     kept = predict_memory(plan_8b, Llama8B, config, 1)
     assert kept["cpu_weights"] == memory["cpu_weights"] + 2 * 1_000_000_000
     config.deepspeed["zero_optimization"]["offload_optimizer"] = {**nvme, "pipeline_read": True}
-    assert predict_memory(plan_8b, Llama8B, config, 1)["cpu_optimizer"] == 2 * memory["cpu_optimizer"]
+    assert (
+        predict_memory(plan_8b, Llama8B, config, 1)["cpu_optimizer"] == 2 * memory["cpu_optimizer"]
+    )

@@ -11,7 +11,14 @@ from beingvl.commands import main as cli
 from beingvl.errors import InputError
 from beingvl.launch.host_probe import MARK, code_hash, count_devices, probe
 from beingvl.launch.hostfile import Host
-from beingvl.launch.preflight import MIN_FREE_BYTES, Wanted, _judge, check_hosts, format_findings, ranks_here
+from beingvl.launch.preflight import (
+    MIN_FREE_BYTES,
+    Wanted,
+    _judge,
+    check_hosts,
+    format_findings,
+    ranks_here,
+)
 from beingvl.launch.start_training import find_master_address, rank_pattern
 from tests.launcher import free_port
 from tests.tiny import stage_fields, write_model
@@ -32,14 +39,20 @@ def work(tmp_path_factory) -> Path:
 def four_gpus(tmp_path, monkeypatch) -> None:
     """A program that lists GPUs as nvidia-smi does."""
     program = tmp_path / "nvidia-smi"
-    program.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: NVIDIA H100 (UUID: GPU-$i)"; done\n')
+    program.write_text(
+        '#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: NVIDIA H100 (UUID: GPU-$i)"; done\n'
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
 
 
 def test_the_probe_prints_what_the_function_returns(work) -> None:
-    question = {"port": free_port(), "folders": {str(work / "base"): "model"}, "output": str(work / "new/stage-1")}
+    question = {
+        "port": free_port(),
+        "folders": {str(work / "base"): "model"},
+        "output": str(work / "new/stage-1"),
+    }
     question["stage"] = str(work / "stage.json")
     words = [sys.executable, "-m", "beingvl.launch.host_probe", json.dumps(question)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
@@ -57,16 +70,36 @@ def test_the_probe_prints_what_the_function_returns(work) -> None:
         "stage",
     ):
         assert shown[name] == here[name], name
-    assert here["folders"][str(work / "base")].startswith("blake3:") and here["free_bytes"] > 0 and len(code_hash()) == 12
+    assert (
+        here["folders"][str(work / "base")].startswith("blake3:")
+        and here["free_bytes"] > 0
+        and len(code_hash()) == 12
+    )
 
 
 def red(**changes: object) -> dict[str, tuple[str, str]]:
-    """The red rows of a host that differs from the first one in `changes`: check -> (seen, remedy)."""
-    reference = {**probe(None, {}, None), "num_devices": 2, "folders": {"base": "sha256:1"}, "free_bytes": 10**12, "stage": "1"}
+    """The red rows of a host that differs from the first one in `changes`: check -> (seen,
+    remedy).
+    """
+    reference = {
+        **probe(None, {}, None),
+        "num_devices": 2,
+        "folders": {"base": "sha256:1"},
+        "free_bytes": 10**12,
+        "stage": "1",
+    }
     reference |= changes.pop("reference", {})
     answer = {**reference, **changes}
     wanted = Wanted(29500, {"base": "model"}, "out", "ds/stage1.json")
-    rows = _judge(HOST, answer, "worker-1", reference, wanted, is_first=True, skew=float(changes.get("skew", 0)))
+    rows = _judge(
+        HOST,
+        answer,
+        "worker-1",
+        reference,
+        wanted,
+        is_first=True,
+        skew=float(changes.get("skew", 0)),
+    )
     return {row.check: (row.seen, row.remedy) for row in rows if row.remedy}
 
 
@@ -81,9 +114,24 @@ def red(**changes: object) -> dict[str, tuple[str, str]]:
         ({"skew": 60}, "clock", "60.0 s off", "NTP"),
         ({"port_free": False}, "port 29500", "busy", "another --master_port"),
         ({"folders": {"base": "sha256:2"}}, "base", "sha256:2…", "copy it again"),
-        ({"folders": {"base": "error: base is not a folder"}}, "base", "not there", "base is not a folder"),
-        ({"nvme": {"/nvme": None}}, "nvme /nvme", "no folder to write to", "mount a local disk at /nvme"),
-        ({"free_bytes": MIN_FREE_BYTES - 1}, "free disk", "1.1 GB, 1.1 GB needed at least", "make room for out"),
+        (
+            {"folders": {"base": "error: base is not a folder"}},
+            "base",
+            "not there",
+            "base is not a folder",
+        ),
+        (
+            {"nvme": {"/nvme": None}},
+            "nvme /nvme",
+            "no folder to write to",
+            "mount a local disk at /nvme",
+        ),
+        (
+            {"free_bytes": MIN_FREE_BYTES - 1},
+            "free disk",
+            "1.1 GB, 1.1 GB needed at least",
+            "make room for out",
+        ),
     ],
 )
 def test_each_difference_is_one_red_row(changes, check, seen, remedy) -> None:
@@ -98,13 +146,25 @@ def test_equal_hosts_have_no_red_row() -> None:
 
 def test_what_the_first_host_lacks_is_not_the_others_fault() -> None:
     assert (
-        red(reference={"torch": "missing", "folders": {"base": "error: none"}}, torch="2.13.0", folders={"base": "sha256:1"})
+        red(
+            reference={"torch": "missing", "folders": {"base": "error: none"}},
+            torch="2.13.0",
+            folders={"base": "sha256:1"},
+        )
         == {}
     )
 
 
 def test_the_command_on_this_machine(work, capsys) -> None:
-    words = ["preflight", "--hostfile", str(work / "here"), "--model", str(work / "base"), "--seconds", "0"]
+    words = [
+        "preflight",
+        "--hostfile",
+        str(work / "here"),
+        "--model",
+        str(work / "base"),
+        "--seconds",
+        "0",
+    ]
     words += ["--stage", str(work / "stage.json"), "--master_port", str(free_port())]
     assert cli.main(words) == (0 if count_devices()["num_devices"] >= 2 else 1)
     assert "accepted, 2 accumulation steps on 2 ranks" in capsys.readouterr().out
@@ -114,7 +174,11 @@ def test_the_command_on_this_machine(work, capsys) -> None:
     words[words.index(str(work / "stage.json"))] = str(work / "nvme.json")
     assert cli.main(words) == 1
     shown = capsys.readouterr().out
-    assert f"nvme {work} " in shown and " GB free" in shown and f"mount a local disk at {work / 'none'} that" in shown
+    assert (
+        f"nvme {work} " in shown
+        and " GB free" in shown
+        and f"mount a local disk at {work / 'none'} that" in shown
+    )
     words[words.index(str(work / "nvme.json"))] = str(work / "stage.json")
     (work / "bad.json").write_text(json.dumps(stage_fields(epoch=1)))
     words[words.index(str(work / "stage.json"))] = str(work / "bad.json")
@@ -125,7 +189,9 @@ def test_the_command_on_this_machine(work, capsys) -> None:
 
 def test_a_host_that_ssh_cannot_reach_is_red(monkeypatch) -> None:
     monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-p 1 -o StrictHostKeyChecking=no")
-    answers, findings = check_hosts([Host("127.0.0.1", 1), Host("127.0.0.2", 1)], Wanted(free_port()))
+    answers, findings = check_hosts(
+        [Host("127.0.0.1", 1), Host("127.0.0.2", 1)], Wanted(free_port())
+    )
     assert answers == {} and [row.check for row in findings] == ["reachable", "reachable"]
     assert "without a password" in format_findings(findings)
 
@@ -134,10 +200,15 @@ def test_the_master_address_is_the_one_ssh_used() -> None:
     hosts = [Host("a", 1), Host("b", 1)]
 
     def answers(server: str | None, client: str | None) -> dict[str, dict]:
-        return {"a": {"server_address": server, "client_address": "x"}, "b": {"server_address": "y", "client_address": client}}
+        return {
+            "a": {"server_address": server, "client_address": "x"},
+            "b": {"server_address": "y", "client_address": client},
+        }
 
     assert find_master_address(hosts, answers("10.0.0.1", "10.0.0.9")) == "10.0.0.1"
-    assert find_master_address(hosts, answers("127.0.0.1", "10.0.0.9")) == "10.0.0.9"  # started on a itself
+    assert (
+        find_master_address(hosts, answers("127.0.0.1", "10.0.0.9")) == "10.0.0.9"
+    )  # started on a itself
     with pytest.raises(InputError, match="give --master_addr"):
         find_master_address(hosts, answers("127.0.0.1", None))
 
@@ -167,7 +238,11 @@ def test_the_rank_pattern_matches_ranks_of_this_run_only() -> None:
         return subprocess.run(["grep", "-qE", "--", pattern], input=line, text=True).returncode == 0
 
     assert matches("python -u -m beingvl.train.train_stage --local_rank=3 --output a+b --set x=1")
-    assert not matches("python -u -m beingvl.train.train_stage --local_rank=3 --output aab --set x=1")
-    assert not matches("python -u -m beingvl.train.train_stage --local_rank=3 --output a+b --set x=1 y=2")
+    assert not matches(
+        "python -u -m beingvl.train.train_stage --local_rank=3 --output aab --set x=1"
+    )
+    assert not matches(
+        "python -u -m beingvl.train.train_stage --local_rank=3 --output a+b --set x=1 y=2"
+    )
     assert not matches("deepspeed --module beingvl.train.train_stage --output a+b --set x=1")
     assert not matches(f"pkill -USR1 -f -- {pattern}")

@@ -1,4 +1,6 @@
-"""The job scripts under a real Slurm of two nodes: the whole line, requeues, a time limit, a cancelled job, a dead node."""
+"""The job scripts under a real Slurm of two nodes: the whole line, requeues, a time limit, a
+cancelled job, a dead node.
+"""
 
 import json
 import os
@@ -10,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from beingvl.commands.main import main
 from beingvl.artefact.manifest import read_manifest, verify_folder
+from beingvl.commands.main import main
 from beingvl.train.metrics import read_metrics
 from tests.launch.slurm_cluster import NODES, Cluster, slurm_cluster
 from tests.launcher import ENVIRONMENT, has_step, log_of
@@ -29,14 +31,21 @@ def work(tmp_path_factory) -> Path:
 
 def write_stage(folder: Path, max_steps: int) -> Path:
     path = folder / f"steps-{max_steps}.json"
-    path.write_text(json.dumps(stage_fields(max_steps=max_steps, epochs=max_steps, checkpoint_every_steps=0)))
+    path.write_text(
+        json.dumps(stage_fields(max_steps=max_steps, epochs=max_steps, checkpoint_every_steps=0))
+    )
     return path
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     path = f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"
-    environment = {**ENVIRONMENT, "PYTHONPATH": path, "PYTHON": sys.executable, "REPOSITORY": str(REPOSITORY)}
+    environment = {
+        **ENVIRONMENT,
+        "PYTHONPATH": path,
+        "PYTHON": sys.executable,
+        "REPOSITORY": str(REPOSITORY),
+    }
     with slurm_cluster(tmp_path_factory.mktemp("cluster"), environment) as made:
         yield made
 
@@ -56,7 +65,10 @@ def submit_stage(cluster: Cluster, work: Path, output: Path, max_steps: int, *op
 def wait_for_steps(cluster: Cluster, job: str, output: Path, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not has_step(output):
-        assert time.monotonic() < deadline and cluster.field_of(job, "JobState") in ("PENDING", "RUNNING"), cluster.logs()
+        assert time.monotonic() < deadline and cluster.field_of(job, "JobState") in (
+            "PENDING",
+            "RUNNING",
+        ), cluster.logs()
         time.sleep(0.1)
 
 
@@ -71,7 +83,12 @@ def data(tmp_path_factory) -> Path:
 
     def must(*words: object) -> None:
         done = subprocess.run(
-            [sys.executable, *map(str, words)], cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+            [sys.executable, *map(str, words)],
+            cwd=REPOSITORY,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr
 
@@ -89,11 +106,21 @@ def data(tmp_path_factory) -> Path:
         "--steps",
         6,
     )
-    must("scripts/make_text_llama.py", "--texts", folder / "data/texts.txt", "--output_path", folder / "llama", "--steps", 3)
+    must(
+        "scripts/make_text_llama.py",
+        "--texts",
+        folder / "data/texts.txt",
+        "--output_path",
+        folder / "llama",
+        "--steps",
+        3,
+    )
     return folder
 
 
-def test_the_pipeline_from_images_to_stage_3_is_submitted_requeued_and_submitted_again(cluster, data) -> None:
+def test_the_pipeline_from_images_to_stage_3_is_submitted_requeued_and_submitted_again(
+    cluster, data
+) -> None:
     paths = {
         "WORKSPACE": data / "work",
         "IMAGE_PATH": data / "data/images",
@@ -110,7 +137,16 @@ def test_the_pipeline_from_images_to_stage_3_is_submitted_requeued_and_submitted
     submit = ["bash", "scripts/slurm/submit-pipeline.sh", *TWO_NODES]
     shown = cluster.run(*submit, **paths)
     jobs = dict(re.findall(r"^(\S+): job (\d+)", shown, re.M))
-    names = ["encode-images", "train-vbpe", "convert", "tokenize", "build-shards", "train-1", "train-2", "train-3"]
+    names = [
+        "encode-images",
+        "train-vbpe",
+        "convert",
+        "tokenize",
+        "build-shards",
+        "train-1",
+        "train-2",
+        "train-3",
+    ]
     assert list(jobs) == names, shown
     again = cluster.run(*submit, **paths)
     assert dict(re.findall(r"^(\S+): in the queue, job (\d+)", again, re.M)) == jobs
@@ -118,13 +154,25 @@ def test_the_pipeline_from_images_to_stage_3_is_submitted_requeued_and_submitted
     tasks = [f"{jobs[name]}_{task}" for name in ("encode-images", "tokenize") for task in (0, 1)]
     cluster.wait_for(tasks[1], "RUNNING")
     cluster.run("scontrol", "requeue", tasks[1])  # kills the task, as a preemption does
-    for job in [*tasks[:2], *[jobs[name] for name in names[1:3]], *tasks[2:], *[jobs[name] for name in names[4:]]]:
+    for job in [
+        *tasks[:2],
+        *[jobs[name] for name in names[1:3]],
+        *tasks[2:],
+        *[jobs[name] for name in names[4:]],
+    ]:
         cluster.wait_for(job, "COMPLETED")
     assert [cluster.field_of(task, "Restarts") for task in tasks] == ["0", "1", "0", "0"]
 
-    encode = ["encode-images", f"--image_path={data}/data/images", f"--json_path={data}/train.json", f"--vq_path={data}/vq"]
+    encode = [
+        "encode-images",
+        f"--image_path={data}/data/images",
+        f"--json_path={data}/train.json",
+        f"--vq_path={data}/vq",
+    ]
     assert main([*encode, f"--output_path={data}/one_process"]) == 0
-    found, expected = (read_manifest(folder) for folder in (data / "work/data/vq_codes", data / "one_process"))
+    found, expected = (
+        read_manifest(folder) for folder in (data / "work/data/vq_codes", data / "one_process")
+    )
     assert found.content_hash == expected.content_hash and found.counts["images"] > 16
     shown = "".join(path.read_text() for path in (data / "work/slurm").glob("encode-images-*.log"))
     assert re.search("rank [01] of 2 has finished its parts", shown), shown
@@ -146,10 +194,17 @@ def test_a_vbpe_file_or_folder_that_is_finished_is_not_trained_again(tmp_path, n
     sbatch.write_text("#!/bin/sh\necho 7\n")
     sbatch.chmod(0o755)
     path = f"{sbatch.parent}:{os.environ['PATH']}"
-    environment = {**ENVIRONMENT, "PATH": path, "WORKSPACE": str(tmp_path), "VBPE_PATH": str(tmp_path / name)}
+    environment = {
+        **ENVIRONMENT,
+        "PATH": path,
+        "WORKSPACE": str(tmp_path),
+        "VBPE_PATH": str(tmp_path / name),
+    }
 
     def shown() -> str:
-        return subprocess.check_output(["bash", "scripts/slurm/submit-pipeline.sh"], cwd=REPOSITORY, env=environment, text=True)
+        return subprocess.check_output(
+            ["bash", "scripts/slurm/submit-pipeline.sh"], cwd=REPOSITORY, env=environment, text=True
+        )
 
     assert "train-vbpe: job 7" in shown()
     marker = tmp_path / name if name.endswith(".json") else tmp_path / name / "manifest.json"
@@ -160,7 +215,14 @@ def test_a_vbpe_file_or_folder_that_is_finished_is_not_trained_again(tmp_path, n
 
 def test_a_stage_without_its_predecessor_says_what_to_run(cluster, work, tmp_path) -> None:
     log = tmp_path / "log"
-    words = ["sbatch", "--parsable", f"--output={log}", *TWO_NODES, "scripts/slurm/train.sbatch", "2"]
+    words = [
+        "sbatch",
+        "--parsable",
+        f"--output={log}",
+        *TWO_NODES,
+        "scripts/slurm/train.sbatch",
+        "2",
+    ]
     job = cluster.run(*words, STAGES=tmp_path, SHARDS=work / "shards").strip()
     cluster.wait_for(job, "FAILED")
     assert "stage-1/final is missing or incomplete; run stage 1 first" in log.read_text()
@@ -170,22 +232,30 @@ def test_a_stage_without_its_predecessor_says_what_to_run(cluster, work, tmp_pat
 def uninterrupted(work) -> list[float]:
     """Losses of 60 steps on one host."""
     output = work / "whole"
-    assert run_on_one_host(2, write_stage(work, 60), work / "base", work / "shards", output) == 0, log_of(output)
+    assert run_on_one_host(2, write_stage(work, 60), work / "base", work / "shards", output) == 0, (
+        log_of(output)
+    )
     return losses(output)
 
 
-def test_usr1_saves_requeues_and_finishes_as_the_uninterrupted_run(cluster, work, uninterrupted, tmp_path) -> None:
+def test_usr1_saves_requeues_and_finishes_as_the_uninterrupted_run(
+    cluster, work, uninterrupted, tmp_path
+) -> None:
     output = tmp_path / "interrupted"
     job = submit_stage(cluster, work, output, 60)
     wait_for_steps(cluster, job, output)
-    cluster.run("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@… makes Slurm send
+    cluster.run(
+        "scancel", "--batch", "--signal=USR1", job
+    )  # what --signal=B:USR1@… makes Slurm send
     deadline = time.monotonic() + 60
     while cluster.field_of(job, "Restarts") != "1":
         assert time.monotonic() < deadline, cluster.logs()
         time.sleep(0.2)
     assert 0 < len(losses(output)) < 60
     cluster.wait_for(job, "COMPLETED")
-    assert re.search(r"exit code \d+: requeued", cluster.logs()) and "resumed from" in cluster.logs()
+    assert (
+        re.search(r"exit code \d+: requeued", cluster.logs()) and "resumed from" in cluster.logs()
+    )
     assert losses(output) == uninterrupted
     cluster.wait_until_nothing_runs(str(output))
 
@@ -194,14 +264,17 @@ def test_usr1_saves_requeues_and_finishes_as_the_uninterrupted_run(cluster, work
 def test_the_time_limit_itself_requeues_a_job_that_finishes_as_the_uninterrupted_run(
     cluster, work, uninterrupted, tmp_path
 ) -> None:
-    """Slurm looks at its clock every 30 s: within a minute, USR1 comes after 25 to 55 s. The ranks are held until then.
+    """Slurm looks at its clock every 30 s: within a minute, USR1 comes after 25 to 55 s. The
+    ranks are held until then.
 
     Slow, over a minute; the signal, sent by hand, is tested above.
     """
     output = tmp_path / "limited"
     job = submit_stage(cluster, work, output, 60, "--time=1", "--signal=B:USR1@5")
     wait_for_steps(cluster, job, output)
-    ranks = [process for process in cluster.processes(str(output)) if process.name().startswith("python")]
+    ranks = [
+        process for process in cluster.processes(str(output)) if process.name().startswith("python")
+    ]
     assert len(ranks) == 2
     for rank in ranks:
         rank.suspend()
@@ -226,7 +299,10 @@ def test_scancel_in_mid_step_leaves_nothing_and_is_not_requeued(cluster, work, t
     cluster.wait_for(job, "CANCELLED")
     cluster.wait_until_nothing_runs(str(output))
     time.sleep(3)
-    assert cluster.field_of(job, "JobState") == "CANCELLED" and cluster.field_of(job, "Restarts") == "0"
+    assert (
+        cluster.field_of(job, "JobState") == "CANCELLED"
+        and cluster.field_of(job, "Restarts") == "0"
+    )
 
 
 def test_a_node_whose_slurmd_dies_gives_the_job_back_to_the_queue(cluster, work, tmp_path) -> None:

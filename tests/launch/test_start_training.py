@@ -1,4 +1,6 @@
-"""`beingvl launch` and the stage scripts on this machine alone: what is started, what is refused, what a signal does."""
+"""`beingvl launch` and the stage scripts on this machine alone: what is started, what is
+refused, what a signal does.
+"""
 
 import json
 import os
@@ -26,14 +28,34 @@ def work(tmp_path_factory) -> Path:
 
 
 def command(work: Path, output: Path, *options: object) -> list[str]:
-    words = [sys.executable, "-m", "beingvl", "launch", "--hostfile", REPOSITORY / "hostfiles/hostfile-0", *options, "--"]
-    words += ["--deepspeed_config", work / "stage.json", "--model", work / "base", "--data", work / "shards", "--output", output]
+    words = [
+        sys.executable,
+        "-m",
+        "beingvl",
+        "launch",
+        "--hostfile",
+        REPOSITORY / "hostfiles/hostfile-0",
+        *options,
+        "--",
+    ]
+    words += [
+        "--deepspeed_config",
+        work / "stage.json",
+        "--model",
+        work / "base",
+        "--data",
+        work / "shards",
+        "--output",
+        output,
+    ]
     return [str(word) for word in words]
 
 
 def run(words: list[str], **variables: object) -> subprocess.CompletedProcess:
     environment = {**ENVIRONMENT, **{name: str(value) for name, value in variables.items()}}
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
+    return subprocess.run(
+        words, env=environment, capture_output=True, text=True, timeout=120, cwd=REPOSITORY
+    )
 
 
 def processes_of(folder: Path) -> list[str]:
@@ -47,10 +69,15 @@ def processes_of(folder: Path) -> list[str]:
 
 
 def test_dry_run_shows_command_and_variables_and_starts_nothing(work, tmp_path) -> None:
-    done = run(command(work, tmp_path / "x", "--dry_run"), NCCL_DEBUG="INFO", http_proxy="http://proxy")
+    done = run(
+        command(work, tmp_path / "x", "--dry_run"), NCCL_DEBUG="INFO", http_proxy="http://proxy"
+    )
     assert done.returncode == 0, done.stderr
     assert "NCCL_DEBUG=INFO\n" in done.stdout and "proxy" not in done.stdout
-    assert "deepspeed --hostfile /dev/null --num_gpus 2 " in done.stdout and "--module beingvl.train.train_stage" in done.stdout
+    assert (
+        "deepspeed --hostfile /dev/null --num_gpus 2 " in done.stdout
+        and "--module beingvl.train.train_stage" in done.stdout
+    )
     assert not (tmp_path / "x").exists()
 
 
@@ -60,7 +87,9 @@ def test_dry_run_of_two_hosts(work, tmp_path) -> None:
     done = run(words)
     assert done.returncode == 0, done.stderr
     assert "hostfile-1 --force_multi --no_ssh_check --master_addr 10.0.0.1" in done.stdout
-    done = run([*words[: words.index("--dry_run")], "--num_ranks", "3", *words[words.index("--dry_run") :]])
+    done = run(
+        [*words[: words.index("--dry_run")], "--num_ranks", "3", *words[words.index("--dry_run") :]]
+    )
     assert done.returncode == 2 and "--num_ranks is for this machine alone" in done.stderr
 
 
@@ -70,7 +99,11 @@ def test_a_busy_port_is_named(work, tmp_path) -> None:
         sock.listen()
         port = sock.getsockname()[1]
         done = run(command(work, tmp_path / "x", "--master_port", port))
-    assert done.returncode == 2 and f"port {port}: busy" in done.stderr and "another --master_port" in done.stderr
+    assert (
+        done.returncode == 2
+        and f"port {port}: busy" in done.stderr
+        and "another --master_port" in done.stderr
+    )
     assert not (tmp_path / "x").exists()
 
 
@@ -85,10 +118,17 @@ def test_a_missing_model_and_a_missing_hostfile_are_named(work, tmp_path) -> Non
 
 
 def test_a_signal_to_the_launcher_stops_after_the_step_with_a_checkpoint(work, tmp_path) -> None:
-    """Ranks of this run only: another run's launcher is not touched, as DeepSpeed's own answer to a signal would."""
+    """Ranks of this run only: another run's launcher is not touched, as DeepSpeed's own answer
+    to a signal would.
+    """
     output = tmp_path / "stopped"
     bystander = subprocess.Popen(
-        [sys.executable, "-c", "import time; time.sleep(60)", "beingvl.train.train_stage --local_rank=0"]
+        [
+            sys.executable,
+            "-c",
+            "import time; time.sleep(60)",
+            "beingvl.train.train_stage --local_rank=0",
+        ]
     )
     with open(tmp_path / "log", "w") as log:
         words = command(work, output, "--master_port", free_port())
@@ -115,7 +155,9 @@ def test_a_signal_before_there_is_a_rank_is_not_lost(work, tmp_path) -> None:
         time.sleep(0.005)
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(timeout=60) == 85, (tmp_path / "log").read_text()[-3000:]
-    assert not list((tmp_path / "early").glob(".deepspeed_env*")) and not processes_of(tmp_path / "early")
+    assert not list((tmp_path / "early").glob(".deepspeed_env*")) and not processes_of(
+        tmp_path / "early"
+    )
 
 
 def test_a_second_signal_kills(work, tmp_path) -> None:
@@ -138,11 +180,23 @@ def test_a_second_signal_kills(work, tmp_path) -> None:
 
 def test_the_devices_of_cuda_visible_devices_are_taken(work, tmp_path) -> None:
     program = tmp_path / "nvidia-smi"
-    program.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: NVIDIA H100 (UUID: GPU-$i)"; done\n')
+    program.write_text(
+        '#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: NVIDIA H100 (UUID: GPU-$i)"; done\n'
+    )
     program.chmod(0o755)
-    variables = {"PATH": f"{tmp_path}:{ENVIRONMENT['PATH']}", "DS_ACCELERATOR": "", "CUDA_VISIBLE_DEVICES": "1,3"}
-    assert " --include localhost:1,3 " in run(command(work, tmp_path / "x", "--dry_run"), **variables).stdout
-    done = run(command(work, tmp_path / "x", "--dry_run"), **{**variables, "CUDA_VISIBLE_DEVICES": "GPU-ab12"})
+    variables = {
+        "PATH": f"{tmp_path}:{ENVIRONMENT['PATH']}",
+        "DS_ACCELERATOR": "",
+        "CUDA_VISIBLE_DEVICES": "1,3",
+    }
+    assert (
+        " --include localhost:1,3 "
+        in run(command(work, tmp_path / "x", "--dry_run"), **variables).stdout
+    )
+    done = run(
+        command(work, tmp_path / "x", "--dry_run"),
+        **{**variables, "CUDA_VISIBLE_DEVICES": "GPU-ab12"},
+    )
     assert done.returncode == 2 and "DeepSpeed takes numbers only" in done.stderr
 
 
@@ -151,17 +205,32 @@ def test_the_stages_json_and_the_port_are_checked_first(work, tmp_path) -> None:
     words = command(work, tmp_path / "x", "--master_port", free_port())
     words[words.index(str(work / "stage.json"))] = str(tmp_path / "bad.json")
     done = run(words)
-    assert done.returncode == 2 and "bad.json: refused" in done.stderr and "did you mean beingvl.epochs?" in done.stderr
+    assert (
+        done.returncode == 2
+        and "bad.json: refused" in done.stderr
+        and "did you mean beingvl.epochs?" in done.stderr
+    )
     done = run(command(work, tmp_path / "x", "--master_port", 99999))
     assert done.returncode == 2 and "--master_port is 99999, expected 1 to 65535" in done.stderr
     assert not (tmp_path / "x").exists()
 
 
 def test_a_stage_script_takes_a_model_and_a_stage_folder(work, tmp_path) -> None:
-    variables = {"DATA_PATH": work / "shards", "OUTPUT_DIR": tmp_path / "stage-1", "LOG_DIR": tmp_path / "logs"}
+    variables = {
+        "DATA_PATH": work / "shards",
+        "OUTPUT_DIR": tmp_path / "stage-1",
+        "LOG_DIR": tmp_path / "logs",
+    }
     variables |= {"DS_CONFIG": work / "stage.json", "DRY_RUN": 1}
     done = run(["bash", "beingvl/scripts/train-stage-1.sh", "0", str(work / "base")], **variables)
-    assert done.returncode == 0 and f"start model {work / 'base'}" in done.stdout and "--num_gpus 2" in done.stdout, done.stderr
+    assert (
+        done.returncode == 0
+        and f"start model {work / 'base'}" in done.stdout
+        and "--num_gpus 2" in done.stdout
+    ), done.stderr
     assert not (tmp_path / "stage-1").exists() and not (tmp_path / "logs").exists()
-    done = run(["bash", "scripts/train-stage-1.sh", "0", str(work / "base")], **{**variables, "NUM_RANKS": 1})
+    done = run(
+        ["bash", "scripts/train-stage-1.sh", "0", str(work / "base")],
+        **{**variables, "NUM_RANKS": 1},
+    )
     assert "--num_gpus 1" in done.stdout

@@ -1,4 +1,6 @@
-"""Training across two hosts through the real `deepspeed --hostfile`, pdsh and sshd; and what is shown when something is wrong."""
+"""Training across two hosts through the real `deepspeed --hostfile`, pdsh and sshd; and what is
+shown when something is wrong.
+"""
 
 import os
 import re
@@ -39,11 +41,32 @@ def hosts(work):
 
 
 def trainer(work: Path, output: Path, stage: str = "stage1.json") -> list[object]:
-    return ["--deepspeed_config", work / stage, "--model", work / "base", "--data", work / "shards", "--output", output]
+    return [
+        "--deepspeed_config",
+        work / stage,
+        "--model",
+        work / "base",
+        "--data",
+        work / "shards",
+        "--output",
+        output,
+    ]
 
 
-def launch(hosts: TwoHosts, work: Path, output: Path, *options: object, stage: str = "stage1.json") -> list[object]:
-    words = [sys.executable, "-m", "beingvl", "launch", "--hostfile", hosts.hostfile(), "--master_port", free_port(), *options]
+def launch(
+    hosts: TwoHosts, work: Path, output: Path, *options: object, stage: str = "stage1.json"
+) -> list[object]:
+    words = [
+        sys.executable,
+        "-m",
+        "beingvl",
+        "launch",
+        "--hostfile",
+        hosts.hostfile(),
+        "--master_port",
+        free_port(),
+        *options,
+    ]
     return [*words, "--", *trainer(work, output, stage)]
 
 
@@ -54,15 +77,25 @@ def losses(output: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def one_host(work) -> list[float]:
     output = work / "one"
-    assert run_on_one_host(2, work / "stage1.json", work / "base", work / "shards", output) == 0, log_of(output)
+    assert run_on_one_host(2, work / "stage1.json", work / "base", work / "shards", output) == 0, (
+        log_of(output)
+    )
     return losses(output)
 
 
 def test_the_stage_script_trains_across_two_hosts_as_on_one(hosts, work, one_host) -> None:
     output = work / "stage-1"
-    paths = {"DATA_PATH": work / "shards", "OUTPUT_DIR": output, "LOG_DIR": work / "logs", "DS_CONFIG": work / "stage1.json"}
+    paths = {
+        "DATA_PATH": work / "shards",
+        "OUTPUT_DIR": output,
+        "LOG_DIR": work / "logs",
+        "DS_CONFIG": work / "stage1.json",
+    }
     code, shown = hosts.run(
-        ["bash", "scripts/train-stage-1.sh", "1", work / "base"], **paths, HOSTFILE=hosts.hostfile(), MASTER_PORT=free_port()
+        ["bash", "scripts/train-stage-1.sh", "1", work / "base"],
+        **paths,
+        HOSTFILE=hosts.hostfile(),
+        MASTER_PORT=free_port(),
     )
     assert code == 0, shown[-4000:]
     assert f"Running on the following workers: {','.join(hosts.names)}" in shown
@@ -81,8 +114,17 @@ def test_a_direct_deepspeed_hostfile_command_trains_the_same(hosts, work, one_ho
         hosts.names[0],
     ]
     output = work / "direct"
-    (work / "direct_env").write_text("GLOO_SOCKET_IFNAME=bvl0\nDS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
-    words = [*command, "--master_port", free_port(), "--module", "beingvl.train.train_stage", *trainer(work, output)]
+    (work / "direct_env").write_text(
+        "GLOO_SOCKET_IFNAME=bvl0\nDS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n"
+    )
+    words = [
+        *command,
+        "--master_port",
+        free_port(),
+        "--module",
+        "beingvl.train.train_stage",
+        *trainer(work, output),
+    ]
     code, shown = hosts.run(words, DS_ENV_FILE=work / "direct_env")
     assert code == 0, shown[-4000:]
     assert losses(output) == one_host
@@ -90,8 +132,26 @@ def test_a_direct_deepspeed_hostfile_command_trains_the_same(hosts, work, one_ho
 
 
 def test_preflight_of_two_hosts_is_green_and_measures(hosts, work) -> None:
-    words = [sys.executable, "-m", "beingvl", "preflight", "--hostfile", hosts.hostfile(), "--stage", work / "stage1.json"]
-    words += ["--model", work / "base", "--data", work / "shards", "--output", work / "new", "--seconds", 1]
+    words = [
+        sys.executable,
+        "-m",
+        "beingvl",
+        "preflight",
+        "--hostfile",
+        hosts.hostfile(),
+        "--stage",
+        work / "stage1.json",
+    ]
+    words += [
+        "--model",
+        work / "base",
+        "--data",
+        work / "shards",
+        "--output",
+        work / "new",
+        "--seconds",
+        1,
+    ]
     code, shown = hosts.run([*words, "--master_port", free_port()])
     assert code == 0 and "RED" not in shown, shown
     assert re.search(r"all-reduce +[0-9.]+ GB/s, [0-9]+ us, 2 ranks", shown), shown
@@ -103,12 +163,19 @@ def test_wrong_slots_busy_port_and_typo_are_named_and_start_nothing(hosts, work,
     words = launch(hosts, work, tmp_path / "x")
     words[words.index("--hostfile") + 1] = hosts.hostfile((1, 4096))
     code, shown = hosts.run(words)
-    assert code == 2 and f"{hosts.names[1]}: slots: 4096 slots, {os.cpu_count()} CPU cores (write slots=" in shown, shown
+    assert (
+        code == 2
+        and f"{hosts.names[1]}: slots: 4096 slots, {os.cpu_count()} CPU cores (write slots="
+        in shown
+    ), shown
     (tmp_path / "typo").write_text(f"{hosts.names[0]} slots=1\n{hosts.names[1]} slost=1\n")
     words[words.index("--hostfile") + 1] = tmp_path / "typo"
     code, shown = hosts.run(words)
     assert code == 2 and f"typo, line 2: '{hosts.names[1]} slost=1' is not a host" in shown
-    listen = "import socket, time; s = socket.socket(); s.bind(('', 29777)); s.listen(); print('listening', flush=True)"
+    listen = (
+        "import socket, time; s = socket.socket(); s.bind(('', 29777)); s.listen(); "
+        "print('listening', flush=True)"
+    )
     listen += "; time.sleep(60)"
     listener = hosts.start([sys.executable, "-c", listen])
     assert listener.stdout.readline() == "listening\n"
@@ -121,8 +188,14 @@ def test_wrong_slots_busy_port_and_typo_are_named_and_start_nothing(hosts, work,
 
 
 def test_another_version_on_one_host_is_named(hosts, work, tmp_path) -> None:
-    """The second host sees another checkout: a wrapper around its sshd's shell puts an edited copy first."""
-    shutil.copytree(REPOSITORY / "beingvl", tmp_path / "other/beingvl", ignore=shutil.ignore_patterns("__pycache__", "scripts"))
+    """The second host sees another checkout: a wrapper around its sshd's shell puts an edited
+    copy first.
+    """
+    shutil.copytree(
+        REPOSITORY / "beingvl",
+        tmp_path / "other/beingvl",
+        ignore=shutil.ignore_patterns("__pycache__", "scripts"),
+    )
     source = tmp_path / "other/beingvl/__init__.py"
     source.write_text(source.read_text().replace('__version__ = "', '__version__ = "9.'))
     wrapper = tmp_path / "python"
@@ -133,7 +206,10 @@ exec {sys.executable} "$@"
 """
     )
     wrapper.chmod(0o755)
-    code = f"import sys; sys.executable = {str(wrapper)!r}; from beingvl.commands.main import main; sys.exit(main(sys.argv[1:]))"
+    code = (
+        f"import sys; sys.executable = {str(wrapper)!r}; from beingvl.commands.main "
+        "import main; sys.exit(main(sys.argv[1:]))"
+    )
     words = launch(hosts, work, tmp_path / "x")
     exit_code, shown = hosts.run([sys.executable, "-c", code, *words[3:]])
     assert exit_code == 2, shown
@@ -150,7 +226,9 @@ def start_long(hosts: TwoHosts, work: Path, output: Path) -> subprocess.Popen:
     launcher = hosts.start(launch(hosts, work, output, stage="long.json"))
     deadline = time.monotonic() + 120
     while not has_step(output):
-        assert launcher.poll() is None and time.monotonic() < deadline, launcher.stdout.read()[-4000:]
+        assert launcher.poll() is None and time.monotonic() < deadline, launcher.stdout.read()[
+            -4000:
+        ]
         time.sleep(0.05)
     return launcher
 
@@ -171,8 +249,12 @@ def test_a_host_that_goes_silent_ends_the_run(hosts, work, tmp_path) -> None:
         hosts.silence(1)
         shown, _ = launcher.communicate(timeout=120)
         assert launcher.returncode not in (0, 85), shown[-4000:]
-        # its process lives on behind the cut, and its heartbeats may be seen: both hosts are one machine here
-        lost = r"rank 0, step \d+, phase .*rank 1 \(process \d+ on .*\) (gives no sign of life|stands still)"
+        # its process lives on behind the cut, and its heartbeats may be seen: both hosts are one
+        # machine here
+        lost = (
+            r"rank 0, step \d+, phase .*rank 1 \(process \d+ on .*\) (gives no sign of "
+            r"life|stands still)"
+        )
         assert re.search(lost, shown), shown[-4000:]
         hosts.wait_until_nothing_runs()
         code, shown = hosts.run(launch(hosts, work, tmp_path / "again"))

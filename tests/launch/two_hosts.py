@@ -1,4 +1,6 @@
-"""Two hosts on one machine: network namespaces joined by a veth pair, an sshd in each. Needs root and the packages below."""
+"""Two hosts on one machine: network namespaces joined by a veth pair, an sshd in each. Needs
+root and the packages below.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,17 @@ SBIN = "/usr/sbin:/sbin"
 
 
 def require(*programs: str) -> None:
-    """Raises AssertionError that names the apt packages to install: these tests fail, they do not skip."""
-    missing = [name for name in programs if shutil.which(name, path=f"{os.environ['PATH']}:{SBIN}") is None]
+    """Raises AssertionError that names the apt packages to install: these tests fail, they do
+    not skip.
+    """
+    missing = [
+        name for name in programs if shutil.which(name, path=f"{os.environ['PATH']}:{SBIN}") is None
+    ]
     packages = " ".join(sorted({PACKAGES[name] for name in missing}))
-    assert not missing, f"the programs {', '.join(missing)} are missing; install them with: apt-get install {packages}"
+    assert not missing, (
+        f"the programs {', '.join(missing)} are missing; install them with: apt-get "
+        f"install {packages}"
+    )
     assert os.geteuid() == 0, "network namespaces, sshd and Slurm's daemons need root"
 
 
@@ -45,8 +54,13 @@ class TwoHosts:
 
     def start(self, words: list[object], **variables: object) -> subprocess.Popen:
         command = ["ip", "netns", "exec", self.namespaces[0], *[str(word) for word in words]]
-        environment = {**self.environment, **{name: str(value) for name, value in variables.items()}}
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        environment = {
+            **self.environment,
+            **{name: str(value) for name, value in variables.items()},
+        }
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     def run(self, words: list[object], **variables: object) -> tuple[int, str]:
         process = self.start(words, **variables)
@@ -55,11 +69,20 @@ class TwoHosts:
 
     def hostfile(self, slots: tuple[int, int] = (1, 1)) -> Path:
         path = self.folder / f"hostfile-{slots[0]}-{slots[1]}"
-        path.write_text("".join(f"{name} slots={count}\n" for name, count in zip(self.names, slots, strict=True)))
+        path.write_text(
+            "".join(
+                f"{name} slots={count}\n" for name, count in zip(self.names, slots, strict=True)
+            )
+        )
         return path
 
     def processes(self, host: int) -> list[psutil.Process]:
-        shown = subprocess.run(["ip", "netns", "pids", self.namespaces[host]], capture_output=True, text=True, check=True)
+        shown = subprocess.run(
+            ["ip", "netns", "pids", self.namespaces[host]],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         found = []
         for word in shown.stdout.split():
             try:
@@ -91,7 +114,9 @@ class TwoHosts:
 
     def silence(self, host: int) -> None:
         """From now on the host neither hears nor answers."""
-        subprocess.run(["ip", "-n", self.namespaces[host], "link", "set", "bvl0", "down"], check=True)
+        subprocess.run(
+            ["ip", "-n", self.namespaces[host], "link", "set", "bvl0", "down"], check=True
+        )
 
     def reconnect(self, host: int) -> None:
         subprocess.run(["ip", "-n", self.namespaces[host], "link", "set", "bvl0", "up"], check=True)
@@ -104,7 +129,10 @@ def two_hosts(folder: Path, environment: Mapping[str, str]) -> Iterator[TwoHosts
     tag = str(os.getpid())
     spaces, names = (f"bvl{tag}a", f"bvl{tag}b"), ("10.231.77.1", "10.231.77.2")
     _make_keys(folder)
-    ssh = f"-i {folder}/key -p 2231 -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+    ssh = (
+        f"-i {folder}/key -p 2231 -o StrictHostKeyChecking=no -o "
+        "UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+    )
     servers = []
     try:
         for number, space in enumerate(spaces):
@@ -131,7 +159,12 @@ def two_hosts(folder: Path, environment: Mapping[str, str]) -> Iterator[TwoHosts
             ]
             with open(folder / f"sshd-{name}.log", "w") as log:
                 servers.append(subprocess.Popen(command, stdout=log, stderr=log))
-        hosts = TwoHosts(names, spaces, {**environment, "PDSH_SSH_ARGS_APPEND": ssh, "GLOO_SOCKET_IFNAME": "bvl0"}, folder)
+        hosts = TwoHosts(
+            names,
+            spaces,
+            {**environment, "PDSH_SSH_ARGS_APPEND": ssh, "GLOO_SOCKET_IFNAME": "bvl0"},
+            folder,
+        )
         _wait_for_ssh(hosts, ssh)
         yield hosts
     finally:
@@ -145,11 +178,23 @@ def _ip(*words: str) -> None:
 
 def _make_keys(folder: Path) -> None:
     for name in ("key", "host_key"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{folder}/{name}"], check=True)
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{folder}/{name}"], check=True
+        )
     (folder / "authorized_keys").write_bytes((folder / "key.pub").read_bytes())
     Path("/run/sshd").mkdir(exist_ok=True)
-    lines = ["Port 2231", f"HostKey {folder}/host_key", f"AuthorizedKeysFile {folder}/authorized_keys", "PidFile none"]
-    lines += ["StrictModes no", "UsePAM no", "PasswordAuthentication no", "PermitRootLogin prohibit-password"]
+    lines = [
+        "Port 2231",
+        f"HostKey {folder}/host_key",
+        f"AuthorizedKeysFile {folder}/authorized_keys",
+        "PidFile none",
+    ]
+    lines += [
+        "StrictModes no",
+        "UsePAM no",
+        "PasswordAuthentication no",
+        "PermitRootLogin prohibit-password",
+    ]
     (folder / "sshd_config").write_text("\n".join([*lines, "MaxStartups 100", ""]))
 
 
@@ -157,7 +202,9 @@ def _wait_for_ssh(hosts: TwoHosts, options: str) -> None:
     deadline = time.monotonic() + 20
     for name in hosts.names:
         while hosts.run(["ssh", *options.split(), "-o", "BatchMode=yes", name, "true"])[0] != 0:
-            assert time.monotonic() < deadline, "".join(path.read_text() for path in hosts.folder.glob("sshd-*.log"))
+            assert time.monotonic() < deadline, "".join(
+                path.read_text() for path in hosts.folder.glob("sshd-*.log")
+            )
             time.sleep(0.2)
 
 
@@ -165,7 +212,9 @@ def _take_away(spaces: tuple[str, str], servers: list[subprocess.Popen]) -> None
     for server in servers:
         server.terminate()
     for space in spaces:
-        shown = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True).stdout
+        shown = subprocess.run(
+            ["ip", "netns", "pids", space], capture_output=True, text=True
+        ).stdout
         for word in shown.split():
             try:
                 os.kill(int(word), signal.SIGKILL)

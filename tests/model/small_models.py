@@ -1,4 +1,6 @@
-"""Small real base models and VQ-GANs for the converter's tests: every layout and family, made in milliseconds."""
+"""Small real base models and VQ-GANs for the converter's tests: every layout and family, made in
+milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,15 @@ from transformers import (
     Qwen2Config,
 )
 
-from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.images.vqgan import VQGAN, make_processor
+from beingvl.vbpe.visual_bpe import VisualBPE
 
 NUM_CODES = 16
-TEXTS = ["Which digit is this? It is seven.", "What is two times three?", "Überprüfung: 3 × 4 = 12"] * 4
+TEXTS = [
+    "Which digit is this? It is seven.",
+    "What is two times three?",
+    "Überprüfung: 3 × 4 = 12",
+] * 4
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -53,12 +59,19 @@ def make_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=vocab_size - 2, initial_alphabet=alphabet, show_progress=False)
+        TEXTS,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size - 2, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     tokenizer.add_special_tokens(["<|begin|>", "<|end|>"])
     bos = ("<|begin|>", tokenizer.token_to_id("<|begin|>"))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[bos])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[bos]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>"
+    )
 
 
 def family_config(family: str, vocab_size: int, bos_id: int, eos_id: int) -> Any:
@@ -72,7 +85,9 @@ def family_config(family: str, vocab_size: int, bos_id: int, eos_id: int) -> Any
     if family == "mistral":
         return MistralConfig(**SIZES, **ids, tie_word_embeddings=False, sliding_window=16)
     if family == "qwen2":  # its embedding has more rows than its tokenizer has tokens
-        return Qwen2Config(**SIZES, **ids | {"vocab_size": vocab_size + 20}, tie_word_embeddings=True)
+        return Qwen2Config(
+            **SIZES, **ids | {"vocab_size": vocab_size + 20}, tie_word_embeddings=True
+        )
     if family == "gemma2":
         return Gemma2Config(**SIZES, **ids, head_dim=8, tie_word_embeddings=True)
     if family == "phi":  # a head with a bias
@@ -81,8 +96,12 @@ def family_config(family: str, vocab_size: int, bos_id: int, eos_id: int) -> Any
     return GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **ids)
 
 
-def write_base_model(folder: Path, family: str = "llama", layout: str = "single", dtype: torch.dtype = torch.float32) -> Path:
-    """A random stock model folder with a tokenizer; `layout`: single | sharded | bin | sharded_bin."""
+def write_base_model(
+    folder: Path, family: str = "llama", layout: str = "single", dtype: torch.dtype = torch.float32
+) -> Path:
+    """A random stock model folder with a tokenizer; `layout`: single | sharded | bin |
+    sharded_bin.
+    """
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = family_config(family, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -131,7 +150,9 @@ def write_vqgan(folder: Path, seed: int = 0, num_codes: int = NUM_CODES) -> Path
 def write_vbpe(path: Path, vqgan_folder: Path) -> VisualBPE:
     """Three merges: two horizontal neighbours, two vertical ones, and an L of three cells."""
     merges = np.array([[1, 2, 0, 1], [3, 3, 1, 0], [16, 5, 1, 0]], np.int32)
-    vbpe = VisualBPE(NUM_CODES, merges, lineage={"vqgan": VQGAN.load(vqgan_folder).fingerprint()}, grid=(4, 4))
+    vbpe = VisualBPE(
+        NUM_CODES, merges, lineage={"vqgan": VQGAN.load(vqgan_folder).fingerprint()}, grid=(4, 4)
+    )
     vbpe.save(path)
     return vbpe
 
@@ -139,5 +160,7 @@ def write_vbpe(path: Path, vqgan_folder: Path) -> VisualBPE:
 def llama3_tokenizer_file() -> Path:
     """The real Llama-3 `tokenizer.model`, from the package llama-models."""
     spec = importlib.util.find_spec("llama_models")
-    assert spec is not None and spec.origin is not None, "pip install llama-models (a test dependency)"
+    assert spec is not None and spec.origin is not None, (
+        "pip install llama-models (a test dependency)"
+    )
     return Path(spec.origin).parent / "llama3" / "tokenizer.model"

@@ -1,4 +1,6 @@
-"""The converter: every layout and family, old rows to the bit, stock loading, refusals that leave nothing half-written."""
+"""The converter: every layout and family, old rows to the bit, stock loading, refusals that
+leave nothing half-written.
+"""
 
 import base64
 import errno
@@ -18,15 +20,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from beingvl.commands.main import main
 from beingvl.artefact.manifest import hash_file, read_manifest, verify_folder, write_manifest
+from beingvl.commands.main import main
+from beingvl.images.vqgan import VQGAN
 from beingvl.model import convert_llama, target_folder
 from beingvl.model.base_model import BaseModel
 from beingvl.model.new_rows import VisualVocabulary, make_rows
 from beingvl.model.weight_files import WeightFolder
-from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vbpe.published import LegacyVisualBPE
-from beingvl.images.vqgan import VQGAN
+from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 from tests.model.small_models import (
     LLAMA3_ROPE,
@@ -57,7 +59,9 @@ def vbpe_file(tmp_path_factory, vq):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    return write_base_model(tmp_path_factory.mktemp("llama") / "llama", "llama3", "sharded", torch.bfloat16)
+    return write_base_model(
+        tmp_path_factory.mktemp("llama") / "llama", "llama3", "sharded", torch.bfloat16
+    )
 
 
 def convert(*arguments: object) -> int:
@@ -66,7 +70,9 @@ def convert(*arguments: object) -> int:
 
 @pytest.fixture(autouse=True)
 def few_codes(request, monkeypatch):
-    """Without --being_vq_path the layout has 8192 codes; the tests make do with 16, unless they ask for `full_size`."""
+    """Without --being_vq_path the layout has 8192 codes; the tests make do with 16, unless they
+    ask for `full_size`.
+    """
     if "full_size" not in request.fixturenames:
         monkeypatch.setattr(convert_llama, "DEFAULT_CODES", NUM_CODES)
 
@@ -85,29 +91,60 @@ def refused(capsys, message: str, *arguments: object) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): hash_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hash_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
-def text_logits(folder: Path, num_text: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def text_logits(
+    folder: Path, num_text: int, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     with torch.no_grad():
-        return [model(torch.tensor([tokenizer(text)["input_ids"]])).logits[..., :num_text] for text in TEXTS[:3]]
+        return [
+            model(torch.tensor([tokenizer(text)["input_ids"]])).logits[..., :num_text]
+            for text in TEXTS[:3]
+        ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_keeps_its_text_logits_to_the_bit(tmp_path, family, vq):
     base = write_base_model(tmp_path / "llama", family)
     before = snapshot(base)
-    assert convert("--llama_path", base, "--being_vq_path", vq, "--num_merges", 8, "--output_path", tmp_path / "base") == 0
+    assert (
+        convert(
+            "--llama_path",
+            base,
+            "--being_vq_path",
+            vq,
+            "--num_merges",
+            8,
+            "--output_path",
+            tmp_path / "base",
+        )
+        == 0
+    )
     assert snapshot(base) == before
     layout = VocabLayout.load(tmp_path / "base")
-    assert layout.num_text == (320 if family == "qwen2" else 300) and layout.size == layout.num_text + 5 + NUM_CODES + 8
-    for ours, theirs in zip(text_logits(tmp_path / "base", layout.num_text), text_logits(base, layout.num_text), strict=True):
+    assert (
+        layout.num_text == (320 if family == "qwen2" else 300)
+        and layout.size == layout.num_text + 5 + NUM_CODES + 8
+    )
+    for ours, theirs in zip(
+        text_logits(tmp_path / "base", layout.num_text),
+        text_logits(base, layout.num_text),
+        strict=True,
+    ):
         assert torch.equal(ours, theirs)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert model.config.vocab_size == layout.size and not model.config.tie_word_embeddings
-    assert model.get_input_embeddings().weight.data_ptr() != model.get_output_embeddings().weight.data_ptr()
+    assert (
+        model.get_input_embeddings().weight.data_ptr()
+        != model.get_output_embeddings().weight.data_ptr()
+    )
     assert len(AutoTokenizer.from_pretrained(tmp_path / "base")) == layout.size
 
 
@@ -126,10 +163,23 @@ def test_every_weight_layout_gives_the_same_tensors(tmp_path, family, weights_la
 
 def test_old_rows_new_rows_and_everything_around_them(tmp_path, llama, vq, vbpe_file, capsys):
     (llama / "LICENSE.txt").write_text("the base model's licence")
-    arguments = ["--llama_path", llama, "--being_vq_path", vq, "--vbpe", vbpe_file, "--output_path", tmp_path / "base"]
+    arguments = [
+        "--llama_path",
+        llama,
+        "--being_vq_path",
+        vq,
+        "--vbpe",
+        vbpe_file,
+        "--output_path",
+        tmp_path / "base",
+    ]
     assert convert(*arguments, "--verify_loading") == 0
     shown = capsys.readouterr().out
-    assert "DIFFERENT" not in shown and "text logits                equal" in shown and "vBPE tokens and back" in shown
+    assert (
+        "DIFFERENT" not in shown
+        and "text logits                equal" in shown
+        and "vBPE tokens and back" in shown
+    )
 
     base = tmp_path / "base"
     layout = VocabLayout.load(base)
@@ -141,14 +191,24 @@ def test_old_rows_new_rows_and_everything_around_them(tmp_path, llama, vq, vbpe_
     assert not torch.equal(ours["model.embed_tokens.weight"][300:], ours["lm_head.weight"][300:])
 
     config = json.loads((base / "config.json").read_text())
-    expected = json.loads((llama / "config.json").read_text()) | {"vocab_size": layout.size, "tie_word_embeddings": False}
+    expected = json.loads((llama / "config.json").read_text()) | {
+        "vocab_size": layout.size,
+        "tie_word_embeddings": False,
+    }
     assert config == expected and config["rope_parameters"] == LLAMA3_ROPE
     generation = json.loads((base / "generation_config.json").read_text())
-    assert (generation["bos_token_id"], generation["eos_token_id"], generation["pad_token_id"]) == (298, 299, 300)
+    assert (generation["bos_token_id"], generation["eos_token_id"], generation["pad_token_id"]) == (
+        298,
+        299,
+        300,
+    )
 
     manifest = read_manifest(base, "model")
     vqgan = VQGAN.load(base / "vqgan")
-    assert manifest.lineage["vocab"] == layout.fingerprint() and manifest.lineage["vqgan"] == vqgan.fingerprint()
+    assert (
+        manifest.lineage["vocab"] == layout.fingerprint()
+        and manifest.lineage["vqgan"] == vqgan.fingerprint()
+    )
     assert set(manifest.lineage) == {"vocab", "vqgan", "vbpe"} and vqgan.has_decoder
     assert manifest.counts == {"text_rows": 300, "new_rows": layout.num_visual, "rows": layout.size}
     verify_folder(base)
@@ -160,17 +220,28 @@ def test_old_rows_new_rows_and_everything_around_them(tmp_path, llama, vq, vbpe_
 def test_shards_without_embedding_or_head_are_links_unless_copies_are_asked_for(tmp_path, llama):
     for option, count in (("--link", 1), ("--no_link", 0)):
         target = tmp_path / option
-        assert convert("--llama_path", llama, "--num_merges", 0, "--output_path", target, option) == 0
-        linked = [path for path in target.glob("*.safetensors") if (llama / path.name).samefile(path)]
+        assert (
+            convert("--llama_path", llama, "--num_merges", 0, "--output_path", target, option) == 0
+        )
+        linked = [
+            path for path in target.glob("*.safetensors") if (llama / path.name).samefile(path)
+        ]
         changed = WeightFolder(llama)
-        rewritten = {changed.tensors[name].file.name for name in ("model.embed_tokens.weight", "lm_head.weight")}
-        assert {path.name for path in linked} == (set(changed.files) - rewritten if count else set())
+        rewritten = {
+            changed.tensors[name].file.name
+            for name in ("model.embed_tokens.weight", "lm_head.weight")
+        }
+        assert {path.name for path in linked} == (
+            set(changed.files) - rewritten if count else set()
+        )
 
 
 def new_row_bytes(folder: Path) -> bytes:
     weights = WeightFolder(folder)
     names = ("model.embed_tokens.weight", "lm_head.weight")
-    return b"".join(weights[name][300:].contiguous().view(torch.uint8).numpy().tobytes() for name in names)
+    return b"".join(
+        weights[name][300:].contiguous().view(torch.uint8).numpy().tobytes() for name in names
+    )
 
 
 def test_new_rows_are_the_same_bytes_on_every_machine(tmp_path, llama):
@@ -179,28 +250,79 @@ def test_new_rows_are_the_same_bytes_on_every_machine(tmp_path, llama):
         ("float32", "23f7bbb1037a1560"),
     ):
         target = tmp_path / dtype
-        assert convert("--llama_path", llama, "--num_merges", 50, "--output_path", target, "--torch_dtype", dtype) == 0
+        assert (
+            convert(
+                "--llama_path",
+                llama,
+                "--num_merges",
+                50,
+                "--output_path",
+                target,
+                "--torch_dtype",
+                dtype,
+            )
+            == 0
+        )
         assert hashlib.sha256(new_row_bytes(target)).hexdigest()[:16] == expected
-    assert convert("--llama_path", llama, "--num_merges", 50, "--output_path", tmp_path / "other", "--seed", 1) == 0
+    assert (
+        convert(
+            "--llama_path",
+            llama,
+            "--num_merges",
+            50,
+            "--output_path",
+            tmp_path / "other",
+            "--seed",
+            1,
+        )
+        == 0
+    )
     assert new_row_bytes(tmp_path / "other") != new_row_bytes(tmp_path / "bfloat16")
 
 
 @pytest.mark.parametrize("method", ["mean", "mean_cov", "codebook", "zero"])
 def test_init_reaches_the_rows_on_disk(tmp_path, llama, vq, vbpe_file, method):
-    arguments = ["--llama_path", llama, "--being_vq_path", vq, "--vbpe", vbpe_file, "--init", method]
+    arguments = [
+        "--llama_path",
+        llama,
+        "--being_vq_path",
+        vq,
+        "--vbpe",
+        vbpe_file,
+        "--init",
+        method,
+    ]
     assert convert(*arguments, "--torch_dtype", "float32", "--output_path", tmp_path / "base") == 0
     source = WeightFolder(llama)
     visual = VisualVocabulary(
-        VQGAN.load(vq).codebook, [VisualBPE.load(vbpe_file).cells(NUM_CODES + rank)[2] for rank in range(3)]
+        VQGAN.load(vq).codebook,
+        [VisualBPE.load(vbpe_file).cells(NUM_CODES + rank)[2] for rank in range(3)],
     )
     for stream, name in enumerate(["model.embed_tokens.weight", "lm_head.weight"]):
-        expected = np.concatenate(list(make_rows(method, source[name], VocabLayout.load(tmp_path / "base"), 0, stream, visual)))
-        assert torch.equal(WeightFolder(tmp_path / "base")[name][300:], torch.from_numpy(expected).float())
+        expected = np.concatenate(
+            list(
+                make_rows(
+                    method, source[name], VocabLayout.load(tmp_path / "base"), 0, stream, visual
+                )
+            )
+        )
+        assert torch.equal(
+            WeightFolder(tmp_path / "base")[name][300:], torch.from_numpy(expected).float()
+        )
 
 
 def test_a_legacy_vbpe_converts_too(tmp_path, llama, vq, capsys):
     LegacyVisualBPE(NUM_CODES, np.array([[1, 2], [16, 3]])).save(tmp_path / "vbpe.json")
-    arguments = ["--llama_path", llama, "--being_vq_path", vq, "--vbpe", tmp_path / "vbpe.json", "--init", "codebook"]
+    arguments = [
+        "--llama_path",
+        llama,
+        "--being_vq_path",
+        vq,
+        "--vbpe",
+        tmp_path / "vbpe.json",
+        "--init",
+        "codebook",
+    ]
     assert convert(*arguments, "--output_path", tmp_path / "base", "--verify_loading") == 0
     shown = capsys.readouterr().out
     assert "vBPE tokens" in shown and "and back" not in shown
@@ -208,7 +330,19 @@ def test_a_legacy_vbpe_converts_too(tmp_path, llama, vq, capsys):
 
 
 def test_torch_dtype_casts_every_tensor(tmp_path, llama):
-    assert convert("--llama_path", llama, "--num_merges", 0, "--output_path", tmp_path / "base", "--torch_dtype", "float32") == 0
+    assert (
+        convert(
+            "--llama_path",
+            llama,
+            "--num_merges",
+            0,
+            "--output_path",
+            tmp_path / "base",
+            "--torch_dtype",
+            "float32",
+        )
+        == 0
+    )
     ours, theirs = WeightFolder(tmp_path / "base"), WeightFolder(llama)
     for name in theirs:
         assert ours[name].dtype == torch.float32
@@ -219,18 +353,42 @@ def test_torch_dtype_casts_every_tensor(tmp_path, llama):
 
 def test_pad_vocab_multiple_adds_zero_rows_behind_the_layout(tmp_path, llama):
     target = tmp_path / "base"
-    arguments = ["--llama_path", llama, "--num_merges", 0, "--output_path", target, "--pad_vocab_multiple", 64]
+    arguments = [
+        "--llama_path",
+        llama,
+        "--num_merges",
+        0,
+        "--output_path",
+        target,
+        "--pad_vocab_multiple",
+        64,
+    ]
     assert convert(*arguments, "--verify_loading") == 0
     size = VocabLayout.load(target).size
     weights = WeightFolder(target)
     rows = -(-size // 64) * 64
-    assert weights.shape("lm_head.weight")[0] == json.loads((target / "config.json").read_text())["vocab_size"] == rows
+    assert (
+        weights.shape("lm_head.weight")[0]
+        == json.loads((target / "config.json").read_text())["vocab_size"]
+        == rows
+    )
     assert weights["lm_head.weight"][size:].count_nonzero() == 0 and rows > size
 
 
 @pytest.mark.parametrize("how", ["--num_merges 40", "--extended_vocab_size 361 --vocab_size 300"])
 def test_the_number_of_merges(tmp_path, llama, vq, how):
-    assert convert("--llama_path", llama, "--being_vq_path", vq, "--output_path", tmp_path / "base", *how.split()) == 0
+    assert (
+        convert(
+            "--llama_path",
+            llama,
+            "--being_vq_path",
+            vq,
+            "--output_path",
+            tmp_path / "base",
+            *how.split(),
+        )
+        == 0
+    )
     assert VocabLayout.load(tmp_path / "base").num_merges == 40
 
 
@@ -243,7 +401,9 @@ def test_default_sizes_without_vqgan_and_vbpe(tmp_path, llama, full_size):
 
 
 def test_the_real_llama3_tokenizer(tmp_path, full_size):
-    """Section 3 of the design: `What is` is 3923 374, new ids 128256 … 144644, whatever kind of file the tokenizer comes in."""
+    """Section 3 of the design: `What is` is 3923 374, new ids 128256 … 144644, whatever kind of
+    file the tokenizer comes in.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -258,7 +418,9 @@ def test_the_real_llama3_tokenizer(tmp_path, full_size):
     base = tmp_path / "llama"
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(base)
     shutil.copyfile(llama3_tokenizer_file(), base / "tokenizer.model")
-    assert convert("--llama_path", base, "--output_path", tmp_path / "base", "--verify_loading") == 0
+    assert (
+        convert("--llama_path", base, "--output_path", tmp_path / "base", "--verify_loading") == 0
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     layout = VocabLayout.load(tmp_path / "base")
@@ -271,7 +433,11 @@ def test_the_real_llama3_tokenizer(tmp_path, full_size):
         "IMGIMGAAAABAZ",
         "<vbpe08191>",
     ]
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (128000, 128001, 128256)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (
+        128000,
+        128001,
+        128256,
+    )
     for text in ("I'm 12345 — naïve  façade\n\n\tif x:", "日本語のテキスト 🙂"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     generation = json.loads((tmp_path / "base" / "generation_config.json").read_text())
@@ -280,7 +446,12 @@ def test_the_real_llama3_tokenizer(tmp_path, full_size):
 
     # the converted folder's tokenizer may be given to a base without one
     (base / "tokenizer.model").unlink()
-    given = ["--being_tokenizer_config_path", tmp_path / "base", "--output_path", tmp_path / "again"]
+    given = [
+        "--being_tokenizer_config_path",
+        tmp_path / "base",
+        "--output_path",
+        tmp_path / "again",
+    ]
     assert convert("--llama_path", base, *given) == 0
     again = AutoTokenizer.from_pretrained(tmp_path / "again")
     assert again.get_vocab() == tokenizer.get_vocab()
@@ -304,17 +475,33 @@ def test_a_sentencepiece_tokenizer(tmp_path, bare):
         minloglevel=2,
     )
     if not bare:
-        (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}))
+        (base / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "LlamaTokenizer", "add_bos_token": True})
+        )
     config = json.loads((base / "config.json").read_text()) | {"bos_token_id": 1, "eos_token_id": 2}
     (base / "config.json").write_text(json.dumps(config))
-    assert convert("--llama_path", base, "--num_merges", 4, "--output_path", tmp_path / "base", "--verify_loading") == 0
+    assert (
+        convert(
+            "--llama_path",
+            base,
+            "--num_merges",
+            4,
+            "--output_path",
+            tmp_path / "base",
+            "--verify_loading",
+        )
+        == 0
+    )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     reference = sentencepiece.SentencePieceProcessor(str(base / "tokenizer.model"))
     for text in TEXTS[:3]:
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == reference.encode(text)
         assert tokenizer(text)["input_ids"] == [1, *reference.encode(text)]
     settings = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
-    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in settings
+    assert (
+        settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+        and "extra_special_tokens" not in settings
+    )
     layout = VocabLayout.load(tmp_path / "base")
     assert (layout.bos_id, layout.eos_id) == (1, 2)
     assert tokenizer.convert_tokens_to_ids(layout.new_tokens()) == list(range(300, layout.size))
@@ -334,7 +521,12 @@ def test_a_given_tokenizer_without_merges_gets_them(tmp_path, llama, vq):
     arguments = ["--llama_path", llama, "--being_vq_path", vq]
     assert convert(*arguments, "--num_merges", 0, "--output_path", tmp_path / "codes") == 0
     (tmp_path / "codes" / LAYOUT_FILE).unlink()
-    arguments += ["--being_tokenizer_config_path", tmp_path / "codes" / "tokenizer_config.json", "--num_merges", 8]
+    arguments += [
+        "--being_tokenizer_config_path",
+        tmp_path / "codes" / "tokenizer_config.json",
+        "--num_merges",
+        8,
+    ]
     assert convert(*arguments, "--output_path", tmp_path / "base") == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     layout = VocabLayout.load(tmp_path / "base")
@@ -342,12 +534,31 @@ def test_a_given_tokenizer_without_merges_gets_them(tmp_path, llama, vq):
 
 
 def test_a_given_tokenizer_must_be_the_layouts(tmp_path, llama, vq, capsys):
-    assert convert("--llama_path", llama, "--being_vq_path", vq, "--num_merges", 8, "--output_path", tmp_path / "base") == 0
+    assert (
+        convert(
+            "--llama_path",
+            llama,
+            "--being_vq_path",
+            vq,
+            "--num_merges",
+            8,
+            "--output_path",
+            tmp_path / "base",
+        )
+        == 0
+    )
     given = tmp_path / "given"
     given.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tmp_path / "base" / name, given / name)
-    arguments = ["--llama_path", llama, "--being_vq_path", vq, "--being_tokenizer_config_path", given]
+    arguments = [
+        "--llama_path",
+        llama,
+        "--being_vq_path",
+        vq,
+        "--being_tokenizer_config_path",
+        given,
+    ]
     assert convert(*arguments, "--num_merges", 8, "--output_path", tmp_path / "fits") == 0
     out = ["--output_path", tmp_path / "never"]
     refused(capsys, "token id 329 is None", *arguments, "--num_merges", 9, *out)
@@ -355,12 +566,21 @@ def test_a_given_tokenizer_must_be_the_layouts(tmp_path, llama, vq, capsys):
     fields = json.loads((given / "tokenizer.json").read_text())
     next(token for token in fields["added_tokens"] if token["id"] == 307)["content"] = "IMGIMGWRONG"
     (given / "tokenizer.json").write_text(json.dumps(fields))
-    refused(capsys, "token id 307 is 'IMGIMGWRONG', the layout", *arguments, "--num_merges", 8, *out)
+    refused(
+        capsys, "token id 307 is 'IMGIMGWRONG', the layout", *arguments, "--num_merges", 8, *out
+    )
 
     shutil.copyfile(tmp_path / "base" / "tokenizer.json", given / "tokenizer.json")
     text = (given / "tokenizer.json").read_text()
     (given / "tokenizer.json").write_text(text.replace('"<|end|>"', '"<|other|>"'))
-    refused(capsys, "token id 299 is '<|other|>', the base model's tokenizer says '<|end|>'", *arguments, "--num_merges", 8, *out)
+    refused(
+        capsys,
+        "token id 299 is '<|other|>', the base model's tokenizer says '<|end|>'",
+        *arguments,
+        "--num_merges",
+        8,
+        *out,
+    )
 
     shutil.copyfile(tmp_path / "base" / "tokenizer.json", given / "tokenizer.json")
     (given / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 4096}))
@@ -383,20 +603,53 @@ def test_refusals_leave_no_target(tmp_path, llama, vq, vbpe_file, capsys):
     refused(capsys, "--llama_path", "--llama_path", tmp_path / "missing", *out)
     refused(capsys, "has 300 text ids", "--llama_path", llama, "--vocab_size", 128256, *out)
     refused(capsys, "already make 321", "--llama_path", llama, "--extended_vocab_size", 310, *out)
-    refused(capsys, "contradictory", "--llama_path", llama, "--vbpe", vbpe_file, "--num_merges", 8, *out)
-    refused(capsys, "--pad_vocab_multiple is 0", "--llama_path", llama, "--pad_vocab_multiple", 0, *out)
+    refused(
+        capsys, "contradictory", "--llama_path", llama, "--vbpe", vbpe_file, "--num_merges", 8, *out
+    )
+    refused(
+        capsys, "--pad_vocab_multiple is 0", "--llama_path", llama, "--pad_vocab_multiple", 0, *out
+    )
     refused(capsys, "--seed is -1", "--llama_path", llama, "--seed", -1, *out)
     refused(capsys, "needs --being_vq_path", "--llama_path", llama, "--init", "codebook", *out)
-    refused(capsys, "needs --vbpe", "--llama_path", llama, "--being_vq_path", vq, "--init", "codebook", *out)
+    refused(
+        capsys,
+        "needs --vbpe",
+        "--llama_path",
+        llama,
+        "--being_vq_path",
+        vq,
+        "--init",
+        "codebook",
+        *out,
+    )
     other = write_vqgan(tmp_path / "other_vq", seed=1)
-    refused(capsys, "different vqgan", "--llama_path", llama, "--being_vq_path", other, "--vbpe", vbpe_file, *out)
+    refused(
+        capsys,
+        "different vqgan",
+        "--llama_path",
+        llama,
+        "--being_vq_path",
+        other,
+        "--vbpe",
+        vbpe_file,
+        *out,
+    )
     assert not target.exists()
 
 
 def test_a_vbpe_for_another_number_of_codes_is_refused(tmp_path, llama, vq, capsys):
     changed = tmp_path / "vbpe.json"
     VisualBPE(15, np.zeros((0, 4), np.int32)).save(changed)
-    arguments = ["--llama_path", llama, "--being_vq_path", vq, "--vbpe", changed, "--output_path", tmp_path / "never"]
+    arguments = [
+        "--llama_path",
+        llama,
+        "--being_vq_path",
+        vq,
+        "--vbpe",
+        changed,
+        "--output_path",
+        tmp_path / "never",
+    ]
     refused(capsys, "is for 15 codes", *arguments)
 
 
@@ -404,33 +657,84 @@ def test_targets_that_would_harm_are_refused(tmp_path, capsys):
     base = write_base_model(tmp_path / "llama")
     before = snapshot(base)
     for target in (base, base / "inside", tmp_path, base / ".." / "llama"):
-        refused(capsys, "lie in each other", "--llama_path", base, "--output_path", target, "--overwrite")
+        refused(
+            capsys,
+            "lie in each other",
+            "--llama_path",
+            base,
+            "--output_path",
+            target,
+            "--overwrite",
+        )
     (tmp_path / "blobs").mkdir()
     (base / "model.safetensors").rename(tmp_path / "blobs" / "model.safetensors")
     (base / "model.safetensors").symlink_to("../blobs/model.safetensors")
-    refused(capsys, "lie in each other", "--llama_path", base, "--output_path", tmp_path / "blobs", "--overwrite")
+    refused(
+        capsys,
+        "lie in each other",
+        "--llama_path",
+        base,
+        "--output_path",
+        tmp_path / "blobs",
+        "--overwrite",
+    )
     assert snapshot(base) == before
     (tmp_path / "file").write_text("mine")
-    refused(capsys, "is a file", "--llama_path", base, "--num_merges", 0, "--output_path", tmp_path / "file", "--overwrite")
+    refused(
+        capsys,
+        "is a file",
+        "--llama_path",
+        base,
+        "--num_merges",
+        0,
+        "--output_path",
+        tmp_path / "file",
+        "--overwrite",
+    )
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     assert convert("--llama_path", base, "--num_merges", 0, "--output_path", tmp_path / "full") == 2
     shown = capsys.readouterr()
-    assert "exists and holds files" in shown.err and not shown.out  # before anything is read or announced
-    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"] and snapshot(base) == before
-    assert convert("--llama_path", base, "--num_merges", 0, "--output_path", tmp_path / "full", "--overwrite") == 0
+    assert (
+        "exists and holds files" in shown.err and not shown.out
+    )  # before anything is read or announced
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"] and snapshot(
+        base
+    ) == before
+    assert (
+        convert(
+            "--llama_path",
+            base,
+            "--num_merges",
+            0,
+            "--output_path",
+            tmp_path / "full",
+            "--overwrite",
+        )
+        == 0
+    )
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
     (tmp_path / "codes").mkdir()
     (tmp_path / "codes" / "codes.npy").write_bytes(b"days of work")
     write_manifest(tmp_path / "codes", "vq_codes", {}, {})
     codes = snapshot(tmp_path / "codes")
     refused(
-        capsys, "holds 'vq_codes'", "--llama_path", base, "--num_merges", 0, "--output_path", tmp_path / "codes", "--overwrite"
+        capsys,
+        "holds 'vq_codes'",
+        "--llama_path",
+        base,
+        "--num_merges",
+        0,
+        "--output_path",
+        tmp_path / "codes",
+        "--overwrite",
     )
     assert snapshot(tmp_path / "codes") == codes
 
 
-def test_a_finished_target_is_reused_by_the_same_request_and_refused_to_others(tmp_path, llama, capsys):
+def test_a_finished_target_is_reused_by_the_same_request_and_refused_to_others(
+    tmp_path, llama, capsys
+):
     arguments = ["--llama_path", llama, "--num_merges", 0, "--output_path", tmp_path / "base"]
     assert convert(*arguments) == 0
     before = (tmp_path / "base" / "manifest.json").stat().st_mtime_ns
@@ -441,7 +745,9 @@ def test_a_finished_target_is_reused_by_the_same_request_and_refused_to_others(t
     verify_folder(tmp_path / "base")
 
 
-@pytest.mark.parametrize("changed", ["generation config", "tokenizer config", "weight", "given tokenizer", "vq decoder"])
+@pytest.mark.parametrize(
+    "changed", ["generation config", "tokenizer config", "weight", "given tokenizer", "vq decoder"]
+)
 def test_a_changed_input_is_not_the_same_request(tmp_path, vq, changed, capsys):
     base, own_vq = write_base_model(tmp_path / "llama"), tmp_path / "vq"
     shutil.copytree(vq, own_vq)
@@ -454,12 +760,18 @@ def test_a_changed_input_is_not_the_same_request(tmp_path, vq, changed, capsys):
     if changed in ("weight", "vq decoder"):
         path = (base if changed == "weight" else own_vq) / "model.safetensors"
         tensors = load_file(path)
-        name = next(name for name in tensors if name.startswith("decoder.") or name.endswith("q_proj.weight"))
+        name = next(
+            name
+            for name in tensors
+            if name.startswith("decoder.") or name.endswith("q_proj.weight")
+        )
         tensors[name].view(-1)[-1] += 1
         save_file(tensors, path, metadata={"format": "pt"})
     else:
         folder = tmp_path / "given" if changed == "given tokenizer" else base
-        path = folder / ("generation_config.json" if changed == "generation config" else "tokenizer_config.json")
+        path = folder / (
+            "generation_config.json" if changed == "generation config" else "tokenizer_config.json"
+        )
         path.write_text(json.dumps(json.loads(path.read_text()) | {"top_k": 7}))
     named = {"given tokenizer": "tokenizer", "vq decoder": "vqgan"}.get(changed, "llama")
     refused(capsys, f"is finished, but with another {named}", *arguments)
@@ -469,7 +781,12 @@ def test_a_changed_input_is_not_the_same_request(tmp_path, vq, changed, capsys):
 def test_older_names_below_the_embedding_are_left_to_transformers(tmp_path):
     base = write_base_model(tmp_path / "llama")
     tensors = load_file(base / "model.safetensors")
-    renamed = {name.replace("model.layers", "model.blocks").replace("model.norm", "model.ln"): tensors[name] for name in tensors}
+    renamed = {
+        name.replace("model.layers", "model.blocks").replace("model.norm", "model.ln"): tensors[
+            name
+        ]
+        for name in tensors
+    }
     save_file(renamed, base / "model.safetensors", metadata={"format": "pt"})
     assert BaseModel.open(base).num_text == 300
 
@@ -479,9 +796,18 @@ def test_an_index_that_lists_half_of_the_shards_is_refused(tmp_path, capsys):
     path = base / "model.safetensors.index.json"
     fields = json.loads(path.read_text())
     kept = {fields["weight_map"][name] for name in ("model.embed_tokens.weight", "lm_head.weight")}
-    fields["weight_map"] = {name: file for name, file in fields["weight_map"].items() if file in kept}
+    fields["weight_map"] = {
+        name: file for name, file in fields["weight_map"].items() if file in kept
+    }
     path.write_text(json.dumps(fields))
-    refused(capsys, "the weights have no 'model.layers.", "--llama_path", base, "--output_path", tmp_path / "never")
+    refused(
+        capsys,
+        "the weights have no 'model.layers.",
+        "--llama_path",
+        base,
+        "--output_path",
+        tmp_path / "never",
+    )
 
 
 def test_a_full_disk_under_the_tokenizer_is_one_sentence(tmp_path, llama, monkeypatch, capsys):
@@ -490,7 +816,12 @@ def test_a_full_disk_under_the_tokenizer_is_one_sentence(tmp_path, llama, monkey
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
     arguments = ["--llama_path", llama, "--num_merges", 0, "--output_path", tmp_path / "base"]
-    refused(capsys, f"{os.strerror(errno.ENOSPC)} ({tmp_path / 'base' / 'tokenizer.json'}); nothing finished is lost", *arguments)
+    refused(
+        capsys,
+        f"{os.strerror(errno.ENOSPC)} ({tmp_path / 'base' / 'tokenizer.json'}); "
+        "nothing finished is lost",
+        *arguments,
+    )
     monkeypatch.undo()
     monkeypatch.setattr(convert_llama, "DEFAULT_CODES", NUM_CODES)
     assert convert(*arguments) == 0
@@ -534,13 +865,18 @@ def test_what_was_only_sampled_or_not_checked_is_said(tmp_path, llama, vq, capsy
         ("intermediate_size", "mlp.gate_proj.weight' is ["),
         ("one layer more", "the weights have no 'model.layers.3.self_attn.q_proj.weight'"),
         ("most layers missing", "the weights have no 'model.layers.3.self_attn.q_proj.weight'"),
-        ("other begin token", "the tokenizer's bos_token_id is 298, config.json and generation_config.json say 5"),
+        (
+            "other begin token",
+            "the tokenizer's bos_token_id is 298, config.json and generation_config.json say 5",
+        ),
         ("shorter tokenizer", "the tokenizer has 264 tokens, the embedding 300 rows"),
         ("tiktoken cut off", "has 20 byte-pair ranks, which make 276 tokens"),
     ],
 )
 def test_a_damaged_base_is_named_and_nothing_is_written(tmp_path, damage, message, capsys):
-    base = write_base_model(tmp_path / "llama", "tied" if damage == "untied without head" else "llama")
+    base = write_base_model(
+        tmp_path / "llama", "tied" if damage == "untied without head" else "llama"
+    )
     config = json.loads((base / "config.json").read_text())
     tokenizer = json.loads((base / "tokenizer.json").read_text())
     if damage == "no config":
@@ -575,7 +911,13 @@ def test_a_damaged_base_is_named_and_nothing_is_written(tmp_path, damage, messag
         (base / "config.json").write_text(json.dumps(config | changes.get(damage, {})))
         if damage in ("other begin token", "shorter tokenizer"):
             (base / "generation_config.json").unlink()
-        extra = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        extra = {
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
         if damage == "longer tokenizer":
             tokenizer["added_tokens"].append({"id": 300, "content": "<extra>", **extra})
         elif damage == "taken name":
@@ -604,12 +946,25 @@ def test_the_disk_is_checked_before_writing(tmp_path, llama, capsys, monkeypatch
 def test_a_conversion_leaves_the_collector_as_it_was(tmp_path, llama):
     before = gc.get_threshold()
     assert convert("--llama_path", tmp_path / "nowhere", "--output_path", tmp_path / "base") == 2
-    assert convert("--llama_path", llama, "--num_merges", 0, "--output_path", tmp_path / "base") == 0
+    assert (
+        convert("--llama_path", llama, "--num_merges", 0, "--output_path", tmp_path / "base") == 0
+    )
     assert gc.get_threshold() == before
 
 
-def test_killed_half_way_it_is_incomplete_and_the_same_command_finishes_it(tmp_path, llama, vq, vbpe_file, capsys):
-    arguments = ["--llama_path", llama, "--being_vq_path", vq, "--vbpe", vbpe_file, "--output_path", tmp_path / "base"]
+def test_killed_half_way_it_is_incomplete_and_the_same_command_finishes_it(
+    tmp_path, llama, vq, vbpe_file, capsys
+):
+    arguments = [
+        "--llama_path",
+        llama,
+        "--being_vq_path",
+        vq,
+        "--vbpe",
+        vbpe_file,
+        "--output_path",
+        tmp_path / "base",
+    ]
     script = """
         import os, sys
         import beingvl.model.convert_llama as convert_llama
@@ -620,16 +975,22 @@ def test_killed_half_way_it_is_incomplete_and_the_same_command_finishes_it(tmp_p
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)])
     assert killed.returncode == 9
     assert not (tmp_path / "base" / "manifest.json").exists()
-    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "base").glob("*.safetensors")}
+    written = {
+        path.name: path.stat().st_mtime_ns for path in (tmp_path / "base").glob("*.safetensors")
+    }
     assert convert(*arguments, "--verify_loading") == 0
     assert "finishing it" in capsys.readouterr().out
-    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "base").glob("*.safetensors")} == written
+    assert {
+        path.name: path.stat().st_mtime_ns for path in (tmp_path / "base").glob("*.safetensors")
+    } == written
     verify_folder(tmp_path / "base")
     assert not list((tmp_path / "base").glob("*.tmp"))
 
 
 def interrupt(monkeypatch, module, name: str, *arguments: object, after: bool = False) -> None:
-    """Run the command and end it as Ctrl-C does, when it calls `module.name` (or behind that call)."""
+    """Run the command and end it as Ctrl-C does, when it calls `module.name` (or behind that
+    call).
+    """
     original = getattr(module, name)
 
     def stop(*args, **options):
@@ -642,14 +1003,31 @@ def interrupt(monkeypatch, module, name: str, *arguments: object, after: bool = 
         assert convert(*arguments) == 130
 
 
-def test_an_interrupted_run_is_not_mixed_with_another_request(tmp_path, llama, vq, vbpe_file, monkeypatch, capsys):
+def test_an_interrupted_run_is_not_mixed_with_another_request(
+    tmp_path, llama, vq, vbpe_file, monkeypatch, capsys
+):
     target = tmp_path / "base"
     arguments = ["--llama_path", llama, "--output_path", target]
     interrupt(monkeypatch, target_folder, "start_target", *arguments)
     assert not target.exists()
-    interrupt(monkeypatch, target_folder, "write_manifest", *arguments, "--being_vq_path", vq, "--vbpe", vbpe_file)
+    interrupt(
+        monkeypatch,
+        target_folder,
+        "write_manifest",
+        *arguments,
+        "--being_vq_path",
+        vq,
+        "--vbpe",
+        vbpe_file,
+    )
     (target / "chat_template.jinja").write_text("of another model")
-    refused(capsys, "holds an interrupted run with other options or inputs", *arguments, "--num_merges", 0)
+    refused(
+        capsys,
+        "holds an interrupted run with other options or inputs",
+        *arguments,
+        "--num_merges",
+        0,
+    )
     assert convert(*arguments, "--num_merges", 0, "--overwrite") == 0
     verify_folder(target)
     left = {path.name for path in target.iterdir()}
@@ -659,7 +1037,10 @@ def test_an_interrupted_run_is_not_mixed_with_another_request(tmp_path, llama, v
 def test_overwriting_leaves_nothing_of_the_older_base(tmp_path, llama, vq):
     target = tmp_path / "base"
     arguments = ["--llama_path", llama, "--num_merges", 0, "--output_path", target]
-    assert convert(*arguments, "--being_vq_path", vq) == 0 and (target / "vqgan" / "manifest.json").is_file()
+    assert (
+        convert(*arguments, "--being_vq_path", vq) == 0
+        and (target / "vqgan" / "manifest.json").is_file()
+    )
     assert convert(*arguments, "--overwrite") == 0
     assert not (target / "vqgan").exists()
 
@@ -671,8 +1052,11 @@ def test_killed_around_the_marker_the_same_command_goes_on(tmp_path, llama, monk
     (target / "..unfinished.tmp.123.tmp").write_text("half a marker")
     assert convert(*arguments) == 0 and not list(target.glob("*.tmp"))
     before = new_row_bytes(target)
-    # Killed when the older base is no longer finished, but its files are there: they are not taken for the new one's.
-    monkeypatch.setattr(target_folder, "start_folder", lambda folder, kind: (folder / "manifest.json").unlink())
+    # Killed when the older base is no longer finished, but its files are there: they are not taken
+    # for the new one's.
+    monkeypatch.setattr(
+        target_folder, "start_folder", lambda folder, kind: (folder / "manifest.json").unlink()
+    )
     interrupt(monkeypatch, target_folder, "_remove", *arguments, "--seed", 5, "--overwrite")
     monkeypatch.undo()
     monkeypatch.setattr(convert_llama, "DEFAULT_CODES", NUM_CODES)
@@ -683,10 +1067,21 @@ def test_killed_around_the_marker_the_same_command_goes_on(tmp_path, llama, monk
     verify_folder(target)
 
 
-@pytest.mark.parametrize("what", ["text row", "layer", "name", "new row", "tokenizer", "eos", "vqgan", "vq decoder"])
+@pytest.mark.parametrize(
+    "what", ["text row", "layer", "name", "new row", "tokenizer", "eos", "vqgan", "vq decoder"]
+)
 def test_verify_loading_finds_a_difference(tmp_path, vq, what, capsys):
     base = write_base_model(tmp_path / "llama")
-    arguments = ["--llama_path", base, "--being_vq_path", vq, "--num_merges", 0, "--output_path", tmp_path / "base"]
+    arguments = [
+        "--llama_path",
+        base,
+        "--being_vq_path",
+        vq,
+        "--num_merges",
+        0,
+        "--output_path",
+        tmp_path / "base",
+    ]
     assert convert(*arguments) == 0
     path = tmp_path / "base" / "model.safetensors"
     tensors = load_file(path)
@@ -723,14 +1118,28 @@ def test_verify_loading_finds_a_difference(tmp_path, vq, what, capsys):
         "vqgan": ["files", "image codes"],
         "vq decoder": ["files", "image codes"],
     }[what]
-    assert len(rows) == len(named) and all(row.startswith(name) for row, name in zip(rows, named, strict=True)), rows
+    assert len(rows) == len(named) and all(
+        row.startswith(name) for row, name in zip(rows, named, strict=True)
+    ), rows
 
 
 # ---- the guide's command ----
 
 
 def test_the_guides_command_word_for_word(tmp_path, llama, vq, vbpe_file):
-    assert convert("--llama_path", llama, "--being_vq_path", vq, "--vbpe", vbpe_file, "--output_path", tmp_path / "first") == 0
+    assert (
+        convert(
+            "--llama_path",
+            llama,
+            "--being_vq_path",
+            vq,
+            "--vbpe",
+            vbpe_file,
+            "--output_path",
+            tmp_path / "first",
+        )
+        == 0
+    )
     command = f"""python beingvl/utils/convert_llama_to_being.py \\
         --llama_path {llama} \\
         --being_tokenizer_config_path {tmp_path / "first"} \\
@@ -738,7 +1147,9 @@ def test_the_guides_command_word_for_word(tmp_path, llama, vq, vbpe_file):
         --output_path {tmp_path / "base"} \\
         --verify_loading --num_merges 3"""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "text logits                equal" in done.stdout
     ours, first = WeightFolder(tmp_path / "base"), WeightFolder(tmp_path / "first")
@@ -746,7 +1157,9 @@ def test_the_guides_command_word_for_word(tmp_path, llama, vq, vbpe_file):
 
 
 def test_the_guides_script_needs_no_installation():
-    """With -S, site-packages is a plain folder: its .pth files do not count, so an installed beingvl is not found."""
+    """With -S, site-packages is a plain folder: its .pth files do not count, so an installed
+    beingvl is not found.
+    """
     command = [sys.executable, "-S", "beingvl/utils/convert_llama_to_being.py", "--help"]
     environment = {"PYTHONPATH": str(Path(np.__file__).parents[1]), "PATH": os.environ["PATH"]}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)

@@ -1,4 +1,6 @@
-"""Initial rows: what each method promises about mean, spread and likeness, and that a seed decides them."""
+"""Initial rows: what each method promises about mean, spread and likeness, and that a seed
+decides them.
+"""
 
 import numpy as np
 import pytest
@@ -6,7 +8,13 @@ import torch
 
 from beingvl.errors import InputError
 from beingvl.model.convert_llama import INIT_METHODS
-from beingvl.model.new_rows import METHODS, TextStatistics, VisualVocabulary, check_visual_vocabulary, make_rows
+from beingvl.model.new_rows import (
+    METHODS,
+    TextStatistics,
+    VisualVocabulary,
+    check_visual_vocabulary,
+    make_rows,
+)
 from beingvl.vocab import VocabLayout
 
 LAYOUT = VocabLayout(num_text=3000, num_vq=64, num_merges=32, bos_id=0, eos_id=1)
@@ -25,10 +33,15 @@ def visual() -> VisualVocabulary:
     random = np.random.default_rng(1)
     codebook = random.standard_normal((LAYOUT.num_vq, 8)).astype(np.float32)
     codebook[1] = codebook[0] + 0.01
-    return VisualVocabulary(codebook, [random.integers(0, LAYOUT.num_vq, size) for size in range(2, 2 + LAYOUT.num_merges)])
+    return VisualVocabulary(
+        codebook,
+        [random.integers(0, LAYOUT.num_vq, size) for size in range(2, 2 + LAYOUT.num_merges)],
+    )
 
 
-def rows(method: str, text_rows: torch.Tensor, visual: VisualVocabulary, seed: int = 0, stream: int = 0) -> np.ndarray:
+def rows(
+    method: str, text_rows: torch.Tensor, visual: VisualVocabulary, seed: int = 0, stream: int = 0
+) -> np.ndarray:
     blocks = list(make_rows(method, text_rows, LAYOUT, seed, stream, visual))
     assert all(block.dtype == np.float64 for block in blocks)
     return np.concatenate(blocks)
@@ -55,7 +68,9 @@ def test_seed_and_stream_decide_the_draws(method, text_rows, visual):
 def test_text_statistics(text_rows):
     exact = text_rows.double().numpy()
     statistics = TextStatistics.measure(text_rows)
-    assert statistics.mean == pytest.approx(exact.mean(0)) and statistics.spread == pytest.approx((exact - exact.mean(0)).std())
+    assert statistics.mean == pytest.approx(exact.mean(0)) and statistics.spread == pytest.approx(
+        (exact - exact.mean(0)).std()
+    )
 
 
 def test_he_has_its_standard_deviation(text_rows, visual):
@@ -63,7 +78,9 @@ def test_he_has_its_standard_deviation(text_rows, visual):
 
 
 def test_mean_and_zero(text_rows, visual):
-    assert np.allclose(rows("mean", text_rows, visual), text_rows.double().numpy().mean(0), rtol=0, atol=1e-12)
+    assert np.allclose(
+        rows("mean", text_rows, visual), text_rows.double().numpy().mean(0), rtol=0, atol=1e-12
+    )
     assert not rows("zero", text_rows, visual).any()
 
 

@@ -10,7 +10,13 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from beingvl.data.arrow_shards import Sample
 from beingvl.data.loader import IGNORED, MicroBatch, collate, shifted_targets
-from beingvl.model.extended_vocab import ExtendedHead, PackedCausalLM, _logits_buffer, build_packed_model, stored_slice
+from beingvl.model.extended_vocab import (
+    ExtendedHead,
+    PackedCausalLM,
+    _logits_buffer,
+    build_packed_model,
+    stored_slice,
+)
 from beingvl.model.packed_attention import varlen_kernel
 from beingvl.model.weight_files import WeightFolder
 from tests.model.small_models import family_config
@@ -22,10 +28,14 @@ def folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model"))
 
 
-def packed_model(folder, chunk: int = 1024, activation_checkpointing: bool = False) -> PackedCausalLM:
+def packed_model(
+    folder, chunk: int = 1024, activation_checkpointing: bool = False
+) -> PackedCausalLM:
     config = AutoConfig.from_pretrained(folder)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model = build_packed_model(model_class, config, LAYOUT.num_text, LAYOUT.num_visual, chunk, activation_checkpointing)
+    model = build_packed_model(
+        model_class, config, LAYOUT.num_text, LAYOUT.num_visual, chunk, activation_checkpointing
+    )
     weights = WeightFolder(folder)
     for name, parameter in model.causal_lm.named_parameters():
         stored, rows = stored_slice(name, LAYOUT.num_text)
@@ -36,7 +46,13 @@ def packed_model(folder, chunk: int = 1024, activation_checkpointing: bool = Fal
 def samples() -> list[Sample]:
     random = np.random.default_rng(0)
     return [
-        Sample(str(length), "", "a", random.integers(0, LAYOUT.size, length).astype(np.int32), np.array([[1, length]], np.int32))
+        Sample(
+            str(length),
+            "",
+            "a",
+            random.integers(0, LAYOUT.size, length).astype(np.int32),
+            np.array([[1, length]], np.int32),
+        )
         for length in (9, 1, 30, 17, 2)
     ]
 
@@ -54,14 +70,20 @@ def losses_of(model: PackedCausalLM, batch: MicroBatch) -> torch.Tensor:
 
 @pytest.mark.parametrize("chunk", [1, 7, 1024])
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_packed_losses_and_gradients_equal_each_sample_alone_in_the_stock_model(folder, chunk, activation_checkpointing) -> None:
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+def test_packed_losses_and_gradients_equal_each_sample_alone_in_the_stock_model(
+    folder, chunk, activation_checkpointing
+) -> None:
+    stock = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     model = packed_model(folder, chunk, activation_checkpointing)
     expected = []
     for sample in samples():
         logits = stock(torch.from_numpy(sample.input_ids.astype(np.int64))[None]).logits[0]
         targets = torch.from_numpy(shifted_targets(sample, LAYOUT))
-        expected.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none")[targets != IGNORED])
+        expected.append(
+            torch.nn.functional.cross_entropy(logits, targets, reduction="none")[targets != IGNORED]
+        )
     found = losses_of(model, collate(samples(), [0] * 5, LAYOUT))
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-6)
 
@@ -70,21 +92,32 @@ def test_packed_losses_and_gradients_equal_each_sample_alone_in_the_stock_model(
     stock_gradients = {name: parameter.grad for name, parameter in stock.named_parameters()}
     for name, parameter in model.causal_lm.named_parameters():
         stored, rows = stored_slice(name, LAYOUT.num_text)
-        torch.testing.assert_close(parameter.grad, stock_gradients[stored][rows], rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(
+            parameter.grad, stock_gradients[stored][rows], rtol=1e-4, atol=1e-5, msg=name
+        )
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen2", "gpt2"])
 def test_other_families_compute_what_their_stock_model_does(family) -> None:
-    stock = AutoModelForCausalLM.from_config(family_config(family, LAYOUT.size, 0, 1), attn_implementation="eager").eval()
+    stock = AutoModelForCausalLM.from_config(
+        family_config(family, LAYOUT.size, 0, 1), attn_implementation="eager"
+    ).eval()
     config = stock.config
-    packed = build_packed_model(type(stock), config, LAYOUT.num_text, config.vocab_size - LAYOUT.num_text, 64, False).eval()
+    packed = build_packed_model(
+        type(stock), config, LAYOUT.num_text, config.vocab_size - LAYOUT.num_text, 64, False
+    ).eval()
     state = stock.state_dict()
     for name, parameter in packed.causal_lm.named_parameters():
         stored, rows = stored_slice(name, LAYOUT.num_text)
         parameter.data = state[stored][rows].clone()
     ids = torch.arange(40) * 7 % LAYOUT.size
     with torch.no_grad():
-        found = packed(ids[None], torch.arange(40)[None], torch.tensor([0, 40], dtype=torch.int32), torch.arange(40))
+        found = packed(
+            ids[None],
+            torch.arange(40)[None],
+            torch.tensor([0, 40], dtype=torch.int32),
+            torch.arange(40),
+        )
         torch.testing.assert_close(found, stock(ids[None]).logits[0], rtol=1e-4, atol=1e-5)
 
 
@@ -102,23 +135,33 @@ def test_no_target_still_reaches_every_parameter(folder) -> None:
     losses = losses_of(model, collate([], [], LAYOUT))
     assert losses.shape == (0,)
     losses.sum().backward()
-    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+    assert all(
+        parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters()
+    )
 
 
 def test_full_logits_never_exist(folder) -> None:
-    """No operation, forward or backward, gives more than `loss_chunk_tokens` rows as wide as the vocabulary."""
+    """No operation, forward or backward, gives more than `loss_chunk_tokens` rows as wide as the
+    vocabulary.
+    """
 
     class WideRows(TorchDispatchMode):
         rows: ClassVar[list[int]] = []
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and result.ndim == 2 and result.shape[1] == LAYOUT.size:
+            if (
+                isinstance(result, torch.Tensor)
+                and result.ndim == 2
+                and result.shape[1] == LAYOUT.size
+            ):
                 self.rows.append(len(result))
             return result
 
     with WideRows():
-        losses_of(packed_model(folder, chunk=8), collate(samples(), [0] * 5, LAYOUT)).sum().backward()
+        losses_of(
+            packed_model(folder, chunk=8), collate(samples(), [0] * 5, LAYOUT)
+        ).sum().backward()
     assert max(WideRows.rows) == 8 and min(WideRows.rows) < 8
 
 
@@ -128,7 +171,10 @@ def test_the_loss_is_float32_arithmetic_in_a_bf16_model() -> None:
     head = ExtendedHead(300, 20, 16, 64).to(torch.bfloat16)
     for rows in (head.text_rows, head.visual_rows):
         torch.nn.init.normal_(rows)
-    hidden, targets = torch.randn(999, 16, dtype=torch.bfloat16, requires_grad=True), torch.randint(0, 320, (999,))
+    hidden, targets = (
+        torch.randn(999, 16, dtype=torch.bfloat16, requires_grad=True),
+        torch.randint(0, 320, (999,)),
+    )
     losses = head(hidden, targets)
     losses.sum().backward()
     found, hidden.grad = hidden.grad, None
@@ -145,7 +191,9 @@ def test_rows_of_logits_start_where_matrix_kernels_of_a_gpu_want_them() -> None:
 
 
 def test_the_varlen_kernel_of_this_torch_is_found() -> None:
-    """It was not for as long as `torch.nn.attention` was asked for an attribute that only importing it makes."""
+    """It was not for as long as `torch.nn.attention` was asked for an attribute that only
+    importing it makes.
+    """
     assert varlen_kernel() is not None
 
 
@@ -155,10 +203,17 @@ def test_frozen_rows_get_no_gradient() -> None:
         torch.nn.init.normal_(rows)
     head.text_rows.requires_grad_(False)
     head(torch.randn(20, 16), torch.randint(0, 50, (20,))).sum().backward()
-    assert head.text_rows.grad is None and head.visual_rows.grad is not None and head.visual_rows.grad.any()
+    assert (
+        head.text_rows.grad is None
+        and head.visual_rows.grad is not None
+        and head.visual_rows.grad.any()
+    )
 
 
 def test_stored_slice() -> None:
-    assert stored_slice("model.embed_tokens.text_rows", 10) == ("model.embed_tokens.weight", slice(0, 10))
+    assert stored_slice("model.embed_tokens.text_rows", 10) == (
+        "model.embed_tokens.weight",
+        slice(0, 10),
+    )
     assert stored_slice("lm_head.visual_rows", 10) == ("lm_head.weight", slice(10, None))
     assert stored_slice("model.norm.weight", 10) == ("model.norm.weight", slice(None))

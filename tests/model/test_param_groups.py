@@ -6,7 +6,11 @@ from beingvl.model.param_groups import Rule, format_plan, plan_parameters
 SHAPES = {
     "model.embed_tokens.text_rows": (10, 4),
     "model.embed_tokens.visual_rows": (5, 4),
-    **{f"model.layers.{n}.{part}": (4, 4) for n in range(8) for part in ("mlp.weight", "input_layernorm.weight")},
+    **{
+        f"model.layers.{n}.{part}": (4, 4)
+        for n in range(8)
+        for part in ("mlp.weight", "input_layernorm.weight")
+    },
     "model.norm.weight": (4,),
     "lm_head.text_rows": (10, 4),
     "lm_head.visual_rows": (5, 4),
@@ -15,33 +19,52 @@ REST = Rule(".*", train=False)
 
 
 def trained(*rules: Rule) -> list[str]:
-    return [planned.name for planned in plan_parameters(SHAPES, [*rules, REST]) if planned.rule.train]
+    return [
+        planned.name for planned in plan_parameters(SHAPES, [*rules, REST]) if planned.rule.train
+    ]
 
 
 def test_the_three_stages() -> None:
     rows = ["model.embed_tokens.visual_rows", "lm_head.visual_rows"]
     assert trained(Rule("visual_rows")) == rows
     second = trained(Rule("visual_rows"), Rule("layers[:25%]"))
-    assert sorted(second) == sorted(rows + [name for name in SHAPES if ".layers.0." in name or ".layers.1." in name])
+    assert sorted(second) == sorted(
+        rows + [name for name in SHAPES if ".layers.0." in name or ".layers.1." in name]
+    )
     assert len(plan_parameters(SHAPES, [Rule(".*")])) == len(SHAPES)
 
 
 @pytest.mark.parametrize(
-    ("match", "layers"), [("layers[:2]", [0, 1]), ("layers[6:]", [6, 7]), ("layers[3:5]", [3, 4]), ("layers[50%:75%]", [4, 5])]
+    ("match", "layers"),
+    [
+        ("layers[:2]", [0, 1]),
+        ("layers[6:]", [6, 7]),
+        ("layers[3:5]", [3, 4]),
+        ("layers[50%:75%]", [4, 5]),
+    ],
 )
 def test_layer_ranges(match: str, layers: list[int]) -> None:
-    assert trained(Rule(match)) == [name for n in layers for name in SHAPES if f".layers.{n}." in name]
+    assert trained(Rule(match)) == [
+        name for n in layers for name in SHAPES if f".layers.{n}." in name
+    ]
 
 
 def test_norm_is_the_final_norm_only_and_the_first_rule_decides() -> None:
     assert trained(Rule("norm")) == ["model.norm.weight"]
-    assert trained(Rule("model.layers.0.*", train=False), Rule("layers[:2]")) == [n for n in SHAPES if ".layers.1." in n]
+    assert trained(Rule("model.layers.0.*", train=False), Rule("layers[:2]")) == [
+        n for n in SHAPES if ".layers.1." in n
+    ]
 
 
 def test_mistakes_are_errors() -> None:
-    with pytest.raises(InputError, match=r"no rule of beingvl.trainable matches the parameter 'model.embed_tokens.text_rows'"):
+    with pytest.raises(
+        InputError,
+        match=r"no rule of beingvl.trainable matches the parameter 'model.embed_tokens.text_rows'",
+    ):
         plan_parameters(SHAPES, [Rule("visual_rows")])
-    with pytest.raises(InputError, match=r"'visual_row' of beingvl\.trainable decides no parameter"):
+    with pytest.raises(
+        InputError, match=r"'visual_row' of beingvl\.trainable decides no parameter"
+    ):
         plan_parameters(SHAPES, [Rule("visual_row"), REST])
     with pytest.raises(InputError, match="no parameter at all"):
         plan_parameters(SHAPES, [REST])

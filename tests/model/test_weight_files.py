@@ -1,4 +1,6 @@
-"""Weight folders: every layout reads the same, rewriting changes what it should and nothing else, damage is named."""
+"""Weight folders: every layout reads the same, rewriting changes what it should and nothing
+else, damage is named.
+"""
 
 import json
 import os
@@ -12,9 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from beingvl.errors import InputError
 from beingvl.artefact.manifest import has_hash, hash_file
-from beingvl.model.weight_files import INDEX_FILE, NewTensor, WeightFolder, read_header, rewrite_weights
+from beingvl.errors import InputError
+from beingvl.model.weight_files import (
+    INDEX_FILE,
+    NewTensor,
+    WeightFolder,
+    read_header,
+    rewrite_weights,
+)
 
 SHARDS = {
     "model-00001-of-00003.safetensors": ["embed", "layer0"],
@@ -49,7 +57,9 @@ def write_folder(folder: Path, layout: str) -> Path:
         for name, members in SHARDS.items():
             name = "pytorch_" + name.replace(".safetensors", ".bin") if bins else name
             part = {member: state[member] for member in members}
-            torch.save(part, folder / name) if bins else save_file(part, folder / name, metadata={"format": "pt"})
+            torch.save(part, folder / name) if bins else save_file(
+                part, folder / name, metadata={"format": "pt"}
+            )
             weight_map |= dict.fromkeys(members, name)
         index = "pytorch_model.bin.index.json" if bins else INDEX_FILE
         (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -65,7 +75,9 @@ def test_every_layout_reads_the_same(tmp_path, layout):
     assert set(weights) == set(tensors())
     for name, expected in tensors().items():
         assert weights[name].dtype == expected.dtype and torch.equal(weights[name], expected)
-        assert weights.shape(name) == tuple(expected.shape) and weights.dtype(name) == expected.dtype
+        assert (
+            weights.shape(name) == tuple(expected.shape) and weights.dtype(name) == expected.dtype
+        )
     assert torch.equal(weights["embed"][2:5], tensors()["embed"][2:5])
     assert weights.num_bytes == sum(tensor.nbytes for tensor in tensors().values())
 
@@ -83,7 +95,10 @@ def test_rewrite_replaces_adds_drops_and_keeps_the_rest(tmp_path, layout, link):
     }
     hashes = rewrite_weights(source, tmp_path / "target", replace, link=link, drop=["head"])
 
-    expected = tensors() | {"embed": torch.cat(blocks), "layer0": torch.full((3, 5), 2.0).bfloat16()}
+    expected = tensors() | {
+        "embed": torch.cat(blocks),
+        "layer0": torch.full((3, 5), 2.0).bfloat16(),
+    }
     expected["added"] = torch.tensor([1.0, 2.0])
     del expected["head"]
     weights = WeightFolder(tmp_path / "target")
@@ -93,7 +108,9 @@ def test_rewrite_replaces_adds_drops_and_keeps_the_rest(tmp_path, layout, link):
     assert set(hashes) == {path.name for path in (tmp_path / "target").iterdir()}
     assert all(has_hash(tmp_path / "target" / name, recorded) for name, recorded in hashes.items())
     assert before == {path.name: hash_file(path) for path in source.iterdir()}
-    for path in (tmp_path / "target").glob("*.safetensors"):  # the official library accepts the hand-written headers
+    for path in (tmp_path / "target").glob(
+        "*.safetensors"
+    ):  # the official library accepts the hand-written headers
         assert set(load_file(path)) == set(read_header(path))
 
 
@@ -135,11 +152,16 @@ def test_released_rows_are_read_again(tmp_path):
 
 
 def test_memory_holds_one_tensor_at_a_time(tmp_path):
-    """40 tensors of 8 MB pass through a process whose private memory grows by less than 100 MB, torch's own buffers included."""
+    """40 tensors of 8 MB pass through a process whose private memory grows by less than 100 MB,
+    torch's own buffers included.
+    """
     source = tmp_path / "source"
     source.mkdir()
     save_file(
-        {f"layer{number}": torch.full((2 << 20,), number, dtype=torch.float32) for number in range(40)},
+        {
+            f"layer{number}": torch.full((2 << 20,), number, dtype=torch.float32)
+            for number in range(40)
+        },
         source / "model.safetensors",
     )
     script = f"""
@@ -161,7 +183,9 @@ def test_memory_holds_one_tensor_at_a_time(tmp_path):
         watcher.join()
         print((peak - before) >> 20)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 100
     assert torch.equal(WeightFolder(tmp_path / "target")["layer2"], torch.full((2 << 20,), 4.0))
@@ -177,8 +201,13 @@ def test_a_killed_run_leaves_only_whole_files_and_can_be_finished(tmp_path):
     """
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(script)]).returncode == 9
     first, second, _ = SHARDS
-    finished = sorted(path.name for path in (tmp_path / "target").iterdir() if not path.name.endswith(".tmp"))
-    assert first in finished and set(finished) <= {first, second}  # the second is linked beside the others
+    finished = sorted(
+        path.name for path in (tmp_path / "target").iterdir() if not path.name.endswith(".tmp")
+    )
+    assert first in finished and set(finished) <= {
+        first,
+        second,
+    }  # the second is linked beside the others
     written = (tmp_path / "target" / first).stat().st_mtime_ns
     calls = []
     replace = {
@@ -189,7 +218,9 @@ def test_a_killed_run_leaves_only_whole_files_and_can_be_finished(tmp_path):
     assert calls == [] and (tmp_path / "target" / first).stat().st_mtime_ns == written
     assert hashes[first] == hash_file(tmp_path / "target" / first)
     weights = WeightFolder(tmp_path / "target")
-    assert weights["embed"].count_nonzero() == 0 and torch.equal(weights["head"], torch.ones(10, 4).bfloat16())
+    assert weights["embed"].count_nonzero() == 0 and torch.equal(
+        weights["head"], torch.ones(10, 4).bfloat16()
+    )
 
 
 def damage(folder: Path, how: str) -> None:
@@ -254,7 +285,11 @@ def test_pickles_with_code_are_refused_and_not_run(tmp_path, monkeypatch):
     folder = tmp_path / "source"
     folder.mkdir()
     for legacy in (False, True):
-        torch.save({"embed": Payload()}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+        torch.save(
+            {"embed": Payload()},
+            folder / "pytorch_model.bin",
+            _use_new_zipfile_serialization=not legacy,
+        )
         with pytest.raises(InputError, match="holds more than tensors"):
             WeightFolder(folder)
         assert not (tmp_path / "executed").exists()
@@ -262,7 +297,11 @@ def test_pickles_with_code_are_refused_and_not_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [([1, 2], "plain state dict"), ({"a": 3}, "plain state dict"), ({"a": torch.zeros(2, dtype=torch.complex64)}, "complex64")],
+    [
+        ([1, 2], "plain state dict"),
+        ({"a": 3}, "plain state dict"),
+        ({"a": torch.zeros(2, dtype=torch.complex64)}, "complex64"),
+    ],
 )
 def test_pickles_of_other_things_are_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "pytorch_model.bin")
@@ -280,7 +319,9 @@ def test_a_truncated_pickle_is_named(tmp_path):
 def test_an_unknown_dtype_is_copied_but_not_read(tmp_path):
     text = json.dumps({"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
     (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"abc")
+    (tmp_path / "source" / "model.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text + b"abc"
+    )
     with pytest.raises(InputError, match="F6_E2M3"):
         WeightFolder(tmp_path / "source")["a"]
     added = NewTensor((1,), torch.float32, lambda: torch.ones(1))
@@ -302,7 +343,9 @@ def test_wrong_requests_are_refused_before_writing(tmp_path, monkeypatch):
     assert not (tmp_path / "target").exists() or not any((tmp_path / "target").iterdir())
 
 
-@pytest.mark.parametrize("made", [torch.zeros(10, 4), torch.zeros(4, 10).bfloat16(), torch.zeros(9, 4).bfloat16()])
+@pytest.mark.parametrize(
+    "made", [torch.zeros(10, 4), torch.zeros(4, 10).bfloat16(), torch.zeros(9, 4).bfloat16()]
+)
 def test_a_tensor_that_is_not_as_announced_is_a_defect_and_leaves_no_file(tmp_path, made):
     source = write_folder(tmp_path / "source", "single")
     with pytest.raises(AssertionError):
@@ -314,7 +357,12 @@ def test_weights_left_by_another_model_do_not_survive(tmp_path):
     source = write_folder(tmp_path / "source", "sharded")
     target = tmp_path / "target"
     target.mkdir()
-    for name in ("model.safetensors", "pytorch_model.bin", "model-00001-of-00002.safetensors", "pytorch_model.bin.index.json"):
+    for name in (
+        "model.safetensors",
+        "pytorch_model.bin",
+        "model-00001-of-00002.safetensors",
+        "pytorch_model.bin.index.json",
+    ):
         (target / name).write_text("stale")
     rewrite_weights(source, target, {})
     assert {path.name for path in target.iterdir()} == {*SHARDS, INDEX_FILE}
@@ -330,7 +378,10 @@ def test_shards_of_any_bin_name_become_safetensors(tmp_path):
         path.rename(source / path.name.replace("pytorch_model-", "weights-"))
     rewrite_weights(source, tmp_path / "target", {})
     names = {path.name for path in (tmp_path / "target").iterdir()}
-    assert names == {INDEX_FILE, *(f"weights-0000{number}-of-00003.safetensors" for number in (1, 2, 3))}
+    assert names == {
+        INDEX_FILE,
+        *(f"weights-0000{number}-of-00003.safetensors" for number in (1, 2, 3)),
+    }
     assert torch.equal(WeightFolder(tmp_path / "target")["embed"], tensors()["embed"])
 
 
@@ -342,7 +393,10 @@ def test_a_single_file_stands_before_an_index_as_in_transformers(tmp_path):
 
 def test_linked_files_are_hashed_whole_when_asked(tmp_path):
     source = write_folder(tmp_path / "source", "single")
-    sampled, whole = (rewrite_weights(source, tmp_path / str(how), {}, hash_links=how)["model.safetensors"] for how in (0, 1))
+    sampled, whole = (
+        rewrite_weights(source, tmp_path / str(how), {}, hash_links=how)["model.safetensors"]
+        for how in (0, 1)
+    )
     assert sampled.startswith("sampled-") and whole == hash_file(source / "model.safetensors")
 
 

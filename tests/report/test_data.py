@@ -8,15 +8,28 @@ from beingvl.data.loader import TrainingData
 from beingvl.data.mixture import Mixture
 from beingvl.report.data import bars, folded, ranges_of, spread_over_sources
 from beingvl.vbpe.visual_bpe import VisualBPE
-from tests.tiny import LAYOUT, write_shards
 from tests.images.test_encode_images import save_vqgan
+from tests.tiny import LAYOUT, write_shards
 
 
 def test_the_page_counts_what_is_there_and_what_never_occurs(tmp_path, capsys) -> None:
     write_shards(tmp_path / "shards", num_samples=3)
-    assert cli.main(["report", "data", str(tmp_path / "shards"), "--output_path", str(tmp_path / "page.html")]) == 0
+    assert (
+        cli.main(
+            [
+                "report",
+                "data",
+                str(tmp_path / "shards"),
+                "--output_path",
+                str(tmp_path / "page.html"),
+            ]
+        )
+        == 0
+    )
     page = (tmp_path / "page.html").read_text()
-    assert "foundation" in page and "% full" in page and "<script" not in page and "http" not in page
+    assert (
+        "foundation" in page and "% full" in page and "<script" not in page and "http" not in page
+    )
     assert f"<td>all new rows</td><td>{LAYOUT.num_visual}</td>" in page
     assert cli.main(["report", "data", str(tmp_path / "shards"), "--num_examples", "0"]) == 2
     assert "--num_examples is 0" in capsys.readouterr().err
@@ -24,8 +37,15 @@ def test_the_page_counts_what_is_there_and_what_never_occurs(tmp_path, capsys) -
 
 def test_examples_have_their_text_and_images(inputs, tmp_path) -> None:
     page = tmp_path / "page.html"
-    paths = [f"--vq_path={inputs}/vqgan", f"--vbpe_path={inputs}/vbpe.json", f"--model_path={inputs}/base"]
-    assert cli.main(["report", "data", str(inputs / "build-shards"), f"--output_path={page}", *paths]) == 0
+    paths = [
+        f"--vq_path={inputs}/vqgan",
+        f"--vbpe_path={inputs}/vbpe.json",
+        f"--model_path={inputs}/base",
+    ]
+    assert (
+        cli.main(["report", "data", str(inputs / "build-shards"), f"--output_path={page}", *paths])
+        == 0
+    )
     text = page.read_text()
     assert text.count("data:image/png") == 6 and "hi" in text and "yes" in text
 
@@ -36,9 +56,23 @@ def test_what_the_examples_were_not_made_with_is_refused(inputs, tmp_path, capsy
     for option, found in (
         (f"--vbpe_path={tmp_path}/vbpe.json", "different vbpe"),
         (f"--vq_path={tmp_path}/vqgan", "different vqgan"),
-        (f"--model_path={tmp_path}", "has no tokenizer.json; make the model folder with `beingvl convert`"),
+        (
+            f"--model_path={tmp_path}",
+            "has no tokenizer.json; make the model folder with `beingvl convert`",
+        ),
     ):
-        assert cli.main(["report", "data", str(inputs / "build-shards"), f"--output_path={tmp_path}/page.html", option]) == 2
+        assert (
+            cli.main(
+                [
+                    "report",
+                    "data",
+                    str(inputs / "build-shards"),
+                    f"--output_path={tmp_path}/page.html",
+                    option,
+                ]
+            )
+            == 2
+        )
         assert found in capsys.readouterr().err
 
 
@@ -46,20 +80,46 @@ def test_every_image_of_an_example_is_shown(inputs, tmp_path) -> None:
     turns = [{"from": "human", "value": "<image><image> hi"}, {"from": "gpt", "value": "yes"}]
     row = {"id": "both", "image": ["1.png", "2.png"], "conversations": turns}
     (tmp_path / "rows.json").write_text(json.dumps([row]))
-    command = ["tokenize", f"--json_path={tmp_path}/rows.json", f"--vq_codes={inputs}/encode-images", "--format=arrow"]
-    command += [f"--model_path={inputs}/base", f"--vbpe_path={inputs}/vbpe.json", f"--output_dir={tmp_path}"]
+    command = [
+        "tokenize",
+        f"--json_path={tmp_path}/rows.json",
+        f"--vq_codes={inputs}/encode-images",
+        "--format=arrow",
+    ]
+    command += [
+        f"--model_path={inputs}/base",
+        f"--vbpe_path={inputs}/vbpe.json",
+        f"--output_dir={tmp_path}",
+    ]
     assert cli.main(command) == 0
     page = tmp_path / "page.html"
-    paths = [f"--vq_path={inputs}/vqgan", f"--vbpe_path={inputs}/vbpe.json", f"--output_path={page}"]
-    assert cli.main(["report", "data", f"{tmp_path}/data_base", f"{tmp_path}/data_vbpe", *paths]) == 0
+    paths = [
+        f"--vq_path={inputs}/vqgan",
+        f"--vbpe_path={inputs}/vbpe.json",
+        f"--output_path={page}",
+    ]
+    assert (
+        cli.main(["report", "data", f"{tmp_path}/data_base", f"{tmp_path}/data_vbpe", *paths]) == 0
+    )
     assert page.read_text().count("data:image/png") == 4
 
 
 def test_a_folder_of_shard_folders_stands_for_all_of_them(inputs, tmp_path) -> None:
-    command = ["tokenize", f"--json_path={inputs}/rows.json", f"--vq_codes={inputs}/encode-images", "--format=arrow"]
-    command += [f"--model_path={inputs}/base", f"--vbpe_path={inputs}/vbpe.json", f"--output_dir={tmp_path}/out"]
+    command = [
+        "tokenize",
+        f"--json_path={inputs}/rows.json",
+        f"--vq_codes={inputs}/encode-images",
+        "--format=arrow",
+    ]
+    command += [
+        f"--model_path={inputs}/base",
+        f"--vbpe_path={inputs}/vbpe.json",
+        f"--output_dir={tmp_path}/out",
+    ]
     assert cli.main([*command, "--max_rejected=0.1"]) == 0
-    assert cli.main(["report", "data", f"{tmp_path}/out", f"--output_path={tmp_path}/page.html"]) == 0
+    assert (
+        cli.main(["report", "data", f"{tmp_path}/out", f"--output_path={tmp_path}/page.html"]) == 0
+    )
     page = (tmp_path / "page.html").read_text()
     assert all(f"<h2>{tmp_path}/out/data_{variant}</h2>" in page for variant in ("base", "vbpe"))
 
@@ -70,13 +130,19 @@ def test_what_is_no_shard_folder_says_what_to_give(inputs, tmp_path, capsys) -> 
     (tmp_path / "stage-1" / "metrics.jsonl").write_text("")
     (tmp_path / "empty").mkdir()
     for path, message in (
-        (inputs / "tokenize", "is no folder of shards; build shards of its files with `beingvl build-shards`"),
+        (
+            inputs / "tokenize",
+            "is no folder of shards; build shards of its files with `beingvl build-shards`",
+        ),
         (inputs / "tokenize" / "data_vbpe.jsonl", "build shards of its files"),
         (inputs / "encode-images", "give shards of samples that were tokenized with it"),
         (inputs / "vqgan", "holds 'vqgan', expected 'shards'"),
         (tmp_path / "stage.json", "this file with --deepspeed_config"),
         (tmp_path / "stage-1", "`beingvl report train` shows a stage"),
-        (tmp_path / "empty", "has no manifest.json, so it is incomplete; make it with `beingvl build-shards`"),
+        (
+            tmp_path / "empty",
+            "has no manifest.json, so it is incomplete; make it with `beingvl build-shards`",
+        ),
         (tmp_path / "nowhere", "is not a folder; make it with `beingvl build-shards`"),
     ):
         assert cli.main(["report", "data", str(path), f"--output_path={tmp_path}/page.html"]) == 2
@@ -85,7 +151,10 @@ def test_what_is_no_shard_folder_says_what_to_give(inputs, tmp_path, capsys) -> 
 
 
 def test_ids_that_never_occur_are_all_on_the_page() -> None:
-    assert ranges_of(np.array([1, 2, 3, 7, 9, 10])) == ["1 to 3", "7", "9 to 10"] and ranges_of(np.array([], int)) == []
+    assert (
+        ranges_of(np.array([1, 2, 3, 7, 9, 10])) == ["1 to 3", "7", "9 to 10"]
+        and ranges_of(np.array([], int)) == []
+    )
     assert folded(["1", "2"]) == "1, 2"
     assert folded([*"12345678"]) == "<details><summary>1, 2, 3, 4, 5, 6 …</summary>7, 8</details>"
 
@@ -94,11 +163,19 @@ def test_the_mixture_of_a_stage(tmp_path, capsys) -> None:
     shards = ShardReader(write_shards(tmp_path / "shards"))
     config = tmp_path / "stage.json"
     stage = {"epochs": 3, "mixture": {"foundation": 3, "reasoning": 1}, "sequence_length": 40}
-    command = ["report", "data", str(tmp_path / "shards"), f"--output_path={tmp_path}/page.html", f"--deepspeed_config={config}"]
+    command = [
+        "report",
+        "data",
+        str(tmp_path / "shards"),
+        f"--output_path={tmp_path}/page.html",
+        f"--deepspeed_config={config}",
+    ]
     mixture = Mixture(shards.members, shards.sources, stage["mixture"], 0)
     whole = TrainingData(shards, mixture, 180, sequence_length=40, sequences_per_step=4)
     for max_steps, steps in ((None, whole.num_steps), (7, 7), (10_000, whole.num_steps)):
-        config.write_text(json.dumps({"train_batch_size": 4, "beingvl": {**stage, "max_steps": max_steps}}))
+        config.write_text(
+            json.dumps({"train_batch_size": 4, "beingvl": {**stage, "max_steps": max_steps}})
+        )
         assert cli.main(command) == 0
         sequences = range(4 * steps) if steps == 7 else range(whole.plan.num_sequences)
         drawn = np.concatenate([whole.samples_of(sequence) for sequence in sequences])
@@ -108,11 +185,16 @@ def test_the_mixture_of_a_stage(tmp_path, capsys) -> None:
         row = ["foundation", "3", f"{samples[0]}", *shares, f"{samples[0] / 40:.2f}"]
         page = (tmp_path / "page.html").read_text()
         assert "".join(f"<td>{cell}</td>" for cell in row) in page
-        assert f"{steps} steps of 4 sequences of 40 tokens, which are {whole.plan.efficiency:.2%} full" in page
+        assert (
+            f"{steps} steps of 4 sequences of 40 tokens, which are {whole.plan.efficiency:.2%} full"
+            in page
+        )
     config.write_text("{}")
     assert cli.main(command) == 2
     assert "is not a stage's JSON" in capsys.readouterr().err
-    config.write_text(json.dumps({"train_batch_size": 4, "beingvl": {**stage, "mixture": {"foundation": 0}}}))
+    config.write_text(
+        json.dumps({"train_batch_size": 4, "beingvl": {**stage, "mixture": {"foundation": 0}}})
+    )
     assert cli.main(command) == 2
     assert "at least one above 0" in capsys.readouterr().err
 
@@ -120,9 +202,16 @@ def test_the_mixture_of_a_stage(tmp_path, capsys) -> None:
 def test_examples_are_of_every_source() -> None:
     """Ids that repeat their sources in a cycle must not show one source alone."""
     members = [np.arange(source, 400, 4) for source in range(4)]
-    assert [[index % 4 for index in spread_over_sources(members, count)].count(0) for count in (1, 4, 6, 8)] == [1, 1, 2, 2]
-    assert len(spread_over_sources([np.arange(1), np.arange(1, 100)], 6)) == 6, "what a small source lacks, others have"
-    assert len(spread_over_sources(members, 6)) == 6 and spread_over_sources([np.arange(0), np.arange(1)], 5) == [0]
+    assert [
+        [index % 4 for index in spread_over_sources(members, count)].count(0)
+        for count in (1, 4, 6, 8)
+    ] == [1, 1, 2, 2]
+    assert len(spread_over_sources([np.arange(1), np.arange(1, 100)], 6)) == 6, (
+        "what a small source lacks, others have"
+    )
+    assert len(spread_over_sources(members, 6)) == 6 and spread_over_sources(
+        [np.arange(0), np.arange(1)], 5
+    ) == [0]
 
 
 def test_nothing_has_no_bar() -> None:

@@ -1,4 +1,6 @@
-"""The report says what the evaluations say, draws every token once, needs no second file; refusals."""
+"""The report says what the evaluations say, draws every token once, needs no second file;
+refusals.
+"""
 
 import argparse
 import json
@@ -11,15 +13,16 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from beingvl.artefact.manifest import read_manifest, verify_folder, write_manifest
 from beingvl.commands.main import main
 from beingvl.evaluation.evaluate import read_summary
+from beingvl.report import vbpe as report_vbpe
 from beingvl.report.frozen import hash_groups
 from beingvl.report.pictures import running_mean, token_borders, training_curves
-from beingvl.report.run import Example, add_arguments, choose_examples, read_run
-from beingvl.artefact.manifest import read_manifest, verify_folder, write_manifest
-from beingvl.report import vbpe as report_vbpe
-from beingvl.vbpe.visual_bpe import VisualBPE
+from beingvl.report.run import add_arguments, choose_examples, read_run
+from beingvl.report.run_pieces import Example
 from beingvl.vbpe.published import LegacyVisualBPE
+from beingvl.vbpe.visual_bpe import VisualBPE
 from tests.inference.small_run import QUESTIONS, STAGES, evaluate, overwrite_summary
 from tests.tiny import LAYOUT, write_shards
 
@@ -37,16 +40,23 @@ def options(run: Path, *more: str) -> argparse.Namespace:
     return parser.parse_args([str(run), *more])
 
 
-def test_report_of_a_run(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_of_a_run(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "report"
-    assert main(["report", "run", str(run_folder), f"--output-path={output}", "--wall_seconds=61.5"]) == 0
+    assert (
+        main(["report", "run", str(run_folder), f"--output-path={output}", "--wall_seconds=61.5"])
+        == 0
+    )
     summary = json.loads((output / "summary.json").read_text())
     scores = {stage: read_summary(run_folder / "eval" / stage) for stage in STAGES}
     assert summary["test_accuracy_mean"] == scores["stage-3"]["accuracy_mean"]
     assert list(summary["test_accuracy"]) == list(STAGES)
     for stage in STAGES:
         questions = scores[stage]["questions"]
-        assert summary["test_accuracy"][stage] == {text: questions[text]["accuracy"] for text in QUESTIONS}
+        assert summary["test_accuracy"][stage] == {
+            text: questions[text]["accuracy"] for text in QUESTIONS
+        }
     assert summary["chance"] == {text: 1 / len(answers) for text, answers in QUESTIONS.items()}
     assert summary["wall_seconds"] == 61.5
     assert summary["peak_memory_bytes"] == 3008  # the last step of stage 3
@@ -57,21 +67,33 @@ def test_report_of_a_run(run_folder: Path, tmp_path: Path, capsys: pytest.Captur
         assert (output / name).read_bytes().startswith(PNG)
     verify_folder(output)
     printed = capsys.readouterr().out
-    assert "stage-3" in printed and sum(line.startswith("  test/") for line in printed.splitlines()) == 10
+    assert (
+        "stage-3" in printed
+        and sum(line.startswith("  test/") for line in printed.splitlines()) == 10
+    )
 
 
 def test_page_needs_no_second_file_and_trusts_no_text(run_folder: Path, copied_run: Path) -> None:
     path = copied_run / "eval" / "stage-3" / "predictions.jsonl"
-    rows = [json.loads(line) | {"prediction": "<script>alert(1)</script>"} for line in path.read_text().splitlines()]
+    rows = [
+        json.loads(line) | {"prediction": "<script>alert(1)</script>"}
+        for line in path.read_text().splitlines()
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["report", "run", str(copied_run), "--peak_memory_bytes=5"]) == 0
     html = (copied_run / "report" / "index.html").read_text()
     assert "<script" not in html and "&lt;script&gt;" in html
     assert html.count("<div class='wide'><table") >= 3  # scrolls by itself on a narrow screen
-    assert html.count("data:image/png;base64,") == html.count("src=") + html.count('xlink:href="data:') > 30
+    assert (
+        html.count("data:image/png;base64,")
+        == html.count("src=") + html.count('xlink:href="data:')
+        > 30
+    )
     assert not re.findall(r"""(?:src|href)=["'](?!data:image/png;base64,|#)""", html)
     assert "http" not in html and "url(http" not in html and "@import" not in html
-    assert json.loads((copied_run / "report" / "summary.json").read_text())["peak_memory_bytes"] == 5
+    assert (
+        json.loads((copied_run / "report" / "summary.json").read_text())["peak_memory_bytes"] == 5
+    )
 
 
 def test_examples_do_not_depend_on_answers(run_folder: Path) -> None:
@@ -103,14 +125,30 @@ def test_owners_and_borders_of_a_grid_drawn_by_hand() -> None:
 
 def test_equal_curves_can_be_told_apart() -> None:
     scores = dict.fromkeys("abcdef", 0.5)
-    figure = training_curves({}, {"test_accuracy": {"base": scores, "stage-1": scores}, "chance": scores})
-    curves = [line for line in figure.axes[1].lines if len(line.get_xdata()) == 2 and not line.get_label().startswith("_")]
-    assert len({(line.get_linestyle(), line.get_marker()) for line in curves}) == len({line.get_color() for line in curves}) == 6
+    figure = training_curves(
+        {}, {"test_accuracy": {"base": scores, "stage-1": scores}, "chance": scores}
+    )
+    curves = [
+        line
+        for line in figure.axes[1].lines
+        if len(line.get_xdata()) == 2 and not line.get_label().startswith("_")
+    ]
+    assert (
+        len({(line.get_linestyle(), line.get_marker()) for line in curves})
+        == len({line.get_color() for line in curves})
+        == 6
+    )
 
 
 @pytest.mark.parametrize(
     ("losses", "scale"),
-    [((4.0, 2.0), "linear"), ((4.0, 0.1), "log"), ((4.0, 0.0), "linear"), ((4.0, float("nan"), 0.1), "log"), ((None,), "linear")],
+    [
+        ((4.0, 2.0), "linear"),
+        ((4.0, 0.1), "log"),
+        ((4.0, 0.0), "linear"),
+        ((4.0, float("nan"), 0.1), "log"),
+        ((None,), "linear"),
+    ],
 )
 def test_a_steep_loss_has_a_logarithmic_axis(losses: tuple[float | None, ...], scale: str) -> None:
     rows = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
@@ -131,13 +169,26 @@ def test_a_run_without_early_evaluations_is_reported(copied_run: Path) -> None:
         shutil.rmtree(copied_run / "eval" / stage)
     shutil.rmtree(copied_run / "stage-1")
     assert main(["report", "run", str(copied_run)]) == 0
-    assert list(json.loads((copied_run / "report" / "summary.json").read_text())["test_accuracy"]) == ["stage-3"]
+    assert list(
+        json.loads((copied_run / "report" / "summary.json").read_text())["test_accuracy"]
+    ) == ["stage-3"]
 
 
-def test_stages_on_plain_codes_beside_those_with_vbpe(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_on_plain_codes_beside_those_with_vbpe(
+    copied_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     raw = copied_run / "raw"
     json_path = copied_run / "data" / "test.json"
-    assert evaluate(copied_run / "stage-3" / "final", copied_run, json_path, raw / "eval" / "stage-3", "--raw") == 0
+    assert (
+        evaluate(
+            copied_run / "stage-3" / "final",
+            copied_run,
+            json_path,
+            raw / "eval" / "stage-3",
+            "--raw",
+        )
+        == 0
+    )
     overwrite_summary(raw / "eval" / "stage-3", accuracy_mean=0.75)
     assert main(["report", "run", str(copied_run), f"--stages_path={raw}"]) == 0
     summary = json.loads((raw / "report" / "summary.json").read_text())
@@ -174,7 +225,9 @@ def test_refusals(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err
 
 
-def test_an_evaluation_of_an_older_version_is_named(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_of_an_older_version_is_named(
+    copied_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (copied_run / "eval" / "stage-3" / "scores.json").unlink()
     assert main(["report", "run", str(copied_run)]) == 0
     assert capsys.readouterr().out.count("an older version made it; evaluate again") == 1
@@ -182,14 +235,22 @@ def test_an_evaluation_of_an_older_version_is_named(copied_run: Path, capsys: py
     assert list(summary["test_accuracy"]) == list(STAGES[:-1])
 
 
-def test_a_run_of_which_only_a_stage_is_left(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_which_only_a_stage_is_left(
+    copied_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for path in copied_run.iterdir():
         if path.name != "stage-2":
             shutil.rmtree(path)
     shutil.rmtree(copied_run / "stage-2" / "final")
     assert main(["report", "run", str(copied_run)]) == 0
     printed = capsys.readouterr().out
-    for what in ("the curves of stage-1", "accuracy after each stage", "the base model", "the vBPE", "the data"):
+    for what in (
+        "the curves of stage-1",
+        "accuracy after each stage",
+        "the base model",
+        "the vBPE",
+        "the data",
+    ):
         assert f"not in the report: {what}" in printed
     html = (copied_run / "report" / "index.html").read_text()
     assert "Not in this report" in html and "<svg" in html and "Frozen" not in html
@@ -197,9 +258,18 @@ def test_a_run_of_which_only_a_stage_is_left(copied_run: Path, capsys: pytest.Ca
 
 def test_data_text_parity_and_other_questions_are_on_the_page(copied_run: Path) -> None:
     """An evaluation with questions of its own is shown among the scores only."""
-    overwrite_summary(copied_run / "eval" / "base", questions={"Another?": {"accuracy": 1, "chance": 1, "majority": 1}})
+    overwrite_summary(
+        copied_run / "eval" / "base",
+        questions={"Another?": {"accuracy": 1, "chance": 1, "majority": 1}},
+    )
     write_shards(copied_run / "shards-vbpe")
-    parity = {"metric": "text_parity", "equal": False, "equal_is_expected": True, "scores": {"kl_nats": 0.25}, "questions": {}}
+    parity = {
+        "metric": "text_parity",
+        "equal": False,
+        "equal_is_expected": True,
+        "scores": {"kl_nats": 0.25},
+        "questions": {},
+    }
     shutil.copytree(copied_run / "eval" / "base", copied_run / "eval" / "text-parity")
     overwrite_summary(copied_run / "eval" / "text-parity", **parity)
     assert main(["report", "run", str(copied_run)]) == 0
@@ -211,11 +281,23 @@ def test_data_text_parity_and_other_questions_are_on_the_page(copied_run: Path) 
     assert "kl nats" in html and "<span class='wrong'>not equal to the base model's</span>" in html
 
 
-def test_frozen_groups_keep_their_hash_and_trained_ones_do_not(run_folder: Path, tmp_path: Path) -> None:
-    """Stage 1 trains the new rows, stage 2 also the first layer; a value of a frozen layer changed by hand is found."""
-    base, first, second = (Path(shutil.copytree(run_folder / "base", tmp_path / name)) for name in ("base", "first", "second"))
+def test_frozen_groups_keep_their_hash_and_trained_ones_do_not(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    """Stage 1 trains the new rows, stage 2 also the first layer; a value of a frozen layer
+    changed by hand is found.
+    """
+    base, first, second = (
+        Path(shutil.copytree(run_folder / "base", tmp_path / name))
+        for name in ("base", "first", "second")
+    )
     rest = {"match": ".*", "train": False}
-    train(base, first, [{"match": "visual_rows"}, rest], ["model.embed_tokens.weight", "lm_head.weight"])
+    train(
+        base,
+        first,
+        [{"match": "visual_rows"}, rest],
+        ["model.embed_tokens.weight", "lm_head.weight"],
+    )
     trainable = [{"match": "visual_rows"}, {"match": "layers[:25%]"}, rest]
     changed = ["model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"]
     train(first, second, trainable, changed)
@@ -228,14 +310,18 @@ def test_frozen_groups_keep_their_hash_and_trained_ones_do_not(run_folder: Path,
         ("stage-2", ".*", False),
     ]
     assert all(group.is_as_promised for group in groups)
-    assert groups[1].after == groups[1].base and groups[2].before == groups[0].after != groups[0].base
+    assert (
+        groups[1].after == groups[1].base and groups[2].before == groups[0].after != groups[0].base
+    )
     visual = 2 * LAYOUT.num_visual * 32
     assert groups[0].num_parameters == visual and groups[0].num_tensors == 2
     train(first, second, trainable, [*changed, "model.layers.3.mlp.up_proj.weight"])
     groups = hash_groups({"stage-1": first, "stage-2": second}, base)
     assert [group.is_as_promised for group in groups] == [True, True, True, True, False]
     alone = hash_groups({"stage-2": second}, None)
-    assert [(group.base, group.before, group.is_as_promised) for group in alone] == [(None, None, True)] * 3
+    assert [(group.base, group.before, group.is_as_promised) for group in alone] == [
+        (None, None, True)
+    ] * 3
 
 
 def train(start: Path, final: Path, trainable: list[dict], changed: list[str]) -> None:

@@ -4,7 +4,13 @@ from beingvl.commands.main import main
 
 
 def row(step: int, **more) -> dict:
-    values = {"loss": 3 / step, "loss/kind/text": 2 / step, "gradient_norm": 1.0, "learning_rate": 0.1, "tokens": 10}
+    values = {
+        "loss": 3 / step,
+        "loss/kind/text": 2 / step,
+        "gradient_norm": 1.0,
+        "learning_rate": 0.1,
+        "tokens": 10,
+    }
     values |= {
         "tokens_per_second": 5.0,
         "peak_memory_bytes": 10**9,
@@ -19,7 +25,9 @@ def row(step: int, **more) -> dict:
 def test_a_stage_becomes_one_page(tmp_path, capsys) -> None:
     rows = [row(1), row(2), row(3, skipped=1, sample_ids=["sample-<7>"])]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in rows))
-    (tmp_path / "validation.jsonl").write_text(json.dumps({"step": 2, "validation/loss": 1.0}) + "\n")
+    (tmp_path / "validation.jsonl").write_text(
+        json.dumps({"step": 2, "validation/loss": 1.0}) + "\n"
+    )
     (tmp_path / "plan.txt").write_text("rule  trained\n")
     assert main(["report", "train", str(tmp_path)]) == 0
     html = (tmp_path / "report.html").read_text()

@@ -1,4 +1,6 @@
-"""The vBPE page: what it measures is right, it is self-contained, and its pictures show the tokens."""
+"""The vBPE page: what it measures is right, it is self-contained, and its pictures show the
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ from PIL import Image
 
 from beingvl.errors import InputError
 from beingvl.report import vbpe as report_vbpe
-from beingvl.vbpe.visual_bpe import TokenGrid, VisualBPE, train_reference
 from beingvl.vbpe.published import LegacyVisualBPE
+from beingvl.vbpe.reference import TokenGrid, train_reference
+from beingvl.vbpe.visual_bpe import VisualBPE
 from tests.images.test_vqgan import make_images, make_janus
 
 
@@ -50,8 +53,13 @@ def test_measurements_equal_a_recount(vbpe, codes, tmp_path):
         for grid in grids:
             grid.apply(tuple(merge), 16 + rank)
         lengths.append(sum(len(grid.ids) for grid in grids))
-    assert report_vbpe.tokens_by_merges(sample).tolist() == pytest.approx([length / len(codes) for length in lengths])
-    assert sample.used.tolist() == np.bincount([i for grid in grids for i in grid.stream()], minlength=56).tolist()
+    assert report_vbpe.tokens_by_merges(sample).tolist() == pytest.approx(
+        [length / len(codes) for length in lengths]
+    )
+    assert (
+        sample.used.tolist()
+        == np.bincount([i for grid in grids for i in grid.stream()], minlength=56).tolist()
+    )
     for image, grid in enumerate(grids):
         owner = report_vbpe.owners(vbpe, sample.stream(image), 8, 8)
         anchors = sorted(grid.ids)
@@ -73,7 +81,9 @@ def test_page_is_self_contained_and_pictures_exist(vbpe, vq, tmp_path, given):
     text = (folder / "report.html").read_text()
     assert not re.search(r"<script|<link|(src|href)\s*=\s*['\"](?!data:|#)", text)
     files = {path.stem.split("-")[0] for path in folder.glob("*.png")}
-    assert files == {"largest", "shape", "sizes"} | ({"used", "example", "compression"} if "codes" in given else set())
+    assert files == {"largest", "shape", "sizes"} | (
+        {"used", "example", "compression"} if "codes" in given else set()
+    )
     for path in folder.glob("*.png"):
         assert Image.open(path).convert("RGB").getextrema() != ((255, 255),) * 3  # not blank
     assert text.count("<figure>") == 24 + len(report_vbpe.count_shapes(vbpe).most_common(24)) + (
@@ -82,10 +92,15 @@ def test_page_is_self_contained_and_pictures_exist(vbpe, vq, tmp_path, given):
 
 
 def test_the_legend_of_the_sizes_lies_above_the_bars(vbpe, tmp_path):
-    figure = report_vbpe.draw_charts(vbpe, report_vbpe.measure(vbpe, [tmp_path / "codes.npy"], 2000, 0))["sizes"]
+    figure = report_vbpe.draw_charts(
+        vbpe, report_vbpe.measure(vbpe, [tmp_path / "codes.npy"], 2000, 0)
+    )["sizes"]
     figure.draw_without_rendering()
     [axes] = figure.axes
-    assert axes.bbox.y1 <= axes.get_legend().get_window_extent().y0 and axes.get_legend().get_window_extent().y1 <= figure.bbox.y1
+    assert (
+        axes.bbox.y1 <= axes.get_legend().get_window_extent().y0
+        and axes.get_legend().get_window_extent().y1 <= figure.bbox.y1
+    )
 
 
 def test_borders_lie_between_tokens(vbpe, tmp_path):
@@ -136,6 +151,8 @@ def test_a_vqgan_without_decoder_is_refused(vbpe, tmp_path):
     from tests.images.test_vqgan import SIZES
 
     torch.manual_seed(0)
-    ChameleonVQVAE(ChameleonVQVAEConfig(**SIZES, resolution=32)).save_pretrained(tmp_path / "chameleon")
+    ChameleonVQVAE(ChameleonVQVAEConfig(**SIZES, resolution=32)).save_pretrained(
+        tmp_path / "chameleon"
+    )
     with pytest.raises(InputError, match="has no decoder, so it cannot show pixels"):
         report(tmp_path / "vbpe.json", "--vq", tmp_path / "chameleon")

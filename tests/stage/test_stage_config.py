@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from beingvl.artefact.manifest import Manifest
 from beingvl.data import loader
 from beingvl.errors import InputError
-from beingvl.artefact.manifest import Manifest
 from beingvl.stage import deepspeed_keys
 from beingvl.stage.deepspeed_keys import DEEPSPEED_KEYS
 from beingvl.stage.json_schema import SWITCH, Allowed, Schema
 from beingvl.stage.stage_config import BeingVLBlock, load_stage_config, parse_stage_config
-from beingvl.train.train_stage import SAME_RESULT, run_identity
+from beingvl.train.stage_run import SAME_RESULT, run_identity
 from tests.tiny import stage_fields
 
 NVME = {"device": "nvme", "nvme_path": "/nvme"}
@@ -40,7 +40,9 @@ def test_deepspeed_itself_accepts_every_shipped_configuration(path: Path) -> Non
 
 
 def test_the_published_recipe() -> None:
-    stages = [load_stage_config(path) for path in CONFIGS if path.stem in ("stage1", "stage2", "stage3")]
+    stages = [
+        load_stage_config(path) for path in CONFIGS if path.stem in ("stage1", "stage2", "stage3")
+    ]
     assert [stage.learning_rate for stage in stages] == [1e-3, 3e-5, 5e-5]
     assert [stage.beingvl.epochs for stage in stages] == [2, 3, 3]
     assert [stage.accumulation_steps(8) for stage in stages] == [2, 4, 4]
@@ -53,7 +55,9 @@ def test_the_published_recipe() -> None:
 
 
 def test_our_list_of_deepspeed_keys_is_deepspeeds() -> None:
-    """Every key we let through is spelt somewhere in DeepSpeed's configuration code, which accepts a typo silently."""
+    """Every key we let through is spelt somewhere in DeepSpeed's configuration code, which
+    accepts a typo silently.
+    """
     import deepspeed.runtime
 
     root = Path(deepspeed.runtime.__file__).parents[1]
@@ -68,8 +72,12 @@ def test_our_list_of_deepspeed_keys_is_deepspeeds() -> None:
     optimizer = DEEPSPEED_KEYS["optimizer"]
     assert isinstance(optimizer, Mapping)
     theirs = inspect.signature(torch.optim.AdamW).parameters
-    assert set(optimizer["params"]) - set(theirs) == {"torch_adam", "adam_w_mode"}, "the rest goes to torch's optimizer as it is"
-    for name in names_in({key: inside for key, inside in DEEPSPEED_KEYS.items() if key != "zero_optimization"}):
+    assert set(optimizer["params"]) - set(theirs) == {"torch_adam", "adam_w_mode"}, (
+        "the rest goes to torch's optimizer as it is"
+    )
+    for name in names_in(
+        {key: inside for key, inside in DEEPSPEED_KEYS.items() if key != "zero_optimization"}
+    ):
         assert name in source, name
 
 
@@ -101,20 +109,48 @@ def broken(path: str, value: object) -> dict:
         ("gradient_accumulation_steps", 2, "remove it"),
         ("fp16", {"enabled": True}, "use bf16"),
         ("optimizer.type", "Lion", "optimizer.type is 'Lion', expected one of"),
-        ("optimizer.params.torch_adam", False, "torch_adam is False, expected true: checkpoints restore"),
+        (
+            "optimizer.params.torch_adam",
+            False,
+            "torch_adam is False, expected true: checkpoints restore",
+        ),
         ("zero_optimization.stage", 4, "expected one of 0, 1, 2, 3"),
-        ("zero_optimization", {"stage": 3, "offload_param": {"device": "disk"}}, "device is 'disk', expected one of"),
-        ("zero_optimization", {"stage": 3, "offload_param": {"device": "nvme"}}, "nvme_path is None, expected a folder"),
+        (
+            "zero_optimization",
+            {"stage": 3, "offload_param": {"device": "disk"}},
+            "device is 'disk', expected one of",
+        ),
+        (
+            "zero_optimization",
+            {"stage": 3, "offload_param": {"device": "nvme"}},
+            "nvme_path is None, expected a folder",
+        ),
         (
             "zero_optimization",
             {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": ""}},
             "nvme_path is '', expected a f",
         ),
-        ("zero_optimization", {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/"}}, "higher stage than 2"),
-        ("zero_optimization", {"stage": 3, "offload_optimizer": {**NVME, "buffer_count": 3}}, "buffer_count is 3, .* at least 4"),
         (
             "zero_optimization",
-            {"stage": 3, "offload_optimizer": {**NVME, "pipeline_read": True, "pipeline_write": True, "buffer_count": 8}},
+            {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/"}},
+            "higher stage than 2",
+        ),
+        (
+            "zero_optimization",
+            {"stage": 3, "offload_optimizer": {**NVME, "buffer_count": 3}},
+            "buffer_count is 3, .* at least 4",
+        ),
+        (
+            "zero_optimization",
+            {
+                "stage": 3,
+                "offload_optimizer": {
+                    **NVME,
+                    "pipeline_read": True,
+                    "pipeline_write": True,
+                    "buffer_count": 8,
+                },
+            },
             "at least 12",
         ),
         (
@@ -127,7 +163,11 @@ def broken(path: str, value: object) -> dict:
             {"stage": 3, "offload_param": NVME, "max_reuse_distance": "auto"},
             "is 'auto', expected a whole number",
         ),
-        ("zero_optimization", {"stage": 3, "offload_optimizer": {**NVME, "ratio": 0.5}}, "unknown key .*offload_optimizer.ratio"),
+        (
+            "zero_optimization",
+            {"stage": 3, "offload_optimizer": {**NVME, "ratio": 0.5}},
+            "unknown key .*offload_optimizer.ratio",
+        ),
         (
             "zero_optimization",
             {"stage": 3, "offload_param": NVME, "prefetch_bucket_size": 1},
@@ -138,26 +178,58 @@ def broken(path: str, value: object) -> dict:
             {"stage": 3, "offload_param": NVME, "stage3_param_persistence_threshold": 1_000_000},
             "expected 200000 at most",
         ),
-        ("zero_optimization", {"stage": 2, "offload_param": {"device": "cpu"}}, "needs a higher stage than 2"),
+        (
+            "zero_optimization",
+            {"stage": 2, "offload_param": {"device": "cpu"}},
+            "needs a higher stage than 2",
+        ),
         ("train_batch_size", "auto", "expected a whole number, at least 1"),
-        ("bf16", {"enabled": True, "check_grad_overflow": False}, "check_grad_overflow is False, expected true: weights that"),
-        ("zero_optimization", {"stage": 3, "compute_grad_norm": False}, "compute_grad_norm is False, expected true: steps"),
+        (
+            "bf16",
+            {"enabled": True, "check_grad_overflow": False},
+            "check_grad_overflow is False, expected true: weights that",
+        ),
+        (
+            "zero_optimization",
+            {"stage": 3, "compute_grad_norm": False},
+            "compute_grad_norm is False, expected true: steps",
+        ),
         (
             "zero_optimization",
             {"stage": 3, "overlap_com": True},
             "unknown key zero_optimization.overlap_com; did you mean .*comm?",
         ),
-        ("zero_optimization", {"stage": 2, "cpu_offload": True}, "unknown key zero_optimization.cpu_offload"),
-        ("zero_optimization", {"stage": 3, "offload_param": {"devise": "cpu"}}, "mean zero_optimization.offload_param.device?"),
+        (
+            "zero_optimization",
+            {"stage": 2, "cpu_offload": True},
+            "unknown key zero_optimization.cpu_offload",
+        ),
+        (
+            "zero_optimization",
+            {"stage": 3, "offload_param": {"devise": "cpu"}},
+            "mean zero_optimization.offload_param.device?",
+        ),
         (
             "zero_optimization",
             {"stage": 2, "round_robin_gradients": True},
             "is True, expected false: with it DeepSpeed tells wrong",
         ),
-        ("zero_optimization", {"stage": 3, "zero_hpz_partition_size": 2}, "is 2, expected 1: its second copy"),
-        ("zero_optimization", {"stage": 3, "zero_quantized_weights": True}, "is True, expected false: weights must pass"),
+        (
+            "zero_optimization",
+            {"stage": 3, "zero_hpz_partition_size": 2},
+            "is 2, expected 1: its second copy",
+        ),
+        (
+            "zero_optimization",
+            {"stage": 3, "zero_quantized_weights": True},
+            "is True, expected false: weights must pass",
+        ),
         ("zero_optimization", 3, "expected an object"),
-        ("bf16", {"enabled": True, "bf16_master_weights_and_grads": True}, "masters and moments in float32"),
+        (
+            "bf16",
+            {"enabled": True, "bf16_master_weights_and_grads": True},
+            "masters and moments in float32",
+        ),
         ("seed", 1, "seed is beingvl.seed"),
         ("compile", {}, "not used here"),
         ("beingvl.log_every_steps", 0, "at least 1"),
@@ -171,13 +243,29 @@ def broken(path: str, value: object) -> dict:
         ("beingvl.trainable", [{"match": "x", "lr": 1}], r"unknown key beingvl.trainable\[0\].lr"),
         ("beingvl", [], "expected an object"),
         ("beingvl.epochs", math.nan, "a number above 0"),
-        ("beingvl.trainable", [{"match": "x", "train": "yes"}], r"trainable\[0\].train is 'yes', expected true or false"),
-        ("beingvl.trainable", [{"match": "x", "lr_multiplier": "2"}], r"\[0\].lr_multiplier is '2', expected a number"),
-        ("beingvl.trainable", [{"match": "x", "weight_decay": -1}], r"\[0\].weight_decay is -1, expected a number"),
+        (
+            "beingvl.trainable",
+            [{"match": "x", "train": "yes"}],
+            r"trainable\[0\].train is 'yes', expected true or false",
+        ),
+        (
+            "beingvl.trainable",
+            [{"match": "x", "lr_multiplier": "2"}],
+            r"\[0\].lr_multiplier is '2', expected a number",
+        ),
+        (
+            "beingvl.trainable",
+            [{"match": "x", "weight_decay": -1}],
+            r"\[0\].weight_decay is -1, expected a number",
+        ),
         ("beingvl.max_steps", 0, "at least 1"),
         ("beingvl.max_skipped_steps", 0, "at least 1"),
         ("beingvl.warmup_ratio", 2, "expected a number from 0 to 1"),
-        ("beingvl.sequence_length", 10**9, "sequence_length is 1000000000, expected .* at most 16777216"),
+        (
+            "beingvl.sequence_length",
+            10**9,
+            "sequence_length is 1000000000, expected .* at most 16777216",
+        ),
         ("beingvl.min_lr_ratio", 7, "expected a number from 0 to 1"),
         ("optimizer.params.lr", "1e-3", "lr is '1e-3', expected a number"),
         ("optimizer.params.eps", True, "expected a number from 0 to 1e"),
@@ -186,26 +274,66 @@ def broken(path: str, value: object) -> dict:
         ("optimizer.params.betas", [0.9], "two numbers from 0 to below 1"),
         ("optimizer.params.betas", [0.9, 1], "two numbers from 0 to below 1"),
         ("gradient_clipping", -1, "gradient_clipping is -1, expected a number"),
-        ("zero_optimization", {"stage": 3, "reduce_bucket_size": 0}, "expected a whole number of at least 1"),
-        ("zero_optimization", {"stage": 3, "sub_group_size": "1e8"}, "expected a whole number of at least 0"),
+        (
+            "zero_optimization",
+            {"stage": 3, "reduce_bucket_size": 0},
+            "expected a whole number of at least 1",
+        ),
+        (
+            "zero_optimization",
+            {"stage": 3, "sub_group_size": "1e8"},
+            "expected a whole number of at least 0",
+        ),
         ("bf16", {"enabled": "False"}, "bf16.enabled is 'False', expected true or false"),
-        ("optimizer.params.fused", "false", "optimizer.params.fused is 'false', expected true or false"),
-        ("zero_optimization", {"stage": 3, "overlap_comm": 1}, "zero_optimization.overlap_comm is 1, expected true or false"),
+        (
+            "optimizer.params.fused",
+            "false",
+            "optimizer.params.fused is 'false', expected true or false",
+        ),
+        (
+            "zero_optimization",
+            {"stage": 3, "overlap_comm": 1},
+            "zero_optimization.overlap_comm is 1, expected true or false",
+        ),
         (
             "zero_optimization",
             {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": "yes"}},
             "offload_optimizer.pin_memory is 'yes', expected true or false",
         ),
-        ("zero_optimization", {"stage": 3, "stage3_max_live_parameters": "auto"}, "is 'auto', expected a whole number"),
-        ("zero_optimization", {"stage": 3, "prefetch_bucket_size": 0.5}, "is 0.5, expected a whole number of at least 0"),
-        ("zero_optimization", {"stage": 3, "sub_group_size": math.inf}, "is inf, expected a whole number"),
+        (
+            "zero_optimization",
+            {"stage": 3, "stage3_max_live_parameters": "auto"},
+            "is 'auto', expected a whole number",
+        ),
+        (
+            "zero_optimization",
+            {"stage": 3, "prefetch_bucket_size": 0.5},
+            "is 0.5, expected a whole number of at least 0",
+        ),
+        (
+            "zero_optimization",
+            {"stage": 3, "sub_group_size": math.inf},
+            "is inf, expected a whole number",
+        ),
         ("aio", {"block_size": "1M"}, "aio.block_size is '1M', expected a whole number"),
         ("steps_per_print", 0, "steps_per_print is 0, expected a whole number of at least 1"),
-        ("timers", {"throughput": {"enabled": "no"}}, "timers.throughput.enabled is 'no', expected true or false"),
+        (
+            "timers",
+            {"throughput": {"enabled": "no"}},
+            "timers.throughput.enabled is 'no', expected true or false",
+        ),
         ("timers", {"throughput": False}, "timers.throughput is False, expected an object"),
         ("timers", {"throughput": {"enable": True}}, "did you mean timers.throughput.enabled"),
-        ("comms_logger", {"prof_ops": "all_reduce"}, "comms_logger.prof_ops is 'all_reduce', expected a list"),
-        ("zero_optimization", {"stage": 3, "offload_optimizer": []}, r"offload_optimizer is \[\], expected an object, or null"),
+        (
+            "comms_logger",
+            {"prof_ops": "all_reduce"},
+            "comms_logger.prof_ops is 'all_reduce', expected a list",
+        ),
+        (
+            "zero_optimization",
+            {"stage": 3, "offload_optimizer": []},
+            r"offload_optimizer is \[\], expected an object, or null",
+        ),
         ("communication_data_type", "int8", "communication_data_type is 'int8', expected one of"),
         ("train_batch_size", True, "expected a whole number"),
         ("beingvll", {}, "did you mean beingvl"),
@@ -226,53 +354,101 @@ def test_mistakes_are_named(path: str, value: object, message: str) -> None:
 
 
 def test_keys_of_zero_optimization_are_deepspeeds() -> None:
-    """Every key is one of DeepSpeed's, and what we hold to true or false, or to whole numbers, is so there."""
+    """Every key is one of DeepSpeed's, and what we hold to true or false, or to whole numbers,
+    is so there.
+    """
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
 
     fields = dict(DeepSpeedZeroConfig.model_fields)
     fields |= {field.alias: field for field in fields.values() if field.alias}
     for name, allowed in deepspeed_keys.ZERO_KEYS.items():
         assert name in fields, name
-        if isinstance(allowed, Allowed) and ("whole number of" in allowed.expected or allowed is SWITCH):
+        if isinstance(allowed, Allowed) and (
+            "whole number of" in allowed.expected or allowed is SWITCH
+        ):
             assert ("bool" in str(fields[name].annotation)) == (allowed is SWITCH), name
-    offload = {"offload_param": DeepSpeedZeroOffloadParamConfig, "offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig}
-    assert all(set(offload[key].model_fields) >= set(names) for key, names in deepspeed_keys.OFFLOAD_KEYS.items())
+    offload = {
+        "offload_param": DeepSpeedZeroOffloadParamConfig,
+        "offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+    }
+    assert all(
+        set(offload[key].model_fields) >= set(names)
+        for key, names in deepspeed_keys.OFFLOAD_KEYS.items()
+    )
 
 
 def test_null_is_no_offload() -> None:
     zero = {"stage": 3, "offload_param": None}
-    assert parse_stage_config(stage_fields() | {"zero_optimization": zero}, "stage.json").nvme_offloads == {}
+    assert (
+        parse_stage_config(stage_fields() | {"zero_optimization": zero}, "stage.json").nvme_offloads
+        == {}
+    )
 
 
 def test_what_may_change_a_sample_or_an_update_makes_another_run(monkeypatch) -> None:
-    """So a checkpoint of another trainable set, mixture or seed is never resumed; how often to save may change."""
-    other = {"trainable": [{"match": "visual_rows"}], "mixture": {"foundation": 1.0}, "max_steps": 7, "packing": False}
-    other |= {"loss_on": "all", "schedule": "constant", "mixture_by": "tokens", "activation_checkpointing": False}
-    other |= {"tensorboard": True, "background_save": True, "deterministic": True, "warmup_ratio": 0.1, "min_lr_ratio": 0.1}
+    """So a checkpoint of another trainable set, mixture or seed is never resumed; how often to
+    save may change.
+    """
+    other = {
+        "trainable": [{"match": "visual_rows"}],
+        "mixture": {"foundation": 1.0},
+        "max_steps": 7,
+        "packing": False,
+    }
+    other |= {
+        "loss_on": "all",
+        "schedule": "constant",
+        "mixture_by": "tokens",
+        "activation_checkpointing": False,
+    }
+    other |= {
+        "tensorboard": True,
+        "background_save": True,
+        "deterministic": True,
+        "warmup_ratio": 0.1,
+        "min_lr_ratio": 0.1,
+    }
 
     def identity(fields: dict) -> dict:
         nothing = Manifest("model", "", {}, {}, {})
         return run_identity(parse_stage_config(fields, "stage.json"), nothing, nothing, {})
 
     for entry in dataclasses.fields(BeingVLBlock):
-        value = other[entry.name] if entry.name in other else stage_fields()["beingvl"].get(entry.name, entry.default) + 1
+        value = (
+            other[entry.name]
+            if entry.name in other
+            else stage_fields()["beingvl"].get(entry.name, entry.default) + 1
+        )
         changed = identity(stage_fields(**{entry.name: value})) != identity(stage_fields())
         assert changed == (entry.name not in SAME_RESULT), entry.name
     for key in ("train_batch_size", "gradient_clipping"):
         assert identity(stage_fields() | {key: 8}) != identity(stage_fields())
-    orders = [stage_fields(mixture=mixture) for mixture in ({"a": 0.5, "b": 0.5}, {"b": 0.5, "a": 0.5})]
+    orders = [
+        stage_fields(mixture=mixture) for mixture in ({"a": 0.5, "b": 0.5}, {"b": 0.5, "a": 0.5})
+    ]
     assert identity(orders[0]) != identity(orders[1]), "samples are drawn in another order"
     before = identity(stage_fields())
     monkeypatch.setattr(loader, "PLAN_VERSION", 0)
-    assert identity(stage_fields()) != before, "a beingvl with another order of samples must not go on with this run"
+    assert identity(stage_fields()) != before, (
+        "a beingvl with another order of samples must not go on with this run"
+    )
 
 
 def test_overrides(tmp_path) -> None:
     path = tmp_path / "stage.json"
     path.write_text(json.dumps(stage_fields()))
-    config = load_stage_config(path, ["beingvl.epochs=0.5", "optimizer.params.lr=0.1", "beingvl.loss_on=all"])
-    assert (config.beingvl.epochs, config.learning_rate, config.beingvl.loss_on) == (0.5, 0.1, "all")
+    config = load_stage_config(
+        path, ["beingvl.epochs=0.5", "optimizer.params.lr=0.1", "beingvl.loss_on=all"]
+    )
+    assert (config.beingvl.epochs, config.learning_rate, config.beingvl.loss_on) == (
+        0.5,
+        0.1,
+        "all",
+    )
     with pytest.raises(InputError, match="KEY=VALUE"):
         load_stage_config(path, ["beingvl.epochs"])
     with pytest.raises(InputError, match="not an object"):

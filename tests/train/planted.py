@@ -19,7 +19,9 @@ def cut_gradient(engine: Any) -> Any:
 
 
 def poison(model: Path, target: Path, token_id: int) -> Path:
-    """The model with an infinite embedding row: every sample that holds the token gives a loss that is not finite."""
+    """The model with an infinite embedding row: every sample that holds the token gives a loss
+    that is not finite.
+    """
     tensors = load_file(model / "model.safetensors")
     tensors["model.embed_tokens.weight"][token_id] = float("inf")
     start_folder(target, "model")

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beingvl.errors import InputError
 from beingvl.artefact.manifest import read_manifest
+from beingvl.errors import InputError
 from beingvl.train import checkpoint
 from beingvl.train.checkpoint import (
     CheckpointState,
@@ -36,7 +36,9 @@ def values(name: str, key: str) -> torch.Tensor:
 
 
 def meet(num_ranks: int, work) -> list:
-    """`work(rank, gather)` in a thread a rank, with a `gather` that waits for all; results or errors, in rank order."""
+    """`work(rank, gather)` in a thread a rank, with a `gather` that waits for all; results or
+    errors, in rank order.
+    """
     values, barrier = [None] * num_ranks, threading.Barrier(num_ranks)
 
     def gather(rank, value):
@@ -47,15 +49,24 @@ def meet(num_ranks: int, work) -> list:
         return everything
 
     with ThreadPoolExecutor(num_ranks) as pool:
-        futures = [pool.submit(work, rank, lambda value, rank=rank: gather(rank, value)) for rank in range(num_ranks)]
+        futures = [
+            pool.submit(work, rank, lambda value, rank=rank: gather(rank, value))
+            for rank in range(num_ranks)
+        ]
     return [future.exception() or future.result() for future in futures]
 
 
 def write(output, step: int, cuts: list[float]):
     """What ranks write, a thread each, whose slices end at `cuts`."""
-    borders = {name: [0, *(round(cut * size_of(name)) for cut in sorted(cuts)), size_of(name)] for name in SHAPES}
+    borders = {
+        name: [0, *(round(cut * size_of(name)) for cut in sorted(cuts)), size_of(name)]
+        for name in SHAPES
+    }
     spans = {name: [list(pair) for pair in itertools.pairwise(borders[name])] for name in SHAPES}
-    parameters = {name: {"shape": list(shape), "spans": spans[name], "adam_steps": 1} for name, shape in SHAPES.items()}
+    parameters = {
+        name: {"shape": list(shape), "spans": spans[name], "adam_steps": 1}
+        for name, shape in SHAPES.items()
+    }
     num_ranks = len(cuts) + 1
     state = CheckpointState(step, step, num_ranks, {"seed": 0, "lineage": {}}, parameters)
     folder = checkpoint.checkpoint_folder(output, step)
@@ -72,36 +83,55 @@ def write(output, step: int, cuts: list[float]):
 
 @given(st.lists(st.floats(0, 1), max_size=3), st.floats(0, 1), st.floats(0, 1))
 @settings(max_examples=16, deadline=None)
-def test_any_range_is_read_however_the_ranks_had_cut_it(tmp_path_factory, cuts, first: float, last: float) -> None:
+def test_any_range_is_read_however_the_ranks_had_cut_it(
+    tmp_path_factory, cuts, first: float, last: float
+) -> None:
     folder, state = write(tmp_path_factory.mktemp("run"), 1, cuts)
     assert read_state(folder) == state
     with StateReader(folder) as reader:
         for name in SHAPES:
             start, stop = sorted((round(first * size_of(name)), round(last * size_of(name))))
             for key in KEYS:
-                assert torch.equal(reader.fetch(name, key, start, stop), values(name, key)[start:stop])
+                assert torch.equal(
+                    reader.fetch(name, key, start, stop), values(name, key)[start:stop]
+                )
         assert torch.equal(reader.master("a"), values("a", "master").view(3, 5))
 
 
-def test_only_finished_checkpoints_count_and_old_ones_go_with_what_killed_saves_left(tmp_path) -> None:
+def test_only_finished_checkpoints_count_and_old_ones_go_with_what_killed_saves_left(
+    tmp_path,
+) -> None:
     for step in (1, 2, 3, 4, 5):
         write(tmp_path, step, [0.5])
     for step in (2, 5):  # the last one may be being written
         (checkpoint.checkpoint_folder(tmp_path, step) / "manifest.json").unlink()
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000001", "step-00000003", "step-00000004"]
+    assert [path.name for path in complete_checkpoints(tmp_path)] == [
+        "step-00000001",
+        "step-00000003",
+        "step-00000004",
+    ]
     checkpoint.delete_old_checkpoints(tmp_path, keep_last=2)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step-0000000{step}" for step in (3, 4, 5)]
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        f"step-0000000{step}" for step in (3, 4, 5)
+    ]
+    assert [path.name for path in complete_checkpoints(tmp_path)] == [
+        "step-00000003",
+        "step-00000004",
+    ]
 
 
-def test_a_copy_that_somebody_made_beside_the_checkpoints_is_neither_taken_nor_deleted(tmp_path) -> None:
+def test_a_copy_that_somebody_made_beside_the_checkpoints_is_neither_taken_nor_deleted(
+    tmp_path,
+) -> None:
     for step in (1, 2, 3):
         folder, _ = write(tmp_path, step, [0.5])
         shutil.copytree(folder, folder.with_name(f"{folder.name}-copy"))
     checkpoint.delete_old_checkpoints(tmp_path, keep_last=1, keep_every=5)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000003"]
     left = [f"step-0000000{step}-copy" for step in (1, 2, 3)]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted([*left, "step-00000003"])
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted(
+        [*left, "step-00000003"]
+    )
 
 
 def test_a_checkpoint_holds_nothing_of_a_save_of_the_same_step_that_was_killed(tmp_path) -> None:
@@ -113,16 +143,26 @@ def test_a_checkpoint_holds_nothing_of_a_save_of_the_same_step_that_was_killed(t
     assert {path.name for path in folder.iterdir()} == {*expected, "manifest.json"}
 
 
-def test_a_slice_is_written_in_pieces_that_are_waited_for_and_tell_of_themselves(tmp_path, monkeypatch) -> None:
+def test_a_slice_is_written_in_pieces_that_are_waited_for_and_tell_of_themselves(
+    tmp_path, monkeypatch
+) -> None:
     """3 and 7 elements in pieces of 2, of which every second fills what may wait for the disk."""
     tensors = {"a": torch.arange(3.0), "b": torch.arange(7.0)}
     sizes = {name: tensor.numel() for name, tensor in tensors.items()}
-    whole = checkpoint._write_slices(tmp_path / "whole.safetensors", sizes, tensors.items(), lambda: None)[1]
+    whole = checkpoint._write_slices(
+        tmp_path / "whole.safetensors", sizes, tensors.items(), lambda: None
+    )[1]
     told, flushed, fsync = [], [], checkpoint.os.fsync
     monkeypatch.setattr(checkpoint, "FLUSH_BYTES", 8)
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda number: flushed.append(os.fstat(number).st_size) or fsync(number))
+    monkeypatch.setattr(
+        checkpoint.os,
+        "fsync",
+        lambda number: flushed.append(os.fstat(number).st_size) or fsync(number),
+    )
     path = tmp_path / "pieces.safetensors"
-    assert checkpoint._write_slices(path, sizes, tensors.items(), lambda: told.append(1))[1] == whole
+    assert (
+        checkpoint._write_slices(path, sizes, tensors.items(), lambda: told.append(1))[1] == whole
+    )
     assert path.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     size = path.stat().st_size
     assert len(told) == 2 + 4 and [size - done for done in flushed] == [32, 20, 12, 4, 0]
@@ -151,7 +191,10 @@ def test_a_cut_off_file_is_named_with_the_older_checkpoint_that_is_whole(tmp_pat
     path = folder / "rank-00001-of-00002.safetensors"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-4])
-    found = f"has {size - 4} bytes, manifest.json says {size}; remove .*step-00000003 to go on from step-00000002"
+    found = (
+        f"has {size - 4} bytes, manifest.json says {size}; remove .*step-00000003 to "
+        "go on from step-00000002"
+    )
     with pytest.raises(InputError, match=rf"{path.name} is missing or damaged: it {found}"):
         StateReader(folder)
     (tmp_path / "checkpoints" / "step-00000002" / "manifest.json").unlink()
@@ -163,12 +206,17 @@ def test_a_cut_off_file_is_named_with_the_older_checkpoint_that_is_whole(tmp_pat
 def test_spans_that_leave_elements_out_give_no_memory_that_nobody_wrote(tmp_path, spans) -> None:
     folder, state = write(tmp_path, 1, [4 / 7])
     state.parameters["b"]["spans"] = spans
-    with StateReader(folder, state) as reader, pytest.raises(InputError, match="do not give the elements 0 … 7"):
+    with (
+        StateReader(folder, state) as reader,
+        pytest.raises(InputError, match="do not give the elements 0 … 7"),
+    ):
         reader.fetch("b", "master", 0, 7)
 
 
 def test_all_ranks_take_the_newest_checkpoint_that_any_of_them_sees(tmp_path) -> None:
-    """Rank 0 sees an older listing for a while, rank 1 none at all: the run must not go back to what they see, or begin anew."""
+    """Rank 0 sees an older listing for a while, rank 1 none at all: the run must not go back to
+    what they see, or begin anew.
+    """
     views = [tmp_path / name for name in ("a", "b", "c")]
     for view, steps in zip(views, ([1, 2], [], [1, 2, 3]), strict=True):
         for step in steps:
@@ -182,18 +230,29 @@ def test_all_ranks_take_the_newest_checkpoint_that_any_of_them_sees(tmp_path) ->
     assert meet(3, late) == ["step-00000003"] * 3
     write(views[1], 1, [])
     assert (
-        meet(3, lambda rank, gather: checkpoint.agree_on_newest(views[rank], gather, 0, before_step=2).name)
+        meet(
+            3,
+            lambda rank, gather: (
+                checkpoint.agree_on_newest(views[rank], gather, 0, before_step=2).name
+            ),
+        )
         == ["step-00000001"] * 3
     )
-    assert meet(2, lambda rank, gather: checkpoint.agree_on_newest(tmp_path / "none", gather, 0)) == [None, None]
+    assert meet(
+        2, lambda rank, gather: checkpoint.agree_on_newest(tmp_path / "none", gather, 0)
+    ) == [None, None]
 
 
 def test_ranks_that_never_see_it_are_named_on_all_ranks(tmp_path) -> None:
     write(tmp_path / "0", 1, [])
-    errors = meet(3, lambda rank, gather: checkpoint.agree_on_newest(tmp_path / str(rank), gather, 0.3))
+    errors = meet(
+        3, lambda rank, gather: checkpoint.agree_on_newest(tmp_path / str(rank), gather, 0.3)
+    )
     assert all(isinstance(error, TrainingError) for error in errors)
     assert {str(error).partition(" cannot see ")[0] for error in errors} == {"rank 1, 2"}
-    assert all("which rank 0 sees; all hosts need the same output folder" in str(error) for error in errors)
+    assert all(
+        "which rank 0 sees; all hosts need the same output folder" in str(error) for error in errors
+    )
 
 
 def test_every_nth_checkpoint_stays(tmp_path) -> None:
@@ -212,11 +271,15 @@ def test_a_rank_that_cannot_write_stops_all_and_leaves_older_checkpoints(tmp_pat
         return [value, (None, "rank 1: No space left on device")]
 
     with pytest.raises(SaveError, match=r"could not be written.*rank 1: No space left"):
-        checkpoint.CheckpointWriter(0, gather_with_a_full_disk).begin(new, state, tensors.items(), lambda folder: None)
+        checkpoint.CheckpointWriter(0, gather_with_a_full_disk).begin(
+            new, state, tensors.items(), lambda folder: None
+        )
     assert complete_checkpoints(tmp_path) == [folder] and not new.exists()
 
 
-def test_what_is_begun_counts_only_when_it_is_committed_and_the_next_one_commits_it(tmp_path) -> None:
+def test_what_is_begun_counts_only_when_it_is_committed_and_the_next_one_commits_it(
+    tmp_path,
+) -> None:
     folder, state = write(tmp_path, 1, [])
     tensors = {f"{n}.{k}": values(n, k) for n in SHAPES for k in KEYS}
     writer = checkpoint.CheckpointWriter(0, lambda value: [value])
@@ -239,7 +302,9 @@ def test_a_thread_that_cannot_write_stops_the_run_when_it_commits(tmp_path) -> N
     tensors = {f"{n}.{k}": values(n, k) for n in SHAPES for k in KEYS}
 
     def gather(value):
-        (new / checkpoint.rank_file(0, 1) / "x").mkdir(parents=True, exist_ok=True)  # a folder where the file should be
+        (new / checkpoint.rank_file(0, 1) / "x").mkdir(
+            parents=True, exist_ok=True
+        )  # a folder where the file should be
         return [value]
 
     writer = checkpoint.CheckpointWriter(0, gather)

@@ -1,4 +1,6 @@
-"""Exporting a checkpoint: the probe decides before the folder is finished, and inputs are never touched."""
+"""Exporting a checkpoint: the probe decides before the folder is finished, and inputs are never
+touched.
+"""
 
 import json
 from pathlib import Path
@@ -7,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from beingvl.commands.main import main
 from beingvl.artefact.manifest import hash_file, is_complete, read_manifest, verify_folder
+from beingvl.commands.main import main
 from beingvl.model.weight_files import WeightFolder
 from beingvl.train.checkpoint import CheckpointState, CheckpointWriter, rank_file
 from beingvl.train.probe import PROBE_FILE, Probe, compare_logits, save_probe
@@ -21,7 +23,16 @@ TRAINED = "model.norm.weight"
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     llama, vq = write_base_model(folder / "llama", "llama", "sharded"), write_vqgan(folder / "vq")
-    options = ["--llama_path", llama, "--being_vq_path", vq, "--num_merges", 0, "--output_path", folder / "base"]
+    options = [
+        "--llama_path",
+        llama,
+        "--being_vq_path",
+        vq,
+        "--num_merges",
+        0,
+        "--output_path",
+        folder / "base",
+    ]
     assert main(["convert", *map(str, options)]) == 0
     return folder / "base"
 
@@ -37,7 +48,9 @@ def checkpoint(tmp_path, base) -> Path:
         logits = model(probe.input_ids[None], use_cache=False).logits[0, probe.positions]
     manifest = read_manifest(base)
     identity = {"start_model": manifest.content_hash, "lineage": manifest.lineage, "bf16": None}
-    parameters = {TRAINED: {"shape": list(weights.shape), "spans": [[0, len(weights)]], "adam_steps": 1}}
+    parameters = {
+        TRAINED: {"shape": list(weights.shape), "spans": [[0, len(weights)]], "adam_steps": 1}
+    }
     folder = tmp_path / "stage" / "checkpoints" / "step-00000003"
     state = CheckpointState(3, 3, 1, identity, parameters)
     slices = {f"{TRAINED}.{key}": weights.clone() for key in ("master", "exp_avg", "exp_avg_sq")}
@@ -52,7 +65,11 @@ def export(*arguments: object) -> int:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): hash_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hash_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def other_probe(checkpoint: Path) -> None:
@@ -61,7 +78,12 @@ def other_probe(checkpoint: Path) -> None:
 
 
 def test_a_checkpoint_becomes_a_finished_folder(tmp_path, base, checkpoint, capsys):
-    assert export("--model", base, "--checkpoint", tmp_path / "stage", "--output_path", tmp_path / "out") == 0
+    assert (
+        export(
+            "--model", base, "--checkpoint", tmp_path / "stage", "--output_path", tmp_path / "out"
+        )
+        == 0
+    )
     assert "the same model" in capsys.readouterr().out
     verify_folder(tmp_path / "out")
     assert torch.equal(WeightFolder(tmp_path / "out")[TRAINED], WeightFolder(base)[TRAINED] * 2)
@@ -69,9 +91,20 @@ def test_a_checkpoint_becomes_a_finished_folder(tmp_path, base, checkpoint, caps
 
 
 @pytest.mark.parametrize("output_format", ["hf", "being-vl-0.5"])
-def test_another_answer_to_the_probe_leaves_no_finished_folder(tmp_path, base, checkpoint, output_format, capsys):
+def test_another_answer_to_the_probe_leaves_no_finished_folder(
+    tmp_path, base, checkpoint, output_format, capsys
+):
     other_probe(checkpoint)
-    arguments = ["--model", base, "--checkpoint", checkpoint, "--format", output_format, "--output_path", tmp_path / "out"]
+    arguments = [
+        "--model",
+        base,
+        "--checkpoint",
+        checkpoint,
+        "--format",
+        output_format,
+        "--output_path",
+        tmp_path / "out",
+    ]
     assert export(*arguments) == 1
     assert "NOT the model that was trained" in capsys.readouterr().err
     assert not is_complete(tmp_path / "out") and main(["verify", str(tmp_path / "out")]) == 2
@@ -80,20 +113,27 @@ def test_another_answer_to_the_probe_leaves_no_finished_folder(tmp_path, base, c
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"), [("no probe", "probe.safetensors is missing"), ("truncated", "is missing or damaged: it has")]
+    ("damage", "message"),
+    [("no probe", "probe.safetensors is missing"), ("truncated", "is missing or damaged: it has")],
 )
-def test_a_damaged_checkpoint_is_named_before_anything_is_written(tmp_path, base, checkpoint, damage, message, capsys):
+def test_a_damaged_checkpoint_is_named_before_anything_is_written(
+    tmp_path, base, checkpoint, damage, message, capsys
+):
     if damage == "no probe":
         (checkpoint / PROBE_FILE).unlink()
     else:
         path = checkpoint / rank_file(0, 1)
         path.write_bytes(path.read_bytes()[:-5])
-    assert export("--model", base, "--checkpoint", checkpoint, "--output_path", tmp_path / "out") == 2
+    assert (
+        export("--model", base, "--checkpoint", checkpoint, "--output_path", tmp_path / "out") == 2
+    )
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("what", ["itself", "symbolic link", "inside", "around", "the checkpoint", "published"])
+@pytest.mark.parametrize(
+    "what", ["itself", "symbolic link", "inside", "around", "the checkpoint", "published"]
+)
 def test_inputs_are_never_the_target(tmp_path, base, checkpoint, what, capsys):
     (tmp_path / "link").symlink_to(base)
     target = {
@@ -118,13 +158,28 @@ def test_files_of_another_model_are_refused_and_do_not_survive(tmp_path, base, c
     assert export(*arguments) == 2
     assert "exists and holds files" in capsys.readouterr().err
     assert export(*arguments, "--overwrite") == 0
-    assert "stale" not in [path.read_text() for path in target.rglob("*") if path.is_file() and path.stat().st_size == 5]
-    assert not (target / "model.safetensors").exists() and json.loads((target / "model.safetensors.index.json").read_text())
+    assert "stale" not in [
+        path.read_text()
+        for path in target.rglob("*")
+        if path.is_file() and path.stat().st_size == 5
+    ]
+    assert not (target / "model.safetensors").exists() and json.loads(
+        (target / "model.safetensors.index.json").read_text()
+    )
 
 
-def test_the_disk_is_checked_before_an_older_folder_is_removed(tmp_path, base, checkpoint, capsys, monkeypatch):
+def test_the_disk_is_checked_before_an_older_folder_is_removed(
+    tmp_path, base, checkpoint, capsys, monkeypatch
+):
     ours = ["--model", base, "--checkpoint", checkpoint, "--output_path", tmp_path / "ours"]
-    published = ["--model", base, "--format", "being-vl-0.5", "--output_path", tmp_path / "published"]
+    published = [
+        "--model",
+        base,
+        "--format",
+        "being-vl-0.5",
+        "--output_path",
+        tmp_path / "published",
+    ]
     assert export(*ours) == 0 and export(*published) == 0
     before = snapshot(tmp_path / "ours"), snapshot(tmp_path / "published")
     from beingvl.model import weight_files
@@ -136,7 +191,10 @@ def test_the_disk_is_checked_before_an_older_folder_is_removed(tmp_path, base, c
         assert "are to be written" in capsys.readouterr().err
     assert (snapshot(tmp_path / "ours"), snapshot(tmp_path / "published")) == before
     assert export(*published[:-1], tmp_path / "ours", "--overwrite") == 2
-    assert "holds 'model', which a step that writes 'published_model' does not replace" in capsys.readouterr().err
+    assert (
+        "holds 'model', which a step that writes 'published_model' does not replace"
+        in capsys.readouterr().err
+    )
 
 
 def test_padding_rows_are_not_compared_and_fewer_rows_are_another_model():

@@ -1,4 +1,6 @@
-"""Validation, replay, carried moments, checkpoints by the clock, Weights & Biases: each in one rank without a launcher."""
+"""Validation, replay, carried moments, checkpoints by the clock, Weights & Biases: each in one
+rank without a launcher.
+"""
 
 import json
 import shutil
@@ -15,9 +17,9 @@ from beingvl.commands.main import main
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.evaluation.evaluate import read_summary
 from beingvl.model.weight_files import WeightFolder
+from beingvl.stage.stage_config import load_stage_config
 from beingvl.train.checkpoint import StateReader, complete_checkpoints, step_of
 from beingvl.train.metrics import VALIDATION_FILE, MetricsWriter, read_metrics
-from beingvl.stage.stage_config import load_stage_config
 from tests.launcher import ENVIRONMENT, free_port, log_of, run
 from tests.plain_torch import train_plain
 from tests.tiny import stage_fields, write_inputs, write_shards
@@ -25,15 +27,37 @@ from tests.tiny import stage_fields, write_inputs, write_shards
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    folder = write_inputs(tmp_path_factory.mktemp("extras"), all=stage_fields(checkpoint_every_steps=2, keep_last=9))
+    folder = write_inputs(
+        tmp_path_factory.mktemp("extras"), all=stage_fields(checkpoint_every_steps=2, keep_last=9)
+    )
     write_shards(folder / "held-out", num_samples=13, seed=9)
     return folder
 
 
-def train(work: Path, name: str, *more: str, model: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
-    places = ["--model", str(model or work / "base"), "--data", str(work / "shards"), "--output", str(work / name)]
-    command = [sys.executable, "-m", "beingvl", "train", "--deepspeed_config", str(work / "all.json"), *places, *more]
-    return subprocess.run(command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=300)
+def train(
+    work: Path, name: str, *more: str, model: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess:
+    places = [
+        "--model",
+        str(model or work / "base"),
+        "--data",
+        str(work / "shards"),
+        "--output",
+        str(work / name),
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "beingvl",
+        "train",
+        "--deepspeed_config",
+        str(work / "all.json"),
+        *places,
+        *more,
+    ]
+    return subprocess.run(
+        command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +66,22 @@ def plain_run(work) -> Path:
     done = train(work, "plain", TORCH_EXTENSIONS_DIR=str(extensions))
     assert done.returncode == 0, done.stderr
     assert not extensions.exists()  # nothing is compiled on CPU ranks
-    assert "memory of rank 0: predicted" in done.stdout and "time of the logged steps: predicted" in done.stdout
+    assert (
+        "memory of rank 0: predicted" in done.stdout
+        and "time of the logged steps: predicted" in done.stdout
+    )
     return work / "plain"
 
 
-def test_a_port_that_is_taken_is_named_and_without_a_launcher_none_is_needed(work, plain_run) -> None:
+def test_a_port_that_is_taken_is_named_and_without_a_launcher_none_is_needed(
+    work, plain_run
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = train(work, "taken", MASTER_PORT=port)
-    assert done.returncode == 2 and f"ranks cannot meet at 127.0.0.1:{port}" in done.stderr, done.stderr
+    assert done.returncode == 2 and f"ranks cannot meet at 127.0.0.1:{port}" in done.stderr, (
+        done.stderr
+    )
     assert "MASTER_PORT" not in ENVIRONMENT  # as `plain_run` started
 
 
@@ -62,24 +93,45 @@ def test_validation_counts_every_held_out_sample_once_and_changes_nothing(work, 
     for name, tensor in dict(WeightFolder(work / "validated" / "final")).items():
         assert torch.equal(tensor, expected[name]), name
     rows = read_metrics(work / "validated", VALIDATION_FILE)
-    assert [row["step"] for row in rows] == [row["step"] for row in read_metrics(plain_run) if row["step"] % 2 == 0]
+    assert [row["step"] for row in rows] == [
+        row["step"] for row in read_metrics(plain_run) if row["step"] % 2 == 0
+    ]
     assert {"validation/loss/source/foundation", "validation/loss/source/reasoning"} <= set(rows[0])
-    logged = read_metrics(work / "validated")  # validation comes after the line of its step, so its time is in the next one
-    assert [row.get("seconds_validation", 0) > 0 for row in logged] == [False] + [True] * (len(logged) - 1)
+    logged = read_metrics(
+        work / "validated"
+    )  # validation comes after the line of its step, so its time is in the next one
+    assert [row.get("seconds_validation", 0) > 0 for row in logged] == [False] + [True] * (
+        len(logged) - 1
+    )
     last = rows[-1]
-    assert last["step"] == read_metrics(plain_run)[-1]["step"], "the finished model is the one that was validated last"
-    assert last["validation/loss"] == pytest.approx(stock_loss(work / "validated" / "final", work / "held-out"), rel=1e-5)
+    assert last["step"] == read_metrics(plain_run)[-1]["step"], (
+        "the finished model is the one that was validated last"
+    )
+    assert last["validation/loss"] == pytest.approx(
+        stock_loss(work / "validated" / "final", work / "held-out"), rel=1e-5
+    )
     assert_evaluate_agrees(work, last)
 
 
 def assert_evaluate_agrees(work: Path, validation: dict) -> None:
-    """`beingvl evaluate --data` on the finished model says what the last validation of its training said."""
-    where = ["--model", str(work / "validated" / "final"), "--data", str(work / "held-out"), "--output_path", str(work / "eval")]
+    """`beingvl evaluate --data` on the finished model says what the last validation of its
+    training said.
+    """
+    where = [
+        "--model",
+        str(work / "validated" / "final"),
+        "--data",
+        str(work / "held-out"),
+        "--output_path",
+        str(work / "eval"),
+    ]
     assert main(["evaluate", *where, "--device", "cpu"]) == 0
     scores = read_summary(work / "eval")
     for group in ("sources", "kinds"):
         for name, entry in scores[group].items():
-            assert entry["loss"] == pytest.approx(validation[f"validation/loss/{group[:-1]}/{name}"], rel=1e-6)
+            assert entry["loss"] == pytest.approx(
+                validation[f"validation/loss/{group[:-1]}/{name}"], rel=1e-6
+            )
     assert scores["scores"]["loss"] == pytest.approx(validation["validation/loss"], rel=1e-6)
 
 
@@ -93,7 +145,9 @@ def stock_loss(model_folder: Path, shards_folder: Path) -> float:
     for index in range(len(shards)):
         targets = torch.from_numpy(shifted_targets(shards[index], shards.layout))
         with torch.no_grad():
-            logits = model(torch.from_numpy(shards[index].input_ids.astype("int64"))[None]).logits[0]
+            logits = model(torch.from_numpy(shards[index].input_ids.astype("int64"))[None]).logits[
+                0
+            ]
         total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
         count += int((targets >= 0).sum())
     return total / count
@@ -110,8 +164,15 @@ def test_replay_shows_the_samples_of_a_step_and_finds_its_loss(work, plain_run) 
     done = train(work, "plain", "--replay", "3")  # the checkpoint after step 2 is there
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("  loss "))
-    assert float(line.split()[1]) == pytest.approx(logged[3], rel=1e-5) and f"logged {logged[3]:.6f}" in line
-    assert "steps too old" not in done.stdout and "=> " in done.stdout and "image tokens>" in done.stdout
+    assert (
+        float(line.split()[1]) == pytest.approx(logged[3], rel=1e-5)
+        and f"logged {logged[3]:.6f}" in line
+    )
+    assert (
+        "steps too old" not in done.stdout
+        and "=> " in done.stdout
+        and "image tokens>" in done.stdout
+    )
     far = train(work, "plain", "--replay", "4")
     assert "with the weights after step 2, 1 steps too old" in far.stdout
     assert sorted(path.name for path in plain_run.rglob("*")) == before
@@ -119,46 +180,76 @@ def test_replay_shows_the_samples_of_a_step_and_finds_its_loss(work, plain_run) 
 
 
 def test_a_replay_of_several_ranks_gives_up_on_one_that_never_comes(work, plain_run) -> None:
-    done = train(work, "plain", "--replay", "3", "--set", "beingvl.stall_timeout_seconds=4", RANK="0", WORLD_SIZE="2")
-    assert done.returncode == 1 and "no progress for 4 s: rank 1 has not started" in done.stderr, done.stderr
+    done = train(
+        work,
+        "plain",
+        "--replay",
+        "3",
+        "--set",
+        "beingvl.stall_timeout_seconds=4",
+        RANK="0",
+        WORLD_SIZE="2",
+    )
+    assert done.returncode == 1 and "no progress for 4 s: rank 1 has not started" in done.stderr, (
+        done.stderr
+    )
     assert not (plain_run / "ranks").exists()  # these are the run's
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_moments_of_surviving_tensors_can_be_carried_over(work, plain_run, stage: int) -> None:
-    """One more update from carried moments: exp_avg = 0.9 old + 0.1 gradient, so it differs from 0.1 gradient by 0.9 old.
+    """One more update from carried moments: exp_avg = 0.9 old + 0.1 gradient, so it differs from
+    0.1 gradient by 0.9 old.
 
     Two ranks carry over what one rank had.
     """
     settings = [f"zero_optimization.stage={stage}", "beingvl.max_steps=1"]
     for name, more in (("fresh", []), ("carried", ["--carry_moments"])):
         output = work / f"{name}-{stage}"
-        assert run(2, work / "all.json", plain_run, work / "shards", output, *settings, *more) == 0, log_of(output)
+        assert (
+            run(2, work / "all.json", plain_run, work / "shards", output, *settings, *more) == 0
+        ), log_of(output)
         assert ("optimizer moments carried over" in log_of(output)) == (name == "carried")
     old = StateReader(complete_checkpoints(plain_run)[-1])
-    fresh, carried = (StateReader(complete_checkpoints(work / f"{name}-{stage}")[-1]) for name in ("fresh", "carried"))
+    fresh, carried = (
+        StateReader(complete_checkpoints(work / f"{name}-{stage}")[-1])
+        for name in ("fresh", "carried")
+    )
     for name, entry in carried.state.parameters.items():
         assert entry["adam_steps"] == old.state.parameters[name]["adam_steps"] + 1
         assert fresh.state.parameters[name]["adam_steps"] == 1
         size = torch.Size(entry["shape"]).numel()
-        before, without, found = (reader.fetch(name, "exp_avg", 0, size) for reader in (old, fresh, carried))
+        before, without, found = (
+            reader.fetch(name, "exp_avg", 0, size) for reader in (old, fresh, carried)
+        )
         torch.testing.assert_close(found, 0.9 * before + without, rtol=1e-4, atol=1e-7)
 
 
 def test_two_ranks_go_on_where_one_rank_was_and_one_where_two_were(work, plain_run) -> None:
-    """Same samples, so the same losses; at the end the same weights and moments, up to rounding. Writing in the background."""
+    """Same samples, so the same losses; at the end the same weights and moments, up to rounding.
+    Writing in the background.
+    """
     output = work / "one-to-two"
     for checkpoint in complete_checkpoints(plain_run):
         if step_of(checkpoint) <= 2:
             shutil.copytree(checkpoint, output / "checkpoints" / checkpoint.name)
     shutil.copy(plain_run / "metrics.jsonl", output)
     settings = ["beingvl.background_save=true", "beingvl.checkpoint_every_steps=1"]
-    assert run(2, work / "all.json", work / "base", work / "shards", output, *settings) == 0, log_of(output)
+    assert run(2, work / "all.json", work / "base", work / "shards", output, *settings) == 0, (
+        log_of(output)
+    )
     expected = [row["loss"] for row in read_metrics(plain_run)]
     assert [row["loss"] for row in read_metrics(output)] == pytest.approx(expected, rel=1e-5)
-    assert [step_of(path) for path in complete_checkpoints(output)] == list(range(2, len(expected) + 1))
+    assert [step_of(path) for path in complete_checkpoints(output)] == list(
+        range(2, len(expected) + 1)
+    )
     assert_ends_as(output, plain_run, num_ranks=2)
-    for folder in (*complete_checkpoints(output)[-2:], output / "final"):  # as if killed two steps before the end
+    for folder in (
+        *complete_checkpoints(output)[-2:],
+        output / "final",
+    ):  # as if killed two steps before the end
         (folder / "manifest.json").unlink()
     done = train(work, output.name)
     assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
@@ -167,13 +258,21 @@ def test_two_ranks_go_on_where_one_rank_was_and_one_where_two_were(work, plain_r
 
 
 def assert_ends_as(output: Path, reference: Path, num_ranks: int) -> None:
-    """The last checkpoint, of `num_ranks` ranks, has the weights and moments of a run of one rank."""
-    with StateReader(complete_checkpoints(output)[-1]) as found, StateReader(complete_checkpoints(reference)[-1]) as expected:
+    """The last checkpoint, of `num_ranks` ranks, has the weights and moments of a run of one
+    rank.
+    """
+    with (
+        StateReader(complete_checkpoints(output)[-1]) as found,
+        StateReader(complete_checkpoints(reference)[-1]) as expected,
+    ):
         assert (found.state.num_ranks, expected.state.num_ranks) == (num_ranks, 1)
         for name, entry in expected.state.parameters.items():
             assert found.state.parameters[name]["adam_steps"] == entry["adam_steps"]
             for key in ("master", "exp_avg", "exp_avg_sq"):
-                theirs, ours = (reader.fetch(name, key, 0, torch.Size(entry["shape"]).numel()) for reader in (expected, found))
+                theirs, ours = (
+                    reader.fetch(name, key, 0, torch.Size(entry["shape"]).numel())
+                    for reader in (expected, found)
+                )
                 assert (ours - theirs).norm() <= 1e-3 * theirs.norm(), (name, key)
 
 
@@ -185,20 +284,32 @@ def test_a_cut_off_checkpoint_is_one_sentence_with_what_to_do(work, plain_run) -
     done = train(work, "cut-off")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "defect" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert f"{path} is missing or damaged" in line and f"remove {newest} to go on from {older.name}" in line
+    assert (
+        f"{path} is missing or damaged" in line
+        and f"remove {newest} to go on from {older.name}" in line
+    )
 
 
-def test_moments_of_which_no_tensor_survives_leave_the_start_model_as_it_is(work, plain_run) -> None:
-    """The stage before trained nothing that this one trains. Adam's first update moves a weight by its rate, after the decay."""
+def test_moments_of_which_no_tensor_survives_leave_the_start_model_as_it_is(
+    work, plain_run
+) -> None:
+    """The stage before trained nothing that this one trains. Adam's first update moves a weight
+    by its rate, after the decay.
+    """
     before = work / "nothing-survives"
     shutil.copytree(plain_run, before)
     state = complete_checkpoints(before)[-1] / "state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "parameters": {}}))
-    done = train(work, "from-nothing", "--carry_moments", "--set", "beingvl.max_steps=1", model=before)
+    done = train(
+        work, "from-nothing", "--carry_moments", "--set", "beingvl.max_steps=1", model=before
+    )
     assert done.returncode == 0 and "optimizer moments carried over" in done.stdout, done.stderr
     with StateReader(complete_checkpoints(work / "from-nothing")[-1]) as reader:
         assert {entry["adam_steps"] for entry in reader.state.parameters.values()} == {1}
-    rate, start = read_metrics(work / "from-nothing")[0]["learning_rate"], dict(WeightFolder(before / "final"))
+    rate, start = (
+        read_metrics(work / "from-nothing")[0]["learning_rate"],
+        dict(WeightFolder(before / "final")),
+    )
     for name, tensor in dict(WeightFolder(work / "from-nothing" / "final")).items():
         assert (tensor - start[name] * (1 - 0.1 * rate)).abs().max() <= 1.01 * rate, name
 
@@ -216,13 +327,33 @@ sys.exit(main(sys.argv[1:]))
 
 def test_carried_moments_do_not_hide_that_a_tensor_gets_no_gradient(work, plain_run) -> None:
     """Its moments are not 0, and move it, all the same."""
-    places = ["--model", str(plain_run), "--data", str(work / "shards"), "--output", str(work / "cut")]
-    words = ["train", "--deepspeed_config", str(work / "all.json"), *places, "--carry_moments", "--set", "beingvl.max_steps=1"]
+    places = [
+        "--model",
+        str(plain_run),
+        "--data",
+        str(work / "shards"),
+        "--output",
+        str(work / "cut"),
+    ]
+    words = [
+        "train",
+        "--deepspeed_config",
+        str(work / "all.json"),
+        *places,
+        "--carry_moments",
+        "--set",
+        "beingvl.max_steps=1",
+    ]
     environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port())}
     command, here = [sys.executable, "-c", CUT_OFF, *words], Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=environment, cwd=here, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 1 and "optimizer moments carried over" in done.stdout, done.stderr
-    assert "layers.1.mlp.down_proj.weight is declared trained but got no gradient in the first step" in done.stderr
+    assert (
+        "layers.1.mlp.down_proj.weight is declared trained but got no gradient in the first step"
+        in done.stderr
+    )
 
 
 def test_carrying_moments_needs_a_stage_folder(work) -> None:
@@ -231,15 +362,29 @@ def test_carrying_moments_needs_a_stage_folder(work) -> None:
 
 
 def test_checkpoints_by_the_clock_and_metrics_for_tensorboard(work) -> None:
-    settings = ["beingvl.checkpoint_every_steps=0", "beingvl.checkpoint_every_minutes=0.0000001", "beingvl.keep_every=3"]
+    settings = [
+        "beingvl.checkpoint_every_steps=0",
+        "beingvl.checkpoint_every_minutes=0.0000001",
+        "beingvl.keep_every=3",
+    ]
     settings += ["beingvl.keep_last=1", "beingvl.max_steps=4", "beingvl.tensorboard=true"]
-    assert train(work, "clock", "--set", *settings, "--log_dir", str(work / "clock-logs")).returncode == 0
+    assert (
+        train(work, "clock", "--set", *settings, "--log_dir", str(work / "clock-logs")).returncode
+        == 0
+    )
     assert [step_of(path) for path in complete_checkpoints(work / "clock")] == [3, 4]
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events, rows = EventAccumulator(str(work / "clock-logs")).Reload(), read_metrics(work / "clock")
-    for name in ("loss", "loss/source/foundation", "gradient_norm", "learning_rate", "tokens_per_second", "seconds_data"):
+    for name in (
+        "loss",
+        "loss/source/foundation",
+        "gradient_norm",
+        "learning_rate",
+        "tokens_per_second",
+        "seconds_data",
+    ):
         expected = [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
         assert [(event.step, event.value) for event in events.Scalars(name)] == expected, name
 
@@ -251,12 +396,16 @@ def test_without_a_terminal_lines_tell_of_progress(tmp_path, capsys) -> None:
         for step in (3, 4, 5):
             metrics.write_step(step, values, 1.0, {"forward": 0.5}, [])
     first, last = capsys.readouterr().err.splitlines()
-    assert first.startswith("step 3 of 5: loss 1.5000, lr 1.00e-03, 200 tokens/s, 00:0") and first.endswith(" left")
+    assert first.startswith(
+        "step 3 of 5: loss 1.5000, lr 1.00e-03, 200 tokens/s, 00:0"
+    ) and first.endswith(" left")
     assert last == "step 5 of 5: loss 1.5000, lr 1.00e-03, 200 tokens/s, 00:00 left"
 
 
 def test_weights_and_biases_gets_every_step(work, tmp_path, monkeypatch) -> None:
-    """A module of that name, since the service is not reachable from a test; it keeps what it is given."""
+    """A module of that name, since the service is not reachable from a test; it keeps what it is
+    given.
+    """
     (tmp_path / "wandb.py").write_text(
         "import json, os\n"
         "def tell(*words): open(os.environ['TOLD'], 'a').write(json.dumps(words) + '\\n')\n"
@@ -267,7 +416,15 @@ def test_weights_and_biases_gets_every_step(work, tmp_path, monkeypatch) -> None
     )
     told = tmp_path / "told"
     paths = f"{tmp_path}:{ENVIRONMENT.get('PYTHONPATH', '')}"
-    done = train(work, "wandb", "--set", "beingvl.max_steps=2", WANDB_PROJECT="digits", TOLD=str(told), PYTHONPATH=paths)
+    done = train(
+        work,
+        "wandb",
+        "--set",
+        "beingvl.max_steps=2",
+        WANDB_PROJECT="digits",
+        TOLD=str(told),
+        PYTHONPATH=paths,
+    )
     assert done.returncode == 0, done.stderr
     steps = [[row["step"], row["loss"]] for row in read_metrics(work / "wandb")]
     first, *others = [json.loads(line) for line in told.read_text().splitlines()]
@@ -276,9 +433,16 @@ def test_weights_and_biases_gets_every_step(work, tmp_path, monkeypatch) -> None
     monkeypatch.setenv("WANDB_PROJECT", "digits"), monkeypatch.setenv("TOLD", str(told))
     with MetricsWriter(work / "wandb", rank=0, num_ranks=1, first_step=2, num_steps=4):
         pass
-    assert [json.loads(line) for line in told.read_text().splitlines()][-2:] == [first, [0]]  # a resumed stage: the same run
+    assert [json.loads(line) for line in told.read_text().splitlines()][-2:] == [
+        first,
+        [0],
+    ]  # a resumed stage: the same run
     done = train(work, "wandb-missing", WANDB_PROJECT="digits")
-    assert done.returncode == 2 and "wandb is not installed" in done.stderr and "rank 0" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "wandb is not installed" in done.stderr
+        and "rank 0" not in done.stderr
+    )
 
 
 READ_WANDB = """
@@ -308,25 +472,45 @@ for path in sorted(Path(sys.argv[1]).glob("wandb/offline-run-*/*.wandb")):
 def test_a_resumed_stage_goes_on_with_its_weights_and_biases_run(work, tmp_path) -> None:
     """The real package, offline: it writes down what it would send."""
     packages, output = tmp_path / "packages", work / "wandb-offline"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--target", packages, "wandb"], check=True)
-    paths = f"{ENVIRONMENT.get('PYTHONPATH', '')}:{packages}"  # last: our versions of what both need
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--target", packages, "wandb"], check=True
+    )
+    paths = (
+        f"{ENVIRONMENT.get('PYTHONPATH', '')}:{packages}"  # last: our versions of what both need
+    )
     settings = {"WANDB_PROJECT": "digits", "WANDB_MODE": "offline", "PYTHONPATH": paths}
     assert train(work, output.name, "--set", "beingvl.max_steps=4", **settings).returncode == 0
     losses = {str(row["step"]): row["loss"] for row in read_metrics(output)}
-    for folder in (output / "final", output / "checkpoints" / "step-00000004"):  # as if killed in step 4
+    for folder in (
+        output / "final",
+        output / "checkpoints" / "step-00000004",
+    ):  # as if killed in step 4
         (folder / "manifest.json").unlink()
     done = train(work, output.name, "--set", "beingvl.max_steps=4", **settings)
     assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
     command = [sys.executable, "-c", READ_WANDB, str(output)]
-    read = subprocess.run(command, env={**ENVIRONMENT, "PYTHONPATH": paths}, capture_output=True, text=True, check=True)
-    first, second = sorted((json.loads(line) for line in read.stdout.splitlines()), key=lambda run: -len(run["steps"]))
+    read = subprocess.run(
+        command,
+        env={**ENVIRONMENT, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second = sorted(
+        (json.loads(line) for line in read.stdout.splitlines()), key=lambda run: -len(run["steps"])
+    )
     assert first["id"] == second["id"] == (output / "wandb-run-id").read_text()
-    assert first["steps"] == losses and second["steps"] == {step: losses[step] for step in ("3", "4")}
+    assert first["steps"] == losses and second["steps"] == {
+        step: losses[step] for step in ("3", "4")
+    }
 
 
 def test_metrics_say_where_the_time_of_a_step_goes(plain_run) -> None:
     for row in read_metrics(plain_run):
-        phases = {name: row[f"seconds_{name}"] for name in ("data", "communication", "forward", "backward", "optimizer", "check")}
+        phases = {
+            name: row[f"seconds_{name}"]
+            for name in ("data", "communication", "forward", "backward", "optimizer", "check")
+        }
         assert all(seconds >= 0 for seconds in phases.values())
         assert sum(phases.values()) <= row["seconds"] * 1.0001
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])

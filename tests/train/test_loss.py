@@ -34,7 +34,9 @@ def test_sums_by_kind_and_source() -> None:
     targets = np.array([5, -100, LAYOUT.sep_id, LAYOUT.first_image_id, LAYOUT.first_vbpe_id])
     zeros = np.zeros(5, np.int64)
     sources = np.array([0, 0, 0, 1, 1], np.uint8)
-    batch = MicroBatch(zeros, targets, zeros, np.array([0, 5], np.int32), LAYOUT.token_kinds(zeros), sources, ())
+    batch = MicroBatch(
+        zeros, targets, zeros, np.array([0, 5], np.int32), LAYOUT.token_kinds(zeros), sources, ()
+    )
     sums = LossSums.zero(LAYOUT, ["a", "b", "c"])
     sums.add(batch, np.array([1.0, 2.0, 3.0, 5.0]))
     means = sums.means()

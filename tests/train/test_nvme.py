@@ -1,6 +1,8 @@
-"""Offload to NVMe, of the optimizer and of the weights: the same results, really on the disk, resumable anywhere.
+"""Offload to NVMe, of the optimizer and of the weights: the same results, really on the disk,
+resumable anywhere.
 
-Slow, because DeepSpeed compiles an op before the first of them, which takes minutes; skipped where it cannot (no libaio-dev).
+Slow, because DeepSpeed compiles an op before the first of them, which takes minutes; skipped where
+it cannot (no libaio-dev).
 """
 
 import contextlib
@@ -19,9 +21,9 @@ import torch
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.errors import InputError
 from beingvl.model.weight_files import WeightFolder
+from beingvl.stage.stage_config import load_stage_config, parse_stage_config
 from beingvl.train import engine
 from beingvl.train.metrics import read_metrics
-from beingvl.stage.stage_config import load_stage_config, parse_stage_config
 from beingvl.train.train_stage import build_data
 from tests.launcher import ENVIRONMENT, free_port, log_of, rank_processes, run, start, wait_for_step
 from tests.plain_torch import train_plain
@@ -38,7 +40,9 @@ FROZEN_RULES = [f"beingvl.trainable={json.dumps(FROZEN)}"]
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    """A model of 11 million weights, most of them in matrices of which a half is more than 1 MB in bf16 too."""
+    """A model of 11 million weights, most of them in matrices of which a half is more than 1 MB
+    in bf16 too.
+    """
     folder = tmp_path_factory.mktemp("nvme")
     fields = stage_fields(max_steps=NUM_STEPS, epochs=6, checkpoint_every_steps=2)
     fields["optimizer"]["params"]["lr"] = 3e-4
@@ -54,7 +58,9 @@ def needs_op() -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
-        pytest.skip("DeepSpeed's async_io op cannot be compiled here: apt-get install libaio-dev g++")
+        pytest.skip(
+            "DeepSpeed's async_io op cannot be compiled here: apt-get install libaio-dev g++"
+        )
 
 
 def offload(work: Path, *keys: str, **pipeline: bool) -> list[str]:
@@ -66,7 +72,12 @@ def offload(work: Path, *keys: str, **pipeline: bool) -> list[str]:
 
 
 def job(work: Path, name: str, *words: str, **more: object) -> dict:
-    places = {"config": work / "all.json", "model": work / "base", "data": work / "shards", "output": work / name}
+    places = {
+        "config": work / "all.json",
+        "model": work / "base",
+        "data": work / "shards",
+        "output": work / name,
+    }
     return {**places, "set": list(words), **more}
 
 
@@ -100,14 +111,18 @@ def assert_close(found: Path, expected: dict[str, torch.Tensor], tolerance: floa
 @pytest.mark.usefixtures("needs_op")
 def test_both_offloads_equal_plain_torch_from_the_disk_that_two_runs_share(work) -> None:
     """One rank and two, side by side with one nvme_path; each leaves nothing there."""
-    losses, weights = train_plain(work / "base", work / "shards", load_stage_config(work / "all.json"))
+    losses, weights = train_plain(
+        work / "base", work / "shards", load_stage_config(work / "all.json")
+    )
     variants = {
         "optimizer": offload(work, "optimizer"),
         "pipelined": offload(work, "optimizer", "param", pipeline_read=True, pipeline_write=True),
         "weights": offload(work, "param"),
         "mixed": [*offload(work, "param"), "zero_optimization.offload_optimizer.device=cpu"],
     }
-    jobs = {n: [job(work, f"{name}-{n}", *words) for name, words in variants.items()] for n in (1, 2)}
+    jobs = {
+        n: [job(work, f"{name}-{n}", *words) for name, words in variants.items()] for n in (1, 2)
+    }
     with watched(work / "disk") as seen, ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda num_ranks: run_stages(num_ranks, jobs[num_ranks], work), jobs))
     assert not list((work / "disk").iterdir())
@@ -119,11 +134,17 @@ def test_both_offloads_equal_plain_torch_from_the_disk_that_two_runs_share(work)
     num_elements = sum(weight.numel() for weight in weights.values())
     shares = [weight.numel() * 4 for weight in weights.values()]
     for name in runs:
-        files = {path.relative_to(work / "disk" / name): size for path, size in seen.items() if name in path.parts}
+        files = {
+            path.relative_to(work / "disk" / name): size
+            for path, size in seen.items()
+            if name in path.parts
+        }
         num_ranks = len({path.parts[0] for path in files})
         moments = [path for path in files if path.name.startswith("exp_avg-")]
         stored = sum(size for path, size in files.items() if path in moments)
-        params = {path: size for path, size in files.items() if path.name.endswith("_param.tensor.swp")}
+        params = {
+            path: size for path, size in files.items() if path.name.endswith("_param.tensor.swp")
+        }
         assert moments or params
         if moments:
             assert 0.9 * 4 * num_elements < stored < 4.1 * num_elements
@@ -136,14 +157,23 @@ def test_both_offloads_equal_plain_torch_from_the_disk_that_two_runs_share(work)
 @pytest.mark.slow
 @pytest.mark.usefixtures("needs_op")
 def test_a_resumed_run_on_nvme_has_the_same_bytes_and_frozen_weights_their_own(work) -> None:
-    """Losses, weights and moments, on two ranks, float32 and bf16, with frozen layers; also written in the background."""
+    """Losses, weights and moments, on two ranks, float32 and bf16, with frozen layers; also
+    written in the background.
+    """
     ways = {"optimizer": ["optimizer"], "both": ["optimizer", "param"]}
     words = {
-        f"same-{name}-{bits}": [*offload(work, *keys), f"bf16.enabled={json.dumps(bits == 'bf16')}", *FROZEN_RULES]
+        f"same-{name}-{bits}": [
+            *offload(work, *keys),
+            f"bf16.enabled={json.dumps(bits == 'bf16')}",
+            *FROZEN_RULES,
+        ]
         for name, keys in ways.items()
         for bits in ("fp32", "bf16")
     }
-    words["same-background"] = [*offload(work, "optimizer", "param", pipeline_write=True), "beingvl.background_save=true"]
+    words["same-background"] = [
+        *offload(work, "optimizer", "param", pipeline_write=True),
+        "beingvl.background_save=true",
+    ]
     jobs = [job(work, name, *more) for name, more in words.items()]
     run_stages(2, jobs, work)
     expected = {name: bytes_after(work / name) for name in words}
@@ -159,8 +189,14 @@ def test_a_resumed_run_on_nvme_has_the_same_bytes_and_frozen_weights_their_own(w
             if "layers.1" in key or key == "model.norm.weight":
                 assert torch.equal(tensor, start[key]), (name, key)
             elif "embed_tokens" in key or "lm_head" in key:
-                assert torch.equal(tensor[: LAYOUT.num_text], start[key][: LAYOUT.num_text]), (name, key)
-                assert not torch.equal(tensor[LAYOUT.num_text :], start[key][LAYOUT.num_text :]), (name, key)
+                assert torch.equal(tensor[: LAYOUT.num_text], start[key][: LAYOUT.num_text]), (
+                    name,
+                    key,
+                )
+                assert not torch.equal(tensor[LAYOUT.num_text :], start[key][LAYOUT.num_text :]), (
+                    name,
+                    key,
+                )
 
 
 def bytes_after(output: Path) -> list:
@@ -178,9 +214,16 @@ def forget_the_end(output: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("needs_op")
 def test_checkpoints_go_to_nvme_and_back_at_another_world_size(work) -> None:
-    """Written by two ranks, read by three and by one; moments carried into a new stage are the same with and without."""
+    """Written by two ranks, read by three and by one; moments carried into a new stage are the
+    same with and without.
+    """
     both = offload(work, "optimizer", "param")
-    first = {"plain": [], "stage-0": ["zero_optimization.stage=0"], "to-3": both, "to-stage-2": both}
+    first = {
+        "plain": [],
+        "stage-0": ["zero_optimization.stage=0"],
+        "to-3": both,
+        "to-stage-2": both,
+    }
     run_stages(2, [job(work, name, *words) for name, words in first.items()], work)
     expected = dict(WeightFolder(work / "plain" / "final"))
     for name in first:
@@ -190,16 +233,36 @@ def test_checkpoints_go_to_nvme_and_back_at_another_world_size(work) -> None:
     run_stages(3, [job(work, name, *words) for name, words in changed.items()], work)
     for name in first:
         assert_close(work / name / "final", expected)
-    moments = {"moments": work / "plain" / "checkpoints" / f"step-{NUM_STEPS:08d}", "model": work / "plain" / "final"}
-    run_stages(2, [job(work, f"carried-{name}", *words, **moments) for name, words in {"cpu": [], "nvme": both}.items()], work)
-    assert_close(work / "carried-nvme" / "final", dict(WeightFolder(work / "carried-cpu" / "final")))
+    moments = {
+        "moments": work / "plain" / "checkpoints" / f"step-{NUM_STEPS:08d}",
+        "model": work / "plain" / "final",
+    }
+    run_stages(
+        2,
+        [
+            job(work, f"carried-{name}", *words, **moments)
+            for name, words in {"cpu": [], "nvme": both}.items()
+        ],
+        work,
+    )
+    assert_close(
+        work / "carried-nvme" / "final", dict(WeightFolder(work / "carried-cpu" / "final"))
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("needs_op")
 def test_a_killed_run_leaves_files_that_its_next_start_replaces_and_removes(work) -> None:
-    words = [*offload(work, "optimizer", "param"), *FROZEN_RULES, "beingvl.checkpoint_every_steps=1"]
-    places, whole, killed = (work / "all.json", work / "base", work / "shards"), work / "whole", work / "killed"
+    words = [
+        *offload(work, "optimizer", "param"),
+        *FROZEN_RULES,
+        "beingvl.checkpoint_every_steps=1",
+    ]
+    places, whole, killed = (
+        (work / "all.json", work / "base", work / "shards"),
+        work / "whole",
+        work / "killed",
+    )
     assert run(2, *places, whole, *words) == 0, log_of(whole)
     launcher = start(2, *places, killed, *words)
     wait_for_step(launcher, killed, 2)
@@ -218,13 +281,19 @@ def test_a_killed_run_leaves_files_that_its_next_start_replaces_and_removes(work
 def test_a_step_that_is_not_finite_changes_nothing_on_the_disk(work) -> None:
     """The second of three; its gradients were written out before that was known."""
     data = build_data(load_stage_config(work / "all.json"), ShardReader(work / "shards"))
-    first, second, third = (set(data.micro_batch(step, 0, 0, 1, 6).input_ids.tolist()) for step in range(3))
+    first, second, third = (
+        set(data.micro_batch(step, 0, 0, 1, 6).input_ids.tolist()) for step in range(3)
+    )
     token = next(token for token in sorted(second - first - third) if token < LAYOUT.num_text)
     model = poison(work / "base", work / "poisoned", token)
     short = ["beingvl.max_steps=3", "beingvl.checkpoint_every_steps=0"]
     words = {"skipped": short, "skipped-nvme": [*short, *offload(work, "optimizer", "param")]}
-    run_stages(2, [{**job(work, name, *more), "model": model} for name, more in words.items()], work)
-    assert [[row["skipped"] for row in read_metrics(work / name)] for name in words] == [[0, 1, 0]] * 2
+    run_stages(
+        2, [{**job(work, name, *more), "model": model} for name, more in words.items()], work
+    )
+    assert [[row["skipped"] for row in read_metrics(work / name)] for name in words] == [
+        [0, 1, 0]
+    ] * 2
     expected = dict(WeightFolder(work / "skipped" / "final"))
     for name, tensor in dict(WeightFolder(work / "skipped-nvme" / "final")).items():
         rows = tensor.isfinite() & expected[name].isfinite()
@@ -246,7 +315,11 @@ for path, search in (("missing", None), ("/proc", None), (work, "/nowhere")):
 
 def test_what_keeps_a_run_from_the_disk_is_named_before_the_model_is_loaded(work) -> None:
     """No such folder, one that cannot be written, no compiler."""
-    environment = {**ENVIRONMENT, "TORCH_EXTENSIONS_DIR": str(work / "extensions"), "MASTER_PORT": str(free_port())}
+    environment = {
+        **ENVIRONMENT,
+        "TORCH_EXTENSIONS_DIR": str(work / "extensions"),
+        "MASTER_PORT": str(free_port()),
+    }
     command = [sys.executable, "-c", REFUSED, str(work)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == ["exit code 2"] * 3, done.stdout + done.stderr
@@ -276,7 +349,10 @@ def test_a_rank_that_compiles_shows_life_and_says_so(work, monkeypatch, capsys) 
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder", SlowCompilation)
     monkeypatch.setattr(engine, "gather_objects", lambda value, num_ranks: [value])
     monkeypatch.setattr(engine, "SECONDS_BEFORE_TELLING", 0)
-    config = load_stage_config(work / "all.json", [f'zero_optimization.offload_param={{"device":"nvme","nvme_path":"{work}"}}'])
+    config = load_stage_config(
+        work / "all.json",
+        [f'zero_optimization.offload_param={{"device":"nvme","nvme_path":"{work}"}}'],
+    )
     beats: list[float] = []
     ranks = engine.Ranks(0, 1, torch.device("cpu"))
     with engine.swap_folders(config, "run", ranks, lambda: beats.append(time.monotonic())):
@@ -287,6 +363,12 @@ def test_a_rank_that_compiles_shows_life_and_says_so(work, monkeypatch, capsys) 
 
 def test_too_small_a_buffer_is_named() -> None:
     config = parse_stage_config(stage_fields(), "stage.json")
-    config.deepspeed["zero_optimization"]["offload_param"] = {"device": "nvme", "nvme_path": "/", "buffer_size": 10}
-    with pytest.raises(InputError, match="buffer_size is 10, the largest weight's share is 11 elements on 2 ranks"):
+    config.deepspeed["zero_optimization"]["offload_param"] = {
+        "device": "nvme",
+        "nvme_path": "/",
+        "buffer_size": 10,
+    }
+    with pytest.raises(
+        InputError, match="buffer_size is 10, the largest weight's share is 11 elements on 2 ranks"
+    ):
         engine.swap_settings(config, {"a": torch.zeros(3, 7)}, 2)

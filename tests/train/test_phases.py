@@ -42,30 +42,49 @@ with Phases(Path(sys.argv[1]), 0, 2, float(sys.argv[2])):
 def run_code(code: str, folder: Path) -> tuple[subprocess.CompletedProcess, float]:
     started = time.monotonic()
     command = [sys.executable, "-c", code, str(folder), str(TIMEOUT_SECONDS)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=50), time.monotonic() - started
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=50
+    ), time.monotonic() - started
 
 
 def test_a_rank_that_works_is_waited_for_and_one_that_stands_still_is_named(tmp_path) -> None:
     done, seconds = run_code(TWO_RANKS, tmp_path)
     assert done.returncode == 1 and done.stdout == "still waiting\n", done.stderr
     assert f"no progress for {TIMEOUT_SECONDS} s: rank 1 (process " in done.stderr
-    assert "stands still in step 7, phase check" in done.stderr and "rank 0 (process" not in done.stderr
+    assert (
+        "stands still in step 7, phase check" in done.stderr
+        and "rank 0 (process" not in done.stderr
+    )
     assert 3 * TIMEOUT_SECONDS < seconds < 3 * TIMEOUT_SECONDS + 8
 
 
 @pytest.mark.parametrize("earlier_run", [False, True])
 def test_a_rank_that_never_came_is_named_alone(tmp_path, earlier_run: bool) -> None:
-    """Also when a heartbeat of an earlier run lies there, which says that the rank is at work in step 500."""
+    """Also when a heartbeat of an earlier run lies there, which says that the rank is at work in
+    step 500.
+    """
     (tmp_path / "ranks").mkdir()
-    beat = {"step": 500, "phase": "forward", "num_entered": 9000, "beat": 321, "idle_seconds": 0.1, "process": 1, "host": "a"}
+    beat = {
+        "step": 500,
+        "phase": "forward",
+        "num_entered": 9000,
+        "beat": 321,
+        "idle_seconds": 0.1,
+        "process": 1,
+        "host": "a",
+    }
     if earlier_run:
         (tmp_path / "ranks" / "rank-00001.json").write_text(json.dumps(beat))
     done, seconds = run_code(ONE_OF_TWO, tmp_path)
-    assert done.returncode == 1 and "no progress for 2 s: rank 1 has not started\n" in done.stderr, done.stderr
+    assert (
+        done.returncode == 1 and "no progress for 2 s: rank 1 has not started\n" in done.stderr
+    ), done.stderr
     assert seconds < TIMEOUT_SECONDS + 8
 
 
-def test_what_killed_ranks_left_does_not_pile_up_and_ranks_that_end_in_order_leave_nothing(tmp_path) -> None:
+def test_what_killed_ranks_left_does_not_pile_up_and_ranks_that_end_in_order_leave_nothing(
+    tmp_path,
+) -> None:
     folder = tmp_path / "ranks"
     folder.mkdir()
     (folder / "rank-00000.tmp").write_text("cut off")
@@ -73,8 +92,13 @@ def test_what_killed_ranks_left_does_not_pile_up_and_ranks_that_end_in_order_lea
         assert [path.name for path in folder.iterdir()] == ["rank-00000.json"]
         with pytest.raises(KeyError), Phases(tmp_path, 1, 2, 60):
             raise KeyError
-        assert sorted(path.name for path in folder.iterdir()) == ["rank-00000.json", "rank-00001.json"]
-    assert [path.name for path in folder.iterdir()] == ["rank-00001.json"]  # where the one that failed was
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "rank-00000.json",
+            "rank-00001.json",
+        ]
+    assert [path.name for path in folder.iterdir()] == [
+        "rank-00001.json"
+    ]  # where the one that failed was
     with Phases(tmp_path, 1, 2, 60):
         pass
     assert not folder.exists()
@@ -89,10 +113,16 @@ def test_ranks_of_an_earlier_larger_world_are_forgotten(tmp_path) -> None:
         assert (folder / "rank-00002.json").exists()  # rank 0 alone removes
     (folder / "rank-00001.json").write_text("{}")
     with Phases(tmp_path, 0, 2, 60):
-        assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "rank-00000.json", "rank-00001.json"]
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "notes.txt",
+            "rank-00000.json",
+            "rank-00001.json",
+        ]
 
 
-def test_every_phase_is_one_of_a_step_or_between_steps_and_its_seconds_stay_until_they_are_taken(tmp_path) -> None:
+def test_every_phase_is_one_of_a_step_or_between_steps_and_its_seconds_stay_until_they_are_taken(
+    tmp_path,
+) -> None:
     assert sorted(("start", *PHASES)) == sorted((*STEP_PHASES, *BETWEEN_STEPS))
     phases = Phases(tmp_path, 0, 1, 60)
     for phase in ("data", "save"):

@@ -3,7 +3,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from beingvl.data.arrow_shards import ShardReader
-from beingvl.train.probe import MAX_POSITIONS, Probe, compare_logits, compare_probe, load_probe, save_probe
+from beingvl.train.probe import (
+    MAX_POSITIONS,
+    Probe,
+    compare_logits,
+    compare_probe,
+    load_probe,
+    save_probe,
+)
 from tests.tiny import write_model, write_shards
 
 
@@ -31,7 +38,9 @@ def test_the_same_model_gives_the_same_answer(checkpoint) -> None:
     assert comparison.matches and comparison.kl_nats < 1e-9, comparison.describe()
 
 
-@pytest.mark.parametrize("tensor", ["model.layers.2.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "tensor", ["model.layers.2.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"]
+)
 def test_one_wrong_tensor_shows(checkpoint, tmp_path, tensor: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint / "model")
     with torch.no_grad():

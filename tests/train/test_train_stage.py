@@ -1,4 +1,6 @@
-"""The training engine under the real launcher: exact against plain torch, frozen to the bit, resumable to the bit."""
+"""The training engine under the real launcher: exact against plain torch, frozen to the bit,
+resumable to the bit.
+"""
 
 import re
 import signal
@@ -13,11 +15,20 @@ import torch
 from beingvl.commands import main as cli
 from beingvl.errors import InputError
 from beingvl.model.weight_files import WeightFolder
+from beingvl.stage.stage_config import load_stage_config
 from beingvl.train.checkpoint import complete_checkpoints, read_state, step_of
 from beingvl.train.metrics import read_metrics
-from beingvl.stage.stage_config import load_stage_config
 from beingvl.train.train_stage import refuse_different_inputs
-from tests.launcher import ENVIRONMENT, free_port, log_of, rank_processes, run, run_each, start, wait_for_step
+from tests.launcher import (
+    ENVIRONMENT,
+    free_port,
+    log_of,
+    rank_processes,
+    run,
+    run_each,
+    start,
+    wait_for_step,
+)
 from tests.plain_torch import train_plain
 from tests.tiny import LAYOUT, write_shards
 
@@ -41,9 +52,14 @@ def assert_same_bytes(found: dict[str, torch.Tensor], expected: dict[str, torch.
 def test_rows_only_equals_plain_torch_and_leaves_the_rest_to_the_bit(work) -> None:
     output = work / "rows"
     assert run(2, work / "rows.json", work / "base", work / "shards", output) == 0, log_of(output)
-    assert re.search(r"sources: foundation \d+ samples \([\d.]+%\), [\d,]+ tokens \([\d.]+%\), reasoning", log_of(output))
+    assert re.search(
+        r"sources: foundation \d+ samples \([\d.]+%\), [\d,]+ tokens \([\d.]+%\), reasoning",
+        log_of(output),
+    )
     rows = slice(LAYOUT.num_text, None)
-    plain_losses, plain_weights = train_plain(work / "base", work / "shards", load_stage_config(work / "rows.json"), rows)
+    plain_losses, plain_weights = train_plain(
+        work / "base", work / "shards", load_stage_config(work / "rows.json"), rows
+    )
     assert losses(output) == pytest.approx(plain_losses, rel=1e-5)
     start_weights = dict(WeightFolder(work / "base"))
     for name, tensor in weights(output).items():
@@ -54,13 +70,19 @@ def test_rows_only_equals_plain_torch_and_leaves_the_rest_to_the_bit(work) -> No
         else:  # weight decay is 0.1 in this run
             assert torch.equal(tensor, start_weights[name]), name
     assert "visual_rows  yes" in (output / "plan.txt").read_text()
-    saved = read_state(complete_checkpoints(output)[-1]).parameters  # the optimizer holds state for these alone
+    saved = read_state(
+        complete_checkpoints(output)[-1]
+    ).parameters  # the optimizer holds state for these alone
     assert sorted(saved) == ["lm_head.visual_rows", "model.embed_tokens.visual_rows"]
 
 
 def test_everything_equals_plain_torch(work, whole_run) -> None:
-    """Rounding grows from step to step at this learning rate, so the first steps are held tightly and the last ones loosely."""
-    plain_losses, plain_weights = train_plain(work / "base", work / "shards", load_stage_config(work / "all.json"))
+    """Rounding grows from step to step at this learning rate, so the first steps are held
+    tightly and the last ones loosely.
+    """
+    plain_losses, plain_weights = train_plain(
+        work / "base", work / "shards", load_stage_config(work / "all.json")
+    )
     assert losses(whole_run)[:8] == pytest.approx(plain_losses[:8], rel=1e-5)
     assert losses(whole_run) == pytest.approx(plain_losses, rel=2e-3)
     for name, tensor in weights(whole_run).items():
@@ -72,15 +94,32 @@ def test_final_is_a_stock_hugging_face_folder(whole_run) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(whole_run / "final")
     assert model.get_input_embeddings().weight.shape[0] == LAYOUT.size
-    assert AutoTokenizer.from_pretrained(whole_run / "final").convert_tokens_to_ids("<eoss>") == LAYOUT.eoi_id
+    assert (
+        AutoTokenizer.from_pretrained(whole_run / "final").convert_tokens_to_ids("<eoss>")
+        == LAYOUT.eoi_id
+    )
     assert cli.main(["verify", str(whole_run / "final")]) == 0
 
 
 def test_a_finished_stage_is_left_alone_and_another_run_is_refused(work, whole_run) -> None:
     before = (whole_run / "final" / "manifest.json").read_text()
-    base = [sys.executable, "-m", "beingvl", "train", "--deepspeed_config", str(work / "all.json"), "--model", str(work / "base")]
-    outputs = (whole_run, work / "another-view")  # rank 1 does not see final/, as on a disk that shows it late
-    commands = [[*base, "--data", str(work / "shards"), "--output", str(output)] for output in outputs]
+    base = [
+        sys.executable,
+        "-m",
+        "beingvl",
+        "train",
+        "--deepspeed_config",
+        str(work / "all.json"),
+        "--model",
+        str(work / "base"),
+    ]
+    outputs = (
+        whole_run,
+        work / "another-view",
+    )  # rank 1 does not see final/, as on a disk that shows it late
+    commands = [
+        [*base, "--data", str(work / "shards"), "--output", str(output)] for output in outputs
+    ]
     done = run_each(commands)
     assert [each.returncode for each in done] == [0, 0], done
     assert "finished already" in done[0].stdout and not (outputs[1] / "checkpoints").exists()
@@ -127,54 +166,110 @@ def test_a_signal_during_the_start_ends_the_run_before_its_first_step(work) -> N
     (rank, *_) = [int(path.stem.removeprefix("rank-")) for path in output.glob("ranks/rank-*.json")]
     rank_processes(launcher)[rank].send_signal(signal.SIGTERM)
     assert launcher.wait(timeout=120) == 85, log_of(output)
-    assert "stopped by a signal before the model was loaded; start the same command again" in log_of(output)
+    assert (
+        "stopped by a signal before the model was loaded; start the same command again"
+        in log_of(output)
+    )
     assert not (output / "checkpoints").exists() and not (output / "metrics.jsonl").exists()
 
 
-def test_ranks_that_are_given_different_things_end_together_and_all_differences_are_named(work, tmp_path) -> None:
-    """What makes another run, what decides when ranks meet, and what is only looked at; without it ranks would wait for a day."""
-    validation = ["beingvl.validation_every_steps=2", "zero_optimization.stage3_max_live_parameters=1000000"]
+def test_ranks_that_are_given_different_things_end_together_and_all_differences_are_named(
+    work, tmp_path
+) -> None:
+    """What makes another run, what decides when ranks meet, and what is only looked at; without
+    it ranks would wait for a day.
+    """
+    validation = [
+        "beingvl.validation_every_steps=2",
+        "zero_optimization.stage3_max_live_parameters=1000000",
+    ]
     commands = []
     for number, steps in enumerate((3, 2)):
-        shards, held_out = (write_shards(tmp_path / f"{name}-{number}", 40, seed=number) for name in ("data", "held-out"))
-        places = {"model": work / "base", "data": shards, "validation_data": held_out, "output": tmp_path / "run"}
+        shards, held_out = (
+            write_shards(tmp_path / f"{name}-{number}", 40, seed=number)
+            for name in ("data", "held-out")
+        )
+        places = {
+            "model": work / "base",
+            "data": shards,
+            "validation_data": held_out,
+            "output": tmp_path / "run",
+        }
         words = [word for name, path in places.items() for word in (f"--{name}", str(path))]
         settings = [*validation[: 2 - number], f"beingvl.checkpoint_every_steps={steps}"]
-        command = [sys.executable, "-m", "beingvl", "train", "--deepspeed_config", str(work / "all.json"), *words]
+        command = [
+            sys.executable,
+            "-m",
+            "beingvl",
+            "train",
+            "--deepspeed_config",
+            str(work / "all.json"),
+            *words,
+        ]
         commands.append([*command, "--set", *settings])
     for done in run_each(commands):
         assert done.returncode == 2, done
         (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
-        assert "rank 1 was given another " in line and line.endswith("than rank 0; every host must read the same files"), line
-        assert "another checkpoint_every_steps (2, not 3)" in line and "another lineage" not in line, line
-        assert all(f"another {name} (" in line for name in ("zero_optimization", "shards", "validation set")), line
+        assert "rank 1 was given another " in line and line.endswith(
+            "than rank 0; every host must read the same files"
+        ), line
+        assert (
+            "another checkpoint_every_steps (2, not 3)" in line and "another lineage" not in line
+        ), line
+        assert all(
+            f"another {name} (" in line
+            for name in ("zero_optimization", "shards", "validation set")
+        ), line
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_the_first_rank_that_was_given_something_else_is_named() -> None:
     same = {"seed": 0, "shards": "a"}
     refuse_different_inputs([same, dict(same)])
-    with pytest.raises(InputError, match="rank 2 was given another shards \\('b', not 'a'\\) than rank 0; every host"):
+    with pytest.raises(
+        InputError,
+        match="rank 2 was given another shards \\('b', not 'a'\\) than rank 0; every host",
+    ):
         refuse_different_inputs([same, same, {**same, "shards": "b"}, {"seed": 1}])
 
 
-def test_a_stage_folder_serves_as_start_model_and_export_equals_final(work, whole_run, capsys) -> None:
+def test_a_stage_folder_serves_as_start_model_and_export_equals_final(
+    work, whole_run, capsys
+) -> None:
     exported = work / "exported"
-    command = ["export", "--model", str(work / "base"), "--checkpoint", str(whole_run), "--output_path", str(exported)]
+    command = [
+        "export",
+        "--model",
+        str(work / "base"),
+        "--checkpoint",
+        str(whole_run),
+        "--output_path",
+        str(exported),
+    ]
     assert cli.main(command) == 0
-    assert "the same model" in capsys.readouterr().out  # the probe that ZeRO-3 ranks answered, asked of stock transformers
+    assert (
+        "the same model" in capsys.readouterr().out
+    )  # the probe that ZeRO-3 ranks answered, asked of stock transformers
     assert_same_bytes(dict(WeightFolder(exported)), weights(whole_run))
     assert cli.main(command) == 2  # finished already
-    assert cli.main([*command[:2], str(exported), *command[3:-1], str(work / "other")]) == 2  # not its start model
+    assert (
+        cli.main([*command[:2], str(exported), *command[3:-1], str(work / "other")]) == 2
+    )  # not its start model
     next_stage = work / "next"
-    assert run(2, work / "rows.json", whole_run, work / "shards", next_stage, "beingvl.max_steps=1") == 0, log_of(next_stage)
+    assert (
+        run(2, work / "rows.json", whole_run, work / "shards", next_stage, "beingvl.max_steps=1")
+        == 0
+    ), log_of(next_stage)
 
 
-def test_bf16_keeps_float32_where_it_belongs_and_skips_what_is_no_number_in_every_stage(work) -> None:
-    """Masters are the start model's weights: DeepSpeed's stage 0 makes a decaying update with zero gradients when it is built.
+def test_bf16_keeps_float32_where_it_belongs_and_skips_what_is_no_number_in_every_stage(
+    work,
+) -> None:
+    """Masters are the start model's weights: DeepSpeed's stage 0 makes a decaying update with
+    zero gradients when it is built.
 
-    A gradient that is not a number changes neither weights nor moments; the step after it does. Rotary frequencies stay
-    float32. The buffer for gradients under way is no larger than they are.
+    A gradient that is not a number changes neither weights nor moments; the step after it does.
+    Rotary frequencies stay float32. The buffer for gradients under way is no larger than they are.
     """
     code = f"""
 import math, torch
@@ -224,15 +319,26 @@ assert sum(bucket.buffer.numel() for bucket in buckets) == sum(map(math.prod, en
 print("fine")
 """
     environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port())}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert "fine" in done.stdout, done.stderr
 
 
 def test_bf16_run_stays_near_float32(work, whole_run) -> None:
     output = work / "bf16"
-    assert run(2, work / "all.json", work / "base", work / "shards", output, "bf16.enabled=true", "beingvl.max_steps=3") == 0, (
-        log_of(output)
-    )
+    assert (
+        run(
+            2,
+            work / "all.json",
+            work / "base",
+            work / "shards",
+            output,
+            "bf16.enabled=true",
+            "beingvl.max_steps=3",
+        )
+        == 0
+    ), log_of(output)
     assert losses(output) == pytest.approx(losses(whole_run)[:3], rel=2e-2)
 
 
@@ -244,7 +350,10 @@ def test_bf16_run_stays_near_float32(work, whole_run) -> None:
         (["--set", "beingvl.mixture.perception=1"], "the shards hold ['foundation', 'reasoning']"),
         (["--set", "zero_optimization.stage=4"], "expected one of 0, 1, 2, 3"),
         (["--set", "beingvl.sequence_length=10"], "raise beingvl.sequence_length"),
-        (["--set", "train_batch_size=1000000000"], "train_batch_size is 1000000000, the whole run has "),
+        (
+            ["--set", "train_batch_size=1000000000"],
+            "train_batch_size is 1000000000, the whole run has ",
+        ),
     ],
 )
 def test_wrong_input_is_one_sentence(work, tmp_path, arguments, message) -> None:
@@ -254,7 +363,14 @@ def test_wrong_input_is_one_sentence(work, tmp_path, arguments, message) -> None
         "--data": work / "shards",
         "--output": tmp_path / "x",
     }
-    command = [sys.executable, "-m", "beingvl", "train", *[str(word) for pair in given.items() for word in pair], *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "beingvl",
+        "train",
+        *[str(word) for pair in given.items() for word in pair],
+        *arguments,
+    ]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     error = [line for line in done.stderr.splitlines() if "error:" in line]

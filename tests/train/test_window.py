@@ -1,4 +1,6 @@
-"""What a training loop gets: windows of ascending steps, which a loader of any number of ranks goes on with."""
+"""What a training loop gets: windows of ascending steps, which a loader of any number of ranks
+goes on with.
+"""
 
 from collections.abc import Iterator
 
@@ -20,7 +22,10 @@ def data(tmp_path_factory) -> TrainingData:
 
 def fetchers(data: TrainingData, num_ranks: int) -> list[WindowFetcher]:
     accumulation = data.sequences_per_step // num_ranks
-    return [WindowFetcher(data, accumulation, 1, rank, num_ranks, stop=data.num_steps) for rank in range(num_ranks)]
+    return [
+        WindowFetcher(data, accumulation, 1, rank, num_ranks, stop=data.num_steps)
+        for rank in range(num_ranks)
+    ]
 
 
 def names(windows: Iterator[Window]) -> list[list[str]]:
@@ -39,7 +44,11 @@ def test_a_loader_of_another_number_of_ranks_goes_on_from_the_state(data) -> Non
     for fetcher in second:
         fetcher.load_state_dict(state)
     rest = [sorted(a + b) for a, b in zip(*(names(fetcher) for fetcher in second), strict=True)]
-    assert state == {"step": 2} and seen == expected[:2] and rest == [sorted(step) for step in expected[2:]]
+    assert (
+        state == {"step": 2}
+        and seen == expected[:2]
+        and rest == [sorted(step) for step in expected[2:]]
+    )
 
 
 def test_a_loader_that_is_set_back_gives_what_it_gave(data) -> None:
@@ -47,7 +56,10 @@ def test_a_loader_that_is_set_back_gives_what_it_gave(data) -> None:
     before = next(fetcher)
     fetcher.load_state_dict({"step": 0})
     again = next(fetcher)
-    assert all((a.input_ids == b.input_ids).all() for a, b in zip(before.batches, again.batches, strict=True))
+    assert all(
+        (a.input_ids == b.input_ids).all()
+        for a, b in zip(before.batches, again.batches, strict=True)
+    )
     assert (before.counts == again.counts).all()
     fetcher.load_state_dict({"step": data.num_steps})
     with pytest.raises(StopIteration):

@@ -1,4 +1,6 @@
-"""Published vocabularies: only lists, tuples and integers are read, and they encode as described in the module."""
+"""Published vocabularies: only lists, tuples and integers are read, and they encode as described
+in the module.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beingvl.errors import InputError
-from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vbpe.published import LegacyVisualBPE, encode_legacy_reference, import_published
+from beingvl.vbpe.visual_bpe import VisualBPE
 
 
 def write_pickle(path, content, protocol=4):
@@ -22,7 +24,10 @@ def write_pickle(path, content, protocol=4):
 @st.composite
 def vocabularies(draw: st.DrawFn) -> LegacyVisualBPE:
     num_codes = draw(st.integers(1, 4))
-    parts = [(draw(st.integers(0, num_codes + rank - 1)), draw(st.integers(0, num_codes + rank - 1))) for rank in range(12)]
+    parts = [
+        (draw(st.integers(0, num_codes + rank - 1)), draw(st.integers(0, num_codes + rank - 1)))
+        for rank in range(12)
+    ]
     return LegacyVisualBPE(num_codes, np.array(parts[: draw(st.integers(0, 12))]).reshape(-1, 2))
 
 
@@ -32,16 +37,28 @@ def test_twins_agree(vbpe, height, width, seed):
     grids = np.random.default_rng(seed).integers(0, vbpe.num_codes, (3, height, width))
     ids, offsets = vbpe.encode_batch(grids, num_threads=2)
     for grid, start, end in zip(grids, offsets, offsets[1:], strict=False):
-        assert ids[start:end].tolist() == encode_legacy_reference(grid, vbpe.num_codes, vbpe.merges.tolist())
+        assert ids[start:end].tolist() == encode_legacy_reference(
+            grid, vbpe.num_codes, vbpe.merges.tolist()
+        )
         assert ids[start:end].tolist() == vbpe.encode(grid).tolist()
 
 
 def test_rules_by_hand():
-    # The first 7 takes its right 8, the one below it has a 6 there and takes the 8 below; the last 7 finds nothing.
+    # The first 7 takes its right 8, the one below it has a 6 there and takes the 8 below; the last
+    # 7 finds nothing.
     grid = np.array([[7, 8, 5], [7, 6, 7], [8, 0, 0]])
     assert LegacyVisualBPE(9, [(7, 8)]).encode(grid).tolist() == [9, 5, 9, 6, 7, 0, 0]
     assert LegacyVisualBPE(9, [(7, 8), (5, 9), (0, 0)]).encode(grid).tolist() == [9, 10, 6, 7, 11]
-    assert LegacyVisualBPE(9, [(1, 1), (5, 7)]).encode(grid).tolist() == [7, 8, 10, 6, 7, 8, 0, 0]  # across the row's end: flat
+    assert LegacyVisualBPE(9, [(1, 1), (5, 7)]).encode(grid).tolist() == [
+        7,
+        8,
+        10,
+        6,
+        7,
+        8,
+        0,
+        0,
+    ]  # across the row's end: flat
     assert LegacyVisualBPE(9, [(1, 2), (0, 0)]).encode(np.zeros((1, 3), int)).tolist() == [10, 0]
 
 
@@ -53,14 +70,22 @@ def test_published_pickles_of_every_protocol(tmp_path, protocol):
     assert (vbpe.num_codes, vbpe.num_ids, vbpe.merges.tolist()) == (8192, 8194, [[3, 4], [8192, 5]])
     vbpe.save(tmp_path / "vbpe.json")
     again = VisualBPE.load(tmp_path)
-    assert again == vbpe and again.fingerprint() == vbpe.fingerprint() and again.parameters["imported_from"] == "vbpe.pkl"
+    assert (
+        again == vbpe
+        and again.fingerprint() == vbpe.fingerprint()
+        and again.parameters["imported_from"] == "vbpe.pkl"
+    )
     assert LegacyVisualBPE(8192, [[3, 4]]) != vbpe
 
 
 def test_offsets_and_sizes(tmp_path):
     path = write_pickle(tmp_path / "vbpe.pkl", [((103, 104), 500), ((500, 105), 501)])
     assert import_published(path, 10, 100).merges.tolist() == [[3, 4], [10, 5]]
-    with pytest.raises(InputError, match=r"merge 0 uses token 103, expected a code 0 … 9 .* --init_size and --vocab_pad right\?"):
+    with pytest.raises(
+        InputError,
+        match=r"merge 0 uses token 103, expected a code 0 … 9 .* --init_size and --vocab_pad "
+        r"right\?",
+    ):
         import_published(path, 10)
     with pytest.raises(InputError, match="merge 0 uses token 501"):
         import_published(write_pickle(path, [((501, 3), 500), ((1, 2), 501)]))
@@ -77,7 +102,18 @@ class Bomb:
 
 
 @pytest.mark.parametrize(
-    "content", [Bomb(), [Bomb()], [((1, 2), Bomb())], {}, [((1, 2), 3.0)], "text", [((1, b"2"), 3)], [np.int64(3)], None]
+    "content",
+    [
+        Bomb(),
+        [Bomb()],
+        [((1, 2), Bomb())],
+        {},
+        [((1, 2), 3.0)],
+        "text",
+        [((1, b"2"), 3)],
+        [np.int64(3)],
+        None,
+    ],
 )
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_anything_else_is_refused_before_it_is_executed(tmp_path, content, protocol):
@@ -85,18 +121,27 @@ def test_anything_else_is_refused_before_it_is_executed(tmp_path, content, proto
         VisualBPE.load(write_pickle(tmp_path / "x.pkl", content, protocol))
 
 
-@pytest.mark.parametrize("content", [[(1, 2, 3)], [((1, 2, 3), 4)], [[(1, 2), 3], 5], [((1, (2,)), 3)], 7, ((1, 2), 3)])
+@pytest.mark.parametrize(
+    "content", [[(1, 2, 3)], [((1, 2, 3), 4)], [[(1, 2), 3], 5], [((1, (2,)), 3)], 7, ((1, 2), 3)]
+)
 def test_other_shapes_are_refused(tmp_path, content):
     with pytest.raises(
-        InputError, match=r"(entry \d is|holds one (int|tuple)).* expected (a list of )?\(\(token1, token2\), new_token\)"
+        InputError,
+        match=r"(entry \d is|holds one (int|tuple)).* expected (a list of )?\(\(token1, "
+        r"token2\), new_token\)",
     ):
         VisualBPE.load(write_pickle(tmp_path / "x.pkl", content))
 
 
-@pytest.mark.parametrize("data", [b"", b"\x80\x04", b"no pickle", pickle.dumps([((1, 2), 3)])[:-4], b"(l.", b"g5\n.", b"t."])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\x80\x04", b"no pickle", pickle.dumps([((1, 2), 3)])[:-4], b"(l.", b"g5\n.", b"t."],
+)
 def test_damaged_pickles_are_refused(tmp_path, data):
     (tmp_path / "x.pkl").write_bytes(data)
-    with pytest.raises(InputError, match=r"is not a readable pickle|more than lists|number of codes is unknown"):
+    with pytest.raises(
+        InputError, match=r"is not a readable pickle|more than lists|number of codes is unknown"
+    ):
         VisualBPE.load(tmp_path / "x.pkl")
 
 

@@ -1,4 +1,6 @@
-"""`beingvl train-vbpe`: every kind of input, every option, every error, and byte-equal results after an interruption."""
+"""`beingvl train-vbpe`: every kind of input, every option, every error, and byte-equal results
+after an interruption.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,17 @@ import sys
 import numpy as np
 import pytest
 
-from beingvl.commands.main import main
 from beingvl.artefact.manifest import write_manifest
-from beingvl.vbpe.visual_bpe import VisualBPE, train_reference
+from beingvl.commands.main import main
+from beingvl.vbpe.reference import train_reference
+from beingvl.vbpe.visual_bpe import VisualBPE
 
 
 @pytest.fixture
 def codes() -> np.ndarray:
-    """[30, 6, 6] uint16 of 12 codes with structure: every code is likely followed by its successor."""
+    """[30, 6, 6] uint16 of 12 codes with structure: every code is likely followed by its
+    successor.
+    """
     rng = np.random.default_rng(0)
     grids = rng.integers(0, 12, (30, 6, 6))
     follow = rng.random(grids.shape) < 0.5
@@ -35,7 +40,9 @@ def train(*options: object) -> int:
 def write_codes_folder(folder, codes, num_codes=12, vqgan="sha256:a"):
     folder.mkdir()
     np.save(folder / "codes.npy", codes)
-    (folder / "keys.jsonl").write_text("".join(json.dumps(f"{n}.png") + "\n" for n in range(len(codes))))
+    (folder / "keys.jsonl").write_text(
+        "".join(json.dumps(f"{n}.png") + "\n" for n in range(len(codes)))
+    )
     details = {"num_codes": num_codes, "grid": list(codes.shape[1:])}
     write_manifest(folder, "vq_codes", {"images": len(codes)}, {"vqgan": vqgan}, details)
     return folder
@@ -43,14 +50,32 @@ def write_codes_folder(folder, codes, num_codes=12, vqgan="sha256:a"):
 
 def test_learns_from_a_codes_folder_what_the_reference_learns(tmp_path, codes, capsys):
     folder = write_codes_folder(tmp_path / "vq_codes", codes)
-    assert train("--data-path", folder, "--output-path", tmp_path / "out", "--num-merges", 25, "--validate_data") == 0
+    assert (
+        train(
+            "--data-path",
+            folder,
+            "--output-path",
+            tmp_path / "out",
+            "--num-merges",
+            25,
+            "--validate_data",
+        )
+        == 0
+    )
     vbpe = VisualBPE.load(tmp_path / "out")
     merges, streams = train_reference(list(codes), 12, 25)
     assert [tuple(merge) for merge in vbpe.merges.tolist()] == merges
     assert vbpe.lineage == {"vqgan": "sha256:a"} and vbpe.grid == (6, 6) and vbpe.num_codes == 12
-    assert vbpe.parameters["num_tokens"] == sum(map(len, streams)) and vbpe.parameters["num_images"] == 30
+    assert (
+        vbpe.parameters["num_tokens"] == sum(map(len, streams))
+        and vbpe.parameters["num_images"] == 30
+    )
     shown = capsys.readouterr().out
-    assert "30 images of 6 x 6, uint16" in shown and "merges of 2 cells" in shown and "unused codes" in shown
+    assert (
+        "30 images of 6 x 6, uint16" in shown
+        and "merges of 2 cells" in shown
+        and "unused codes" in shown
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
@@ -59,7 +84,17 @@ def test_types_and_flat_files_give_the_same_file(tmp_path, codes, dtype, flat):
     np.save(tmp_path / "a.npy", codes)
     np.save(tmp_path / "b.npy", (codes.reshape(30, 36) if flat else codes).astype(dtype))
     for name in "ab":
-        assert train("--data_path", tmp_path / f"{name}.npy", "--output_path", tmp_path / f"{name}.json", "--num_merges", 10) == 0
+        assert (
+            train(
+                "--data_path",
+                tmp_path / f"{name}.npy",
+                "--output_path",
+                tmp_path / f"{name}.json",
+                "--num_merges",
+                10,
+            )
+            == 0
+        )
     assert VisualBPE.load(tmp_path / "a.json") == VisualBPE.load(tmp_path / "b.json")
 
 
@@ -67,19 +102,53 @@ def test_offset_codes_and_their_three_options(tmp_path, codes):
     np.save(tmp_path / "raw.npy", codes)
     np.save(tmp_path / "offset.npy", codes.astype(np.int32) + 128261)
     assert (
-        train("--data_path", tmp_path / "raw.npy", "--output_path", tmp_path / "raw.json", "--num_merges", 9, "--init_size", 12)
+        train(
+            "--data_path",
+            tmp_path / "raw.npy",
+            "--output_path",
+            tmp_path / "raw.json",
+            "--num_merges",
+            9,
+            "--init_size",
+            12,
+        )
         == 0
     )
     options = ["--vocab_pad", 128261, "--vocab_end", 128273, "--init_size", 12]
-    assert train("--data_path", tmp_path / "offset.npy", "--output_path", tmp_path / "o.json", "--num_merges", 9, *options) == 0
+    assert (
+        train(
+            "--data_path",
+            tmp_path / "offset.npy",
+            "--output_path",
+            tmp_path / "o.json",
+            "--num_merges",
+            9,
+            *options,
+        )
+        == 0
+    )
     assert VisualBPE.load(tmp_path / "raw.json") == VisualBPE.load(tmp_path / "o.json")
 
 
 def test_mixed_grid_sizes_from_a_folder_of_files(tmp_path, codes):
     np.save(tmp_path / "a.npy", codes)
     np.save(tmp_path / "b.npy", codes[:5, :2, :].reshape(5, 3, 4))
-    assert train("--data_path", tmp_path, "--output_path", tmp_path / "out.json", "--num_merges", 20, "--alpha", 0) == 0
-    merges, _ = train_reference([*codes, *codes[:5, :2, :].reshape(5, 3, 4)], int(codes.max()) + 1, 20, 0.0)
+    assert (
+        train(
+            "--data_path",
+            tmp_path,
+            "--output_path",
+            tmp_path / "out.json",
+            "--num_merges",
+            20,
+            "--alpha",
+            0,
+        )
+        == 0
+    )
+    merges, _ = train_reference(
+        [*codes, *codes[:5, :2, :].reshape(5, 3, 4)], int(codes.max()) + 1, 20, 0.0
+    )
     vbpe = VisualBPE.load(tmp_path / "out.json")
     assert [tuple(merge) for merge in vbpe.merges.tolist()] == merges and vbpe.grid is None
 
@@ -90,7 +159,14 @@ def test_sample_depends_on_the_seed_only(tmp_path, codes):
     for name, seed in (("x", 1), ("y", 1), ("z", 2)):
         options = ["--max_images", 12, "--seed", seed, "--num_merges", 10, "--init_size", 12]
         assert (
-            train("--data_path", tmp_path / "a.npy", tmp_path / "b.npy", "--output_path", tmp_path / f"{name}.json", *options)
+            train(
+                "--data_path",
+                tmp_path / "a.npy",
+                tmp_path / "b.npy",
+                "--output_path",
+                tmp_path / f"{name}.json",
+                *options,
+            )
             == 0
         )
     x, y, z = ((tmp_path / f"{name}.json").read_bytes() for name in "xyz")
@@ -102,9 +178,21 @@ def test_sample_depends_on_the_seed_only(tmp_path, codes):
 
 def test_stops_when_nothing_is_left_and_says_so(tmp_path, capsys):
     np.save(tmp_path / "a.npy", np.zeros((2, 3, 3), np.uint16))
-    assert train("--data_path", tmp_path / "a.npy", "--output_path", tmp_path / "v.json", "--num_merges", 1000) == 0
+    assert (
+        train(
+            "--data_path",
+            tmp_path / "a.npy",
+            "--output_path",
+            tmp_path / "v.json",
+            "--num_merges",
+            1000,
+        )
+        == 0
+    )
     assert 0 < VisualBPE.load(tmp_path / "v.json").num_merges < 10
-    assert "Stopped before 1000 merges: no pair is left that occurs 2 times" in capsys.readouterr().out
+    assert (
+        "Stopped before 1000 merges: no pair is left that occurs 2 times" in capsys.readouterr().out
+    )
 
 
 def test_interrupted_run_continues_to_the_same_bytes(tmp_path, codes, capsys, monkeypatch):
@@ -127,7 +215,9 @@ def test_interrupted_run_continues_to_the_same_bytes(tmp_path, codes, capsys, mo
     assert not (tmp_path / "parts.json").exists()
 
     assert train(*options, "--alpha", 0) == 2
-    assert "was made with other alpha; use the same options, or delete it" in capsys.readouterr().err
+    assert (
+        "was made with other alpha; use the same options, or delete it" in capsys.readouterr().err
+    )
     assert train(*options, "--init_size", 13) == 2
     assert "other number of codes" in capsys.readouterr().err
     assert train(*options, "--num_merges", 15) == 2
@@ -171,12 +261,20 @@ def test_a_finished_folder_is_reused_verified_and_never_lost(tmp_path, codes, ca
 
 def test_a_single_file_is_not_replaced_unasked(tmp_path, codes, capsys):
     np.save(tmp_path / "a.npy", codes)
-    learn = ["--data_path", tmp_path / "a.npy", "--output_path", tmp_path / "v.json", "--num_merges"]
+    learn = [
+        "--data_path",
+        tmp_path / "a.npy",
+        "--output_path",
+        tmp_path / "v.json",
+        "--num_merges",
+    ]
     assert train(*learn, 5) == 0 and main(["verify", str(tmp_path / "v.json")]) == 0
     assert train(*learn, 6) == 2
     assert "v.json exists; choose another name or add --overwrite" in capsys.readouterr().err
     assert VisualBPE.load(tmp_path / "v.json").num_merges == 5
-    assert train(*learn, 6, "--overwrite") == 0 and VisualBPE.load(tmp_path / "v.json").num_merges == 6
+    assert (
+        train(*learn, 6, "--overwrite") == 0 and VisualBPE.load(tmp_path / "v.json").num_merges == 6
+    )
 
 
 def test_a_folder_with_other_things_is_not_taken(tmp_path, codes, capsys):
@@ -190,14 +288,21 @@ def test_nothing_finished_is_lost_or_mistaken(tmp_path, codes, capsys):
     learn = ["--data_path", source, "--num_merges", 5]
     assert train(*learn, "--output_path", out) == 0
     text = (out / "vbpe.json").read_text()
-    assert train(*learn, "--output_path", out / "vbpe.json", "--overwrite") == 2  # or the manifest would be wrong
-    assert train(*learn, "--output_path", out, "--overwrite", "--init_size", 5) == 2  # a wrong number of codes
+    assert (
+        train(*learn, "--output_path", out / "vbpe.json", "--overwrite") == 2
+    )  # or the manifest would be wrong
+    assert (
+        train(*learn, "--output_path", out, "--overwrite", "--init_size", 5) == 2
+    )  # a wrong number of codes
     assert (out / "vbpe.json").read_text() == text and main(["verify", str(out)]) == 0
     (out / "manifest.json").unlink()
     (out / ".vbpe.json.12.tmp").write_text("a write that was killed")
     assert train(*learn, "--output_path", out) == 2
     assert "holds a vocabulary without a manifest" in capsys.readouterr().err
-    assert train(*learn, "--output_path", out, "--overwrite") == 0 and (out / "vbpe.json").read_text() == text
+    assert (
+        train(*learn, "--output_path", out, "--overwrite") == 0
+        and (out / "vbpe.json").read_text() == text
+    )
     assert train(*learn, "--output_path", source / "codes.npy") == 2
 
 
@@ -215,35 +320,79 @@ WRONG = {
     "no file": (lambda codes: None, [], "does not exist; expected VQ codes"),
     "no bytes": (lambda codes: b"", [], "is no readable .npy file of codes"),
     "text": (lambda codes: b"12 13 14", [], "is no readable .npy file of codes"),
-    "truncated": (lambda codes: npy_bytes(codes)[:-100], [], "is no readable .npy file of codes, it may be cut off"),
+    "truncated": (
+        lambda codes: npy_bytes(codes)[:-100],
+        [],
+        "is no readable .npy file of codes, it may be cut off",
+    ),
     "not square": (
         lambda codes: codes.reshape(30, 36)[:, :35],
         [],
         "has 35 codes per image, which is not 5 x 5: give --grid H W",
     ),
-    "other grid": (lambda codes: codes, ["--grid", 3, 12], "has grids of 6 x 6, --grid says 3 x 12"),
-    "too large": (lambda codes: np.zeros((1, 1, 2048), np.uint8), [], "has grids of 1 x 2048, expected at most 2047"),
-    "outside": (lambda codes: codes, ["--init_size", 11], r"image \d+: codes 0 … 11, expected 0 … 10; the files are not of this"),
-    "negative": (lambda codes: codes.astype(int) - 1, ["--init_size", 12], r"codes -1 … 1[01], expected 0 … 11"),
+    "other grid": (
+        lambda codes: codes,
+        ["--grid", 3, 12],
+        "has grids of 6 x 6, --grid says 3 x 12",
+    ),
+    "too large": (
+        lambda codes: np.zeros((1, 1, 2048), np.uint8),
+        [],
+        "has grids of 1 x 2048, expected at most 2047",
+    ),
+    "outside": (
+        lambda codes: codes,
+        ["--init_size", 11],
+        r"image \d+: codes 0 … 11, expected 0 … 10; the files are not of this",
+    ),
+    "negative": (
+        lambda codes: codes.astype(int) - 1,
+        ["--init_size", 12],
+        r"codes -1 … 1[01], expected 0 … 11",
+    ),
     "raw, padded": (
         lambda codes: codes,
         ["--init_size", 12, "--vocab_pad", 500],
         "they are raw already: leave out --vocab_pad 500",
     ),
-    "raw, padded, no size": (lambda codes: codes, ["--vocab_pad", 500], "-488 codes, expected 1 to 65536; are --init_size"),
-    "offset": (lambda codes: codes + 500, ["--init_size", 12], r"give the offset as --vocab_pad \(their smallest id is 500\)"),
+    "raw, padded, no size": (
+        lambda codes: codes,
+        ["--vocab_pad", 500],
+        "-488 codes, expected 1 to 65536; are --init_size",
+    ),
+    "offset": (
+        lambda codes: codes + 500,
+        ["--init_size", 12],
+        r"give the offset as --vocab_pad \(their smallest id is 500\)",
+    ),
     "end": (
         lambda codes: codes,
         ["--init_size", 12, "--vocab_end", 13],
         "--init_size says 12, --vocab_end less --vocab_pad says 13",
     ),
-    "too many codes": (lambda codes: codes.astype(int) + 70_000, [], "70012 codes, expected 1 to 65536"),
-    "too many merges": (lambda codes: codes, ["--num_merges", 600_000], "expected at most 524288 together"),
-    "merges": (lambda codes: codes, ["--num_merges", -1], "--num_merges is -1, expected at least 0"),
+    "too many codes": (
+        lambda codes: codes.astype(int) + 70_000,
+        [],
+        "70012 codes, expected 1 to 65536",
+    ),
+    "too many merges": (
+        lambda codes: codes,
+        ["--num_merges", 600_000],
+        "expected at most 524288 together",
+    ),
+    "merges": (
+        lambda codes: codes,
+        ["--num_merges", -1],
+        "--num_merges is -1, expected at least 0",
+    ),
     "alpha": (lambda codes: codes, ["--alpha", "nan"], "--alpha is nan, expected at least 0"),
     "sigma": (lambda codes: codes, ["--sigma", 0], "--sigma is 0.0, expected more than 0"),
     "min_count": (lambda codes: codes, ["--min_count", 0], "--min_count is 0, expected at least 1"),
-    "max_images": (lambda codes: codes, ["--max_images", 0], "--max_images is 0, expected at least 1"),
+    "max_images": (
+        lambda codes: codes,
+        ["--max_images", 0],
+        "--max_images is 0, expected at least 1",
+    ),
 }
 
 
@@ -293,5 +442,7 @@ def test_help_is_instant_and_imports_nothing_heavy():
         "except SystemExit: pass\n"
         "print([name for name in ('numba', 'numpy', 'torch') if name in sys.modules])"
     )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert "--save_intermediate" in shown and shown.splitlines()[-1] == "[]"

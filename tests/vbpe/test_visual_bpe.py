@@ -1,4 +1,6 @@
-"""Both twins of vBPE give the same merges, streams and grids, on everything hypothesis can think of."""
+"""Both twins of vBPE give the same merges, streams and grids, on everything hypothesis can think
+of.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ from hypothesis import strategies as st
 
 from beingvl.errors import InputError
 from beingvl.vbpe import visual_bpe as vbpe_module
-from beingvl.vbpe.visual_bpe import (
+from beingvl.vbpe.kernels import BORDER, Trainer, compact, encode_board, place_images, plan_board
+from beingvl.vbpe.reference import (
     TokenGrid,
-    VisualBPE,
     best_pair,
     cells_reference,
     decode_reference,
@@ -22,27 +24,41 @@ from beingvl.vbpe.visual_bpe import (
     spatial_consistency,
     train_reference,
 )
-from beingvl.vbpe.kernels import BORDER, Trainer, compact, encode_board, place_images, plan_board
+from beingvl.vbpe.visual_bpe import VisualBPE
 
 EXAMPLE = VisualBPE(9, np.array([[7, 8, 0, 1], [9, 7, 1, 0]]))  # the grid in the module docstring
 
 
 @st.composite
 def corpora(draw: st.DrawFn) -> tuple[int, list[np.ndarray]]:
-    """(number of codes, grids): few codes, so that pairs repeat and overlap; 1 x 1, 1 x N, N x 1, mixed sizes are frequent."""
+    """(number of codes, grids): few codes, so that pairs repeat and overlap; 1 x 1, 1 x N, N x
+    1, mixed sizes are frequent.
+    """
     num_codes = draw(st.integers(1, 4))
     side = st.one_of(st.just(1), st.integers(1, 7))
     sizes = draw(
-        st.one_of(st.lists(st.tuples(side, side), min_size=1, max_size=4), st.tuples(side, side).map(lambda size: [size] * 3))
+        st.one_of(
+            st.lists(st.tuples(side, side), min_size=1, max_size=4),
+            st.tuples(side, side).map(lambda size: [size] * 3),
+        )
     )
     codes = st.integers(0, num_codes - 1)
     grids = [
-        draw(st.lists(codes, min_size=h * w, max_size=h * w).map(lambda row, s=(h, w): np.reshape(row, s))) for h, w in sizes
+        draw(
+            st.lists(codes, min_size=h * w, max_size=h * w).map(
+                lambda row, s=(h, w): np.reshape(row, s)
+            )
+        )
+        for h, w in sizes
     ]
     return num_codes, grids
 
 
-priorities = st.tuples(st.sampled_from([0.0, 0.3, 0.7, 1.0, 3.0]), st.sampled_from([0.01, 0.5, 1.0, 2.0]), st.integers(1, 3))
+priorities = st.tuples(
+    st.sampled_from([0.0, 0.3, 0.7, 1.0, 3.0]),
+    st.sampled_from([0.01, 0.5, 1.0, 2.0]),
+    st.integers(1, 3),
+)
 
 
 # ---- twins ----
@@ -85,7 +101,10 @@ def test_learning_in_parts_compacted_or_resumed_changes_nothing(corpus, priority
     for trainer in (parts, resumed):
         trainer.learn(num_merges)
         assert np.array_equal(trainer.merges, whole.merges)
-        assert all(np.array_equal(trainer.stream(image), whole.stream(image)) for image in range(len(grids)))
+        assert all(
+            np.array_equal(trainer.stream(image), whole.stream(image))
+            for image in range(len(grids))
+        )
 
 
 @settings(max_examples=100, deadline=None)
@@ -95,7 +114,9 @@ def test_vocabulary_of_other_images_still_decodes_to_the_grid(corpus, data):
     merges, _ = train_reference(grids, num_codes, 20, 0.0)
     vbpe = VisualBPE(num_codes, merges)
     height, width = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 12))
-    codes = data.draw(st.lists(st.integers(0, num_codes - 1), min_size=height * width, max_size=height * width))
+    codes = data.draw(
+        st.lists(st.integers(0, num_codes - 1), min_size=height * width, max_size=height * width)
+    )
     grid = np.reshape(codes, (height, width))
     stream = vbpe.encode(grid)
     assert stream.tolist() == encode_reference(grid, num_codes, merges)
@@ -105,7 +126,9 @@ def test_vocabulary_of_other_images_still_decodes_to_the_grid(corpus, data):
 @settings(max_examples=300, deadline=None)
 @given(corpora(), st.data())
 def test_decode_accepts_exactly_the_streams_that_tile_the_grid(corpus, data):
-    """Random ids: either decoding fails at the position where the reference fails, or both give the same grid."""
+    """Random ids: either decoding fails at the position where the reference fails, or both give
+    the same grid.
+    """
     num_codes, grids = corpus
     merges, _ = train_reference(grids, num_codes, 10, 0.0)
     vbpe = VisualBPE(num_codes, merges)
@@ -120,7 +143,9 @@ def test_decode_accepts_exactly_the_streams_that_tile_the_grid(corpus, data):
         if free is None or not 0 <= image_id < vbpe.num_ids:
             wrong = position
             break
-        cells = {(free[0] + y, free[1] + x) for y, x in cells_reference(image_id, num_codes, merges)}
+        cells = {
+            (free[0] + y, free[1] + x) for y, x in cells_reference(image_id, num_codes, merges)
+        }
         if cells & covered or any(y >= height or not 0 <= x < width for y, x in cells):
             wrong = position
             break
@@ -128,17 +153,23 @@ def test_decode_accepts_exactly_the_streams_that_tile_the_grid(corpus, data):
     if wrong is None and len(covered) < height * width:
         wrong = len(ids)
     if wrong is None:
-        assert np.array_equal(vbpe.decode(ids, height, width), decode_reference(ids, height, width, num_codes, merges))
+        assert np.array_equal(
+            vbpe.decode(ids, height, width), decode_reference(ids, height, width, num_codes, merges)
+        )
     else:
         with pytest.raises(ValueError, match=f"at position {wrong} of {len(ids)}"):
             vbpe.decode(ids, height, width)
 
 
 def test_larger_grids_with_big_tokens_and_compaction():
-    """Enough rounds on structured images that the trainer runs out of room and closes its gaps, with tokens of many cells."""
+    """Enough rounds on structured images that the trainer runs out of room and closes its gaps,
+    with tokens of many cells.
+    """
     rng = np.random.default_rng(0)
     tiles = rng.integers(0, 6, (4, 8, 8))
-    grids = np.array([np.block([[tiles[rng.integers(4)] for _ in range(3)] for _ in range(2)]) for _ in range(5)])
+    grids = np.array(
+        [np.block([[tiles[rng.integers(4)] for _ in range(3)] for _ in range(2)]) for _ in range(5)]
+    )
     grids[rng.random(grids.shape) < 0.05] = 6
     for alpha in (0.0, 0.3):
         merges, streams = train_reference(grids, 7, 150, alpha)
@@ -174,7 +205,11 @@ def test_encoding_outgrows_its_first_room():
     heads = np.full(vbpe.num_merges, -1, np.int32)
     assert not encode_board(board, 41, 40, vbpe.tables, heads, links, places)
     assert (heads == -1).all()
-    assert vbpe.encode(grid).tolist() == trainer.stream(0).tolist() == encode_reference(grid, 1, vbpe.merges.tolist())
+    assert (
+        vbpe.encode(grid).tolist()
+        == trainer.stream(0).tolist()
+        == encode_reference(grid, 1, vbpe.merges.tolist())
+    )
 
 
 def test_one_all_equal_image_of_many_cells():
@@ -202,7 +237,12 @@ def test_overlapping_repeats_merge_from_the_left():
 
 
 def test_ties_go_to_the_smaller_pair_and_pairs_to_the_left_below_are_found():
-    assert best_pair(Counter({(1, 0, 0, 1): 2, (0, 1, 1, 0): 2, (0, 1, 0, 2): 2}), 0.0, 1.0, 2) == (0, 1, 0, 2)
+    assert best_pair(Counter({(1, 0, 0, 1): 2, (0, 1, 1, 0): 2, (0, 1, 0, 2): 2}), 0.0, 1.0, 2) == (
+        0,
+        1,
+        0,
+        2,
+    )
     grid = TokenGrid(np.array([[0, 1], [2, 2]]))
     grid.apply((2, 2, 0, 1), 3)
     assert set(grid.pairs()) == {(0, 1, 0, 1), (0, 3, 1, 0), (1, 3, 1, -1)}
@@ -210,12 +250,17 @@ def test_ties_go_to_the_smaller_pair_and_pairs_to_the_left_below_are_found():
 
 def test_spatial_consistency():
     assert spatial_consistency({(0, 1): 7}, 1.0) == 1.0
-    assert spatial_consistency({(0, 1): 5, (1, 0): 5}, 1.0) == pytest.approx(np.exp(-0.25), abs=1e-9)
-    assert spatial_consistency({(0, 1): 3, (1, 0): 1}, 0.5) == pytest.approx((3 * np.exp(-0.25) + np.exp(-2.25)) / 4, abs=1e-9)
+    assert spatial_consistency({(0, 1): 5, (1, 0): 5}, 1.0) == pytest.approx(
+        np.exp(-0.25), abs=1e-9
+    )
+    assert spatial_consistency({(0, 1): 3, (1, 0): 1}, 0.5) == pytest.approx(
+        (3 * np.exp(-0.25) + np.exp(-2.25)) / 4, abs=1e-9
+    )
 
 
 def test_alpha_prefers_the_consistent_pair():
-    # (0, 1) lies beside and below, its S is 0.78; (2, 3) lies only beside, its S is 1 but its F only 4 / 5.
+    # (0, 1) lies beside and below, its S is 0.78; (2, 3) lies only beside, its S is 1 but its F
+    # only 4 / 5.
     counts = Counter({(0, 1, 0, 1): 5, (0, 1, 1, 0): 4, (2, 3, 0, 1): 4})
     assert best_pair(counts, 0.3, 1.0, 2) == (0, 1, 0, 1)
     assert best_pair(counts, 1.0, 1.0, 2) == (2, 3, 0, 1)
@@ -277,7 +322,11 @@ def test_saved_file_is_readable_and_comes_back(tmp_path):
     for path in (tmp_path, tmp_path / "vbpe.json", str(tmp_path)):
         loaded = VisualBPE.load(path)
         assert loaded == vbpe == EXAMPLE
-        assert (loaded.lineage, loaded.parameters, loaded.grid) == (vbpe.lineage, vbpe.parameters, vbpe.grid)
+        assert (loaded.lineage, loaded.parameters, loaded.grid) == (
+            vbpe.lineage,
+            vbpe.parameters,
+            vbpe.grid,
+        )
     VisualBPE(9, []).save(tmp_path / "none.json")
     assert VisualBPE.load(tmp_path / "none.json").num_merges == 0
     assert list(tmp_path.glob("*.tmp")) == []
@@ -287,7 +336,11 @@ def test_fingerprint_is_of_codes_and_merges_only():
     same = VisualBPE(9, [(7, 8, 0, 1), (9, 7, 1, 0)], {"vqgan": "x"})
     assert EXAMPLE.fingerprint() == same.fingerprint()
     assert EXAMPLE.fingerprint().startswith("sha256:")
-    others = [VisualBPE(10, EXAMPLE.merges), VisualBPE(9, EXAMPLE.merges[:1]), VisualBPE(9, [(7, 8, 0, 1), (9, 7, 0, 2)])]
+    others = [
+        VisualBPE(10, EXAMPLE.merges),
+        VisualBPE(9, EXAMPLE.merges[:1]),
+        VisualBPE(9, [(7, 8, 0, 1), (9, 7, 0, 2)]),
+    ]
     assert len({EXAMPLE.fingerprint(), *(other.fingerprint() for other in others)}) == 4
 
 
@@ -387,7 +440,10 @@ def test_what_is_no_grid_of_codes_cannot_be_encoded(grid, message):
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([10, 7, 5], "position 3 of 3: the stream ends while cells of the 2 x 3 grid are left over"),
+        (
+            [10, 7, 5],
+            "position 3 of 3: the stream ends while cells of the 2 x 3 grid are left over",
+        ),
         ([10, 7, 5, 8, 8], "position 4 of 5: the 2 x 3 grid is already full before id 8"),
         ([10, 7, 11, 8], "position 2 of 4: id 11 is unknown, expected 0 … 10"),
         ([10, 7, 5 + (1 << 40), 8], "position 2 of 4: id 1099511627781 is unknown"),

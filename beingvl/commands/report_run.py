@@ -1,0 +1,62 @@
+"""All that a run left, gathered on one self-contained HTML page.
+
+Reads what is there of RUN_FOLDER (each piece may lie elsewhere, see the options)
+
+    stage-N/          metrics, validation, plan; final/ for the hashes of what was frozen
+    eval/*/           every finished evaluation: accuracy after each stage, scores, text parity,
+                      answers
+    base/             the model that stage 1 started from
+    shards*/          the data report
+    vbpe/             the vBPE report, on the images of vq_codes/test/
+    data/images/      the images of example answers
+
+and writes
+
+    summary.json         accuracy per question after each stage, chance, compression, scores,
+                         hashes, time, memory
+    contact_sheet.png    image, reconstruction, token borders, question, answer and truth of ten
+                         test images
+    training.png         loss of each stage, accuracy after it
+    index.html           all of it, and what was not found, on one page
+    manifest.json        last
+
+The examples are answers of the last stage, spread evenly over the test questions; nothing is chosen
+by its answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run_folder", type=Path, help="folder of the run")
+    add("--stages_path", type=Path, help="folder with stage-N/ and eval/; default: RUN_FOLDER")
+    add("--base_path", type=Path, help="model that stage 1 started from; default: RUN_FOLDER/base")
+    add("--data", nargs="+", type=Path, help="shard folders; default: RUN_FOLDER/shards*")
+    add("--vbpe_path", type=Path, help="vBPE; default: RUN_FOLDER/vbpe")
+    add(
+        "--vq_codes",
+        type=Path,
+        help="codes to measure the vBPE on; default: RUN_FOLDER/vq_codes/test",
+    )
+    add(
+        "--image_path",
+        type=Path,
+        help="folder that images of the evaluations start from; default: RUN_FOLDER/data/images",
+    )
+    add("--output_path", type=Path, help="folder to write; default: report/ beside the stages")
+    add("--wall_seconds", type=float, help="seconds the whole run took, for the summary")
+    add(
+        "--peak_memory_bytes",
+        type=int,
+        help="of the whole run; default: the largest in the stages' metrics, which are rank 0's",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from beingvl.report.run import run as step
+
+    step(args)

@@ -1,0 +1,24 @@
+"""The metrics of one training stage on one self-contained HTML page: STAGE_FOLDER/report.html.
+
+Loss (with the losses per token kind and source, and of the validation set), gradient norm, learning
+rate, tokens per second, MFU, memory, where the time of a step goes, skipped steps and spikes. Works
+while the stage is still running.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("stage_folder", type=Path, help="output folder of `beingvl train`")
+    parser.add_argument(
+        "--output_path", type=Path, help="page to write; default: STAGE_FOLDER/report.html"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from beingvl.report.train import run as step
+
+    step(args)
