@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from beingvl.artefact.manifest import write_atomically
 from beingvl.errors import InputError
-from beingvl.report.page import facts, whole_page
+from beingvl.report.kit import facts, whole_page
 from beingvl.report.pictures import SERIES_COLOURS, running_mean, scale_by_range, set_title, to_svg
 from beingvl.train.metrics import METRICS_FILE, VALIDATION_FILE, read_metrics
 

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from beingvl import manifest
+from beingvl.artefact import manifest
 from beingvl.artefact.manifest import (
     MANIFEST_FILE,
     already_made,
