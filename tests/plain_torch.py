@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import shifted_targets
+from beingvl.data.stage_data import data_of
 from beingvl.stage.stage_config import StageConfig
-from beingvl.train.train_stage import build_data
 
 
 def train_plain(
@@ -29,7 +29,7 @@ def train_plain(
         model_folder, dtype=torch.float32, attn_implementation="eager"
     )
     shards = ShardReader(shards_folder)
-    data = build_data(config, shards)
+    data = data_of(config, shards)
     by_id = {shards[index].id: shards[index] for index in range(len(shards))}
     matrices = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
     trained = list(model.parameters()) if trained_rows is None else matrices

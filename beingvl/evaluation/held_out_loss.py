@@ -2,7 +2,7 @@
 evaluate --data`.
 
 The batches, the attention, the head that gives one loss a target token and the sums are those of
-training (train/validation.py, model/extended_vocab.py, train/loss.py), on stock weights read by
+training (data/held_out.py, model/extended_vocab.py, train/loss.py), on stock weights read by
 transformers and without DeepSpeed.
 
     HeldOutLoss.write_part   a range of samples, packed -> one line a sample, and the part's sums
@@ -26,6 +26,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from beingvl.artefact.manifest import join_lineages, read_manifest
 from beingvl.artefact.parts import Parts
 from beingvl.data.arrow_shards import ShardReader
+from beingvl.data.held_out import held_out_batch, pack_in_order
 from beingvl.data.loader import IGNORED, MicroBatch
 from beingvl.errors import InputError
 from beingvl.inference.model import quiet_without_terminal
@@ -33,7 +34,6 @@ from beingvl.model import packed_attention
 from beingvl.model.extended_vocab import PackedCausalLM, pack_stock_model
 from beingvl.model.packed_check import refuse_short_window, refuse_unlike_packed
 from beingvl.train.loss import LossSums
-from beingvl.train.validation import held_out_batch, pack_in_order
 from beingvl.vocab import VocabLayout
 
 SAMPLES_FILE = "samples.jsonl"

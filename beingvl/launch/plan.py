@@ -20,15 +20,15 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from beingvl.artefact.manifest import read_manifest
 from beingvl.data.arrow_shards import ShardReader
-from beingvl.data.loader import open_mixture
+from beingvl.data.stage_data import mixture_of
 from beingvl.errors import InputError
 from beingvl.model.extended_vocab import build_packed_model
 from beingvl.model.packed_check import refuse_short_window, refuse_unlike_packed
 from beingvl.model.param_groups import PlannedParameter, plan_parameters
+from beingvl.model.start_model import find_start_model
 from beingvl.stage.stage_config import StageConfig, load_stage_config
 from beingvl.train.flops import GPU_PEAKS, step_flops
 from beingvl.train.memory import device_bytes, predict_memory
-from beingvl.train.stage_run import find_start_model
 from beingvl.vocab import VocabLayout
 
 USABLE = 0.92
@@ -143,9 +143,7 @@ def time_per_epoch(
     if args.gpu not in GPU_PEAKS:
         raise InputError(f"--gpu {args.gpu!r} is not known, known are {', '.join(GPU_PEAKS)}")
     shards = ShardReader(args.data)
-    mixture = open_mixture(
-        shards, config.beingvl.mixture, config.beingvl.mixture_by, config.beingvl.seed
-    )
+    mixture = mixture_of(config, shards)
     draws = mixture.counts(mixture.num_samples)
     repeats = [
         draws.get(name, 0) / max(1, len(own))

@@ -38,7 +38,8 @@ from beingvl.launch.environment import (
 from beingvl.launch.host_probe import count_devices
 from beingvl.launch.hostfile import Host, is_this_machine_alone, read_hostfile
 from beingvl.launch.preflight import Finding, Wanted, check_hosts, ranks_here, run_on, ssh_options
-from beingvl.train import train_stage
+from beingvl.model.start_model import find_start_model
+from beingvl.train.failures import EXIT_REQUEUE
 
 TRAINER = "beingvl.train.train_stage"
 
@@ -106,7 +107,7 @@ def _wanted(module: str, port: int, trainer: Sequence[str]) -> Wanted:
     parser = argparse.ArgumentParser(prog="beingvl launch … --")
     importlib.import_module("beingvl.commands.train").add_arguments(parser)
     words = parser.parse_args(list(trainer))
-    folders = {str(train_stage.find_start_model(words.model)): "model", str(words.data): "shards"}
+    folders = {str(find_start_model(words.model)): "model", str(words.data): "shards"}
     return Wanted(port, folders, str(words.output), str(words.deepspeed_config), tuple(words.set))
 
 
@@ -263,7 +264,7 @@ def _run_until_done(
             os.killpg(launcher.pid, signal.SIGKILL)
     code = launcher.wait()
     if is_told and code and len(signals) == 1:
-        return train_stage.EXIT_REQUEUE
+        return EXIT_REQUEUE
     return code if code >= 0 else 128 - code
 
 

@@ -19,19 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from beingvl.errors import InputError
+from beingvl.stage.stage_config import Rule
 
 _LAYERS = re.compile(r"layers\[(\d*%?):(\d*%?)\]")
 _LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One rule. `weight_decay` None means the optimizer's own."""
-
-    match: str
-    train: bool = True
-    lr_multiplier: float = 1.0
-    weight_decay: float | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias, get_type_hints
 
 from beingvl.errors import InputError
-from beingvl.model.param_groups import Rule
 from beingvl.stage.deepspeed_keys import (
     DEEPSPEED_KEYS,
     FACTOR,
@@ -55,6 +54,16 @@ Fraction: TypeAlias = Annotated[float, number(0, 1)]
 Count: TypeAlias = Annotated[int, whole(0)]
 AtLeastOne: TypeAlias = Annotated[int, whole(1)]
 Switch: TypeAlias = Annotated[bool, SWITCH]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule. `weight_decay` None means the optimizer's own."""
+
+    match: str
+    train: bool = True
+    lr_multiplier: float = 1.0
+    weight_decay: float | None = None
 
 
 @dataclass(frozen=True)

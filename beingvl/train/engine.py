@@ -34,7 +34,6 @@ import numpy as np
 import torch
 from blake3 import blake3
 from deepspeed.accelerator import get_accelerator
-from numpy.typing import ArrayLike
 from torch.utils.cpp_extension import get_default_build_root
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
@@ -55,17 +54,8 @@ from beingvl.train.memory import (
     swap_buffers,
 )
 from beingvl.train.partitions import MASTER, MOMENTS, STATE_KEYS, partition_in_memory, partitions_of
+from beingvl.train.ranks import Ranks, gather_objects, sum_over_ranks
 from beingvl.vocab import VocabLayout
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among the others."""
-
-    rank: int
-    num_ranks: int
-    device: torch.device
-
 
 # Heartbeats find a rank that is lost or stalled (train/phases.py); a collective may wait as long as
 # another rank works.
@@ -136,20 +126,6 @@ def stop_distributed() -> None:
     """Leave together."""
     deepspeed.comm.barrier()
     deepspeed.comm.destroy_process_group()
-
-
-def sum_over_ranks(values: ArrayLike, device: torch.device) -> np.ndarray:
-    """Element-wise sum over all ranks, in float64 (exact for counts up to 2**53)."""
-    tensor = torch.as_tensor(np.asarray(values, np.float64)).to(device)
-    deepspeed.comm.all_reduce(tensor)
-    return tensor.cpu().numpy()
-
-
-def gather_objects(value: Any, num_ranks: int) -> list[Any]:
-    """`value` of every rank, in rank order, on every rank."""
-    gathered: list[Any] = [None] * num_ranks
-    torch.distributed.all_gather_object(gathered, value)
-    return gathered
 
 
 def build_engine(

@@ -27,11 +27,11 @@ import torch
 from beingvl.artefact.manifest import Manifest, is_complete
 from beingvl.errors import InputError
 from beingvl.model.published_names import is_published, read_published, write_published
+from beingvl.model.start_model import find_start_model
 from beingvl.model.target_folder import check_target
 from beingvl.train.checkpoint import CHECKPOINTS, complete_checkpoints, read_state
 from beingvl.train.hf_folder import write_hf_folder
 from beingvl.train.probe import compare_probe, load_probe
-from beingvl.train.stage_run import find_start_model
 
 HF, PUBLISHED = "hf", "being-vl-0.5"
 

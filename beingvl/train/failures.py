@@ -4,6 +4,8 @@ defect of the program.
 
 from __future__ import annotations
 
+EXIT_REQUEUE = 85  # of a run that a signal stopped: start the same command again
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what is still valid."""

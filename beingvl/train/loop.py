@@ -20,11 +20,12 @@ import torch
 from beingvl.data.loader import TrainingData
 from beingvl.errors import InputError
 from beingvl.stage.stage_config import StageConfig
-from beingvl.train.engine import TrainingEngine, sum_over_ranks
+from beingvl.train.engine import TrainingEngine
 from beingvl.train.failures import NonFiniteError
 from beingvl.train.loss import LossSums, backward_scale, learning_rate_at
 from beingvl.train.metrics import MetricsWriter, SpikeDetector, peak_memory_bytes
 from beingvl.train.phases import BETWEEN_STEPS, STEP_PHASES, Phases
+from beingvl.train.ranks import sum_over_ranks
 from beingvl.train.window import WindowFetcher
 
 

@@ -16,9 +16,10 @@ from tokenizers import Tokenizer
 from beingvl.data.arrow_shards import Sample
 from beingvl.data.loader import TrainingData
 from beingvl.stage.stage_config import StageConfig
-from beingvl.train.engine import TrainingEngine, sum_over_ranks
+from beingvl.train.engine import TrainingEngine
 from beingvl.train.loss import LossSums
 from beingvl.train.metrics import METRICS_FILE, read_metrics
+from beingvl.train.ranks import sum_over_ranks
 from beingvl.train.window import WindowFetcher
 from beingvl.vocab import VocabLayout
 

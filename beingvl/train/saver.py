@@ -13,9 +13,10 @@ from beingvl.train.checkpoint import (
     checkpoint_folder,
     delete_old_checkpoints,
 )
-from beingvl.train.engine import TrainingEngine, gather_objects
+from beingvl.train.engine import TrainingEngine
 from beingvl.train.loop import Progress
 from beingvl.train.probe import Probe, save_probe
+from beingvl.train.ranks import gather_objects
 from beingvl.train.stage_run import Stage
 
 

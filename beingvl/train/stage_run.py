@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from beingvl.artefact.manifest import Manifest, is_complete
+from beingvl.artefact.manifest import Manifest
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import PLAN_VERSION
 from beingvl.errors import InputError
 from beingvl.stage.stage_config import StageConfig
 from beingvl.train.checkpoint import complete_checkpoints
-from beingvl.train.engine import Ranks
 from beingvl.train.phases import Phases
+from beingvl.train.ranks import Ranks
 
 # Keys of the block "beingvl" that change neither a sample nor an update, so that a resumed run may
 # change them.
@@ -50,13 +50,6 @@ class Stage:
     identity: dict[str, Any]
     ranks: Ranks
     phases: Phases
-
-
-def find_start_model(path: Path) -> Path:
-    """A model folder, or the `final/` inside a stage folder."""
-    if not is_complete(path) and (path / "final").is_dir():
-        return path / "final"
-    return path
 
 
 def find_moments(path: Path) -> Path:

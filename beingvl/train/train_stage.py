@@ -35,9 +35,11 @@ from blake3 import blake3
 
 from beingvl.artefact.manifest import is_complete, join_lineages, read_manifest
 from beingvl.data.arrow_shards import ShardReader
-from beingvl.data.loader import TrainingData, open_mixture
+from beingvl.data.loader import TrainingData
+from beingvl.data.stage_data import data_of
 from beingvl.errors import InputError
 from beingvl.model.param_groups import format_plan
+from beingvl.model.start_model import find_start_model
 from beingvl.stage.stage_config import StageConfig, load_stage_config
 from beingvl.train.checkpoint import (
     StateReader,
@@ -48,12 +50,11 @@ from beingvl.train.checkpoint import (
 from beingvl.train.engine import (
     TrainingEngine,
     build_engine,
-    gather_objects,
     start_distributed,
     stop_distributed,
     swap_folders,
 )
-from beingvl.train.failures import StallError, TrainingError
+from beingvl.train.failures import EXIT_REQUEUE, StallError, TrainingError
 from beingvl.train.flops import peak_flops
 from beingvl.train.hf_folder import write_hf_folder
 from beingvl.train.loop import Progress, num_steps_of, train
@@ -61,12 +62,12 @@ from beingvl.train.memory import device_bytes
 from beingvl.train.metrics import MetricsWriter, peak_memory_bytes, refuse_missing_wandb
 from beingvl.train.phases import RANKS, REPLAY_RANKS, Phases
 from beingvl.train.probe import Probe, compare_logits, load_probe
+from beingvl.train.ranks import gather_objects
 from beingvl.train.replay import replay
 from beingvl.train.saver import Saver
-from beingvl.train.stage_run import Stage, find_moments, find_start_model, run_identity
+from beingvl.train.stage_run import Stage, find_moments, run_identity
 from beingvl.train.validation import validator
 
-EXIT_REQUEUE = 85
 LONGEST_PATIENCE_SECONDS = 60  # after which NFS, by its default, asks its server again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -261,7 +262,7 @@ def _is_collective_failure(error: BaseException) -> bool:
 
 def _run_loop(stage: Stage, stop_requested: Callable[[], bool]) -> bool:
     config, ranks = stage.config, stage.ranks
-    data = build_data(config, stage.shards)
+    data = data_of(config, stage.shards)
     probe = Probe.of_shards(stage.shards)
     engine, progress, adam_steps = _build_or_resume(stage, probe, _newest_checkpoint(stage))
     if ranks.rank == 0:
@@ -315,7 +316,7 @@ def _memory_report(engine: TrainingEngine) -> str:
 
 def _replay(stage: Stage, step: int) -> int:
     """Show the samples of a step and compute its loss with the nearest weights before it."""
-    data = build_data(stage.config, stage.shards)
+    data = data_of(stage.config, stage.shards)
     if not 1 <= step <= num_steps_of(data, stage.config):
         raise InputError(
             f"--replay {step}: this run has the steps 1 … {num_steps_of(data, stage.config)}"
@@ -325,22 +326,6 @@ def _replay(stage: Stage, step: int) -> int:
     )
     replay(engine, data, stage.config, stage.model, stage.output, step, progress.step)
     return 0
-
-
-def build_data(config: StageConfig, shards: ShardReader) -> TrainingData:
-    """The stage's data: mixture, epochs and packing from its JSON."""
-    block = config.beingvl
-    mixture = open_mixture(shards, block.mixture, block.mixture_by, block.seed)
-    num_samples = round(block.epochs * mixture.num_samples)
-    return TrainingData(
-        shards,
-        mixture,
-        num_samples,
-        block.sequence_length,
-        config.sequences_per_step,
-        block.loss_on,
-        block.packing,
-    )
 
 
 def _describe(data: TrainingData, config: StageConfig, engine: TrainingEngine) -> str:

@@ -1,43 +1,24 @@
 """Validation: the loss over held-out shards, per token kind and per source, by the code that
 computes the training loss.
 
-Every sample is seen once, in the order of the shards, packed like the training data. Nothing of the
-training state is touched: no gradient, no random number, no optimizer; a run is the same to the bit
-with and without it. `beingvl evaluate --data` takes the same batches (`pack_in_order`,
-`held_out_batch`) and sums (`LossSums`) without DeepSpeed.
+Nothing of the training state is touched: no gradient, no random number, no optimizer; a run is
+bit-identical with and without it. `beingvl evaluate --data` takes the same batches
+(data/held_out.py) and sums (`LossSums`) without DeepSpeed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from beingvl.data.arrow_shards import ShardReader
-from beingvl.data.loader import MicroBatch, collate
-from beingvl.data.packing import WINDOW, check_lengths, pack_window
+from beingvl.data.held_out import held_out_batch, pack_in_order
 from beingvl.stage.stage_config import StageConfig
-from beingvl.train.engine import TrainingEngine, sum_over_ranks
+from beingvl.train.engine import TrainingEngine
 from beingvl.train.loss import LossSums
 from beingvl.train.metrics import MetricsWriter
-
-
-def pack_in_order(lengths: np.ndarray, sequence_length: int) -> list[list[int]]:
-    """Positions in `lengths` of the samples of every sequence; each sample once. Raises
-    InputError for one that is too long.
-    """
-    check_lengths(lengths, sequence_length)
-    return [
-        [start + position for position in sequence]
-        for start in range(0, len(lengths), WINDOW)
-        for sequence in pack_window(lengths[start : start + WINDOW], sequence_length)
-    ]
-
-
-def held_out_batch(shards: ShardReader, indices: Sequence[int], loss_on: str) -> MicroBatch:
-    """The samples `indices` end to end; none at all gives a batch without targets."""
-    sources = [int(shards.source_of[index]) for index in indices]
-    return collate([shards[index] for index in indices], sources, shards.layout, loss_on)
+from beingvl.train.ranks import sum_over_ranks
 
 
 def validator(

@@ -239,8 +239,8 @@ def vbpe_rate(size: str) -> float:
 def loader_rate(folder: Path, device: torch.device) -> float:
     """Tokens a second in mixture order, collated as for one GPU."""
     from beingvl.data.arrow_shards import ShardReader
+    from beingvl.data.stage_data import data_of
     from beingvl.stage.stage_config import load_stage_config
-    from beingvl.train.train_stage import build_data
     from beingvl.train.window import WindowFetcher
     from tests.benchmarks.gpu_inputs import LAYOUTS, write_shards
 
@@ -248,7 +248,7 @@ def loader_rate(folder: Path, device: torch.device) -> float:
     config = load_stage_config(
         Path(__file__).parents[2] / "ds_configs/stage3.json", ["train_batch_size=4"]
     )
-    data = build_data(config, ShardReader(folder))
+    data = data_of(config, ShardReader(folder))
     fetcher = WindowFetcher(data, 4, 1, 0, 1, pin=device.type == "cuda")
     fetcher.fetch(0)
     started = time.perf_counter()

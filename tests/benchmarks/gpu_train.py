@@ -384,11 +384,11 @@ def run_ours(case: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from beingvl.data.arrow_shards import ShardReader
+    from beingvl.data.stage_data import data_of
     from beingvl.stage.stage_config import load_stage_config
     from beingvl.train.engine import build_engine, start_distributed
     from beingvl.train.loop import Progress, train
     from beingvl.train.phases import Phases
-    from beingvl.train.train_stage import build_data
     from tests.benchmarks.gpu_inputs import RandomWeights
 
     folder = Path(case["folder"])
@@ -401,7 +401,7 @@ def run_ours(case: dict[str, Any]) -> dict[str, Any]:
     if case["compile_layers"]:
         for layer in engine.model.causal_lm.base_model.layers:
             layer.compile()
-    data = build_data(config, shards)
+    data = data_of(config, shards)
     timed = range(case["warmup_steps"], case["warmup_steps"] + case["steps"])
 
     class WaitingPhases(Phases):
@@ -519,16 +519,16 @@ def run_published(case: dict[str, Any], device: Any) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from beingvl.data.arrow_shards import ShardReader
+    from beingvl.data.stage_data import data_of
     from beingvl.stage.stage_config import load_stage_config
     from beingvl.train.metrics import peak_memory_bytes
-    from beingvl.train.train_stage import build_data
     from tests.benchmarks.gpu_inputs import rows_of
     from tests.benchmarks.train import their_arguments, train_as_published
     from tests.launcher import free_port
 
     folder = Path(case["folder"])
     shards = ShardReader(folder / "shards")
-    data = build_data(load_stage_config(case["config"], case["set"]), shards)
+    data = data_of(load_stage_config(case["config"], case["set"]), shards)
     num_steps = case["warmup_steps"] + case["steps"]
     by_id = {name: index for index in range(len(shards)) if (name := shards[index].id)}
     in_order = [

@@ -137,8 +137,8 @@ def make_inputs(
     import numpy as np
 
     from beingvl.data.arrow_shards import Sample, ShardReader, ShardWriter
+    from beingvl.data.stage_data import data_of
     from beingvl.stage.stage_config import load_stage_config
-    from beingvl.train.train_stage import build_data
     from beingvl.vocab import VocabLayout
     from tests.tiny import stage_fields, write_model
 
@@ -185,7 +185,7 @@ def make_inputs(
         "train_micro_batch_size_per_gpu": sequences // num_ranks,
     }
     (folder / "stage.json").write_text(json.dumps(fields))
-    data = build_data(load_stage_config(folder / "stage.json"), ShardReader(folder / "shards"))
+    data = data_of(load_stage_config(folder / "stage.json"), ShardReader(folder / "shards"))
     steps = [
         data.micro_batch(step, 0, 0, 1, sequences).sample_ids
         for step in range(num_samples // SAMPLES_PER_STEP)

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from beingvl.artefact.manifest import Manifest
-from beingvl.data import loader
 from beingvl.errors import InputError
 from beingvl.stage import deepspeed_keys
 from beingvl.stage.deepspeed_keys import DEEPSPEED_KEYS
 from beingvl.stage.json_schema import SWITCH, Allowed, Schema
 from beingvl.stage.stage_config import BeingVLBlock, load_stage_config, parse_stage_config
+from beingvl.train import stage_run
 from beingvl.train.stage_run import SAME_RESULT, run_identity
 from tests.tiny import stage_fields
 
@@ -432,7 +432,7 @@ def test_what_may_change_a_sample_or_an_update_makes_another_run(monkeypatch) ->
     ]
     assert identity(orders[0]) != identity(orders[1]), "samples are drawn in another order"
     before = identity(stage_fields())
-    monkeypatch.setattr(loader, "PLAN_VERSION", 0)
+    monkeypatch.setattr(stage_run, "PLAN_VERSION", 0)
     assert identity(stage_fields()) != before, (
         "a beingvl with another order of samples must not go on with this run"
     )

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 
 from beingvl.artefact.manifest import read_manifest, verify_folder
 from beingvl.data.arrow_shards import ShardReader
+from beingvl.data.stage_data import data_of
 from beingvl.model.weight_files import WeightFolder
 from beingvl.stage.stage_config import load_stage_config
 from beingvl.train.checkpoint import complete_checkpoints, step_of
 from beingvl.train.metrics import SpikeDetector, read_metrics
-from beingvl.train.train_stage import build_data
 from tests.launcher import (
     ENVIRONMENT,
     free_port,
@@ -64,7 +64,7 @@ def token_that_comes_thrice_in_a_row(work: Path) -> tuple[int, list[int]]:
     steps that hold it until then.
     """
     shards = ShardReader(work / "shards")
-    data = build_data(load_stage_config(work / "all.json"), shards)
+    data = data_of(load_stage_config(work / "all.json"), shards)
     seen = [
         set(data.micro_batch(step, 0, 0, 1, 4).input_ids.tolist()) for step in range(data.num_steps)
     ]
@@ -131,7 +131,7 @@ def test_a_run_whose_last_step_is_not_finite_ends_with_the_state_before_it(work)
 
 
 def test_a_run_without_one_good_step_saves_nothing_and_says_so(work) -> None:
-    data = build_data(load_stage_config(work / "all.json"), ShardReader(work / "shards"))
+    data = data_of(load_stage_config(work / "all.json"), ShardReader(work / "shards"))
     token = int(data.micro_batch(0, 0, 0, 1, 4).input_ids.min())
     model, output = poison(work / "base", work / "poisoned-first", token), work / "nan-first"
     done = alone(work, output, "--model", str(model), "--set", "beingvl.max_steps=1")
@@ -200,7 +200,7 @@ from beingvl.data.arrow_shards import ShardReader
 from beingvl.train.engine import build_engine, start_distributed
 from beingvl.train.failures import FreezerError
 from beingvl.stage.stage_config import load_stage_config
-from beingvl.train.train_stage import build_data
+from beingvl.data.stage_data import data_of
 work, stage, advanced = Path(sys.argv[1]), sys.argv[2], []
 rules = 'beingvl.trainable=[{"match": "visual_rows"}, {"match": "layers[:2]"}, {"match": ".*", "train": false}]'
 config = load_stage_config(work / "all.json", ["zero_optimization.stage=" + stage, rules])
@@ -212,7 +212,7 @@ engine.check_frozen()
 assert len(advanced) == len(engine.plan) + 2 * num_frozen
 assert not any(engine._parameters[each.name].requires_grad for each in engine.plan if not each.rule.train)
 before = engine.hash_trained()
-batch = build_data(config, shards).micro_batch(0, 0, 0, 1, 4)
+batch = data_of(config, shards).micro_batch(0, 0, 0, 1, 4)
 advanced.clear()
 engine.evaluate(batch)
 assert len(advanced) == 1
@@ -316,7 +316,7 @@ def test_whole_runs_find_what_is_planted(work) -> None:
         assert not (work / name / "checkpoints").exists() and not (work / name / "final").exists()
     rows = read_metrics(work / "whole-spike")
     assert [(row["step"], row["spike"]) for row in rows] == [(10, 0), (20, 0), (25, 1)]
-    data = build_data(
+    data = data_of(
         load_stage_config(work / "all.json", ["beingvl.epochs=6"]), ShardReader(work / "shards")
     )
     assert rows[-1]["sample_ids"] == list(data.micro_batch(24, 0, 0, 1, 4).sample_ids)

@@ -19,12 +19,13 @@ import pytest
 import torch
 
 from beingvl.data.arrow_shards import ShardReader
+from beingvl.data.stage_data import data_of
 from beingvl.errors import InputError
 from beingvl.model.weight_files import WeightFolder
 from beingvl.stage.stage_config import load_stage_config, parse_stage_config
 from beingvl.train import engine
 from beingvl.train.metrics import read_metrics
-from beingvl.train.train_stage import build_data
+from beingvl.train.ranks import Ranks
 from tests.launcher import ENVIRONMENT, free_port, log_of, rank_processes, run, start, wait_for_step
 from tests.plain_torch import train_plain
 from tests.tiny import LAYOUT, stage_fields, write_inputs, write_model
@@ -280,7 +281,7 @@ def test_a_killed_run_leaves_files_that_its_next_start_replaces_and_removes(work
 @pytest.mark.usefixtures("needs_op")
 def test_a_step_that_is_not_finite_changes_nothing_on_the_disk(work) -> None:
     """The second of three; its gradients were written out before that was known."""
-    data = build_data(load_stage_config(work / "all.json"), ShardReader(work / "shards"))
+    data = data_of(load_stage_config(work / "all.json"), ShardReader(work / "shards"))
     first, second, third = (
         set(data.micro_batch(step, 0, 0, 1, 6).input_ids.tolist()) for step in range(3)
     )
@@ -354,7 +355,7 @@ def test_a_rank_that_compiles_shows_life_and_says_so(work, monkeypatch, capsys) 
         [f'zero_optimization.offload_param={{"device":"nvme","nvme_path":"{work}"}}'],
     )
     beats: list[float] = []
-    ranks = engine.Ranks(0, 1, torch.device("cpu"))
+    ranks = Ranks(0, 1, torch.device("cpu"))
     with engine.swap_folders(config, "run", ranks, lambda: beats.append(time.monotonic())):
         assert beats
     assert "rank 0 compiles DeepSpeed's op for NVMe, which takes minutes" in capsys.readouterr().err

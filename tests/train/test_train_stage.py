@@ -279,7 +279,7 @@ from beingvl.model.extended_vocab import stored_slice
 from beingvl.model.weight_files import WeightFolder
 from beingvl.train.engine import build_engine, start_distributed
 from beingvl.stage.stage_config import load_stage_config
-from beingvl.train.train_stage import build_data
+from beingvl.data.stage_data import data_of
 ranks = start_distributed()
 base, shards = Path({str(work / "base")!r}), ShardReader({str(work / "shards")!r})
 layout, weights = shards.layout, WeightFolder(base)
@@ -289,7 +289,7 @@ def state_of(engine):
     return {{**held, **dict(engine.local_state(copy=True))}}
 
 def step(engine, factor):
-    batch = build_data(config, shards).micro_batch(0, 0, 0, 1, 1)
+    batch = data_of(config, shards).micro_batch(0, 0, 0, 1, 1)
     for micro_step in range(engine.accumulation_steps):
         engine.backward(engine.forward(batch).mean() * factor)
         result = engine.step(1e-2 if micro_step == engine.accumulation_steps - 1 else None)

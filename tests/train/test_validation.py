@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from beingvl.data.arrow_shards import ShardReader
+from beingvl.data.held_out import pack_in_order
 from beingvl.stage.stage_config import load_stage_config
-from beingvl.train import engine as engine_module
-from beingvl.train.engine import Ranks
+from beingvl.train import validation as validation_module
 from beingvl.train.metrics import VALIDATION_FILE, MetricsWriter
-from beingvl.train.validation import pack_in_order, validator
+from beingvl.train.ranks import Ranks
+from beingvl.train.validation import validator
 from tests.tiny import stage_fields, write_inputs
 
 
@@ -35,7 +36,7 @@ def test_a_rank_that_is_asked_to_stop_ends_the_pass(
         evaluate=lambda batch: batches.append(batch) or torch.ones(batch.num_target_tokens),
     )
     monkeypatch.setattr(
-        engine_module,
+        validation_module,
         "sum_over_ranks",
         lambda values, device: np.asarray(values) + (len(batches) == asked_in_batch),
     )

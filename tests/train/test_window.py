@@ -8,8 +8,8 @@ import pytest
 
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import TrainingData
+from beingvl.data.stage_data import data_of
 from beingvl.stage.stage_config import load_stage_config
-from beingvl.train.train_stage import build_data
 from beingvl.train.window import Window, WindowFetcher
 from tests.tiny import stage_fields, write_inputs
 
@@ -17,7 +17,7 @@ from tests.tiny import stage_fields, write_inputs
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> TrainingData:
     folder = write_inputs(tmp_path_factory.mktemp("inputs"), all=stage_fields())
-    return build_data(load_stage_config(folder / "all.json"), ShardReader(folder / "shards"))
+    return data_of(load_stage_config(folder / "all.json"), ShardReader(folder / "shards"))
 
 
 def fetchers(data: TrainingData, num_ranks: int) -> list[WindowFetcher]:

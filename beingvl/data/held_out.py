@@ -1,0 +1,31 @@
+"""Held-out samples in the order of the shards, each once: the batches of validation while training
+(train/validation.py) and of `beingvl evaluate --data`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from beingvl.data.arrow_shards import ShardReader
+from beingvl.data.loader import MicroBatch, collate
+from beingvl.data.packing import WINDOW, check_lengths, pack_window
+
+
+def pack_in_order(lengths: np.ndarray, sequence_length: int) -> list[list[int]]:
+    """Positions in `lengths` of the samples of every sequence; each sample once. Raises
+    InputError for one that is too long.
+    """
+    check_lengths(lengths, sequence_length)
+    return [
+        [start + position for position in sequence]
+        for start in range(0, len(lengths), WINDOW)
+        for sequence in pack_window(lengths[start : start + WINDOW], sequence_length)
+    ]
+
+
+def held_out_batch(shards: ShardReader, indices: Sequence[int], loss_on: str) -> MicroBatch:
+    """The samples `indices` end to end; none at all gives a batch without targets."""
+    sources = [int(shards.source_of[index]) for index in indices]
+    return collate([shards[index] for index in indices], sources, shards.layout, loss_on)

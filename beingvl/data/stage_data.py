@@ -1,0 +1,30 @@
+"""The data of a stage, from its JSON: the one way in which training, `plan` and `report data` make
+it.
+"""
+
+from __future__ import annotations
+
+from beingvl.data.arrow_shards import ShardReader
+from beingvl.data.loader import TrainingData, open_mixture
+from beingvl.data.mixture import Mixture
+from beingvl.stage.stage_config import StageConfig
+
+
+def mixture_of(config: StageConfig, shards: ShardReader) -> Mixture:
+    """The stage's mixture. Raises InputError when the shards have no such sources."""
+    block = config.beingvl
+    return open_mixture(shards, block.mixture, block.mixture_by, block.seed)
+
+
+def data_of(config: StageConfig, shards: ShardReader) -> TrainingData:
+    """The stage's mixture, as often as its epochs say, packed and cut into steps."""
+    block, mixture = config.beingvl, mixture_of(config, shards)
+    return TrainingData(
+        shards,
+        mixture,
+        round(block.epochs * mixture.num_samples),
+        block.sequence_length,
+        config.sequences_per_step,
+        block.loss_on,
+        block.packing,
+    )
