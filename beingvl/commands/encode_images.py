@@ -1,15 +1,6 @@
 """[1] Images -> vq_codes/: every image once through the VQ-GAN, one row of codes each.
 
-  1. open_images        a folder or tar files; all their images, or those that --json_path or
-      --list_path names   N sorted keys
-  2. read_batches       read, hash and preprocess, in --num_workers processes     pixels [n, 3,
-      H, W] float32
-  3. VQGAN.encode       the codes of a batch                                                 [n,
-      h, w] uint16
-  4. write_part         every 4096 images are a part, finished once and for all
-      (beingvl/artefact/parts.py)
-  5. join_codes         all parts -> codes.npy, keys.jsonl, key_offsets.npy, rejected.jsonl, and
-                        manifest.json last
+    beingvl encode-images --image_path images/ --vq_path vqgan/ --output_path vq_codes/
 
 Started by a launcher (`deepspeed --module beingvl encode-images …`, `torchrun -m beingvl
 encode-images …`) or as a Slurm array, every rank makes its share of the parts; killed, it is
@@ -24,59 +15,62 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from beingvl.errors import InputError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from beingvl.artefact.parts import add_rank_arguments
 
-    parser.add_argument(
-        "--image_path",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="folder of images, searched recursively; or tar files",
-    )
-    parser.add_argument("--vq_path", type=Path, required=True, help="VQ-GAN folder")
-    parser.add_argument("--output_path", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--json_path", type=Path, help="LLaVA JSON or JSONL: encode only the images it names"
-    )
-    parser.add_argument(
-        "--list_path", type=Path, help="text file, one image a line: encode only these"
-    )
-    parser.add_argument("--batch_size", type=int, default=64, help="images per forward pass")
-    parser.add_argument(
-        "--images_per_part",
-        type=int,
-        default=4096,
-        help="images that are finished, or lost by a kill, together",
-    )
-    parser.add_argument(
-        "--num_workers", type=int, default=0, help="processes that read images; 0 reads in this one"
-    )
-    parser.add_argument(
-        "--max_rejected",
-        type=float,
-        default=0.01,
-        help="share of unreadable images, 0 … 1, that is tolerated",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="torch device; auto is this rank's GPU, else cpu"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="of the encoder; auto is bfloat16 on a GPU, float32 on a CPU",
-    )
+    add = parser.add_argument
+    images = "folder of images, searched recursively; or tar files"
+    add("--image_path", type=Path, nargs="+", required=True, help=images)
+    add("--vq_path", type=Path, required=True, help="VQ-GAN folder")
+    add("--output_path", type=Path, required=True, help="folder to write")
+    named = "LLaVA JSON or JSONL: encode only the images it names"
+    add("--json_path", type=Path, help=named)
+    add("--list_path", type=Path, help="text file, one image per line: encode only these")
+    add("--batch_size", type=int, default=64, help="images per forward pass")
+    part = "images that are finished, or lost by a kill, together"
+    add("--images_per_part", type=int, default=4096, help=part)
+    workers = "processes that read images; 0 reads in this one"
+    add("--num_workers", type=int, default=0, help=workers)
+    share = "share of unreadable images, 0 … 1, that is tolerated"
+    add("--max_rejected", type=float, default=0.01, help=share)
+    add("--device", default="auto", help="torch device; auto is this rank's GPU, else cpu")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    encoder = "of the encoder; auto is bfloat16 on a GPU, float32 on a CPU"
+    add("--dtype", choices=dtypes, default="auto", help=encoder)
     add_rank_arguments(parser)
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace codes of other images or of another VQ-GAN",
-    )
+    other = "replace codes of other images or of another VQ-GAN"
+    add("--overwrite", action="store_true", help=other)
 
 
 def run(args: argparse.Namespace) -> None:
-    from beingvl.images.encode_images import run as step
+    # torch is imported here, so that --help is instant.
+    from beingvl.artefact.parts import ranks_of
+    from beingvl.data.llava_json import named_images
+    from beingvl.images.encode_images import encode_images
+    from beingvl.images.image_source import listed_images
 
-    step(args)
+    if args.json_path and args.list_path:
+        raise InputError(
+            "--json_path and --list_path both say which images to encode: give one of them"
+        )
+    rank, num_ranks = ranks_of(args)
+    keys = named_images(args.json_path) if args.json_path else None
+    keys = listed_images(args.list_path) if args.list_path else keys
+    encode_images(
+        args.image_path,
+        args.vq_path,
+        args.output_path,
+        keys=keys,
+        batch_size=args.batch_size,
+        images_per_part=args.images_per_part,
+        num_workers=args.num_workers,
+        max_rejected=args.max_rejected,
+        device=args.device,
+        dtype=args.dtype,
+        rank=rank,
+        num_ranks=num_ranks,
+        overwrite=args.overwrite,
+    )

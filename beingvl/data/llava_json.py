@@ -90,6 +90,28 @@ def image_keys(row: dict) -> list[str]:
     return keys
 
 
+def named_images(json_path: Path) -> list[str]:
+    """Sorted keys of the images that a LLaVA JSON array or JSONL file names.
+
+    Broken rows, or rows whose `image` is not a path, are counted in a warning (tokenize rejects
+    them). Raises InputError when there are only such rows, or no images.
+    """
+    keys: set[str] = set()
+    num_malformed, first = 0, ""
+    for number, row in enumerate(stream_rows_and_broken(json_path), 1):
+        try:
+            if isinstance(row, BrokenRow):
+                raise InputError(row.reason)
+            keys.update(image_keys(row))
+        except InputError as error:
+            num_malformed, first = num_malformed + 1, first or f"{json_path}, row {number}: {error}"
+    if not keys:
+        raise InputError(first or f"{json_path} names no images: there is nothing to encode")
+    if first:
+        print(f"warning: {num_malformed} rows were left out, the first is {first}")
+    return sorted(keys)
+
+
 def _behind_space(text: str, at: int) -> int:
     found = _SPACE.match(text, at)
     assert found is not None  # no space at all matches too

@@ -1,41 +1,30 @@
 """[1] Images -> vq_codes/: every image once through the VQ-GAN, one row of codes each.
 
-  1. open_images        a folder or tar files; all their images, or those that --json_path or
-      --list_path names   N sorted keys
-  2. read_batches       read, hash and preprocess, in --num_workers processes     pixels [n, 3,
-      H, W] float32
-  3. VQGAN.encode       the codes of a batch                                                 [n,
-      h, w] uint16
-  4. write_part         every 4096 images are a part, finished once and for all
-      (beingvl/artefact/parts.py)
-  5. join_codes         all parts -> codes.npy, keys.jsonl, key_offsets.npy, rejected.jsonl, and
-                        manifest.json last
+    open_images        a folder or tar files; all keys, or those asked for      N sorted keys
+    EncodeImages       the work: `images_per_part` images are a part
+      read_batches     read, hash and preprocess, in `num_workers` processes    [n, 3, H, W] float32
+      VQGAN.encode     the codes of a batch                                     [n, h, w] uint16
+      join             codes.npy, keys.jsonl, key_offsets.npy, rejected.jsonl
 
-Started by a launcher (`deepspeed --module beingvl encode-images …`, `torchrun -m beingvl
-encode-images …`) or as a Slurm array, every rank makes its share of the parts; killed, it is
-started again with any number of ranks. An unreadable image is rejected with its reason; past
---max_rejected the run fails. When the disk fails, the run ends after a few tries and goes on with
-the same command. The result does not depend on ranks, workers or kills. A finished output with the
-same images, by name, size and time (else by content), is reused.
+The result does not depend on ranks, workers or kills.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from beingvl.artefact.manifest import (
+    Manifest,
     already_made,
     hash_bytes,
     is_complete,
@@ -47,13 +36,12 @@ from beingvl.artefact.parts import (
     OvertakenError,
     Parts,
     locked,
-    ranks_of,
     refuse_overwrite_of_many,
     remove_parts,
 )
 from beingvl.errors import InputError
 from beingvl.images import vq_codes
-from beingvl.images.image_source import ImageSource, listed_images, named_images, open_images
+from beingvl.images.image_source import ImageSource, open_images
 from beingvl.images.vq_codes import REJECTED_FILE, hash_line, key_line, rejected_line, stamp_line
 from beingvl.images.vqgan import (
     VQGAN,
@@ -63,108 +51,100 @@ from beingvl.images.vqgan import (
     usable_device,
 )
 
-PARTS_VERSION = 2  # of a part's files
 
+def encode_images(
+    image_path: Path | str | Sequence[Path | str],
+    vq_path: Path | str,
+    output_path: Path | str,
+    *,
+    keys: Sequence[str] | None = None,
+    batch_size: int = 64,
+    images_per_part: int = 4096,
+    num_workers: int = 0,
+    max_rejected: float = 0.01,
+    device: str = "auto",
+    dtype: str = "auto",
+    rank: int = 0,
+    num_ranks: int = 1,
+    overwrite: bool = False,
+) -> Manifest | None:
+    """Write the codes of images to the folder `output_path`; a finished one of the same images is
+    reused.
 
-def run(args: argparse.Namespace) -> None:
-    check_arguments(args)
-    rank, num_ranks = ranks_of(args)
-    refuse_overwrite_of_many(args.overwrite, num_ranks, args.output_path)
-    device, dtype = _device_and_dtype(args)
-    images = open_images(args.image_path)
-    keys = _keys(args, images)
-    vqgan = VQGAN.load(args.vq_path, device, getattr(torch, dtype))
+    Args:
+        image_path: a folder of images, searched recursively, or tar files.
+        keys: which images, by their path below the folder or in the tar; None takes all.
+        images_per_part: images that are finished, or lost by a kill, together.
+        num_workers: processes that read images; 0 reads in this one.
+        max_rejected: share of unreadable images, 0 … 1, that is tolerated.
+        device, dtype: "auto" is this rank's GPU in bfloat16, else the CPU in float32.
+        rank, num_ranks: this process among those that share the work.
+
+    Returns the manifest, or None when other ranks have not finished their parts yet. Raises
+    InputError for what is wrong with the inputs, and OSError when the disk fails.
+    """
+    sizes = {"batch_size": batch_size, "images_per_part": images_per_part}
+    for name, size in sizes.items():
+        if size < 1:
+            raise InputError(f"--{name} is {size}, expected at least 1")
+    for name, value in {"num_workers": num_workers, "max_rejected": max_rejected}.items():
+        if not value >= 0:  # nor NaN
+            raise InputError(f"--{name} is {value}, expected at least 0")
+    output = Path(output_path)
+    refuse_overwrite_of_many(overwrite, num_ranks, output)
+    device, dtype = _device_and_dtype(device, dtype)
+    paths = [image_path] if isinstance(image_path, Path | str) else image_path
+    images = open_images([Path(path) for path in paths])
+    keys = images.keys() if keys is None else sorted(set(keys))
+    if not keys:
+        raise InputError("no image is asked for: there is nothing to encode")
+    vqgan = VQGAN.load(vq_path, device, getattr(torch, dtype))
     request = {"vqgan": vqgan.fingerprint(), "dtype": dtype}
-    num_parts = -(-len(keys) // args.images_per_part)
-    with locked(args.output_path):
-        if args.overwrite:
-            start_folder(args.output_path, "vq_codes")
-            remove_parts(args.output_path)
-        is_finished = is_complete(args.output_path)
+    split = {"image names": hash_bytes("\n".join(keys).encode("utf-8", "surrogatepass")), **sizes}
+    work = EncodeImages(images, keys, vqgan, output, sizes, num_workers, max_rejected)
+    with locked(output):
+        if overwrite:
+            start_folder(output, "vq_codes")
+            remove_parts(output)
+        is_finished = is_complete(output)
         if is_finished:
-            remove_parts(args.output_path)
+            remove_parts(output)
         else:
-            parts = Parts(
-                args.output_path, {"parts_version": PARTS_VERSION, **request, **_split(args, keys)}
-            )
-            mine = [number for number in parts.missing(num_parts) if number % num_ranks == rank]
-    if (
-        is_finished
-    ):  # without the lock: ranks look at all images side by side, not one after the other
-        already_made(
-            args.output_path,
-            "vq_codes",
-            {**request, "images": hash_now(args.output_path, images, keys)},
-        )
-        return
+            parts = Parts(output, {**request, **split})
+            mine = [n for n in parts.missing(work.num_parts) if n % num_ranks == rank]
+    if is_finished:  # without the lock: ranks look at all images side by side
+        already_made(output, "vq_codes", {**request, "images": hash_now(output, images, keys)})
+        return read_manifest(output)
     with suppress(OvertakenError):
-        encode_parts(parts, mine, images, keys, vqgan, args)
-    with locked(args.output_path):
-        if parts.are_to_be_joined(num_parts, is_complete(args.output_path), rank, num_ranks):
-            join_codes(parts, num_parts, len(keys), args, vqgan, request)
+        for number in mine:
+            with parts.writing(number) as folder:
+                work.write_part(folder, number)
+    with locked(output):
+        if parts.are_to_be_joined(work.num_parts, is_complete(output), rank, num_ranks):
+            join_codes(parts, work, request)
             parts.remove()
+    return read_manifest(output) if is_complete(output) else None
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    for name, least in (
-        ("batch_size", 1),
-        ("images_per_part", 1),
-        ("num_workers", 0),
-        ("max_rejected", 0),
-    ):
-        if not getattr(args, name) >= least:  # nor NaN
-            raise InputError(f"--{name} is {getattr(args, name)}, expected at least {least}")
-    if args.json_path and args.list_path:
-        raise InputError(
-            "--json_path and --list_path both say which images to encode: give one of them"
-        )
-
-
-def _keys(args: argparse.Namespace, images: ImageSource) -> list[str]:
-    if args.json_path:
-        return named_images(args.json_path)
-    return listed_images(args.list_path) if args.list_path else images.keys()
-
-
-def _device_and_dtype(args: argparse.Namespace) -> tuple[str, str]:
+def _device_and_dtype(device: str, dtype: str) -> tuple[str, str]:
     """The launcher sets LOCAL_RANK, the number of this rank's GPU on its machine."""
-    device = args.device
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     device = str(usable_device(device))
-    return device, args.dtype if args.dtype != "auto" else "bfloat16" if device.startswith(
-        "cuda"
-    ) else "float32"
-
-
-def _split(args: argparse.Namespace, keys: list[str]) -> dict[str, Any]:
-    """What decides the bytes of the parts beside the VQ-GAN. A batch's size may change the last
-    bit on a GPU.
-    """
-    names = hash_bytes("\n".join(keys).encode("utf-8", "surrogatepass"))
-    return {
-        "image names": names,
-        "images_per_part": args.images_per_part,
-        "batch_size": args.batch_size,
-    }
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    return device, dtype
 
 
 def hash_now(output: Path, images: ImageSource, keys: list[str]) -> str:
-    """As `hash_all`; images whose names, sizes and times are those of a finished output are not
-    read again.
+    """One hash of the images' names and content; images whose names, sizes and times are those
+    of the finished output are not read again.
     """
     details = read_manifest(output, "vq_codes").details
     progress = tqdm(keys, desc="compare images", unit="image", disable=None, leave=False)
     stamps = hash_bytes("".join(stamp_line(key, images.stamp(key)) for key in progress).encode())
-    return (
-        details["request"]["images"]
-        if details.get("image_stamps") == stamps
-        else hash_all(images, keys)
-    )
-
-
-def hash_all(images: ImageSource, keys: list[str]) -> str:
-    """One hash of the images' names and content."""
+    if details.get("image_stamps") == stamps:
+        return details["request"]["images"]
     lines = []
     for key in tqdm(keys, desc="hash images", unit="image", disable=None, leave=False):
         try:
@@ -174,158 +154,107 @@ def hash_all(images: ImageSource, keys: list[str]) -> str:
     return hash_bytes("".join(lines).encode())
 
 
-# ---- one part ----
+# ---- the work ----
 
 
-def encode_parts(
-    parts: Parts,
-    numbers: list[int],
-    images: ImageSource,
-    keys: list[str],
-    vqgan: VQGAN,
-    args: argparse.Namespace,
-) -> None:
-    """Make the parts `numbers`. Raises InputError when too many of all images were rejected
-    already.
-    """
-    size = args.images_per_part
-    batches = [
-        (number, keys[start : min(start + args.batch_size, (number + 1) * size)])
-        for number in numbers
-        for start in range(number * size, min((number + 1) * size, len(keys)), args.batch_size)
-    ]
-    counter = _RejectionLimit(args.output_path, args.max_rejected, len(keys))
-    part = PartOfCodes()
-    with tqdm(
-        total=sum(len(batch) for _, batch in batches),
-        desc="encode images",
-        unit="image",
-        disable=None,
-    ) as progress:
-        for index, batch in enumerate(
-            read_batches(images, [keys for _, keys in batches], vqgan, args.num_workers)
-        ):
-            number = batches[index][0]
-            counter.add(batch.rejected)
-            part.add(batch, vqgan.encode(batch.pixels) if batch.keys else None)
+class EncodeImages:
+    """Encoding as work in parts; a part is the files codes, keys, rejected, hashes and stamps."""
+
+    def __init__(
+        self,
+        images: ImageSource,
+        keys: list[str],
+        vqgan: VQGAN,
+        output: Path,
+        sizes: dict[str, int],
+        num_workers: int,
+        max_rejected: float,
+    ) -> None:
+        self.images, self.keys, self.vqgan, self.output = images, keys, vqgan, output
+        self.batch_size, self.images_per_part = sizes["batch_size"], sizes["images_per_part"]
+        self.num_workers, self.max_rejected = num_workers, max_rejected
+        self.num_parts = -(-len(keys) // self.images_per_part)
+        self._rejected: list[str] = []  # lines of all parts that this process has made
+
+    def write_part(self, folder: Path, number: int) -> None:
+        """Raises InputError as soon as too many of all images were rejected by this process."""
+        first = number * self.images_per_part
+        keys = self.keys[first : first + self.images_per_part]
+        batches = [
+            keys[start : start + self.batch_size] for start in range(0, len(keys), self.batch_size)
+        ]
+        files = {
+            name: open(folder / name, "wb")
+            for name in ("codes", "keys", "rejected", "hashes", "stamps")
+        }
+        counts = {"images": 0, "rejected": 0}
+        progress = tqdm(total=len(keys), desc=f"part {number}", unit="image", disable=None)
+        for batch in read_batches(self.images, batches, self.vqgan, self.num_workers):
+            rejected = [rejected_line(key, reason) for key, reason in batch.rejected]
+            if batch.keys:
+                files["codes"].write(self.vqgan.encode(batch.pixels).astype("<u2").tobytes())
+            for name, lines in {
+                "keys": map(key_line, batch.keys),
+                "rejected": rejected,
+                "hashes": batch.hashes,
+                "stamps": batch.stamps,
+            }.items():
+                files[name].write("".join(lines).encode())
+            counts["images"] += len(batch.keys)
+            counts["rejected"] += len(rejected)
+            self._refuse_many_rejected(rejected)
             progress.update(len(batch.hashes))
-            parts.show_life()
-            if index + 1 == len(batches) or batches[index + 1][0] != number:
-                write_part(parts, number, part, vqgan.grid)
-                part = PartOfCodes()
+        progress.close()
+        for file in files.values():
+            file.close()
+        (folder / "counts.json").write_text(json.dumps(counts))
 
+    def _refuse_many_rejected(self, lines: list[str]) -> None:
+        self._rejected += lines
+        if lines and len(self._rejected) > self.max_rejected * len(self.keys):
+            write_atomically(self.output / REJECTED_FILE, "".join(self._rejected))
+            self.refuse_rejected(len(self._rejected), self._rejected[-1])
 
-class PartOfCodes:
-    """The images of a part that is being made: rows of codes with their keys, rejections, a hash
-    line and a stamp an image.
-    """
-
-    def __init__(self) -> None:
-        self.keys: list[str] = []
-        self.codes: list[np.ndarray] = []
-        self.rejected: list[tuple[str, str]] = []
-        self.hashes: list[str] = []
-        self.stamps: list[str] = []
-
-    def add(self, batch: Batch, codes: np.ndarray | None) -> None:
-        self.keys += batch.keys
-        self.codes += [] if codes is None else [codes]
-        self.rejected += batch.rejected
-        self.hashes += batch.hashes
-        self.stamps += batch.stamps
-
-
-def write_part(parts: Parts, number: int, part: PartOfCodes, grid: tuple[int, int]) -> None:
-    with parts.writing(number) as folder:
-        (folder / "codes").write_bytes(
-            b"".join(codes.astype("<u2").tobytes() for codes in part.codes)
-        )
-        (folder / "keys").write_text("".join(map(key_line, part.keys)), encoding="utf-8")
-        (folder / "rejected").write_text(
-            "".join(rejected_line(key, why) for key, why in part.rejected), encoding="utf-8"
-        )
-        (folder / "hashes").write_text("".join(part.hashes))
-        (folder / "stamps").write_text("".join(part.stamps))
-        (folder / "counts.json").write_text(
-            json.dumps({"images": len(part.keys), "rejected": len(part.rejected)})
-        )
-
-
-class _RejectionLimit:
-    """Stops a run at the image with which it can no longer succeed, and leaves the reasons in
-    rejected.jsonl.
-    """
-
-    def __init__(self, output: Path, max_rejected: float, num_images: int) -> None:
-        self._output, self._max_rejected, self._num_images = output, max_rejected, num_images
-        self._lines: list[str] = []
-
-    def add(self, rejected: list[tuple[str, str]]) -> None:
-        self._lines += [rejected_line(key, reason) for key, reason in rejected]
-        if rejected and len(self._lines) > self._max_rejected * self._num_images:
-            write_atomically(self._output / REJECTED_FILE, "".join(self._lines))
-            raise too_many_rejected(
-                len(self._lines),
-                self._num_images,
-                self._max_rejected,
-                rejected[-1][1],
-                self._output,
+    def refuse_rejected(self, num_rejected: int, last_line: str) -> None:
+        """Raises InputError when more images were rejected than --max_rejected allows."""
+        if num_rejected > self.max_rejected * len(self.keys):
+            raise InputError(
+                f"{num_rejected} of {len(self.keys)} images rejected so far, --max_rejected is "
+                f"{self.max_rejected:g}; the last: {json.loads(last_line)['reason']}; all are in "
+                f"{self.output / REJECTED_FILE}; images that are repaired now are read again with "
+                "--overwrite"
             )
 
 
-def too_many_rejected(
-    rejected: int, num_images: int, max_rejected: float, last: str, output: Path
-) -> Exception:
-    found = f"{rejected} of {num_images} images rejected so far, --max_rejected is {max_rejected:g}"
-    remedy = "; images that are repaired now are read again with --overwrite"
-    return InputError(f"{found}; the last: {last}; all are in {output / REJECTED_FILE}{remedy}")
+def join_codes(parts: Parts, work: EncodeImages, request: dict[str, Any]) -> None:
+    """All parts to one folder. Raises InputError when too many images were rejected, or all."""
+    output, vqgan = work.output, work.vqgan
 
+    def join(name: str, target: Path, head: bytes = b"") -> str:
+        return parts.join(work.num_parts, name, target, head)
 
-def join_codes(
-    parts: Parts,
-    num_parts: int,
-    num_images: int,
-    args: argparse.Namespace,
-    vqgan: VQGAN,
-    request: Mapping[str, Any],
-) -> None:
-    """All parts to one folder. Raises InputError when too many images of all were rejected, or
-    every one.
-    """
-    output = args.output_path
-    counts = parts.read_json(num_parts, "counts.json")
-    rows, rejected = (sum(part[name] for part in counts) for name in ("images", "rejected"))
-    hashes = {
-        vq_codes.REJECTED_FILE: parts.join(num_parts, "rejected", output / vq_codes.REJECTED_FILE)
-    }
+    found = parts.read_json(work.num_parts, "counts.json")
+    rows, rejected = (sum(part[name] for part in found) for name in ("images", "rejected"))
+    hashes = {REJECTED_FILE: join("rejected", output / REJECTED_FILE)}
     if not rows:
         raise InputError(
-            f"none of the {num_images} images could be read; the reasons are in "
-            f"{output / vq_codes.REJECTED_FILE}; "
-            "repaired images are read again with --overwrite"
+            f"none of the {len(work.keys)} images could be read; the reasons are in "
+            f"{output / REJECTED_FILE}; repaired images are read again with --overwrite"
         )
-    if rejected > args.max_rejected * num_images:
-        last = json.loads(
-            (output / vq_codes.REJECTED_FILE).read_text(encoding="utf-8").split("\n")[-2]
-        )
-        raise too_many_rejected(rejected, num_images, args.max_rejected, last["reason"], output)
+    if rejected:
+        lines = (output / REJECTED_FILE).read_text(encoding="utf-8").split("\n")
+        work.refuse_rejected(rejected, lines[-2])
     header = vq_codes.codes_header(rows, vqgan.grid)
-    hashes[vq_codes.CODES_FILE] = parts.join(
-        num_parts, "codes", output / vq_codes.CODES_FILE, header
-    )
-    hashes[vq_codes.KEYS_FILE] = parts.join(num_parts, "keys", output / vq_codes.KEYS_FILE)
-    images_hash, stamps = (
-        parts.join(num_parts, name, parts.folder / name) for name in ("hashes", "stamps")
-    )
-    details = {"num_codes": vqgan.num_codes, "grid": list(vqgan.grid), "image_stamps": stamps}
-    details["request"] = {**request, "images": images_hash}
-    vq_codes.finish_codes(
-        output,
-        {"images": rows, "rejected": rejected},
-        {"vqgan": vqgan.fingerprint()},
-        details,
-        hashes,
-    )
+    hashes[vq_codes.CODES_FILE] = join("codes", output / vq_codes.CODES_FILE, header)
+    hashes[vq_codes.KEYS_FILE] = join("keys", output / vq_codes.KEYS_FILE)
+    details = {
+        "num_codes": vqgan.num_codes,
+        "grid": list(vqgan.grid),
+        "image_stamps": join("stamps", parts.folder / "stamps"),
+        "request": {**request, "images": join("hashes", parts.folder / "hashes")},
+    }
+    counts = {"images": rows, "rejected": rejected}
+    vq_codes.finish_codes(output, counts, {"vqgan": vqgan.fingerprint()}, details, hashes)
     print(f"{output}: codes of {rows} images, {rejected} rejected")
 
 
@@ -359,8 +288,8 @@ class ImageReader:
         return len(self._batches)
 
     def __getitem__(self, index: int) -> Batch | OSError:
-        """A disk that failed is given back, as torch would make a traceback of what is raised in
-        a worker process.
+        """An error of the disk is returned: torch would turn one that is raised in a worker
+        process into a traceback.
         """
         try:
             return self._read(self._batches[index])
@@ -371,9 +300,8 @@ class ImageReader:
         keys, pixels, rejected, hashes, stamps = [], [], [], [], []
         for key in batch:
             data = None
-            stamps.append(
-                stamp_line(key, self._images.stamp(key))
-            )  # first: a file that changes meanwhile is read again
+            # The stamp comes first, so that a file that changes meanwhile is read again.
+            stamps.append(stamp_line(key, self._images.stamp(key)))
             try:
                 data = self._images.read(key)
                 pixels.append(to_pixels(self._processor, decode_image(data, key)))
@@ -381,9 +309,8 @@ class ImageReader:
             except InputError as error:
                 rejected.append((key, str(error)))
             hashes.append(hash_line(key, data))
-        return Batch(
-            keys, torch.stack(pixels) if pixels else torch.empty(0), rejected, hashes, stamps
-        )
+        stacked = torch.stack(pixels) if pixels else torch.empty(0)
+        return Batch(keys, stacked, rejected, hashes, stamps)
 
 
 def read_batches(
@@ -392,9 +319,8 @@ def read_batches(
     """The batches in their order, read ahead by `num_workers` processes. Raises OSError when the
     disk fails.
     """
-    for batch in DataLoader(
-        ImageReader(images, batches, vqgan.processor), batch_size=None, num_workers=num_workers
-    ):
+    reader = ImageReader(images, batches, vqgan.processor)
+    for batch in DataLoader(reader, batch_size=None, num_workers=num_workers):
         if isinstance(batch, OSError):
             raise batch
         yield batch

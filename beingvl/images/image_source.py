@@ -15,13 +15,12 @@ import errno
 import os
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from beingvl.artefact.manifest import printable
-from beingvl.data.llava_json import BrokenRow, image_keys, stream_rows_and_broken
 from beingvl.errors import InputError
 from beingvl.images.vq_codes import IMAGE_SUFFIXES, find_images, iterate_images
 
@@ -219,42 +218,15 @@ def _read_piece(path: Path, size: int, offset: int) -> bytes:
         return os.pread(file.fileno(), size, offset)
 
 
-def named_images(json_path: Path) -> list[str]:
-    """Sorted keys of the images that a LLaVA JSON array or JSONL file names. Raises InputError
-    for a malformed file.
-
-    Rows that are broken, or whose `image` is no path, are counted in a warning, as tokenize rejects
-    them; when there are only such, it is an error.
-    """
-    keys: set[str] = set()
-    num_malformed, first = 0, ""
-    for number, row in enumerate(stream_rows_and_broken(json_path), 1):
-        try:
-            if isinstance(row, BrokenRow):
-                raise InputError(row.reason)
-            keys.update(image_keys(row))
-        except InputError as error:
-            num_malformed, first = num_malformed + 1, first or f"{json_path}, row {number}: {error}"
-    if first and not keys:
-        raise InputError(first)
-    if first:
-        print(f"warning: {num_malformed} rows were left out, the first is {first}")
-    return _some(keys, json_path)
-
-
 def listed_images(list_path: Path) -> list[str]:
-    """Sorted keys of a text file, one a line. Raises InputError when it is empty or no text."""
+    """Sorted keys of a text file, one per line. Raises InputError when it is empty or no text."""
     try:
         text = list_path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{list_path} is not UTF-8 text ({error}); expected one image a line"
+            f"{list_path} is not UTF-8 text ({error}); expected one image per line"
         ) from error
-    return _some({line.strip() for line in text.split("\n")} - {""}, list_path)
-
-
-def _some(keys: Iterable[str], path: Path) -> list[str]:
-    found = sorted(keys)
-    if not found:
-        raise InputError(f"{path} names no images: there is nothing to encode")
-    return found
+    keys = sorted({line.strip() for line in text.split("\n")} - {""})
+    if not keys:
+        raise InputError(f"{list_path} names no images: there is nothing to encode")
+    return keys
