@@ -40,7 +40,7 @@ setup(
     ],
     extras_require={
         "quickstart": ["scikit-learn>=1.4"],
-        "evaluation": ["pycocoevalcap>=1.2", "sacrebleu>=2.4"],
+        "evaluation": ["sacrebleu>=2.4"],
         "dev": [
             "pytest>=8",
             "hypothesis>=6.100",

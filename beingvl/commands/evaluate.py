@@ -34,7 +34,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from beingvl.evaluation.metrics_qa import METRICS
+from beingvl.evaluation.metrics import METRICS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -33,7 +33,7 @@ from beingvl.artefact.parts import Parts
 from beingvl.data.conversation import IMAGE_PLACEHOLDER, parse_conversation
 from beingvl.data.tokenize_dataset import image_keys, read_rows
 from beingvl.errors import InputError
-from beingvl.evaluation.metrics_qa import METRICS, Reference, Scores
+from beingvl.evaluation.metrics import METRICS, Reference, Scores
 from beingvl.images.vq_codes import CodeFolder
 from beingvl.inference.model import BeingVL
 
@@ -81,7 +81,7 @@ def read_questions(
             questions.append(_question(row, number))
         except InputError as error:
             raise InputError(f"{_place(path, number, row.get('id'))}: {error}") from error
-    for number, problem in METRICS[metric].check([question.reference for question in questions]):
+    for number, problem in METRICS[metric].problems([question.reference for question in questions]):
         raise InputError(
             f"{_place(path, number, rows[number].get('id'))} {problem}; correct it or "
             "choose another --metric"

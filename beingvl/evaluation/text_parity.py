@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from beingvl.artefact.manifest import join_lineages, read_manifest
 from beingvl.data.conversation import TextEncoder
 from beingvl.errors import InputError
-from beingvl.evaluation.metrics_qa import mean_and_error
+from beingvl.evaluation.metrics import mean_and_error
 from beingvl.inference.model import quiet_without_terminal
 from beingvl.model.base_model import BaseModel
 from beingvl.model.conversion_check import cut_head

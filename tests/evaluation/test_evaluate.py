@@ -14,7 +14,7 @@ import pytest
 from beingvl.artefact.manifest import read_manifest, verify_folder
 from beingvl.commands.main import main
 from beingvl.evaluation.evaluate import read_predictions, read_summary
-from beingvl.evaluation.metrics_qa import METRICS, Reference
+from beingvl.evaluation.metrics import METRICS, Reference
 from beingvl.evaluation.question_answering import (
     Question,
     by_question,

@@ -1,5 +1,5 @@
-"""The field's question-answering metrics, each as its authors compute it. Pure functions of
-answers and references.
+"""The field's metrics for answers, each as its authors compute it. Pure functions of answers and
+references.
 
     exact_match    equal to a reference after stripping and lower-casing
     vqa_accuracy   VQA (Antol et al. 2015): min(1, matches / 3), averaged over leaving out each
@@ -10,13 +10,10 @@ answers and references.
     scienceqa      ScienceQA (Lu et al. 2022) with the letter found as LLaVA's evaluation finds it
     anls           ST-VQA and DocVQA (Biten et al. 2019): normalised Levenshtein similarity,
                    threshold 0.5
-    bleu           corpus BLEU of sacrebleu, 0 … 100
-    cider          CIDEr-D (Vedantam et al. 2015) of pycocoevalcap, over words as the COCO
-                   toolkit cuts them
+    bleu, cider    captions.py: corpus BLEU, 0 … 100, and CIDEr-D, 0 … 10
 
-A metric gets all rows at once and gives numbers for the whole, for its categories, and for every
-row. `check` says, before the model answers anything, which row it cannot score. Only `bleu` and
-`cider` need libraries (`pip install '.[evaluation]'`).
+A metric takes all rows at once and gives numbers for the whole, for its categories, and for every
+row. `problems` says, before the model answers anything, which rows it cannot score.
 """
 
 from __future__ import annotations
@@ -25,9 +22,8 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from beingvl.errors import InputError
+from beingvl.evaluation.captions import caption_words, cider_d, corpus_bleu
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class Reference:
 @dataclass(frozen=True)
 class Scores:
     """`values` of all rows, `standard_errors` of those that are means, `categories`, and one
-    score a row where there is one.
+    score per row where the metric has one.
     """
 
     values: dict[str, float]
@@ -55,20 +51,18 @@ Problems = Iterator[tuple[int, str]]
 """(row, what is wrong with it)"""
 
 
+def no_problems(references: Sequence[Reference]) -> Problems:
+    return iter(())
+
+
 @dataclass(frozen=True)
 class Metric:
-    """`score(predictions, references)`; `check(references)` names rows that `score` could not
-    take.
-    """
-
     score: Callable[[Sequence[str], Sequence[Reference]], Scores]
-    check: Callable[[Sequence[Reference]], Problems]
+    problems: Callable[[Sequence[Reference]], Problems] = no_problems
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error (sample deviation / sqrt(n)); 0 error for fewer than two
-    values.
-    """
+    """Mean and its standard error (sample deviation / sqrt(n)); error 0 below two values."""
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return mean, 0.0
@@ -76,17 +70,17 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / len(values))
 
 
-def _mean_of_rows(name: str, of_rows: list[float], references: Sequence[Reference]) -> Scores:
+def mean_of_rows(name: str, of_rows: list[float], references: Sequence[Reference]) -> Scores:
     """Scores of a metric that is a mean over rows, also per category where rows have one."""
     mean, error = mean_and_error(of_rows)
     categories = {}
-    for category, rows in _rows_by_category(references).items():
+    for category, rows in rows_by_category(references).items():
         part, part_error = mean_and_error([of_rows[row] for row in rows])
         categories[category] = {name: part, "standard_error": part_error, "rows": len(rows)}
     return Scores({name: mean}, {name: error}, categories, of_rows)
 
 
-def _rows_by_category(references: Sequence[Reference]) -> dict[str, list[int]]:
+def rows_by_category(references: Sequence[Reference]) -> dict[str, list[int]]:
     rows_of: dict[str, list[int]] = {}
     for row, reference in enumerate(references):
         if reference.category is not None:
@@ -94,8 +88,19 @@ def _rows_by_category(references: Sequence[Reference]) -> dict[str, list[int]]:
     return rows_of
 
 
-def _no_problem(references: Sequence[Reference]) -> Problems:
-    return iter(())
+def scored_by_row(
+    name: str, score_row: Callable[[str, Sequence[str]], float]
+) -> Callable[[Sequence[str], Sequence[Reference]], Scores]:
+    """The metric whose value `name` is the mean of `score_row(prediction, answers)`."""
+
+    def score(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
+        of_rows = [
+            float(score_row(prediction, reference.answers))
+            for prediction, reference in zip(predictions, references, strict=True)
+        ]
+        return mean_of_rows(name, of_rows, references)
+
+    return score
 
 
 # ---- exact match ----
@@ -104,14 +109,6 @@ def _no_problem(references: Sequence[Reference]) -> Problems:
 def is_correct(prediction: str, answers: Sequence[str]) -> bool:
     """Exact match with one of the answers after stripping and lower-casing."""
     return prediction.strip().lower() in {answer.strip().lower() for answer in answers}
-
-
-def exact_match(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
-    of_rows = [
-        float(is_correct(prediction, reference.answers))
-        for prediction, reference in zip(predictions, references, strict=True)
-    ]
-    return _mean_of_rows("accuracy", of_rows, references)
 
 
 # ---- VQA accuracy ----
@@ -167,61 +164,47 @@ def normalise_vqa(text: str) -> str:
 
 
 def vqa_accuracy_of(prediction: str, answers: Sequence[str]) -> float:
-    """Accuracy 0 … 1 of one prediction. Where all answers agree, they are compared as they are
-    written.
-    """
-    prediction = prediction.replace("\n", " ").replace("\t", " ").strip()
-    given = [answer.replace("\n", " ").replace("\t", " ").strip() for answer in answers]
+    """Accuracy 0 … 1. Where all answers agree, they are compared as they are written."""
+    prediction, *given = (
+        text.replace("\n", " ").replace("\t", " ").strip() for text in (prediction, *answers)
+    )
     if len(set(given)) > 1:
         prediction, given = normalise_vqa(prediction), [normalise_vqa(answer) for answer in given]
     matches = given.count(prediction)
     return sum(min(1.0, (matches - (answer == prediction)) / 3) for answer in given) / len(given)
 
 
-def vqa_accuracy(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
-    of_rows = [
-        vqa_accuracy_of(prediction, reference.answers)
-        for prediction, reference in zip(predictions, references, strict=True)
-    ]
-    return _mean_of_rows("accuracy", of_rows, references)
-
-
-def _check_ten_answers(references: Sequence[Reference]) -> Problems:
+def _not_ten_answers(references: Sequence[Reference]) -> Problems:
     for row, reference in enumerate(references):
         if len(reference.answers) != VQA_ANSWERS:
-            yield (
-                row,
-                f"has {len(reference.answers)} answers, vqa_accuracy is defined for a list "
-                f"`answers` of {VQA_ANSWERS}",
-            )
+            found = f"has {len(reference.answers)} answers"
+            yield row, f"{found}, vqa_accuracy is defined for a list `answers` of {VQA_ANSWERS}"
 
 
 # ---- yes and no: POPE, MME ----
 
 
-def _check_yes_no(references: Sequence[Reference]) -> Problems:
+def _not_yes_or_no(references: Sequence[Reference]) -> Problems:
     for row, reference in enumerate(references):
         if len(reference.answers) != 1 or reference.answers[0].strip().lower() not in ("yes", "no"):
             yield row, f"has the answer {' / '.join(reference.answers)!r}, expected yes or no"
 
 
-def _is_yes(reference: Reference) -> bool:
-    return reference.answers[0].strip().lower() == "yes"
-
-
 def says_yes_pope(prediction: str) -> bool:
-    """POPE takes the first sentence and counts everything as yes that has no word `No`, `no` or
-    `not`.
-    """
+    """POPE takes the first sentence; it is a yes unless it has the word `No`, `no` or `not`."""
     words = prediction.split(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(words)
+
+
+def _agreement(says_yes: Sequence[bool], is_yes: Sequence[bool]) -> list[float]:
+    return [float(said == truth) for said, truth in zip(says_yes, is_yes, strict=True)]
 
 
 def _yes_no_values(
     says_yes: Sequence[bool], is_yes: Sequence[bool]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Values and standard errors; "yes" is the positive class."""
-    right = [float(said == truth) for said, truth in zip(says_yes, is_yes, strict=True)]
+    right = _agreement(says_yes, is_yes)
     groups = {
         "accuracy": right,
         "precision": [value for value, said in zip(right, says_yes, strict=True) if said],
@@ -237,36 +220,22 @@ def _yes_no_values(
 
 def pope(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
     says_yes = [says_yes_pope(prediction) for prediction in predictions]
-    is_yes = [_is_yes(reference) for reference in references]
+    is_yes = [reference.answers[0].strip().lower() == "yes" for reference in references]
     values, errors = _yes_no_values(says_yes, is_yes)
     categories = {}
-    for category, rows in _rows_by_category(references).items():
+    for category, rows in rows_by_category(references).items():
         categories[category], _ = _yes_no_values(
             [says_yes[row] for row in rows], [is_yes[row] for row in rows]
         )
         categories[category]["rows"] = len(rows)
-    of_rows = [float(said == truth) for said, truth in zip(says_yes, is_yes, strict=True)]
-    return Scores(values, errors, categories, of_rows)
+    return Scores(values, errors, categories, _agreement(says_yes, is_yes))
 
 
-MME_PERCEPTION = (
-    "existence",
-    "count",
-    "position",
-    "color",
-    "posters",
-    "celebrity",
-    "scene",
-    "landmark",
-    "artwork",
-    "OCR",
-)
-MME_COGNITION = (
-    "commonsense_reasoning",
-    "numerical_calculation",
-    "text_translation",
-    "code_reasoning",
-)
+MME_TASKS = {
+    "perception": "existence count position color posters celebrity scene landmark artwork OCR",
+    "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning",
+}
+"""Group -> its tasks, which are the categories of the rows."""
 
 
 def read_mme(prediction: str) -> str:
@@ -277,30 +246,24 @@ def read_mme(prediction: str) -> str:
 
 def _mme_pairs(references: Sequence[Reference]) -> dict[str, dict[tuple[str, ...], list[int]]]:
     """Category -> images -> rows; MME asks two questions about every image of a category."""
-    return {
-        category: _group([(references[row].images, row) for row in rows])
-        for category, rows in _rows_by_category(references).items()
-    }
-
-
-def _group(pairs: Sequence[tuple[tuple[str, ...], int]]) -> dict[tuple[str, ...], list[int]]:
-    grouped: dict[tuple[str, ...], list[int]] = {}
-    for key, row in pairs:
-        grouped.setdefault(key, []).append(row)
-    return grouped
+    pairs: dict[str, dict[tuple[str, ...], list[int]]] = {}
+    for category, rows in rows_by_category(references).items():
+        rows_of_images = pairs.setdefault(category, {})
+        for row in rows:
+            rows_of_images.setdefault(references[row].images, []).append(row)
+    return pairs
 
 
 def mme(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
     """A task's score is 100 x (share of right questions + share of images with both right), at
     most 200.
     """
-    of_rows = [
-        float(read_mme(prediction) == reference.answers[0].strip().lower())
-        for prediction, reference in zip(predictions, references, strict=True)
-    ]
+    by_row = scored_by_row("accuracy", lambda said, answers: is_correct(read_mme(said), answers))
+    scores = by_row(predictions, references)
+    assert scores.of_rows is not None
     categories = {}
     for category, pairs in _mme_pairs(references).items():
-        right = [[of_rows[row] for row in rows] for rows in pairs.values()]
+        right = [[scores.of_rows[row] for row in rows] for rows in pairs.values()]
         accuracy, error = mean_and_error([value for pair in right for value in pair])
         accuracy_plus, _ = mean_and_error([float(all(pair)) for pair in right])
         categories[category] = {
@@ -310,33 +273,25 @@ def mme(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
             "standard_error": error,
             "rows": 2 * len(right),
         }
-    totals = {
-        f"{name}_score": math.fsum(
-            categories[category]["score"] for category in tasks if category in categories
-        )
-        for name, tasks in (("perception", MME_PERCEPTION), ("cognition", MME_COGNITION))
-    }
-    accuracy, error = mean_and_error(of_rows)
-    return Scores({**totals, "accuracy": accuracy}, {"accuracy": error}, categories, of_rows)
+    totals = {}
+    for group, tasks in MME_TASKS.items():
+        own = [categories[task]["score"] for task in tasks.split() if task in categories]
+        totals[f"{group}_score"] = math.fsum(own)
+    return Scores({**totals, **scores.values}, scores.standard_errors, categories, scores.of_rows)
 
 
-def _check_mme(references: Sequence[Reference]) -> Problems:
-    yield from _check_yes_no(references)
+def _not_mme(references: Sequence[Reference]) -> Problems:
+    yield from _not_yes_or_no(references)
+    tasks = " ".join(MME_TASKS.values()).split()
     for row, reference in enumerate(references):
-        if reference.category not in (*MME_PERCEPTION, *MME_COGNITION):
-            yield (
-                row,
-                f"has the category {reference.category!r}, expected one of MME's: "
-                f"{', '.join(MME_PERCEPTION + MME_COGNITION)}",
-            )
+        if reference.category not in tasks:
+            found = f"has the category {reference.category!r}"
+            yield row, f"{found}, expected one of MME's: {', '.join(tasks)}"
     for category, pairs in _mme_pairs(references).items():
         for images, rows in pairs.items():
             if len(rows) != 2:
-                yield (
-                    rows[0],
-                    f"is one of {len(rows)} questions about {', '.join(images) or 'no image'} "
-                    f"in {category}, MME has two",
-                )
+                about = f"about {', '.join(images) or 'no image'} in {category}"
+                yield rows[0], f"is one of {len(rows)} questions {about}, MME has two"
 
 
 # ---- multiple choice ----
@@ -346,9 +301,7 @@ _ANSWER_IS = re.compile(r"The answer is ([A-Z]).")
 
 
 def find_letter(prediction: str) -> str | None:
-    """The chosen letter: `B`, `B. text`, or one sentence `The answer is B.`; None where there is
-    none or more than one.
-    """
+    """The letter of `B`, `B. text` or one sentence `The answer is B.`; None for none or two."""
     text = prediction.strip()
     if len(text) == 1 and text in LETTERS:
         return text
@@ -359,32 +312,27 @@ def find_letter(prediction: str) -> str | None:
 
 
 def scienceqa(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
-    of_rows = [
-        float(find_letter(prediction) == reference.answers[0])
-        for prediction, reference in zip(predictions, references, strict=True)
-    ]
-    scores = _mean_of_rows("accuracy", of_rows, references)
+    """Accuracy of all rows, and of those with an image."""
+    by_row = scored_by_row("accuracy", lambda said, answers: find_letter(said) == answers[0])
+    scores = by_row(predictions, references)
+    assert scores.of_rows is not None
     with_image = [
-        value for value, reference in zip(of_rows, references, strict=True) if reference.images
+        value
+        for value, reference in zip(scores.of_rows, references, strict=True)
+        if reference.images
     ]
     if with_image:
         mean, error = mean_and_error(with_image)
-        scores.values["accuracy_with_image"], scores.standard_errors["accuracy_with_image"] = (
-            mean,
-            error,
-        )
+        scores.values["accuracy_with_image"] = mean
+        scores.standard_errors["accuracy_with_image"] = error
     return scores
 
 
-def _check_letter(references: Sequence[Reference]) -> Problems:
+def _not_a_letter(references: Sequence[Reference]) -> Problems:
+    expected = f"expected one letter of {LETTERS} or a number into `choices`"
     for row, reference in enumerate(references):
-        answers = reference.answers
-        if len(answers) != 1 or len(answers[0]) != 1 or answers[0] not in LETTERS:
-            yield (
-                row,
-                f"has the answer {' / '.join(answers)!r}, expected one letter of {LETTERS} or "
-                "a number into `choices`",
-            )
+        if len(reference.answers) != 1 or reference.answers[0] not in tuple(LETTERS):
+            yield row, f"has the answer {' / '.join(reference.answers)!r}, {expected}"
 
 
 # ---- ANLS ----
@@ -403,9 +351,7 @@ def levenshtein(one: str, other: str) -> int:
 
 
 def anls_of(prediction: str, answers: Sequence[str]) -> float:
-    """The best similarity with an answer, 0 below the threshold. Case and runs of spaces do not
-    count.
-    """
+    """The best similarity with an answer, 0 below the threshold; case and spaces do not count."""
     said = " ".join(prediction.lower().split())
     best = 0.0
     for answer in answers:
@@ -415,95 +361,32 @@ def anls_of(prediction: str, answers: Sequence[str]) -> float:
     return best if best >= ANLS_THRESHOLD else 0.0
 
 
-def anls(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
-    of_rows = [
-        anls_of(prediction, reference.answers)
-        for prediction, reference in zip(predictions, references, strict=True)
-    ]
-    return _mean_of_rows("anls", of_rows, references)
-
-
 # ---- captions ----
-
-_CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b")
-_WORD = re.compile(
-    # clitics, abbreviations, .5
-    r"n't\b|'(?:s|re|ve|ll|d|m)\b|(?:[a-z]\.){2,}|(?:mr|mrs|ms|dr|st|ave|vs|jr)\.|\.\d+"
-    # words, old-fashioned, bath/shower, 2,000; anything else
-    r"|\w+(?:(?:-|(?<=[a-z])/(?=[a-z])|(?<=\d)[.,:](?=\d))\w+)*|\S"
-)
-_SPLIT_WORDS = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na"}
-_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_DROPPED = set(".?!,:;-'`\"…–—")
-
-
-def caption_words(caption: str) -> str:
-    """A caption as the COCO toolkit compares it: lower case, words cut as in the Penn Treebank,
-    punctuation dropped.
-
-    The toolkit runs Stanford's tokenizer in Java; on ordinary English captions this gives the same
-    words (docs/log.md). Its brackets survive as `-lrb-` and `-rrb-`, because it lower-cases before
-    it drops punctuation.
-    """
-    text = caption.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
-    words = [
-        _BRACKETS.get(word, _SPLIT_WORDS.get(word, word))
-        for word in _WORD.findall(_CLITIC.sub(r" \1", text))
-    ]
-    return " ".join(word for word in words if word not in _DROPPED)
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
-    """Corpus BLEU with sacrebleu's own tokenizer and smoothing. Raises InputError where
-    sacrebleu is not installed.
-    """
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError as error:
-        raise InputError("--metric bleu needs sacrebleu: pip install '.[evaluation]'") from error
-    most = max(len(reference.answers) for reference in references)
-    streams: list[Any] = [  # None where a question has fewer answers
-        [dict(enumerate(reference.answers)).get(number) for reference in references]
-        for number in range(most)
-    ]
-    found = BLEU().corpus_score(list(predictions), streams)
-    return Scores({"bleu": found.score, "brevity_penalty": found.bp})
+    score, penalty = corpus_bleu(predictions, [reference.answers for reference in references])
+    return Scores({"bleu": score, "brevity_penalty": penalty})
 
 
 def cider(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
-    """CIDEr-D; the document frequencies come from these references. Raises InputError where
-    pycocoevalcap is not installed.
-    """
-    try:
-        from pycocoevalcap.cider.cider import Cider
-    except ImportError as error:
-        raise InputError(
-            "--metric cider needs pycocoevalcap: pip install '.[evaluation]'"
-        ) from error
-    said = {row: [caption_words(prediction)] for row, prediction in enumerate(predictions)}
-    wanted = {
-        row: [caption_words(answer) for answer in reference.answers]
-        for row, reference in enumerate(references)
-    }
-    _, of_rows = Cider().compute_score(wanted, said)
-    return _mean_of_rows("cider", [float(value) for value in of_rows], references)
+    captions = [caption_words(prediction) for prediction in predictions]
+    wanted = [[caption_words(answer) for answer in each.answers] for each in references]
+    return mean_of_rows("cider", cider_d(captions, wanted), references)
 
 
-def _check_two_rows(references: Sequence[Reference]) -> Problems:
+def _only_row(references: Sequence[Reference]) -> Problems:
     if len(references) < 2:
-        yield (
-            0,
-            "is the only row: CIDEr weighs words by how many rows have them and needs two or more",
-        )
+        yield 0, "is the only row: CIDEr weighs words by how many rows have them, so it needs two"
 
 
 METRICS: Mapping[str, Metric] = {
-    "exact_match": Metric(exact_match, _no_problem),
-    "vqa_accuracy": Metric(vqa_accuracy, _check_ten_answers),
-    "pope": Metric(pope, _check_yes_no),
-    "mme": Metric(mme, _check_mme),
-    "scienceqa": Metric(scienceqa, _check_letter),
-    "anls": Metric(anls, _no_problem),
-    "bleu": Metric(bleu, _no_problem),
-    "cider": Metric(cider, _check_two_rows),
+    "exact_match": Metric(scored_by_row("accuracy", is_correct)),
+    "vqa_accuracy": Metric(scored_by_row("accuracy", vqa_accuracy_of), _not_ten_answers),
+    "pope": Metric(pope, _not_yes_or_no),
+    "mme": Metric(mme, _not_mme),
+    "scienceqa": Metric(scienceqa, _not_a_letter),
+    "anls": Metric(scored_by_row("anls", anls_of)),
+    "bleu": Metric(bleu),
+    "cider": Metric(cider, _only_row),
 }
