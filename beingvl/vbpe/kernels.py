@@ -481,6 +481,24 @@ def decode_stream(ids: np.ndarray, tables: Tables, grid: np.ndarray) -> tuple[in
     return STREAM_FINE, -1
 
 
+@_kernel
+def decode_streams(
+    ids: np.ndarray, offsets: np.ndarray, sides: np.ndarray, tables: Tables, codes: np.ndarray
+) -> np.ndarray:
+    """Decode stream n, `ids[offsets[n]:offsets[n + 1]]`, to a grid of `sides[n]` x `sides[n]`.
+    The grids lie end to end in `codes` int32, all -1 on entry. Returns bool [N]: fills its grid.
+    """
+    fills = np.empty(len(sides), np.bool_)
+    at = 0
+    for n in range(len(sides)):
+        side = sides[n]
+        grid = codes[at : at + side * side].reshape(side, side)
+        status, _ = decode_stream(ids[offsets[n] : offsets[n + 1]], tables, grid)
+        fills[n] = status == STREAM_FINE
+        at += side * side
+    return fills
+
+
 # ---- published vocabularies ----
 
 

@@ -151,6 +151,18 @@ class VisualBPE:
             raise InputError(f"invalid image stream at position {position} of {len(ids)}: {reason}")
         return grid.astype(np.uint16)
 
+    def decode_batch(
+        self, ids: np.ndarray, offsets: np.ndarray, sides: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Many streams at once, on square grids, without a word about what is wrong with one.
+
+        Stream n is `ids[offsets[n]:offsets[n + 1]]` (int32), its grid has `sides[n]` rows and
+        columns. Returns (codes int32 of all grids, end to end; bool `[N]`: the stream fills its
+        grid exactly). Codes of a stream that does not are meaningless.
+        """
+        codes = np.full(int((sides * sides).sum()), -1, np.int32)
+        return codes, fast.decode_streams(ids, offsets, sides, self.tables, codes)
+
     def cells(self, image_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The polyomino of an id in raster order: (dy, dx, code), int32 `[n]` each, relative to
         the anchor.

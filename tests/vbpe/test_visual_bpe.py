@@ -123,6 +123,32 @@ def test_vocabulary_of_other_images_still_decodes_to_the_grid(corpus, data):
     assert np.array_equal(vbpe.decode(stream, height, width), grid)
 
 
+def test_a_batch_of_streams_is_decoded_as_one_by_one():
+    rng = np.random.default_rng(0)
+    vbpe = VisualBPE(4, [(0, 1, 0, 1), (4, 0, 1, 0), (1, 4, 1, -1)])
+    streams, sides, expected, fills = [], [], [], []
+    for number in range(300):
+        side = number % 5
+        stream = vbpe.encode(rng.integers(0, 3, (side, side))) if side else np.empty(0, np.int32)
+        if len(stream) and number % 2:
+            stream[rng.integers(len(stream))] = rng.integers(-1, vbpe.num_ids + 1)
+        try:
+            codes = vbpe.decode(stream, side, side) if side else np.empty((0, 0))
+            fills.append(True)
+        except InputError:
+            codes = None
+            fills.append(False)
+        streams.append(stream)
+        sides.append(side)
+        expected.append(codes)
+    ends = np.cumsum([0, *map(len, streams)])
+    codes, found = vbpe.decode_batch(np.concatenate(streams), ends, np.array(sides))
+    assert found.tolist() == fills and 30 < sum(fills) < 290
+    grids = np.split(codes, np.cumsum(np.square(sides))[:-1])
+    for grid, right in zip(grids, expected, strict=True):
+        assert right is None or grid.tolist() == right.ravel().tolist()
+
+
 @settings(max_examples=300, deadline=None)
 @given(corpora(), st.data())
 def test_decode_accepts_exactly_the_streams_that_tile_the_grid(corpus, data):
