@@ -25,13 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from beingvl.artefact.manifest import (
-    already_made,
-    start_folder,
-    to_json,
-    write_atomically,
-    write_manifest,
-)
+from beingvl.artefact.files import to_json, write_atomically
+from beingvl.artefact.manifest import already_made, start_folder, write_manifest
 from beingvl.errors import InputError
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

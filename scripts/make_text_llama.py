@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from beingvl.artefact.manifest import already_made, hash_file, write_manifest
+from beingvl.artefact.hashes import hash_file
+from beingvl.artefact.manifest import already_made, write_manifest
 from beingvl.errors import InputError
 
 if TYPE_CHECKING:

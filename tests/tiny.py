@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from beingvl.artefact.manifest import to_json, write_manifest
+from beingvl.artefact.files import to_json
+from beingvl.artefact.manifest import write_manifest
 from beingvl.data.arrow_shards import Sample, ShardWriter
 from beingvl.vocab import LAYOUT_FILE, SPECIAL_TOKENS, VocabLayout
 

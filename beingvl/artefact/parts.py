@@ -22,7 +22,6 @@ ranks.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import fcntl
@@ -38,79 +37,16 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from beingvl.artefact.manifest import (
-    HashedFile,
-    is_complete,
-    make_folder,
-    to_json,
-    write_atomically,
-)
+from beingvl.artefact.files import make_folder, sync, to_json, write_atomically
+from beingvl.artefact.hashes import HashedFile
+from beingvl.artefact.manifest import is_complete
+from beingvl.artefact.ranks import rank_of
+from beingvl.artefact.request import Request
 from beingvl.errors import InputError
 
 FOLDER = "parts.tmp"  # manifests leave out what ends in .tmp
 LOCK = ".lock.tmp"
 GONE = (errno.ENOENT, errno.ESTALE)  # what a removed folder answers, the second on a network disk
-
-
-# ---- ranks ----
-
-
-def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--rank",
-        type=int,
-        help="this process among --num_ranks; default: of the launcher or of the Slurm "
-        "array, else 0",
-    )
-    parser.add_argument(
-        "--num_ranks",
-        type=int,
-        help="processes that share the work, each started with this command",
-    )
-
-
-def ranks_of(
-    args: argparse.Namespace, environment: Mapping[str, str] = os.environ
-) -> tuple[int, int]:
-    """(rank, num_ranks): the options, else the launcher's variables times the Slurm array's,
-    else (0, 1).
-
-    The only place that reads them. Raises InputError when they contradict each other.
-    """
-    if (args.rank is None) != (args.num_ranks is None):
-        raise InputError("--rank and --num_ranks belong together: give both or neither")
-    if args.rank is not None:
-        rank, num_ranks = args.rank, args.num_ranks
-    else:
-        values = {
-            name: int(value)
-            for name, value in environment.items()
-            if name in RANK_VARIABLES and value.isdigit()
-        }
-        rank, num_ranks = values.get("RANK", 0), values.get("WORLD_SIZE", 1)
-        if "SLURM_ARRAY_TASK_ID" in values:
-            step = values.get("SLURM_ARRAY_TASK_STEP", 1)
-            task = (values["SLURM_ARRAY_TASK_ID"] - values.get("SLURM_ARRAY_TASK_MIN", 0)) // step
-            rank, num_ranks = (
-                task * num_ranks + rank,
-                num_ranks * values.get("SLURM_ARRAY_TASK_COUNT", 1),
-            )
-    if not 0 <= rank < num_ranks:
-        raise InputError(
-            f"rank {rank} of {num_ranks} is impossible; give --rank below --num_ranks, or "
-            "a Slurm array without gaps"
-        )
-    return rank, num_ranks
-
-
-RANK_VARIABLES = (
-    "RANK",
-    "WORLD_SIZE",
-    "SLURM_ARRAY_TASK_ID",
-    "SLURM_ARRAY_TASK_MIN",
-    "SLURM_ARRAY_TASK_STEP",
-    "SLURM_ARRAY_TASK_COUNT",
-)
 
 
 # ---- parts ----
@@ -134,15 +70,10 @@ class Parts:
         path = self.folder / "request.json"
         if not path.exists():
             write_atomically(path, text)
-        elif (found := path.read_text()) != text:
-            before = json.loads(found)
-            key = next(
-                key for key in {**before, **request} if before.get(key) != json.loads(text).get(key)
-            )
+        elif difference := Request(request).difference(json.loads(path.read_text())):
             raise InputError(
-                f"{output} holds unfinished work of another {key} (found {before.get(key)!r}, "
-                f"asked for {request.get(key)!r}); "
-                f"finish it with the same options, choose another folder, or add --overwrite"
+                f"{output} holds unfinished work of {difference}; finish it with the same options, "
+                "choose another folder, or add --overwrite"
             )
 
     def path(self, number: int) -> Path:
@@ -201,7 +132,7 @@ class Parts:
             temporary.mkdir()
             yield temporary
             for path in temporary.iterdir():
-                _sync(path)
+                sync(path)
             if not self._are_ours():  # but of another request, whose parts these files must not be
                 raise OvertakenError
             with contextlib.suppress(
@@ -233,7 +164,7 @@ class Parts:
             for number in range(num_parts):
                 with open(self.path(number) / file, "rb") as part:
                     shutil.copyfileobj(part, hashed, 1 << 20)
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, target)
         return hashed.hash
 
@@ -264,11 +195,6 @@ def _rename_folder(source: Path, target: Path) -> None:
         raise
 
 
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
 @contextlib.contextmanager
 def locked(output: Path) -> Iterator[None]:
     """One process at a time for this output folder; a killed process lets go by itself."""
@@ -276,6 +202,36 @@ def locked(output: Path) -> Iterator[None]:
     with open(output / LOCK, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def wait_until_complete(
+    output: Path, patience_seconds: float = 1800, poll_seconds: float = 2
+) -> None:
+    """Return when the other ranks have finished `output`. Raises InputError when none shows life
+    for so long: a part that is finished, or `Parts.show_life`, changes the time of the parts'
+    folder.
+    """
+    seen, since = -1, time.monotonic()
+    while not is_complete(output):
+        try:
+            now = (output / FOLDER).stat().st_mtime_ns
+        except FileNotFoundError:
+            now = 0
+        if now != seen:
+            seen, since = now, time.monotonic()
+        if time.monotonic() - since > patience_seconds:
+            raise InputError(
+                f"{output} is still incomplete and no rank has worked on a part for "
+                f"{patience_seconds:g} s; start again"
+            )
+        time.sleep(poll_seconds)
+
+
+# ---- until every step uses work.py ----
+
+
+def ranks_of(args: Any) -> tuple[int, int]:
+    return rank_of(args.rank, args.num_ranks)
 
 
 def refuse_overwrite_of_many(overwrite: bool, num_ranks: int, output: Path) -> None:
@@ -334,26 +290,3 @@ def _prepare_process(prepare: Callable[..., None], *arguments: Any) -> None:
 
     threading.Thread(target=follow, daemon=True).start()
     prepare(*arguments)
-
-
-def wait_until_complete(
-    output: Path, patience_seconds: float = 1800, poll_seconds: float = 2
-) -> None:
-    """Return when the other ranks have finished `output`. Raises InputError when none shows life
-    for so long: a part that is finished, or `Parts.show_life`, changes the time of the parts'
-    folder.
-    """
-    seen, since = -1, time.monotonic()
-    while not is_complete(output):
-        try:
-            now = (output / FOLDER).stat().st_mtime_ns
-        except FileNotFoundError:
-            now = 0
-        if now != seen:
-            seen, since = now, time.monotonic()
-        if time.monotonic() - since > patience_seconds:
-            raise InputError(
-                f"{output} is still incomplete and no rank has worked on a part for "
-                f"{patience_seconds:g} s; start again"
-            )
-        time.sleep(poll_seconds)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from beingvl.artefact.parts import add_rank_arguments
+    from beingvl.commands.ranks import add_rank_arguments
 
     parser.add_argument(
         "--jsonl_path", type=Path, nargs="+", required=True, help="JSONL files of token rows"

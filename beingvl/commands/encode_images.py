@@ -19,7 +19,7 @@ from beingvl.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from beingvl.artefact.parts import add_rank_arguments
+    from beingvl.commands.ranks import add_rank_arguments
 
     add = parser.add_argument
     images = "folder of images, searched recursively; or tar files"

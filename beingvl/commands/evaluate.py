@@ -38,7 +38,7 @@ from beingvl.evaluation.metrics import METRICS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from beingvl.artefact.parts import add_rank_arguments
+    from beingvl.commands.ranks import add_rank_arguments
 
     add = parser.add_argument
     add("--model", type=Path, required=True, help="Being-VL model folder, e.g. stage-3/final")

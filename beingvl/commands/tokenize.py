@@ -25,7 +25,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from beingvl.artefact.parts import add_rank_arguments
+    from beingvl.commands.ranks import add_rank_arguments
 
     parser.add_argument(
         "--mode",

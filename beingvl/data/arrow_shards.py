@@ -31,13 +31,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from beingvl.artefact.manifest import (
-    HashedFile,
-    Manifest,
-    read_manifest,
-    start_folder,
-    write_manifest,
-)
+from beingvl.artefact.hashes import HashedFile
+from beingvl.artefact.manifest import Manifest, read_manifest, start_folder, write_manifest
 from beingvl.errors import InputError
 from beingvl.images.vq_codes import load_mapped
 from beingvl.vocab import VocabLayout

@@ -34,12 +34,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from beingvl.artefact.hashes import has_hash, hash_file
 from beingvl.artefact.manifest import (
     MANIFEST_FILE,
     Manifest,
     already_made,
-    has_hash,
-    hash_pieces,
     is_complete,
     join_lineages,
     read_manifest,
@@ -179,7 +178,7 @@ def content_of(path: Path) -> str:
         else None
     )
     if entry is None:
-        return hash_pieces(path)
+        return hash_file(path)
     changed = path.stat().st_size != entry["bytes"]
     if not changed and path.stat().st_mtime_ns > (path.parent / MANIFEST_FILE).stat().st_mtime_ns:
         changed = not has_hash(path, str(entry["hash"]))

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from beingvl.artefact.manifest import printable
+from beingvl.artefact.files import printable
 from beingvl.errors import InputError
 from beingvl.vocab import VocabLayout
 

@@ -16,13 +16,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from beingvl.artefact.files import write_atomically
 from beingvl.artefact.manifest import (
     MANIFEST_FILE,
     Manifest,
     is_complete,
     join_lineages,
     read_manifest,
-    write_atomically,
     write_manifest,
 )
 from beingvl.artefact.parts import remove_parts

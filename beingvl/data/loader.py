@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from beingvl.artefact.manifest import hash_bytes, write_atomically
+from beingvl.artefact.files import write_atomically
+from beingvl.artefact.hashes import hash_bytes
 from beingvl.data.arrow_shards import (
     LENGTHS_FILE,
     MEMBERS_FILE,

@@ -33,13 +33,9 @@ import pyarrow as pa
 import simdjson
 from tqdm import tqdm
 
-from beingvl.artefact.manifest import (
-    hash_file,
-    join_lineages,
-    printable,
-    read_manifest,
-    start_folder,
-)
+from beingvl.artefact.files import printable
+from beingvl.artefact.hashes import hash_file
+from beingvl.artefact.manifest import join_lineages, read_manifest, start_folder
 from beingvl.artefact.parts import (
     OvertakenError,
     Parts,

@@ -43,13 +43,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from beingvl.artefact.files import to_json, write_atomically
 from beingvl.artefact.manifest import (
     already_made,
     is_complete,
     read_manifest,
     start_folder,
-    to_json,
-    write_atomically,
     write_manifest,
 )
 from beingvl.artefact.parts import (

@@ -22,13 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from beingvl.artefact.manifest import (
-    hash_bytes,
-    hash_file,
-    join_lineages,
-    printable,
-    write_atomically,
-)
+from beingvl.artefact.files import printable, write_atomically
+from beingvl.artefact.hashes import hash_bytes, hash_file
+from beingvl.artefact.manifest import join_lineages
 from beingvl.artefact.parts import Parts
 from beingvl.data.conversation import IMAGE_PLACEHOLDER, parse_conversation
 from beingvl.data.tokenize_dataset import image_keys, read_rows

@@ -23,14 +23,14 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from beingvl.artefact.files import write_atomically
+from beingvl.artefact.hashes import hash_bytes
 from beingvl.artefact.manifest import (
     Manifest,
     already_made,
-    hash_bytes,
     is_complete,
     read_manifest,
     start_folder,
-    write_atomically,
 )
 from beingvl.artefact.parts import (
     OvertakenError,

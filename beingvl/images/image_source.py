@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from beingvl.artefact.manifest import printable
+from beingvl.artefact.files import printable
 from beingvl.errors import InputError
 from beingvl.images.vq_codes import IMAGE_SUFFIXES, find_images, iterate_images
 

@@ -24,7 +24,9 @@ from tokenize import TokenError
 import numpy as np
 from tqdm import tqdm
 
-from beingvl.artefact.manifest import Manifest, hash_bytes, printable, read_manifest, write_manifest
+from beingvl.artefact.files import printable
+from beingvl.artefact.hashes import hash_bytes
+from beingvl.artefact.manifest import Manifest, read_manifest, write_manifest
 from beingvl.errors import InputError
 
 IMAGE_SUFFIXES = frozenset(

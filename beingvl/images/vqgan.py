@@ -34,7 +34,8 @@ from safetensors.torch import load_file
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig, JanusVQVAE, JanusVQVAEConfig
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
 
-from beingvl.artefact.manifest import Manifest, start_folder, write_atomically, write_manifest
+from beingvl.artefact.files import write_atomically
+from beingvl.artefact.manifest import Manifest, start_folder, write_manifest
 from beingvl.errors import InputError
 
 CLASSES = {

@@ -22,7 +22,7 @@ import sys
 import numpy as np
 import torch
 
-from beingvl.artefact.manifest import write_atomically
+from beingvl.artefact.files import write_atomically
 from beingvl.errors import InputError
 from beingvl.images.vqgan_pictures import to_png
 from beingvl.inference.model import BeingVL

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from beingvl.artefact.manifest import write_atomically
+from beingvl.artefact.files import write_atomically
 from beingvl.errors import InputError
 
 USERS_FILE = ".deepspeed_env"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from beingvl.artefact.manifest import hash_inputs
+from beingvl.artefact.hashes import hash_inputs
 from beingvl.errors import InputError
 from beingvl.model.weight_files import WeightFolder
 

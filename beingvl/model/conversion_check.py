@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from beingvl.artefact.manifest import hash_file, verify_folder
+from beingvl.artefact.hashes import hash_file
+from beingvl.artefact.manifest import verify_folder
 from beingvl.errors import InputError
 from beingvl.images.vqgan import VQGAN
 from beingvl.model.base_model import BaseModel, read_json
@@ -53,7 +54,7 @@ def verify_conversion(base: BaseModel, result: Path, vq_path: Path | None) -> bo
     tokenizer = load_tokenizer(result)
     load_seconds = time.perf_counter() - started
     checks: list[tuple[str, Callable[[], str]]] = [
-        ("files as in the manifest", lambda: verify_folder(result).hashed()),
+        ("files as in the manifest", lambda: f"{len(verify_folder(result).files)} files re-hashed"),
         ("tensors beside the rows", lambda: _check_tensors(base, result)),
         ("rows of text ids", lambda: _check_text_rows(base, result)),
         ("new rows", lambda: _check_new_rows(base, result, layout)),

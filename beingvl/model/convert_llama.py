@@ -26,13 +26,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from beingvl.artefact.manifest import (
-    already_made,
-    hash_inputs,
-    join_lineages,
-    to_json,
-    write_atomically,
-)
+from beingvl.artefact.files import to_json, write_atomically
+from beingvl.artefact.hashes import hash_inputs
+from beingvl.artefact.manifest import already_made, join_lineages
 from beingvl.errors import InputError
 from beingvl.images.vqgan import VQGAN
 from beingvl.model import tokenizer_files

@@ -21,13 +21,12 @@ from typing import Any
 
 import torch
 
+from beingvl.artefact.files import to_json, write_atomically
 from beingvl.artefact.manifest import (
     MANIFEST_FILE,
     Manifest,
     read_manifest,
     start_folder,
-    to_json,
-    write_atomically,
     write_manifest,
 )
 from beingvl.errors import InputError

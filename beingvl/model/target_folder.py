@@ -19,13 +19,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from beingvl.artefact.files import to_json, write_atomically
 from beingvl.artefact.manifest import (
     Manifest,
     is_complete,
     refuse_other_kind,
     start_folder,
-    to_json,
-    write_atomically,
     write_manifest,
 )
 from beingvl.errors import InputError

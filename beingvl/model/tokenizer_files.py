@@ -21,7 +21,7 @@ from tokenizers import AddedToken, processors
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from beingvl.artefact.manifest import to_json, write_atomically
+from beingvl.artefact.files import to_json, write_atomically
 from beingvl.errors import InputError
 from beingvl.model.base_model import BaseModel
 from beingvl.vocab import SPECIAL_TOKENS, VocabLayout

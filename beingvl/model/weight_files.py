@@ -39,15 +39,9 @@ import torch
 from blake3 import blake3
 from tqdm import tqdm
 
-from beingvl.artefact.manifest import (
-    BLAKE3,
-    hash_file,
-    hash_sample,
-    is_complete,
-    read_manifest,
-    to_json,
-    write_atomically,
-)
+from beingvl.artefact.files import to_json, write_atomically
+from beingvl.artefact.hashes import PREFIX, hash_file, hash_sample
+from beingvl.artefact.manifest import is_complete, read_manifest
 from beingvl.errors import InputError
 
 SINGLE_FILE = "model.safetensors"
@@ -653,7 +647,7 @@ class _HashedOutput:
         """Flush to the disk; returns the hash of all blocks."""
         self._pending.result()
         os.fsync(self.file.fileno())
-        return BLAKE3 + self._digest.hexdigest()
+        return PREFIX + self._digest.hexdigest()
 
 
 def _stream_tensors(plan: _FilePlan, output: _HashedOutput) -> None:

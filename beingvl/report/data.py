@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from beingvl.artefact.manifest import is_complete, join_lineages, read_manifest, write_atomically
+from beingvl.artefact.files import write_atomically
+from beingvl.artefact.manifest import is_complete, join_lineages, read_manifest
 from beingvl.data.arrow_shards import Sample, ShardReader
 from beingvl.data.conversation import open_tokenizer
 from beingvl.data.loader import TrainingData, open_mixture

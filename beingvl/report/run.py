@@ -36,14 +36,8 @@ from typing import Any
 
 import numpy as np
 
-from beingvl.artefact.manifest import (
-    is_complete,
-    read_manifest,
-    start_folder,
-    to_json,
-    write_atomically,
-    write_manifest,
-)
+from beingvl.artefact.files import to_json, write_atomically
+from beingvl.artefact.manifest import is_complete, read_manifest, start_folder, write_manifest
 from beingvl.errors import InputError
 from beingvl.evaluation.evaluate import KIND, read_predictions, read_summary
 from beingvl.images.vq_codes import CodeFolder

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from beingvl.artefact.manifest import write_atomically
+from beingvl.artefact.files import write_atomically
 from beingvl.errors import InputError
 from beingvl.report.kit import facts, whole_page
 from beingvl.report.pictures import SERIES_COLOURS, running_mean, scale_by_range, set_title, to_svg

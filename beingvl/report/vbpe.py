@@ -24,7 +24,8 @@ from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from beingvl.artefact.manifest import join_lineages, write_atomically
+from beingvl.artefact.files import write_atomically
+from beingvl.artefact.manifest import join_lineages
 from beingvl.errors import InputError
 from beingvl.images.vqgan import VQGAN
 from beingvl.vbpe.reference import Cell

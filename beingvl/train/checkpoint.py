@@ -33,15 +33,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from beingvl.artefact.manifest import (
-    MANIFEST_FILE,
-    HashedFile,
-    is_complete,
-    read_manifest,
-    to_json,
-    write_atomically,
-    write_manifest,
-)
+from beingvl.artefact.files import to_json, write_atomically
+from beingvl.artefact.hashes import HashedFile
+from beingvl.artefact.manifest import MANIFEST_FILE, is_complete, read_manifest, write_manifest
 from beingvl.errors import InputError
 from beingvl.model.weight_files import make_header
 from beingvl.train.failures import SaveError, TrainingError

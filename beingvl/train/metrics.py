@@ -26,7 +26,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from beingvl.artefact.manifest import write_atomically
+from beingvl.artefact.files import write_atomically
 from beingvl.errors import InputError
 from beingvl.train.flops import ASSUMED_MFU
 from beingvl.train.phases import STEP_PHASES

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from beingvl.artefact.manifest import write_atomically
+from beingvl.artefact.files import write_atomically
 from beingvl.errors import InputError
 from beingvl.vbpe import kernels as fast
 from beingvl.vbpe.grids import MAX_CODES, MAX_IDS, checked_grids, encode_in_chunks

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from beingvl.artefact.hashes import hash_file
 from beingvl.artefact.manifest import (
     MANIFEST_FILE,
     already_made,
-    hash_file,
     is_complete,
     join_lineages,
     read_manifest,

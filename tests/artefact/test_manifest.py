@@ -37,22 +37,6 @@ def test_round_trip_and_verification(folder) -> None:
     assert read.files["sub/a.bin"]["bytes"] == 5
 
 
-def test_a_sampled_hash_finds_other_content_and_another_size(folder, tmp_path) -> None:
-    big = tmp_path / "big.bin"
-    big.write_bytes(bytes(range(256)) * 100_000)
-    write_manifest(folder, "shards", {}, {}, known_hashes={"big.bin": manifest.hash_sample(big)})
-    assert str(read_manifest(folder).files["big.bin"]["hash"]).startswith("sampled-sha256:")
-    verify_folder(folder)
-    big.write_bytes(
-        bytes(range(1, 256)) + bytes(1) + bytes(range(256)) * 99_999
-    )  # the first piece differs
-    with pytest.raises(InputError, match="does not have the hash"):
-        verify_folder(folder)
-    with pytest.raises(InputError, match="bytes"):
-        big.write_bytes(b"short")
-        verify_folder(folder)
-
-
 def test_content_hash_depends_on_content_only(folder) -> None:
     before = read_manifest(folder).content_hash
     write_manifest(folder, "shards", {"samples": 4}, {})
@@ -141,44 +125,6 @@ def test_join_lineages_names_the_two_that_contradict_each_other() -> None:
     }
     with pytest.raises(InputError, match="a and c do not match: they were made with different vq"):
         join_lineages({"a": {"vq": "1"}, "b": {"vbpe": "2"}, "c": {"vq": "3"}})
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch) -> None:
-    path = tmp_path / "x.json"
-    manifest.write_atomically(path, "old")
-    monkeypatch.setattr(
-        manifest.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full"))
-    )
-    with pytest.raises(OSError, match="disk full"):
-        manifest.write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_files_have_the_published_hash_and_the_one_of_earlier_versions(tmp_path) -> None:
-    path = tmp_path / "x"
-    path.write_bytes(b"abc")  # the first vector of both
-    blake3 = "blake3:6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
-    sha256 = "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert manifest.hash_file(path) == manifest.hash_bytes(b"abc") == blake3
-    assert manifest.has_hash(path, blake3) and manifest.has_hash(path, sha256)
-    path.write_bytes(b"abd")
-    assert not manifest.has_hash(path, blake3) and not manifest.has_hash(path, sha256)
-
-
-def test_a_hash_of_pieces_depends_on_every_byte(tmp_path) -> None:
-    path = tmp_path / "x"
-    path.write_bytes(bytes(range(100)))
-    whole = manifest.hash_pieces(path, piece_bytes=30)
-    for at in (0, 29, 30, 99):
-        path.write_bytes(bytes(byte ^ (number == at) for number, byte in enumerate(range(100))))
-        assert manifest.hash_pieces(path, piece_bytes=30) != whole
-    path.write_bytes(bytes(range(100)))
-    assert (
-        manifest.hash_pieces(path, piece_bytes=30)
-        == whole
-        != manifest.hash_pieces(path, piece_bytes=50)
-    )
 
 
 def test_unfinished_folders_are_not_entered(folder, monkeypatch) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from beingvl.artefact.manifest import read_manifest, to_json, write_manifest
+from beingvl.artefact.files import to_json
+from beingvl.artefact.manifest import read_manifest, write_manifest
 from beingvl.commands import main as cli
 from beingvl.train.checkpoint import CheckpointState, CheckpointWriter, rank_file
 from beingvl.train.probe import Probe, save_probe

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from beingvl.artefact.manifest import to_json
+from beingvl.artefact.files import to_json
 from beingvl.commands import main as cli
 from beingvl.data.arrow_shards import Sample, ShardWriter
 from beingvl.data.mixture import Mixture

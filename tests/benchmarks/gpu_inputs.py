@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from beingvl.artefact.manifest import to_json
+from beingvl.artefact.files import to_json
 from beingvl.data.arrow_shards import Sample, ShardWriter
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 from tests.benchmarks.convert import SIZES

@@ -41,7 +41,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from beingvl.artefact.manifest import write_atomically
+from beingvl.artefact.files import write_atomically
 from tests.benchmarks.loss import run_alone
 
 REPOSITORY = Path(__file__).parents[2]

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from beingvl.artefact.manifest import hash_file, read_manifest, write_manifest
+from beingvl.artefact.hashes import hash_file
+from beingvl.artefact.manifest import read_manifest, write_manifest
 from beingvl.commands import main as cli
 from beingvl.data import arrow_shards
 from beingvl.data.arrow_shards import Sample, ShardReader, ShardWriter, open_batch

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from beingvl.artefact.manifest import hash_file, read_manifest, to_json, write_manifest
+from beingvl.artefact.files import to_json
+from beingvl.artefact.hashes import hash_file
+from beingvl.artefact.manifest import read_manifest, write_manifest
 from beingvl.commands import main as cli
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.dataset_folder import DatasetFolder

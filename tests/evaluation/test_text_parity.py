@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from beingvl.artefact.manifest import hash_bytes, read_manifest, write_manifest
+from beingvl.artefact.hashes import hash_bytes
+from beingvl.artefact.manifest import read_manifest, write_manifest
 from beingvl.commands.main import main
 from beingvl.evaluation.evaluate import read_summary
 from beingvl.evaluation.text_parity import PROBE, kl_divergence

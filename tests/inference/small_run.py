@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from beingvl.artefact.manifest import read_manifest, start_folder, to_json, write_manifest
+from beingvl.artefact.files import to_json
+from beingvl.artefact.manifest import read_manifest, start_folder, write_manifest
 from beingvl.commands.main import main
 from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import VocabLayout

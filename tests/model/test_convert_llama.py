@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from beingvl.artefact.manifest import hash_file, read_manifest, verify_folder, write_manifest
+from beingvl.artefact.hashes import hash_file
+from beingvl.artefact.manifest import read_manifest, verify_folder, write_manifest
 from beingvl.commands.main import main
 from beingvl.images.vqgan import VQGAN
 from beingvl.model import convert_llama, target_folder

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from beingvl.artefact.manifest import has_hash, hash_file
+from beingvl.artefact.hashes import has_hash, hash_file
 from beingvl.errors import InputError
 from beingvl.model.weight_files import (
     INDEX_FILE,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from beingvl.artefact.manifest import hash_file, is_complete, read_manifest, verify_folder
+from beingvl.artefact.hashes import hash_file
+from beingvl.artefact.manifest import is_complete, read_manifest, verify_folder
 from beingvl.commands.main import main
 from beingvl.model.weight_files import WeightFolder
 from beingvl.train.checkpoint import CheckpointState, CheckpointWriter, rank_file

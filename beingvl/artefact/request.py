@@ -1,0 +1,25 @@
+"""What a piece of work was asked for: its options and the hashes of its inputs.
+
+Equal requests make equal bytes. So a request is kept wherever the same question comes up later:
+in manifests ("is this folder what I was asked for?"), beside unfinished parts, in checkpoints
+("is this the run that I resume?"), and between ranks ("were we given the same?").
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+class Request(dict[str, Any]):
+    """Names and values that JSON can hold."""
+
+    def difference(self, found: Mapping[str, Any]) -> str | None:
+        """What differs first in `found`, as "another seed (found 1, asked for 2)"; else None."""
+        asked = json.loads(json.dumps(self))  # as it reads back from a file: tuples are lists
+        for name in {**found, **asked}:
+            if found.get(name) != asked.get(name):
+                values = f"found {found.get(name)!r}, asked for {asked.get(name)!r}"
+                return f"another {name} ({values})"
+        return None

@@ -1,0 +1,204 @@
+"""How a step makes its output in parts: begin, make this rank's parts, join them, be reused.
+
+A step describes itself as `Work`: what its parts are and how they are joined. `run_in_parts` does
+the rest, once for all steps:
+
+    1. a finished output of the same request is reused, of another request refused
+    2. this rank makes its parts, here or in worker processes; those that exist already are kept
+    3. the rank that finds all parts finished joins them, and the manifest is written last
+
+Ranks, workers and kills change no byte of the result (parts.py says how).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tqdm import tqdm
+
+from beingvl.artefact.manifest import already_made, is_complete, start_folder
+from beingvl.artefact.parts import FOLDER, OvertakenError, Parts, locked, remove_parts
+from beingvl.artefact.ranks import RankOf
+from beingvl.artefact.request import Request
+from beingvl.errors import InputError
+
+
+class Work:
+    """One step's work. Worker processes get a pickled copy and call `prepare` once.
+
+    kind           of the artefact, as in its manifest
+    output         the folder that it fills
+    unit           what progress counts: "image", "row", "B"
+    parts_folder   name of the folder of parts inside `output`
+    """
+
+    kind: str
+    output: Path
+    unit: str
+    parts_folder = FOLDER
+
+    @property
+    def num_parts(self) -> int:
+        """How many parts the input makes; a function of the input alone."""
+        raise NotImplementedError
+
+    def size_of_part(self, number: int) -> int:
+        """Of part `number`, in units."""
+        raise NotImplementedError
+
+    def request(self) -> Request:
+        """All that decides the result; kept in the manifest's details. May take long."""
+        raise NotImplementedError
+
+    def request_of_parts(self) -> Request:
+        """All that decides the bytes of the parts; cheap. Parts of another one are refused."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Open what parts need; called once in every process that makes parts."""
+
+    def write_part(self, number: int, folder: Path, advance: Callable[[int], object]) -> None:
+        """Write the files of part `number` into `folder`; call `advance` with units done."""
+        raise NotImplementedError
+
+    def join(self, parts: Parts) -> None:
+        """Lay all parts together in `output` and write its manifest."""
+        raise NotImplementedError
+
+    def is_finished(self) -> bool:
+        return is_complete(self.output)
+
+    def check_finished(self) -> None:
+        """Raises InputError when the finished output is not what is asked for."""
+        already_made(self.output, self.kind, self.request())
+
+    def start_over(self) -> None:
+        """Remove what is finished: `--overwrite`."""
+        start_folder(self.output, self.kind)
+
+
+def run_in_parts(
+    work: Work, rank: RankOf, num_workers: int = 0, overwrite: bool = False, name: str = "parts"
+) -> None:
+    """Make this rank's share of `work` and, when it is the last one, the whole.
+
+    With `num_workers` processes beside this one, or in this one when it is 0. `name` stands before
+    the progress bar. Raises InputError for an output of another request.
+    """
+    if overwrite and rank.num_ranks > 1:  # a late rank would remove what another has made
+        raise InputError(
+            f"--overwrite is for one rank, found {rank.num_ranks}; remove {work.output} before "
+            "you start them"
+        )
+    with locked(work.output):
+        if overwrite:
+            work.start_over()
+            remove_parts(work.output, work.parts_folder)
+        is_finished = work.is_finished()
+        if is_finished:  # a kill may have come between the manifest and this
+            remove_parts(work.output, work.parts_folder)
+        else:
+            parts = Parts(work.output, work.request_of_parts(), work.parts_folder)
+            mine = [n for n in parts.missing(work.num_parts) if n % rank.num_ranks == rank.rank]
+    if is_finished:  # without the lock: looking at all inputs may take long
+        work.check_finished()
+        return
+    with suppress(OvertakenError):
+        _make_parts(work, parts, mine, num_workers, name)
+    with locked(work.output):
+        if work.is_finished():
+            parts.remove()  # what this rank may have added while another removed them
+        elif missing := parts.missing(work.num_parts):
+            print(
+                f"rank {rank.rank} of {rank.num_ranks} has finished its parts; {len(missing)} of "
+                f"{work.num_parts} are still missing"
+            )
+        else:
+            work.join(parts)
+            parts.remove()
+
+
+def _make_parts(work: Work, parts: Parts, mine: list[int], num_workers: int, name: str) -> None:
+    total = sum(map(work.size_of_part, mine))
+    with tqdm(
+        total=total, desc=name, unit=work.unit, unit_scale=work.unit == "B", disable=None
+    ) as bar:
+
+        def advance(units: int) -> None:
+            bar.update(units)
+            parts.show_life()
+
+        if num_workers and mine:
+            with worker_processes(num_workers, _prepare, work, parts) as pool:
+                for future in as_completed([pool.submit(_write_in_process, n) for n in mine]):
+                    bar.update(future.result())
+        elif mine:
+            work.prepare()
+            for number in mine:
+                with parts.writing(number) as folder:
+                    work.write_part(number, folder, advance)
+
+
+# ---- worker processes ----
+
+
+@contextmanager
+def worker_processes(
+    num_workers: int, prepare: Callable[..., None], *arguments: object
+) -> Iterator[ProcessPoolExecutor]:
+    """A pool of spawned processes; each calls `prepare(*arguments)` once and dies with its parent.
+
+    Leaving the block with an error cancels what waits.
+    """
+    pool = ProcessPoolExecutor(
+        num_workers,
+        multiprocessing.get_context("spawn"),
+        initializer=_start_process,
+        initargs=(prepare, arguments),
+    )
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_process(prepare: Callable[..., None], arguments: Sequence[object]) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:  # else it would wait for tasks for ever after its parent was killed
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    prepare(*arguments)
+
+
+_work: Work  # of this worker process
+_parts: Parts
+
+
+def _prepare(work: Work, parts: Parts) -> None:
+    global _work, _parts
+    _work, _parts = work, parts
+    work.prepare()
+
+
+def _write_in_process(number: int) -> int:
+    """Returns the units that were done."""
+    done = 0
+
+    def advance(units: int) -> None:
+        nonlocal done
+        done += units
+        _parts.show_life()
+
+    with _parts.writing(number) as folder:
+        _work.write_part(number, folder, advance)
+    return done

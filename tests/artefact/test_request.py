@@ -1,0 +1,13 @@
+from beingvl.artefact.request import Request
+
+
+def test_a_request_says_how_another_differs() -> None:
+    asked = Request(seed=1, grid=(4, 4), name="a")
+    assert asked.difference({"seed": 1, "grid": [4, 4], "name": "a"}) is None
+    assert asked.difference({"seed": 2, "grid": [4, 4], "name": "a"}) == (
+        "another seed (found 2, asked for 1)"
+    )
+    assert asked.difference({"seed": 1, "grid": [4, 4]}) == (
+        "another name (found None, asked for 'a')"
+    )
+    assert Request().difference({"more": 0}) == "another more (found 0, asked for None)"
