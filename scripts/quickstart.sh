@@ -48,15 +48,15 @@ beingvl train-vbpe --data_path "$RUN/vq_codes/train" --output_path "$RUN/vbpe" -
 say "a small text LLaMA stands in for Llama-3.1-8B"
 python scripts/make_text_llama.py --texts "$RUN/data/texts.txt" --output_path "$RUN/llama" --vocab_size 448 --steps 60 --seed "$SEED"
 
-say "[5] convert: LLaMA + VQ-GAN + vBPE -> Being-VL base"
+say "[3] convert: LLaMA + VQ-GAN + vBPE -> Being-VL base"
 beingvl convert --llama_path "$RUN/llama" --being_vq_path "$RUN/vqgan" --vbpe "$RUN/vbpe" --output_path "$RUN/base" \
     --init codebook --seed "$SEED" --verify_loading
 
-say "[3] tokenize"
+say "[4] tokenize"
 beingvl tokenize --mode sft --json_path "$RUN/data/train.json" --vq_codes "$RUN/vq_codes/train" --vbpe_path "$RUN/vbpe" \
     --model_path "$RUN/base" --output_dir "$RUN/tokenized" --dataset_name digits
 
-say "[4] build-shards"
+say "[5] build-shards"
 beingvl build-shards --jsonl_path "$RUN/tokenized/digits_$VARIANT.jsonl" --vbpe_path "$RUN/vbpe" --output_path "$RUN/shards-$VARIANT"
 
 evaluate() { # model folder, output folder
