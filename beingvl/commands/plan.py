@@ -48,7 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int | None:
-    from beingvl.launch.plan import run as step
+def run(args: argparse.Namespace) -> None:
+    from beingvl.launch.plan import plan
 
-    return step(args)
+    prediction = plan(
+        args.model,
+        args.stage,
+        args.gpus,
+        nodes=args.nodes,
+        data=args.data,
+        gpu=args.gpu,
+        mfu=args.mfu,
+        overrides=args.set,
+    )
+    print(prediction)

@@ -36,8 +36,8 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def users_files() -> list[Path]:
-    """The user's own files in DeepSpeed's order, the later wins: in the home folder, in the
-    working folder, in DS_ENV_FILE.
+    """The user's own files in DeepSpeed's order, of which the later wins: in the home folder, in
+    the working folder, in DS_ENV_FILE.
     """
     named = os.environ.get("DS_ENV_FILE")
     paths = [Path.home() / USERS_FILE, Path.cwd() / USERS_FILE, *([Path(named)] if named else [])]
@@ -93,17 +93,13 @@ def format_environment(variables: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def environment_file(path: Path, variables: Mapping[str, str]) -> Iterator[None]:
-    """`path` holds the variables, and DS_ENV_FILE names it, as long as the launcher runs; then
-    both are as they were.
+def environment_file(folder: Path, environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """`folder` holds a file of what remote ranks need of `environment`, as long as the launcher
+    runs. Gives the environment for the launcher, which names the file.
     """
-    before = os.environ.get("DS_ENV_FILE")
-    write_atomically(path, format_environment(variables))
-    os.environ["DS_ENV_FILE"] = str(path.absolute())
+    path = folder.absolute() / f"{USERS_FILE}.{os.getpid()}"
+    write_atomically(path, format_environment(remote_environment(environment, users_files())))
     try:
-        yield
+        yield {**environment, "DS_ENV_FILE": str(path)}
     finally:
         path.unlink(missing_ok=True)
-        os.environ.pop("DS_ENV_FILE")
-        if before is not None:
-            os.environ["DS_ENV_FILE"] = before

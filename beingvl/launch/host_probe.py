@@ -1,8 +1,7 @@
 """What one host has to say before a run, as one line of JSON. `beingvl preflight` runs this on
-every host; standard library only.
+every host, so it needs the standard library only.
 
-python -m beingvl.launch.host_probe '{"port": 29500, "folders": {"base": "model"}, "output":
-"stage-1"}'
+python -m beingvl.launch.host_probe '{"port": 29500, "folders": {"base": "model"}, …}'
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from beingvl.errors import InputError
 from beingvl.version import __version__
 
 MARK = "beingvl-probe "
+READING = "beingvl-all-reduce "
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 
 
@@ -40,26 +40,21 @@ def probe(
     bytes where it will lie; `stage`: the hash of its JSON file; `nvme`: free bytes of these
     folders, None for one that cannot be written.
     """
-    connection = os.environ.get("SSH_CONNECTION", "").split()
+    client, _, server, _ = os.environ.get("SSH_CONNECTION", "").split() or [None] * 4
     return {
         "seconds": time.time(),
-        "client_address": connection[0] if connection else None,
-        "server_address": connection[2] if connection else None,
+        "client_address": client,
+        "server_address": server,
         "python": platform.python_version(),
         "beingvl": __version__,
         **{name: _version_of(name) for name in PACKAGES},
         "code": code_hash(),
         **count_devices(),
-        "port_free": port is None or is_port_free(port),
+        "port_free": None if port is None else is_port_free(port),
         "folders": {folder: _content_hash(folder, kind) for folder, kind in folders.items()},
         "free_bytes": _free_bytes(Path(output)) if output else None,
         "stage": _file_hash(Path(stage)) if stage else None,
-        "nvme": {
-            path: _free_bytes(Path(path))
-            if os.path.isdir(path) and os.access(path, os.W_OK)
-            else None
-            for path in nvme
-        },
+        "nvme": {path: _free_bytes(Path(path)) if _is_writable(path) else None for path in nvme},
     }
 
 
@@ -71,9 +66,7 @@ def _version_of(package: str) -> str:
 
 
 def code_hash() -> str:
-    """Hash of every source file of this package, so that two checkouts of one version that
-    differ are seen.
-    """
+    """Hash of every source file of this package: two checkouts of one version may differ."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
@@ -87,13 +80,12 @@ def count_devices() -> dict[str, Any]:
     """
     if os.environ.get("DS_ACCELERATOR") != "cpu" and shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
-        gpus = len([line for line in listed.stdout.splitlines() if line.startswith("GPU ")])
+        gpus = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = (
-            gpus if visible is None else len([name for name in visible.split(",") if name.strip()])
-        )
+        if visible is not None:
+            gpus = [name for name in visible.split(",") if name.strip()]
         if listed.returncode == 0 and gpus:
-            return {"device": "GPU", "num_devices": gpus}
+            return {"device": "GPU", "num_devices": len(gpus)}
     return {"device": "CPU core", "num_devices": len(os.sched_getaffinity(0))}
 
 
@@ -116,6 +108,10 @@ def _content_hash(folder: str, kind: str) -> str:
 
 def _file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else "missing"
+
+
+def _is_writable(path: str) -> bool:
+    return os.path.isdir(path) and os.access(path, os.W_OK)
 
 
 def _free_bytes(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""Hostfiles: one line a host, `NAME slots=NUMBER`, the format of DeepSpeed, read strictly.
+"""Hostfiles: one line per host, `NAME slots=NUMBER`, the format of DeepSpeed, read strictly.
 
     # a comment
     worker-1 slots=8
@@ -35,8 +35,8 @@ def read_hostfile(path: Path | str) -> list[Host]:
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(f"{path} {what}; write one line a host: NAME slots=NUMBER")
-    hosts: dict[str, tuple[int, Host]] = {}
+        raise InputError(f"{path} {what}; write one line per host: NAME slots=NUMBER")
+    hosts: dict[str, tuple[int, Host]] = {}  # lower-case name -> line number, host
     for number, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         line = text.partition("#")[0].strip()
         if not line:
@@ -52,22 +52,19 @@ def read_hostfile(path: Path | str) -> list[Host]:
             raise InputError(
                 f"{place} has no slot; remove the line, or give the number of ranks to run there"
             )
-        first = hosts.setdefault(host.name.lower(), (number, host))[
-            0
-        ]  # names of hosts do not tell case
+        first, _ = hosts.setdefault(host.name.lower(), (number, host))
         if first != number:
             raise InputError(
-                f"{place} names {host.name} again, first in line {first}; add the slots up in "
+                f"{place} names {host.name} again, first in line {first}; add up the slots in "
                 "one line"
             )
     if not hosts:
-        raise InputError(f"{path} names no host; write one line a host: NAME slots=NUMBER")
+        raise InputError(f"{path} names no host; write one line per host: NAME slots=NUMBER")
     for name in THIS_MACHINE:
         if name in hosts and len(hosts) > 1:
             raise InputError(
                 f"{path}, line {hosts[name][0]}: {name!r} among other hosts means another "
-                "machine on each of them; "
-                "write the name by which all hosts reach it"
+                "machine on each of them; write the name by which all hosts reach it"
             )
     return [host for _, host in hosts.values()]
 

@@ -1,37 +1,32 @@
 """All-reduce latency and bandwidth over the ranks that a launcher started; rank 0 prints one
 line of JSON.
 
+    deepspeed … --module beingvl.launch.measure_all_reduce SECONDS
+
 Latency: 4 bytes. Bandwidth: 16 MiB of float32 on CPU ranks, 256 MiB on GPUs, as bytes of the buffer
 per second. Medians.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-MARK = "beingvl-all-reduce "
+from beingvl.launch.host_probe import READING
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--local_rank", type=int, default=0)
-    args = parser.parse_args(argv)
+def measure(seconds: float) -> None:
     is_gpu = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if is_gpu
-        else torch.device("cpu")
-    )
+    device = torch.device("cpu")
     if is_gpu:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if is_gpu else "gloo", timeout=timedelta(seconds=60))
 
@@ -51,22 +46,18 @@ def main(argv: list[str] | None = None) -> None:
     latency = median_seconds(1, 21)
     once = torch.tensor([median_seconds(num_bytes // 4, 2)], device=device)
     dist.all_reduce(once, op=dist.ReduceOp.MAX)  # all ranks repeat equally often
-    seconds = median_seconds(num_bytes // 4, 2 + min(200, int(args.seconds / once.item())))
+    per_repeat = median_seconds(num_bytes // 4, 2 + min(200, int(seconds / once.item())))
     if dist.get_rank() == 0:
         reading = {
             "ranks": dist.get_world_size(),
             "latency_seconds": latency,
-            "bytes_per_second": num_bytes / seconds,
+            "bytes_per_second": num_bytes / per_repeat,
         }
-        print(MARK + json.dumps(reading), flush=True)
+        print(READING + json.dumps(reading), flush=True)
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(
-        0
-        # not through Python's teardown, which the process group's threads may abort (see
-        # train_stage)
-    )
 
 
 if __name__ == "__main__":
-    main()
+    measure(float(sys.argv[-1]))  # before it the launcher puts --local_rank
+    os._exit(0)  # not through Python's teardown, which a thread of the group may abort

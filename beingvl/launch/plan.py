@@ -1,16 +1,16 @@
 """Predict memory per rank and time per epoch of a stage, and propose a micro-batch and offload.
 
-  beingvl plan --model base --stage ds_configs/stage3.json --gpus 8x80GB --nodes 2 --data shards/
-
-Nothing is loaded and no GPU is needed: shapes come from the model's config. A run prints its own
-prediction beside what it really used. The time assumes that a GPU reaches --mfu of its peak, which
-is a guess until a run has shown it.
+plan            from a model's config alone: nothing is loaded, and no GPU is needed
+plan_of         the freezer's plan, from shapes
+propose         the largest micro-batch that fits, or what to change
+epoch_flops     FLOPs of the samples that the mixture draws
 """
 
 from __future__ import annotations
 
-import argparse
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from beingvl.model.packed_check import refuse_short_window, refuse_unlike_packed
 from beingvl.model.param_groups import PlannedParameter, plan_parameters
 from beingvl.model.start_model import find_start_model
 from beingvl.stage.stage_config import StageConfig, load_stage_config
-from beingvl.train.flops import GPU_PEAKS, step_flops
+from beingvl.train.flops import ASSUMED_MFU, GPU_PEAKS, step_flops
 from beingvl.train.memory import device_bytes, predict_memory
 from beingvl.vocab import VocabLayout
 
@@ -37,29 +37,75 @@ fragmentation.
 """
 
 
-def run(args: argparse.Namespace) -> int:
-    gpus, capacity = parse_gpus(args.gpus)
-    num_ranks = gpus * args.nodes
-    config = load_stage_config(args.stage, args.set)
-    model = find_start_model(args.model)
-    read_manifest(model, "model")
-    model_config = AutoConfig.from_pretrained(model)
-    plan = plan_of(model, model_config, config)
-    memory = predict_memory(plan, model_config, config, num_ranks)
-    print(
-        f"{num_ranks} ranks, ZeRO-{config.zero_stage}, micro-batch "
-        f"{config.micro_batch_size}; predicted memory of one rank:"
-    )
-    for purpose, amount in memory.items():
-        print(
-            f"  {purpose:<14} {amount / 1e9:8.2f} "
-            f"GB{'  (in the memory of the CPU)' if purpose.startswith('cpu_') else ''}"
+@dataclass(frozen=True)
+class Prediction:
+    """`memory`: bytes of one rank by purpose, `cpu_…` what is offloaded; `capacity`: bytes of a
+    device; `epoch`: a sentence, empty without data.
+    """
+
+    num_ranks: int
+    config: StageConfig
+    memory: dict[str, int]
+    capacity: int
+    proposal: str
+    epoch: str
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.num_ranks} ranks, ZeRO-{self.config.zero_stage}, micro-batch "
+            f"{self.config.micro_batch_size}; predicted memory of one rank:"
+        ]
+        for purpose, amount in self.memory.items():
+            place = "  (in the memory of the CPU)" if purpose.startswith("cpu_") else ""
+            lines.append(f"  {purpose:<14} {amount / 1e9:8.2f} GB{place}")
+        used = f"{device_bytes(self.memory) / 1e9:8.2f} GB of {self.capacity / 1e9:g} GB"
+        lines += [f"  {'on the device':<14} {used}", self.proposal, self.epoch]
+        return "\n".join(lines).rstrip()
+
+
+def plan(
+    model: Path | str,
+    stage: Path | str,
+    gpus: str,
+    *,
+    nodes: int = 1,
+    data: Path | str | None = None,
+    gpu: str = "H100",
+    mfu: float = ASSUMED_MFU,
+    overrides: Sequence[str] = (),
+) -> Prediction:
+    """What a stage needs on `nodes` nodes with `gpus` each ("8x80GB").
+
+    With `data`, a shard folder, also the time per epoch on GPUs of the kind `gpu`, when the model's
+    own FLOPs reach the share `mfu` of their peak.
+    """
+    per_node, capacity = parse_gpus(gpus)
+    num_ranks = per_node * nodes
+    config = load_stage_config(stage, overrides)
+    folder = find_start_model(Path(model))
+    read_manifest(folder, "model")
+    model_config = AutoConfig.from_pretrained(folder)
+    planned = plan_of(folder, model_config, config)
+    epoch = ""
+    if data:
+        if gpu not in GPU_PEAKS:
+            raise InputError(f"--gpu {gpu!r} is not known, known are {', '.join(GPU_PEAKS)}")
+        num_samples, num_tokens, flops = epoch_flops(
+            ShardReader(data), config, planned, model_config
         )
-    print(f"  {'on the device':<14} {device_bytes(memory) / 1e9:8.2f} GB of {capacity / 1e9:g} GB")
-    print(proposal(plan, model_config, config, num_ranks, capacity))
-    if args.data:
-        print(time_per_epoch(args, config, plan, model_config, num_ranks))
-    return 0
+        hours = flops / (GPU_PEAKS[gpu] * mfu * num_ranks) / 3600
+        epoch = (
+            f"one epoch: {num_samples:,} samples, {num_tokens:,} tokens, {flops:.3g} FLOPs, "
+            f"{hours:.2f} hours at an MFU of {mfu:g}"
+        )
+    return Prediction(
+        num_ranks,
+        config,
+        predict_memory(planned, model_config, config, num_ranks),
+        capacity,
+        propose(planned, model_config, config, num_ranks, capacity),
+        epoch,
+    )
 
 
 def parse_gpus(text: str) -> tuple[int, int]:
@@ -88,61 +134,52 @@ def plan_of(model: Path, model_config: Any, config: StageConfig) -> list[Planned
     return plan_parameters(shapes, config.beingvl.trainable)
 
 
-def proposal(
-    plan: list[PlannedParameter],
+def propose(
+    planned: Sequence[PlannedParameter],
     model_config: Any,
     config: StageConfig,
     num_ranks: int,
     capacity: int,
 ) -> str:
     """The largest micro-batch that fits; when none does, what to change."""
-    per_rank = config.sequences_per_step // num_ranks
-    if per_rank * num_ranks != config.sequences_per_step:
+    per_rank, rest = divmod(config.sequences_per_step, num_ranks)
+    if rest:
         return (
             f"train_batch_size {config.sequences_per_step} does not divide by {num_ranks} "
             "ranks: change it, or their number"
         )
-    fitting = [
-        size
-        for size in range(1, per_rank + 1)
-        if per_rank % size == 0
-        and device_bytes(predict_memory(plan, model_config, config, num_ranks, size))
-        <= USABLE * capacity
-    ]
-    if fitting:
-        best = fitting[-1]
-        return (
-            f"proposal: train_micro_batch_size_per_gpu {best}, accumulation "
-            f"{per_rank // best}, no change of offload"
-        )
+    usable = USABLE * capacity
+    for size in range(per_rank, 0, -1):
+        memory = predict_memory(planned, model_config, config, num_ranks, size)
+        if per_rank % size == 0 and device_bytes(memory) <= usable:
+            return (
+                f"proposal: train_micro_batch_size_per_gpu {size}, accumulation "
+                f"{per_rank // size}, no change of offload"
+            )
     if config.zero_stage < 3:
         return "proposal: it does not fit; use ZeRO stage 3"
-    memory = predict_memory(plan, model_config, config, num_ranks, 1)
+    memory = predict_memory(planned, model_config, config, num_ranks, 1)
     kept = device_bytes(memory) - memory["optimizer"] - memory["gradients"] - memory["update"]
-    if kept <= USABLE * capacity:
+    if kept <= usable:
         return 'proposal: it does not fit; micro-batch 1 and "offload_optimizer": {"device": "cpu"}'
-    if kept - memory["weights"] <= USABLE * capacity:
+    if kept - memory["weights"] <= usable:
         return (
             "proposal: it does not fit; micro-batch 1, offload_optimizer and offload_param "
             "(ds_configs/stage3-offload.json)"
         )
     return (
-        "proposal: it does not fit, even with everything offloaded: more GPUs, a "
-        "shorter sequence or a smaller loss chunk"
+        "proposal: it does not fit, even with everything offloaded: more GPUs, a shorter sequence "
+        "or a smaller loss chunk"
     )
 
 
-def time_per_epoch(
-    args: argparse.Namespace,
+def epoch_flops(
+    shards: ShardReader,
     config: StageConfig,
-    plan: list[PlannedParameter],
+    planned: Sequence[PlannedParameter],
     model_config: Any,
-    num_ranks: int,
-) -> str:
-    """FLOPs of the samples that the stage's mixture draws in an epoch, over what the GPUs reach."""
-    if args.gpu not in GPU_PEAKS:
-        raise InputError(f"--gpu {args.gpu!r} is not known, known are {', '.join(GPU_PEAKS)}")
-    shards = ShardReader(args.data)
+) -> tuple[int, int, float]:
+    """Samples, tokens and FLOPs of what the stage's mixture draws in an epoch."""
     mixture = mixture_of(config, shards)
     draws = mixture.counts(mixture.num_samples)
     repeats = [
@@ -155,7 +192,5 @@ def time_per_epoch(
     targets = round(shards.manifest.counts["target_tokens"] * num_tokens / lengths.sum())
     heads = model_config.num_attention_heads
     width = heads * (getattr(model_config, "head_dim", None) or model_config.hidden_size // heads)
-    flops = step_flops(plan, width, num_tokens, round(times_drawn @ lengths**2), targets)
-    hours = flops / (GPU_PEAKS[args.gpu] * args.mfu * num_ranks) / 3600
-    size = f"{mixture.num_samples:,} samples, {num_tokens:,} tokens, {flops:.3g} FLOPs"
-    return f"one epoch: {size}, {hours:.2f} hours at an MFU of {args.mfu:g}"
+    flops = step_flops(planned, width, num_tokens, round(times_drawn @ lengths**2), targets)
+    return mixture.num_samples, num_tokens, flops

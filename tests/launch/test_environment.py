@@ -102,16 +102,16 @@ def test_deepspeeds_reader_and_a_shell_give_every_value_back(tmp_path) -> None:
 def test_the_file_is_there_while_the_launcher_runs_and_everything_is_restored(
     tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setenv("DS_ENV_FILE", "before")
-    users = tmp_path / ".deepspeed_env"
+    monkeypatch.setenv("DS_ENV_FILE", str(users := tmp_path / "users"))
     users.write_text("A=1\n")
-    path = tmp_path / ".deepspeed_env.1"
-    with pytest.raises(KeyError), environment_file(path, {"B": "2"}):
-        assert path.read_text() == "B=2\n" and Path(os.environ["DS_ENV_FILE"]) == path
+    environment = {"NCCL_DEBUG": "INFO", "HOME": "/root"}
+    with pytest.raises(KeyError), environment_file(tmp_path, environment) as given:
+        path = Path(given["DS_ENV_FILE"])
+        assert path.read_text() == "A=1\nNCCL_DEBUG=INFO\n" and path.parent == tmp_path
+        assert {**given, "DS_ENV_FILE": ""} == {**environment, "DS_ENV_FILE": ""}
         raise KeyError
-    assert (
-        os.environ["DS_ENV_FILE"] == "before" and not path.exists() and users.read_text() == "A=1\n"
-    )
+    assert os.environ["DS_ENV_FILE"] == str(users) and users.read_text() == "A=1\n"
+    assert not path.exists()
 
 
 def test_the_trainers_words_come_back_behind_deepspeeds_quoting_and_a_shell() -> None:

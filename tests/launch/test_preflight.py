@@ -9,16 +9,16 @@ import pytest
 
 from beingvl.commands import main as cli
 from beingvl.errors import InputError
-from beingvl.launch.host_probe import MARK, code_hash, count_devices, probe
-from beingvl.launch.hostfile import Host
-from beingvl.launch.preflight import (
+from beingvl.launch.check_hosts import (
     MIN_FREE_BYTES,
     Wanted,
-    _judge,
     check_hosts,
     format_findings,
+    judge,
     ranks_here,
 )
+from beingvl.launch.host_probe import MARK, code_hash, count_devices, probe
+from beingvl.launch.hostfile import Host
 from beingvl.launch.start_training import find_master_address, rank_pattern
 from tests.launcher import free_port
 from tests.tiny import stage_fields, write_model
@@ -81,25 +81,19 @@ def red(**changes: object) -> dict[str, tuple[str, str]]:
     """The red rows of a host that differs from the first one in `changes`: check -> (seen,
     remedy).
     """
-    reference = {
-        **probe(None, {}, None),
+    first = {
+        **probe(29500, {}, None),
+        "host": "worker-1",
+        "skew": 0.0,
+        "port_free": True,
         "num_devices": 2,
         "folders": {"base": "sha256:1"},
         "free_bytes": 10**12,
         "stage": "1",
     }
-    reference |= changes.pop("reference", {})
-    answer = {**reference, **changes}
+    first |= changes.pop("first", {})
     wanted = Wanted(29500, {"base": "model"}, "out", "ds/stage1.json")
-    rows = _judge(
-        HOST,
-        answer,
-        "worker-1",
-        reference,
-        wanted,
-        is_first=True,
-        skew=float(changes.get("skew", 0)),
-    )
+    rows = judge(HOST, {**first, **changes}, first, wanted)
     return {row.check: (row.seen, row.remedy) for row in rows if row.remedy}
 
 
@@ -111,7 +105,7 @@ def red(**changes: object) -> dict[str, tuple[str, str]]:
         ({"code": "abc"}, "code", "abc", "worker-1 has"),
         ({"stage": "2"}, "stage1.json", "2", "worker-1 has 1: copy it again"),
         ({"num_devices": 1}, "slots", "2 slots, 1 CPU core", "write slots=1 or fewer"),
-        ({"skew": 60}, "clock", "60.0 s off", "NTP"),
+        ({"skew": 60.0}, "clock", "60.0 s off", "NTP"),
         ({"port_free": False}, "port 29500", "busy", "another --master_port"),
         ({"folders": {"base": "sha256:2"}}, "base", "sha256:2…", "copy it again"),
         (
@@ -147,7 +141,7 @@ def test_equal_hosts_have_no_red_row() -> None:
 def test_what_the_first_host_lacks_is_not_the_others_fault() -> None:
     assert (
         red(
-            reference={"torch": "missing", "folders": {"base": "error: none"}},
+            first={"torch": "missing", "folders": {"base": "error: none"}},
             torch="2.13.0",
             folders={"base": "sha256:1"},
         )

@@ -58,6 +58,11 @@ def run(words: list[str], **variables: object) -> subprocess.CompletedProcess:
     )
 
 
+def write_program(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
 def processes_of(folder: Path) -> list[str]:
     """Command lines, except this test's own, in which the folder is named."""
     found = []
@@ -82,14 +87,15 @@ def test_dry_run_shows_command_and_variables_and_starts_nothing(work, tmp_path) 
 
 
 def test_dry_run_of_two_hosts(work, tmp_path) -> None:
+    write_program(tmp_path / "pdsh", "")
+    path = f"{tmp_path}:{ENVIRONMENT['PATH']}"
     words = command(work, tmp_path / "x", "--dry_run", "--master_addr", "10.0.0.1")
     words[words.index("--hostfile") + 1] = str(REPOSITORY / "hostfiles/hostfile-1")
-    done = run(words)
+    done = run(words, PATH=path)
     assert done.returncode == 0, done.stderr
     assert "hostfile-1 --force_multi --no_ssh_check --master_addr 10.0.0.1" in done.stdout
-    done = run(
-        [*words[: words.index("--dry_run")], "--num_ranks", "3", *words[words.index("--dry_run") :]]
-    )
+    at = words.index("--dry_run")
+    done = run([*words[:at], "--num_ranks", "3", *words[at:]], PATH=path)
     assert done.returncode == 2 and "--num_ranks is for this machine alone" in done.stderr
 
 
@@ -126,7 +132,7 @@ def test_a_signal_to_the_launcher_stops_after_the_step_with_a_checkpoint(work, t
         [
             sys.executable,
             "-c",
-            "import time; time.sleep(60)",
+            "import time; time.sleep(600)",
             "beingvl.train.train_stage --local_rank=0",
         ]
     )
@@ -179,11 +185,10 @@ def test_a_second_signal_kills(work, tmp_path) -> None:
 
 
 def test_the_devices_of_cuda_visible_devices_are_taken(work, tmp_path) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text(
-        '#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: NVIDIA H100 (UUID: GPU-$i)"; done\n'
+    write_program(
+        tmp_path / "nvidia-smi",
+        'for i in 0 1 2 3; do echo "GPU $i: NVIDIA H100 (UUID: GPU-$i)"; done',
     )
-    program.chmod(0o755)
     variables = {
         "PATH": f"{tmp_path}:{ENVIRONMENT['PATH']}",
         "DS_ACCELERATOR": "",

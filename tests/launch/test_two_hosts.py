@@ -201,7 +201,9 @@ def test_another_version_on_one_host_is_named(hosts, work, tmp_path) -> None:
     wrapper = tmp_path / "python"
     wrapper.write_text(
         f"""#!/bin/sh
-case "$SSH_CONNECTION" in *"{hosts.names[1]} 2231") cd {tmp_path}/other; export PYTHONPATH={tmp_path}/other;; esac
+case "$SSH_CONNECTION" in
+*"{hosts.names[1]} 2231") cd {tmp_path}/other && export PYTHONPATH={tmp_path}/other ;;
+esac
 exec {sys.executable} "$@"
 """
     )

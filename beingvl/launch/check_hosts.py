@@ -1,0 +1,317 @@
+"""The hosts of a run, asked all at once over ssh; what is wrong with one is a red row of a table.
+
+hosts_of      the hosts of a hostfile with as many ranks as each takes
+check_hosts   every host runs `host_probe`; `judge` compares its answer with the first host's
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from beingvl.artefact.manifest import is_complete, read_manifest
+from beingvl.errors import InputError
+from beingvl.launch.environment import remote_environment, users_files
+from beingvl.launch.host_probe import MARK, PACKAGES, count_devices, probe
+from beingvl.launch.hostfile import THIS_MACHINE, Host, is_this_machine_alone, read_hostfile
+from beingvl.stage.stage_config import load_stage_config
+
+ANSWER_SECONDS = 60
+MAX_CLOCK_DIFFERENCE = 5.0  # seconds; more makes logs and build caches misleading
+MIN_FREE_BYTES = 1 << 30
+MAX_RANKS_PER_CORE = 4  # CPU ranks of this machine alone share its cores
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the table. `remedy` is empty when nothing is wrong."""
+
+    host: str
+    check: str
+    seen: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a run needs: rank 0's port, finished artefacts (folder -> kind), a place to write,
+    the stage's JSON, its overrides.
+    """
+
+    port: int
+    folders: Mapping[str, str] = field(default_factory=dict)
+    output: str | None = None
+    stage: str | None = None
+    overrides: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.port < 1 << 16:
+            raise InputError(f"--master_port is {self.port}, expected 1 to 65535")
+
+    def question(self, is_first: bool) -> dict[str, Any]:
+        """The arguments of `host_probe.probe`."""
+        return {
+            "port": self.port if is_first else None,
+            "folders": dict(self.folders),
+            "output": self.output,
+            "stage": self.stage,
+            "nvme": self.nvme_paths,
+        }
+
+    @property
+    def nvme_paths(self) -> list[str]:
+        """Where the stage offloads to, on every host; none when its JSON is refused, which is a
+        row of its own.
+        """
+        if not self.stage:
+            return []
+        try:
+            offloads = load_stage_config(self.stage, self.overrides).nvme_offloads
+        except InputError:
+            return []
+        return sorted({offload["nvme_path"] for offload in offloads.values()})
+
+    @property
+    def free_bytes(self) -> int:
+        """`final/` takes at least as much as the start model, where that is visible here."""
+        models = [name for name, kind in self.folders.items() if kind == "model"]
+        files = [read_manifest(name).files for name in models if is_complete(name)]
+        sizes = [int(entry["bytes"]) for entries in files for entry in entries.values()]
+        return max(MIN_FREE_BYTES, sum(sizes))
+
+
+def hosts_of(hostfile: Path | str, num_ranks: int | None = None) -> list[Host]:
+    """The hosts of a hostfile. On this machine alone `num_ranks`, or what it has, replaces the
+    slots.
+    """
+    hosts = read_hostfile(hostfile)
+    if is_this_machine_alone(hosts):
+        return [Host(hosts[0].name, ranks_here(hosts[0], num_ranks, count_devices()))]
+    if num_ranks is not None:
+        raise InputError(
+            f"--num_ranks is for this machine alone; {hostfile} names {len(hosts)} hosts: "
+            "change their slots"
+        )
+    return hosts
+
+
+def ranks_here(host: Host, num_ranks: int | None, found: Mapping[str, Any]) -> int:
+    """Ranks on this machine alone, of what `count_devices` found: all GPUs unless the hostfile
+    names this machine by its name or `num_ranks` is given; without a GPU the slots, as CPU
+    ranks.
+    """
+    number = found["num_devices"]
+    if num_ranks is not None and num_ranks < 1:
+        raise InputError(f"--num_ranks is {num_ranks}, expected 1 or more")
+    if found["device"] != "GPU":
+        ranks = num_ranks or host.slots
+        if ranks > MAX_RANKS_PER_CORE * number:
+            raise InputError(
+                f"{ranks} CPU ranks asked for, this machine has {number} cores; lower "
+                "--num_ranks or slots"
+            )
+        return ranks
+    if num_ranks and num_ranks > number:
+        raise InputError(
+            f"{num_ranks} ranks asked for, this machine has {number} GPUs; ask for fewer"
+        )
+    if num_ranks or host.name in THIS_MACHINE:
+        return num_ranks or number
+    if host.slots > number:
+        raise InputError(f"{host.name} has slots={host.slots} but {number} GPUs; lower its slots")
+    return host.slots
+
+
+def format_findings(findings: Sequence[Finding]) -> str:
+    """The table: red rows carry their remedy."""
+    header = Finding("host", "check", "seen")
+    widths = [
+        max(len(getattr(row, name)) for row in [header, *findings]) for name in ("host", "check")
+    ]
+    lines = []
+    for row in [header, *findings]:
+        mark = "" if row is header else "RED" if row.remedy else "ok"
+        lines.append(f"{mark:<4}  {row.host:<{widths[0]}}  {row.check:<{widths[1]}}  {row.seen}")
+        if row.remedy:
+            lines.append(f"      -> {row.remedy}")
+    return "\n".join(lines)
+
+
+def ssh_options() -> list[str]:
+    """For our own ssh and for pdsh's: the user's first, then no questions and no waiting for a
+    host that went silent.
+    """
+    ours = (
+        "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
+    )
+    return shlex.split(f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {ours}")
+
+
+def run_on(
+    host: str, command: str, seconds: float = ANSWER_SECONDS
+) -> subprocess.CompletedProcess[str]:
+    """Run a shell command on a host over ssh; the exit code is 255 when it does not answer in
+    time.
+    """
+    words = ["ssh", *ssh_options(), host, command]
+    try:
+        return subprocess.run(
+            words, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(words, 255, "", f"no answer in {seconds:.0f} s")
+
+
+def check_hosts(
+    hosts: Sequence[Host], wanted: Wanted
+) -> tuple[dict[str, dict[str, Any]], list[Finding]]:
+    """Probe all hosts at once; returns the answers of those that gave one, and the rows of the
+    table.
+    """
+    is_alone = is_this_machine_alone(hosts)
+    asked: list[dict[str, Any] | Finding]
+    if is_alone:
+        asked = [{**probe(**wanted.question(True)), "host": hosts[0].name, "skew": 0.0}]
+    else:
+        questions = [wanted.question(host is hosts[0]) for host in hosts]
+        with ThreadPoolExecutor(max_workers=min(64, len(hosts))) as pool:
+            asked = list(pool.map(_ask, hosts, questions))
+    answers = {found["host"]: found for found in asked if isinstance(found, dict)}
+    findings: list[Finding] = []
+    for host, found in zip(hosts, asked, strict=True):
+        if isinstance(found, Finding):
+            findings.append(found)
+        else:
+            findings += judge(host, found, next(iter(answers.values())), wanted, is_alone)
+    if wanted.stage:
+        findings.append(_check_stage(wanted, sum(host.slots for host in hosts)))
+    return answers, findings
+
+
+def _ask(host: Host, question: Mapping[str, Any]) -> dict[str, Any] | Finding:
+    """The host's answer with its name and how far its clock is from ours in seconds, or the row
+    that says why there is none.
+    """
+    passed = remote_environment(os.environ, users_files())
+    passed["PYTHONPATH"] = f"{Path.cwd()}:{passed.get('PYTHONPATH', '')}"
+    words = ["env", *[f"{name}={value}" for name, value in passed.items()]]
+    words += [sys.executable, "-m", "beingvl.launch.host_probe", json.dumps(question)]
+    asked = time.time()
+    done = run_on(host.name, f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(words)}")
+    answered = time.time()
+    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if lines and not done.returncode:
+        answer = json.loads(lines[-1].removeprefix(MARK))
+        skew = max(asked - answer["seconds"], answer["seconds"] - answered, 0.0)
+        return {**answer, "host": host.name, "skew": skew}
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}, no word"])[-1]
+    if done.returncode == 255:
+        check, remedy = "reachable", f"`ssh {host.name}` must work without a password"
+    else:
+        check, remedy = (
+            "starts python",
+            f"this folder and {sys.executable} must be the same on every host (a shared "
+            "file system, or equal copies)",
+        )
+    return Finding(host.name, check, f"no: {last}", remedy)
+
+
+def judge(
+    host: Host,
+    answer: Mapping[str, Any],
+    first: Mapping[str, Any],
+    wanted: Wanted,
+    is_alone: bool = False,
+) -> list[Finding]:
+    """The rows of one host, compared with the first host that answered. CPU ranks of this
+    machine alone may share a core.
+    """
+    number, device, skew = answer["num_devices"], answer["device"], answer["skew"]
+    too_many = host.slots > number and not (is_alone and device != "GPU")
+    rows = [
+        ("reachable", "yes", ""),
+        *_same_versions(answer, first),
+        (
+            "slots",
+            f"{host.slots} slots, {number} {device}{'s' if number != 1 else ''}",
+            f"write slots={number} or fewer" if too_many else "",
+        ),
+        (
+            "clock",
+            f"{skew:.1f} s off",
+            "set its clock (NTP)" if skew > MAX_CLOCK_DIFFERENCE else "",
+        ),
+        *_same_files(answer, first, wanted),
+    ]
+    if answer["port_free"] is not None:
+        busy = (
+            "another process listens there: stop it, or choose another --master_port than "
+            f"{wanted.port}"
+        )
+        is_free = answer["port_free"]
+        rows.append((f"port {wanted.port}", "free" if is_free else "busy", "" if is_free else busy))
+    for path, free in answer["nvme"].items():
+        remedy = (
+            f"offload goes there: mount a local disk at {path} that can be written, or "
+            "change nvme_path"
+        )
+        seen = "no folder to write to" if free is None else f"{free / 1e9:.1f} GB free"
+        rows.append((f"nvme {path}", seen, remedy if free is None else ""))
+    if (free := answer["free_bytes"]) is not None:
+        remedy = f"make room for {wanted.output}" if free < wanted.free_bytes else ""
+        seen = f"{free / 1e9:.1f} GB, {wanted.free_bytes / 1e9:.1f} GB needed at least"
+        rows.append(("free disk", seen, remedy))
+    return [Finding(host.name, *row) for row in rows]
+
+
+def _same_versions(
+    answer: Mapping[str, Any], first: Mapping[str, Any]
+) -> list[tuple[str, str, str]]:
+    rows = []
+    for name in ("python", *PACKAGES, "beingvl", "code"):
+        remedy = ""
+        if answer[name] == "missing":
+            remedy = "install the same packages on every host"
+        elif first[name] not in (answer[name], "missing"):
+            remedy = f"{first['host']} has {first[name]}: install the same on every host"
+        rows.append((name, answer[name], remedy))
+    return rows
+
+
+def _same_files(
+    answer: Mapping[str, Any], first: Mapping[str, Any], wanted: Wanted
+) -> list[tuple[str, str, str]]:
+    rows = []
+    for folder, found in answer["folders"].items():
+        expected = first["folders"][folder]
+        if found.startswith("error: "):
+            rows.append((folder, "not there", found.removeprefix("error: ")))
+        elif found != expected and not expected.startswith("error: "):
+            remedy = f"{first['host']} has {expected[:19]}…: copy it again"
+            rows.append((folder, f"{found[:19]}…", remedy))
+        else:
+            rows.append((folder, f"{found[:19]}…", ""))
+    if wanted.stage:
+        is_same = answer["stage"] == first["stage"]
+        remedy = "" if is_same else f"{first['host']} has {first['stage']}: copy it again"
+        rows.append((Path(wanted.stage).name, answer["stage"], remedy))
+    return rows
+
+
+def _check_stage(wanted: Wanted, num_ranks: int) -> Finding:
+    path = Path(wanted.stage or "")
+    try:
+        accumulation = load_stage_config(path, wanted.overrides).accumulation_steps(num_ranks)
+    except InputError as error:
+        return Finding("-", path.name, "refused", str(error))
+    seen = f"accepted, {accumulation} accumulation steps on {num_ranks} ranks"
+    return Finding("-", path.name, seen)
