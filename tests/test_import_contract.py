@@ -131,7 +131,6 @@ def test_imports_point_one_way_and_libraries_stay_in_their_homes(path: Path) -> 
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-@pytest.mark.xfail(strict=False, reason="being removed")
 def test_importing_it_loads_nothing_heavy(modules: list[str], heavy: set[str]) -> None:
     check = f"import sys, {', '.join(modules)}; sys.exit(str({heavy} & set(sys.modules) or ''))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)

@@ -40,11 +40,11 @@ def probe(
     bytes where it will lie; `stage`: the hash of its JSON file; `nvme`: free bytes of these
     folders, None for one that cannot be written.
     """
-    client, _, server, _ = os.environ.get("SSH_CONNECTION", "").split() or [None] * 4
+    connection = os.environ.get("SSH_CONNECTION", "").split()  # client, port, server, port
     return {
         "seconds": time.time(),
-        "client_address": client,
-        "server_address": server,
+        "client_address": connection[0] if connection else None,
+        "server_address": connection[2] if connection else None,
         "python": platform.python_version(),
         "beingvl": __version__,
         **{name: _version_of(name) for name in PACKAGES},
