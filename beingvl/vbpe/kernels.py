@@ -466,6 +466,10 @@ def decode_stream(ids: np.ndarray, tables: Tables, grid: np.ndarray) -> tuple[in
         token = ids[position]
         if token < 0 or token >= num_ids:
             return STREAM_UNKNOWN_ID, position
+        if token < tables.num_codes:  # as most are
+            flat[cell] = token
+            cell += 1
+            continue
         y, x = cell // width, cell % width
         for i in range(tables.cell_start[token], tables.cell_start[token + 1]):
             dy = (tables.cells[i] + SPAN // 2) >> 13
