@@ -151,20 +151,21 @@ class VQGAN:
         self.processor.save_pretrained(folder)
         for name, data in (files or {}).items():
             write_atomically(folder / name, data)
-        own = {"num_codes": self.num_codes, "grid": list(self.grid), "image_size": self.image_size}
+        # Somebody's files that lie there are never listed, nor removed.
+        written = {*FILES, *(files or {})}
+        details = {**self.sizes(), **(details or {})}
         lineage = {"vqgan": self._fingerprint}
-        written = {
-            *FILES,
-            *(files or {}),
-        }  # somebody's files that lie there are never listed, nor removed
         return write_manifest(
-            folder,
-            "vqgan",
-            counts or {},
-            lineage,
-            {**own, **(details or {})},
-            belongs=written.__contains__,
+            folder, "vqgan", counts or {}, lineage, details, belongs=written.__contains__
         )
+
+    def sizes(self) -> dict[str, Any]:
+        """What a manifest says of the VQ-GAN."""
+        return {
+            "num_codes": self.num_codes,
+            "grid": list(self.grid),
+            "image_size": self.image_size,
+        }
 
     def fingerprint(self) -> str:
         """Hash of all that decides codes: encoder, code book, preprocessing. Equal fingerprints,

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from beingvl.artefact.hashes import hash_inputs
+from beingvl.artefact.hashes import PREFIX, hash_bytes, hash_file
+from beingvl.artefact.manifest import MANIFEST_FILE
 from beingvl.errors import InputError
 from beingvl.model.weight_files import WeightFolder
 
@@ -99,9 +101,11 @@ class BaseModel:
 
     def fingerprint(self) -> str:
         """Hash of what a conversion reads: configs, tokenizer and licence files whole, weight
-        files by `hash_sample`.
+        files by samples.
         """
-        return hash_inputs(self.folder, small_files(self.folder), sampled=self.weights.files)
+        hashes = {name: hash_file(self.folder / name) for name in small_files(self.folder)}
+        hashes |= {name: _hash_sample(self.folder / name) for name in self.weights.files}
+        return hash_bytes(json.dumps(hashes, sort_keys=True).encode())
 
     def special_id(self, name: str, fallback: int | None) -> int | None:
         """`bos_token_id` or `eos_token_id` of config.json (the first of a list), else
@@ -142,7 +146,24 @@ class BaseModel:
 def small_files(folder: Path) -> list[str]:
     """Names of the configs, tokenizer files and licences of a model or tokenizer folder."""
     paths = {path for pattern in SMALL_FILES for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path.relative_to(folder).as_posix() for path in paths)
+    return sorted(
+        path.relative_to(folder).as_posix() for path in paths if path.name != MANIFEST_FILE
+    )
+
+
+def _hash_sample(path: Path) -> str:
+    """Hash of a file's size and of 64 pieces of 256 KiB, evenly spaced.
+
+    It only decides whether a finished conversion is of the same base. To read 16 GB for that would
+    take as long as the conversion; in manifests every file has the hash of all its bytes.
+    """
+    size, piece, count = path.stat().st_size, 1 << 18, 64
+    digest = blake3(str(size).encode())
+    with open(path, "rb") as file:
+        for number in range(count):
+            file.seek(max(0, size - piece) * number // (count - 1))
+            digest.update(file.read(piece))
+    return "sampled-" + PREFIX + digest.hexdigest()
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -15,16 +15,15 @@ everything else in the folder (tokenizer, layout, vbpe.json, generation config) 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from beingvl.artefact.files import to_json, write_atomically
 from beingvl.artefact.manifest import (
     MANIFEST_FILE,
     Manifest,
+    is_complete,
     read_manifest,
     start_folder,
     write_manifest,
@@ -32,14 +31,9 @@ from beingvl.artefact.manifest import (
 from beingvl.errors import InputError
 from beingvl.images.vqgan import VQGAN
 from beingvl.model.base_model import read_json
+from beingvl.model.rewrite_weights import NewTensor, bytes_to_write, rewrite_weights
 from beingvl.model.target_folder import VQGAN_FOLDER, finish_target, start_target
-from beingvl.model.weight_files import (
-    WEIGHT_PATTERNS,
-    NewTensor,
-    WeightFolder,
-    bytes_to_write,
-    rewrite_weights,
-)
+from beingvl.model.weight_files import WEIGHT_PATTERNS, WeightFolder
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 
 PREFIX = "model.vqmodel."
@@ -75,16 +69,10 @@ def write_published(model_folder: Path | str, target: Path | str, link: bool = T
     weights, vq_weights = WeightFolder(model_folder), WeightFolder(vq_folder)
     config = read_json(model_folder / "config.json", "a model folder")
     config[VQ_CONFIG_KEY] = read_json(vq_folder / "config.json", "a VQ-GAN folder")
-    added = {
-        PREFIX + name: NewTensor(
-            vq_weights.shape(name), vq_weights.dtype(name), _reader(vq_weights, name)
-        )
-        for name in vq_weights
-    }
-
+    added = {PREFIX + name: _moved(vq_weights, name) for name in vq_weights}
     others = _other_files(model_folder)
     num_bytes = bytes_to_write(weights, target, added, link) + _num_bytes(others)
-    start_target(target, PUBLISHED_KIND, {"model": str(model_folder.resolve())}, num_bytes)
+    start_target(target, PUBLISHED_KIND, num_bytes)
     _copy(others, target)
     write_atomically(target / "config.json", to_json(config))
     if (vq_folder / PREPROCESSOR_FILE).is_file():
@@ -117,8 +105,7 @@ def read_published(folder: Path | str, target: Path | str, link: bool = True) ->
     if vq_config.get("num_embeddings", layout.num_vq) != layout.num_vq:
         raise InputError(
             f"{folder}: its VQ-GAN has {vq_config['num_embeddings']} codes, its vocabulary "
-            f"{layout.num_vq}; "
-            f"put the right {LAYOUT_FILE} into the folder"
+            f"{layout.num_vq}; put the right {LAYOUT_FILE} into the folder"
         )
 
     others = _other_files(folder)
@@ -126,32 +113,21 @@ def read_published(folder: Path | str, target: Path | str, link: bool = True) ->
     num_bytes = (
         bytes_to_write(weights, target, {}, link, drop=vq_names) + vq_bytes + _num_bytes(others)
     )
-    start_target(target, "model", {"model": str(folder.resolve())}, num_bytes)
+    start_target(target, "model", num_bytes)
     _copy([path for path in others if path.name != PREPROCESSOR_FILE], target)
     write_atomically(target / "config.json", to_json(config))
     write_atomically(target / LAYOUT_FILE, to_json(layout.to_dict()))
-    vqgan = _write_vqgan(
-        folder,
-        target / VQGAN_FOLDER,
-        weights,
-        vq_names,
-        {"model_type": "chameleon_vqgan", **vq_config},
-    )
+    vq_config = {"model_type": "chameleon_vqgan", **vq_config}
+    vqgan = _write_vqgan(folder, target / VQGAN_FOLDER, weights, vq_names, vq_config)
     hashes = rewrite_weights(weights, target, {}, link=link, drop=vq_names)
-    inherited = read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else None
-    lineage = {
-        **(inherited.lineage if inherited else {}),
-        "vocab": layout.fingerprint(),
-        "vqgan": vqgan.fingerprint(),
-    }
-    counts = (
-        inherited.counts
-        if inherited
-        else {"text_rows": layout.num_text, "new_rows": layout.num_visual}
-    )
-    return finish_target(
-        target, "model", counts, lineage, inherited.details if inherited else {}, hashes
-    )
+    counts: dict[str, int | float] = {"text_rows": layout.num_text, "new_rows": layout.num_visual}
+    lineage: dict[str, str] = {}
+    details: dict[str, Any] = {}
+    if is_complete(folder):
+        ours = read_manifest(folder)
+        counts, lineage, details = ours.counts, ours.lineage, ours.details
+    lineage = {**lineage, "vocab": layout.fingerprint(), "vqgan": vqgan.fingerprint()}
+    return finish_target(target, "model", counts, lineage, details, hashes)
 
 
 def _write_vqgan(
@@ -162,26 +138,15 @@ def _write_vqgan(
     vq_config: Mapping[str, Any],
 ) -> VQGAN:
     """The VQ-GAN folder inside the model folder, finished with its own manifest."""
-    named = {
-        name.removeprefix(PREFIX): NewTensor(
-            weights.shape(name), weights.dtype(name), _reader(weights, name)
-        )
-        for name in vq_names
-    }
+    named = {name.removeprefix(PREFIX): _moved(weights, name) for name in vq_names}
     start_folder(target, "vqgan")
     hashes = rewrite_weights(weights, target, named, link=False, drop=list(weights))
     write_atomically(target / "config.json", to_json(vq_config))
     if (folder / PREPROCESSOR_FILE).is_file():
         shutil.copyfile(folder / PREPROCESSOR_FILE, target / PREPROCESSOR_FILE)
     vqgan = VQGAN.load(target)
-    details = {
-        "num_codes": vqgan.num_codes,
-        "grid": list(vqgan.grid),
-        "image_size": vqgan.image_size,
-    }
-    write_manifest(
-        target, "vqgan", {}, {"vqgan": vqgan.fingerprint()}, details, known_hashes=hashes
-    )
+    lineage = {"vqgan": vqgan.fingerprint()}
+    write_manifest(target, "vqgan", {}, lineage, vqgan.sizes(), known_hashes=hashes)
     return vqgan
 
 
@@ -190,9 +155,8 @@ def _layout_of(folder: Path, config: Mapping[str, Any]) -> VocabLayout:
     layout = VocabLayout.load(folder) if (folder / LAYOUT_FILE).is_file() else PUBLISHED_LAYOUT
     if not isinstance(rows, int) or rows < layout.size:
         raise InputError(
-            f"{folder / 'config.json'} has vocab_size {rows}, the layout has {layout.size} "
-            f"ids ({layout.to_dict()}); "
-            f"put the {LAYOUT_FILE} that the model was trained with into the folder"
+            f"{folder / 'config.json'} has vocab_size {rows}, the layout has {layout.size} ids "
+            f"({layout.to_dict()}); put the {LAYOUT_FILE} of its training into the folder"
         )
     return layout
 
@@ -216,5 +180,6 @@ def _copy(paths: list[Path], target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def _reader(weights: WeightFolder, name: str) -> Callable[[], torch.Tensor]:
-    return lambda: weights[name]
+def _moved(weights: WeightFolder, name: str) -> NewTensor:
+    """A tensor of another folder, as it is."""
+    return NewTensor(weights.shape(name), weights.dtype(name), lambda: weights[name])

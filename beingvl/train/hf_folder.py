@@ -18,8 +18,9 @@ import torch
 from beingvl.artefact.manifest import Manifest, read_manifest
 from beingvl.errors import InputError
 from beingvl.model.extended_vocab import stored_slice
+from beingvl.model.rewrite_weights import bytes_to_write, rewrite_weights
 from beingvl.model.target_folder import finish_target, start_target
-from beingvl.model.weight_files import WeightFolder, bytes_to_write, rewrite_weights
+from beingvl.model.weight_files import WeightFolder
 from beingvl.train.checkpoint import CheckpointState, StateReader, read_state
 from beingvl.vocab import VocabLayout
 
@@ -52,12 +53,7 @@ def write_hf_folder(
     num_bytes = bytes_to_write(weights, target, trained, link) + sum(
         int(manifest.files[name]["bytes"]) for name in others
     )
-    start_target(
-        target,
-        "model",
-        {"start_model": manifest.content_hash, "checkpoint": str(checkpoint)},
-        num_bytes,
-    )
+    start_target(target, "model", num_bytes)
     for name in others:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(start_model / name, target / name)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from beingvl.commands.convert import INIT_METHODS
 from beingvl.errors import InputError
-from beingvl.model.convert_llama import INIT_METHODS
 from beingvl.model.new_rows import (
     METHODS,
     TextStatistics,

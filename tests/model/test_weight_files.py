@@ -14,15 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from beingvl.artefact.hashes import has_hash, hash_file
+from beingvl.artefact.hashes import hash_file
+from beingvl.artefact.manifest import write_manifest
 from beingvl.errors import InputError
-from beingvl.model.weight_files import (
-    INDEX_FILE,
+from beingvl.model.rewrite_weights import (
     NewTensor,
-    WeightFolder,
-    read_header,
+    bytes_to_write,
+    check_disk_space,
     rewrite_weights,
 )
+from beingvl.model.weight_files import INDEX_FILE, WeightFolder, read_header
 
 SHARDS = {
     "model-00001-of-00003.safetensors": ["embed", "layer0"],
@@ -106,7 +107,7 @@ def test_rewrite_replaces_adds_drops_and_keeps_the_rest(tmp_path, layout, link):
     for name, tensor in expected.items():
         assert weights[name].dtype == tensor.dtype and torch.equal(weights[name], tensor), name
     assert set(hashes) == {path.name for path in (tmp_path / "target").iterdir()}
-    assert all(has_hash(tmp_path / "target" / name, recorded) for name, recorded in hashes.items())
+    assert hashes == {name: hash_file(tmp_path / "target" / name) for name in hashes}
     assert before == {path.name: hash_file(path) for path in source.iterdir()}
     for path in (tmp_path / "target").glob(
         "*.safetensors"
@@ -166,7 +167,8 @@ def test_memory_holds_one_tensor_at_a_time(tmp_path):
     )
     script = f"""
         import psutil, threading, time
-        from beingvl.model.weight_files import WeightFolder, rewrite_weights
+        from beingvl.model.weight_files import WeightFolder
+        from beingvl.model.rewrite_weights import rewrite_weights
         process, peak, running = psutil.Process(), 0, True
         def watch():
             global peak
@@ -191,36 +193,23 @@ def test_memory_holds_one_tensor_at_a_time(tmp_path):
     assert torch.equal(WeightFolder(tmp_path / "target")["layer2"], torch.full((2 << 20,), 4.0))
 
 
-def test_a_killed_run_leaves_only_whole_files_and_can_be_finished(tmp_path):
+def test_a_killed_run_leaves_only_whole_files(tmp_path):
     source = write_folder(tmp_path / "source", "sharded")
     script = f"""
         import os, torch
-        from beingvl.model.weight_files import rewrite_weights
+        from beingvl.model.rewrite_weights import rewrite_weights
         replace = {{"embed": lambda: torch.zeros(10, 4).bfloat16(), "head": lambda: os._exit(9)}}
         rewrite_weights({str(source)!r}, {str(tmp_path / "target")!r}, replace)
     """
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(script)]).returncode == 9
     first, second, _ = SHARDS
-    finished = sorted(
+    finished = {
         path.name for path in (tmp_path / "target").iterdir() if not path.name.endswith(".tmp")
-    )
-    assert first in finished and set(finished) <= {
-        first,
-        second,
-    }  # the second is linked beside the others
-    written = (tmp_path / "target" / first).stat().st_mtime_ns
-    calls = []
-    replace = {
-        "embed": lambda: calls.append("embed"),
-        "head": lambda: torch.ones(10, 4).bfloat16(),
     }
-    hashes = rewrite_weights(source, tmp_path / "target", replace, keep_finished=True)
-    assert calls == [] and (tmp_path / "target" / first).stat().st_mtime_ns == written
-    assert hashes[first] == hash_file(tmp_path / "target" / first)
-    weights = WeightFolder(tmp_path / "target")
-    assert weights["embed"].count_nonzero() == 0 and torch.equal(
-        weights["head"], torch.ones(10, 4).bfloat16()
-    )
+    # The second is linked beside the others.
+    assert first in finished and finished <= {first, second}
+    for name in finished:
+        assert set(load_file(tmp_path / "target" / name)) == set(SHARDS[name])
 
 
 def damage(folder: Path, how: str) -> None:
@@ -256,7 +245,7 @@ def damage(folder: Path, how: str) -> None:
     ("how", "message"),
     [
         ("missing shard", "00001-of-00003.safetensors is missing"),
-        ("truncated shard", "it was cut off"),
+        ("truncated shard", "it was truncated"),
         ("empty shard", "not a safetensors file"),
         ("broken header", "damaged safetensors header"),
         ("wrong offsets", "do not fit F32"),
@@ -312,7 +301,7 @@ def test_pickles_of_other_things_are_refused(tmp_path, content, message):
 def test_a_truncated_pickle_is_named(tmp_path):
     source = write_folder(tmp_path / "source", "bin")
     os.truncate(source / "pytorch_model.bin", 300)
-    with pytest.raises(InputError, match="may be cut off"):
+    with pytest.raises(InputError, match="may be truncated"):
         WeightFolder(source)
 
 
@@ -338,9 +327,10 @@ def test_wrong_requests_are_refused_before_writing(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no tensor 'ghost' to drop"):
         rewrite_weights(source, tmp_path / "target", {}, drop=["ghost"])
     huge = NewTensor((1 << 50,), torch.float32, lambda: torch.zeros(1))
+    num_bytes = bytes_to_write(WeightFolder(source), tmp_path / "target", {"embed": huge})
     with pytest.raises(InputError, match="GB are to be written, but the disk has"):
-        rewrite_weights(source, tmp_path / "target", {"embed": huge})
-    assert not (tmp_path / "target").exists() or not any((tmp_path / "target").iterdir())
+        check_disk_space(tmp_path / "target", num_bytes)
+    assert not (tmp_path / "target").exists()
 
 
 @pytest.mark.parametrize(
@@ -391,16 +381,18 @@ def test_a_single_file_stands_before_an_index_as_in_transformers(tmp_path):
     assert set(WeightFolder(source)) == {"embed"}
 
 
-def test_linked_files_are_hashed_whole_when_asked(tmp_path):
+def test_linked_files_have_the_hash_of_all_their_bytes(tmp_path):
     source = write_folder(tmp_path / "source", "single")
-    sampled, whole = (
-        rewrite_weights(source, tmp_path / str(how), {}, hash_links=how)["model.safetensors"]
-        for how in (0, 1)
-    )
-    assert sampled.startswith("sampled-") and whole == hash_file(source / "model.safetensors")
+    hashes = rewrite_weights(source, tmp_path / "target", {})
+    assert (tmp_path / "target" / "model.safetensors").samefile(source / "model.safetensors")
+    assert hashes == {"model.safetensors": hash_file(source / "model.safetensors")}
+    # What the source's manifest says is taken as it is.
+    manifest = write_manifest(source, "model", {}, {}, known_hashes={"model.safetensors": "said"})
+    assert manifest.files["model.safetensors"]["hash"] == "said"
+    assert rewrite_weights(source, tmp_path / "second", {}) == {"model.safetensors": "said"}
 
 
 def test_a_pickle_of_a_few_bytes_was_cut_off(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03")
-    with pytest.raises(InputError, match="has 3 bytes: it was cut off"):
+    with pytest.raises(InputError, match="has 3 bytes: it was truncated"):
         WeightFolder(tmp_path)

@@ -3,6 +3,7 @@ touched.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -183,10 +184,8 @@ def test_the_disk_is_checked_before_an_older_folder_is_removed(
     ]
     assert export(*ours) == 0 and export(*published) == 0
     before = snapshot(tmp_path / "ours"), snapshot(tmp_path / "published")
-    from beingvl.model import weight_files
-
-    usage = weight_files.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(weight_files.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     for chosen in (ours, published):
         assert export(*chosen, "--overwrite") == 2
         assert "are to be written" in capsys.readouterr().err
