@@ -148,7 +148,7 @@ def is_complete(folder: Path | str) -> bool:
 class _Fields(dict[str, Any]):
     """An object in a manifest; asking for a field that a damaged one lacks raises InputError."""
 
-    def __init__(self, pairs: Iterable[tuple[str, Any]], path: Path) -> None:
+    def __init__(self, pairs: Iterable[tuple[str, Any]], path: Path | str = MANIFEST_FILE) -> None:
         super().__init__(pairs)
         self._path = path
 
