@@ -33,8 +33,12 @@ from beingvl.data.build_shards import plan_parts
 from beingvl.data.dataset_folder import REJECTED_FILE
 from beingvl.data.token_rows import RowReader
 from beingvl.errors import InputError
-from beingvl.evaluation.evaluate import PREDICTIONS_FILE, SCORES_FILE, read_summary
-from beingvl.evaluation.held_out_loss import SAMPLES_FILE
+from beingvl.evaluation.results import (
+    PREDICTIONS_FILE,
+    SAMPLES_FILE,
+    SCORES_FILE,
+    read_summary,
+)
 from beingvl.images.vq_codes import CodeFolder
 from beingvl.model.base_model import BaseModel
 from beingvl.model.weight_files import read_header

@@ -1,8 +1,8 @@
 """Answer a prompt about images.
 
-    beingvl generate --model stage-3/final --vbpe_path vbpe.json --image a.png --prompt "Which digit
-    is this?" beingvl generate --model stage-3/final --image a.png --chat beingvl generate --model
-    stage-3/final --draw new.png --seed 1
+    beingvl generate --model stage-3/final --image a.png --prompt "Which digit is this?"
+    beingvl generate --model stage-3/final --image a.png --chat
+    beingvl generate --model stage-3/final --draw new.png --seed 1
 
 With several --image options each stands where its `<image>` placeholder is in the prompt. The
 answer appears while it is made. --chat asks for one question after another and remembers the
@@ -24,49 +24,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="Being-VL model folder, e.g. stage-3/final")
     add("--vbpe_path", type=Path, help="vbpe.json; default: the one inside the model folder")
-    add(
-        "--raw",
-        action="store_true",
-        help="plain VQ codes without vBPE, for a model trained on them",
-    )
-    add(
-        "--image",
-        type=Path,
-        action="append",
-        default=[],
-        help="image file; can be given more than once",
-    )
+    raw = "plain VQ codes without vBPE, for a model trained on them"
+    add("--raw", action="store_true", help=raw)
+    image = "image file; can be given more than once"
+    add("--image", type=Path, action="append", default=[], help=image)
     add("--prompt", help="the question; `<image>` marks an image's place when there are several")
     add("--chat", action="store_true", help="ask for questions one after another, on the terminal")
-    add(
-        "--draw",
-        type=Path,
-        metavar="PNG",
-        help="experimental: draw an image, decode it with the model's VQ-GAN, save it here",
-    )
+    draw = "experimental: draw an image, decode it with the model's VQ-GAN, save it here"
+    add("--draw", type=Path, metavar="PNG", help=draw)
     add("--max_new_tokens", type=int, default=128, help="longest answer, in tokens")
-    add(
-        "--do_sample",
-        action="store_true",
-        help="draw tokens by their probability; without it the likeliest one is taken",
-    )
-    add(
-        "--temperature",
-        type=float,
-        default=1.0,
-        help="with --do_sample and --draw: below 1 more predictable, above 1 less",
-    )
+    sample = "draw tokens by their probability; without it the likeliest one is taken"
+    add("--do_sample", action="store_true", help=sample)
+    temperature = "with --do_sample and --draw: below 1 more predictable, above 1 less"
+    add("--temperature", type=float, default=1.0, help=temperature)
     add("--seed", type=int, default=0, help="of --do_sample and --draw")
-    add(
-        "--torch_dtype",
-        default="float32",
-        choices=["float32", "bfloat16", "float16"],
-        help="of the language model",
-    )
+    dtypes = ["float32", "bfloat16", "float16"]
+    add("--torch_dtype", default="float32", choices=dtypes, help="of the language model")
     add("--device", help="torch device; default: the accelerator, if there is one")
 
 
 def run(args: argparse.Namespace) -> None:
-    from beingvl.inference.generate import run as step
+    # torch is imported here, so that --help is instant.
+    from beingvl.inference.generate import generate
 
-    step(args)
+    generate(
+        args.model,
+        prompt=args.prompt,
+        images=args.image,
+        chat=args.chat,
+        draw=args.draw,
+        vbpe_path=args.vbpe_path,
+        raw=args.raw,
+        max_new_tokens=args.max_new_tokens,
+        do_sample=args.do_sample,
+        temperature=args.temperature,
+        seed=args.seed,
+        torch_dtype=args.torch_dtype,
+        device=args.device,
+    )

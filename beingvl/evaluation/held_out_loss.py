@@ -1,20 +1,16 @@
-"""Loss and perplexity of a model on held-out shards, per source and per token kind: `beingvl
-evaluate --data`.
+"""Loss and perplexity of a model on held-out shards, per source and per token kind: `--data`.
 
-The batches, the attention, the head that gives one loss a target token and the sums are those of
+The batches, the attention, the head that gives one loss per target token and the sums are those of
 training (data/held_out.py, model/extended_vocab.py, train/loss.py), on stock weights read by
 transformers and without DeepSpeed.
 
-    HeldOutLoss.write_part   a range of samples, packed -> one line a sample, and the part's sums
-    HeldOutLoss.finish       all parts, added in their order -> samples.jsonl, and what
-                             scores.json says
+    HeldOutLoss.evaluate_rows   samples, packed -> a row per sample, and sums over groups of tokens
+    HeldOutLoss.combine         all of them, added in their order -> samples.jsonl and the scores
 """
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +20,12 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from beingvl.artefact.manifest import join_lineages, read_manifest
-from beingvl.artefact.parts import Parts
+from beingvl.artefact.request import Request
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.held_out import held_out_batch, pack_in_order
 from beingvl.data.loader import IGNORED, MicroBatch
 from beingvl.errors import InputError
+from beingvl.evaluation.results import SAMPLES_FILE, Evaluation, SharedOptions, write_lines
 from beingvl.inference.model import quiet_without_terminal
 from beingvl.model import packed_attention
 from beingvl.model.extended_vocab import PackedCausalLM, pack_stock_model
@@ -36,100 +33,79 @@ from beingvl.model.packed_check import refuse_short_window, refuse_unlike_packed
 from beingvl.train.loss import LossSums
 from beingvl.vocab import VocabLayout
 
-SAMPLES_FILE = "samples.jsonl"
-_SUMS_FILE = "sums.json"
-_LOSS_CHUNK_TOKENS = 1024
 SHORTEST_SEQUENCE = 2048
+_LOSS_CHUNK_TOKENS = 1024
 
 
-class HeldOutLoss:
-    """The work of `beingvl evaluate --data`."""
+class HeldOutLoss(Evaluation):
+    """The loss of every sample of a shard folder."""
 
     unit = "sample"
 
-    def __init__(self, args: Any, device: str) -> None:
-        self._args, self._device = args, torch.device(device)
-        layout = VocabLayout.load(args.model)
-        self._manifest = read_manifest(args.model, "model")
-        self._shards = ShardReader(args.data)
-        lineages = {
-            str(args.model): self._manifest.lineage,
-            str(args.data): self._shards.manifest.lineage,
-        }
+    def __init__(self, shared: SharedOptions, data: Path, loss_on: str) -> None:
+        super().__init__(shared)
+        self._data, self._loss_on = data, loss_on
+        self._device = torch.device(shared.device)
+        layout = VocabLayout.load(shared.model)
+        self._manifest = read_manifest(shared.model, "model")
+        self._shards = ShardReader(data)
         self.lineage = join_lineages(
-            {**lineages, f"{args.model}/vocab_layout.json": {"vocab": layout.fingerprint()}}
+            {
+                str(shared.model): self._manifest.lineage,
+                str(data): self._shards.manifest.lineage,
+                f"{shared.model}/vocab_layout.json": {"vocab": layout.fingerprint()},
+            }
         )
-        self.num_rows = min(len(self._shards), args.limit or len(self._shards))
-        self._longest = int(self._shards.lengths[: self.num_rows].max(initial=0))
-        self._model: PackedCausalLM | None = None
+        self.num_rows = min(len(self._shards), shared.limit or len(self._shards))
 
-    @property
-    def parts_request(self) -> dict[str, Any]:
-        return {
-            "data": self._shards.manifest.content_hash,
-            "model": self._manifest.content_hash,
-            **{name: getattr(self._args, name) for name in ("limit", "torch_dtype", "loss_on")},
-        }
-
-    def request(self) -> dict[str, Any]:
-        return self.parts_request
-
-    def write_part(self, rows: range, folder: Path, on_rows: Callable[[int], object]) -> None:
-        """Losses of the samples `rows`; `on_rows` hears how many more are done."""
-        started = time.perf_counter()
-        model = self._model = self._model or load_packed(
-            self._args.model, self._args.torch_dtype, self._device, self._longest
+    def options(self) -> Request:
+        return Request(
+            data=self._shards.manifest.content_hash,
+            model=self._manifest.content_hash,
+            limit=self.shared.limit,
+            torch_dtype=self.shared.torch_dtype,
+            loss_on=self._loss_on,
         )
+
+    def prepare(self) -> None:
+        longest = int(self._shards.lengths[: self.num_rows].max(initial=0))
+        shared = self.shared
+        self._model = load_packed(shared.model, shared.torch_dtype, self._device, longest)
+
+    def evaluate_rows(self, rows: range, advance: Callable[[int], object]) -> dict[str, Any]:
         lengths = self._shards.lengths[rows.start : rows.stop]
         sums = LossSums.zero(self._shards.layout, self._shards.sources)
         of_samples: dict[int, tuple[float, int]] = {}
         for sequence in pack_in_order(lengths, max(SHORTEST_SEQUENCE, int(lengths.max()))):
             indices = [rows.start + position for position in sequence]
-            batch = held_out_batch(self._shards, indices, self._args.loss_on)
-            losses = token_losses(model, batch, self._device)
+            batch = held_out_batch(self._shards, indices, self._loss_on)
+            losses = token_losses(self._model, batch, self._device)
             sums.add(batch, losses)
             of_samples.update(zip(indices, sums_of_samples(batch, losses), strict=True))
-            on_rows(len(indices))
-        lines = [self._line(index, *of_samples[index]) for index in rows]
-        (folder / SAMPLES_FILE).write_text("".join(lines), encoding="utf-8")
-        seconds = time.perf_counter() - started
-        (folder / _SUMS_FILE).write_text(
-            json.dumps({"sums": sums.values.tolist(), "seconds": seconds}), encoding="utf-8"
-        )
+            advance(len(indices))
+        samples = [
+            {
+                "id": self._shards[index].id,
+                "source": self._shards.sources[int(self._shards.source_of[index])],
+                "loss_sum": of_samples[index][0],
+                "target_tokens": of_samples[index][1],
+            }
+            for index in rows
+        ]
+        return {"samples": samples, "sums": sums.values.tolist()}
 
-    def _line(self, index: int, loss_sum: float, num_targets: int) -> str:
-        source = self._shards.sources[int(self._shards.source_of[index])]
-        fields = {
-            "id": self._shards[index].id,
-            "source": source,
-            "loss_sum": loss_sum,
-            "target_tokens": num_targets,
-        }
-        return json.dumps(fields, ensure_ascii=False) + "\n"
-
-    def finish(
-        self, parts: Parts, num_parts: int, output: Path
-    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, float]]:
-        """Write samples.jsonl; returns what scores.json says beside the name, the request and
-        the counts.
-        """
-        parts.join(num_parts, SAMPLES_FILE, output / SAMPLES_FILE)
-        found = parts.read_json(num_parts, _SUMS_FILE)
+    def combine(self, found: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Request]:
         sums = LossSums.zero(self._shards.layout, self._shards.sources)
         for part in found:
             sums.values += np.array(part["sums"])
-        with open(output / SAMPLES_FILE, encoding="utf-8") as file:
-            samples = [json.loads(line) for line in file]
+        samples = [sample for part in found for sample in part["samples"]]
         if not any(sample["target_tokens"] for sample in samples):
             raise InputError(
-                f"{self._args.data} has no target token for --loss_on {self._args.loss_on}: "
-                "there is no loss to tell"
+                f"{self._data} has no target token for --loss_on {self._loss_on}: there is no "
+                "loss to tell"
             )
-        return (
-            summarize_losses(sums, samples),
-            self.request(),
-            {"seconds": sum(part["seconds"] for part in found)},
-        )
+        write_lines(self.output / SAMPLES_FILE, samples)
+        return summarize_losses(sums, samples), self.request()
 
 
 def load_packed(
@@ -141,21 +117,18 @@ def load_packed(
     config = AutoConfig.from_pretrained(folder)
     refuse_short_window(config, longest, "score it with --json_path")
     refuse_unlike_packed(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
+    attention = packed_attention.register()
     with quiet_without_terminal():
-        causal_lm = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, torch_dtype),
-            attn_implementation=packed_attention.register(),
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, torch_dtype), attn_implementation=attention
         )
-    causal_lm.to(device).eval().requires_grad_(False)
-    return pack_stock_model(causal_lm, VocabLayout.load(folder).num_text, _LOSS_CHUNK_TOKENS)
+    model.to(device).eval().requires_grad_(False)
+    return pack_stock_model(model, VocabLayout.load(folder).num_text, _LOSS_CHUNK_TOKENS)
 
 
 @torch.no_grad()
 def token_losses(model: PackedCausalLM, batch: MicroBatch, device: torch.device) -> np.ndarray:
-    """Losses `[num_targets]` float32 (nats) of a packed batch, in the order of its target
-    positions.
-    """
+    """Losses `[num_targets]` float32 (nats) of a packed batch, in the order of its targets."""
     positions = np.flatnonzero(batch.target_ids != IGNORED)
     if not len(positions):
         return np.zeros(0, np.float32)
@@ -184,8 +157,8 @@ def sums_of_samples(batch: MicroBatch, losses: np.ndarray) -> list[tuple[float, 
 
 
 def summarize_losses(sums: LossSums, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Loss (nats a target token) and perplexity of all, of every source and token kind, as shown
-    in scores.json.
+    """Loss (nats per target token) and perplexity of all, of every source and of every token kind,
+    as scores.json has them.
     """
     means = sums.means()
     groups: dict[str, dict[str, dict[str, float]]] = {"sources": {}, "kinds": {}}
@@ -197,10 +170,8 @@ def summarize_losses(sums: LossSums, samples: Sequence[dict[str, Any]]) -> dict[
     for source, entry in groups["sources"].items():
         own = [sample for sample in samples if sample["source"] == source]
         entry["standard_error"] = standard_error(own)
-        entry["samples"], entry["target_tokens"] = (
-            len(own),
-            sum(sample["target_tokens"] for sample in own),
-        )
+        entry["samples"] = len(own)
+        entry["target_tokens"] = sum(sample["target_tokens"] for sample in own)
     return {
         "metric": "loss",
         "rows": len(samples),
@@ -212,9 +183,7 @@ def summarize_losses(sums: LossSums, samples: Sequence[dict[str, Any]]) -> dict[
 
 
 def standard_error(samples: Sequence[dict[str, Any]]) -> float:
-    """Standard error of sum(losses) / sum(targets) over samples drawn independently (their
-    tokens are not independent).
-    """
+    """Of sum(losses) / sum(targets), when samples, not their tokens, are drawn independently."""
     targets = math.fsum(sample["target_tokens"] for sample in samples)
     if len(samples) < 2 or not targets:
         return 0.0

@@ -1,5 +1,5 @@
-"""Do no harm: a trained model's text logits against those of the base model, on a fixed probe.
-`beingvl evaluate --text_parity`.
+"""Do no harm: a trained model's text logits against those of the base model, on a fixed probe:
+`--text_parity`.
 
 After stage 1 only new rows have changed, so the logits of the old ids on a text without images are
 the base model's, bit for bit. After stages 2 and 3 the language model itself has moved: the KL
@@ -13,7 +13,7 @@ divergence says how far.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from beingvl.artefact.manifest import join_lineages, read_manifest
+from beingvl.artefact.request import Request
 from beingvl.data.conversation import TextEncoder
 from beingvl.errors import InputError
 from beingvl.evaluation.metrics import mean_and_error
+from beingvl.evaluation.results import Evaluation, SharedOptions
 from beingvl.inference.model import quiet_without_terminal
 from beingvl.model.base_model import BaseModel
 from beingvl.model.conversion_check import cut_head
@@ -52,36 +54,66 @@ PROBE = (
 )
 
 
-def check_base(model: Path, base: Path) -> dict[str, Any]:
-    """The request of a comparison. Raises InputError when `base` is no model, or one of another
+class TextParity(Evaluation):
+    """Both models on PROBE, in one part however many rows one has."""
+
+    unit = "text"
+    num_parts = 1
+    num_rows = len(PROBE)
+
+    def rows_of_part(self, number: int) -> range:
+        return range(self.num_rows)
+
+    def __init__(self, shared: SharedOptions, base: Path) -> None:
+        super().__init__(shared)
+        self._base = base
+        base_hash = check_base(shared.model, base)
+        manifest = read_manifest(shared.model, "model")
+        self.lineage = manifest.lineage
+        self._options = Request(
+            model=manifest.content_hash, base=base_hash, torch_dtype=shared.torch_dtype
+        )
+
+    def options(self) -> Request:
+        return self._options
+
+    def evaluate_rows(self, rows: range, advance: Callable[[int], object]) -> dict[str, Any]:
+        shared = self.shared
+        found = text_parity(shared.model, self._base, shared.torch_dtype, shared.device)
+        advance(len(rows))
+        return found
+
+    def combine(self, found: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Request]:
+        return found[0], self.request()
+
+
+def check_base(model: Path, base: Path) -> str:
+    """Hash of the base model. Raises InputError when it is not a model, or one of another
     vocabulary.
     """
-    layout, manifest = VocabLayout.load(model), read_manifest(model, "model")
+    layout = VocabLayout.load(model)
     if not base.is_dir():
         raise InputError(
             f"--text_parity {base} is not a folder; give the base model that {model} was "
             "trained from"
         )
     opened = BaseModel.open(base)
-    base_hash = opened.fingerprint()
     if is_converted(base):
-        base_manifest = read_manifest(base, "model")
-        base_hash = base_manifest.content_hash
-        join_lineages(
-            {str(model): {"vocab": layout.fingerprint()}, str(base): base_manifest.lineage}
-        )
+        manifest = read_manifest(base, "model")
+        found = manifest.content_hash
+        join_lineages({str(model): {"vocab": layout.fingerprint()}, str(base): manifest.lineage})
+    else:
+        found = opened.fingerprint()
     if opened.num_text < layout.num_text:
         raise InputError(
             f"{base} has {opened.num_text} ids, {model} has {layout.num_text} text ids: it "
             "has another base model"
         )
-    return {"model": manifest.content_hash, "base": base_hash}
+    return found
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether a model folder has our vocabulary, or is the plain model that one was converted
-    from.
-    """
+    """Whether a model folder has our vocabulary; else it is what one was converted from."""
     return (folder / LAYOUT_FILE).is_file()
 
 
@@ -106,7 +138,7 @@ def expects_equal(model: Path, base: Path) -> bool:
 def text_parity(model: Path, base: Path, torch_dtype: str, device: str) -> dict[str, Any]:
     """Compare the two on PROBE. `scores`:
 
-    max_logit_difference    over all positions and old ids; 0 means equal to the bit
+    max_logit_difference    over all positions and old ids; 0 means bit-identical
     kl_nats                 mean over positions of KL(base || model), both over the old ids
     new_id_probability      mean probability that the model gives to ids the base has not
     same_top_token          share of positions with the same likeliest old id
@@ -122,7 +154,6 @@ def text_parity(model: Path, base: Path, torch_dtype: str, device: str) -> dict[
     kl = [value for a, b in pairs for value in kl_divergence(a, b).tolist()]
     same_top = [value for a, b in pairs for value in (a.argmax(-1) == b.argmax(-1)).tolist()]
     mean_kl, error = mean_and_error(kl)
-    is_equal = all(torch.equal(a, b) for a, b in pairs)
     return {
         "metric": "text_parity",
         "rows": len(texts),
@@ -130,7 +161,7 @@ def text_parity(model: Path, base: Path, torch_dtype: str, device: str) -> dict[
         "text_ids": layout.num_text,
         "torch_dtype": torch_dtype,
         "equal_is_expected": expects_equal(model, base),
-        "equal": is_equal,
+        "equal": all(torch.equal(a, b) for a, b in pairs),
         "scores": {
             "max_logit_difference": max(differences),
             "kl_nats": mean_kl,

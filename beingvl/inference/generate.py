@@ -1,23 +1,17 @@
-"""Answer a prompt about images.
+"""What `beingvl generate` does on the terminal: one answer, a conversation, or a drawing.
 
-    beingvl generate --model stage-3/final --vbpe_path vbpe.json --image a.png --prompt "Which digit
-    is this?" beingvl generate --model stage-3/final --image a.png --chat beingvl generate --model
-    stage-3/final --draw new.png --seed 1
-
-With several --image options each stands where its `<image>` placeholder is in the prompt. The
-answer appears while it is made. --chat asks for one question after another and remembers the
-conversation; an empty line ends it.
-
---draw (experimental) samples the tokens of an image instead of an answer, held to those that fit
-the grid, and saves what the VQ-GAN makes of them. Without --prompt and --image it begins as a
-training sample does; a model trained with the default `loss_on: response` was never taught to
-predict image tokens, so its pictures show little.
+generate   checks what was asked, reads the model, and then
+    print_answer   prints an answer while it is made
+    hold_chat      asks for one question after another
+    save_drawing   samples an image and saves it as PNG
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,70 +22,90 @@ from beingvl.images.vqgan_pictures import to_png
 from beingvl.inference.model import BeingVL
 
 
-def run(args: argparse.Namespace) -> None:
-    if args.draw and args.chat:
-        raise InputError("give either --draw or --chat")
-    if not args.draw and (args.prompt is not None) == args.chat:
+def generate(
+    model_path: Path | str,
+    *,
+    prompt: str | None = None,
+    images: Sequence[Path] = (),
+    chat: bool = False,
+    draw: Path | None = None,
+    vbpe_path: Path | str | None = None,
+    raw: bool = False,
+    max_new_tokens: int = 128,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    seed: int = 0,
+    torch_dtype: str = "float32",
+    device: str | None = None,
+) -> str | None:
+    """Print the answer to `prompt` about `images` while it is made, and return it.
+
+    `chat` asks for questions instead; `draw` samples an image into that PNG file instead.
+    """
+    if draw is not None:
+        _check_drawing(draw, chat)
+    elif (prompt is not None) == chat:
         raise InputError("give either --prompt with a question, or --chat")
-    if args.draw and not args.draw.absolute().parent.is_dir():
-        raise InputError(f"--draw {args.draw}: its folder does not exist; make it first")
-    if args.draw and (args.draw.suffix.lower() != ".png" or args.draw.is_dir()):
-        raise InputError(
-            f"--draw {args.draw} is {'a folder' if args.draw.is_dir() else 'no .png'}; "
-            "name a PNG file"
-        )
-    model = BeingVL(args.model, args.vbpe_path)
-    if args.draw:
-        draw(model, args)
-        return
-    images = model.img2tok(args.image, with_vbpe=not args.raw) if args.image else []
-    prompt_ids = (
-        [] if args.chat else model.tokenize_with_tokens(args.prompt, images)
-    )  # refused before weights are read
-    model.load_model(args.torch_dtype, args.device)
-    torch.manual_seed(args.seed)
-    if args.chat:
-        chat(model, images, args)
-    else:
-        print_answer(model, prompt_ids, args)
+    model = BeingVL(model_path, vbpe_path)
+    if draw is not None:
+        if not model.vqgan.has_decoder:
+            raise InputError(f"{model.vqgan.source} has no decoder, so it cannot show a drawing")
+        model.load_model(torch_dtype, device)
+        torch.manual_seed(seed)
+        token_ids = model.draw([prompt or ""], [list(images) or None], not raw, temperature)
+        save_drawing(model, token_ids[0], draw)
+        return None
+    tokens = model.img2tok(images, with_vbpe=not raw) if images else []
+    # What is wrong with the prompt is told before the weights are read.
+    prompt_ids = [] if prompt is None else model.tokenize_with_tokens(prompt, tokens)
+    model.load_model(torch_dtype, device)
+    torch.manual_seed(seed)
+    options = {"do_sample": do_sample, "temperature": temperature}
+
+    def answer(prompt_ids: list[int]) -> str:
+        return print_answer(model, prompt_ids, max_new_tokens, options)
+
+    if not chat:
+        return answer(prompt_ids)
+    hold_chat(model, tokens, answer)
+    return None
 
 
-def draw(model: BeingVL, args: argparse.Namespace) -> None:
-    """Sample one image and save it as PNG."""
-    if not model.vqgan.has_decoder:
-        raise InputError(f"{model.vqgan.source} has no decoder, so a drawing could not be shown")
-    model.load_model(args.torch_dtype, args.device)
-    torch.manual_seed(args.seed)
-    token_ids = model.draw(
-        [args.prompt or ""], [args.image or None], not args.raw, args.temperature
-    )
-    picture = model.tok2img(token_ids)[0]
-    write_atomically(args.draw, to_png(picture))
-    print(
-        f"{args.draw}: {picture.shape[1]} x {picture.shape[0]} pixels from "
-        f"{len(token_ids[0])} tokens"
-    )
+def _check_drawing(path: Path, chat: bool) -> None:
+    if chat:
+        raise InputError("give either --draw or --chat")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--draw {path}: its folder does not exist; make it first")
+    if path.suffix.lower() != ".png" or path.is_dir():
+        found = "a folder" if path.is_dir() else "not a .png"
+        raise InputError(f"--draw {path} is {found}; name a PNG file")
 
 
-def print_answer(model: BeingVL, prompt_ids: list[int], args: argparse.Namespace) -> str:
+def save_drawing(model: BeingVL, token_ids: np.ndarray, path: Path) -> None:
+    """Decode one drawing `[n]` and save it as PNG."""
+    (picture,) = model.tok2img([token_ids])
+    write_atomically(path, to_png(picture))
+    height, width, _ = picture.shape
+    print(f"{path}: {width} x {height} pixels from {len(token_ids)} tokens")
+
+
+def print_answer(
+    model: BeingVL, prompt_ids: list[int], max_new_tokens: int, options: dict[str, Any]
+) -> str:
     """Print the answer piece by piece while it is made; returns it."""
-    answers = model.answer_token_sequences(
+    (answer,) = model.answer_token_sequences(
         [prompt_ids],
-        args.max_new_tokens,
+        max_new_tokens,
         on_text=lambda piece: print(piece, end="", flush=True),
-        do_sample=args.do_sample,
-        temperature=args.temperature,
+        **options,
     )
     print(flush=True)
-    return answers[0]
+    return answer
 
 
-def chat(model: BeingVL, images: list[np.ndarray], args: argparse.Namespace) -> None:
-    """Questions from the terminal, each with all earlier turns before it; an empty line or the
-    end of input ends it.
-
-    A question that cannot be asked (reserved tokens, context full) is explained, and the
-    conversation goes on without it.
+def hold_chat(model: BeingVL, images: list[np.ndarray], answer: Callable[[list[int]], str]) -> None:
+    """Questions from the terminal, each behind all earlier turns, until an empty line or the end
+    of input. What cannot be asked is explained, and the conversation goes on without it.
     """
     turns: list[tuple[str, str | None]] = []
     while True:
@@ -102,10 +116,8 @@ def chat(model: BeingVL, images: list[np.ndarray], args: argparse.Namespace) -> 
         if not question:
             return
         try:
-            answer = print_answer(
-                model, model.tokenize_with_tokens([*turns, (question, None)], images), args
-            )
+            found = answer(model.tokenize_with_tokens([*turns, (question, None)], images))
         except InputError as error:
             print(error, file=sys.stderr)
-            continue
-        turns.append((question, answer))
+        else:
+            turns.append((question, found))

@@ -1,12 +1,11 @@
 """A trained Being-VL as one object: prompts and images in, answers out.
 
     model = BeingVL("stage-3/final", "vbpe.json").load_model("bfloat16")
-    model.generate_with_vbpe(["Which digit is this?"], ["a.png"], max_new_tokens=16)      ->
-        ["seven"]
+    model.generate_with_vbpe(["Which digit is this?"], ["a.png"], max_new_tokens=16)  -> ["seven"]
 
     images ──img2tok──> token ids ──tokenize (the chat template)──> prompt ids
-    ──answer_token_sequences──> answers
-                            └──tok2img──> pictures
+                        │           ──answer_token_sequences──> answers
+                        └──tok2img──> pictures
 
 The chat template is `beingvl.data.conversation.build_sequence`, the one that training data is made
 with. Generation is transformers' own. Prompts of different lengths share a batch by padding on the
@@ -49,7 +48,6 @@ from beingvl.vocab import VocabLayout
 
 DTYPES = ("float32", "bfloat16", "float16")
 VQGAN_FOLDER = "vqgan"
-REPLACEMENT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 Prompt = str | Sequence[Turn]
 """A question, or a chat: (question, answer) pairs whose last answer is None."""
@@ -59,8 +57,7 @@ class BeingVL:
     """A model folder and a vBPE vocabulary. Text and image tokens work at once; weights are read
     by `load_model`.
 
-    Raises InputError for a folder that is not a finished Being-VL model, or a vBPE of another
-    model.
+    Raises InputError for a folder that is not a finished Being-VL model, or another model's vBPE.
     """
 
     def __init__(self, model_path: Path | str, vbpe_path: Path | str | None = None) -> None:
@@ -72,6 +69,7 @@ class BeingVL:
         own = self.model_path / VBPE_FILE
         path = vbpe_path or (own if own.is_file() else None)
         self.vbpe = self._load_vbpe(Path(path)) if path else None
+        self._without_merges = VisualBPE(self.layout.num_vq, np.zeros((0, 4), np.int32))
         self._model: Any = None
 
     # ---- loading ----
@@ -93,10 +91,10 @@ class BeingVL:
                 )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise self._damage(error) from error
-        if model.get_input_embeddings().num_embeddings < self.layout.size:
-            found = f"{model.get_input_embeddings().num_embeddings} rows"
+        num_rows = model.get_input_embeddings().num_embeddings
+        if num_rows < self.layout.size:
             raise InputError(
-                f"{self.model_path}: the embedding has {found}, its vocabulary "
+                f"{self.model_path}: the embedding has {num_rows} rows, its vocabulary "
                 f"{self.layout.size} ids"
             )
         # The base model's own generation defaults (another stop token, sampling) must not reach our
@@ -114,8 +112,8 @@ class BeingVL:
 
     @cached_property
     def context(self) -> int | None:
-        """Tokens that a prompt and its answer may have together; None when config.json does not
-        say. Needs no weights.
+        """Tokens that a prompt and its answer may have together, from config.json; None where it
+        does not say.
         """
         try:
             config = AutoConfig.from_pretrained(self.model_path)
@@ -132,8 +130,7 @@ class BeingVL:
 
     @cached_property
     def vqgan(self) -> VQGAN:
-        """The VQ-GAN inside the model folder, on the model's device once that is loaded, in
-        float32.
+        """The VQ-GAN inside the model folder, in float32, on the device of the loaded model.
 
         Raises InputError when it is missing or not the one the model was trained with.
         """
@@ -144,29 +141,22 @@ class BeingVL:
                 "with --being_vq_path"
             )
         vqgan = VQGAN.load(folder, self._model.device if self._model is not None else "cpu")
-        join_lineages(
-            {
-                str(self.model_path): self.manifest.lineage,
-                str(folder): {"vqgan": vqgan.fingerprint()},
-            }
-        )
+        self._refuse_others(folder, {"vqgan": vqgan.fingerprint()})
         return vqgan
 
     def _load_vbpe(self, path: Path) -> VisualBPE | LegacyVisualBPE:
         vbpe = VisualBPE.load(path)
-        join_lineages(
-            {
-                str(self.model_path): self.manifest.lineage,
-                str(path): {**vbpe.lineage, "vbpe": vbpe.fingerprint()},
-            }
-        )
-        if vbpe.num_codes != self.layout.num_vq or vbpe.num_merges > self.layout.num_merges:
-            found = f"{path} has {vbpe.num_codes} codes and {vbpe.num_merges} merges"
+        self._refuse_others(path, {**vbpe.lineage, "vbpe": vbpe.fingerprint()})
+        layout = self.layout
+        if vbpe.num_codes != layout.num_vq or vbpe.num_merges > layout.num_merges:
             raise InputError(
-                f"{found}, the model's vocabulary has {self.layout.num_vq} and "
-                f"{self.layout.num_merges}"
+                f"{path} has {vbpe.num_codes} codes and {vbpe.num_merges} merges, the model's "
+                f"vocabulary has {layout.num_vq} and {layout.num_merges}"
             )
         return vbpe
+
+    def _refuse_others(self, path: Path, lineage: dict[str, str]) -> None:
+        join_lineages({str(self.model_path): self.manifest.lineage, str(path): lineage})
 
     # ---- images and text to token ids ----
 
@@ -180,19 +170,19 @@ class BeingVL:
         return np.concatenate(parts) if parts else np.empty((0, *self.vqgan.grid), np.uint16)
 
     def codes2tok(self, codes: np.ndarray, with_vbpe: bool = True) -> list[np.ndarray]:
-        """VQ codes `[N, h, w]` to one array of token ids `[n]` int32 per image. Raises
-        InputError without a vBPE.
-        """
+        """VQ codes `[N, h, w]` to one array of token ids `[n]` int32 per image."""
         if not with_vbpe:
             return [self.layout.image_to_token_ids(grid.ravel()) for grid in codes]
-        if self.vbpe is None:
-            raise InputError(
-                f"{self.model_path} has no {VBPE_FILE} inside: give vbpe_path, or generate "
-                "without vBPE"
-            )
-        ids, offsets = self.vbpe.encode_batch(codes)
+        ids, offsets = self._given_vbpe().encode_batch(codes)
         token_ids = self.layout.image_to_token_ids(ids)
         return [token_ids[start:end] for start, end in itertools.pairwise(offsets.tolist())]
+
+    def _given_vbpe(self) -> VisualBPE | LegacyVisualBPE:
+        if self.vbpe is None:
+            raise InputError(
+                f"{self.model_path} has no {VBPE_FILE} inside: give vbpe_path, or use plain codes"
+            )
+        return self.vbpe
 
     def img2tok(self, images: Sequence[Any], with_vbpe: bool = True) -> list[np.ndarray]:
         """Images (paths or PIL images) to one array of token ids `[n]` int32 per image."""
@@ -209,23 +199,20 @@ class BeingVL:
 
     def _tok2codes(self, token_ids: np.ndarray) -> np.ndarray:
         ids = self.layout.token_to_image_ids(token_ids)
-        plain = VisualBPE(self.layout.num_vq, np.zeros((0, 4), np.int32))
         has_merges = ids.size and ids.max() >= self.layout.num_vq
-        return (self.vbpe if self.vbpe and has_merges else plain).decode(ids, *self.vqgan.grid)
+        vbpe = self.vbpe if self.vbpe and has_merges else self._without_merges
+        return vbpe.decode(ids, *self.vqgan.grid)
 
     def tokenize(self, prompt: Prompt, image: Any = None, with_vbpe: bool = True) -> list[int]:
-        """One prompt with its image, its list of images or None to the ids that the model
-        continues.
-        """
+        """The ids that the model continues; `image` is an image, a list of images, or None."""
         images = _images(image)
         return self.tokenize_with_tokens(prompt, self.img2tok(images, with_vbpe) if images else [])
 
     def tokenize_with_tokens(self, prompt: Prompt, images: Sequence[np.ndarray]) -> list[int]:
         """The same for images that are token ids already."""
         turns = _turns(prompt)
-        if not turns or any(
-            not question.replace(IMAGE_PLACEHOLDER, "").strip() for question, _ in turns
-        ):
+        questions = [question.replace(IMAGE_PLACEHOLDER, "").strip() for question, _ in turns]
+        if not turns or not all(questions):
             raise InputError("a prompt is empty; ask something")
         if turns[-1][1] is not None or any(answer is None for _, answer in turns[:-1]):
             raise InputError("a chat must have an answer to every question but the last")
@@ -241,13 +228,12 @@ class BeingVL:
         do_sample: bool = False,
         **options: Any,
     ) -> list[str]:
-        """Answers to `prompts`, only the answers. `images` holds one entry a prompt: an image, a
-        list of images, or None.
-
-        `options` are those of `answer_token_sequences`.
+        """Answers to `prompts`, only the answers. `images` holds one entry per prompt: an image, a
+        list of images, or None. `options` are those of `answer_token_sequences`.
         """
-        return self._answer(
-            prompts, images, True, max_new_tokens, {"do_sample": do_sample, **options}
+        sequences = self._prompt_ids(prompts, images, with_vbpe=True)
+        return self.answer_token_sequences(
+            sequences, max_new_tokens, do_sample=do_sample, **options
         )
 
     def generate(
@@ -259,18 +245,15 @@ class BeingVL:
         **options: Any,
     ) -> list[str]:
         """The same with plain VQ codes, for a model that was trained on them."""
-        return self._answer(
-            prompts, images, False, max_new_tokens, {"do_sample": do_sample, **options}
+        sequences = self._prompt_ids(prompts, images, with_vbpe=False)
+        return self.answer_token_sequences(
+            sequences, max_new_tokens, do_sample=do_sample, **options
         )
 
-    def _answer(
-        self,
-        prompts: Sequence[Prompt],
-        images: Sequence[Any] | None,
-        with_vbpe: bool,
-        max_new_tokens: int,
-        options: dict,
-    ) -> list[str]:
+    def _prompt_ids(
+        self, prompts: Sequence[Prompt], images: Sequence[Any] | None, with_vbpe: bool
+    ) -> list[list[int]]:
+        """The ids of every prompt; all images go through the VQ-GAN together."""
         if isinstance(prompts, str):
             raise InputError("prompts is one string, expected a list of prompts")
         refuse_one_image(images)
@@ -283,11 +266,10 @@ class BeingVL:
         images_of = [_images(entry) for entry in images]
         together = [image for entry in images_of for image in entry]
         tokens = iter(self.img2tok(together, with_vbpe) if together else [])
-        sequences = [
+        return [
             self.tokenize_with_tokens(prompt, list(itertools.islice(tokens, len(entry))))
             for prompt, entry in zip(prompts, images_of, strict=True)
         ]
-        return self.answer_token_sequences(sequences, max_new_tokens, **options)
 
     def answer_token_sequences(
         self,
@@ -298,8 +280,8 @@ class BeingVL:
     ) -> list[str]:
         """Answers to prompts that are token ids already, in the order given.
 
-        `on_text` hears each new piece of text while it is made (one prompt only); `options` are
-        those of `continue_token_sequences`.
+        `on_text` is called with each new piece of text while it is made (one prompt only);
+        `options` are those of `continue_token_sequences`.
         """
         if on_text and len(sequences) != 1:
             raise InputError(f"on_text streams one answer, found {len(sequences)} prompts")
@@ -321,15 +303,12 @@ class BeingVL:
     ) -> list[list[int]]:
         """New token ids of every prompt, up to its eos (left out) or `max_new_tokens`.
 
-        Prompts of like length share a batch; a batch ends when all its answers have. `on_batch`
-        hears which prompts (indices into `sequences`) a finished batch held, and their new token
-        ids.
+        Prompts of like length share a batch; a batch ends when all its answers have. `on_batch` is
+        called after each with the indices of its prompts and their new token ids.
         """
         self._check_request(sequences, max_new_tokens, temperature, batch_size)
-        options = {
-            "streamer": streamer,
-            **(_sampling(temperature) if do_sample else {"do_sample": False}),
-        }
+        sampling = _sampling(temperature) if do_sample else {"do_sample": False}
+        options = {"streamer": streamer, **sampling}
         answers: list[list[int]] = [[]] * len(sequences)
         order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
         for start in range(0, len(order), batch_size):
@@ -349,11 +328,12 @@ class BeingVL:
         temperature: float,
         batch_size: int,
     ) -> None:
-        for name, value in (
-            ("max_new_tokens", max_new_tokens),
-            ("temperature", temperature),
-            ("batch_size", batch_size),
-        ):
+        given = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "batch_size": batch_size,
+        }
+        for name, value in given.items():
             if not value > 0:
                 raise InputError(f"{name} is {value}, expected more than 0")
         self.check_length(max(map(len, sequences), default=0), max_new_tokens)
@@ -363,8 +343,8 @@ class BeingVL:
         if self.context and num_tokens + max_new_tokens > self.context:
             raise InputError(
                 f"a prompt of {num_tokens} tokens and {max_new_tokens} new ones do not fit the "
-                "model's context of "
-                f"{self.context}; shorten the prompt, use fewer images or lower max_new_tokens"
+                f"model's context of {self.context}; shorten the prompt, use fewer images or "
+                "lower max_new_tokens"
             )
 
     @torch.inference_mode()
@@ -375,10 +355,8 @@ class BeingVL:
         stop_id: int,
         options: dict[str, Any],
     ) -> list[list[int]]:
-        """New token ids of every prompt, up to the longest answer's end; a shorter answer is
-        followed by padding.
-
-        `options` are those of transformers' `generate`.
+        """New token ids of every prompt, up to the end of the longest answer; behind a shorter one
+        stands padding. `options` are those of transformers' `generate`.
         """
         width = max(map(len, sequences))
         input_ids = torch.full((len(sequences), width), self.layout.pad_id)
@@ -386,10 +364,9 @@ class BeingVL:
         for row, ids in enumerate(sequences):
             input_ids[row, width - len(ids) :] = torch.tensor(ids)
             attention_mask[row, width - len(ids) :] = 1
+        # A vocabulary that was rounded up has rows that are no token.
         num_rows = self.model.get_input_embeddings().num_embeddings
-        padding_rows = list(
-            range(self.layout.size, num_rows)
-        )  # of a vocabulary rounded up; they are no token
+        padding_rows = list(range(self.layout.size, num_rows))
         out = self.model.generate(
             input_ids=input_ids.to(self.model.device),
             attention_mask=attention_mask.to(self.model.device),
@@ -403,9 +380,8 @@ class BeingVL:
 
     def decode_answer(self, token_ids: Sequence[int]) -> str:
         """The text of an answer's ids; image tokens and specials in it are left out."""
-        return self._tokenizer.decode(
-            [token for token in token_ids if token < self.layout.num_text]
-        ).strip()
+        text_ids = [token for token in token_ids if token < self.layout.num_text]
+        return self._tokenizer.decode(text_ids).strip()
 
     # ---- drawing ----
 
@@ -416,48 +392,35 @@ class BeingVL:
         with_vbpe: bool = True,
         temperature: float = 1.0,
     ) -> list[np.ndarray]:
-        """One picture's token ids `[n]` int32 per prompt, sampled; `tok2img` makes pictures of
-        them. Experimental.
+        """Experimental: one picture's token ids `[n]` int32 per prompt, sampled, for `tok2img`.
 
         An empty prompt without images draws as a training sample begins: `bos boi`. Otherwise the
         drawing stands where another image of the sample would: behind the prompt's images and text.
         Raises InputError for a published vBPE, whose tokens have no fixed shape.
         """
-        vbpe = self._shapes_of_tokens(with_vbpe)
+        vbpe = self._given_vbpe() if with_vbpe else self._without_merges
+        if not isinstance(vbpe, VisualBPE):
+            raise InputError(
+                f"{vbpe.source} is a published vocabulary, whose tokens have no fixed shape to "
+                "draw with"
+            )
         images = [None] * len(prompts) if images is None else images
         sequences = [
             self._before_drawing(*pair, with_vbpe) for pair in zip(prompts, images, strict=True)
         ]
         height, width = self.vqgan.grid
-        max_new_tokens = height * width + 1  # one token a cell, and the end
+        max_new_tokens = height * width + 1  # one token per cell, and the end
         self._check_request(sequences, max_new_tokens, temperature, batch_size=1)
         rule = OnlyWholeImages(FittingTokens(vbpe, self.vqgan.grid), self.layout, len(sequences))
         options = {"logits_processor": [rule], **_sampling(temperature)}
         rows = self._continue_batch(sequences, max_new_tokens, self.layout.eoi_id, options)
         return [np.array(_until(row, self.layout.eoi_id), np.int32) for row in rows]
 
-    def _shapes_of_tokens(self, with_vbpe: bool) -> VisualBPE:
-        """The vBPE that a drawing's tokens are of; one without merges for plain codes."""
-        if not with_vbpe:
-            return VisualBPE(self.layout.num_vq, np.zeros((0, 4), np.int32))
-        if self.vbpe is None:
-            raise InputError(
-                f"{self.model_path} has no {VBPE_FILE} inside: give vbpe_path, or draw without vBPE"
-            )
-        if not isinstance(self.vbpe, VisualBPE):
-            raise InputError(
-                f"{self.vbpe.source} is a published vocabulary, whose tokens have no fixed "
-                "shape to draw with"
-            )
-        return self.vbpe
-
     def _before_drawing(self, prompt: str, image: Any, with_vbpe: bool) -> list[int]:
         if not prompt.strip() and image is None:
             return [self.layout.bos_id, self.layout.boi_id]
-        return [
-            *self.tokenize(prompt, image, with_vbpe)[:-1],
-            self.layout.boi_id,
-        ]  # begin of image in the place of sep
+        # The begin of an image stands in the place of the prompt's last token, sep.
+        return [*self.tokenize(prompt, image, with_vbpe)[:-1], self.layout.boi_id]
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -530,9 +493,7 @@ class TextStreamer:
             return
         self._ids.extend(token_ids.flatten().tolist())
         text = self._decode(self._ids)
-        if not text.endswith(
-            REPLACEMENT_CHARACTER
-        ):  # half a character: its other bytes are still to come
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: the rest will come
             self._show(text)
 
     def end(self) -> None:

@@ -39,7 +39,7 @@ import numpy as np
 from beingvl.artefact.files import to_json, write_atomically
 from beingvl.artefact.manifest import is_complete, read_manifest, start_folder, write_manifest
 from beingvl.errors import InputError
-from beingvl.evaluation.evaluate import KIND, read_predictions, read_summary
+from beingvl.evaluation.results import KIND, read_predictions, read_summary
 from beingvl.images.vq_codes import CodeFolder
 from beingvl.images.vqgan import VQGAN, as_array, read_image
 from beingvl.inference.model import VQGAN_FOLDER

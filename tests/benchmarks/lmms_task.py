@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 from beingvl.commands.main import main as beingvl
-from beingvl.evaluation.evaluate import read_predictions, read_summary
+from beingvl.evaluation.results import read_predictions, read_summary
 
 MAKE_TASK = """
 import json, pathlib, shutil, sys

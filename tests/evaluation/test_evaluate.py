@@ -13,21 +13,22 @@ import pytest
 
 from beingvl.artefact.manifest import read_manifest, verify_folder
 from beingvl.commands.main import main
-from beingvl.evaluation.evaluate import read_predictions, read_summary
-from beingvl.evaluation.metrics import METRICS, Reference
-from beingvl.evaluation.question_answering import (
+from beingvl.evaluation.answering import (
     Question,
     by_question,
+    prediction_rows,
     summarize,
-    write_predictions,
 )
+from beingvl.evaluation.metrics import METRICS, Reference
+from beingvl.evaluation.results import read_predictions, read_summary, write_lines
 from beingvl.inference.model import BeingVL
 from beingvl.vbpe.visual_bpe import VisualBPE
-from tests.artefact.test_parts import when_it_writes
+from tests.data.test_kills import when_it_writes
 from tests.inference.small_run import QUESTIONS, evaluate
 from tests.model.small_models import NUM_CODES
 
 WHICH, EVEN = QUESTIONS
+INDEPENDENT = Path(__file__).with_name("independent_scores.py")
 
 
 def question(number: int, text: str, answer: str) -> Question:
@@ -36,12 +37,8 @@ def question(number: int, text: str, answer: str) -> Question:
 
 def test_half_a_surrogate_pair_in_a_row_is_written_as_it_was_read(tmp_path) -> None:
     cut = Question("\ud83d", "hi", Reference(("yes \udcff",)))
-    write_predictions(
-        tmp_path / "predictions.jsonl",
-        [cut],
-        ["no"],
-        METRICS["exact_match"].score(["no"], [cut.reference]),
-    )
+    scores = METRICS["exact_match"].score(["no"], [cut.reference])
+    write_lines(tmp_path / "predictions.jsonl", prediction_rows([cut], ["no"], scores))
     (line,) = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["id"] == cut.id and json.loads(line)["answer"] == "yes \udcff"
 
@@ -55,7 +52,7 @@ def test_scores_by_hand() -> None:
     scores = METRICS["exact_match"].score(
         predictions, [question.reference for question in questions]
     )
-    found = summarize("exact_match", questions, predictions, scores)
+    found = summarize("exact_match", questions, scores)
     assert found["questions"] == by_question(questions, [1, 1, 0, 1, 0])
     assert found["questions"][WHICH] == {
         "accuracy": 0.75,
@@ -83,7 +80,7 @@ def test_predictions_hold_any_text(tmp_path: Path) -> None:
     texts = ["a\nb", "\u2028", "\x85\x1c", '"', "\N{GREEK SMALL LETTER PHI}"]
     questions = [question(number, WHICH, "one") for number in range(len(texts))]
     scores = METRICS["exact_match"].score(texts, [question.reference for question in questions])
-    write_predictions(tmp_path / "predictions.jsonl", questions, texts, scores)
+    write_lines(tmp_path / "predictions.jsonl", prediction_rows(questions, texts, scores))
     with open(tmp_path / "predictions.jsonl", encoding="utf-8") as file:
         assert [json.loads(line)["prediction"] for line in file] == texts
 
@@ -109,21 +106,6 @@ def test_predictions_are_the_models_answers_in_the_order_of_the_file(run_folder:
     )
 
 
-# What somebody who does not trust us would write: the predictions file in, the scores out, nothing
-# of ours imported.
-INDEPENDENT = """
-import json, sys
-rows = [json.loads(line) for line in open(sys.argv[1], encoding="utf-8")]
-right = [row["prediction"].strip().lower() == row["answer"].strip().lower() for row in rows]
-questions = {}
-for row, is_right in zip(rows, right):
-    questions.setdefault(row["question"], []).append(is_right)
-means = {question: sum(values) / len(values) for question, values in questions.items()}
-overall = {"correct": sum(right), "accuracy": sum(right) / len(rows), "accuracy_mean": sum(means.values()) / len(means)}
-print(json.dumps({**overall, "of_question": means}))
-"""
-
-
 def test_an_independent_script_gives_the_same_scores(run_folder: Path, tmp_path: Path) -> None:
     """Through the whole command, on questions of which the model answers some rightly: its own
     answers, some of them spoilt.
@@ -147,7 +129,7 @@ def test_an_independent_script_gives_the_same_scores(run_folder: Path, tmp_path:
     )
 
     done = subprocess.run(
-        [sys.executable, "-c", INDEPENDENT, tmp_path / "eval" / "predictions.jsonl"],
+        [sys.executable, INDEPENDENT, tmp_path / "eval" / "predictions.jsonl"],
         capture_output=True,
         text=True,
         check=True,

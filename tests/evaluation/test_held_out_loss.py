@@ -15,8 +15,8 @@ from beingvl.commands.main import main
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import shifted_targets
 from beingvl.errors import InputError
-from beingvl.evaluation.evaluate import read_summary
 from beingvl.evaluation.held_out_loss import load_packed, standard_error
+from beingvl.evaluation.results import read_summary
 from tests.model.small_models import family_config
 from tests.tiny import LAYOUT, write_model, write_shards
 

@@ -120,7 +120,7 @@ def test_refusals(
     for more, message in [
         (["--chat", "--draw=a.png"], "give either --draw or --chat"),
         ([f"--draw={tmp_path / 'no' / 'a.png'}"], "its folder does not exist"),
-        ([f"--draw={tmp_path / 'a.jpg'}"], "a.jpg is no .png"),
+        ([f"--draw={tmp_path / 'a.jpg'}"], "a.jpg is not a .png"),
         ([f"--draw={tmp_path}"], "is a folder; name a PNG file"),
     ]:
         assert main([*options(run_folder), *more]) == 2
@@ -129,7 +129,7 @@ def test_refusals(
     assert main([*options(run_folder), f"--draw={tmp_path / 'a.png'}"]) == 2
     assert "has no decoder" in capsys.readouterr().err
     without = BeingVL(run_folder / "stage-3" / "final")
-    with pytest.raises(InputError, match="give vbpe_path, or draw without vBPE"):
+    with pytest.raises(InputError, match="give vbpe_path, or use plain codes"):
         without.draw()
     without.vbpe = LegacyVisualBPE(16, np.array([[1, 2]]))
     with pytest.raises(InputError, match="no fixed shape"):

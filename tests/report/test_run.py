@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from beingvl.artefact.manifest import read_manifest, verify_folder, write_manifest
 from beingvl.commands.main import main
-from beingvl.evaluation.evaluate import read_summary
+from beingvl.evaluation.results import read_summary
 from beingvl.report import vbpe as report_vbpe
 from beingvl.report.frozen import hash_groups
 from beingvl.report.pictures import running_mean, token_borders, training_curves

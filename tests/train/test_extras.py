@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from beingvl.commands.main import main
 from beingvl.data.arrow_shards import ShardReader
-from beingvl.evaluation.evaluate import read_summary
+from beingvl.evaluation.results import read_summary
 from beingvl.model.weight_files import WeightFolder
 from beingvl.stage.stage_config import load_stage_config
 from beingvl.train.checkpoint import StateReader, complete_checkpoints, step_of

@@ -1,4 +1,4 @@
-"""One small run for all tests of this folder; those that change files copy what they change."""
+"""One small run for inference, evaluation and reports; tests that change files copy them."""
 
 from pathlib import Path
 

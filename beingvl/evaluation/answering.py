@@ -1,0 +1,357 @@
+"""Questions of a LLaVA JSON, a model's greedy answers, and their scores: `--json_path`.
+
+    read_questions             rows -> questions with reference answers, checked for the metric
+    Answering.evaluate_rows    image tokens, prompts by the chat template, answers in batches
+    Answering.combine          all answers -> predictions.jsonl and the scores
+
+Where a row keeps its reference answer: in `answers` (a list of texts, or of objects with `answer`),
+else in `answer` (a text, or a number into the list `choices`), else in the gpt turn of
+`conversations`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beingvl.artefact.hashes import hash_bytes, hash_file
+from beingvl.artefact.manifest import join_lineages
+from beingvl.artefact.request import Request
+from beingvl.data.conversation import IMAGE_PLACEHOLDER, parse_conversation
+from beingvl.data.llava_json import image_keys, stream_rows
+from beingvl.errors import InputError
+from beingvl.evaluation.metrics import METRICS, Reference, Scores
+from beingvl.evaluation.results import (
+    PREDICTIONS_FILE,
+    Evaluation,
+    SharedOptions,
+    write_lines,
+)
+from beingvl.images.vq_codes import CodeFolder
+from beingvl.inference.model import BeingVL
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row: what is asked about which images, and what is known of the answer. `id` is the
+    row's own, else its number.
+    """
+
+    id: Any
+    prompt: str
+    reference: Reference
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        return self.reference.images
+
+    @property
+    def text(self) -> str:
+        """The question without image placeholders: what rows are grouped by."""
+        return " ".join(self.prompt.replace(IMAGE_PLACEHOLDER, " ").split())
+
+
+# ---- reading ----
+
+
+def read_questions(path: Path, limit: int | None, metric: str) -> list[Question]:
+    """The first `limit` rows of a LLaVA JSON or JSONL.
+
+    Raises InputError that names the row which is not one question with a reference answer, or which
+    `metric` cannot score.
+    """
+    rows = list(islice(stream_rows(path), limit))
+    questions = []
+    for number, row in enumerate(rows):
+        try:
+            questions.append(_question(row, number))
+        except InputError as error:
+            raise InputError(f"{_place(path, number, row.get('id'))}: {error}") from error
+    for number, problem in METRICS[metric].problems([question.reference for question in questions]):
+        raise InputError(
+            f"{_place(path, number, rows[number].get('id'))} {problem}; correct it or "
+            "choose another --metric"
+        )
+    return questions
+
+
+def _place(path: Path, number: int, id_: Any) -> str:
+    return f"{path}, row {number} (id {id_!r})"
+
+
+def _question(row: dict[str, Any], number: int) -> Question:
+    answers = _given_answers(row)
+    conversations = row.get("conversations")
+    if isinstance(conversations, list) and len(conversations) == 1:
+        # The answer stands beside the conversation, which gets a turn that nobody reads.
+        if not answers:
+            raise InputError(
+                "there is no reference answer; give `answer`, `answers` or a gpt turn in "
+                "`conversations`"
+            )
+        conversations = [*conversations, {"from": "gpt", "value": answers[0] or "-"}]
+    turns = parse_conversation(conversations)
+    if len(turns) != 1:
+        raise InputError(
+            f"found {len(turns)} questions, expected one question per row; split it into rows"
+        )
+    ((prompt, spoken),) = turns
+    category = row.get("category")
+    reference = Reference(
+        tuple(answers) or (spoken or "",),
+        None if category is None else str(category),
+        tuple(image_keys(row)),
+    )
+    return Question(row.get("id", number), prompt, reference)
+
+
+def _given_answers(row: Mapping[str, Any]) -> list[str]:
+    """Texts of `answers` or `answer`; none when the row has neither."""
+    if "answers" in row:
+        entries = row["answers"] if isinstance(row["answers"], list) else []
+        texts = [entry.get("answer") if isinstance(entry, dict) else entry for entry in entries]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise InputError(
+                f"`answers` is {str(row['answers'])[:60]!r}, expected a list of texts or of "
+                "objects with `answer`"
+            )
+        return [str(text) for text in texts]
+    if "answer" not in row:
+        return []
+    answer, choices = row["answer"], row.get("choices")
+    if isinstance(answer, int) and choices is not None:
+        if not isinstance(choices, list) or not 0 <= answer < len(choices):
+            raise InputError(
+                f"`answer` is {answer}, but `choices` is {str(choices)[:60]!r}; expected a "
+                "number into that list"
+            )
+        return [chr(ord("A") + answer)]
+    if not isinstance(answer, (str, int)):
+        raise InputError(
+            f"`answer` is {str(answer)[:60]!r}, expected a text, or a number into `choices`"
+        )
+    return [str(answer)]
+
+
+def check_images(keys: Sequence[str], folder: Path | None) -> None:
+    """Raises InputError without --image_path, for a key that leaves it, or a missing file."""
+    if keys and folder is None:
+        raise InputError(
+            "the questions name images: give --vq_codes, or --image_path to encode them now"
+        )
+    for key in keys:
+        if Path(key).is_absolute() or ".." in Path(key).parts:
+            raise InputError(f"image {key!r} leaves --image_path; expected a path below it")
+        if folder and not (folder / key).is_file():
+            raise InputError(
+                f"the image {folder / key} does not exist; is --image_path the folder that the "
+                "rows' paths start from?"
+            )
+
+
+# ---- answering ----
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """The options of `evaluate` that only questions have."""
+
+    metric: str = "exact_match"
+    image_path: Path | None = None
+    vq_codes: Path | None = None
+    vbpe_path: Path | None = None
+    raw: bool = False
+    max_new_tokens: int = 16
+    batch_size: int = 128
+
+
+class Answering(Evaluation):
+    """Greedy answers to the questions of a JSON, scored."""
+
+    unit = "question"
+
+    def __init__(self, shared: SharedOptions, json_path: Path, options: AnswerOptions) -> None:
+        super().__init__(shared)
+        self._json_path, self._options = json_path, options
+        self.questions = read_questions(json_path, shared.limit, options.metric)
+        self.num_rows = len(self.questions)
+        self._image_keys = _keys_of(self.questions)
+        self._model = BeingVL(shared.model, options.vbpe_path)
+        lineages = {str(shared.model): self._model.manifest.lineage}
+        self._codes = CodeFolder(options.vq_codes) if options.vq_codes else None
+        if self._codes:
+            lineages[str(options.vq_codes)] = self._codes.manifest.lineage
+            for key in self._image_keys:
+                self._codes.row(key)  # refuses an image that has no codes
+        else:
+            check_images(self._image_keys, options.image_path)
+        self.lineage = join_lineages(lineages)
+        # What is wrong with a text is told before anything is answered.
+        no_tokens = np.empty(0, np.int32)
+        for number, question in enumerate(self.questions):
+            self._prompt(number, [no_tokens] * len(question.images))
+
+    def options(self) -> Request:
+        with_vbpe = None if self._options.raw else self._model.vbpe
+        return Request(
+            json=hash_file(self._json_path),
+            model=self._model.manifest.content_hash,
+            vbpe=with_vbpe.fingerprint() if with_vbpe else None,
+            raw=self._options.raw,
+            limit=self.shared.limit,
+            max_new_tokens=self._options.max_new_tokens,
+            torch_dtype=self.shared.torch_dtype,
+        )
+
+    def request(self) -> Request:
+        return self._whole_request(self._hash_images(self._image_keys))
+
+    def _hash_images(self, keys: Sequence[str]) -> dict[str, str]:
+        """Hashes of image files; codes have one hash in their manifest."""
+        if self._codes:
+            return {}
+        folder = self._options.image_path or Path()
+        return {key: hash_file(folder / key) for key in keys}
+
+    def _whole_request(self, hashes: Mapping[str, str]) -> Request:
+        listing = "\n".join(f"{key} {hashes[key]}" for key in sorted(hashes))
+        images = hash_bytes(listing.encode()) if hashes else None
+        if self._codes:
+            images = self._codes.manifest.content_hash
+        return Request({**self.options(), "images": images, "metric": self._options.metric})
+
+    def prepare(self) -> None:
+        self._model.load_model(self.shared.torch_dtype, self.shared.device)
+
+    def evaluate_rows(self, rows: range, advance: Callable[[int], object]) -> dict[str, Any]:
+        """The answers, and hashes of the images that were encoded for them."""
+        keys = _keys_of([self.questions[row] for row in rows])
+        tokens = self._image_tokens(keys)
+        prompts = [
+            self._prompt(row, [tokens[key] for key in self.questions[row].images]) for row in rows
+        ]
+        answers = self._model.answer_token_sequences(
+            prompts,
+            self._options.max_new_tokens,
+            batch_size=self._options.batch_size,
+            on_batch=lambda indices, token_ids: advance(len(indices)),
+        )
+        return {"answers": answers, "images": self._hash_images(keys)}
+
+    def _prompt(self, row: int, images: Sequence[np.ndarray]) -> list[int]:
+        """Token ids of a row's prompt. Raises InputError that names the row."""
+        question = self.questions[row]
+        try:
+            token_ids = self._model.tokenize_with_tokens(question.prompt, images)
+            self._model.check_length(len(token_ids), self._options.max_new_tokens)
+        except InputError as error:
+            raise InputError(f"{_place(self._json_path, row, question.id)}: {error}") from error
+        return token_ids
+
+    def _image_tokens(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
+        """Image key -> token ids `[n]` int32; an image is encoded once, however many questions
+        of the part are about it.
+        """
+        if not keys:
+            return {}
+        if self._codes:
+            grids = self._codes.codes[[self._codes.row(key) for key in keys]]
+        else:
+            folder = self._options.image_path or Path()
+            grids = self._model.img2codes([folder / key for key in keys])
+        return dict(zip(keys, self._model.codes2tok(grids, not self._options.raw), strict=True))
+
+    def combine(self, found: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Request]:
+        predictions = [answer for part in found for answer in part["answers"]]
+        hashes = {key: value for part in found for key, value in part["images"].items()}
+        metric, variant = self._options.metric, "raw" if self._options.raw else "vbpe"
+        references = [question.reference for question in self.questions]
+        scores = METRICS[metric].score(predictions, references)
+        rows = prediction_rows(self.questions, predictions, scores)
+        write_lines(self.output / PREDICTIONS_FILE, rows)
+        return (
+            {"variant": variant, **summarize(metric, self.questions, scores)},
+            self._whole_request(hashes),
+        )
+
+
+def _keys_of(questions: Sequence[Question]) -> list[str]:
+    return sorted({key for question in questions for key in question.images})
+
+
+# ---- what is written ----
+
+
+def prediction_rows(
+    questions: Sequence[Question], predictions: Sequence[str], scores: Scores
+) -> list[dict[str, Any]]:
+    """The lines of predictions.jsonl, in the order of the questions."""
+    rows = []
+    for row, (question, prediction) in enumerate(zip(questions, predictions, strict=True)):
+        fields: dict[str, Any] = {
+            "id": question.id,
+            "image": _one_or_list(question.images),
+            "question": question.text,
+            "answer": _one_or_list(question.reference.answers),
+            "prediction": prediction,
+        }
+        if question.reference.category is not None:
+            fields["category"] = question.reference.category
+        if scores.of_rows is not None:
+            fields |= {"score": scores.of_rows[row], "correct": scores.of_rows[row] == 1}
+        rows.append(fields)
+    return rows
+
+
+def _one_or_list(texts: Sequence[str]) -> str | list[str]:
+    return texts[0] if len(texts) == 1 else list(texts)
+
+
+def summarize(metric: str, questions: Sequence[Question], scores: Scores) -> dict[str, Any]:
+    """What scores.json says of the answers; exact match also says how each question text did."""
+    found: dict[str, Any] = {
+        "metric": metric,
+        "rows": len(questions),
+        "scores": scores.values,
+        "standard_errors": scores.standard_errors,
+        "categories": scores.categories,
+    }
+    if metric == "exact_match":
+        assert scores.of_rows is not None
+        per_question = by_question(questions, scores.of_rows)
+        found |= {
+            "correct": int(sum(scores.of_rows)),
+            "accuracy": scores.values["accuracy"],
+            "accuracy_mean": sum(entry["accuracy"] for entry in per_question.values())
+            / len(per_question),
+            "questions": per_question,
+        }
+    return found
+
+
+def by_question(
+    questions: Sequence[Question], of_rows: Sequence[float]
+) -> dict[str, dict[str, float]]:
+    """Question text -> accuracy, chance (1 / number of distinct answers), majority (the most
+    frequent answer's share), rows.
+    """
+    rows_of: dict[str, list[int]] = {}
+    for index, question in enumerate(questions):
+        rows_of.setdefault(question.text, []).append(index)
+    table = {}
+    for text, rows in rows_of.items():
+        answers = Counter(questions[row].reference.answers[0].strip().lower() for row in rows)
+        table[text] = {
+            "accuracy": sum(of_rows[row] for row in rows) / len(rows),
+            "chance": 1 / len(answers),
+            "majority": max(answers.values()) / len(rows),
+            "rows": len(rows),
+            "distinct_answers": len(answers),
+        }
+    return table
