@@ -15,12 +15,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from beingvl.commands.ranks import add_rank_arguments
 from beingvl.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from beingvl.commands.ranks import add_rank_arguments
-
     add = parser.add_argument
     images = "folder of images, searched recursively; or tar files"
     add("--image_path", type=Path, nargs="+", required=True, help=images)
@@ -47,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     # torch is imported here, so that --help is instant.
-    from beingvl.artefact.parts import ranks_of
+    from beingvl.artefact.ranks import rank_of
     from beingvl.data.llava_json import named_images
     from beingvl.images.encode_images import encode_images
     from beingvl.images.image_source import listed_images
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(
             "--json_path and --list_path both say which images to encode: give one of them"
         )
-    rank, num_ranks = ranks_of(args)
+    rank, num_ranks = rank_of(args.rank, args.num_ranks)
     keys = named_images(args.json_path) if args.json_path else None
     keys = listed_images(args.list_path) if args.list_path else keys
     encode_images(

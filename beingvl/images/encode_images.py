@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -25,20 +24,11 @@ from tqdm import tqdm
 
 from beingvl.artefact.files import write_atomically
 from beingvl.artefact.hashes import hash_bytes
-from beingvl.artefact.manifest import (
-    Manifest,
-    already_made,
-    is_complete,
-    read_manifest,
-    start_folder,
-)
-from beingvl.artefact.parts import (
-    OvertakenError,
-    Parts,
-    locked,
-    refuse_overwrite_of_many,
-    remove_parts,
-)
+from beingvl.artefact.manifest import Manifest, is_complete, read_manifest
+from beingvl.artefact.parts import Parts
+from beingvl.artefact.ranks import RankOf
+from beingvl.artefact.request import Request
+from beingvl.artefact.work import Work, run_in_parts
 from beingvl.errors import InputError
 from beingvl.images import vq_codes
 from beingvl.images.image_source import ImageSource, open_images
@@ -50,6 +40,8 @@ from beingvl.images.vqgan import (
     to_pixels,
     usable_device,
 )
+
+PART_FILES = ("codes", "keys", "rejected", "hashes", "stamps")
 
 
 def encode_images(
@@ -83,47 +75,32 @@ def encode_images(
     Returns the manifest, or None when other ranks have not finished their parts yet. Raises
     InputError for what is wrong with the inputs, and OSError when the disk fails.
     """
-    sizes = {"batch_size": batch_size, "images_per_part": images_per_part}
-    for name, size in sizes.items():
-        if size < 1:
-            raise InputError(f"--{name} is {size}, expected at least 1")
-    for name, value in {"num_workers": num_workers, "max_rejected": max_rejected}.items():
-        if not value >= 0:  # nor NaN
-            raise InputError(f"--{name} is {value}, expected at least 0")
-    output = Path(output_path)
-    refuse_overwrite_of_many(overwrite, num_ranks, output)
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("images_per_part", images_per_part, 1),
+        ("num_workers", num_workers, 0),
+        ("max_rejected", max_rejected, 0),
+    ):
+        if not value >= least:  # nor NaN
+            raise InputError(f"--{name} is {value}, expected at least {least}")
     device, dtype = _device_and_dtype(device, dtype)
     paths = [image_path] if isinstance(image_path, Path | str) else image_path
     images = open_images([Path(path) for path in paths])
-    keys = images.keys() if keys is None else sorted(set(keys))
-    if not keys:
+    chosen = images.keys() if keys is None else sorted(set(keys))
+    if not chosen:
         raise InputError("no image is asked for: there is nothing to encode")
-    vqgan = VQGAN.load(vq_path, device, getattr(torch, dtype))
-    request = {"vqgan": vqgan.fingerprint(), "dtype": dtype}
-    split = {"image names": hash_bytes("\n".join(keys).encode("utf-8", "surrogatepass")), **sizes}
-    work = EncodeImages(images, keys, vqgan, output, sizes, num_workers, max_rejected)
-    with locked(output):
-        if overwrite:
-            start_folder(output, "vq_codes")
-            remove_parts(output)
-        is_finished = is_complete(output)
-        if is_finished:
-            remove_parts(output)
-        else:
-            parts = Parts(output, {**request, **split})
-            mine = [n for n in parts.missing(work.num_parts) if n % num_ranks == rank]
-    if is_finished:  # without the lock: ranks look at all images side by side
-        already_made(output, "vq_codes", {**request, "images": hash_now(output, images, keys)})
-        return read_manifest(output)
-    with suppress(OvertakenError):
-        for number in mine:
-            with parts.writing(number) as folder:
-                work.write_part(folder, number)
-    with locked(output):
-        if parts.are_to_be_joined(work.num_parts, is_complete(output), rank, num_ranks):
-            join_codes(parts, work, request)
-            parts.remove()
-    return read_manifest(output) if is_complete(output) else None
+    work = EncodeImages(
+        images,
+        chosen,
+        VQGAN.load(vq_path, device, getattr(torch, dtype)),
+        Path(output_path),
+        batch_size,
+        images_per_part,
+        num_workers,
+        max_rejected,
+    )
+    run_in_parts(work, RankOf(rank, num_ranks), overwrite=overwrite, name="encode images")
+    return read_manifest(work.output) if is_complete(work.output) else None
 
 
 def _device_and_dtype(device: str, dtype: str) -> tuple[str, str]:
@@ -136,126 +113,131 @@ def _device_and_dtype(device: str, dtype: str) -> tuple[str, str]:
     return device, dtype
 
 
-def hash_now(output: Path, images: ImageSource, keys: list[str]) -> str:
-    """One hash of the images' names and content; images whose names, sizes and times are those
-    of the finished output are not read again.
-    """
-    details = read_manifest(output, "vq_codes").details
-    progress = tqdm(keys, desc="compare images", unit="image", disable=None, leave=False)
-    stamps = hash_bytes("".join(stamp_line(key, images.stamp(key)) for key in progress).encode())
-    if details.get("image_stamps") == stamps:
-        return details["request"]["images"]
-    lines = []
-    for key in tqdm(keys, desc="hash images", unit="image", disable=None, leave=False):
-        try:
-            lines.append(hash_line(key, images.read(key)))
-        except InputError:  # missing or unreadable: part of what the images are
-            lines.append(hash_line(key, None))
-    return hash_bytes("".join(lines).encode())
-
-
 # ---- the work ----
 
 
-class EncodeImages:
-    """Encoding as work in parts; a part is the files codes, keys, rejected, hashes and stamps."""
+@dataclass
+class EncodeImages(Work):
+    """A part is `images_per_part` images in the files `PART_FILES`, the last two with a line for
+    every image, read or not.
+    """
 
-    def __init__(
-        self,
-        images: ImageSource,
-        keys: list[str],
-        vqgan: VQGAN,
-        output: Path,
-        sizes: dict[str, int],
-        num_workers: int,
-        max_rejected: float,
-    ) -> None:
-        self.images, self.keys, self.vqgan, self.output = images, keys, vqgan, output
-        self.batch_size, self.images_per_part = sizes["batch_size"], sizes["images_per_part"]
-        self.num_workers, self.max_rejected = num_workers, max_rejected
-        self.num_parts = -(-len(keys) // self.images_per_part)
-        self._rejected: list[str] = []  # lines of all parts that this process has made
+    images: ImageSource
+    keys: list[str]
+    vqgan: VQGAN
+    output: Path
+    batch_size: int
+    images_per_part: int
+    num_workers: int
+    max_rejected: float
+    kind = "vq_codes"
+    unit = "image"
+    rejected: list[str] = field(default_factory=list)  # lines of all parts made by this process
 
-    def write_part(self, folder: Path, number: int) -> None:
-        """Raises InputError as soon as too many of all images were rejected by this process."""
+    @property
+    def num_parts(self) -> int:
+        return -(-len(self.keys) // self.images_per_part)
+
+    def keys_of_part(self, number: int) -> list[str]:
         first = number * self.images_per_part
-        keys = self.keys[first : first + self.images_per_part]
-        batches = [
-            keys[start : start + self.batch_size] for start in range(0, len(keys), self.batch_size)
-        ]
-        files = {
-            name: open(folder / name, "wb")
-            for name in ("codes", "keys", "rejected", "hashes", "stamps")
-        }
+        return self.keys[first : first + self.images_per_part]
+
+    def size_of_part(self, number: int) -> int:
+        return len(self.keys_of_part(number))
+
+    def request_of_parts(self) -> Request:
+        """A batch's size may change the last bit on a GPU."""
+        names = hash_bytes("\n".join(self.keys).encode("utf-8", "surrogatepass"))
+        sizes = {"images_per_part": self.images_per_part, "batch_size": self.batch_size}
+        return Request(**self._encoder(), **{"image names": names}, **sizes)
+
+    def request(self) -> Request:
+        return Request(**self._encoder(), images=self._hash_images())
+
+    def _encoder(self) -> dict[str, str]:
+        return {"vqgan": self.vqgan.fingerprint(), "dtype": self.vqgan.dtype}
+
+    def _hash_images(self) -> str:
+        """One hash of the images' names and content; images whose names, sizes and times are
+        those of the finished output are not read again.
+        """
+        details = read_manifest(self.output, self.kind).details
+        progress = tqdm(self.keys, desc="compare images", unit="image", disable=None, leave=False)
+        stamps = "".join(stamp_line(key, self.images.stamp(key)) for key in progress)
+        if details.get("image_stamps") == hash_bytes(stamps.encode()):
+            return details["request"]["images"]
+        lines = []
+        for key in tqdm(self.keys, desc="hash images", unit="image", disable=None, leave=False):
+            try:
+                lines.append(hash_line(key, self.images.read(key)))
+            except InputError:  # missing or unreadable: part of what the images are
+                lines.append(hash_line(key, None))
+        return hash_bytes("".join(lines).encode())
+
+    def write_part(self, number: int, folder: Path, advance: Callable[[int], object]) -> None:
+        """Raises InputError as soon as this process has rejected too many of all images."""
+        keys, size = self.keys_of_part(number), self.batch_size
+        batches = [keys[start : start + size] for start in range(0, len(keys), size)]
         counts = {"images": 0, "rejected": 0}
-        progress = tqdm(total=len(keys), desc=f"part {number}", unit="image", disable=None)
-        for batch in read_batches(self.images, batches, self.vqgan, self.num_workers):
-            rejected = [rejected_line(key, reason) for key, reason in batch.rejected]
-            if batch.keys:
-                files["codes"].write(self.vqgan.encode(batch.pixels).astype("<u2").tobytes())
-            for name, lines in {
-                "keys": map(key_line, batch.keys),
-                "rejected": rejected,
-                "hashes": batch.hashes,
-                "stamps": batch.stamps,
-            }.items():
-                files[name].write("".join(lines).encode())
-            counts["images"] += len(batch.keys)
-            counts["rejected"] += len(rejected)
-            self._refuse_many_rejected(rejected)
-            progress.update(len(batch.hashes))
-        progress.close()
-        for file in files.values():
-            file.close()
+        with ExitStack() as stack:
+            files = {n: stack.enter_context(open(folder / n, "wb")) for n in PART_FILES}
+            for batch in read_batches(self.images, batches, self.vqgan, self.num_workers):
+                rejected = [rejected_line(key, reason) for key, reason in batch.rejected]
+                if batch.keys:
+                    codes = self.vqgan.encode(batch.pixels)
+                    files["codes"].write(codes.astype("<u2").tobytes())
+                files["keys"].write("".join(map(key_line, batch.keys)).encode())
+                files["rejected"].write("".join(rejected).encode())
+                files["hashes"].write("".join(batch.hashes).encode())
+                files["stamps"].write("".join(batch.stamps).encode())
+                counts["images"] += len(batch.keys)
+                counts["rejected"] += len(rejected)
+                self.rejected += rejected
+                if rejected and len(self.rejected) > self.max_rejected * len(self.keys):
+                    write_atomically(self.output / REJECTED_FILE, "".join(self.rejected))
+                    raise self._too_many(len(self.rejected), self.rejected[-1])
+                advance(len(batch.hashes))
         (folder / "counts.json").write_text(json.dumps(counts))
 
-    def _refuse_many_rejected(self, lines: list[str]) -> None:
-        self._rejected += lines
-        if lines and len(self._rejected) > self.max_rejected * len(self.keys):
-            write_atomically(self.output / REJECTED_FILE, "".join(self._rejected))
-            self.refuse_rejected(len(self._rejected), self._rejected[-1])
-
-    def refuse_rejected(self, num_rejected: int, last_line: str) -> None:
-        """Raises InputError when more images were rejected than --max_rejected allows."""
-        if num_rejected > self.max_rejected * len(self.keys):
-            raise InputError(
-                f"{num_rejected} of {len(self.keys)} images rejected so far, --max_rejected is "
-                f"{self.max_rejected:g}; the last: {json.loads(last_line)['reason']}; all are in "
-                f"{self.output / REJECTED_FILE}; images that are repaired now are read again with "
-                "--overwrite"
-            )
-
-
-def join_codes(parts: Parts, work: EncodeImages, request: dict[str, Any]) -> None:
-    """All parts to one folder. Raises InputError when too many images were rejected, or all."""
-    output, vqgan = work.output, work.vqgan
-
-    def join(name: str, target: Path, head: bytes = b"") -> str:
-        return parts.join(work.num_parts, name, target, head)
-
-    found = parts.read_json(work.num_parts, "counts.json")
-    rows, rejected = (sum(part[name] for part in found) for name in ("images", "rejected"))
-    hashes = {REJECTED_FILE: join("rejected", output / REJECTED_FILE)}
-    if not rows:
-        raise InputError(
-            f"none of the {len(work.keys)} images could be read; the reasons are in "
-            f"{output / REJECTED_FILE}; repaired images are read again with --overwrite"
+    def _too_many(self, num_rejected: int, last_line: str) -> InputError:
+        return InputError(
+            f"{num_rejected} of {len(self.keys)} images rejected so far, --max_rejected is "
+            f"{self.max_rejected:g}; the last: {json.loads(last_line)['reason']}; all are in "
+            f"{self.output / REJECTED_FILE}; images that are repaired now are read again with "
+            "--overwrite"
         )
-    if rejected:
-        lines = (output / REJECTED_FILE).read_text(encoding="utf-8").split("\n")
-        work.refuse_rejected(rejected, lines[-2])
-    header = vq_codes.codes_header(rows, vqgan.grid)
-    hashes[vq_codes.CODES_FILE] = join("codes", output / vq_codes.CODES_FILE, header)
-    hashes[vq_codes.KEYS_FILE] = join("keys", output / vq_codes.KEYS_FILE)
-    details = {
-        "num_codes": vqgan.num_codes,
-        "grid": list(vqgan.grid),
-        "image_stamps": join("stamps", parts.folder / "stamps"),
-        "request": {**request, "images": join("hashes", parts.folder / "hashes")},
-    }
-    counts = {"images": rows, "rejected": rejected}
-    vq_codes.finish_codes(output, counts, {"vqgan": vqgan.fingerprint()}, details, hashes)
-    print(f"{output}: codes of {rows} images, {rejected} rejected")
+
+    def join(self, parts: Parts) -> None:
+        """Raises InputError when too many images were rejected, or all."""
+
+        def join(name: str, target: Path, head: bytes = b"") -> str:
+            return parts.join(self.num_parts, name, target, head)
+
+        output = self.output
+        found = parts.read_json(self.num_parts, "counts.json")
+        counts = {name: sum(part[name] for part in found) for name in ("images", "rejected")}
+        hashes = {REJECTED_FILE: join("rejected", output / REJECTED_FILE)}
+        if not counts["images"]:
+            raise InputError(
+                f"none of the {len(self.keys)} images could be read; the reasons are in "
+                f"{output / REJECTED_FILE}; repaired images are read again with --overwrite"
+            )
+        if counts["rejected"] > self.max_rejected * len(self.keys):
+            lines = (output / REJECTED_FILE).read_text(encoding="utf-8").split("\n")
+            raise self._too_many(counts["rejected"], lines[-2])
+        header = vq_codes.codes_header(counts["images"], self.vqgan.grid)
+        hashes[vq_codes.CODES_FILE] = join("codes", output / vq_codes.CODES_FILE, header)
+        hashes[vq_codes.KEYS_FILE] = join("keys", output / vq_codes.KEYS_FILE)
+        images = join("hashes", parts.folder / "hashes")
+        details = {
+            "num_codes": self.vqgan.num_codes,
+            "grid": list(self.vqgan.grid),
+            "image_stamps": join("stamps", parts.folder / "stamps"),
+            "request": Request(**self._encoder(), images=images),
+        }
+        lineage = {"vqgan": self.vqgan.fingerprint()}
+        vq_codes.finish_codes(output, counts, lineage, details, hashes)
+        print(f"{output}: codes of {counts['images']} images, {counts['rejected']} rejected")
 
 
 # ---- reading ----

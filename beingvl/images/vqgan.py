@@ -176,6 +176,11 @@ class VQGAN:
         return self._fingerprint
 
     @property
+    def dtype(self) -> str:
+        """Of the encoder, such as "bfloat16"."""
+        return str(self._dtype).removeprefix("torch.")
+
+    @property
     def num_codes(self) -> int:
         return self.model.config.num_embeddings
 
