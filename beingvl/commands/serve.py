@@ -2,8 +2,7 @@
 picture's tokens.
 
     pip install '.[serve]'
-    beingvl serve --model stage-3/final --vbpe_path vbpe.json         then open
-        http://127.0.0.1:7860
+    beingvl serve --model stage-3/final --vbpe_path vbpe.json     then open http://127.0.0.1:7860
 
 For one person at this machine: it listens on the loopback address, answers one question at a time,
 and asks nothing of any other machine; its pages tell the browser to do the same. Uploads lie in a
@@ -20,29 +19,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="Being-VL model folder, e.g. stage-3/final")
     add("--vbpe_path", type=Path, help="vbpe.json; default: the one inside the model folder")
-    add(
-        "--raw",
-        action="store_true",
-        help="plain VQ codes without vBPE, for a model trained on them",
-    )
-    add(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on; any other than this machine's own lets others use the model",
-    )
+    raw = "plain VQ codes without vBPE, for a model trained on them"
+    add("--raw", action="store_true", help=raw)
+    host = "address to listen on; any other than this machine's own lets others use the model"
+    add("--host", default="127.0.0.1", help=host)
     add("--port", type=int, default=7860, help="port to listen on; 0 takes a free one")
     add("--max_upload_megabytes", type=int, default=20, help="largest picture file, in MB")
     add("--max_new_tokens", type=int, default=128, help="longest answer, in tokens")
-    add(
-        "--torch_dtype",
-        default="float32",
-        choices=["float32", "bfloat16", "float16"],
-        help="of the language model",
-    )
+    dtypes = ["float32", "bfloat16", "float16"]
+    add("--torch_dtype", default="float32", choices=dtypes, help="of the language model")
     add("--device", help="torch device; default: the accelerator, if there is one")
 
 
 def run(args: argparse.Namespace) -> None:
-    from beingvl.inference.serve import run as step
+    # torch is imported here, so that --help is instant.
+    from beingvl.inference.serve import serve
 
-    step(args)
+    serve(
+        args.model,
+        vbpe_path=args.vbpe_path,
+        raw=args.raw,
+        host=args.host,
+        port=args.port,
+        max_upload_megabytes=args.max_upload_megabytes,
+        max_new_tokens=args.max_new_tokens,
+        torch_dtype=args.torch_dtype,
+        device=args.device,
+    )

@@ -48,8 +48,7 @@ from beingvl.report.page import page
 from beingvl.report.pictures import contact_sheet, to_png, training_curves
 from beingvl.report.run_pieces import Example, Run, Stage
 from beingvl.report.train import read_stage
-from beingvl.report.vbpe import owners
-from beingvl.vbpe.visual_bpe import VisualBPE
+from beingvl.vbpe.visual_bpe import VisualBPE, owners
 
 STAGES = ("stage-1", "stage-2", "stage-3")
 NUM_EXAMPLES = 10

@@ -30,7 +30,7 @@ from beingvl.errors import InputError
 from beingvl.images.vqgan import VQGAN
 from beingvl.vbpe.reference import Cell
 from beingvl.vbpe.train_vbpe import open_codes, sample_images
-from beingvl.vbpe.visual_bpe import VisualBPE
+from beingvl.vbpe.visual_bpe import VisualBPE, owners
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; --paper: #fff }
@@ -141,18 +141,6 @@ def tokens_by_merges(sample: Sample) -> np.ndarray:
     return (sample.grids.size - np.concatenate([[0], np.cumsum(sample.applied)])) / len(
         sample.grids
     )
-
-
-def owners(vbpe: VisualBPE, ids: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Position in the stream of the token that covers each cell, int [height, width]."""
-    owner = np.full((height, width), -1)
-    cell = 0
-    for position, image_id in enumerate(ids.tolist()):
-        while owner.flat[cell] >= 0:
-            cell += 1
-        dy, dx, _ = vbpe.cells(image_id)
-        owner[cell // width + dy, cell % width + dx] = position
-    return owner
 
 
 def count_shapes(vbpe: VisualBPE) -> Counter[tuple[Cell, ...]]:

@@ -348,3 +348,15 @@ def _build_tables(num_codes: int, merges: np.ndarray, source: str) -> Any:
 
 
 AnyVBPE = VisualBPE | LegacyVisualBPE
+
+
+def owners(vbpe: VisualBPE, ids: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Position in the stream of the token that covers each cell, int `[height, width]`."""
+    owner = np.full((height, width), -1)
+    cell = 0
+    for position, image_id in enumerate(ids.tolist()):
+        while owner.flat[cell] >= 0:
+            cell += 1
+        dy, dx, _ = vbpe.cells(image_id)
+        owner[cell // width + dy, cell % width + dx] = position
+    return owner

@@ -12,8 +12,10 @@ from playwright.sync_api import Page, sync_playwright
 
 REMEMBER = """() => {
     window.seen = new Set()
-    const look = () => document.querySelectorAll("#chat .bot.message").forEach(m => window.seen.add(m.innerText.trim()))
-    new MutationObserver(look).observe(document.querySelector("#chat"), {subtree: true, childList: true, characterData: true})
+    const look = () => document.querySelectorAll("#chat .bot.message").forEach(
+        message => window.seen.add(message.innerText.trim()))
+    const all = {subtree: true, childList: true, characterData: true}
+    new MutationObserver(look).observe(document.querySelector("#chat"), all)
 }"""
 
 

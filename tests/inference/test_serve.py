@@ -24,8 +24,9 @@ import pytest
 from beingvl.commands.main import main
 from beingvl.errors import InputError
 from beingvl.images.vqgan_pictures import BORDER, with_borders
+from beingvl.inference.conversations import Conversations, pieces_of, shown
 from beingvl.inference.model import BeingVL
-from beingvl.inference.serve import Conversations, listen, pieces_of, shown, temporary_folder
+from beingvl.inference.serve import listen, temporary_folder
 from beingvl.vbpe.published import LegacyVisualBPE
 from tests.inference.small_run import write_images
 
