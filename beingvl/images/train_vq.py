@@ -1,27 +1,21 @@
 """Train a small VQ-GAN on a folder of images, so that trying beingvl needs no download.
 
-  1. load_pixels       all images below IMAGE_PATH, preprocessed, in memory
-      pixels [N, 3, H, W]
-  2. train_steps       an auto-encoder without quantisation
-      latents on the unit sphere
-  3. cluster           spherical k-means of its latents
-      [num_codes, embed_dim]
-  4. train_steps       with quantisation, starting from that code book
-  5. measure           PSNR and codes used on held-out images, a picture of reconstructions
+    load_pixels      all images, preprocessed, in memory              pixels [N, 3, H, W]
+    train_steps      an auto-encoder without quantisation             latents on the unit sphere
+    cluster          spherical k-means of its latents                 [num_codes, embed_dim]
+    train_steps      with quantisation, starting from that code book
+    measure          PSNR and codes used on held-out images, a picture of reconstructions
 
-Steps 2 and 3 matter: a code book started at random collapses to a few codes. Latents and code
+The middle steps matter: a code book started at random collapses to a few codes. Latents and code
 vectors have length 1 because transformers' JanusVQVAE normalises code vectors when it decodes, so
 the folder works there unchanged.
-
-This is for small images and demonstrations (reconstruction loss only). For photographs bring a
-published VQ-GAN.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
-from beingvl.artefact.manifest import already_made
+from beingvl.artefact.manifest import Manifest, already_made, read_manifest
 from beingvl.errors import InputError
 from beingvl.images.vq_codes import find_images, hash_images
 from beingvl.images.vqgan import (
@@ -42,44 +36,124 @@ from beingvl.images.vqgan import (
     usable_device,
 )
 
+# Weight of pulling latents to their code vector, against pulling the code vector to its latents
+# (van den Oord et al. 2017).
 COMMITMENT = 0.25
-"""Weight of pulling latents to their code vector, against pulling the code vector to its latents
-(van den Oord et al. 2017).
-"""
 WARMUP_STEPS = 20
 CLUSTER_IMAGES, CLUSTER_ROUNDS = 512, 20
 PICTURE_FILE, PICTURE_IMAGES = "reconstructions.png", 16
-REQUEST_FIELDS = (
-    *("image_size", "grid", "num_codes", "embed_dim", "base_channels", "num_res_blocks"),
-    *("steps", "batch_size", "learning_rate", "max_images", "seed"),
-)
 
 
-def run(args: argparse.Namespace) -> None:
-    check_arguments(args)
-    usable_device(args.device)
-    folders = [args.image_path] + ([args.validation_path] if args.validation_path else [])
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the VQ-GAN beside the images. Raises InputError for sizes that do not fit."""
+
+    image_size: int
+    grid: int
+    num_codes: int
+    embed_dim: int
+    base_channels: int
+    num_res_blocks: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    max_images: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        factor = self.image_size / max(self.grid, 1)
+        if self.grid < 1 or factor < 1 or not math.log2(factor).is_integer():
+            raise InputError(
+                f"--image_size {self.image_size} --grid {self.grid}: expected image_size / grid to "
+                "be a power of two"
+            )
+        if self.base_channels < 32 or self.base_channels % 32:
+            raise InputError(
+                f"--base_channels is {self.base_channels}, expected a multiple of 32 (group "
+                "normalisation)"
+            )
+        if not 2 <= self.num_codes <= MAX_CODES:
+            raise InputError(f"--num_codes is {self.num_codes}, expected 2 … {MAX_CODES}")
+        for name, least in (
+            ("embed_dim", 2),
+            ("num_res_blocks", 0),
+            ("steps", 2),
+            ("batch_size", 1),
+            ("max_images", 2),
+        ):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} is {getattr(self, name)}, expected at least {least}")
+
+
+def train_vq(
+    image_path: Path | str,
+    output_path: Path | str,
+    *,
+    validation_path: Path | str | None = None,
+    image_size: int = 16,
+    grid: int = 8,
+    num_codes: int = 64,
+    embed_dim: int = 4,
+    base_channels: int = 64,
+    num_res_blocks: int = 0,
+    steps: int = 600,
+    batch_size: int = 16,
+    learning_rate: float = 5e-3,
+    max_images: int = 20_000,
+    seed: int = 0,
+    num_threads: int = 0,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> Manifest:
+    """Write a VQ-GAN folder trained on the images below `image_path`; a finished one of the same
+    request is reused.
+
+    Args:
+        validation_path: held-out images; without it one in ten of `image_path`.
+        grid: side in codes; image_size / grid is a power of two.
+        steps: optimizer steps, half of them before there are codes.
+        max_images: use at most so many images, drawn with the seed.
+        num_threads: CPU threads; 0 is torch's choice.
+
+    Raises InputError for sizes that do not fit together, an unreadable image or too few of them.
+    """
+    recipe = Recipe(
+        image_size,
+        grid,
+        num_codes,
+        embed_dim,
+        base_channels,
+        num_res_blocks,
+        steps,
+        batch_size,
+        learning_rate,
+        max_images,
+        seed,
+    )
+    usable_device(device)
+    output, folders = Path(output_path), [Path(image_path)]
+    if validation_path:
+        folders.append(Path(validation_path))
     images = {
         str(number): hash_images(folder, find_images(folder))
         for number, folder in enumerate(folders)
     }
-    request = {**{name: getattr(args, name) for name in REQUEST_FIELDS}, "images": images}
-    if already_made(args.output_path, "vqgan", request, args.overwrite):
-        return
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    processor = make_processor(args.image_size)
-    pixels, held_out = load_pixels(args, processor)
-    generator = torch.Generator().manual_seed(args.seed)
-    model = build_model(args).to(args.device)
-    train_steps(model, pixels, args, generator, with_codes=False)
-    model.quantize.embedding.weight.data.copy_(
-        cluster(some_latents(model, pixels, generator), args.num_codes, generator)
-    )
-    train_steps(model, pixels, args, generator, with_codes=True)
-    model.quantize.embedding.weight.data.copy_(unit_codebook(model))
+    request = {**asdict(recipe), "images": images}
+    if already_made(output, "vqgan", request, overwrite):
+        return read_manifest(output)
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    processor = make_processor(image_size)
+    pixels, held_out = load_pixels(folders, recipe, processor)
+    generator = torch.Generator().manual_seed(seed)
+    model = build_model(recipe).to(device)
+    codebook = model.quantize.embedding.weight.data
+    train_steps(model, pixels, recipe, generator, with_codes=False)
+    codebook.copy_(cluster(some_latents(model, pixels, generator), num_codes, generator))
+    train_steps(model, pixels, recipe, generator, with_codes=True)
+    codebook.copy_(unit_codebook(model))
 
-    vqgan = VQGAN(model, processor, args.device, source=str(args.output_path))
+    vqgan = VQGAN(model, processor, device, source=str(output))
     psnr, num_used = measure(vqgan, held_out)
     counts = {
         "images": len(pixels),
@@ -87,79 +161,53 @@ def run(args: argparse.Namespace) -> None:
         "held_out_codes_used": num_used,
     }
     details = {"held_out_psnr_decibels": round(psnr, 2), "request": request}
-    vqgan.save(args.output_path, counts, details, {PICTURE_FILE: picture(vqgan, held_out)})
-    found = (
-        f"{psnr:.1f} dB PSNR, {num_used} of {args.num_codes} codes used on "
-        f"{len(held_out)} held-out images"
+    manifest = vqgan.save(output, counts, details, {PICTURE_FILE: picture(vqgan, held_out)})
+    print(
+        f"{output}: {psnr:.1f} dB PSNR, {num_used} of {num_codes} codes used on {len(held_out)} "
+        f"held-out images; see {output / PICTURE_FILE}"
     )
-    print(f"{args.output_path}: {found}; see {args.output_path / PICTURE_FILE}")
+    return manifest
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    factor = args.image_size / max(args.grid, 1)
-    if args.grid < 1 or factor < 1 or not math.log2(factor).is_integer():
-        raise InputError(
-            f"--image_size {args.image_size} --grid {args.grid}: expected image_size / "
-            "grid to be a power of two"
-        )
-    if args.base_channels < 32 or args.base_channels % 32:
-        raise InputError(
-            f"--base_channels is {args.base_channels}, expected a multiple of 32 (group "
-            "normalisation)"
-        )
-    if not 2 <= args.num_codes <= MAX_CODES:
-        raise InputError(f"--num_codes is {args.num_codes}, expected 2 … {MAX_CODES}")
-    for name, least in (
-        ("embed_dim", 2),
-        ("num_res_blocks", 0),
-        ("steps", 2),
-        ("batch_size", 1),
-        ("max_images", 2),
-    ):
-        if getattr(args, name) < least:
-            raise InputError(f"--{name} is {getattr(args, name)}, expected at least {least}")
-
-
-def load_pixels(args: argparse.Namespace, processor: object) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training and held-out pixels `[N, 3, H, W]` float32. Raises InputError for an unreadable
-    image or too few of them.
-    """
+def load_pixels(
+    folders: list[Path], recipe: Recipe, processor: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Training and held-out pixels `[N, 3, H, W]` float32."""
 
     def load(folder: Path, keys: list[str]) -> torch.Tensor:
         progress = tqdm(keys, desc=f"read {folder.name}", unit="image", disable=None)
         return torch.stack([to_pixels(processor, read_image(folder / key)) for key in progress])
 
-    keys = find_images(args.image_path)
-    order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(args.seed))[
-        : args.max_images
-    ].tolist()
-    if len(order) < 2:
-        raise InputError(f"{args.image_path} has one image, expected at least 2")
-    if args.validation_path:
-        held_out = load(args.validation_path, find_images(args.validation_path)[: args.max_images])
-        return load(args.image_path, [keys[n] for n in order]), held_out
-    num_held_out = max(1, len(order) // 10)
-    held_out = load(args.image_path, sorted(keys[n] for n in order[:num_held_out]))
-    return load(args.image_path, [keys[n] for n in order[num_held_out:]]), held_out
+    keys = find_images(folders[0])
+    generator = torch.Generator().manual_seed(recipe.seed)
+    drawn = torch.randperm(len(keys), generator=generator)[: recipe.max_images].tolist()
+    if len(drawn) < 2:
+        raise InputError(f"{folders[0]} has one image, expected at least 2")
+    if len(folders) == 2:
+        held_out = load(folders[1], find_images(folders[1])[: recipe.max_images])
+        return load(folders[0], [keys[n] for n in drawn]), held_out
+    num_held_out = max(1, len(drawn) // 10)
+    held_out = load(folders[0], sorted(keys[n] for n in drawn[:num_held_out]))
+    return load(folders[0], [keys[n] for n in drawn[num_held_out:]]), held_out
 
 
-def build_model(args: argparse.Namespace) -> JanusVQVAE:
+def build_model(recipe: Recipe) -> JanusVQVAE:
     """A JanusVQVAE of the asked-for sizes, its convolutions scaled to their fan-in.
 
     The class's own initialisation (0.02 everywhere, made for its published sizes) learns slowly at
     these.
     """
-    num_resolutions = int(math.log2(args.image_size // args.grid)) + 1
+    num_resolutions = int(math.log2(recipe.image_size // recipe.grid)) + 1
     config = JanusVQVAEConfig(
-        embed_dim=args.embed_dim,
-        num_embeddings=args.num_codes,
+        embed_dim=recipe.embed_dim,
+        num_embeddings=recipe.num_codes,
         latent_channels=32,
-        base_channels=args.base_channels,
+        base_channels=recipe.base_channels,
         channel_multiplier=[1] * num_resolutions,
-        num_res_blocks=args.num_res_blocks,
-        num_patches=args.grid,
+        num_res_blocks=recipe.num_res_blocks,
+        num_patches=recipe.grid,
     )
-    torch.manual_seed(args.seed)
+    torch.manual_seed(recipe.seed)
     model = JanusVQVAE(config)
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):
@@ -170,7 +218,7 @@ def build_model(args: argparse.Namespace) -> JanusVQVAE:
 def train_steps(
     model: JanusVQVAE,
     pixels: torch.Tensor,
-    args: argparse.Namespace,
+    recipe: Recipe,
     generator: torch.Generator,
     with_codes: bool,
 ) -> None:
@@ -178,38 +226,30 @@ def train_steps(
     changed in place.
     """
     model.train()
+    device = model.quantize.embedding.weight.device
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
-    num_steps = args.steps // 2
-    progress = tqdm(
-        range(num_steps),
-        desc="with codes" if with_codes else "auto-encoder",
-        unit="step",
-        disable=None,
-    )
+    num_steps = recipe.steps // 2
+    name = "with codes" if with_codes else "auto-encoder"
+    progress = tqdm(range(num_steps), desc=name, unit="step", disable=None)
     for step in progress:
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * learning_rate_factor(step, num_steps)
-        batch = pixels[torch.randint(len(pixels), (args.batch_size,), generator=generator)]
-        batch = batch.to(args.device)
-        hidden, quantisation_loss = (
-            encode_latents(model, batch),
-            torch.zeros((), device=args.device),
-        )
+            group["lr"] = recipe.learning_rate * learning_rate_factor(step, num_steps)
+        chosen = torch.randint(len(pixels), (recipe.batch_size,), generator=generator)
+        batch = pixels[chosen].to(device)
+        hidden, quantisation_loss = encode_latents(model, batch), torch.zeros((), device=device)
         if with_codes:
             hidden, quantisation_loss = quantise(model, hidden)
-        reconstruction_loss = torch.nn.functional.mse_loss(
-            model.decoder(model.post_quant_conv(hidden)), batch
-        )
+        decoded = model.decoder(model.post_quant_conv(hidden))
+        reconstruction_loss = torch.nn.functional.mse_loss(decoded, batch)
         (reconstruction_loss + quantisation_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 10 == 0:
-            progress.set_postfix(
-                psnr=f"{-10 * math.log10(reconstruction_loss.item() / 4 + 1e-10):.1f} dB"
-            )
+            psnr = -10 * math.log10(reconstruction_loss.item() / 4 + 1e-10)
+            progress.set_postfix(psnr=f"{psnr:.1f} dB")
 
 
 def learning_rate_factor(step: int, num_steps: int) -> float:
@@ -289,14 +329,12 @@ def measure(vqgan: VQGAN, pixels: torch.Tensor) -> tuple[float, int]:
 def picture(vqgan: VQGAN, pixels: torch.Tensor) -> bytes:
     """A PNG: held-out images above, their reconstructions below."""
     shown = pixels[:: max(1, len(pixels) // PICTURE_IMAGES)][:PICTURE_IMAGES]
-    rows = [
-        np.concatenate(list(images), axis=1)
-        for images in (vqgan.to_uint8(shown), vqgan.decode(vqgan.encode(shown)))
-    ]
-    image = Image.fromarray(np.concatenate(rows))
-    scale = max(1, 64 // vqgan.image_size)
-    file = io.BytesIO()
-    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(
-        file, "PNG"
+    above, below = vqgan.to_uint8(shown), vqgan.decode(vqgan.encode(shown))
+    image = Image.fromarray(
+        np.concatenate([np.concatenate(list(above), 1), np.concatenate(list(below), 1)])
     )
+    scale = max(1, 64 // vqgan.image_size)
+    large = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    file = io.BytesIO()
+    large.save(file, "PNG")
     return file.getvalue()
