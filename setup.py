@@ -20,6 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["beingvl", "beingvl.*"]),
+    package_data={"beingvl.report": ["kit.html", "kit.css"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -34,6 +35,7 @@ setup(
         "pillow>=10",
         "tensorboard>=2.16",
         "matplotlib>=3.8",
+        "jinja2>=3.1",
         "tqdm>=4.66",
         "psutil>=5.9",
         "blake3>=1.0",

@@ -1,12 +1,11 @@
 """What shards hold, as one self-contained HTML page.
 
-    beingvl report data shards/… --output_path page.html [--deepspeed_config stage1.json] [--vq_path
-    vqgan/ --vbpe_path vbpe/]
+    beingvl report data shards/… [--deepspeed_config stage1.json] [--vq_path vqgan --vbpe_path vbpe]
 
-Counts, lengths, packing efficiency, the histogram of token kinds, which of the new rows never
-occur, and decoded examples; with a stage's JSON what its mixture draws; with a VQ-GAN that has a
-decoder, and the vBPE they were made with, the examples' images too. A folder that holds folders of
-shards, as `beingvl tokenize --format arrow` writes it, stands for all of them.
+Counts, lengths, packing efficiency, kinds of tokens, new rows that never occur, and examples. With
+a stage's JSON: what its mixture draws. With a VQ-GAN that has a decoder, and the shards' vBPE: the
+examples' images. A folder that holds folders of shards, as `beingvl tokenize --format arrow`
+writes it, stands for all of them.
 """
 
 from __future__ import annotations
@@ -38,14 +37,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sequence_length",
         type=int,
         default=4096,
-        help="tokens a sequence, for the packing efficiency without a stage",
+        help="tokens per sequence, for the packing efficiency without a stage",
     )
     parser.add_argument(
-        "--num_examples", type=int, default=6, help="examples a folder, of every source in turn"
+        "--num_examples", type=int, default=6, help="examples per folder, of every source in turn"
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    from beingvl.report.data import run as step
+    from beingvl.report.data import report_data  # here, so that --help is instant
 
-    step(args)
+    report_data(
+        args.shards,
+        output_path=args.output_path,
+        model_path=args.model_path,
+        vbpe_path=args.vbpe_path,
+        vq_path=args.vq_path,
+        deepspeed_config=args.deepspeed_config,
+        sequence_length=args.sequence_length,
+        num_examples=args.num_examples,
+    )

@@ -3,8 +3,7 @@
 Reads what is there of RUN_FOLDER (each piece may lie elsewhere, see the options)
 
     stage-N/          metrics, validation, plan; final/ for the hashes of what was frozen
-    eval/*/           every finished evaluation: accuracy after each stage, scores, text parity,
-                      answers
+    eval/*/           every finished evaluation: accuracy after each stage, scores, answers
     base/             the model that stage 1 started from
     shards*/          the data report
     vbpe/             the vBPE report, on the images of vq_codes/test/
@@ -12,12 +11,10 @@ Reads what is there of RUN_FOLDER (each piece may lie elsewhere, see the options
 
 and writes
 
-    summary.json         accuracy per question after each stage, chance, compression, scores,
-                         hashes, time, memory
-    contact_sheet.png    image, reconstruction, token borders, question, answer and truth of ten
-                         test images
-    training.png         loss of each stage, accuracy after it
     index.html           all of it, and what was not found, on one page
+    summary.json         accuracy, chance, compression, scores, hashes, time, memory
+    contact_sheet.png    ten test images with their token borders, question, answer and truth
+    training.png         loss of each stage, accuracy after it
     manifest.json        last
 
 The examples are answers of the last stage, spread evenly over the test questions; nothing is chosen
@@ -35,7 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("run_folder", type=Path, help="folder of the run")
     add("--stages_path", type=Path, help="folder with stage-N/ and eval/; default: RUN_FOLDER")
     add("--base_path", type=Path, help="model that stage 1 started from; default: RUN_FOLDER/base")
-    add("--data", nargs="+", type=Path, help="shard folders; default: RUN_FOLDER/shards*")
+    add(
+        "--data",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="shard folders; default: RUN_FOLDER/shards*",
+    )
     add("--vbpe_path", type=Path, help="vBPE; default: RUN_FOLDER/vbpe")
     add(
         "--vq_codes",
@@ -57,6 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from beingvl.report.run import run as step
+    from beingvl.report.run import report_run  # here, so that --help is instant
 
-    step(args)
+    report_run(
+        args.run_folder,
+        stages_path=args.stages_path,
+        base_path=args.base_path,
+        data=args.data,
+        vbpe_path=args.vbpe_path,
+        vq_codes=args.vq_codes,
+        image_path=args.image_path,
+        output_path=args.output_path,
+        wall_seconds=args.wall_seconds,
+        peak_memory_bytes=args.peak_memory_bytes,
+    )

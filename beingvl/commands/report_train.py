@@ -19,6 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from beingvl.report.train import run as step
+    from beingvl.report.train import report_train  # here, so that --help is instant
 
-    step(args)
+    report_train(args.stage_folder, output_path=args.output_path)

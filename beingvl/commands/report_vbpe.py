@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vq_codes",
         nargs="+",
         type=Path,
+        default=[],
         help="VQ codes (folder or .npy) to measure on; best not those it learnt from",
     )
     parser.add_argument(
@@ -40,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from beingvl.report.vbpe import run as step
+    from beingvl.report.vbpe import report_vbpe  # here, so that --help is instant
 
-    step(args)
+    report_vbpe(
+        args.vbpe,
+        codes=args.codes,
+        vq=args.vq,
+        max_images=args.max_images,
+        seed=args.seed,
+        output_path=args.output_path,
+    )

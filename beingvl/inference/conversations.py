@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from beingvl.images.pictures import with_borders
 from beingvl.images.vqgan import read_image
-from beingvl.images.vqgan_pictures import with_borders
 from beingvl.inference.model import BeingVL
 from beingvl.vbpe.visual_bpe import VisualBPE, owners
 

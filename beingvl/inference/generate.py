@@ -18,7 +18,7 @@ import torch
 
 from beingvl.artefact.files import write_atomically
 from beingvl.errors import InputError
-from beingvl.images.vqgan_pictures import to_png
+from beingvl.images.pictures import to_png
 from beingvl.inference.model import BeingVL
 
 

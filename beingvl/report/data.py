@@ -1,62 +1,33 @@
-"""What shards hold, as one self-contained HTML page.
+"""What shards hold.
 
-    beingvl report data shards/… --output_path page.html [--deepspeed_config stage1.json] [--vq_path
-    vqgan/ --vbpe_path vbpe/]
-
-Counts, lengths, packing efficiency, the histogram of token kinds, which of the new rows never
-occur, and decoded examples; with a stage's JSON what its mixture draws; with a VQ-GAN that has a
-decoder, and the vBPE they were made with, the examples' images too. A folder that holds folders of
-shards, as `beingvl tokenize --format arrow` writes it, stands for all of them.
+shard_folders    the folders behind a path
+folder_parts     counts, sources, mixture, lengths, kinds, unused rows, examples of one folder
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from beingvl.artefact.files import write_atomically
 from beingvl.artefact.manifest import is_complete, join_lineages, read_manifest
 from beingvl.data.arrow_shards import Sample, ShardReader
 from beingvl.data.conversation import open_tokenizer
-from beingvl.data.loader import TrainingData, open_mixture
 from beingvl.data.packing import PackingPlan
+from beingvl.data.stage_data import data_of
 from beingvl.errors import InputError
-from beingvl.images.vqgan_pictures import Pictures
+from beingvl.images.pictures import to_png
+from beingvl.images.vqgan import VQGAN
+from beingvl.report.kit import Parts, bars, facts, folded, image, page, sections, soft, table
+from beingvl.report.vbpe import load_decoder
+from beingvl.stage.stage_config import load_stage_config
+from beingvl.vbpe.published import LegacyVisualBPE
+from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import TOKEN_KINDS
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; --paper: #fff; --bar: #4c8eda }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --line: #3d444d; --paper: #0d1117 } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper) }
-body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2rem } p { color: var(--soft) }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
-.bar { background: var(--bar); height: .8rem; min-width: 1px }
-"""
-# not in STYLE, for pages that show these tables in a style of their own
-IMAGE_STYLE = "width: 8rem; image-rendering: pixelated"
-
-
-def run(args: argparse.Namespace) -> None:
-    for name in ("sequence_length", "num_examples"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} is {getattr(args, name)}, expected at least 1")
-    folders = [folder for path in args.shards for folder in shard_folders(path)]
-    body = "".join(folder_section(ShardReader(folder), args) for folder in folders)
-    head = (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Being-VL: "
-        f"data</title><style>{STYLE}</style></head>"
-    )
-    write_atomically(args.output_path, f"{head}<body><h1>Being-VL: data</h1>{body}</body></html>\n")
-    print(args.output_path)
-
 
 INSTEAD = {
     "jsonl": "build shards of its files with `beingvl build-shards` and give those",
@@ -65,6 +36,57 @@ INSTEAD = {
     "stage": "give the shards that it was trained on; `beingvl report train` shows a stage",
     "config": "give shards, and this file with --deepspeed_config",
 }
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What a section about shards is made with. `vqgan` has a decoder; merged images need `vbpe`
+    too. The tokenizer of `model_path` shows text. `stage` is a stage's JSON.
+    """
+
+    model_path: Path | None = None
+    vqgan: VQGAN | None = None
+    vbpe: VisualBPE | LegacyVisualBPE | None = None
+    stage: Path | None = None
+    sequence_length: int = 4096
+    num_examples: int = 6
+
+
+def report_data(
+    shards: Sequence[Path],
+    *,
+    output_path: Path = Path("data_report.html"),
+    model_path: Path | None = None,
+    vbpe_path: Path | None = None,
+    vq_path: Path | None = None,
+    deepspeed_config: Path | None = None,
+    sequence_length: int = 4096,
+    num_examples: int = 6,
+) -> Path:
+    """Write a page about shard folders, or folders of them; returns its path.
+
+    deepspeed_config: a stage's JSON, to show what its mixture draws. sequence_length: for the
+    packing without a stage. num_examples: of each folder. Raises InputError for what is not a
+    folder of shards, and for a VQ-GAN or vBPE that the shards were not made with.
+    """
+    for name, value in (("sequence_length", sequence_length), ("num_examples", num_examples)):
+        if value < 1:
+            raise InputError(f"--{name} is {value}, expected at least 1")
+    options = DataOptions(
+        model_path=model_path,
+        vqgan=load_decoder(vq_path) if vq_path else None,
+        vbpe=VisualBPE.load(vbpe_path) if vbpe_path else None,
+        stage=deepspeed_config,
+        sequence_length=sequence_length,
+        num_examples=num_examples,
+    )
+    folders = [folder for path in shards for folder in shard_folders(path)]
+    parts = {
+        str(folder): sections(folder_parts(ShardReader(folder), options)) for folder in folders
+    }
+    write_atomically(output_path, page("Being-VL: data", parts))
+    print(output_path)
+    return output_path
 
 
 def shard_folders(path: Path) -> list[Path]:
@@ -83,45 +105,47 @@ def shard_folders(path: Path) -> list[Path]:
         if inside:
             return inside
     if kind in INSTEAD:
-        raise InputError(f"{path} is no folder of shards; {INSTEAD[kind]}")
+        raise InputError(f"{path} is not a folder of shards; {INSTEAD[kind]}")
     return [path]
 
 
-def folder_section(shards: ShardReader, args: argparse.Namespace) -> str:
-    """Everything about one folder, as HTML."""
+def folder_parts(shards: ShardReader, options: DataOptions) -> Parts:
+    """Everything about one folder."""
     used = count_ids(shards)
     lengths = np.asarray(shards.lengths)
+    parts = {
+        "": folder_facts(shards, lengths, options),
+        "Sources": sources_table(shards),
+    }
+    if options.stage:
+        parts["Mixture"] = mixture_section(shards, options.stage)
+    return parts | {
+        "Lengths": histogram(lengths),
+        "Kinds of tokens": kinds_of_tokens(used, shards),
+        "New rows that never occur": coverage_table(used, shards),
+        "Examples": examples(shards, options),
+    }
+
+
+def folder_facts(shards: ShardReader, lengths: np.ndarray, options: DataOptions) -> Markup:
     counts = shards.manifest.counts
-    percentiles = ", ".join(f"{int(np.percentile(lengths, p))}" for p in (1, 25, 50, 75, 99))
-    facts = [("samples", f"{counts['samples']:,}"), ("tokens", f"{counts['tokens']:,}")]
-    facts += [
-        ("target tokens", f"{counts['target_tokens']:,}"),
-        ("longest sample", f"{counts['longest_sample_tokens']:,} tokens"),
-    ]
-    facts += [("lengths in tokens, percentiles 1, 25, 50, 75, 99", percentiles)]
-    if not args.deepspeed_config:  # else the mixture's section says it of the stage's own sequences
-        facts += [("packing", packing_fact(lengths, args.sequence_length))]
-    parts = [
-        f"<h2>{escape(str(shards.folder))}</h2>",
-        table([], facts),
-        "<h2>Sources</h2>",
-        sources_table(shards),
-    ]
-    if args.deepspeed_config:
-        parts += ["<h2>Mixture</h2>", mixture_section(shards, args.deepspeed_config)]
-    parts += [
-        "<h2>Lengths</h2>",
-        histogram(lengths),
-        "<h2>Kinds of tokens</h2>",
-        kinds_table(used, shards),
-    ]
-    parts += [
-        "<h2>New rows that never occur</h2>",
-        coverage_table(used, shards),
-        "<h2>Examples</h2>",
-        examples(shards, args),
-    ]
-    return "".join(parts)
+    percentiles = np.percentile(lengths, (1, 25, 50, 75, 99)).astype(int)
+    values = {
+        "samples": f"{counts['samples']:,}",
+        "tokens": f"{counts['tokens']:,}",
+        "target tokens": f"{counts['target_tokens']:,}",
+        "tokens in the longest sample": f"{counts['longest_sample_tokens']:,}",
+        "lengths in tokens, percentiles 1, 25, 50, 75, 99": ", ".join(map(str, percentiles)),
+    }
+    length = options.sequence_length
+    if options.stage:  # the mixture's section says it of the stage's own sequences
+        pass
+    elif lengths.max() > length:
+        values[f"samples longer than {length}"] = f"{(lengths > length).sum():,}"
+    else:
+        plan = PackingPlan(lambda start, stop: lengths[start:stop], len(lengths), length)
+        values[f"full: {plan.num_sequences:,} sequences of {length}"] = f"{plan.efficiency:.2%}"
+    return facts(values)
 
 
 def count_ids(shards: ShardReader) -> np.ndarray:
@@ -132,115 +156,63 @@ def count_ids(shards: ShardReader) -> np.ndarray:
     return total
 
 
-def packing_fact(lengths: np.ndarray, sequence_length: int) -> str:
-    if lengths.max() > sequence_length:
-        return f"{int((lengths > sequence_length).sum())} samples are longer than {sequence_length}"
-    plan = PackingPlan(lambda start, stop: lengths[start:stop], len(lengths), sequence_length)
-    return f"{plan.num_sequences:,} sequences of {sequence_length}, {plan.efficiency:.2%} full"
-
-
-def table(head: list[str], rows: list[Any]) -> str:
-    top = f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr>" if head else ""
-    return f"<table>{top}{''.join('<tr>' + ''.join(f'<td>{cell}</td>' for cell in row) + '</tr>' for row in rows)}</table>"
-
-
-def sources_table(shards: ShardReader) -> str:
+def sources_table(shards: ShardReader) -> Markup:
     counts = shards.manifest.counts
     rows = [
         (
-            escape(name),
-            f"{e['samples']:,}",
-            f"{e['samples'] / counts['samples']:.1%}",
-            f"{e['tokens'] / counts['tokens']:.1%}",
+            name,
+            f"{entry['samples']:,}",
+            f"{entry['samples'] / counts['samples']:.1%}",
+            f"{entry['tokens'] / counts['tokens']:.1%}",
         )
-        for name, e in shards.manifest.details["sources"].items()
+        for name, entry in shards.manifest.details["sources"].items()
     ]
     return table(["source", "samples", "share of samples", "share of tokens"], rows)
 
 
-def mixture_section(shards: ShardReader, config_path: Path) -> str:
+def mixture_section(shards: ShardReader, config_path: Path) -> Markup:
     """What the run of a stage draws, in as many optimizer steps as it takes, and how full its
-    sequences are.
-
-    Raises InputError when the file is no stage's JSON, or does not fit the shards.
+    sequences are. Raises InputError when the file is not a stage's JSON, or does not fit the
+    shards.
     """
-    try:
-        config = json.loads(config_path.read_text())
-        stage, per_step = config["beingvl"], int(config["train_batch_size"])
-        weights, epochs, length = (
-            dict(stage["mixture"]),
-            float(stage["epochs"]),
-            int(stage["sequence_length"]),
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        expected = "train_batch_size and beingvl's mixture, epochs and sequence_length"
-        raise InputError(
-            f"{config_path} is not a stage's JSON with {expected} ({error!r})"
-        ) from error
-    by = stage.get("mixture_by", "samples")
-    mixture = open_mixture(shards, weights, by, stage.get("seed", 0))
-    num_samples = round(epochs * mixture.num_samples)
-    data = TrainingData(
-        shards, mixture, num_samples, length, per_step, packing=stage.get("packing", True)
-    )
-    steps = min(data.num_steps, stage.get("max_steps") or data.num_steps)
+    config = load_stage_config(config_path)
+    block, data = config.beingvl, data_of(config, shards)
+    steps = min(data.num_steps, block.max_steps or data.num_steps)
     rows = [
         (
-            escape(name),
-            f"{weights.get(name, 0):g}",
+            name,
+            f"{block.mixture.get(name, 0):g}",
             f"{share.samples:,}",
             f"{share.share_of_samples:.3%}",
             f"{share.share_of_tokens:.3%}",
-            f"{share.samples / len(shards.members[n]):.2f}",
+            f"{share.samples / len(members):.2f}",
         )
-        for n, (name, share) in enumerate(data.realised_shares(steps).items())
+        for (name, share), members in zip(
+            data.realised_shares(steps).items(), shards.members, strict=True
+        )
     ]
-    head = [
-        "source",
-        f"weight, by {by}",
-        "samples drawn",
-        "share of samples",
-        "share of tokens",
-        "times through it",
-    ]
+    head = ["source", f"weight, by {block.mixture_by}", "samples drawn", "share of samples"]
+    head += ["share of tokens", "times through it"]
     fact = (
-        f"{steps:,} steps of {per_step:,} sequences of {length:,} tokens, which are "
-        f"{data.plan.efficiency:.2%} full"
+        f"{steps:,} steps of {config.sequences_per_step:,} sequences of "
+        f"{block.sequence_length:,} tokens, which are {data.plan.efficiency:.2%} full"
     )
-    return f"<p>{fact}</p>{table(head, rows)}"
+    return soft(fact) + table(head, rows)
 
 
-def bars(rows: list[tuple[str, int]]) -> str:
-    largest = max(1, *(count for _, count in rows))
-    shown = [
-        (
-            name,
-            f"{n:,}",
-            f"<div class='bar' style='width:{20 * n / largest:.2f}rem'></div>" if n else "",
-        )
-        for name, n in rows
-    ]
-    return table([], shown)
-
-
-def histogram(lengths: np.ndarray) -> str:
+def histogram(lengths: np.ndarray) -> Markup:
     counts, edges = np.histogram(lengths, bins=min(16, max(1, int(np.ptp(lengths)))))
-    return bars(
-        [
-            (f"from {edge:.0f} tokens", int(count))
-            for edge, count in zip(edges, counts, strict=False)
-        ]
-    )
+    names = [f"from {edge:.0f} tokens" for edge in edges[:-1]]
+    return bars(dict(zip(names, counts.tolist(), strict=True)))
 
 
-def kinds_table(used: np.ndarray, shards: ShardReader) -> str:
-    kinds = np.bincount(
-        shards.layout.token_kinds(np.arange(len(used))), weights=used, minlength=len(TOKEN_KINDS)
-    )
-    return bars([(name, int(count)) for name, count in zip(TOKEN_KINDS, kinds, strict=True)])
+def kinds_of_tokens(used: np.ndarray, shards: ShardReader) -> Markup:
+    kinds = shards.layout.token_kinds(np.arange(len(used)))
+    counts = np.bincount(kinds, weights=used, minlength=len(TOKEN_KINDS)).astype(int)
+    return bars(dict(zip(TOKEN_KINDS, counts.tolist(), strict=True)))
 
 
-def coverage_table(used: np.ndarray, shards: ShardReader) -> str:
+def coverage_table(used: np.ndarray, shards: ShardReader) -> Markup:
     layout = shards.layout
     ranges = {
         "specials": (layout.num_text, layout.first_image_id),
@@ -251,8 +223,8 @@ def coverage_table(used: np.ndarray, shards: ShardReader) -> str:
     rows = []
     for name, (start, stop) in ranges.items():
         never = start + np.flatnonzero(used[start:stop] == 0)
-        rows.append((name, f"{stop - start:,}", f"{len(never):,}", folded(ranges_of(never))))
-    return table(["rows", "in the vocabulary", "never occur", "their ids"], rows)
+        rows.append((name, f"{stop - start:,}", f"{len(never):,}", shortened(ranges_of(never))))
+    return table(["rows", "in the vocabulary", "never occur", "their ids"], rows, "words")
 
 
 def ranges_of(ids: np.ndarray) -> list[str]:
@@ -261,10 +233,54 @@ def ranges_of(ids: np.ndarray) -> list[str]:
     return [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
 
 
-def folded(words: list[str], shown: int = 6) -> str:
+def shortened(words: list[str], shown: int = 6) -> str:
     """All words; those behind the first few are shown on demand."""
     first, rest = ", ".join(words[:shown]), ", ".join(words[shown:])
-    return f"<details><summary>{first} …</summary>{rest}</details>" if rest else first
+    return folded(f"{first} …", rest) if rest else first
+
+
+# ---- examples ----
+
+
+def examples(shards: ShardReader, options: DataOptions) -> Markup:
+    """Some samples with their text and images. Raises InputError for a VQ-GAN or vBPE that the
+    shards were not made with.
+    """
+    lineages = {str(shards.folder): shards.manifest.lineage}
+    if options.vqgan is not None:
+        lineages["the VQ-GAN"] = {"vqgan": options.vqgan.fingerprint()}
+    if options.vbpe is not None:
+        own = {"vbpe": options.vbpe.fingerprint()}
+        lineages[options.vbpe.source] = {**options.vbpe.lineage, **own}
+    join_lineages(lineages)
+    rows = []
+    for index in spread_over_sources(shards.members, options.num_examples):
+        sample = shards[index]
+        pictures = [picture_of(ids, options) for ids in images_of(sample.input_ids, shards)]
+        shown = Markup("").join(image(to_png(pixels)) for pixels in pictures if pixels is not None)
+        text = text_of(sample, shards, options.model_path)
+        rows.append((shown, sample.id, sample.category, text))
+    header = "text" if options.model_path else "text ids (--model_path shows them as text)"
+    return table(["image", "id", "source", header], rows, "words")
+
+
+def spread_over_sources(members: Sequence[np.ndarray], count: int) -> list[int]:
+    """At most `count` samples, of every source in turn, evenly over the source's own (`members`:
+    sample numbers of each).
+    """
+    shares = [0] * len(members)
+    # The smallest first: what it lacks, the others have.
+    for source in sorted(range(len(members)), key=lambda source: len(members[source])):
+        num_left = sum(
+            share == 0 and len(own) > 0 for share, own in zip(shares, members, strict=True)
+        )
+        shares[source] = min(len(members[source]), -(-(count - sum(shares)) // max(1, num_left)))
+    spread = [
+        own[np.linspace(0, len(own) - 1, share).astype(int)]
+        for own, share in zip(members, shares, strict=True)
+        if share
+    ]
+    return sorted(int(index) for own in spread for index in own)
 
 
 def images_of(ids: np.ndarray, shards: ShardReader) -> list[np.ndarray]:
@@ -276,47 +292,25 @@ def images_of(ids: np.ndarray, shards: ShardReader) -> list[np.ndarray]:
     return [shards.layout.token_to_image_ids(ids[run]) for run in runs if is_image[run[0]]]
 
 
-def examples(shards: ShardReader, args: argparse.Namespace) -> str:
-    """Some samples with their text and images. Raises InputError for a VQ-GAN or vBPE that the
-    shards were not made with.
+def picture_of(image_ids: np.ndarray, options: DataOptions) -> np.ndarray | None:
+    """The picture of one image's ids `[n]`; None when they are not exactly one grid, or merged by
+    an unknown vBPE.
     """
-    pictures = Pictures(args.vq_path, args.vbpe_path)
-    join_lineages({str(shards.folder): shards.manifest.lineage, **pictures.lineages})
-    rows = []
-    for index in spread_over_sources(shards.members, args.num_examples):
-        sample = shards[index]
-        urls = [pictures.data_url(image_ids) for image_ids in images_of(sample.input_ids, shards)]
-        shown = "".join(f"<img alt='' style='{IMAGE_STYLE}' src='{url}'>" for url in urls if url)
-        rows.append(
-            (
-                shown,
-                escape(sample.id),
-                escape(sample.category),
-                escape(text_of(sample, shards, args.model_path)),
-            )
-        )
-    header = "text" if args.model_path else "text ids (--model_path shows them as text)"
-    return table(["image", "id", "source", header], rows)
-
-
-def spread_over_sources(members: Sequence[np.ndarray], count: int) -> list[int]:
-    """At most `count` samples, of every source in turn, evenly over the source's own (`members`:
-    sample numbers of each).
-    """
-    shares = [0] * len(members)
-    for source in sorted(
-        range(len(members)), key=lambda source: len(members[source])
-    ):  # what a small one lacks, others have
-        num_left = sum(
-            share == 0 and len(own) > 0 for share, own in zip(shares, members, strict=True)
-        )
-        shares[source] = min(len(members[source]), -(-(count - sum(shares)) // max(1, num_left)))
-    spread = [
-        own[np.linspace(0, len(own) - 1, share).astype(int)]
-        for own, share in zip(members, shares, strict=True)
-        if share
-    ]
-    return sorted(int(index) for own in spread for index in own)
+    if options.vqgan is None:
+        return None
+    height, width = options.vqgan.grid
+    vbpe = options.vbpe
+    if len(image_ids) == height * width and image_ids.max() < options.vqgan.num_codes:
+        grid = image_ids.reshape(height, width)
+    elif (
+        isinstance(vbpe, VisualBPE)
+        and image_ids.max() < vbpe.num_ids
+        and vbpe.sizes[image_ids].sum() == height * width
+    ):
+        grid = vbpe.decode(image_ids, height, width)
+    else:
+        return None
+    return options.vqgan.decode(grid[None])[0]
 
 
 def text_of(sample: Sample, shards: ShardReader, model_path: Path | None) -> str:

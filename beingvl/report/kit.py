@@ -1,64 +1,138 @@
-"""What every page of a report is made of: style, facts, tables."""
+"""What every page is made of: facts, tables, bars, figures, charts, and the page around them.
+
+kit.html holds the markup, kit.css the style. Whatever is not `Markup` is text, and is escaped. A
+page is `Parts`: what stands below each heading, in order; what has the heading "" comes first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from html import escape
+import base64
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
 
-STYLE = """
-:root {
-  color-scheme: light dark;
-  --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; --paper: #fff; --right: #1a7f37; --wrong: #c62828
-}
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9198a1; --line: #3d444d; --paper: #0d1117; --right: #4ac26b; --wrong: #ff7b72 }
-}
-body {
-  font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 62rem; margin: 2rem auto; padding: 0 1rem
-}
-h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-.soft { color: var(--soft) }
-.wide { overflow-x: auto } table { border-collapse: collapse; width: 100% }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; font-variant-numeric: tabular-nums }
-th:first-child, td:first-child, .words td, .words th { text-align: left }
-tr.total td { font-weight: 600; border-bottom: none }
-.facts { display: flex; flex-wrap: wrap; gap: .6rem 2.2rem; margin: 1.2rem 0 }
-.facts b { display: block; font-size: 1.45rem; line-height: 1.2 }
-.right { color: var(--right); font-weight: 600 } .wrong { color: var(--wrong); font-weight: 600 }
-h3 { font-size: 1rem; margin: 1.6rem 0 .5rem } pre { overflow-x: auto; font-size: .85rem } svg { width: 100%; height: auto }
-code { font-size: .85rem } ul { padding-left: 1.2rem } nav a { margin-right: 1.2rem; color: inherit }
-details { margin: .8rem 0; border-bottom: 1px solid var(--line) } summary { cursor: pointer; padding: .3rem 0; font-weight: 600 }
-details svg, .part svg { max-width: 100% } .part { overflow-x: auto } .part img { max-width: 8rem; image-rendering: pixelated }
-.part td, .part th { text-align: left; vertical-align: top } .keep td { white-space: nowrap }
-.bar { background: #4a8fd8; height: .8rem; min-width: 1px }
-figure { margin: 0 } figcaption { color: var(--soft); font-size: .8rem; line-height: 1.3 }
-.tokens, .examples { display: flex; flex-wrap: wrap; gap: 1rem } .examples figure { flex: 1 1 16rem }
-.examples img { width: 100%; max-width: 18rem }
-"""
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+Parts: TypeAlias = dict[str, Markup]
+
+INK, GREY, GRID, RIGHT, WRONG = "#1f2328", "#6e7781", "#e5e7eb", "#1a7f37", "#c62828"
+THEME = {RIGHT: "right", WRONG: "wrong", INK: "ink", GREY: "soft", GRID: "line", "#ffffff": "paper"}
+"""Colour in a chart -> name of the page's colour that replaces it."""
+SERIES_COLOURS = ("#4a8fd8", "#d97706", "#2fa34a", "#c2519c", "#0e9bb5", "#9370db")
+"""Readable on white and on black."""
 
 
-def whole_page(title: str, body: str) -> str:
-    """HTML text around a body that starts below the title."""
-    head = (
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>"
-        "<meta name='viewport' content='width=device-width, "
-        f"initial-scale=1'><style>{STYLE}</style></head>"
-    )
-    return f"{head}<body><h1>{escape(title)}</h1>{body}</body></html>\n"
+def data_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def facts(values: Mapping[str, str]) -> str:
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=StrictUndefined,
+)
+_ENVIRONMENT.filters["data_url"] = data_url
+_KIT: Any = _ENVIRONMENT.get_template("kit.html").module
+
+
+# ---- markup ----
+
+
+def page(title: str, parts: Parts, lead: str = "", with_links: bool = False) -> str:
+    """The whole file. It needs no second one."""
+    return str(_KIT.page(title, lead, parts, with_links)).lstrip()
+
+
+def sections(parts: Parts, level: int = 3) -> Markup:
+    """Parts inside a part: headings `level` deep."""
+    return _KIT.sections(parts, level)
+
+
+def facts(values: Mapping[str, str]) -> Markup:
     """Large numbers (name -> text) side by side."""
-    cells = "".join(
-        f"<div><b>{value}</b><span class='soft'>{escape(name)}</span></div>"
-        for name, value in values.items()
-    )
-    return f"<div class='facts'>{cells}</div>"
+    return _KIT.facts(values)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "") -> str:
-    """Cells are HTML already."""
-    top = "".join(f"<th>{name}</th>" for name in head)
-    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class='wide'><table class='{style}'><tr>{top}</tr>{lines}</table></div>"
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "") -> Markup:
+    """Numbers on the right; `words`: all on the left; `keep`: no cell breaks into lines."""
+    return _KIT.table(head, rows, style)
+
+
+def bars(counts: Mapping[str, int]) -> Markup:
+    return _KIT.bars(counts)
+
+
+def figures(pictures: Sequence[tuple[bytes, str]], style: str) -> Markup:
+    """PNG files and their captions, side by side: small as `tiles`, or large as `pictures`."""
+    return _KIT.figures(pictures, style)
+
+
+def image(png: bytes) -> Markup:
+    return Markup("<img alt='' src='{}'>").format(data_url(png))
+
+
+def marked(text: str, look: str) -> Markup:
+    """Words that are `right`, `wrong` or `soft`."""
+    return Markup("<span class='{}'>{}</span>").format(look, text)
+
+
+def soft(text: str) -> Markup:
+    return Markup("<p class='soft'>{}</p>").format(text)
+
+
+def code(text: str) -> Markup:
+    return Markup("<code>{}</code>").format(text)
+
+
+def folded(summary: str, content: str) -> Markup:
+    return Markup("<details><summary>{}</summary>{}</details>").format(summary, content)
+
+
+# ---- charts ----
+
+
+def chart(figure: Figure, name: str) -> Markup:
+    """A figure as a part of a page, in the colours of its theme. `name` makes the ids in it its
+    own.
+    """
+    for text in figure.findobj(Text):
+        if text.get_color() == "black":
+            text.set_color(INK)
+    for axes in figure.axes:
+        axes.tick_params(colors=INK)
+        axes.spines[:].set_color(GREY)
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}), _unknown_letters():
+        figure.savefig(buffer, format="svg", dpi=130, facecolor="none", metadata={"Date": None})
+    svg = buffer.getvalue()
+    no_names = r"<metadata>.*?</metadata>| xmlns(:xlink)?=\"[^\"]*\""
+    svg = re.sub(no_names, "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    for colour, variable in THEME.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return Markup(svg)
+
+
+def chart_png(figure: Figure) -> bytes:
+    """A figure as a file, on white."""
+    buffer = io.BytesIO()
+    with _unknown_letters():
+        figure.savefig(buffer, format="png", dpi=130, facecolor="white")
+    return buffer.getvalue()
+
+
+@contextmanager
+def _unknown_letters() -> Iterator[None]:
+    """An answer in a script that the font lacks is drawn as boxes, without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        yield

@@ -1,26 +1,44 @@
-"""What the report of a run is made of."""
+"""What a run left, as far as it is there, and the example answers drawn from it."""
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from beingvl.images.vqgan import VQGAN
-from beingvl.report.frozen import GroupHashes
-from beingvl.vbpe.visual_bpe import VisualBPE
+from beingvl.artefact.manifest import is_complete, read_manifest
+from beingvl.errors import InputError
+from beingvl.evaluation.results import KIND, read_predictions, read_summary
+from beingvl.images.vq_codes import CodeFolder
+from beingvl.images.vqgan import VQGAN, as_array, read_image
+from beingvl.inference.model import VQGAN_FOLDER
+from beingvl.report.data import DataOptions
+from beingvl.report.frozen import GroupHashes, hash_groups
+from beingvl.report.train import TrainedStage, read_stage
+from beingvl.report.vbpe import load_own_vbpe
+from beingvl.train.metrics import METRICS_FILE
+from beingvl.vbpe.visual_bpe import VisualBPE, owners
+
+STAGES = ("stage-1", "stage-2", "stage-3")
+RAW_FOLDER = "raw"
+"""Where a run keeps the stages that it trained on plain codes."""
+NUM_EXAMPLES = 10
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What training wrote: lines of the metrics files, and the plan's table."""
+class RunPaths:
+    """Where the pieces of a run lie; None where they lie in the run's folder."""
 
-    rows: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
-    plan: str
+    run: Path
+    stages: Path | None = None
+    base: Path | None = None
+    data: Sequence[Path] = ()
+    vbpe: Path | None = None
+    codes: Path | None = None
+    images: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -32,7 +50,7 @@ class Run:
     with plain codes, as far as both were trained.
     """
 
-    stages: dict[str, Stage]
+    stages: dict[str, TrainedStage]
     evaluations: dict[str, dict[str, Any]]
     asked_alike: dict[str, dict[str, Any]]
     predictions: list[dict[str, Any]]
@@ -43,8 +61,12 @@ class Run:
     vqgan: VQGAN | None
     images: Path | None
     shards: list[Path]
-    data_options: argparse.Namespace
+    data_options: DataOptions
     missing: list[str] = field(default_factory=list)
+
+    @property
+    def decoder(self) -> VQGAN | None:
+        return self.data_options.vqgan
 
 
 @dataclass(frozen=True)
@@ -63,3 +85,176 @@ class Example:
     image: np.ndarray
     reconstruction: np.ndarray
     owners: np.ndarray
+
+
+def read_run(paths: RunPaths) -> Run:
+    """Raises InputError when there is neither a stage nor an evaluation, or a piece that was named
+    does not exist.
+    """
+    folder, stages = paths.run, paths.stages or paths.run
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is not a folder; give the folder that holds stage-1/, stage-2/ … and eval/"
+        )
+    missing: list[str] = []
+    trained = _read_stages(stages, missing)
+    evaluations = _read_evaluations(stages / "eval")
+    if not trained and not evaluations:
+        raise InputError(
+            f"{stages} holds neither stage-1/{METRICS_FILE} nor a finished evaluation in eval/: "
+            "nothing to report"
+        )
+    alike = _asked_alike(evaluations)
+    if not alike:
+        made_by = f"{stages / 'eval' / STAGES[-1]}, made by `beingvl evaluate`"
+        missing.append(f"accuracy after each stage ({made_by})")
+
+    def piece(option: str, given: Path | None, default: Path, what: str) -> Path | None:
+        if given is not None and not given.exists():
+            raise InputError(f"--{option} {given} does not exist")
+        if given is None and not default.exists():
+            missing.append(f"{what} ({default}, or --{option})")
+            return None
+        return given or default
+
+    base = piece("base_path", paths.base, folder / "base", "the base model")
+    vbpe_path = piece("vbpe_path", paths.vbpe, folder / "vbpe", "the vBPE")
+    of_test = folder / "vq_codes" / "test"
+    codes = piece("vq_codes", paths.codes, of_test, "codes to measure the vBPE on")
+    images_folder = folder / "data" / "images"
+    images = piece("image_path", paths.images, images_folder, "images of the examples")
+    shards = list(paths.data) or sorted(filter(is_complete, folder.glob("shards*")))
+    missing += [] if shards else [f"the data ({folder}/shards*, or --data)"]
+    finals = {
+        name: stages / name / "final" for name in STAGES if is_complete(stages / name / "final")
+    }
+    models = [*reversed(finals.values()), *([base] if base else [])]
+    vbpe, vqgan = load_own_vbpe(vbpe_path) if vbpe_path else None, _read_vqgan(models)
+    return Run(
+        stages=trained,
+        evaluations=evaluations,
+        asked_alike=alike,
+        predictions=read_predictions(stages / "eval" / list(alike)[-1]) if alike else [],
+        mean_of_variant=_mean_of_variants(folder, alike),
+        frozen=hash_groups(finals, base),
+        vbpe=vbpe,
+        codes=CodeFolder(codes).codes if codes else None,
+        vqgan=vqgan,
+        images=images,
+        shards=shards,
+        data_options=_data_options(models, vqgan, vbpe),
+        missing=missing,
+    )
+
+
+def _read_stages(folder: Path, missing: list[str]) -> dict[str, TrainedStage]:
+    found = {name: read_stage(folder / name) for name in STAGES}
+    missing += [
+        f"the curves of {name} ({folder / name / METRICS_FILE})"
+        for name, stage in found.items()
+        if not stage.rows
+    ]
+    return {name: stage for name, stage in found.items() if stage.rows}
+
+
+def _read_evaluations(folder: Path) -> dict[str, dict[str, Any]]:
+    """Scores of every finished evaluation, by folder name: base, the stages, then the others."""
+    order = ("base", *STAGES)
+    found = {
+        path.name: read_summary(path)
+        for path in sorted(folder.glob("*"))
+        if is_complete(path) and read_manifest(path).kind == KIND
+    }
+    return {name: found[name] for name in order if name in found} | found
+
+
+def _asked_alike(evaluations: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Evaluations of base and stages that share the questions of the last one; empty where none
+    has scores by question.
+    """
+    named = {
+        name: scores
+        for name, scores in evaluations.items()
+        if name in ("base", *STAGES) and scores.get("questions")
+    }
+    if not named:
+        return {}
+    questions = set(list(named.values())[-1]["questions"])
+    return {name: scores for name, scores in named.items() if set(scores["questions"]) == questions}
+
+
+def _mean_of_variants(folder: Path, alike: Mapping[str, dict[str, Any]]) -> dict[str, float]:
+    paths = [path / "eval" / STAGES[-1] for path in (folder, folder / RAW_FOLDER)]
+    known = [read_summary(path) for path in paths if is_complete(path)]
+    known += list(alike.values())[-1:]
+    return {
+        scores["variant"]: scores["accuracy_mean"] for scores in known if "accuracy_mean" in scores
+    }
+
+
+def _read_vqgan(models: Sequence[Path]) -> VQGAN | None:
+    """The VQ-GAN inside the first model folder that has one."""
+    folders = (model / VQGAN_FOLDER for model in models)
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    return VQGAN.load(folder) if folder else None
+
+
+def _data_options(
+    models: Sequence[Path], vqgan: VQGAN | None, vbpe: VisualBPE | None
+) -> DataOptions:
+    """For the section about the run's shards; sequences are as long as the last stage's."""
+    decoder = vqgan if vqgan is not None and vqgan.has_decoder else None
+    options = DataOptions(models[0] if models else None, decoder, vbpe)
+    identity = read_manifest(models[0]).details.get("identity", {}) if models else {}
+    return replace(
+        options, sequence_length=identity.get("sequence_length", options.sequence_length)
+    )
+
+
+# ---- examples ----
+
+
+def choose_examples(pieces: Run) -> list[Example]:
+    """Ten questions evenly over the test images, taking turns through the questions asked about
+    each.
+    """
+    rows_of_image: dict[str, list[dict[str, Any]]] = {}
+    for row in pieces.predictions:
+        if isinstance(row["image"], str):
+            rows_of_image.setdefault(row["image"], []).append(row)
+    asked = list(rows_of_image.values())
+    chosen = np.linspace(0, len(asked) - 1, min(NUM_EXAMPLES, len(asked))).round().astype(int)
+    rows = [asked[number][turn % len(asked[number])] for turn, number in enumerate(chosen)]
+    return _make_examples(pieces, rows)
+
+
+def _make_examples(pieces: Run, rows: list[dict[str, Any]]) -> list[Example]:
+    """Images are encoded here. A VQ-GAN without decoder shows what it was given instead of what
+    it makes of it.
+    """
+    if not rows or pieces.vqgan is None or pieces.images is None:
+        return []
+    images = [read_image(pieces.images / row["image"]) for row in rows]
+    pixels = pieces.vqgan.preprocess(images)
+    grids = pieces.vqgan.encode(pixels)
+    pictures = pieces.decoder.decode(grids) if pieces.decoder else pieces.vqgan.to_uint8(pixels)
+    return [
+        Example(
+            question=row["question"],
+            truth=row["answer"] if isinstance(row["answer"], str) else ", ".join(row["answer"]),
+            answer=row["prediction"],
+            correct=row["correct"],
+            key=row["image"],
+            image=as_array(image),
+            reconstruction=picture,
+            owners=_token_owners(pieces, grid),
+        )
+        for row, image, grid, picture in zip(rows, images, grids, pictures, strict=True)
+    ]
+
+
+def _token_owners(pieces: Run, codes: np.ndarray) -> np.ndarray:
+    """Codes `[h, w]` to the position in the stream of the token that covers each cell."""
+    if pieces.vbpe is None or list(pieces.asked_alike.values())[-1]["variant"] == "raw":
+        return np.arange(codes.size).reshape(codes.shape)
+    return owners(pieces.vbpe, pieces.vbpe.encode(codes), *codes.shape)

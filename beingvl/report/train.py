@@ -1,76 +1,88 @@
-"""The metrics of one training stage on one self-contained HTML page: STAGE_FOLDER/report.html.
+"""The page of one training stage: STAGE_FOLDER/report.html. Works while the stage is running.
 
-Loss (with the losses per token kind and source, and of the validation set), gradient norm, learning
-rate, tokens per second, MFU, memory, where the time of a step goes, skipped steps and spikes. Works
-while the stage is still running.
+read_stage      metrics, validation and plan, as far as they are there
+stage_parts     curves, times, skipped steps and spikes, plan
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from beingvl.artefact.files import write_atomically
 from beingvl.errors import InputError
-from beingvl.report.kit import facts, whole_page
-from beingvl.report.pictures import SERIES_COLOURS, running_mean, scale_by_range, set_title, to_svg
+from beingvl.report.kit import INK, SERIES_COLOURS, Parts, chart, facts, page, soft, table
 from beingvl.train.metrics import METRICS_FILE, VALIDATION_FILE, read_metrics
+from beingvl.train.phases import STEP_PHASES
 
-Row = Mapping[str, Any]
-PHASES = (
-    "data",
-    "communication",
-    "forward",
-    "backward",
-    "optimizer",
-    "check",
-    "log",
-    "validation",
-    "save",
-)
+PHASES = (*STEP_PHASES, "validation", "save")
+LOG_SCALE_FROM = 20
+"""A loss that falls by more than this factor would lie flat on its axis."""
 
 
-def run(args: argparse.Namespace) -> None:
-    folder = args.stage_folder
-    if not (folder / METRICS_FILE).is_file():
+def report_train(stage_folder: Path, *, output_path: Path | None = None) -> Path:
+    """Write the page of a stage's output folder, STAGE_FOLDER/report.html unless another is given;
+    returns its path. Raises InputError when the folder holds no step.
+    """
+    if not (stage_folder / METRICS_FILE).is_file():
         raise InputError(
-            f"{folder} has no {METRICS_FILE}; give the output folder of `beingvl train`"
+            f"{stage_folder} has no {METRICS_FILE}; give the output folder of `beingvl train`"
         )
-    rows, validation, plan = read_stage(folder)
-    if not rows:
-        raise InputError(f"{folder / METRICS_FILE} holds no step yet")
-    target = args.output_path or folder / "report.html"
-    write_atomically(target, page(folder.name, rows, validation, plan))
-    print(f"{target}: {len(rows)} steps")
+    stage = read_stage(stage_folder)
+    if not stage.rows:
+        raise InputError(f"{stage_folder / METRICS_FILE} holds no step yet")
+    target = output_path or stage_folder / "report.html"
+    name = stage_folder.resolve().name
+    write_atomically(target, page(f"{name}: training", stage_parts(stage, name)))
+    print(f"{target}: {len(stage.rows)} steps")
+    return target
 
 
-def read_stage(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:
-    """Metrics, validation and the plan's table of a stage folder; empty where there is none."""
+@dataclass(frozen=True)
+class TrainedStage:
+    """Lines of the metrics files, and the freezer's plan as a table in text."""
+
+    rows: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    plan: str
+
+
+def read_stage(folder: Path) -> TrainedStage:
+    """What a stage folder holds; empty where there is nothing."""
     rows, validation = (
         read_metrics(folder, name) if (folder / name).is_file() else []
         for name in (METRICS_FILE, VALIDATION_FILE)
     )
     plan = folder / "plan.txt"
-    return rows, validation, plan.read_text() if plan.is_file() else ""
+    return TrainedStage(rows, validation, plan.read_text() if plan.is_file() else "")
 
 
-def page(name: str, rows: Sequence[Row], validation: Sequence[Row], plan: str) -> str:
-    """HTML text of one stage; `rows` and `validation` are the lines of the metrics files."""
-    return whole_page(f"{name}: training", section(name, rows, validation, plan))
+def stage_parts(stage: TrainedStage, name: str) -> Parts:
+    return {
+        "": _facts(stage.rows),
+        "Curves": chart(curves(stage), f"curves-{name}"),
+        "Where the time goes": _time_table(stage.rows),
+        "Skipped steps and spikes": _events_table(stage.rows),
+        "What is trained": Markup("<pre>{}</pre>").format(stage.plan),
+    }
 
 
-def section(name: str, rows: Sequence[Row], validation: Sequence[Row], plan: str) -> str:
-    """The same as a part of a page."""
-    values = {"step": f"{rows[-1]['step']}", "last loss": f"{rows[-1]['loss']:.4f}"}
-    values["tokens seen"] = f"{sum(row.get('tokens', 0) for row in rows):,}"
+def _facts(rows: Sequence[Mapping[str, Any]]) -> Markup:
+    values = {
+        "step": f"{rows[-1]['step']}",
+        "last loss": f"{rows[-1]['loss']:.4f}",
+        "tokens seen": f"{sum(row.get('tokens', 0) for row in rows):,}",
+    }
     for key, what, form in (
         ("tokens_per_second", "tokens/s (median)", ",.0f"),
         ("mfu", "MFU (median)", ".1%"),
@@ -79,81 +91,99 @@ def section(name: str, rows: Sequence[Row], validation: Sequence[Row], plan: str
         if measured:
             values[what] = format(statistics.median(measured), form)
     values["peak memory"] = f"{max(row['peak_memory_bytes'] for row in rows) / 1e9:.2f} GB"
-    parts = [
-        facts(values),
-        f"<h2>Curves</h2>{to_svg(curves(rows, validation), f'curves-{name}')}",
-        f"<h2>Where the time goes</h2>{_time_table(rows)}",
-        f"<h2>Skipped steps and spikes</h2>{_events_table(rows)}",
-        f"<h2>What is trained</h2><pre>{escape(plan)}</pre>",
+    return facts(values)
+
+
+def _time_table(rows: Sequence[Mapping[str, Any]]) -> Markup:
+    totals = {phase: sum(row.get(f"seconds_{phase}", 0.0) for row in rows) for phase in PHASES}
+    whole = sum(totals.values()) or 1.0
+    cells = [
+        (phase, f"{seconds:.1f} s", f"{seconds / whole:.1%}") for phase, seconds in totals.items()
     ]
-    return "\n".join(parts)
+    return table(["phase", "all steps", "share"], cells)
 
 
-def curves(rows: Sequence[Row], validation: Sequence[Row]) -> Figure:
+def _events_table(rows: Sequence[Mapping[str, Any]]) -> Markup:
+    events = [
+        (
+            f"{row['step']}",
+            "skipped" if row.get("skipped") else "spike",
+            f"{row['loss']:.4f}",
+            ", ".join(row.get("sample_ids", [])),
+        )
+        for row in rows
+        if row.get("skipped") or row.get("spike")
+    ]
+    return table(["step", "what", "loss", "samples"], events, "words") if events else soft("None.")
+
+
+# ---- curves ----
+
+
+def curves(stage: TrainedStage) -> Figure:
     """Six panels over the optimizer steps; losses thin, and their running means."""
+    rows = stage.rows
     figure = Figure(figsize=(12, 9), layout="constrained")
-    panels = figure.subplots(3, 2).ravel()
+    loss, losses, norm, rate, speed, memory = figure.subplots(3, 2).ravel()
     groups = sorted({key for row in rows for key in row if key.startswith("loss/")})
     rates = sorted({key for row in rows for key in row if key.startswith("learning_rate")})
-    contents: list[tuple[str, str, list[str], float]] = [
-        ("Loss", "nats per target token", ["loss"], 1),
-        ("Loss per kind and source", "nats per target token", groups, 1),
-        ("Gradient norm", "before clipping", ["gradient_norm"], 1),
-        ("Learning rate", "of the step", rates, 1),
-        ("Speed", "tokens per second", ["tokens_per_second"], 1),
-        ("Peak memory of rank 0", "GB", ["peak_memory_bytes"], 1e9),
-    ]
-    for axes, (title, unit, keys, divisor) in zip(panels, contents, strict=True):
-        for key, colour in zip(keys, itertools.cycle(SERIES_COLOURS)):
-            points = [(row["step"], row[key] / divisor) for row in rows if row.get(key) is not None]
-            if points:
-                steps, values = np.array(points, float).T
-                if title.startswith("Loss"):
-                    axes.plot(steps, values, linewidth=1, color=colour, alpha=0.25)
-                    values = running_mean(values)
-                axes.plot(
-                    steps, values, linewidth=1.4, label=key.removeprefix("loss/"), color=colour
-                )
-        set_title(axes, title)
-        axes.set(xlabel="optimizer step", ylabel=unit)
-        if len(keys) > 1:
-            axes.legend(fontsize=8)
-        if title.startswith("Loss"):
-            checked = [row["validation/loss"] for row in validation] if keys == ["loss"] else []
-            scale_by_range(
-                axes,
-                checked + [row[key] for row in rows for key in keys if row.get(key) is not None],
-            )
-    if validation:
-        steps, losses = (
-            [row["step"] for row in validation],
-            [row["validation/loss"] for row in validation],
-        )
-        panels[0].plot(steps, losses, "o-", label="validation", color=SERIES_COLOURS[1])
-        panels[0].legend(fontsize=8)
+    _draw_panel(loss, rows, ["loss"], "Loss", "nats per target token")
+    _draw_panel(losses, rows, groups, "Loss per kind and source", "nats per target token")
+    _draw_panel(norm, rows, ["gradient_norm"], "Gradient norm", "before clipping")
+    _draw_panel(rate, rows, rates, "Learning rate", "of the step")
+    _draw_panel(speed, rows, ["tokens_per_second"], "Speed", "tokens per second")
+    in_gigabytes = [{**row, "memory": row["peak_memory_bytes"] / 1e9} for row in rows]
+    _draw_panel(memory, in_gigabytes, ["memory"], "Peak memory of rank 0", "GB")
+    checked = [row["validation/loss"] for row in stage.validation]
+    if checked:
+        steps = [row["step"] for row in stage.validation]
+        loss.plot(steps, checked, "o-", label="validation", color=SERIES_COLOURS[1])
+        loss.legend(fontsize=8)
+    scale_by_range(loss, checked + [row["loss"] for row in rows])
+    scale_by_range(losses, [row[key] for row in rows for key in groups if row.get(key) is not None])
     return figure
 
 
-def _time_table(rows: Sequence[Row]) -> str:
-    totals = {phase: sum(row.get(f"seconds_{phase}", 0.0) for row in rows) for phase in PHASES}
-    whole = sum(totals.values()) or 1.0
-    cells = "".join(
-        f"<tr><td>{phase}</td><td>{seconds:.1f} s</td><td>{seconds / whole:.1%}</td></tr>"
-        for phase, seconds in totals.items()
-    )
-    return f"<table><tr><th>phase</th><th>all steps</th><th>share</th></tr>{cells}</table>"
+def _draw_panel(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], keys: Sequence[str], title: str, unit: str
+) -> None:
+    for key, colour in zip(keys, itertools.cycle(SERIES_COLOURS)):
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        if points:
+            steps, values = np.array(points, float).T
+            if title.startswith("Loss"):
+                axes.plot(steps, values, linewidth=1, color=colour, alpha=0.25)
+                values = running_mean(values)
+            axes.plot(steps, values, linewidth=1.4, label=key.removeprefix("loss/"), color=colour)
+    set_title(axes, title)
+    axes.set(xlabel="optimizer step", ylabel=unit)
+    if len(keys) > 1:
+        axes.legend(fontsize=8)
 
 
-def _events_table(rows: Sequence[Row]) -> str:
-    events = [row for row in rows if row.get("skipped") or row.get("spike")]
-    if not events:
-        return "<p class='soft'>None.</p>"
-    cells = "".join(
-        f"<tr><td>{row['step']}</td><td>{'skipped' if row.get('skipped') else 'spike'}</td><td>{row['loss']:.4f}</td>"
-        f"<td>{escape(', '.join(row.get('sample_ids', [])))}</td></tr>"
-        for row in events
-    )
-    return (
-        "<table "
-        f"class='words'><tr><th>step</th><th>what</th><th>loss</th><th>samples</th></tr>{cells}</table>"
+def set_title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", size=12, weight="bold", color=INK)
+
+
+def scale_by_range(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis for values, all positive, of which the largest is LOG_SCALE_FROM times
+    the smallest.
+    """
+    finite = np.array(values, float)
+    finite = finite[np.isfinite(finite)]
+    if len(finite) and finite.max() > LOG_SCALE_FROM * finite.min() > 0:
+        axes.set_yscale("log")
+        axes.set_ylim(finite.min() * 0.8, finite.max() * 1.25)
+        ticks = (1, 2, 5) if finite.max() < 1000 * finite.min() else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=ticks))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over a centred window of a twentieth of the curve; shorter at its ends."""
+    half = len(values) // 40
+    windows = (values[max(0, n - half) : n + half + 1] for n in range(len(values)))
+    return np.array(
+        [np.nan if np.isnan(window).all() else np.nanmean(window) for window in windows]
     )

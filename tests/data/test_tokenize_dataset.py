@@ -15,7 +15,7 @@ from beingvl.data.dataset_folder import DatasetFolder
 from beingvl.data.tokenize_dataset import read_rows
 from beingvl.errors import InputError
 from beingvl.images.vq_codes import CodeFolder
-from beingvl.images.vqgan_pictures import to_png
+from beingvl.images.pictures import to_png
 from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 from tests.images.test_encode_images import save_vqgan

@@ -23,7 +23,7 @@ import pytest
 
 from beingvl.commands.main import main
 from beingvl.errors import InputError
-from beingvl.images.vqgan_pictures import BORDER, with_borders
+from beingvl.images.pictures import BORDER, with_borders
 from beingvl.inference.conversations import Conversations, pieces_of, shown
 from beingvl.inference.model import BeingVL
 from beingvl.inference.serve import listen, temporary_folder
