@@ -164,8 +164,8 @@ class AnswerOptions:
 
     metric: str = "exact_match"
     image_path: Path | None = None
-    vq_codes: Path | None = None
-    vbpe_path: Path | None = None
+    vq_codes: Path | str | None = None
+    vbpe_path: Path | str | None = None
     raw: bool = False
     max_new_tokens: int = 16
     batch_size: int = 128
@@ -206,7 +206,7 @@ class Answering(Evaluation):
             raw=self._options.raw,
             limit=self.shared.limit,
             max_new_tokens=self._options.max_new_tokens,
-            torch_dtype=self.shared.torch_dtype,
+            torch_dtype=self.shared.dtype_name,
         )
 
     def request(self) -> Request:
@@ -227,7 +227,7 @@ class Answering(Evaluation):
         return Request({**self.options(), "images": images, "metric": self._options.metric})
 
     def prepare(self) -> None:
-        self._model.load_model(self.shared.torch_dtype, self.shared.device)
+        self._model.load_model(self.shared.dtype, self.shared.device)
 
     def evaluate_rows(self, rows: range, advance: Callable[[int], object]) -> dict[str, Any]:
         """The answers, and hashes of the images that were encoded for them."""

@@ -7,11 +7,8 @@ text_parity   text_parity.TextParity        text logits against those of the bas
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from beingvl.artefact.manifest import is_complete
 from beingvl.artefact.ranks import rank_of
@@ -19,9 +16,10 @@ from beingvl.artefact.work import run_in_parts
 from beingvl.errors import InputError
 from beingvl.evaluation.answering import Answering, AnswerOptions
 from beingvl.evaluation.held_out_loss import HeldOutLoss
+from beingvl.evaluation.metrics import METRICS
 from beingvl.evaluation.results import Evaluation, SharedOptions, print_scores, read_summary
 from beingvl.evaluation.text_parity import TextParity
-from beingvl.images.vqgan import usable_device
+from beingvl.inference.model import as_dtype, own_device
 
 
 def evaluate(
@@ -54,40 +52,26 @@ def evaluate(
     Returns what scores.json holds, or None while other ranks still work. A finished evaluation of
     the same request is reused. Raises InputError for wrong input, before any model runs.
     """
-    sizes = {
-        "rows_per_part": rows_per_part,
-        "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens,
-        "limit": limit,
-    }
-    for option, size in sizes.items():
+    for option, size in {"limit": limit, "rows_per_part": rows_per_part}.items():
         if size is not None and size < 1:
             raise InputError(f"--{option} is {size}, expected 1 or more")
-    answers = AnswerOptions(
-        metric,
-        Path(image_path) if image_path else None,
-        Path(vq_codes) if vq_codes else None,
-        Path(vbpe_path) if vbpe_path else None,
-        raw,
-        max_new_tokens,
-        batch_size,
-    )
+    for option, value, choices in (
+        ("metric", metric, tuple(METRICS)),
+        ("loss_on", loss_on, ("response", "text", "all")),
+    ):
+        if value not in choices:
+            raise InputError(f"--{option} is {value!r}, expected one of {', '.join(choices)}")
+    images = Path(image_path) if image_path else None
+    answers = AnswerOptions(metric, images, vq_codes, vbpe_path, raw, max_new_tokens, batch_size)
     inputs = {"json_path": json_path, "data": data, "text_parity": text_parity}
     given = [name for name, path in inputs.items() if path]
     if len(given) != 1:
         raise InputError(f"give one of --json_path, --data and --text_parity, found {len(given)}")
     _refuse_unused(given[0], answers, loss_on, limit)
-    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    target = usable_device(device or ("cpu" if text_parity else own))
-    output = Path(output_path)
+    output, dtype = Path(output_path), as_dtype(torch_dtype)
+    place = own_device(device or ("cpu" if text_parity else None))
     shared = SharedOptions(
-        Path(model_path),
-        output,
-        name or output.name,
-        torch_dtype,
-        str(target),
-        limit,
-        rows_per_part,
+        Path(model_path), output, name or output.name, dtype, place, limit, rows_per_part
     )
     work: Evaluation
     if json_path:

@@ -45,7 +45,6 @@ class HeldOutLoss(Evaluation):
     def __init__(self, shared: SharedOptions, data: Path, loss_on: str) -> None:
         super().__init__(shared)
         self._data, self._loss_on = data, loss_on
-        self._device = torch.device(shared.device)
         layout = VocabLayout.load(shared.model)
         self._manifest = read_manifest(shared.model, "model")
         self._shards = ShardReader(data)
@@ -63,14 +62,14 @@ class HeldOutLoss(Evaluation):
             data=self._shards.manifest.content_hash,
             model=self._manifest.content_hash,
             limit=self.shared.limit,
-            torch_dtype=self.shared.torch_dtype,
+            torch_dtype=self.shared.dtype_name,
             loss_on=self._loss_on,
         )
 
     def prepare(self) -> None:
         longest = int(self._shards.lengths[: self.num_rows].max(initial=0))
         shared = self.shared
-        self._model = load_packed(shared.model, shared.torch_dtype, self._device, longest)
+        self._model = load_packed(shared.model, shared.dtype, shared.device, longest)
 
     def evaluate_rows(self, rows: range, advance: Callable[[int], object]) -> dict[str, Any]:
         lengths = self._shards.lengths[rows.start : rows.stop]
@@ -79,7 +78,7 @@ class HeldOutLoss(Evaluation):
         for sequence in pack_in_order(lengths, max(SHORTEST_SEQUENCE, int(lengths.max()))):
             indices = [rows.start + position for position in sequence]
             batch = held_out_batch(self._shards, indices, self._loss_on)
-            losses = token_losses(self._model, batch, self._device)
+            losses = token_losses(self._model, batch, self.shared.device)
             sums.add(batch, losses)
             of_samples.update(zip(indices, sums_of_samples(batch, losses), strict=True))
             advance(len(indices))
@@ -109,7 +108,7 @@ class HeldOutLoss(Evaluation):
 
 
 def load_packed(
-    folder: Path, torch_dtype: str, device: torch.device, longest: int
+    folder: Path, dtype: torch.dtype, device: torch.device, longest: int
 ) -> PackedCausalLM:
     """A model folder as training sees it. Raises InputError for one that packing changes;
     `longest`: tokens of a sample.
@@ -120,7 +119,7 @@ def load_packed(
     attention = packed_attention.register()
     with quiet_without_terminal():
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, torch_dtype), attn_implementation=attention
+            folder, dtype=dtype, attn_implementation=attention
         )
     model.to(device).eval().requires_grad_(False)
     return pack_stock_model(model, VocabLayout.load(folder).num_text, _LOSS_CHUNK_TOKENS)

@@ -4,8 +4,8 @@
     lmms-eval --model beingvl --model_args pretrained=stage-3/final,vbpe_path=vbpe.json --tasks
     pope,mme --batch_size 16
 
-Imported by lmms-eval only, which is not a dependency of this package; the work is done in
-lmms_eval_requests.py.
+Only lmms-eval, which this package does not depend on, imports this file, and only this file imports
+lmms-eval; lmms_eval_requests.py does the work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
-from beingvl.evaluation.lmms_eval_requests import Request, answer_requests, as_flag, open_model
+from beingvl.evaluation.lmms_eval_requests import Question, answer_questions, as_flag, open_model
 
 
 def manifest() -> ModelManifest:
@@ -50,16 +50,11 @@ class LmmsEvalModel(lmms):
         for request in requests:
             context, options, doc_to_visual, doc_id, task, split = request.args
             visuals = doc_to_visual(self.task_dict[task][split][doc_id])
-            asked.append(
-                Request(context, visuals if isinstance(visuals, list) else [visuals], options)
-            )
-        with tqdm(
-            total=len(asked),
-            disable=None if self.rank == 0 else True,
-            desc="beingvl",
-            unit="question",
-        ) as bar:
-            answers = answer_requests(
+            images = visuals if isinstance(visuals, list) else [visuals]
+            asked.append(Question(context, images, options))
+        is_quiet = None if self.rank == 0 else True  # None: a bar on a terminal only
+        with tqdm(total=len(asked), disable=is_quiet, desc="beingvl", unit="question") as bar:
+            answers = answer_questions(
                 self._model, asked, self._batch_size, self._with_vbpe, bar.update
             )
         for request, answer in zip(requests, answers, strict=True):

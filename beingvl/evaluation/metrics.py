@@ -297,15 +297,14 @@ def _not_mme(references: Sequence[Reference]) -> Problems:
 # ---- multiple choice ----
 
 LETTERS = "ABCDE"
+_LETTER_FIRST = re.compile(r"[A-E](\. |$)")
 _ANSWER_IS = re.compile(r"The answer is ([A-Z]).")
 
 
 def find_letter(prediction: str) -> str | None:
     """The letter of `B`, `B. text` or one sentence `The answer is B.`; None for none or two."""
     text = prediction.strip()
-    if len(text) == 1 and text in LETTERS:
-        return text
-    if text[:1] and text[0] in LETTERS and text[1:3] == ". ":
+    if _LETTER_FIRST.match(text):
         return text[0]
     found = _ANSWER_IS.findall(text)
     return found[0] if len(found) == 1 else None
@@ -316,13 +315,9 @@ def scienceqa(predictions: Sequence[str], references: Sequence[Reference]) -> Sc
     by_row = scored_by_row("accuracy", lambda said, answers: find_letter(said) == answers[0])
     scores = by_row(predictions, references)
     assert scores.of_rows is not None
-    with_image = [
-        value
-        for value, reference in zip(scores.of_rows, references, strict=True)
-        if reference.images
-    ]
+    with_image = [row for row, reference in enumerate(references) if reference.images]
     if with_image:
-        mean, error = mean_and_error(with_image)
+        mean, error = mean_and_error([scores.of_rows[row] for row in with_image])
         scores.values["accuracy_with_image"] = mean
         scores.standard_errors["accuracy_with_image"] = error
     return scores

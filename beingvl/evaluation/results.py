@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from beingvl.artefact.files import printable, to_json, write_atomically
 from beingvl.artefact.manifest import read_manifest, write_manifest
 from beingvl.artefact.parts import Parts
@@ -37,10 +39,14 @@ class SharedOptions:
     model: Path
     output: Path
     name: str
-    torch_dtype: str
-    device: str
+    dtype: torch.dtype
+    device: torch.device
     limit: int | None
     rows_per_part: int
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
 
 class Evaluation(Work):

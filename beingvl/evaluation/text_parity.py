@@ -5,9 +5,8 @@ After stage 1 only new rows have changed, so the logits of the old ids on a text
 the base model's, bit for bit. After stages 2 and 3 the language model itself has moved: the KL
 divergence says how far.
 
-    text_parity     both models, one after the other, on PROBE -> what scores.json says
-    expects_equal   whether the rules of the stage that made the model leave everything but new
-                    rows alone
+    TextParity      both models, one after the other, on PROBE -> what scores.json says
+    expects_equal   whether the stage that made the model trained nothing but new rows
 """
 
 from __future__ import annotations
@@ -71,26 +70,55 @@ class TextParity(Evaluation):
         manifest = read_manifest(shared.model, "model")
         self.lineage = manifest.lineage
         self._options = Request(
-            model=manifest.content_hash, base=base_hash, torch_dtype=shared.torch_dtype
+            model=manifest.content_hash, base=base_hash, torch_dtype=shared.dtype_name
         )
 
     def options(self) -> Request:
         return self._options
 
     def evaluate_rows(self, rows: range, advance: Callable[[int], object]) -> dict[str, Any]:
-        shared = self.shared
-        found = text_parity(shared.model, self._base, shared.torch_dtype, shared.device)
+        """The scores:
+
+        max_logit_difference    over all positions and old ids; 0 means bit-identical
+        kl_nats                 mean over positions of KL(base || model), both over the old ids
+        new_id_probability      mean probability that the model gives to ids the base has not
+        same_top_token          share of positions with the same likeliest old id
+        """
+        model, dtype, device = self.shared.model, self.shared.dtype, self.shared.device
+        layout = VocabLayout.load(model)
+        encoder = TextEncoder(model, layout)
+        texts = [torch.tensor([[layout.bos_id, *encoder.plain(text)]]) for text in PROBE]
+        theirs, _ = probe_logits(self._base, texts, layout.num_text, dtype, device)
+        ours, new_probability = probe_logits(model, texts, layout.num_text, dtype, device)
         advance(len(rows))
-        return found
+        pairs = list(zip(theirs, ours, strict=True))
+        differences = [float((a.float() - b.float()).abs().max()) for a, b in pairs]
+        kl = [value for a, b in pairs for value in kl_divergence(a, b).tolist()]
+        same_top = [value for a, b in pairs for value in (a.argmax(-1) == b.argmax(-1)).tolist()]
+        mean_kl, error = mean_and_error(kl)
+        return {
+            "metric": "text_parity",
+            "rows": len(texts),
+            "tokens": sum(text.shape[1] for text in texts),
+            "text_ids": layout.num_text,
+            "torch_dtype": self.shared.dtype_name,
+            "equal_is_expected": expects_equal(model, self._base),
+            "equal": all(torch.equal(a, b) for a, b in pairs),
+            "scores": {
+                "max_logit_difference": max(differences),
+                "kl_nats": mean_kl,
+                "new_id_probability": sum(new_probability) / len(new_probability),
+                "same_top_token": sum(same_top) / len(same_top),
+            },
+            "standard_errors": {"kl_nats": error},
+        }
 
     def combine(self, found: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Request]:
         return found[0], self.request()
 
 
 def check_base(model: Path, base: Path) -> str:
-    """Hash of the base model. Raises InputError when it is not a model, or one of another
-    vocabulary.
-    """
+    """Hash of the base model. Raises InputError for another vocabulary, or what is not a model."""
     layout = VocabLayout.load(model)
     if not base.is_dir():
         raise InputError(
@@ -100,16 +128,13 @@ def check_base(model: Path, base: Path) -> str:
     opened = BaseModel.open(base)
     if is_converted(base):
         manifest = read_manifest(base, "model")
-        found = manifest.content_hash
         join_lineages({str(model): {"vocab": layout.fingerprint()}, str(base): manifest.lineage})
-    else:
-        found = opened.fingerprint()
     if opened.num_text < layout.num_text:
         raise InputError(
             f"{base} has {opened.num_text} ids, {model} has {layout.num_text} text ids: it "
             "has another base model"
         )
-    return found
+    return manifest.content_hash if is_converted(base) else opened.fingerprint()
 
 
 def is_converted(folder: Path) -> bool:
@@ -135,46 +160,13 @@ def expects_equal(model: Path, base: Path) -> bool:
     return all(planned.name.endswith(f".{VISUAL_ROWS}") for planned in plan if planned.rule.train)
 
 
-def text_parity(model: Path, base: Path, torch_dtype: str, device: str) -> dict[str, Any]:
-    """Compare the two on PROBE. `scores`:
-
-    max_logit_difference    over all positions and old ids; 0 means bit-identical
-    kl_nats                 mean over positions of KL(base || model), both over the old ids
-    new_id_probability      mean probability that the model gives to ids the base has not
-    same_top_token          share of positions with the same likeliest old id
-    """
-    layout = VocabLayout.load(model)
-    encoder = TextEncoder(model, layout)
-    texts = [torch.tensor([[layout.bos_id, *encoder.plain(text)]]) for text in PROBE]
-    dtype = getattr(torch, torch_dtype)
-    theirs, _ = probe_logits(base, texts, layout.num_text, dtype, device)
-    ours, new_probability = probe_logits(model, texts, layout.num_text, dtype, device)
-    pairs = list(zip(theirs, ours, strict=True))
-    differences = [float((a.float() - b.float()).abs().max()) for a, b in pairs]
-    kl = [value for a, b in pairs for value in kl_divergence(a, b).tolist()]
-    same_top = [value for a, b in pairs for value in (a.argmax(-1) == b.argmax(-1)).tolist()]
-    mean_kl, error = mean_and_error(kl)
-    return {
-        "metric": "text_parity",
-        "rows": len(texts),
-        "tokens": sum(text.shape[1] for text in texts),
-        "text_ids": layout.num_text,
-        "torch_dtype": torch_dtype,
-        "equal_is_expected": expects_equal(model, base),
-        "equal": all(torch.equal(a, b) for a, b in pairs),
-        "scores": {
-            "max_logit_difference": max(differences),
-            "kl_nats": mean_kl,
-            "new_id_probability": sum(new_probability) / len(new_probability),
-            "same_top_token": sum(same_top) / len(same_top),
-        },
-        "standard_errors": {"kl_nats": error},
-    }
-
-
 @torch.inference_mode()
 def probe_logits(
-    folder: Path, texts: Sequence[torch.Tensor], num_text: int, dtype: torch.dtype, device: str
+    folder: Path,
+    texts: Sequence[torch.Tensor],
+    num_text: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[list[torch.Tensor], list[float]]:
     """Logits of the old ids `[tokens, num_text]` of every text, and at every position the
     probability of all other ids.

@@ -16,8 +16,6 @@ that `encode` gives for the same grid: two codes may be drawn where a merge of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
@@ -26,9 +24,7 @@ from beingvl.vocab import VocabLayout
 
 
 class FittingTokens:
-    """Which image ids fit a partly covered grid, and what they cover. Ids of one shape share
-    their answer.
-    """
+    """Which image ids fit a partly covered grid, and what they cover; asked once per shape."""
 
     def __init__(self, vbpe: VisualBPE, grid: tuple[int, int]) -> None:
         """`grid` is (height, width) in cells."""
@@ -40,10 +36,8 @@ class FittingTokens:
             cells = tuple(zip(dy.tolist(), dx.tolist(), strict=True))
             self._shape_of[image_id] = shapes.setdefault(cells, len(shapes))
         longest = max(map(len, shapes))
-        # Short shapes repeat their anchor, which is free by definition.
-        self._cells = np.array(
-            [[*cells, *[(0, 0)] * (longest - len(cells))] for cells in shapes]
-        )  # [shapes, longest, 2]
+        # [shapes, longest, 2]; short shapes repeat their anchor, which is free by definition.
+        self._cells = np.array([[*cells, *[(0, 0)] * (longest - len(cells))] for cells in shapes])
 
     def empty(self) -> np.ndarray:
         """A grid with no cell covered: bool `[height, width]`, True where a token lies."""
@@ -69,8 +63,8 @@ class FittingTokens:
 
 
 class OnlyWholeImages:
-    """A logits processor of transformers: from the prompt's end on, every row draws one image
-    and then ends it.
+    """A logits processor of transformers: behind the prompt every row draws one image, then ends
+    it.
     """
 
     def __init__(self, tokens: FittingTokens, layout: VocabLayout, num_rows: int) -> None:
@@ -80,21 +74,18 @@ class OnlyWholeImages:
         self._is_first = True
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """`input_ids` `[rows, length]`, `scores` `[rows, vocabulary]`; impossible tokens become
+        """`input_ids` `[rows, length]`; of `scores` `[rows, vocabulary]` impossible tokens become
         -inf.
         """
-        if not self._is_first:
-            self._place(input_ids[:, -1].tolist())
-        self._is_first = False
-        allowed = np.zeros(scores.shape, bool)
         first = self._layout.first_image_id
-        for row, covered in enumerate(self._covered):
+        allowed = np.zeros(scores.shape, bool)
+        for row, (covered, last) in enumerate(
+            zip(self._covered, input_ids[:, -1].tolist(), strict=True)
+        ):
+            if not self._is_first and not covered.all():  # a finished row goes on with padding
+                self._tokens.place(covered, last - first)
             fits = self._tokens.fitting(covered)
             allowed[row, first : first + len(fits)] = fits
             allowed[row, self._layout.eoi_id] = not fits.any()
+        self._is_first = False
         return scores.masked_fill(~torch.from_numpy(allowed).to(scores.device), -torch.inf)
-
-    def _place(self, last_tokens: Sequence[int]) -> None:
-        for covered, token in zip(self._covered, last_tokens, strict=True):
-            if not covered.all():  # a finished row goes on with padding
-                self._tokens.place(covered, token - self._layout.first_image_id)

@@ -77,18 +77,11 @@ class BeingVL:
     def load_model(
         self, torch_dtype: str | torch.dtype = "float32", device: str | torch.device | None = None
     ) -> BeingVL:
-        """Read the weights as `torch_dtype` (or its name), onto the accelerator where there is
-        one; returns self.
-        """
-        dtype = str(torch_dtype).removeprefix("torch.")
-        if dtype not in DTYPES:
-            raise InputError(f"torch_dtype is {dtype!r}, expected one of {list(DTYPES)}")
-        target = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        """Read the weights as `torch_dtype` onto `own_device(device)`; returns self."""
+        dtype, target = as_dtype(torch_dtype), own_device(device)
         try:
             with quiet_without_terminal():
-                model = AutoModelForCausalLM.from_pretrained(
-                    self.model_path, dtype=getattr(torch, dtype)
-                )
+                model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise self._damage(error) from error
         num_rows = model.get_input_embeddings().num_embeddings
@@ -461,6 +454,19 @@ def _sampling(temperature: float) -> dict[str, Any]:
 
 def _until(token_ids: list[int], stop_id: int) -> list[int]:
     return token_ids[: token_ids.index(stop_id)] if stop_id in token_ids else token_ids
+
+
+def as_dtype(torch_dtype: str | torch.dtype) -> torch.dtype:
+    name = str(torch_dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise InputError(f"torch_dtype is {name!r}, expected one of {list(DTYPES)}")
+    return getattr(torch, name)
+
+
+def own_device(device: str | torch.device | None = None) -> torch.device:
+    """`device`, else the accelerator that LOCAL_RANK numbers (launchers set it), else the CPU."""
+    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return usable_device(device or own)
 
 
 @contextmanager

@@ -143,7 +143,7 @@ def test_refusals(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_models_that_packing_changes_are_refused(tmp_path: Path, family: str, message: str) -> None:
     family_config(family, LAYOUT.size, LAYOUT.bos_id, LAYOUT.eos_id).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=message):
-        load_packed(tmp_path, "float32", torch.device("cpu"), longest=17)
+        load_packed(tmp_path, torch.float32, torch.device("cpu"), longest=17)
 
 
 def test_shards_without_a_target_have_no_loss(

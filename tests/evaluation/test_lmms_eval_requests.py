@@ -15,8 +15,8 @@ from PIL import Image
 
 from beingvl.errors import InputError
 from beingvl.evaluation.lmms_eval_requests import (
-    Request,
-    answer_requests,
+    Question,
+    answer_questions,
     as_flag,
     cut_at,
     open_model,
@@ -50,12 +50,12 @@ def test_answers_are_those_of_the_class(model: BeingVL, images: list[Image.Image
     placeholders are added.
     """
     requests = [
-        Request("Is it even?", [images[0]], GREEDY),
-        Request("Which?", [images[1]], {**GREEDY, "max_new_tokens": 3}),
-        Request("hi", [], GREEDY),
-        Request("Same?", [images[0], images[1]], GREEDY),
-        Request("<image> and <image>, same?", [images[1], images[2]], GREEDY),
-        Request("<image>\nIs it even?", [images[2]], GREEDY),
+        Question("Is it even?", [images[0]], GREEDY),
+        Question("Which?", [images[1]], {**GREEDY, "max_new_tokens": 3}),
+        Question("hi", [], GREEDY),
+        Question("Same?", [images[0], images[1]], GREEDY),
+        Question("<image> and <image>, same?", [images[1], images[2]], GREEDY),
+        Question("<image>\nIs it even?", [images[2]], GREEDY),
     ]
     told: list[int] = []
     for with_vbpe, method in ((True, model.generate_with_vbpe), (False, model.generate)):
@@ -67,7 +67,7 @@ def test_answers_are_those_of_the_class(model: BeingVL, images: list[Image.Image
             method(["<image> and <image>, same?"], [images[1:]], 6),
             method(["Is it even?"], [images[2]], 6),
         ]
-        assert answer_requests(model, requests, 2, with_vbpe, told.append) == [
+        assert answer_questions(model, requests, 2, with_vbpe, told.append) == [
             answer.strip() for (answer,) in expected
         ]
     assert sum(told) == 12 and max(told) == 2
@@ -96,12 +96,12 @@ def test_flags_arrive_as_text_too() -> None:
 
 def test_refusals(model: BeingVL, images: list[Image.Image], run_folder: Path) -> None:
     for request, message in [
-        (Request("hi", [], {"num_beams": 5}), "num_beams is 5"),
-        (Request("hi", [], {"penalty": 1}), "generation option 'penalty' is not known"),
-        (Request("hi", [b"a video"], GREEDY), "the task shows bytes, beingvl sees images only"),
+        (Question("hi", [], {"num_beams": 5}), "num_beams is 5"),
+        (Question("hi", [], {"penalty": 1}), "generation option 'penalty' is not known"),
+        (Question("hi", [b"a video"], GREEDY), "the task shows bytes, beingvl sees images only"),
     ]:
         with pytest.raises(InputError, match=message):
-            answer_requests(model, [request], 1, True, lambda count: None)
+            answer_questions(model, [request], 1, True, lambda count: None)
     with pytest.raises(InputError, match="it is not a Being-VL model folder"):
         open_model(str(run_folder), None, None, "cpu")
 
@@ -113,6 +113,6 @@ def test_the_entry_point_names_the_adapter() -> None:
         '"lmms_eval.models": ["beingvl=beingvl.evaluation.lmms_eval_model:manifest"]'
         in (root / "setup.py").read_text()
     )
-    tree = ast.parse((root / "beingvl" / "inference" / "lmms_eval_model.py").read_text())
+    tree = ast.parse((root / "beingvl" / "evaluation" / "lmms_eval_model.py").read_text())
     names = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     assert names == {"manifest", "LmmsEvalModel"}
