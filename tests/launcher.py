@@ -8,17 +8,22 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
 
 SPAWN_RANKS = Path(__file__).parent / "spawn_ranks.py"
+WARM_FOLDER = Path(tempfile.gettempdir()) / f"beingvl-warm-{os.getpid()}"
+# a Python whose heavy imports are done; what it may be told begins with -m, -c or a file's name
+PYTHON = [sys.executable, "-I", "-S", str(Path(__file__).parent / "warm_python.py")]
 ENVIRONMENT = {
     **os.environ,
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
+    "BEINGVL_WARM_PARENT": f"{WARM_FOLDER}:{os.getpid()}",
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
 }
 
@@ -115,8 +120,18 @@ def rank_processes(launcher: subprocess.Popen) -> dict[int, psutil.Process]:
         ):  # it has just ended; a zombie is one of these
             for word in child.cmdline():
                 if word.startswith("--local_rank="):
-                    found[int(word.split("=")[1])] = child
+                    found[int(word.split("=")[1])] = process_of(child)
     return found
+
+
+def process_of(started: psutil.Process) -> psutil.Process:
+    """The process itself, for which `PYTHON` stands in. Raises NoSuchProcess when it has ended."""
+    path = WARM_FOLDER / str(started.pid)
+    while PYTHON[-1] in started.cmdline():  # until it is a Python of its own
+        if path.exists():
+            return psutil.Process(int(path.read_text()))
+        time.sleep(0.005)
+    return started
 
 
 def has_step(output: Path, step: int = 1) -> bool:
