@@ -17,9 +17,13 @@ class Request(dict[str, Any]):
 
     def difference(self, found: Mapping[str, Any]) -> str | None:
         """What differs first in `found`, as "another seed (found 1, asked for 2)"; else None."""
+        return next(iter(self.differences(found)), None)
+
+    def differences(self, found: Mapping[str, Any]) -> list[str]:
+        """All that differs, each as above."""
         asked = json.loads(json.dumps(self))  # as it reads back from a file: tuples are lists
-        for name in {**found, **asked}:
-            if found.get(name) != asked.get(name):
-                values = f"found {found.get(name)!r}, asked for {asked.get(name)!r}"
-                return f"another {name} ({values})"
-        return None
+        return [
+            f"another {name} (found {found.get(name)!r}, asked for {asked.get(name)!r})"
+            for name in {**found, **asked}
+            if found.get(name) != asked.get(name)
+        ]

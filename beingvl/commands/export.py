@@ -1,12 +1,12 @@
 """[7] Start model + training checkpoint -> stock Hugging Face folder; also to and from the
 published parameter names.
 
-    beingvl export --model base/ --checkpoint stage-1/ --output_path out/          the model as
-        it is now, before its stage ends
-    beingvl export --model stage-3/final --format being-vl-0.5 --output_path out/  VQ-GAN among the
-    weights, as published
-    beingvl export --model Being-VL-0.5/ --output_path base/                       a published
-        folder back into ours
+    beingvl export --model base/ --checkpoint stage-1/ --output_path out/
+        the model as it is now, before its stage ends
+    beingvl export --model stage-3/final --format being-vl-0.5 --output_path out/
+        VQ-GAN among the weights, as published
+    beingvl export --model Being-VL-0.5/ --output_path base/
+        a published folder back into ours
 
 A finished stage already has its `final/`. The result loads with unmodified transformers and is a
 start model for the next stage. The probe logits that a checkpoint stored while it was trained are
@@ -17,40 +17,41 @@ incomplete.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        type=Path,
-        required=True,
-        help="start model of the stage, a finished stage, or a published folder",
-    )
-    parser.add_argument(
-        "--checkpoint", type=Path, help="STAGE/checkpoints/step-…, or STAGE for its newest one"
-    )
-    parser.add_argument(
-        "--format",
-        choices=("hf", "being-vl-0.5"),
-        default="hf",
-        help="names and layout of the weights",
-    )
-    parser.add_argument("--output_path", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--no_link",
-        action="store_true",
-        help="copy unchanged weight files instead of hard-linking them",
-    )
-    parser.add_argument(
-        "--no_probe",
-        action="store_true",
-        help="do not load the result to compare the checkpoint's probe logits",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a finished folder")
+    add = parser.add_argument
+    model = "start model of the stage, a finished stage, or a published folder"
+    add("--model", type=Path, required=True, help=model)
+    checkpoint = "STAGE/checkpoints/step-…, or STAGE for its newest one"
+    add("--checkpoint", type=Path, help=checkpoint)
+    formats = ("hf", "being-vl-0.5")
+    add("--format", choices=formats, default="hf", help="names and layout of the weights")
+    add("--output_path", type=Path, required=True, help="folder to write")
+    no_link = "copy unchanged weight files instead of hard-linking them"
+    add("--no_link", action="store_true", help=no_link)
+    no_probe = "do not load the result to compare the checkpoint's probe logits"
+    add("--no_probe", action="store_true", help=no_probe)
+    add("--overwrite", action="store_true", help="replace a finished folder")
 
 
-def run(args: argparse.Namespace) -> int | None:
-    from beingvl.train.export_hf import run as step
+def run(args: argparse.Namespace) -> int:
+    from beingvl.train.export_hf import ProbeMismatchError, export
 
-    return step(args)
+    try:
+        manifest = export(
+            args.model,
+            args.output_path,
+            checkpoint=args.checkpoint,
+            format=args.format,
+            link=not args.no_link,
+            probe=not args.no_probe,
+            overwrite=args.overwrite,
+        )
+    except ProbeMismatchError as error:
+        print(f"{error}; {args.output_path} is not finished", file=sys.stderr)
+        return 1
+    print(f"{args.output_path}: {manifest.kind.replace('_', ' ')}, {len(manifest.files)} files")
+    return 0

@@ -1,10 +1,9 @@
 """[6] Train one stage: start model + shards + stage JSON -> checkpoints and final/.
 
-Started by a launcher on every rank, for example
-  deepspeed --num_gpus 2 --module beingvl.train.train_stage --deepspeed_config
-  ds_configs/stage1.json \\
-            --model base/ --data shards/ --output stage-1/ [--set beingvl.epochs=1 …]
-or alone, as a world of one rank, with `beingvl train`.
+    deepspeed --num_gpus 2 --module beingvl.train.train_stage --deepspeed_config \\
+        ds_configs/stage1.json --model base/ --data shards/ --output stage-1/
+
+on every rank, by a launcher, or alone, as a world of one rank, with `beingvl train`.
 
 Started again with the same arguments it resumes from the newest complete checkpoint; a finished
 stage is left alone. SIGTERM, SIGUSR1 and SIGINT end it after the running step with a checkpoint and
@@ -19,59 +18,45 @@ loss again.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--deepspeed_config", type=Path, required=True, help="the stage's JSON (ds_configs/)"
-    )
-    parser.add_argument(
-        "--model",
-        type=Path,
-        required=True,
-        help="start model: base/, or the previous stage's folder",
-    )
-    parser.add_argument("--data", type=Path, required=True, help="shard folder of build-shards")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        help="stage folder: checkpoints/, metrics.jsonl, final/",
-    )
-    parser.add_argument(
-        "--log_dir", type=Path, help="TensorBoard folder (default: OUTPUT/tensorboard)"
-    )
-    parser.add_argument(
-        "--validation_data",
-        type=Path,
-        help="shard folder for beingvl.validation_every_steps; never trained on",
-    )
-    parser.add_argument(
-        "--carry_moments",
-        action="store_true",
-        help="start with the optimizer moments that --model, a stage folder, ended with",
-    )
-    parser.add_argument(
-        "--replay",
-        type=int,
-        metavar="STEP",
-        help="show this step's samples (steps count from 1) and its loss",
-    )
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override keys of the JSON",
-    )
-    parser.add_argument(
-        "--local_rank", type=int, default=0, help=argparse.SUPPRESS
-    )  # DeepSpeed's launcher passes it
+    add = parser.add_argument
+    add("--deepspeed_config", type=Path, required=True, help="the stage's JSON (ds_configs/)")
+    add("--model", type=Path, required=True, help="base/, or the previous stage's folder")
+    add("--data", type=Path, required=True, help="shard folder of build-shards")
+    add("--output", type=Path, required=True, help="stage folder: checkpoints/, …, final/")
+    add("--log_dir", type=Path, help="TensorBoard folder (default: OUTPUT/tensorboard)")
+    held_out = "shard folder for beingvl.validation_every_steps; never trained on"
+    add("--validation_data", type=Path, help=held_out)
+    moments = "start with the optimizer moments that --model, a stage folder, ended with"
+    add("--carry_moments", action="store_true", help=moments)
+    shown = "show this step's samples (steps count from 1) and its loss"
+    add("--replay", type=int, metavar="STEP", help=shown)
+    replaced = "override keys of the JSON"
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=replaced)
+    # DeepSpeed's launcher passes it
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
-def run(args: argparse.Namespace) -> int | None:
-    from beingvl.train.train_stage import run as step
+def run(args: argparse.Namespace) -> int:
+    from beingvl.train.train_stage import as_a_rank, replay, train
 
-    return step(args)
+    places = (args.model, args.data, args.output)
+    inputs = {
+        "deepspeed_config": args.deepspeed_config,
+        "overrides": args.set,
+        "validation_data": args.validation_data,
+        "carry_moments": args.carry_moments,
+    }
+
+    def step(stop_requested: Callable[[], bool]) -> bool:
+        if args.replay is not None:
+            replay(*places, args.replay, **inputs)
+            return True
+        log_dir = args.log_dir
+        return bool(train(*places, log_dir=log_dir, stop_requested=stop_requested, **inputs))
+
+    return as_a_rank(step, args.debug)

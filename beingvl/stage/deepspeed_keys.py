@@ -1,5 +1,4 @@
-"""DeepSpeed's keys that a stage may have, what each must be, and those that are refused, with
-the reason.
+"""DeepSpeed's keys that a stage may have, what each must be, and those that are refused, and why.
 
 DeepSpeed takes unknown top-level keys silently, and the text "false" for false in one place and for
 true in another; other types stop it when the model is built, or later. Some of its defaults hurt
@@ -112,7 +111,9 @@ ZERO_KEYS: dict[str, Schema] = {
     **STAGE3_KEYS,
     **{f"stage3_{key}": allowed for key, allowed in STAGE3_KEYS.items()},
     **dict.fromkeys(OFFLOAD_KEYS, maybe(OBJECT)),
-    "stage": one_of(0, 1, 2, 3),
+    "stage": Allowed(
+        "one of 1, 2, 3; on one rank stage 1 is what stage 0 would be", one_of(1, 2, 3).holds
+    ),
     "contiguous_gradients": SWITCH,
     "reduce_scatter": SWITCH,
     "reduce_bucket_size": count(1),
@@ -230,8 +231,8 @@ def check_offload(zero: Mapping[str, Any], source: str) -> None:
 
 
 def _check_device(offload: Mapping[str, Any], key: str, stage: int, source: str) -> None:
-    device = offload.get("device", "none")
-    if device != "none" and stage < (1 if device == "cpu" and key.endswith("optimizer") else 3):
+    device, is_optimizer = offload.get("device", "none"), key.endswith("optimizer")
+    if device != "none" and stage < 3 and not (device == "cpu" and is_optimizer):
         raise InputError(
             f"{source}: {key} needs a higher stage than {stage} for the device {device!r}; "
             "remove it"
@@ -243,19 +244,17 @@ def _check_device(offload: Mapping[str, Any], key: str, stage: int, source: str)
             f"{source}: {key}.nvme_path is {offload.get('nvme_path')!r}, expected a folder "
             "on the NVMe disk"
         )
-    if key.endswith("optimizer") and offload.get(
-        "buffer_count", fewest_buffers(offload)
-    ) < fewest_buffers(offload):
+    fewest = fewest_buffers(offload)
+    if is_optimizer and offload.get("buffer_count", fewest) < fewest:
         raise InputError(
-            f"{source}: {key}.buffer_count is {offload['buffer_count']!r}, expected at "
-            f"least {fewest_buffers(offload)}: "
-            "master, two moments and gradient of a sub-group, of the next with "
+            f"{source}: {key}.buffer_count is {offload['buffer_count']!r}, expected at least "
+            f"{fewest}: master, two moments and gradient of a sub-group, of the next with "
             "pipeline_read, of the last with pipeline_write"
         )
 
 
 def fewest_buffers(offload: Mapping[str, Any]) -> int:
-    """Of "offload_optimizer" on NVMe: a sub-group in memory is four, and each way that runs
-    beside the update needs as many.
+    """Of "offload_optimizer" on NVMe: a sub-group in memory takes four, and each pipeline beside
+    the update as many.
     """
     return 4 * (1 + bool(offload.get("pipeline_read")) + bool(offload.get("pipeline_write")))

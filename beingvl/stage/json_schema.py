@@ -1,14 +1,16 @@
 """What a JSON file may hold, as nested as the file is: names, and what is allowed for each.
 
     {"optimizer": {"type": one_of("Adam", "AdamW"), "params": {"lr": number(), "fused": SWITCH}},
-    "rules": [{"match": TEXT}]}
+     "rules": [{"match": TEXT}]}
 
 `check` finds the first value that is not allowed and says so in one sentence; for an unknown name
-it asks "did you mean".
+it asks "did you mean". A dataclass whose fields are made by `key` is such an object, too
+(`schema_of`): a field says itself what it may be, what it means, and whether it changes a result.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -86,9 +88,30 @@ def maybe(allowed: Allowed) -> Allowed:
     )
 
 
+def key(
+    allowed: Schema, help: str, default: Any = dataclasses.MISSING, *, changes_result: bool = True
+) -> Any:
+    """A field of a dataclass that stands for an object. Without a default it must be given.
+
+    changes_result: whether it may change a sample or an update, so that a resumed run must have the
+    same.
+    """
+    metadata = {"allowed": allowed, "help": help, "changes_result": changes_result}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def schema_of(block: type) -> dict[str, Schema]:
+    return {field.name: field.metadata["allowed"] for field in dataclasses.fields(block)}
+
+
+def required_keys(block: type) -> list[str]:
+    fields = dataclasses.fields(block)
+    return [field.name for field in fields if field.default is dataclasses.MISSING]
+
+
 def check(value: Any, schema: Schema, source: str, name: str = "") -> None:
-    """Raises InputError that names `source` and the place of the first value, `name.key`, that
-    is not allowed.
+    """Raises InputError that names `source` and the place of the first value that is not allowed,
+    `name.key`.
     """
     shown = name or "the file"
     if isinstance(schema, Allowed):
@@ -97,26 +120,28 @@ def check(value: Any, schema: Schema, source: str, name: str = "") -> None:
     elif isinstance(schema, Mapping):
         if not isinstance(value, Mapping):
             raise InputError(f"{source}: {shown} is {value!r}, expected an object")
-        for key, inside in value.items():
-            inner = f"{name}.{key}" if name else key
-            if key not in schema:
-                near = difflib.get_close_matches(key, schema, n=1) or [
-                    f"{outer}.{key}"
-                    for outer, inside in schema.items()
-                    if isinstance(inside, Mapping) and key in inside
-                ]
-                hint = (
-                    f"did you mean {inner.removesuffix(key)}{near[0]}?"
-                    if near
-                    else f"known are {', '.join(sorted(schema))}"
-                )
+        for word, inside in value.items():
+            inner = f"{name}.{word}" if name else word
+            if word not in schema:
+                hint = _hint(word, schema, inner.removesuffix(word))
                 raise InputError(f"{source}: unknown key {inner}; {hint}")
-            check(inside, schema[key], source, inner)
+            check(inside, schema[word], source, inner)
     else:
         if not isinstance(value, list):
             raise InputError(f"{source}: {shown} is {value!r}, expected a list")
         for at, inside in enumerate(value):
             check(inside, schema[0], source, f"{name}[{at}]")
+
+
+def _hint(word: str, schema: Mapping[str, Any], place: str) -> str:
+    """What may be meant by an unknown key: one spelt alike, or the same name one level deeper."""
+    near = difflib.get_close_matches(word, schema, n=1)
+    near += [
+        f"{outer}.{word}"
+        for outer, inside in schema.items()
+        if isinstance(inside, Mapping) and word in inside
+    ]
+    return f"did you mean {place}{near[0]}?" if near else f"known are {', '.join(sorted(schema))}"
 
 
 def check_present(
@@ -127,7 +152,7 @@ def check_present(
     """
     for path in paths:
         inside: Any = fields
-        for key in path.split("."):
-            if not isinstance(inside, Mapping) or key not in inside:
+        for word in path.split("."):
+            if not isinstance(inside, Mapping) or word not in inside:
                 raise InputError(f"{source}: {path!r} is missing{why}")
-            inside = inside[key]
+            inside = inside[word]

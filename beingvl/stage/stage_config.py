@@ -3,17 +3,18 @@ before anything is built.
 
     load_stage_config(path, overrides) -> StageConfig(deepspeed=dict, beingvl=BeingVLBlock)
 
-An unknown key anywhere is an error with "did you mean".
+An unknown key anywhere is an error with "did you mean". The table of keys in docs/Training.md is
+made from the fields below.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, get_type_hints
+from typing import Any
 
 from beingvl.errors import InputError
 from beingvl.stage.deepspeed_keys import (
@@ -30,90 +31,120 @@ from beingvl.stage.json_schema import (
     SWITCH,
     TEXT,
     Allowed,
-    Schema,
     check,
     check_present,
+    key,
     maybe,
     number,
     one_of,
+    required_keys,
+    schema_of,
     whole,
 )
 
 LONGEST_SEQUENCE = 1 << 24  # the packer holds a list of so many entries
 SHARES = Allowed("an object of source -> share", OBJECT.holds)
-RULE: Schema = {
-    "match": TEXT,
-    "train": SWITCH,
-    "lr_multiplier": FACTOR,
-    "weight_decay": maybe(FACTOR),
-}
-
-Positive: TypeAlias = Annotated[float, POSITIVE]
-NotNegative: TypeAlias = Annotated[float, number(0)]
-Fraction: TypeAlias = Annotated[float, number(0, 1)]
-Count: TypeAlias = Annotated[int, whole(0)]
-AtLeastOne: TypeAlias = Annotated[int, whole(1)]
-Switch: TypeAlias = Annotated[bool, SWITCH]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule. `weight_decay` None means the optimizer's own."""
+    """One rule of the freezer (model/param_groups.py)."""
 
-    match: str
-    train: bool = True
-    lr_multiplier: float = 1.0
-    weight_decay: float | None = None
+    match: str = key(TEXT, "a group of parameters, or a regular expression over their names")
+    train: bool = key(SWITCH, "false: frozen", True)
+    lr_multiplier: float = key(FACTOR, "of the learning rate", 1.0)
+    weight_decay: float | None = key(maybe(FACTOR), "null: the optimizer's own", None)
+
+
+same_result = partial(key, changes_result=False)
 
 
 @dataclass(frozen=True)
 class BeingVLBlock:
-    """The block "beingvl" of a stage's JSON.
+    """The block "beingvl" of a stage's JSON."""
 
-    mixture: source -> share. mixture_by: shares of `samples` or of `tokens`. epochs: passes over
-    all samples of the drawn sources together. max_steps: stop earlier. loss_on: `response`, `text`
-    or `all`. schedule: `cosine` or `constant`, after a linear warm-up over warmup_ratio of the
-    steps, down to min_lr_ratio of the peak. trainable: the freezer's rules. checkpoint_every_steps,
-    checkpoint_every_minutes: 0 means not for this reason; one is written at the end always.
-    background_save: a thread writes it from a copy in host memory while training goes on.
-    keep_last: how many checkpoints stay, and keep_every: those of every so many steps stay as well.
-    loss_chunk_tokens: target tokens whose logits exist at a time. validation_every_steps: 0 means
-    never. stall_timeout_seconds: when a rank that finishes no part of its work is given up.
-    deterministic: only kernels that give the same bits every time, which on a GPU are slower.
-    """
-
-    epochs: Positive
-    sequence_length: Annotated[int, whole(1, LONGEST_SEQUENCE)]
-    mixture: Annotated[dict[str, float], SHARES]
-    trainable: Annotated[tuple[Rule, ...], [RULE]]
-    mixture_by: Annotated[str, one_of("samples", "tokens")] = "samples"
-    max_steps: Annotated[int | None, maybe(whole(1))] = None
-    loss_on: Annotated[str, one_of("response", "text", "all")] = "response"
-    packing: Switch = True
-    seed: Count = 0
-    schedule: Annotated[str, one_of("cosine", "constant")] = "cosine"
-    warmup_ratio: Fraction = 0.03
-    min_lr_ratio: Fraction = 0.0
-    activation_checkpointing: Switch = True
-    loss_chunk_tokens: AtLeastOne = 256
-    checkpoint_every_steps: Count = 500
-    checkpoint_every_minutes: NotNegative = 0
-    background_save: Switch = False
-    keep_last: AtLeastOne = 2
-    keep_every: Count = 0
-    validation_every_steps: Count = 0
-    log_every_steps: AtLeastOne = 1
-    tensorboard: Switch = True
-    max_skipped_steps: AtLeastOne = 5
-    stall_timeout_seconds: AtLeastOne = 600
-    deterministic: Switch = False
+    epochs: float = key(POSITIVE, "passes over all samples of the drawn sources together")
+    sequence_length: int = key(
+        whole(1, LONGEST_SEQUENCE), "tokens of a packed sequence; no sample may be longer"
+    )
+    mixture: dict[str, float] = key(  # noqa: RUF009  a field, not a dictionary
+        SHARES, "source -> share; a source is a sample's `category`"
+    )
+    trainable: tuple[Rule, ...] = key([schema_of(Rule)], "the freezer's rules, see below")
+    mixture_by: str = key(
+        one_of("samples", "tokens"),
+        "what shares are of; the realised ones of both stand in the log before step 1",
+        "samples",
+    )
+    max_steps: int | None = key(
+        maybe(whole(1)), "end the run, and its learning-rate schedule, after so many steps", None
+    )
+    loss_on: str = key(
+        one_of("response", "text", "all"),
+        "`response`: answers and their eos; `text`: all that is not an image token",
+        "response",
+    )
+    packing: bool = key(SWITCH, "false: one sample per sequence", True)
+    seed: int = key(whole(0), "of the data order", 0)
+    schedule: str = key(
+        one_of("cosine", "constant"),
+        "learning rate after the warm-up, a pure function of the step",
+        "cosine",
+    )
+    warmup_ratio: float = key(number(0, 1), "share of the steps with a linear warm-up", 0.03)
+    min_lr_ratio: float = key(number(0, 1), "where the cosine ends, as a share of the peak", 0.0)
+    activation_checkpointing: bool = same_result(
+        SWITCH, "compute layers a second time in the backward pass, to save memory", True
+    )
+    loss_chunk_tokens: int = same_result(
+        whole(1), "target tokens whose logits exist at the same time", 256
+    )
+    checkpoint_every_steps: int = same_result(
+        whole(0), "0: not for this reason; one is always written at the end", 500
+    )
+    checkpoint_every_minutes: float = same_result(number(0), "as above; whichever comes first", 0)
+    background_save: bool = same_result(
+        SWITCH,
+        "a thread writes the checkpoint from a copy in host memory (12 bytes per trained "
+        "parameter, cut by the ranks) while training goes on",
+        False,
+    )
+    keep_last: int = same_result(whole(1), "how many of the newest checkpoints stay", 2)
+    keep_every: int = same_result(
+        whole(0), "checkpoints of every so many steps stay as well; 0: none", 0
+    )
+    validation_every_steps: int = same_result(
+        whole(0), "together with `--validation_data`; 0: never", 0
+    )
+    log_every_steps: int = same_result(
+        whole(1),
+        "a line of metrics has its own step's figures, and all seconds of saving and validating "
+        "since the line before",
+        1,
+    )
+    tensorboard: bool = same_result(SWITCH, "metrics for TensorBoard as well", True)
+    max_skipped_steps: int = same_result(
+        whole(1), "end after so many steps in a row that are not finite", 5
+    )
+    stall_timeout_seconds: int = same_result(
+        whole(1),
+        "when the others give up a rank that does not get on. It must cover the longest single "
+        "part: loading or hashing one parameter, one micro-batch or validation batch, writing "
+        "256 MB of a slice to the disk, DeepSpeed's own start; a start, save or validation pass "
+        "as a whole may take any time",
+        600,
+    )
+    deterministic: bool = same_result(
+        SWITCH,
+        "only kernels that give the same bits every time: slower on a GPU, and needed there for "
+        "a resumed run to be bit-identical with an uninterrupted one",
+        False,
+    )
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A validated stage. `deepspeed` holds DeepSpeed's keys only; `source` names the file for
-    messages.
-    """
+    """A validated stage: DeepSpeed's keys and our block; `source` names the file in messages."""
 
     deepspeed: dict[str, Any]
     beingvl: BeingVLBlock
@@ -142,7 +173,7 @@ class StageConfig:
 
     @property
     def zero_stage(self) -> int:
-        return self.deepspeed["zero_optimization"].get("stage", 0)
+        return self.deepspeed["zero_optimization"]["stage"]
 
     @property
     def is_bf16(self) -> bool:
@@ -153,7 +184,9 @@ class StageConfig:
         """`offload_optimizer` and `offload_param`, as far as they go to NVMe."""
         zero = self.deepspeed["zero_optimization"]
         return {
-            key: zero[key] for key in OFFLOAD_KEYS if (zero.get(key) or {}).get("device") == "nvme"
+            name: zero[name]
+            for name in OFFLOAD_KEYS
+            if (zero.get(name) or {}).get("device") == "nvme"
         }
 
     def accumulation_steps(self, num_ranks: int) -> int:
@@ -169,18 +202,13 @@ class StageConfig:
 
 
 def load_stage_config(path: Path | str, overrides: Sequence[str] = ()) -> StageConfig:
-    """Read, override (`beingvl.epochs=1`) and validate. Raises InputError that names file and
-    key.
-    """
+    """Read, override (`beingvl.epochs=1`) and validate. Raises InputError with file and key."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist; stage configurations are in ds_configs/")
     try:
         fields = json.loads(path.read_text())
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a ValueError also of bytes that are no text, or of thousands of digits
+    except (ValueError, RecursionError) as error:  # also of bytes that are not text
         raise InputError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(fields, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(fields).__name__}")
@@ -191,16 +219,16 @@ def load_stage_config(path: Path | str, overrides: Sequence[str] = ()) -> StageC
 
 def apply_override(fields: dict, override: str) -> None:
     """Set `a.b.c=value` in nested dicts; the value is JSON, or text when it is not."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
         raise InputError(f"--set {override!r}: expected KEY=VALUE, for example beingvl.epochs=1")
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
     except (ValueError, RecursionError) as error:
-        raise InputError(f"--set {key}: {error}") from error
-    *parents, last = key.split(".")
+        raise InputError(f"--set {path}: {error}") from error
+    *parents, last = path.split(".")
     for parent in parents:
         fields = fields.setdefault(parent, {})
         if not isinstance(fields, dict):
@@ -211,22 +239,15 @@ def apply_override(fields: dict, override: str) -> None:
 def parse_stage_config(fields: Mapping[str, Any], source: str) -> StageConfig:
     """Validate a stage's JSON object; every complaint names `source`."""
     refuse_keys(fields, source)
-    hints = get_type_hints(BeingVLBlock, include_extras=True)
-    block_keys = {name: hint.__metadata__[0] for name, hint in hints.items()}
-    check(fields, {**DEEPSPEED_KEYS, "beingvl": block_keys}, source)
-    check_present(
-        fields, REQUIRED_KEYS, source, "; write it out, DeepSpeed's default for it is not safe here"
-    )
-    needed = [
-        entry.name
-        for entry in dataclasses.fields(BeingVLBlock)
-        if entry.default is dataclasses.MISSING
-    ]
-    check_present(fields, ["beingvl", *(f"beingvl.{name}" for name in needed)], source)
+    check(fields, {**DEEPSPEED_KEYS, "beingvl": schema_of(BeingVLBlock)}, source)
+    unsafe = "; write it out, DeepSpeed's default for it is not safe here"
+    check_present(fields, REQUIRED_KEYS, source, unsafe)
+    needed = [f"beingvl.{name}" for name in required_keys(BeingVLBlock)]
+    check_present(fields, needed, source)
     check_offload(fields["zero_optimization"], source)
     block = fields["beingvl"]
     for at, rule in enumerate(block["trainable"]):
-        check_present(rule, ["match"], f"{source}: beingvl.trainable[{at}]")
+        check_present(rule, required_keys(Rule), f"{source}: beingvl.trainable[{at}]")
     rules = tuple(Rule(**rule) for rule in block["trainable"])
-    deepspeed = {key: value for key, value in fields.items() if key != "beingvl"}
+    deepspeed = {name: value for name, value in fields.items() if name != "beingvl"}
     return StageConfig(deepspeed, BeingVLBlock(**{**block, "trainable": rules}), source)

@@ -22,7 +22,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -35,17 +34,15 @@ from safetensors import SafetensorError, safe_open
 
 from beingvl.artefact.files import to_json, write_atomically
 from beingvl.artefact.hashes import HashedFile
-from beingvl.artefact.manifest import MANIFEST_FILE, is_complete, read_manifest, write_manifest
+from beingvl.artefact.manifest import MANIFEST_FILE, read_manifest, write_manifest
 from beingvl.errors import InputError
 from beingvl.model.weight_files import make_header
-from beingvl.train.failures import SaveError, TrainingError
+from beingvl.train.checkpoint_folders import complete_checkpoints, delete_checkpoint
+from beingvl.train.failures import SaveError
 from beingvl.train.partitions import STATE_KEYS
 
-CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.json"
-FLUSH_BYTES = (
-    1 << 28
-)  # so much is written before the disk is waited for: one part of the phase "save"
+FLUSH_BYTES = 1 << 28  # written before the disk is waited for: one part of the phase "save"
 
 
 @dataclass(frozen=True)
@@ -62,58 +59,6 @@ class CheckpointState:
     num_ranks: int
     identity: dict[str, Any]
     parameters: dict[str, dict[str, Any]]
-
-
-def checkpoint_folder(output: Path, step: int) -> Path:
-    return output / CHECKPOINTS / f"step-{step:08d}"
-
-
-def complete_checkpoints(output: Path) -> list[Path]:
-    """Finished checkpoints of a stage folder, oldest first."""
-    return sorted(path for path in _started_checkpoints(output) if is_complete(path))
-
-
-def _started_checkpoints(output: Path) -> list[Path]:
-    """Finished or not; a `step-00000500-copy` is somebody's own."""
-    return [
-        path
-        for path in (output / CHECKPOINTS).glob("step-*")
-        if path.name.removeprefix("step-").isdigit()
-    ]
-
-
-def agree_on_newest(
-    output: Path,
-    gather: Callable[[Any], list[Any]],
-    patience_seconds: float,
-    before_step: int | None = None,
-) -> Path | None:
-    """The newest complete checkpoint (of a step before `before_step`) that any rank sees, on
-    every rank; None without any.
-
-    Hosts may see a network disk as it was at different times, so a rank that does not see it yet
-    waits for it. Raises TrainingError, on all ranks, that names those which still do not. `gather`
-    hands every rank's value to all.
-    """
-    found = [
-        folder.name
-        for folder in complete_checkpoints(output)
-        if before_step is None or step_of(folder) < before_step
-    ]
-    seen = gather(found[-1] if found else "")
-    if not any(seen):
-        return None
-    newest, started = output / CHECKPOINTS / max(seen), time.monotonic()
-    while not is_complete(newest) and time.monotonic() - started < patience_seconds:
-        time.sleep(0.2)
-    blind = [str(rank) for rank, sees_it in enumerate(gather(is_complete(newest))) if not sees_it]
-    if blind:
-        raise TrainingError(
-            f"rank {', '.join(blind)} cannot see {newest}, which rank "
-            f"{seen.index(newest.name)} sees; all hosts need the same "
-            "output folder: share it, or start again when its disk shows the same to all"
-        )
-    return newest
 
 
 def rank_file(rank: int, num_ranks: int) -> str:
@@ -137,8 +82,8 @@ class CheckpointWriter:
         gather: Callable[[Any], list[Any]],
         advance: Callable[[], object] = lambda: None,
     ) -> None:
-        """`advance` hears, from a thread, of every piece that is written, which is a slice or
-        `FLUSH_BYTES` of one.
+        """`advance` hears, from a thread, of every slice that is written, or `FLUSH_BYTES` of
+        one.
         """
         self._rank, self._gather, self._advance = rank, gather, advance
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -161,12 +106,8 @@ class CheckpointWriter:
         self.commit()
         self._together(folder, lambda: _start_empty(folder) if self._rank == 0 else None)
         path = folder / rank_file(self._rank, state.num_ranks)
-        self._begun = _BegunCheckpoint(
-            folder,
-            state,
-            write_more,
-            self._pool.submit(_write_slices, path, self._sizes(state), slices, self._advance),
-        )
+        written = self._pool.submit(_write_slices, path, self._sizes(state), slices, self._advance)
+        self._begun = _BegunCheckpoint(folder, state, write_more, written)
 
     def _sizes(self, state: CheckpointState) -> dict[str, int]:
         """Slice -> its number of elements, on this rank."""
@@ -185,9 +126,7 @@ class CheckpointWriter:
         return self._begun is not None and self._begun.slices.done()
 
     def commit(self) -> None:
-        """Make what was begun a checkpoint; without any, nothing happens. All ranks call
-        together.
-        """
+        """Make what was begun, if anything, a checkpoint. All ranks call together."""
         begun, self._begun = self._begun, None
         if begun is None:
             return
@@ -205,8 +144,8 @@ class CheckpointWriter:
             if self._rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
             raise SaveError(
-                f"{folder} could not be written ({problems[0]}); earlier checkpoints are as "
-                "they were, start again"
+                f"{folder} could not be written ({problems[0]}); earlier checkpoints are as they "
+                "were, start again"
             )
         return [result for result, _ in answers]
 
@@ -235,21 +174,14 @@ def _write_slices(
     slices: Iterable[tuple[str, torch.Tensor]],
     advance: Callable[[], object],
 ) -> tuple[str, str]:
-    """Write one rank's file of float32 slices, on disk before it has its name; returns (name,
-    hash).
-    """
+    """Write one rank's file of float32 slices, on disk before it has its name: (name, hash)."""
     temporary = path.with_suffix(".tmp")
     num_unflushed = 0
     with open(temporary, "wb") as file:
         hashed = HashedFile(file)
         hashed.write(make_header({name: ("F32", [size], 4 * size) for name, size in sizes.items()}))
         for (name, tensor), (expected, size) in zip(slices, sizes.items(), strict=True):
-            assert (name, tensor.dtype, tensor.numel()) == (expected, torch.float32, size), (
-                name,
-                tensor.dtype,
-                expected,
-                size,
-            )
+            assert (name, tensor.dtype, tensor.numel()) == (expected, torch.float32, size), name
             data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
             for start in range(0, len(data), FLUSH_BYTES):
                 num_unflushed += hashed.write(data[start : start + FLUSH_BYTES])
@@ -264,34 +196,9 @@ def _write_slices(
     return path.name, hashed.hash
 
 
-def delete_old_checkpoints(output: Path, keep_last: int, keep_every: int = 0) -> None:
-    """Keep the newest `keep_last` finished checkpoints, and those of every `keep_every`-th step.
-
-    Unfinished ones before the newest finished one, left by killed saves, go too.
-    """
-    complete = complete_checkpoints(output)
-    for folder in _started_checkpoints(output):
-        is_old = bool(complete) and folder < complete[-1]
-        is_kept = folder in complete[-keep_last:] or (
-            keep_every and folder in complete and step_of(folder) % keep_every == 0
-        )
-        if is_old and not is_kept:
-            _delete(folder)
-
-
 def _start_empty(folder: Path) -> None:
-    _delete(folder)
+    delete_checkpoint(folder)
     folder.mkdir(parents=True)
-
-
-def _delete(folder: Path) -> None:
-    """It stops being complete first."""
-    (folder / MANIFEST_FILE).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)  # a network disk keeps what another process reads
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def read_state(folder: Path) -> CheckpointState:
@@ -305,33 +212,16 @@ def read_state(folder: Path) -> CheckpointState:
 
 def _damaged(folder: Path, name: str, found: str) -> InputError:
     """The error for a file of a checkpoint; it says which older one there is."""
-    older = [
-        other for other in complete_checkpoints(folder.parent.parent) if other.name < folder.name
-    ]
-    what = (
-        f"to go on from {older[-1].name}, the next older one"
-        if older
-        else "to begin anew, since there is no older one"
-    )
+    finished = complete_checkpoints(folder.parent.parent)
+    older = [other.name for other in finished if other.name < folder.name]
+    what = "to begin anew, since there is no older one"
+    if older:
+        what = f"to go on from {older[-1]}, the next older one"
     return InputError(f"{folder / name} is missing or damaged: {found}; remove {folder} {what}")
 
 
-def check_identity(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raises InputError that names what differs when a checkpoint is of another run than the one
-    asked for.
-    """
-    for key in {**found, **expected}:
-        if found.get(key) != expected.get(key):
-            raise InputError(
-                f"{folder} belongs to another run: its {key} is {found.get(key)!r}, this run's "
-                f"is {expected.get(key)!r}; "
-                "give another --output, or remove the folder to start this stage anew"
-            )
-
-
 class StateReader:
-    """The saved slices of one checkpoint, open for reading: `with StateReader(folder) as reader:
-    reader.fetch(...)`.
+    """The saved slices of one checkpoint, open for reading, as a context manager.
 
     Raises InputError that names the file which is missing or damaged, and the checkpoint before.
     """
@@ -343,15 +233,14 @@ class StateReader:
         self._files = []
         for rank in range(self.state.num_ranks):
             name = rank_file(rank, self.state.num_ranks)
-            found, expected = _num_bytes(folder / name), listed.get(name, {}).get("bytes")
+            path, expected = folder / name, listed.get(name, {}).get("bytes")
+            found = path.stat().st_size if path.is_file() else 0
             if found != expected:
-                raise _damaged(
-                    folder, name, f"it has {found} bytes, {MANIFEST_FILE} says {expected}"
-                )
+                what = f"it has {found} bytes, {MANIFEST_FILE} says {expected}"
+                raise _damaged(folder, name, what)
             try:
-                self._files.append(
-                    self._stack.enter_context(safe_open(folder / name, framework="pt"))
-                )
+                file = safe_open(path, framework="pt")
+                self._files.append(self._stack.enter_context(file))
             except SafetensorError as error:
                 raise _damaged(folder, name, str(error)) from error
 
@@ -362,9 +251,7 @@ class StateReader:
         self._stack.close()
 
     def fetch(self, name: str, key: str, start: int, stop: int) -> torch.Tensor:
-        """Elements start … stop of a flattened parameter; `key` is master, exp_avg or
-        exp_avg_sq. Float32.
-        """
+        """Elements start … stop of a flattened parameter, float32; `key`: one of STATE_KEYS."""
         flat, reached = torch.empty(stop - start), start
         spans = self.state.parameters[name]["spans"]
         for file, (first, last) in zip(self._files, spans, strict=True):
@@ -375,18 +262,11 @@ class StateReader:
                 ]
                 reached = high
         if reached < stop:
-            raise _damaged(
-                self._folder,
-                STATE_FILE,
-                f"its spans {spans} of {name} do not give the elements {start} … {stop}",
-            )
+            what = f"its spans {spans} of {name} do not give the elements {start} … {stop}"
+            raise _damaged(self._folder, STATE_FILE, what)
         return flat
 
     def master(self, name: str) -> torch.Tensor:
         """A trained parameter's float32 weights, whole, in its own shape."""
         shape = self.state.parameters[name]["shape"]
         return self.fetch(name, "master", 0, torch.Size(shape).numel()).view(shape)
-
-
-def _num_bytes(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0

@@ -1,16 +1,15 @@
-"""The DeepSpeed boundary: the only place that calls DeepSpeed.
+"""The DeepSpeed boundary: with nvme.py the only place that calls DeepSpeed.
 
     1. start_distributed      process group from the launcher's environment
-       swap_folders           where the files of a run lie that offloads to NVMe
     2. build_engine           empty model; plan; shard-wise weights; deepspeed.initialize
     3. forward / backward / step
     4. local_state            this rank's slices of what training changes, for checkpoints
        load_state             the way back, before the first step
 
 Under ZeRO-3 no rank ever holds the whole model: every parameter is partitioned when it is made, and
-each rank copies its own flat slice from the memory-mapped weights into its partition. Under the
-stages 0, 1 and 2, which keep all weights on every rank, they are copied one by one.
-train/partitions.py knows where each stage keeps what.
+each rank copies its own flat slice from the memory-mapped weights into its partition. Under stages
+1 and 2, which keep all weights on every rank, they are copied one by one. train/partitions.py knows
+where each stage keeps what.
 """
 
 from __future__ import annotations
@@ -18,13 +17,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
-import sys
-import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,7 +30,6 @@ import numpy as np
 import torch
 from blake3 import blake3
 from deepspeed.accelerator import get_accelerator
-from torch.utils.cpp_extension import get_default_build_root
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from beingvl.data.loader import IGNORED, MicroBatch
@@ -43,32 +38,23 @@ from beingvl.model.extended_vocab import PackedCausalLM, build_packed_model, sto
 from beingvl.model.packed_check import refuse_short_window, refuse_unlike_packed
 from beingvl.model.param_groups import PlannedParameter, plan_parameters
 from beingvl.model.weight_files import WeightFolder
-from beingvl.stage.deepspeed_keys import AHEAD_KEYS, fewest_buffers
 from beingvl.stage.stage_config import StageConfig
 from beingvl.train.failures import FreezerError
 from beingvl.train.flops import step_flops
-from beingvl.train.memory import (
-    NVME_SUB_GROUP_ELEMENTS,
-    predict_memory,
-    reduce_bucket_elements,
-    swap_buffers,
-)
+from beingvl.train.memory import predict_memory, reduce_bucket_elements
+from beingvl.train.nvme import fetch_copies, swap_settings
 from beingvl.train.partitions import MASTER, MOMENTS, STATE_KEYS, partition_in_memory, partitions_of
-from beingvl.train.ranks import Ranks, gather_objects, sum_over_ranks
+from beingvl.train.ranks import Ranks, sum_over_ranks
 from beingvl.vocab import VocabLayout
 
 # Heartbeats find a rank that is lost or stalled (train/phases.py); a collective may wait as long as
 # another rank works.
 LONGEST_COLLECTIVE = timedelta(days=1)
-LONGEST_COMPILATION_SECONDS = 3600  # 13 minutes were seen, on two processors with a load of 8
-SECONDS_BEFORE_TELLING = 5  # a compiled op is loaded in less
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step did. `applied` is False when DeepSpeed skipped it for a non-finite
-    gradient.
-    """
+    """`applied` is False when DeepSpeed skipped the step for a gradient that is not finite."""
 
     applied: bool
     gradient_norm: float
@@ -80,30 +66,22 @@ def start_distributed(deterministic: bool = False) -> Ranks:
     Raises InputError when rank 0's port is taken, or cannot be reached.
     """
     if deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS reads it when it is first used
+        # cuBLAS reads it when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500"
-        if "WORLD_SIZE" in os.environ
-        else "0",  # alone: any, so that two may run on one machine
-    }.items():
-        os.environ.setdefault(name, value)
+    # alone: any port, so that two runs share a machine
+    port = "29500" if "WORLD_SIZE" in os.environ else "0"
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     # DeepSpeed looks at every optimizer it has, and one of them loads torch's compiler: a second
     # and 30 MB for nothing.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    for name, value in {**alone, "MASTER_PORT": port, "TORCHDYNAMO_DISABLE": "1"}.items():
+        os.environ.setdefault(name, value)
     # On CPU ranks DeepSpeed compiles a shared-memory op that only its inference calls: no compiler,
     # no minute, no lock files.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    warnings.filterwarnings(
-        "ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning
-    )  # DeepSpeed's calls, not ours
+    # DeepSpeed's calls, not ours
+    warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)
     local_rank = int(os.environ["LOCAL_RANK"])
     accelerator = get_accelerator()
     accelerator.set_device(local_rank)
@@ -116,9 +94,8 @@ def start_distributed(deterministic: bool = False) -> Ranks:
             f"ranks cannot meet at {place}, rank 0's place: {reason}; give --master_port "
             "(MASTER_PORT) another"
         ) from error
-    device = torch.device(
-        accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu"
-    )
+    is_cpu = accelerator.device_name() == "cpu"
+    device = torch.device("cpu" if is_cpu else accelerator.device_name(local_rank))
     return Ranks(deepspeed.comm.get_rank(), deepspeed.comm.get_world_size(), device)
 
 
@@ -140,42 +117,34 @@ def build_engine(
     """Build the stage's model, load the start model's weights, freeze by plan, hand over to
     DeepSpeed.
 
-    `adam_steps`: trained name -> updates that its moments will have behind them, where they are
-    carried over or resumed. `weights`: tensors by their names on disk, in place of those in the
-    folder, of which only config.json is read then. `advance` hears, from any thread, of every
-    parameter and every batch that is done.
+    Args:
+        model_folder: the start model.
+        layout: of its vocabulary.
+        adam_steps: trained name -> updates that its moments will have behind them, where they are
+            carried over or resumed.
+        weights: tensors by their names on disk, in place of those in the folder, of which only
+            config.json is read then.
+        advance: hears, from any thread, of every parameter and every batch that is done.
     """
-    accumulation_steps = config.accumulation_steps(ranks.num_ranks)
+    accumulation = {"gradient_accumulation_steps": config.accumulation_steps(ranks.num_ranks)}
     weights = weights or WeightFolder(model_folder)
-    zero = {
-        **config.deepspeed["zero_optimization"],
-        **swap_settings(config, weights, ranks.num_ranks),
-    }
-    deepspeed_config = {
-        **config.deepspeed,
-        "gradient_accumulation_steps": accumulation_steps,
-        "zero_optimization": zero,
-    }
+    zero = config.deepspeed["zero_optimization"]
+    zero = {**zero, **swap_settings(config, weights, ranks.num_ranks)}
+    deepspeed_config = {**config.deepspeed, **accumulation, "zero_optimization": zero}
     model_config = AutoConfig.from_pretrained(model_folder)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
-    refuse_short_window(
-        model_config, config.beingvl.sequence_length, "lower beingvl.sequence_length to {window}"
-    )
-    refuse_unlike_packed(model_class, model_config)
-    model = _empty_model(model_class, model_config, layout, config, deepspeed_config)
+    model = _empty_model(model_config, layout, config, deepspeed_config)
     parameters = dict(model.causal_lm.named_parameters())
-    if (
-        "offload_param" in config.nvme_offloads
-        and ranks.num_ranks == 1
-        and ranks.device.type == "cpu"
-    ):
-        _fetch_copies(parameters.values())
+    is_alone_on_cpu = ranks.num_ranks == 1 and ranks.device.type == "cpu"
+    if "offload_param" in config.nvme_offloads and is_alone_on_cpu:
+        fetch_copies(parameters.values())
     shapes = {
         name: tuple(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in parameters.items()
     }
     plan = plan_parameters(shapes, config.beingvl.trainable)
-    _load_weights(parameters, shapes, model_folder, weights, layout, config, ranks, advance)
+    for name, stored in _stored_weights(model_folder, weights, shapes, layout):
+        advance()
+        _copy_in(parameters[name], stored, config, ranks)
     for planned in plan:
         parameters[planned.name].requires_grad_(planned.rule.train)
     zero["reduce_bucket_size"] = reduce_bucket_elements(plan, config)
@@ -188,251 +157,78 @@ def build_engine(
         }
         for (multiplier, decay, _), names in groups.items()
     ]
-    assert sorted(name for names in groups.values() for name in names) == sorted(
-        name for name, parameter in parameters.items() if parameter.requires_grad
-    ), "weight decay moves what is in the optimizer, frozen or not"
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=settings, config=deepspeed_config
     )
     _restore_rotary_buffers(model, model_config, ranks.device)
-    return TrainingEngine(
-        engine, model, parameters, plan, groups, config, ranks, accumulation_steps, advance
-    )
-
-
-@contextlib.contextmanager
-def swap_folders(
-    config: StageConfig, run: str, ranks: Ranks, advance: Callable[[], object]
-) -> Iterator[StageConfig]:
-    """`config` with its folders on NVMe, if any, in ones of this run and rank alone, which are
-    removed afterwards.
-
-    `run` is a name that no other run has; what a killed run of this name left there is removed
-    first. `advance` is called while DeepSpeed's op compiles. Raises InputError, on all ranks, when
-    one cannot write there or cannot compile the op.
-    """
-    folders = {
-        key: Path(offload["nvme_path"]) / f"beingvl-{run}" / f"rank-{ranks.rank:05d}"
-        for key, offload in config.nvme_offloads.items()
-    }
-    if not folders:
-        yield config
-        return
-    own = {
-        key: {**offload, "nvme_path": str(folders[key])}
-        for key, offload in config.nvme_offloads.items()
-    }
-    zero = {**config.deepspeed["zero_optimization"], **own}
-    try:
-        problems = gather_objects(
-            _why_no_swapping(config, folders, ranks.rank, advance), ranks.num_ranks
-        )
-        if any(problems):
-            raise InputError(f"{config.source}: {next(filter(None, problems))}")
-        yield replace(config, deepspeed={**config.deepspeed, "zero_optimization": zero})
-    finally:
-        for folder in folders.values():
-            shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                folder.parent.rmdir()  # by the last rank of this host
-
-
-def _why_no_swapping(
-    config: StageConfig, folders: Mapping[str, Path], rank: int, advance: Callable[[], object]
-) -> str:
-    """What keeps this rank from offloading to NVMe, as one sentence; "" when nothing does. Makes
-    the folders, empty.
-    """
-    for key, offload in config.nvme_offloads.items():
-        path = Path(offload["nvme_path"])
-        if not path.is_dir():
-            return (
-                f"zero_optimization.{key}.nvme_path {path} is no folder on rank {rank}'s "
-                "host; mount the disk, or give another"
-            )
-        try:
-            shutil.rmtree(folders[key], ignore_errors=True)
-            folders[key].mkdir(parents=True)
-        except OSError as error:
-            return (
-                f"zero_optimization.{key}.nvme_path {path} cannot be written by rank {rank} "
-                f"({error.strerror}); give another"
-            )
-    builder = deepspeed.ops.op_builder.AsyncIOBuilder()
-    try:
-        if builder.is_compatible(verbose=False):
-            with _compiling(rank, advance):
-                builder.load(verbose=False)
-            return ""
-        found = "no libaio"
-    except Exception as error:  # whatever a compiler, its absence, or a driver's headers make of it
-        found = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    needed = "install libaio-dev, g++ and ninja, or offload to the CPU"
-    return (
-        f"offload to NVMe needs an op that DeepSpeed cannot compile for rank {rank} "
-        f"({found}); {needed}"
-    )
-
-
-@contextlib.contextmanager
-def _compiling(rank: int, advance: Callable[[], object]) -> Iterator[None]:
-    """Once a machine this takes minutes: whoever waits is told why, and `advance` shows that the
-    rank is not stalled.
-
-    Not for ever: torch waits as long as there is the lock file of another compilation, though that
-    may have been killed.
-    """
-    root = os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())
-    is_done = threading.Event()
-
-    def show_life() -> None:
-        for second in range(LONGEST_COMPILATION_SECONDS):
-            if is_done.wait(1):
-                return
-            advance()
-            if second == SECONDS_BEFORE_TELLING:
-                found = (
-                    f"rank {rank} compiles DeepSpeed's op for NVMe, which takes minutes, "
-                    "once a machine"
-                )
-                print(
-                    f"{found} (if an earlier start was killed in it, remove its file lock "
-                    f"below {root})",
-                    file=sys.stderr,
-                )
-
-    thread = threading.Thread(target=show_life, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_done.set()
-        thread.join()
-
-
-def swap_settings(
-    config: StageConfig, weights: Mapping[str, torch.Tensor], num_ranks: int
-) -> dict[str, Any]:
-    """Keys of "zero_optimization" without which DeepSpeed has too few or too large buffers,
-    where the JSON leaves them open.
-
-    Raises InputError for a buffer that is smaller than the largest parameter's share.
-    """
-    settings: dict[str, Any] = {}
-    for key, offload in config.nvme_offloads.items():
-        if key == "offload_optimizer":
-            settings[key] = {"buffer_count": fewest_buffers(offload), **offload}
-            settings["sub_group_size"] = config.deepspeed["zero_optimization"].get(
-                "sub_group_size", NVME_SUB_GROUP_ELEMENTS
-            )
-            continue
-        largest, count = swap_buffers(
-            {name: weight.shape for name, weight in weights.items()}, num_ranks
-        )
-        settings |= {key: {"buffer_size": largest, "buffer_count": count, **offload}}
-        settings |= {
-            name: 0
-            for name in AHEAD_KEYS
-            if name.removeprefix("stage3_") not in config.deepspeed["zero_optimization"]
-        }
-        if settings[key]["buffer_size"] < largest:
-            given = (
-                f"{config.source}: zero_optimization.{key}.buffer_size is {offload['buffer_size']}"
-            )
-            raise InputError(
-                f"{given}, the largest weight's share is {largest} elements on {num_ranks} "
-                "ranks; remove the key"
-            )
-    return settings
+    return TrainingEngine(engine, model, plan, groups, config, ranks, advance)
 
 
 def _empty_model(
-    model_class: Any,
-    model_config: Any,
-    layout: VocabLayout,
-    config: StageConfig,
-    deepspeed_config: dict[str, Any],
+    model_config: Any, layout: VocabLayout, config: StageConfig, deepspeed_config: dict[str, Any]
 ) -> PackedCausalLM:
-    """The stage's model without weights; every parameter partitioned as soon as it is made, when
-    the stage is 3.
+    """The stage's model without weights; under ZeRO-3 every parameter is partitioned as soon as it
+    is made.
     """
-    # zero.Init with dtype= given takes 16 bits whatever is given, so the JSON decides alone
-    is_cut = config.zero_stage == 3
-    with (
-        deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
-        if is_cut
-        else contextlib.nullcontext()
-    ):
+    model_class, block = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)], config.beingvl
+    refuse_short_window(
+        model_config, block.sequence_length, "lower beingvl.sequence_length to {window}"
+    )
+    refuse_unlike_packed(model_class, model_config)
+    place: Any = contextlib.nullcontext()
+    if config.zero_stage == 3:
+        # with dtype= given it takes 16 bits whatever is given, so the JSON decides alone
+        place = deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
+    # more than layout.num_visual when the converter padded the rows
+    num_visual = model_config.vocab_size - layout.num_text
+    with place:
         return build_packed_model(
             model_class,
             model_config,
             layout.num_text,
-            model_config.vocab_size
-            - layout.num_text,  # more than layout.num_visual when the converter padded the rows
-            config.beingvl.loss_chunk_tokens,
-            config.beingvl.activation_checkpointing,
+            num_visual,
+            block.loss_chunk_tokens,
+            block.activation_checkpointing,
         )
 
 
-def _fetch_copies(parameters: Iterable[Any]) -> None:
-    """Make one CPU rank compute with copies of what it fetches from NVMe, as several ranks and
-    GPUs do.
-
-    DeepSpeed gives it the buffer that was read into, which holds another weight by the time of the
-    backward pass.
-    """
-    for parameter in parameters:
-
-        def fetch(
-            params: Iterable[Any],
-            fetch: Callable[..., Any] = parameter.all_gather_coalesced,
-            **settings: Any,
-        ) -> Any:
-            params = list(params)
-            handle = fetch(params, **settings)
-            for fetched in params:
-                if fetched.ds_tensor.final_location == "nvme":
-                    fetched.data = fetched.data.clone()
-            return handle
-
-        parameter.all_gather_coalesced = fetch
-
-
-def _load_weights(
-    parameters: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
+def _stored_weights(
     folder: Path,
     weights: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
     layout: VocabLayout,
-    config: StageConfig,
-    ranks: Ranks,
-    advance: Callable[[], object],
-) -> None:
-    """Copy what this rank holds of every parameter, from the memory map for one. Raises
-    InputError for what does not fit.
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every parameter, memory-mapped for as long. Raises InputError for what does
+    not fit.
     """
-    dtype = torch.bfloat16 if config.is_bf16 else torch.float32
-    for name, parameter in parameters.items():
-        advance()
+    for name, shape in shapes.items():
         stored_name, rows = stored_slice(name, layout.num_text)
         if stored_name not in weights:
             raise InputError(
                 f"{folder} has no tensor {stored_name!r}; it is not a whole Being-VL model folder"
             )
         stored = weights[stored_name][rows]
-        if tuple(stored.shape) != shapes[name]:
-            found = f"{folder}: {stored_name!r} gives {tuple(stored.shape)} for {name!r}"
-            raise InputError(f"{found}, expected {shapes[name]}; config.json and weights disagree")
-        if config.zero_stage < 3:
-            parameter.data = stored.to(ranks.device, dtype, copy=True)
-            continue
-        with partition_in_memory(parameter, changes=True) as partition:
-            start = ranks.rank * partition.numel()
-            mine = stored.reshape(-1)[start : start + partition.numel()]
-            partition.zero_()
-            partition[: mine.numel()].copy_(mine)
+        if tuple(stored.shape) != shape:
+            raise InputError(
+                f"{folder}: {stored_name!r} gives {tuple(stored.shape)} for {name!r}, expected "
+                f"{shape}; config.json and weights disagree"
+            )
+        yield name, stored
         if isinstance(weights, WeightFolder):
             weights.release()
+
+
+def _copy_in(parameter: Any, stored: torch.Tensor, config: StageConfig, ranks: Ranks) -> None:
+    """What this rank holds of a parameter."""
+    if config.zero_stage < 3:
+        dtype = torch.bfloat16 if config.is_bf16 else torch.float32
+        parameter.data = stored.to(ranks.device, dtype, copy=True)
+        return
+    with partition_in_memory(parameter, changes=True) as partition:
+        start = ranks.rank * partition.numel()
+        mine = stored.reshape(-1)[start : start + partition.numel()]
+        partition.zero_()
+        partition[: mine.numel()].copy_(mine)
 
 
 def _restore_rotary_buffers(
@@ -447,55 +243,50 @@ def _restore_rotary_buffers(
                 setattr(module, name, buffer.to(device))
 
 
+# (learning-rate multiplier, weight decay, earlier Adam updates) -> trained names
+Groups = dict[tuple[float, float, int], list[str]]
+
+
 def _optimizer_groups(
     plan: list[PlannedParameter], config: StageConfig, adam_steps: Mapping[str, int]
-) -> dict[tuple[float, float, int], list[str]]:
-    """(learning-rate multiplier, weight decay, earlier Adam updates) -> trained names; Adam
-    counts updates per group.
-    """
-    groups: dict[tuple[float, float, int], list[str]] = {}
+) -> Groups:
+    """Adam counts updates per group, so those with other counts are other groups."""
+    groups: Groups = {}
     for planned in plan:
-        if planned.rule.train:
-            decay = (
-                config.weight_decay
-                if planned.rule.weight_decay is None
-                else planned.rule.weight_decay
-            )
-            key = (planned.rule.lr_multiplier, decay, adam_steps.get(planned.name, 0))
+        rule = planned.rule
+        if rule.train:
+            decay = config.weight_decay if rule.weight_decay is None else rule.weight_decay
+            key = (rule.lr_multiplier, decay, adam_steps.get(planned.name, 0))
             groups.setdefault(key, []).append(planned.name)
     return groups
 
 
 class TrainingEngine:
-    """One stage's model and optimizer under DeepSpeed."""
+    """One stage's model and optimizer under DeepSpeed.
+
+    `trained_shapes`: trained name -> whole shape, in DeepSpeed's order.
+    """
 
     def __init__(
         self,
         engine: Any,
         model: PackedCausalLM,
-        parameters: dict[str, Any],
         plan: list[PlannedParameter],
-        groups: Mapping[tuple[float, float, int], list[str]],
+        groups: Groups,
         config: StageConfig,
         ranks: Ranks,
-        accumulation_steps: int,
         advance: Callable[[], object],
     ) -> None:
         self._engine = engine
-        self.model = model
-        self._parameters = parameters
-        self._config = config
-        self.plan = plan
-        self.ranks = ranks
-        self.accumulation_steps = accumulation_steps
+        self._parameters = dict(model.causal_lm.named_parameters())
+        self.model, self.plan, self.config, self.ranks = model, plan, config, ranks
+        self.advance = advance
+        self.accumulation_steps = config.accumulation_steps(ranks.num_ranks)
         self._lr_multipliers = [multiplier for multiplier, _, _ in groups]
         shapes = {planned.name: planned.shape for planned in plan}
-        self.trained_shapes = {
-            name: shapes[name] for names in groups.values() for name in names
-        }  # in DeepSpeed's order
-        self._advance = advance
+        self.trained_shapes = {name: shapes[name] for names in groups.values() for name in names}
         self._partitions = partitions_of(
-            config.zero_stage, engine, parameters, ranks.rank, ranks.num_ranks
+            config.zero_stage, engine.optimizer, self._parameters, ranks.rank
         )
         self._frozen_hashes = self._hash_frozen()
         self._carried_names: set[str] = set()  # parameters whose moments an earlier stage made
@@ -516,7 +307,7 @@ class TrainingEngine:
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> torch.Tensor:
         """As `forward`, without gradients and in evaluation mode; all ranks call together."""
-        self._advance()
+        self.advance()
         self._engine.eval()
         losses = self.forward(batch)
         self._engine.train()
@@ -559,28 +350,10 @@ class TrainingEngine:
             self._engine.optimizer.param_groups, self._lr_multipliers, strict=True
         ):
             group["lr"] = learning_rate * multiplier
-        if self._config.zero_stage == 0 and not self._config.is_bf16:
-            return self._step_without_zero()
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
         return StepResult(
-            bool(self._engine.was_step_applied()), float(norm if norm is not None else 0.0)
+            bool(self._engine.was_step_applied()), float(self._engine.get_global_grad_norm())
         )
-
-    def _step_without_zero(self) -> StepResult:
-        """Stage 0 in float32: DeepSpeed neither tells the gradient norm nor skips what is not
-        finite.
-        """
-        gradients = [
-            parameter.grad for parameter in self._parameters.values() if parameter.grad is not None
-        ]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if np.isfinite(norm):
-            self._engine.step()
-        else:
-            self._engine.zero_grad()
-            self._engine.micro_steps += 1  # what the skipped call would have counted
-        return StepResult(bool(np.isfinite(norm)), norm if np.isfinite(norm) else float("inf"))
 
     def learning_rates(self, learning_rate: float) -> dict[str, float]:
         """`learning_rate/xM` for every multiplier M of the freezer's rules beside 1."""
@@ -601,14 +374,14 @@ class TrainingEngine:
     def predicted_memory(self) -> dict[str, int]:
         """Bytes by purpose, as train/memory.py predicts them for one rank."""
         return predict_memory(
-            self.plan, self.model.causal_lm.config, self._config, self.ranks.num_ranks
+            self.plan, self.model.causal_lm.config, self.config, self.ranks.num_ranks
         )
 
     # ---- what checkpoints need ----
     @property
     def dtype(self) -> torch.dtype:
         """What forward passes compute in."""
-        return torch.bfloat16 if self._config.is_bf16 else torch.float32
+        return torch.bfloat16 if self.config.is_bf16 else torch.float32
 
     def span(self, name: str) -> tuple[int, int]:
         """The flat range [start, stop) of a trained parameter that this rank saves."""
@@ -624,7 +397,7 @@ class TrainingEngine:
 
         def pieces() -> Iterator[tuple[str, torch.Tensor]]:
             for name, key, piece in self._partitions.read([*self.trained_shapes]):
-                self._advance()
+                self.advance()
                 yield f"{name}.{key}", piece.to("cpu", copy=copy)
 
         return list(pieces()) if copy else pieces()
@@ -645,7 +418,7 @@ class TrainingEngine:
         self._carried_names = set(only_moments_of or ())
 
         def fetch_next(name: str, key: str, start: int, stop: int) -> torch.Tensor:
-            self._advance()
+            self.advance()
             return fetch(name, key, start, stop)
 
         names = self.trained_shapes if only_moments_of is None else only_moments_of
@@ -668,7 +441,7 @@ class TrainingEngine:
             )
 
     def _hash(self, tensor: torch.Tensor) -> str:
-        self._advance()
+        self.advance()
         data = tensor.detach().cpu().contiguous().view(-1)
         return blake3(memoryview(data.view(torch.uint8).numpy())).hexdigest()
 
@@ -696,7 +469,7 @@ class TrainingEngine:
         second moments that were carried over, of what an update without a gradient would make of
         them ("" for others).
         """
-        decay, read = self._config.second_moment_decay, self._partitions.read
+        decay, read = self.config.second_moment_decay, self._partitions.read
         masters = {
             name: self._hash(piece) for name, _, piece in read([*self.trained_shapes], [MASTER])
         }

@@ -1,6 +1,4 @@
-"""Errors that end a training run with one sentence and exit code 1: neither wrong input nor a
-defect of the program.
-"""
+"""How a run ends: errors of exit code 1, neither wrong input nor a defect of the program."""
 
 from __future__ import annotations
 
@@ -25,3 +23,7 @@ class SaveError(TrainingError):
 
 class StallError(TrainingError):
     """A rank died or stands still."""
+
+
+class ProbeMismatchError(TrainingError):
+    """A written folder does not answer the checkpoint's probe as the trained model did."""

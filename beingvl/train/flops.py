@@ -1,5 +1,4 @@
-"""Floating-point operations of a step as the model needs them, for the model FLOP utilisation
-(MFU).
+"""Floating-point operations of a step as the model needs them, for the model FLOP utilisation.
 
     MFU = step_flops / (seconds * devices * peak of a device)
 
@@ -44,10 +43,8 @@ def step_flops(
     num_pairs: int,
     num_target_tokens: int,
 ) -> float:
-    """FLOPs of forward and backward over `num_tokens`. `num_pairs` is the sum of the documents'
-    squared lengths.
-
-    `attention_width` is heads x head size.
+    """FLOPs of forward and backward over `num_tokens`. `num_pairs`: sum of the documents' squared
+    lengths. `attention_width`: heads x head size.
     """
     embedding: list[PlannedParameter] = []
     head: list[PlannedParameter] = []
@@ -57,9 +54,8 @@ def step_flops(
         if number:
             layers.setdefault(int(number[1]), []).append(planned)
         elif len(planned.shape) > 1:
-            (embedding if "embed" in planned.name or ".wte." in planned.name else head).append(
-                planned
-            )
+            is_embedding = "embed" in planned.name or ".wte." in planned.name
+            (embedding if is_embedding else head).append(planned)
     something_trained_below = any(planned.rule.train for planned in embedding)
     flops = 0.0
     for _, members in sorted(layers.items()):
@@ -83,9 +79,7 @@ def _matrix_flops(
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s that a device reaches at best: a data sheet's for a known GPU, measured on a CPU,
-    else None.
-    """
+    """FLOP/s of a device at best: a data sheet's for a known GPU, measured on a CPU, else None."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return next((peak for part, peak in GPU_PEAKS.items() if part in name), None)

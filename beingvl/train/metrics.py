@@ -1,6 +1,5 @@
-"""Metrics of a run: metrics.jsonl always, TensorBoard when the stage asks for it, Weights &
-Biases when WANDB_PROJECT is set, a progress bar on rank 0, or a line now and then where no
-terminal is.
+"""Metrics of a run: metrics.jsonl always, TensorBoard when the stage asks for it, Weights & Biases
+when WANDB_PROJECT is set, a progress bar, or a line now and then where there is no terminal.
 
 Only rank 0 writes. A resumed run cuts metrics.jsonl back to the step it resumes from, so that no
 step stands in it twice.
@@ -19,7 +18,6 @@ import uuid
 from collections import deque
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 import torch
@@ -30,42 +28,39 @@ from beingvl.artefact.files import write_atomically
 from beingvl.errors import InputError
 from beingvl.train.flops import ASSUMED_MFU
 from beingvl.train.phases import STEP_PHASES
+from beingvl.train.ranks import Ranks
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 WANDB_VARIABLE = "WANDB_PROJECT"
-NEVER_WRITTEN = 2**62  # no step
 SECONDS_BETWEEN_LINES = 30
 
 
 class MetricsWriter:
-    """Writes one dictionary a step. On other ranks than 0 it does nothing.
+    """Writes one dictionary per step, of `num_steps`, from the one after `first_step` on. On other
+    ranks than 0 it does nothing.
 
-    `peak_flops`: of all devices together, or None where it is not known.
+    `board_folder`: for TensorBoard. `peak_flops`: of all devices together, where it is known.
     """
 
     def __init__(
         self,
         output: Path,
-        rank: int,
-        num_ranks: int,
+        ranks: Ranks,
         first_step: int,
         num_steps: int,
-        tensorboard: bool = False,
-        log_folder: Path | None = None,
+        board_folder: Path | None = None,
         peak_flops: float | None = None,
     ) -> None:
-        self._is_writer, self._num_ranks, self._peak_flops = rank == 0, num_ranks, peak_flops
-        self._flops, self._seconds = 0.0, 0.0
+        self._is_writer, self._num_ranks = ranks.rank == 0, ranks.num_ranks
+        self._peak_flops, self._flops, self._seconds = peak_flops, 0.0, 0.0
         if not self._is_writer:
             return
         self._file = _open_from(output / METRICS_FILE, first_step)
         self._validation_file = _open_from(output / VALIDATION_FILE, first_step)
         self._board = None
-        if tensorboard:
-            self._board = SummaryWriter(
-                str(log_folder or output / "tensorboard"), purge_step=first_step + 1
-            )
+        if board_folder:
+            self._board = SummaryWriter(str(board_folder), purge_step=first_step + 1)
         self._wandb = _start_wandb(output) if os.environ.get(WANDB_VARIABLE) else None
         self._first_step, self._num_steps = first_step, num_steps
         self._started_at, self._printed_at = time.monotonic(), -math.inf
@@ -118,9 +113,7 @@ class MetricsWriter:
             )
 
     def _print_line(self, step: int, shown: str) -> None:
-        """In place of the bar, where no terminal is: a line now and then, for the log of a batch
-        job.
-        """
+        """In place of the bar: a line now and then, for the log of a batch job."""
         now = time.monotonic()
         if now - self._printed_at < SECONDS_BETWEEN_LINES and step < self._num_steps:
             return
@@ -134,25 +127,23 @@ class MetricsWriter:
 
     def describe_time(self) -> str:
         """Time of the steps written so far beside what `beingvl plan` predicts for them."""
+        real = f"{self._seconds:.1f} s"
         if not self._peak_flops:
             return (
-                f"time of the logged steps: {self._seconds:.1f} s; the device's peak is not "
-                "known, so nothing was predicted"
+                f"time of the logged steps: {real}; the device's peak is not known, so nothing "
+                "was predicted"
             )
-        predicted = self._flops / self._peak_flops / ASSUMED_MFU
+        predicted = f"{self._flops / self._peak_flops / ASSUMED_MFU:.1f} s"
         return (
-            f"time of the logged steps: predicted {predicted:.1f} s at an MFU of "
-            f"{ASSUMED_MFU:.0%}, real {self._seconds:.1f} s"
+            f"time of the logged steps: predicted {predicted} at an MFU of {ASSUMED_MFU:.0%}, "
+            f"real {real}"
         )
 
     def write_validation(self, step: int, values: dict[str, float]) -> None:
         """One validation after `step`; the names get a prefix."""
         if self._is_writer:
-            self._write(
-                self._validation_file,
-                step,
-                {f"validation/{name}": value for name, value in values.items()},
-            )
+            row = {f"validation/{name}": value for name, value in values.items()}
+            self._write(self._validation_file, step, row)
 
     def _write(self, file: TextIO, step: int, values: dict[str, Any]) -> None:
         file.write(json.dumps({"step": step, **values}) + "\n")
@@ -166,12 +157,7 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._is_writer:
             self._file.close()
             self._validation_file.close()
@@ -179,7 +165,7 @@ class MetricsWriter:
             if self._board:
                 self._board.close()
             if self._wandb:
-                self._wandb.finish(exit_code=0 if error is None else 1)
+                self._wandb.finish(exit_code=0 if kind is None else 1)
 
 
 def refuse_missing_wandb() -> None:
@@ -191,7 +177,7 @@ def refuse_missing_wandb() -> None:
 
 
 def _start_wandb(output: Path) -> Any:
-    import wandb
+    import wandb  # an optional extra
 
     id_file = output / "wandb-run-id"  # a resumed stage goes on with its run
     if not id_file.is_file():
@@ -203,18 +189,32 @@ def _start_wandb(output: Path) -> Any:
 def _open_from(path: Path, first_step: int) -> TextIO:
     """Open for appending, after lines of later steps than `first_step` are cut off."""
     if path.is_file():
-        kept = [
-            line
-            for line in path.read_text().splitlines(keepends=True)
-            if _step_of(line) <= first_step
-        ]
+        kept = [line for row, line in _whole_lines(path) if row["step"] <= first_step]
         write_atomically(path, "".join(kept))
     return path.open("a", encoding="utf-8", buffering=1)
 
 
+def _whole_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
+    """(row, line) of all lines but one that a crash cut off."""
+    found = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            found.append((json.loads(line), line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def read_metrics(output: Path, file: str = METRICS_FILE) -> list[dict[str, Any]]:
+    """All rows of a stage folder's metrics.jsonl, or validation.jsonl, but one that a crash cut
+    off.
+    """
+    return [row for row, _ in _whole_lines(output / file)]
+
+
 class SpikeDetector:
-    """Says of each loss whether it stands out: more than 6 standard deviations (and 10 %) above
-    the mean of the 50 steps before.
+    """Says of each loss whether it stands out: more than 6 standard deviations (and 10 %) above the
+    mean of the 50 steps before.
 
     Of those, spikes do not count. The first 20 steps are never called a spike. The window has an
     end, because the steep fall of the first steps would otherwise hide spikes for hundreds of
@@ -234,25 +234,6 @@ class SpikeDetector:
         if not is_spike:  # a spike would hide the next one
             self._losses.append(loss)
         return is_spike
-
-
-def _step_of(line: str) -> int:
-    """The step of a metrics line; a line cut off by a crash counts as never written."""
-    try:
-        return int(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
-        return NEVER_WRITTEN
-
-
-def read_metrics(output: Path, file: str = METRICS_FILE) -> list[dict[str, Any]]:
-    """All lines of a stage folder's metrics.jsonl, or validation.jsonl, but one that a crash cut
-    off.
-    """
-    return [
-        json.loads(line)
-        for line in (output / file).read_text().splitlines()
-        if _step_of(line) < NEVER_WRITTEN
-    ]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

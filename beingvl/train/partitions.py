@@ -2,17 +2,16 @@
 four verbs.
 
     stage 3     weights, masters and moments are cut: rank r holds elements r*E … (r+1)*E - 1 of
-                each flattened parameter; what
-                is offloaded to NVMe is in memory only while it is asked for
+                each flattened parameter; what is offloaded to NVMe is in memory only while it is
+                asked for
     stage 1, 2  weights are whole on every rank; masters and moments are a piece of one flat buffer
-    per optimizer group
-    stage 0     everything is whole on every rank; each rank saves the r-th part
+                per optimizer group
 
     span(name)                  the flat range [start, stop) that this rank saves
-    read(names, keys)           those float32 elements, one (name, key, tensor) after the other,
-                                in the order that costs least
-    write(names, fetch, keys)   put parameters back: `fetch(name, key, start, stop)` gives any
-                                flat float32 range of one
+    read(names, keys)           those float32 elements, one (name, key, tensor) after the other, in
+                                the order that costs least
+    write(names, fetch, keys)   put parameters back: `fetch(name, key, start, stop)` gives any flat
+                                float32 range of one
     held_weights(name)          the weights as the forward pass uses them, as far as this rank
                                 holds them
 
@@ -40,8 +39,8 @@ Read = Iterator[tuple[str, str, torch.Tensor]]
 
 
 class Partitions(Protocol):
-    """See the module's docstring. `create_moments` makes Adam's state before its first update;
-    name -> updates already made.
+    """The four verbs, and `create_moments`: Adam's state before its first update; name -> updates
+    already made.
     """
 
     def span(self, name: str) -> tuple[int, int]: ...
@@ -54,20 +53,12 @@ class Partitions(Protocol):
 
 
 def partitions_of(
-    zero_stage: int, engine: Any, parameters: Mapping[str, Any], rank: int, num_ranks: int
+    zero_stage: int, zero: Any, parameters: Mapping[str, Any], rank: int
 ) -> Partitions:
-    """The partitions of a DeepSpeed engine's parameters (name -> parameter)."""
+    """The partitions of parameters (by name); `zero` is DeepSpeed's optimizer of that stage."""
     if zero_stage == 3:
-        return CutPartitions(engine.optimizer, parameters, rank)
-    if zero_stage in (1, 2):
-        return FlatPartitions(engine.optimizer, parameters)
-    return WholePartitions(engine.optimizer, parameters, rank, num_ranks)
-
-
-def share_of(num_elements: int, rank: int, num_ranks: int) -> tuple[int, int]:
-    """The r-th of R equal parts: 7 elements, 2 ranks -> (0, 4) and (4, 7)."""
-    part = -(-num_elements // num_ranks)
-    return min(rank * part, num_elements), min((rank + 1) * part, num_elements)
+        return CutPartitions(zero, parameters, rank)
+    return FlatPartitions(zero, parameters)
 
 
 @contextmanager
@@ -134,10 +125,8 @@ class CutPartitions:
         parameter = self._parameters[name]
         if parameter.ds_tensor.final_location != "nvme":
             return parameter.ds_tensor.detach()
-        with (
-            self._swapping,
-            partition_in_memory(parameter) as weights,
-        ):  # callers have threads, DeepSpeed's buffers no locks
+        # callers have threads, DeepSpeed's buffers no locks
+        with self._swapping, partition_in_memory(parameter) as weights:
             return weights.clone()
 
     def create_moments(self, adam_steps: Mapping[str, int]) -> None:
@@ -178,11 +167,8 @@ class CutPartitions:
         try:
             yield {MASTER: flat, **zero.optimizer.state.get(flat, {})}
         finally:
-            if (
-                is_away and changes
-                # DeepSpeed's own way back may leave writes running, and the next read would
-                # overtake them
-            ):
+            if is_away and changes:
+                # not the way back of its step, whose writes the next read would overtake
                 zero._writeback_swap_state(group, write_opt_state=True, write_gradients=False)
             elif is_away:
                 zero._release_swap_buffers(group)
@@ -242,62 +228,6 @@ class FlatPartitions:
             )
         self._zero._hp_optimizer_states_linked = False  # or it would keep what it linked before
         self._zero._lazy_init_hp_params_optimizer_state()
-
-
-class WholePartitions:
-    """Stage 0. `optimizer` is torch's in float32, and DeepSpeed's wrapper with float32 masters
-    around it in bf16.
-    """
-
-    def __init__(
-        self, optimizer: Any, parameters: Mapping[str, Any], rank: int, num_ranks: int
-    ) -> None:
-        self._parameters, self._rank, self._num_ranks = parameters, rank, num_ranks
-        self._adam = getattr(optimizer, "optimizer", optimizer)
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        low = getattr(optimizer, "fp16_groups", None) or [
-            group["params"] for group in optimizer.param_groups
-        ]
-        high = getattr(optimizer, "fp32_groups", low)
-        self._masters = {
-            names[id(p)]: m
-            for ps, ms in zip(low, high, strict=True)
-            for p, m in zip(ps, ms, strict=True)
-        }
-        if (
-            high is not low
-            # the wrapper has made one update with zero gradients, which decays weights and counts
-            # as a step
-        ):
-            for name, master in self._masters.items():
-                self._adam.state.pop(master, None)
-                master.data.copy_(parameters[name].data)
-
-    def span(self, name: str) -> tuple[int, int]:
-        return share_of(self._parameters[name].numel(), self._rank, self._num_ranks)
-
-    def read(self, names: Sequence[str], keys: Sequence[str] = STATE_KEYS) -> Read:
-        for name, key in itertools.product(names, keys):
-            start, stop = self.span(name)
-            yield name, key, self._whole(name, key).view(-1)[start:stop]
-
-    def write(self, names: Sequence[str], fetch: Fetch, keys: Sequence[str] = STATE_KEYS) -> None:
-        for name in names:
-            for key in keys:
-                whole = self._whole(name, key)
-                whole.view(-1).copy_(fetch(name, key, 0, whole.numel()))
-            self._parameters[name].data.copy_(self._masters[name].data)
-
-    def _whole(self, name: str, key: str) -> torch.Tensor:
-        master = self._masters[name]
-        return (master if key == MASTER else self._adam.state[master][key]).detach()
-
-    def held_weights(self, name: str) -> torch.Tensor:
-        return self._parameters[name].detach()
-
-    def create_moments(self, adam_steps: Mapping[str, int]) -> None:
-        for name, master in self._masters.items():
-            self._adam.state[master] = _new_moments(master, adam_steps[name], self._adam)
 
 
 def _new_moments(

@@ -1,18 +1,20 @@
-"""What this rank is doing: seconds per phase for the metrics, and a heartbeat by which the
-others find out who stands still.
+"""What this rank is doing: seconds per phase for the metrics, and a heartbeat by which the others
+find out who stands still.
 
-    loop              phases.enter(step, "forward")            two assignments and a clock
-    engine, writer    phases.advance()                         one of many parts of a phase is
-        done: a parameter, a batch, a slice
-    every rank        OUTPUT/ranks/rank-00001.json             rewritten every few seconds by a
-        thread: a counter, and how long
-                                                               this rank has not advanced; removed
-                                                               by a rank that ends in order
-    a rank that has not advanced for half the timeout reads all files from then on, and after the
-    whole of it
-                      a counter stood still for half of it:    that rank is dead or stopped
-                      nobody has advanced for the timeout:     the one furthest behind stands still
-                      else somebody works, however long:       go on waiting
+    loop              phases.enter(step, "forward")    two assignments and a clock
+    engine, writer    phases.advance()                 one of many parts of a phase is done: a
+                                                       parameter, a batch, a slice
+    every rank        OUTPUT/ranks/rank-00001.json     rewritten every few seconds by a thread: a
+                                                       counter, and how long this rank has not
+                                                       advanced; removed by a rank that ends in
+                                                       order
+
+A rank that has not advanced for half the timeout reads all files from then on, and after the whole
+of it decides:
+
+    a counter stood still for half of it    that rank is dead or stopped
+    nobody has advanced for the timeout     the one furthest behind stands still
+    else somebody works, however long       go on waiting
 
 So the timeout covers the longest part, not the longest phase. Who is behind is told by the number
 of phases entered so far, which every rank enters in the same order. A file system tells all this
@@ -42,9 +44,7 @@ NO_BEAT = {"step": 0, "phase": "start", "num_entered": 0, "beat": 0, "idle_secon
 
 
 class Phases:
-    """This rank's position and times. With `stall_timeout_seconds` a thread watches, as a
-    context manager.
-    """
+    """This rank's position and times. As a context manager a thread watches, too."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Phases:
     ) -> None:
         self._seconds: dict[str, float] = {}
         self.folder, self._rank, self._num_ranks = output / folder, rank, num_ranks
-        self._timeout = stall_timeout_seconds
+        self.stall_timeout_seconds = stall_timeout_seconds
         self._beat_seconds = min(LONGEST_BEAT_SECONDS, stall_timeout_seconds / 10)
         self._place: tuple[int, str] = (0, "start")
         self._since = self._advanced_at = time.perf_counter()
@@ -66,18 +66,18 @@ class Phases:
         self._thread = threading.Thread(target=self._watch, name="phases", daemon=True)
 
     def enter(self, step: int, phase: str) -> None:
-        """From now on this rank is in `phase` of `step`; the time until now belongs to the phase
-        before.
-        """
+        """The time until now belongs to the phase before."""
         self._count_time()
         self._place, self._advanced_at = (step, phase), self._since
         self._num_entered += 1
 
     def advance(self) -> None:
-        """One of the parts that make up the phase is done: this rank is not stalled. Any thread
-        may call.
-        """
+        """A part of the phase is done: this rank is not stalled. Any thread may call."""
         self._advanced_at = time.perf_counter()
+
+    def allow(self, seconds: float) -> None:
+        """The next part may take so much longer than any other before it counts as a stall."""
+        self._advanced_at = time.perf_counter() + seconds
 
     def take_seconds(self, phases: Collection[str]) -> dict[str, float]:
         """Seconds of each of `phases` since it was last taken."""
@@ -127,22 +127,25 @@ class Phases:
         while not self._done.wait(self._beat_seconds):
             own = self._beat()
             now = time.perf_counter()
-            if self._num_ranks == 1 or own["idle_seconds"] < self._timeout / 2:
+            if self._num_ranks == 1 or own["idle_seconds"] < self.stall_timeout_seconds / 2:
                 seen.clear()
                 continue
             others = self._read()
             for rank, beat in others.items():
                 if rank not in seen or seen[rank][0] != beat["beat"]:
                     seen[rank] = beat["beat"], now
-            silent = [rank for rank, (_, since) in seen.items() if now - since > self._timeout / 2]
-            is_stall = all(beat["idle_seconds"] > self._timeout for beat in others.values())
-            if own["idle_seconds"] > self._timeout and (silent or is_stall):
+            silent = [
+                rank
+                for rank, (_, since) in seen.items()
+                if now - since > self.stall_timeout_seconds / 2
+            ]
+            is_stall = all(
+                beat["idle_seconds"] > self.stall_timeout_seconds for beat in others.values()
+            )
+            if own["idle_seconds"] > self.stall_timeout_seconds and (silent or is_stall):
                 lost = _describe({self._rank: own, **others}, silent)
-                print(
-                    f"{self.where()}: no progress for {self._timeout:g} s: {lost}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                found = f"{self.where()}: no progress for {self.stall_timeout_seconds:g} s: {lost}"
+                print(found, file=sys.stderr, flush=True)
                 os._exit(1)  # the main thread hangs in a collective that no exception reaches
 
     def _heartbeat(self) -> dict[str, Any]:
@@ -158,43 +161,30 @@ class Phases:
         }
 
     def _beat(self) -> dict[str, Any]:
-        """Write this rank's heartbeat; returns it. Not flushed to disk: it only tells who is
-        alive now.
-        """
+        """Write this rank's heartbeat; returns it. Not flushed: it only tells who is alive now."""
         self._num_beats += 1
         beat = self._heartbeat()
         path = self._path_of(self._rank)
-        temporary = path.with_suffix(
-            ".tmp"
-        )  # always the same, so that killed ranks do not leave one each
+        # always the same, so that killed ranks do not leave one each
+        temporary = path.with_suffix(".tmp")
         try:
             temporary.write_text(json.dumps(beat))
             os.replace(temporary, path)
-        except (
-            OSError
-        ) as error:  # a full disk is reported by the save that it breaks, not by a heartbeat
-            print(
-                f"{self.where()}: the heartbeat could not be written ({error})",
-                file=sys.stderr,
-                flush=True,
-            )
+        except OSError as error:  # a full disk ends the save that it breaks, not the run
+            found = f"{self.where()}: the heartbeat could not be written ({error})"
+            print(found, file=sys.stderr, flush=True)
         return beat
 
     def _read(self) -> dict[int, dict[str, Any]]:
-        """Other ranks -> their last heartbeat; `NO_BEAT` for one that has written none since
-        this rank came.
-        """
+        """Other ranks -> their last heartbeat since this rank came, or `NO_BEAT`."""
         beats: dict[int, dict[str, Any]] = {}
         for rank in range(self._num_ranks):
             if rank == self._rank:
                 continue
             try:
                 text = self._path_of(rank).read_text()
-                beats[rank] = (
-                    NO_BEAT
-                    if text == self._left_over.get(rank)
-                    else {**NO_BEAT, **json.loads(text)}
-                )
+                is_left_over = text == self._left_over.get(rank)
+                beats[rank] = NO_BEAT if is_left_over else {**NO_BEAT, **json.loads(text)}
             except (OSError, ValueError):  # a network disk may lose a file that is being replaced
                 beats[rank] = NO_BEAT
         return beats
@@ -202,10 +192,8 @@ class Phases:
     def _remove_ranks_from(self, first: int) -> None:
         """What ranks of an earlier, larger world left; no rank of this one writes there."""
         for path in self.folder.glob("rank-*"):
-            if (
-                path.stem.removeprefix("rank-").isdigit()
-                and int(path.stem.removeprefix("rank-")) >= first
-            ):
+            number = path.stem.removeprefix("rank-")
+            if number.isdigit() and int(number) >= first:
                 path.unlink(missing_ok=True)
 
     def _path_of(self, rank: int) -> Path:
@@ -214,16 +202,15 @@ class Phases:
 
 def _describe(beats: Mapping[int, Mapping[str, Any]], silent: Sequence[int]) -> str:
     """Who stands still: the silent ranks, or without any those furthest behind."""
-    furthest_behind = min(beat["num_entered"] for beat in beats.values())
-    behind = [
-        rank for rank, beat in sorted(beats.items()) if beat["num_entered"] == furthest_behind
-    ]
+    last = min(beat["num_entered"] for beat in beats.values())
+    behind = [rank for rank, beat in sorted(beats.items()) if beat["num_entered"] == last]
     what = "gives no sign of life any more; it was last seen in" if silent else "stands still in"
-    return "; ".join(
-        f"rank {rank} (process {beats[rank]['process']} on {beats[rank]['host']}) "
-        f"{what} step {beats[rank]['step']}, "
-        f"phase {beats[rank]['phase']}"
-        if beats[rank]["beat"]
-        else f"rank {rank} has not started"
-        for rank in silent or behind
-    )
+    found = []
+    for rank in silent or behind:
+        beat = beats[rank]
+        if beat["beat"]:
+            place = f"rank {rank} (process {beat['process']} on {beat['host']})"
+            found.append(f"{place} {what} step {beat['step']}, phase {beat['phase']}")
+        else:
+            found.append(f"rank {rank} has not started")
+    return "; ".join(found)

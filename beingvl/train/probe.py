@@ -1,7 +1,6 @@
 """Probe logits: what the model says about one fixed sample, stored in every checkpoint.
 
-    checkpoints/step-…/probe.safetensors    input_ids [n], positions [p], logits [p, vocabulary]
-                                            float32
+    probe.safetensors    input_ids [n], positions [p], logits [p, vocabulary] float32
 
 Whoever reads the checkpoint asks the same question again: a resumed run before its first step,
 `beingvl export` after it has written a Hugging Face folder. A wrong tensor, a lost row or another
@@ -10,6 +9,7 @@ attention shows as another answer.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,20 +37,15 @@ class Probe:
 
     @classmethod
     def of_shards(cls, shards: ShardReader) -> Probe:
-        """The first sample of the shards, at most 512 tokens of it, at 16 positions from its
-        first to its last.
-        """
+        """The first sample of the shards, at most 512 tokens of it, at 16 positions."""
         ids = torch.from_numpy(shards[0].input_ids[:MAX_TOKENS].astype(np.int64))
-        return cls(
-            ids, torch.linspace(0, len(ids) - 1, min(MAX_POSITIONS, len(ids))).long().unique()
-        )
+        positions = torch.linspace(0, len(ids) - 1, min(MAX_POSITIONS, len(ids)))
+        return cls(ids, positions.long().unique())
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sets of logits for one probe. `kl_nats` is the mean over positions of KL(stored ||
-    found).
-    """
+    """Two sets of logits for one probe. `kl_nats`: mean over positions of KL(stored || found)."""
 
     kl_nats: float
     max_difference: float
@@ -64,8 +59,7 @@ class Comparison:
         verdict = "the same model" if self.matches else "NOT the model that was trained"
         return (
             f"probe logits: KL {self.kl_nats:.2g} nats (at most {self.tolerance_nats:g}), "
-            "largest difference "
-            f"{self.max_difference:.2g}: {verdict}"
+            f"largest difference {self.max_difference:.2g}: {verdict}"
         )
 
 
@@ -82,9 +76,7 @@ def save_probe(folder: Path, probe: Probe, logits: torch.Tensor) -> None:
 
 
 def load_probe(folder: Path) -> tuple[Probe, torch.Tensor]:
-    """The probe of a checkpoint and its logits `[p, vocabulary]`. Raises InputError when it is
-    missing or damaged.
-    """
+    """The probe of a checkpoint and its logits. Raises InputError when missing or damaged."""
     path = folder / PROBE_FILE
     try:
         tensors = load_file(path)
@@ -97,16 +89,14 @@ def load_probe(folder: Path) -> tuple[Probe, torch.Tensor]:
 
 def compare_logits(stored: torch.Tensor, found: torch.Tensor, dtype: torch.dtype) -> Comparison:
     """Compare logits `[p, vocabulary]`; `dtype` is the coarser of the two computations'."""
+    tolerance = TOLERANCE_NATS[dtype]
     found = found[:, : stored.shape[1]].cpu()
     if found.shape != stored.shape:
-        return Comparison(float("inf"), float("inf"), TOLERANCE_NATS[dtype])
+        return Comparison(math.inf, math.inf, tolerance)
     ours, theirs = stored.double().log_softmax(-1), found.double().log_softmax(-1)
     kl = (ours.exp() * (ours - theirs)).sum(-1).mean().item()
-    return Comparison(
-        kl if np.isfinite(kl) else float("inf"),
-        float((stored - found).abs().max()),
-        TOLERANCE_NATS[dtype],
-    )
+    difference = float((stored - found).abs().max())
+    return Comparison(kl if math.isfinite(kl) else math.inf, difference, tolerance)
 
 
 @torch.inference_mode()
@@ -114,8 +104,7 @@ def compare_probe(checkpoint: Path, folder: Path, trained_dtype: torch.dtype) ->
     """Load `folder` with stock transformers and ask it the checkpoint's probe."""
     probe, stored = load_probe(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    found = (
-        model(input_ids=probe.input_ids[None], use_cache=False).logits[0, probe.positions].float()
-    )
+    logits = model(input_ids=probe.input_ids[None], use_cache=False).logits
+    found = logits[0, probe.positions].float()
     coarser = max(trained_dtype, model.dtype, key=TOLERANCE_NATS.__getitem__)
     return compare_logits(stored, found, coarser)

@@ -1,5 +1,5 @@
-"""What the loop calls to save: freezer check, probe logits, this rank's slices, and the
-description of the whole.
+"""What the loop calls to save: freezer check, probe logits, this rank's slices, and the description
+of the whole.
 """
 
 from __future__ import annotations
@@ -7,12 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from beingvl.train.checkpoint import (
-    CheckpointState,
-    CheckpointWriter,
-    checkpoint_folder,
-    delete_old_checkpoints,
-)
+from beingvl.train.checkpoint import CheckpointState, CheckpointWriter
+from beingvl.train.checkpoint_folders import checkpoint_folder, delete_old_checkpoints
 from beingvl.train.engine import TrainingEngine
 from beingvl.train.loop import Progress
 from beingvl.train.probe import Probe, save_probe
@@ -21,27 +17,19 @@ from beingvl.train.stage_run import Stage
 
 
 class Saver:
-    """What the loop calls to save. `carried_steps`: Adam updates made before this stage.
-
-    With `background_save` the state is copied and a thread writes it; the loop calls `commit` when
-    all ranks have written.
+    """With `background_save` the state is copied and a thread writes it; the loop calls `commit`
+    when all ranks have written. `carried_steps`: Adam updates made before this stage.
     """
 
     def __init__(
         self, stage: Stage, engine: TrainingEngine, probe: Probe, carried_steps: Mapping[str, int]
     ) -> None:
-        self._stage, self._engine, self._probe, self._carried_steps = (
-            stage,
-            engine,
-            probe,
-            carried_steps,
-        )
-        num_ranks = engine.ranks.num_ranks
-        self._spans = gather_objects(
-            {name: engine.span(name) for name in engine.trained_shapes}, num_ranks
-        )
-        gather = partial(gather_objects, num_ranks=num_ranks)
-        self._writer = CheckpointWriter(engine.ranks.rank, gather, stage.phases.advance)
+        self._output, self._identity = stage.output, stage.identity
+        self._engine, self._probe, self._carried_steps = engine, probe, carried_steps
+        self._block, ranks = stage.config.beingvl, engine.ranks
+        gather = partial(gather_objects, num_ranks=ranks.num_ranks)
+        self._spans = gather({name: engine.span(name) for name in engine.trained_shapes})
+        self._writer = CheckpointWriter(ranks.rank, gather, engine.advance)
 
     @property
     def is_written(self) -> bool:
@@ -52,16 +40,12 @@ class Saver:
         """Raises FreezerError when a frozen parameter changed, SaveError when a rank cannot
         write.
         """
-        engine, probe, in_background = (
-            self._engine,
-            self._probe,
-            self._stage.config.beingvl.background_save,
-        )
+        engine, probe, in_background = self._engine, self._probe, self._block.background_save
         self.commit()
         engine.check_frozen()
         logits = engine.logits(probe.input_ids, probe.positions)
         self._writer.begin(
-            checkpoint_folder(self._stage.output, progress.step),
+            checkpoint_folder(self._output, progress.step),
             self._describe(progress),
             engine.local_state(copy=in_background),
             write_more=lambda folder: save_probe(folder, probe, logits),
@@ -73,8 +57,7 @@ class Saver:
         """Wait for what is being written and make it a checkpoint; all ranks call together."""
         self._writer.commit()
         if self._engine.ranks.rank == 0:
-            block = self._stage.config.beingvl
-            delete_old_checkpoints(self._stage.output, block.keep_last, block.keep_every)
+            delete_old_checkpoints(self._output, self._block.keep_last, self._block.keep_every)
 
     def _describe(self, progress: Progress) -> CheckpointState:
         parameters = {
@@ -85,7 +68,6 @@ class Saver:
             }
             for name, shape in self._engine.trained_shapes.items()
         }
-        num_ranks = self._engine.ranks.num_ranks
         return CheckpointState(
-            progress.step, progress.num_applied_steps, num_ranks, self._stage.identity, parameters
+            progress.step, progress.num_applied_steps, len(self._spans), self._identity, parameters
         )

@@ -1,55 +1,81 @@
-"""What one training run consists of, and what makes two runs the same run."""
+"""What one training run is made of, and what makes two runs the same run. No torch, so that wrong
+input is told in a second.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from beingvl.artefact.manifest import Manifest
+from beingvl.artefact.manifest import Manifest, join_lineages, read_manifest
+from beingvl.artefact.request import Request
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import PLAN_VERSION
 from beingvl.errors import InputError
-from beingvl.stage.stage_config import StageConfig
-from beingvl.train.checkpoint import complete_checkpoints
-from beingvl.train.phases import Phases
-from beingvl.train.ranks import Ranks
+from beingvl.model.start_model import find_start_model
+from beingvl.stage.stage_config import StageConfig, load_stage_config
+from beingvl.train.checkpoint_folders import complete_checkpoints
 
-# Keys of the block "beingvl" that change neither a sample nor an update, so that a resumed run may
-# change them.
-SAME_RESULT = {
-    "activation_checkpointing",
-    "loss_chunk_tokens",
-    "checkpoint_every_steps",
-    "checkpoint_every_minutes",
-    "background_save",
-    "keep_last",
-    "keep_every",
-    "validation_every_steps",
-    "log_every_steps",
-    "tensorboard",
-    "max_skipped_steps",
-    "stall_timeout_seconds",
-    "deterministic",
-}
+IDENTITY_KEYS = ("train_batch_size", "optimizer", "gradient_clipping", "bf16")  # of DeepSpeed's
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one training run consists of. `moments`: the checkpoint whose optimizer moments it
-    starts with.
+    """`model`: the start model. `validation`: held-out shards. `moments`: the checkpoint whose
+    optimizer moments it starts with. Only a run of equal `identity` resumes its checkpoints.
     """
 
     output: Path
-    log_folder: Path | None
+    log_folder: Path
     config: StageConfig
     model: Path
     shards: ShardReader
     validation: ShardReader | None
     moments: Path | None
-    identity: dict[str, Any]
-    ranks: Ranks
-    phases: Phases
+    identity: Request
+
+    @property
+    def inputs(self) -> Request:
+        """All that ranks must have been given alike: beside the identity what changes no result,
+        but when ranks meet.
+        """
+        everything = asdict(self.config.beingvl) | self.config.deepspeed | self.identity
+        held_out = self.validation and self.validation.manifest.content_hash
+        return _as_read(Request(everything | {"validation set": held_out}))
+
+
+def open_stage(
+    model: Path,
+    data: Path,
+    output: Path,
+    *,
+    deepspeed_config: Path,
+    overrides: Sequence[str] = (),
+    log_dir: Path | None = None,
+    validation_data: Path | None = None,
+    carry_moments: bool = False,
+) -> Stage:
+    """Raises InputError for inputs that are not there, or contradict each other."""
+    config = load_stage_config(deepspeed_config, overrides)
+    if bool(validation_data) != bool(config.beingvl.validation_every_steps):
+        raise InputError(
+            "--validation_data and beingvl.validation_every_steps belong together: give both or "
+            "none"
+        )
+    moments = find_moments(model) if carry_moments else None
+    model = find_start_model(model)
+    start, shards = read_manifest(model, "model"), ShardReader(data)
+    lineages = {str(model): start.lineage, str(data): shards.manifest.lineage}
+    validation = ShardReader(validation_data) if validation_data else None
+    if validation:
+        lineages[str(validation_data)] = validation.manifest.lineage
+    identity = run_identity(config, start, shards.manifest, join_lineages(lineages))
+    if moments:
+        identity["moments"] = read_manifest(moments, "checkpoint").content_hash
+    log_folder = log_dir or output / "tensorboard"
+    return Stage(output, log_folder, config, model, shards, validation, moments, identity)
 
 
 def find_moments(path: Path) -> Path:
@@ -57,27 +83,28 @@ def find_moments(path: Path) -> Path:
     checkpoints = complete_checkpoints(path) or complete_checkpoints(path.resolve().parent)
     if not checkpoints:
         raise InputError(
-            f"--carry_moments: {path} is no stage folder with checkpoints; give the "
-            "previous stage's folder as --model"
+            f"--carry_moments: {path} is not a stage folder with checkpoints; give the previous "
+            "stage's folder as --model"
         )
     return checkpoints[-1]
 
 
 def run_identity(
     config: StageConfig, model: Manifest, shards: Manifest, lineage: dict[str, str]
-) -> dict[str, Any]:
-    """What makes two runs the same run: a checkpoint is only resumed by a run of equal identity."""
-    block = {key: value for key, value in asdict(config.beingvl).items() if key not in SAME_RESULT}
-    block["trainable"] = list(block["trainable"])
-    block["mixture"] = [
-        list(item) for item in block["mixture"].items()
-    ]  # its order decides the order of samples
-    kept = ("train_batch_size", "optimizer", "gradient_clipping", "bf16")
-    return {
-        "start_model": model.content_hash,
-        "shards": shards.content_hash,
-        "plan_version": PLAN_VERSION,
-        "lineage": lineage,
-        **block,
-        **{key: config.deepspeed.get(key) for key in kept},
+) -> Request:
+    """All that decides the result of a run."""
+    block = {
+        field.name: asdict(config.beingvl)[field.name]
+        for field in fields(config.beingvl)
+        if field.metadata["changes_result"]
     }
+    block["mixture"] = list(config.beingvl.mixture.items())  # its order decides that of samples
+    hashes = {"start_model": model.content_hash, "shards": shards.content_hash}
+    decides = {"plan_version": PLAN_VERSION, "lineage": lineage}
+    kept = {key: config.deepspeed.get(key) for key in IDENTITY_KEYS}
+    return _as_read(Request(hashes | decides | block | kept))
+
+
+def _as_read(request: Request) -> Request:
+    """As it is read back from a file: tuples are lists."""
+    return Request(json.loads(json.dumps(request)))

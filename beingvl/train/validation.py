@@ -10,11 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.held_out import held_out_batch, pack_in_order
-from beingvl.stage.stage_config import StageConfig
 from beingvl.train.engine import TrainingEngine
 from beingvl.train.loss import LossSums
 from beingvl.train.metrics import MetricsWriter
@@ -24,27 +21,23 @@ from beingvl.train.ranks import sum_over_ranks
 def validator(
     engine: TrainingEngine,
     shards: ShardReader | None,
-    config: StageConfig,
     metrics: MetricsWriter,
     stop_requested: Callable[[], bool],
 ) -> Callable[[int], None]:
-    """The function the loop calls after a step; all ranks call together. It gives up between two
-    batches when any rank is asked to stop, and writes nothing then.
+    """The function that the loop calls after a step; all ranks call together. It gives up between
+    two batches when any rank is asked to stop, and writes nothing then.
     """
     if shards is None:
         return lambda step: None
-    ranks = engine.ranks
-    sequences = pack_in_order(shards.lengths, config.beingvl.sequence_length)
+    ranks, block = engine.ranks, engine.config.beingvl
+    sequences = pack_in_order(shards.lengths, block.sequence_length)
 
     def validate(step: int) -> None:
         sums = LossSums.zero(shards.layout, shards.sources)
         for first in range(0, len(sequences), ranks.num_ranks):
-            number = (
-                first + ranks.rank
-            )  # past the end: a batch without targets, because every rank must take part
-            batch = held_out_batch(
-                shards, sequences[number] if number < len(sequences) else [], config.beingvl.loss_on
-            )
+            # past the end: a batch without targets, because every rank must take part
+            own = sequences[first + ranks.rank : first + ranks.rank + 1] or [[]]
+            batch = held_out_batch(shards, own[0], block.loss_on)
             sums.add(batch, engine.evaluate(batch).cpu().numpy())
             if sum_over_ranks([int(stop_requested())], ranks.device)[0]:
                 if ranks.rank == 0:
@@ -52,7 +45,7 @@ def validator(
                         f"asked to stop: the validation after step {step} is left out", flush=True
                     )
                 return
-        sums.values = np.asarray(sum_over_ranks(sums.values, ranks.device))
+        sums.values = sum_over_ranks(sums.values, ranks.device)
         metrics.write_validation(step, sums.means())
 
     return validate

@@ -1,5 +1,5 @@
-"""The accumulation window: all micro-batches of one optimizer step on this rank, fetched while
-the step before it computes.
+"""The accumulation window: all micro-batches of one optimizer step on this rank, fetched while the
+step before it computes.
 """
 
 from __future__ import annotations
@@ -42,10 +42,9 @@ class WindowFetcher:
         stop: int = 0,
         pin: bool = False,
     ) -> None:
-        self._data = data
-        self._accumulation_steps = accumulation_steps
-        self._micro_batch_size = micro_batch_size
-        self._rank, self._num_ranks, self._stop, self._pin = rank, num_ranks, stop, pin
+        self._data, self._accumulation_steps = data, accumulation_steps
+        self._place = (rank, num_ranks, micro_batch_size)
+        self._stop, self._pin = stop, pin
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="window")
         self._step = 0
         self._next: Future[Window] | None = None
@@ -68,9 +67,8 @@ class WindowFetcher:
         return window
 
     def fetch(self, step: int) -> Window:
-        place = (self._rank, self._num_ranks, self._micro_batch_size)
         batches = [
-            self._data.micro_batch(step, micro_step, *place)
+            self._data.micro_batch(step, micro_step, *self._place)
             for micro_step in range(self._accumulation_steps)
         ]
         counts = [
@@ -82,9 +80,9 @@ class WindowFetcher:
             ]
             for b in batches
         ]
-        return Window(
-            [pinned(batch) for batch in batches] if self._pin else batches, np.sum(counts, axis=0)
-        )
+        if self._pin:
+            batches = [pinned(batch) for batch in batches]
+        return Window(batches, np.sum(counts, axis=0))
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -100,7 +98,7 @@ def pinned(batch: MicroBatch) -> MicroBatch:
         name: getattr(batch, name)
         for name in ("input_ids", "target_ids", "position_ids", "cu_seqlens")
     }
-    return replace(
-        batch,
-        **{name: torch.from_numpy(array).pin_memory().numpy() for name, array in arrays.items()},
-    )
+    pinned_arrays = {
+        name: torch.from_numpy(array).pin_memory().numpy() for name, array in arrays.items()
+    }
+    return replace(batch, **pinned_arrays)

@@ -28,8 +28,8 @@ def main() -> None:
     from beingvl.stage.stage_config import load_stage_config
     from beingvl.train.engine import start_distributed, stop_distributed
     from beingvl.train.phases import Phases
+    from beingvl.train.run_stage import train_together, write_final
     from beingvl.train.stage_run import Stage, run_identity
-    from beingvl.train.train_stage import train_together, write_final
 
     ranks = start_distributed()
     for job in json.loads(Path(sys.argv[-1]).read_text()):
@@ -41,9 +41,9 @@ def main() -> None:
         with Phases(output, ranks.rank, ranks.num_ranks, 120) as phases:
             moments = Path(job["moments"]) if "moments" in job else None
             stage = Stage(
-                output, None, config, model, shards, None, moments, identity, ranks, phases
+                output, output / "tensorboard", config, model, shards, None, moments, identity
             )
-            assert train_together(stage, lambda: False) == 0
+            assert train_together(stage, ranks, phases, lambda: False)
         if ranks.rank == 0:
             write_final(stage)
         (output / ADDED_BYTES.format(ranks.rank)).write_text(str(peak_bytes() - before))

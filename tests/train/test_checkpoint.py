@@ -12,14 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beingvl.artefact.manifest import read_manifest
+from beingvl.artefact.request import Request
 from beingvl.errors import InputError
 from beingvl.train import checkpoint
-from beingvl.train.checkpoint import (
-    CheckpointState,
-    StateReader,
-    check_identity,
+from beingvl.train.agreement import check_identity, newest_checkpoint
+from beingvl.train.checkpoint import CheckpointState, StateReader, read_state
+from beingvl.train.checkpoint_folders import (
+    checkpoint_folder,
     complete_checkpoints,
-    read_state,
+    delete_old_checkpoints,
+    step_of,
 )
 from beingvl.train.failures import SaveError, TrainingError
 
@@ -69,7 +71,7 @@ def write(output, step: int, cuts: list[float]):
     }
     num_ranks = len(cuts) + 1
     state = CheckpointState(step, step, num_ranks, {"seed": 0, "lineage": {}}, parameters)
-    folder = checkpoint.checkpoint_folder(output, step)
+    folder = checkpoint_folder(output, step)
 
     def save(rank, gather):
         tensors = {f"{n}.{k}": values(n, k)[slice(*spans[n][rank])] for n in SHAPES for k in KEYS}
@@ -104,13 +106,13 @@ def test_only_finished_checkpoints_count_and_old_ones_go_with_what_killed_saves_
     for step in (1, 2, 3, 4, 5):
         write(tmp_path, step, [0.5])
     for step in (2, 5):  # the last one may be being written
-        (checkpoint.checkpoint_folder(tmp_path, step) / "manifest.json").unlink()
+        (checkpoint_folder(tmp_path, step) / "manifest.json").unlink()
     assert [path.name for path in complete_checkpoints(tmp_path)] == [
         "step-00000001",
         "step-00000003",
         "step-00000004",
     ]
-    checkpoint.delete_old_checkpoints(tmp_path, keep_last=2)
+    delete_old_checkpoints(tmp_path, keep_last=2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         f"step-0000000{step}" for step in (3, 4, 5)
     ]
@@ -126,7 +128,7 @@ def test_a_copy_that_somebody_made_beside_the_checkpoints_is_neither_taken_nor_d
     for step in (1, 2, 3):
         folder, _ = write(tmp_path, step, [0.5])
         shutil.copytree(folder, folder.with_name(f"{folder.name}-copy"))
-    checkpoint.delete_old_checkpoints(tmp_path, keep_last=1, keep_every=5)
+    delete_old_checkpoints(tmp_path, keep_last=1, keep_every=5)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000003"]
     left = [f"step-0000000{step}-copy" for step in (1, 2, 3)]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted(
@@ -170,8 +172,8 @@ def test_a_slice_is_written_in_pieces_that_are_waited_for_and_tell_of_themselves
 
 def test_damage_and_other_runs_are_named(tmp_path) -> None:
     folder, state = write(tmp_path, 1, [0.5])
-    with pytest.raises(InputError, match=r"belongs to another run: its seed is 0, this run's is 1"):
-        check_identity(folder, state.identity, {"seed": 1, "lineage": {}})
+    with pytest.raises(InputError, match=r"another run: another seed \(found 0, asked for 1\)"):
+        check_identity(folder, state.identity, Request({"seed": 1, "lineage": {}}))
     path = folder / "rank-00001-of-00002.safetensors"
     whole = path.read_bytes()
     path.write_bytes(b"\xff" * len(whole))
@@ -225,29 +227,26 @@ def test_all_ranks_take_the_newest_checkpoint_that_any_of_them_sees(tmp_path) ->
     def late(rank, gather):
         if rank < 2:
             threading.Timer(0.5, lambda: write(views[rank], 3, [])).start()
-        return checkpoint.agree_on_newest(views[rank], gather, 20).name
+        return newest_checkpoint(views[rank], gather, 40).name
 
     assert meet(3, late) == ["step-00000003"] * 3
     write(views[1], 1, [])
     assert (
         meet(
             3,
-            lambda rank, gather: (
-                checkpoint.agree_on_newest(views[rank], gather, 0, before_step=2).name
-            ),
+            lambda rank, gather: newest_checkpoint(views[rank], gather, 0, before_step=2).name,
         )
         == ["step-00000001"] * 3
     )
-    assert meet(
-        2, lambda rank, gather: checkpoint.agree_on_newest(tmp_path / "none", gather, 0)
-    ) == [None, None]
+    assert meet(2, lambda rank, gather: newest_checkpoint(tmp_path / "none", gather, 0)) == [
+        None,
+        None,
+    ]
 
 
 def test_ranks_that_never_see_it_are_named_on_all_ranks(tmp_path) -> None:
     write(tmp_path / "0", 1, [])
-    errors = meet(
-        3, lambda rank, gather: checkpoint.agree_on_newest(tmp_path / str(rank), gather, 0.3)
-    )
+    errors = meet(3, lambda rank, gather: newest_checkpoint(tmp_path / str(rank), gather, 0.6))
     assert all(isinstance(error, TrainingError) for error in errors)
     assert {str(error).partition(" cannot see ")[0] for error in errors} == {"rank 1, 2"}
     assert all(
@@ -258,14 +257,14 @@ def test_ranks_that_never_see_it_are_named_on_all_ranks(tmp_path) -> None:
 def test_every_nth_checkpoint_stays(tmp_path) -> None:
     for step in range(1, 8):
         write(tmp_path, step, [])
-    checkpoint.delete_old_checkpoints(tmp_path, keep_last=2, keep_every=3)
-    assert [checkpoint.step_of(path) for path in complete_checkpoints(tmp_path)] == [3, 6, 7]
+    delete_old_checkpoints(tmp_path, keep_last=2, keep_every=3)
+    assert [step_of(path) for path in complete_checkpoints(tmp_path)] == [3, 6, 7]
 
 
 def test_a_rank_that_cannot_write_stops_all_and_leaves_older_checkpoints(tmp_path) -> None:
     folder, state = write(tmp_path, 1, [0.5])
     tensors = {f"{n}.{k}": values(n, k) for n in SHAPES for k in KEYS}
-    new = checkpoint.checkpoint_folder(tmp_path, 2)
+    new = checkpoint_folder(tmp_path, 2)
 
     def gather_with_a_full_disk(value):
         return [value, (None, "rank 1: No space left on device")]
@@ -283,7 +282,7 @@ def test_what_is_begun_counts_only_when_it_is_committed_and_the_next_one_commits
     folder, state = write(tmp_path, 1, [])
     tensors = {f"{n}.{k}": values(n, k) for n in SHAPES for k in KEYS}
     writer = checkpoint.CheckpointWriter(0, lambda value: [value])
-    second, third = (checkpoint.checkpoint_folder(tmp_path, step) for step in (2, 3))
+    second, third = (checkpoint_folder(tmp_path, step) for step in (2, 3))
     assert not writer.is_written
     writer.begin(second, state, tensors.items(), lambda folder: None)
     while not writer.is_written:
@@ -298,7 +297,7 @@ def test_what_is_begun_counts_only_when_it_is_committed_and_the_next_one_commits
 
 def test_a_thread_that_cannot_write_stops_the_run_when_it_commits(tmp_path) -> None:
     folder, state = write(tmp_path, 1, [])
-    new = checkpoint.checkpoint_folder(tmp_path, 2)
+    new = checkpoint_folder(tmp_path, 2)
     tensors = {f"{n}.{k}": values(n, k) for n in SHAPES for k in KEYS}
 
     def gather(value):

@@ -18,11 +18,15 @@ from beingvl.data.arrow_shards import ShardReader
 from beingvl.evaluation.results import read_summary
 from beingvl.model.weight_files import WeightFolder
 from beingvl.stage.stage_config import load_stage_config
-from beingvl.train.checkpoint import StateReader, complete_checkpoints, step_of
+from beingvl.train.checkpoint import StateReader
+from beingvl.train.checkpoint_folders import complete_checkpoints, step_of
 from beingvl.train.metrics import VALIDATION_FILE, MetricsWriter, read_metrics
+from beingvl.train.ranks import Ranks
 from tests.launcher import ENVIRONMENT, free_port, log_of, run
 from tests.plain_torch import train_plain
 from tests.tiny import stage_fields, write_inputs, write_shards
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -392,7 +396,7 @@ def test_checkpoints_by_the_clock_and_metrics_for_tensorboard(work) -> None:
 def test_without_a_terminal_lines_tell_of_progress(tmp_path, capsys) -> None:
     """The first step, the last, and one each half a minute."""
     values = {"loss": 1.5, "learning_rate": 1e-3, "tokens": 100, "spike": 0}
-    with MetricsWriter(tmp_path, rank=0, num_ranks=1, first_step=2, num_steps=5) as metrics:
+    with MetricsWriter(tmp_path, ALONE, first_step=2, num_steps=5) as metrics:
         for step in (3, 4, 5):
             metrics.write_step(step, values, 1.0, {"forward": 0.5}, [])
     first, last = capsys.readouterr().err.splitlines()
@@ -431,7 +435,7 @@ def test_weights_and_biases_gets_every_step(work, tmp_path, monkeypatch) -> None
     assert first[0] == "digits" and first[2] == "allow" and others == [*steps, [0]]
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("WANDB_PROJECT", "digits"), monkeypatch.setenv("TOLD", str(told))
-    with MetricsWriter(work / "wandb", rank=0, num_ranks=1, first_step=2, num_steps=4):
+    with MetricsWriter(work / "wandb", ALONE, first_step=2, num_steps=4):
         pass
     assert [json.loads(line) for line in told.read_text().splitlines()][-2:] == [
         first,

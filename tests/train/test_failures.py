@@ -20,7 +20,7 @@ from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.stage_data import data_of
 from beingvl.model.weight_files import WeightFolder
 from beingvl.stage.stage_config import load_stage_config
-from beingvl.train.checkpoint import complete_checkpoints, step_of
+from beingvl.train.checkpoint_folders import complete_checkpoints, step_of
 from beingvl.train.metrics import SpikeDetector, read_metrics
 from tests.launcher import (
     ENVIRONMENT,
@@ -79,7 +79,7 @@ def token_that_comes_thrice_in_a_row(work: Path) -> tuple[int, list[int]]:
 
 
 @pytest.mark.parametrize(
-    "stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+    "stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
 )
 def test_steps_that_are_not_finite_are_skipped_counted_and_named_then_the_run_stops(
     work, stage: int
@@ -232,7 +232,7 @@ except FreezerError as error:
 """
 
 
-@pytest.mark.parametrize(("stage", "num_ranks"), [(0, 1), (3, 2)])
+@pytest.mark.parametrize(("stage", "num_ranks"), [(1, 1), (3, 2)])
 def test_the_freezer_catches_a_leaked_row(work, stage, num_ranks) -> None:
     """Every rank says so, also one whose own part is as it was; and nobody does before the leak."""
     for done in run_each([[sys.executable, "-c", PLANT, str(work), str(stage)]] * num_ranks):
@@ -245,7 +245,7 @@ def test_the_freezer_catches_a_leaked_row(work, stage, num_ranks) -> None:
 WHOLE_RUNS = """
 import os, signal, sys, torch
 from beingvl.commands.main import main
-from beingvl.train import engine as module
+from beingvl.train import engine as module, run_stage
 from tests.train.planted import cut_gradient
 work, leaked = sys.argv[1], "model.layers.3.mlp.up_proj.weight"
 build, forward, step, local_state = (
@@ -269,9 +269,9 @@ module.TrainingEngine.step = leaking_step
 run("whole-leak", "rows", "beingvl.checkpoint_every_steps=0")
 module.TrainingEngine.step = step
 
-module.build_engine = lambda *args, **kwargs: cut_gradient(build(*args, **kwargs))
+run_stage.build_engine = lambda *args, **kwargs: cut_gradient(build(*args, **kwargs))
 run("whole-cut", "all", "zero_optimization.stage=2")
-module.build_engine = build
+run_stage.build_engine = build
 
 def spiking_forward(self, batch, calls=[]):
     calls.append(batch)

@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from beingvl.artefact.request import Request
 from beingvl.commands import main as cli
 from beingvl.errors import InputError
 from beingvl.model.weight_files import WeightFolder
 from beingvl.stage.stage_config import load_stage_config
-from beingvl.train.checkpoint import complete_checkpoints, read_state, step_of
+from beingvl.train.agreement import refuse_different_inputs
+from beingvl.train.checkpoint import read_state
+from beingvl.train.checkpoint_folders import complete_checkpoints, step_of
 from beingvl.train.metrics import read_metrics
-from beingvl.train.train_stage import refuse_different_inputs
 from tests.launcher import (
     ENVIRONMENT,
     free_port,
@@ -125,7 +127,7 @@ def test_a_finished_stage_is_left_alone_and_another_run_is_refused(work, whole_r
     assert "finished already" in done[0].stdout and not (outputs[1] / "checkpoints").exists()
     refused = run_each([[*command, "--set", "beingvl.seed=1"] for command in commands])
     assert [each.returncode for each in refused] == [2, 2], refused
-    assert all("its seed is 0, this run's is 1" in each.stderr for each in refused), refused
+    assert all("another seed (found 0, asked for 1)" in each.stderr for each in refused), refused
     assert (whole_run / "final" / "manifest.json").read_text() == before
 
 
@@ -210,12 +212,10 @@ def test_ranks_that_are_given_different_things_end_together_and_all_differences_
     for done in run_each(commands):
         assert done.returncode == 2, done
         (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
-        assert "rank 1 was given another " in line and line.endswith(
-            "than rank 0; every host must read the same files"
-        ), line
-        assert (
-            "another checkpoint_every_steps (2, not 3)" in line and "another lineage" not in line
-        ), line
+        assert "rank 1 was given something else than rank 0: another " in line, line
+        assert line.endswith("every host must read the same files"), line
+        assert "another checkpoint_every_steps (found 2, asked for 3)" in line, line
+        assert "another lineage" not in line, line
         assert all(
             f"another {name} (" in line
             for name in ("zero_optimization", "shards", "validation set")
@@ -224,13 +224,14 @@ def test_ranks_that_are_given_different_things_end_together_and_all_differences_
 
 
 def test_the_first_rank_that_was_given_something_else_is_named() -> None:
-    same = {"seed": 0, "shards": "a"}
-    refuse_different_inputs([same, dict(same)])
+    same = Request({"seed": 0, "shards": "a"})
+    refuse_different_inputs(same, lambda value: [value, dict(same)])
+    others = [same, {**same, "shards": "b"}, {"seed": 1}]
     with pytest.raises(
         InputError,
-        match="rank 2 was given another shards \\('b', not 'a'\\) than rank 0; every host",
+        match=r"rank 2 was .* than rank 0: another shards \(found 'b', asked for 'a'\); every host",
     ):
-        refuse_different_inputs([same, same, {**same, "shards": "b"}, {"seed": 1}])
+        refuse_different_inputs(same, lambda value: [value, *others])
 
 
 def test_a_stage_folder_serves_as_start_model_and_export_equals_final(
@@ -265,8 +266,7 @@ def test_a_stage_folder_serves_as_start_model_and_export_equals_final(
 def test_bf16_keeps_float32_where_it_belongs_and_skips_what_is_no_number_in_every_stage(
     work,
 ) -> None:
-    """Masters are the start model's weights: DeepSpeed's stage 0 makes a decaying update with
-    zero gradients when it is built.
+    """Masters are the start model's weights.
 
     A gradient that is not a number changes neither weights nor moments; the step after it does.
     Rotary frequencies stay float32. The buffer for gradients under way is no larger than they are.
@@ -295,7 +295,7 @@ def step(engine, factor):
         result = engine.step(1e-2 if micro_step == engine.accumulation_steps - 1 else None)
     return result
 
-for stage in (0, 1, 2, 3):
+for stage in (1, 2, 3):
     config = load_stage_config({str(work / "all.json")!r}, ["bf16.enabled=true", f"zero_optimization.stage={{stage}}"])
     engine = build_engine(base, layout, config, ranks)
     rotary = engine.model.causal_lm.model.rotary_emb
@@ -348,7 +348,7 @@ def test_bf16_run_stays_near_float32(work, whole_run) -> None:
         (["--model", "nowhere"], "nowhere is not a folder; make it with `beingvl convert"),
         (["--data", "nowhere"], "make it with `beingvl build-shards`"),
         (["--set", "beingvl.mixture.perception=1"], "the shards hold ['foundation', 'reasoning']"),
-        (["--set", "zero_optimization.stage=4"], "expected one of 0, 1, 2, 3"),
+        (["--set", "zero_optimization.stage=4"], "expected one of 1, 2, 3; on one rank"),
         (["--set", "beingvl.sequence_length=10"], "raise beingvl.sequence_length"),
         (
             ["--set", "train_batch_size=1000000000"],

@@ -33,6 +33,7 @@ def test_a_rank_that_is_asked_to_stop_ends_the_pass(
     ranks = Ranks(0, 2, torch.device("cpu"))
     engine = SimpleNamespace(
         ranks=ranks,
+        config=config,
         evaluate=lambda batch: batches.append(batch) or torch.ones(batch.num_target_tokens),
     )
     monkeypatch.setattr(
@@ -41,8 +42,8 @@ def test_a_rank_that_is_asked_to_stop_ends_the_pass(
         lambda values, device: np.asarray(values) + (len(batches) == asked_in_batch),
     )
     (tmp_path / "run").mkdir()
-    metrics = MetricsWriter(tmp_path / "run", 0, 2, 1, 9)
-    validator(engine, shards, config, metrics, lambda: False)(5)
+    metrics = MetricsWriter(tmp_path / "run", ranks, 1, 9)
+    validator(engine, shards, metrics, lambda: False)(5)
     assert len(batches) == (num_batches or per_rank)
     path = tmp_path / "run" / VALIDATION_FILE
     assert (len(path.read_text().splitlines()) if path.is_file() else 0) == num_lines

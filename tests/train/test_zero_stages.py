@@ -13,7 +13,8 @@ import torch
 
 from beingvl.model.weight_files import WeightFolder
 from beingvl.stage.stage_config import load_stage_config
-from beingvl.train.checkpoint import StateReader, complete_checkpoints, step_of
+from beingvl.train.checkpoint import StateReader
+from beingvl.train.checkpoint_folders import complete_checkpoints, step_of
 from beingvl.train.metrics import read_metrics
 from beingvl.train.partitions import MOMENTS
 from tests.plain_torch import train_plain
@@ -85,28 +86,28 @@ def test_every_stage_equals_plain_torch(work) -> None:
     """2 ranks, accumulation 2; stage 3 also with everything offloaded to the CPU; bf16 near it;
     rules with their own rates.
     """
-    more = {f"stage-{stage}": (settings(stage, 2, 2), True) for stage in (0, 1, 2)}
+    more = {f"stage-{stage}": (settings(stage, 2, 2), True) for stage in (1, 2)}
     more["offload-3"] = ([*settings(3, 2, 2), *OFFLOAD], True)
     more["offload-2"] = ([*settings(2, 2, 2), OFFLOAD[0]], True)
     more["unpacked"] = (settings(3, 2, 3, packing=False, chunk=7), False)
     jobs = [job(work, name, *words) for name, (words, _) in more.items()]
     jobs += [
         job(work, f"bf16-{stage}", *settings(stage, 2, 2), "bf16.enabled=true")
-        for stage in (0, 1, 2, 3)
+        for stage in (1, 2, 3)
     ]
     jobs += [
         job(work, f"rates-{stage}", *settings(stage, 2, 2), *ONE_STEP_OF_RATES)
-        for stage in (0, 2, 3)
+        for stage in (1, 2, 3)
     ]
     run_stages(2, jobs, work)
     for name, (_, packing) in more.items():
         assert_equals_plain_torch(work, work / name, packing)
     losses = [row["loss"] for row in read_metrics(work / "stage-2")]
-    for stage in (0, 1, 2, 3):
+    for stage in (1, 2, 3):
         assert [row["loss"] for row in read_metrics(work / f"bf16-{stage}")] == pytest.approx(
             losses, rel=1e-3
         )
-    for stage in (0, 2, 3):
+    for stage in (1, 2, 3):
         assert_first_step_has_the_rules_rates(work, work / f"rates-{stage}")
 
 
@@ -149,7 +150,7 @@ def assert_first_step_has_the_rules_rates(work: Path, output: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_the_grid(work, num_ranks: int) -> None:
-    grid = list(itertools.product((0, 1, 2, 3), (1, 2, 4), (True, False), (7, 1024)))
+    grid = list(itertools.product((1, 2, 3), (1, 2, 4), (True, False), (7, 1024)))
     names = {f"grid-{num_ranks}-{'-'.join(map(str, point))}": point for point in grid}
     jobs = []
     for name, (stage, accumulation, packing, chunk) in names.items():
@@ -164,13 +165,11 @@ def test_frozen_stays_frozen_in_every_stage_and_any_stage_resumes_any_other(work
     third starts from nothing.
     """
     rows = [f"beingvl.trainable={json.dumps(ROWS_AND_LAYERS)}", "beingvl.checkpoint_every_steps=3"]
-    straight = [
-        job(work, f"frozen-{stage}", *settings(stage, 2, 1), *rows) for stage in (0, 1, 2, 3)
-    ]
+    straight = [job(work, f"frozen-{stage}", *settings(stage, 2, 1), *rows) for stage in (1, 2, 3)]
     run_stages(2, straight, work)
     start = dict(WeightFolder(work / "base"))
     expected = dict(WeightFolder(work / "frozen-3" / "final"))
-    for stage in (0, 1, 2):
+    for stage in (1, 2):
         for name, tensor in dict(WeightFolder(work / f"frozen-{stage}" / "final")).items():
             assert (tensor - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
             if "layers.2" in name or "layers.3" in name or name == "model.norm.weight":
@@ -181,13 +180,13 @@ def test_frozen_stays_frozen_in_every_stage_and_any_stage_resumes_any_other(work
     moments = moments_of(work / "frozen-3", num_ranks=2)
     # drop what came after step 3, and let other stages and another number of ranks go on from there
     resumed = []
-    for stage, other in ((0, 1), (1, 2), (2, 3), (3, 0)):
+    for stage, other in ((1, 2), (2, 3), (3, 1)):
         output = work / f"frozen-{stage}"
         (output / "final" / "manifest.json").unlink()
         (output / "checkpoints" / f"step-{NUM_STEPS:08d}" / "manifest.json").unlink()
         resumed.append(job(work, output.name, *settings(other, 3, 1), *rows))
     run_stages(3, resumed, work)
-    for stage in (0, 1, 2, 3):
+    for stage in (1, 2, 3):
         for name, tensor in dict(WeightFolder(work / f"frozen-{stage}" / "final")).items():
             assert (tensor - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
         for name, tensor in moments_of(work / f"frozen-{stage}", num_ranks=3).items():
@@ -222,7 +221,7 @@ def test_a_resumed_run_has_the_same_bytes_in_every_stage(work) -> None:
     types = {"fp32": "bf16.enabled=false", "bf16": "bf16.enabled=true"}
     words = {
         f"same-{stage}-{name}": [*settings(stage, 2, 2), word]
-        for stage in range(4)
+        for stage in (1, 2, 3)
         for name, word in types.items()
     }
     for stage, offload in ((1, OFFLOAD[:1]), (2, OFFLOAD[:1]), (3, OFFLOAD)):

@@ -1,0 +1,178 @@
+"""Offload to NVMe: what DeepSpeed 0.19.8 needs beside the keys of the JSON.
+
+swap_folders     a folder of this run and rank alone, and DeepSpeed's op, before all else
+swap_settings    as many and as large buffers as this model needs
+fetch_copies     a rank alone on a CPU computes with copies of what it reads
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch.utils.cpp_extension import get_default_build_root
+
+from beingvl.errors import InputError
+from beingvl.stage.deepspeed_keys import AHEAD_KEYS, fewest_buffers
+from beingvl.stage.stage_config import StageConfig
+from beingvl.train.memory import NVME_SUB_GROUP_ELEMENTS, swap_buffers
+from beingvl.train.ranks import Ranks, gather_objects
+
+LONGEST_COMPILATION_SECONDS = 3600  # 13 minutes were seen, on two processors with a load of 8
+SECONDS_BEFORE_TELLING = 5  # a compiled op is loaded in less
+
+
+@contextlib.contextmanager
+def swap_folders(
+    config: StageConfig, run: str, ranks: Ranks, advance: Callable[[], object]
+) -> Iterator[StageConfig]:
+    """`config` with folders on NVMe, if any, of this run and rank alone, removed afterwards.
+
+    `run` is a name that no other run has; what a killed run of this name left there is removed
+    first. `advance` is called while DeepSpeed's op compiles. Raises InputError, on all ranks, when
+    one cannot write there or cannot compile the op.
+    """
+    folders = {
+        key: Path(offload["nvme_path"]) / f"beingvl-{run}" / f"rank-{ranks.rank:05d}"
+        for key, offload in config.nvme_offloads.items()
+    }
+    if not folders:
+        yield config
+        return
+    try:
+        problem = _why_no_swapping(config, folders, ranks.rank, advance)
+        problems = list(filter(None, gather_objects(problem, ranks.num_ranks)))
+        if problems:
+            raise InputError(f"{config.source}: {problems[0]}")
+        zero = dict(config.deepspeed["zero_optimization"])
+        for key, folder in folders.items():
+            zero[key] = {**zero[key], "nvme_path": str(folder)}
+        yield replace(config, deepspeed={**config.deepspeed, "zero_optimization": zero})
+    finally:
+        for folder in folders.values():
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()  # by the last rank of this host
+
+
+def _why_no_swapping(
+    config: StageConfig, folders: Mapping[str, Path], rank: int, advance: Callable[[], object]
+) -> str:
+    """What keeps this rank from offloading, as one sentence; "" when nothing does. Makes the
+    folders, empty.
+    """
+    for key, offload in config.nvme_offloads.items():
+        given = f"zero_optimization.{key}.nvme_path {offload['nvme_path']}"
+        if not Path(offload["nvme_path"]).is_dir():
+            return f"{given} is not a folder on rank {rank}'s host; mount the disk, or give another"
+        try:
+            shutil.rmtree(folders[key], ignore_errors=True)
+            folders[key].mkdir(parents=True)
+        except OSError as error:
+            return f"{given} cannot be written by rank {rank} ({error.strerror}); give another"
+    builder = deepspeed.ops.op_builder.AsyncIOBuilder()
+    try:
+        if builder.is_compatible(verbose=False):
+            with _compiling(rank, advance):
+                builder.load(verbose=False)
+            return ""
+        found = "no libaio"
+    except Exception as error:  # whatever a compiler, its absence, or a driver's headers make of it
+        found = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (
+        f"offload to NVMe needs an op that DeepSpeed cannot compile for rank {rank} ({found}); "
+        "install libaio-dev, g++ and ninja, or offload to the CPU"
+    )
+
+
+@contextlib.contextmanager
+def _compiling(rank: int, advance: Callable[[], object]) -> Iterator[None]:
+    """Once per machine this takes minutes: whoever waits is told why, and `advance` shows that the
+    rank is not stalled.
+
+    Not for ever: torch waits as long as there is the lock file of another compilation, though that
+    may have been killed.
+    """
+    root = os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())
+    is_done = threading.Event()
+
+    def show_life() -> None:
+        for second in range(LONGEST_COMPILATION_SECONDS):
+            if is_done.wait(1):
+                return
+            advance()
+            if second == SECONDS_BEFORE_TELLING:
+                print(
+                    f"rank {rank} compiles DeepSpeed's op for NVMe, which takes minutes, once per "
+                    "machine (if an earlier start was killed in it, remove its file lock below "
+                    f"{root})",
+                    file=sys.stderr,
+                )
+
+    thread = threading.Thread(target=show_life, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_done.set()
+        thread.join()
+
+
+def swap_settings(
+    config: StageConfig, weights: Mapping[str, torch.Tensor], num_ranks: int
+) -> dict[str, Any]:
+    """Keys of "zero_optimization" without which DeepSpeed has too few or too large buffers, where
+    the JSON leaves them open.
+
+    Raises InputError for a buffer that is smaller than the largest parameter's share.
+    """
+    zero, settings = config.deepspeed["zero_optimization"], dict[str, Any]()
+    for key, offload in config.nvme_offloads.items():
+        if key == "offload_optimizer":
+            settings[key] = {"buffer_count": fewest_buffers(offload), **offload}
+            settings["sub_group_size"] = zero.get("sub_group_size", NVME_SUB_GROUP_ELEMENTS)
+            continue
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        largest, count = swap_buffers(shapes, num_ranks)
+        settings[key] = {"buffer_size": largest, "buffer_count": count, **offload}
+        for name in AHEAD_KEYS:
+            if name.removeprefix("stage3_") not in zero:
+                settings[name] = 0
+        if settings[key]["buffer_size"] < largest:
+            raise InputError(
+                f"{config.source}: zero_optimization.{key}.buffer_size is "
+                f"{offload['buffer_size']}, the largest weight's share is {largest} elements on "
+                f"{num_ranks} ranks; remove the key"
+            )
+    return settings
+
+
+def fetch_copies(parameters: Iterable[Any]) -> None:
+    """Make a rank alone on a CPU compute with copies of what it fetches, as several ranks and GPUs
+    do. DeepSpeed gives it the buffer that was read into, which holds another weight by the time of
+    the backward pass.
+    """
+    for parameter in parameters:
+
+        def fetch(
+            params: Iterable[Any],
+            fetch: Callable[..., Any] = parameter.all_gather_coalesced,
+            **settings: Any,
+        ) -> Any:
+            params = list(params)
+            handle = fetch(params, **settings)
+            for fetched in params:
+                if fetched.ds_tensor.final_location == "nvme":
+                    fetched.data = fetched.data.clone()
+            return handle
+
+        parameter.all_gather_coalesced = fetch

@@ -1,0 +1,252 @@
+"""The work of a stage, all ranks together: torch and DeepSpeed are loaded with this file.
+
+train_together     were we given the same, is it finished already; then
+    _build_or_resume   engine with the start model's weights, or a checkpoint's  (engine.py)
+    loop.train         every step, saving on the way                             (loop.py)
+write_final        rank 0 alone: start model + last checkpoint                   (hf_folder.py)
+replay_together    one step's samples and loss                                   (replay.py)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+
+from beingvl.artefact.manifest import is_complete
+from beingvl.artefact.request import Request
+from beingvl.data.loader import TrainingData
+from beingvl.data.stage_data import data_of
+from beingvl.errors import InputError
+from beingvl.model.param_groups import format_plan
+from beingvl.train import loop
+from beingvl.train.agreement import (
+    Gather,
+    check_identity,
+    is_finished,
+    newest_checkpoint,
+    refuse_different_inputs,
+)
+from beingvl.train.checkpoint import StateReader
+from beingvl.train.checkpoint_folders import complete_checkpoints
+from beingvl.train.engine import (
+    TrainingEngine,
+    build_engine,
+    start_distributed,
+    stop_distributed,
+)
+from beingvl.train.failures import StallError, TrainingError
+from beingvl.train.flops import peak_flops
+from beingvl.train.hf_folder import write_hf_folder
+from beingvl.train.memory import device_bytes
+from beingvl.train.metrics import MetricsWriter, peak_memory_bytes, refuse_missing_wandb
+from beingvl.train.nvme import swap_folders
+from beingvl.train.phases import Phases
+from beingvl.train.probe import Probe, compare_logits, load_probe
+from beingvl.train.ranks import Ranks, gather_objects
+from beingvl.train.replay import replay
+from beingvl.train.saver import Saver
+from beingvl.train.stage_run import Stage
+from beingvl.train.validation import validator
+
+__all__ = [
+    "replay_together",
+    "start_distributed",
+    "stop_distributed",
+    "train_together",
+    "write_final",
+]
+
+
+def train_together(
+    stage: Stage, ranks: Ranks, phases: Phases, stop_requested: Callable[[], bool]
+) -> bool:
+    """Build, resume, train, unless the stage is finished. False when it was stopped before."""
+    refuse_missing_wandb()
+    with _together(stage, ranks, phases) as (stage, gather):
+        if is_finished(stage, ranks.rank, gather):
+            return True
+        if any(gather(stop_requested())):
+            _say(ranks, "stopped by a signal before the model was loaded; start the same command")
+            return False
+        checkpoint = newest_checkpoint(stage.output, gather, phases.stall_timeout_seconds)
+        return _train(stage, ranks, phases, checkpoint, stop_requested)
+
+
+def replay_together(stage: Stage, ranks: Ranks, phases: Phases, step: int) -> None:
+    """Show the samples of a step and compute its loss with the nearest weights before it."""
+    with _together(stage, ranks, phases, replayed_step=step) as (stage, gather):
+        data = data_of(stage.config, stage.shards)
+        num_steps = loop.num_steps_of(data, stage.config)
+        if not 1 <= step <= num_steps:
+            raise InputError(f"--replay {step}: this run has the steps 1 … {num_steps}")
+        checkpoint = newest_checkpoint(stage.output, gather, phases.stall_timeout_seconds, step)
+        probe = Probe.of_shards(stage.shards)
+        engine, progress, _ = _build_or_resume(stage, ranks, phases, probe, checkpoint)
+        replay(engine, data, stage.config, stage.model, stage.output, step, progress.step)
+
+
+def write_final(stage: Stage) -> None:
+    """`final/` from the last checkpoint, unless it is there. No other rank may wait for it, since
+    a slow disk outlasts the stall timeout.
+    """
+    final = stage.output / "final"
+    if is_complete(final):
+        return
+    write_hf_folder(stage.model, complete_checkpoints(stage.output)[-1], final)
+    what = "a stock Hugging Face folder, the start model of the next stage"
+    print(f"{final} is finished: {what}", flush=True)
+
+
+@contextmanager
+def _together(
+    stage: Stage, ranks: Ranks, phases: Phases, **asked: object
+) -> Iterator[tuple[Stage, Gather]]:
+    """The stage, when all ranks were given the same, with folders on NVMe for this run alone; and
+    what gathers a value of each rank.
+
+    Raises StallError when a collective fails because another rank is gone.
+    """
+    # no other run that goes on now has this name, and this one has it again at its next start
+    run_name = blake3(f"{phases.folder.resolve()}".encode()).hexdigest(16)
+    gather = partial(gather_objects, num_ranks=ranks.num_ranks)
+    try:
+        refuse_different_inputs(Request(stage.inputs | asked), gather)
+        with swap_folders(stage.config, run_name, ranks, phases.advance) as config:
+            yield replace(stage, config=config), gather
+    except Exception as error:
+        place = phases.where()
+        if _is_collective_failure(error):
+            raise StallError(
+                f"a collective failed at step and phase of {place}: {phases.find_lost_ranks()}"
+            ) from error
+        if not isinstance(error, (TrainingError, InputError)):
+            print(f"failed at {place}", file=sys.stderr, flush=True)
+        raise
+
+
+def _is_collective_failure(error: BaseException) -> bool:
+    """Whether another rank is the reason: NCCL has an exception for it, gloo raises RuntimeError
+    with its source file.
+    """
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
+def _train(
+    stage: Stage,
+    ranks: Ranks,
+    phases: Phases,
+    checkpoint: Path | None,
+    stop_requested: Callable[[], bool],
+) -> bool:
+    """From `checkpoint`, or from the start, to the end. False when it was stopped before."""
+    config, output = stage.config, stage.output
+    data = data_of(config, stage.shards)
+    probe = Probe.of_shards(stage.shards)
+    engine, progress, carried_steps = _build_or_resume(stage, ranks, phases, probe, checkpoint)
+    if ranks.rank == 0:
+        plan = format_plan(engine.plan, config.beingvl.trainable)
+        (output / "plan.txt").write_text(plan + "\n")
+        print(f"{plan}\n{_describe(data, engine)}", flush=True)
+    saver = Saver(stage, engine, probe, carried_steps)
+    num_steps, peak = loop.num_steps_of(data, config), peak_flops(ranks.device)
+    board = stage.log_folder if config.beingvl.tensorboard else None
+    writer = MetricsWriter(
+        output, ranks, progress.step, num_steps, board, peak and peak * ranks.num_ranks
+    )
+    with writer as metrics:
+        validate = validator(engine, stage.validation, metrics, stop_requested)
+        finished = loop.train(
+            engine, data, config, progress, metrics, phases, saver, validate, stop_requested
+        )
+    if ranks.rank == 0:
+        print(f"{_memory_report(engine)}\n{writer.describe_time()}", flush=True)
+    if not finished:
+        _say(ranks, f"stopped by a signal after step {progress.step}; start the same command")
+    return finished
+
+
+def _say(ranks: Ranks, stopped: str) -> None:
+    if ranks.rank == 0:
+        print(f"{stopped} again to go on", flush=True)
+
+
+def _build_or_resume(
+    stage: Stage, ranks: Ranks, phases: Phases, probe: Probe, checkpoint: Path | None
+) -> tuple[TrainingEngine, loop.Progress, dict[str, int]]:
+    """The engine with the start model's weights, or with those of a checkpoint.
+
+    The third value says of every trained parameter how many updates its moments had behind them
+    when the stage began.
+    """
+    layout, progress = stage.shards.layout, loop.Progress()
+    build = partial(build_engine, stage.model, layout, stage.config, ranks, advance=phases.advance)
+    source = checkpoint or stage.moments
+    if source is None:
+        engine = build()
+        return engine, progress, dict.fromkeys(engine.trained_shapes, 0)
+    with StateReader(source) as reader:
+        state = reader.state
+        if checkpoint:
+            check_identity(source, state.identity, stage.identity)
+            progress = loop.Progress(state.step, state.num_applied_steps)
+        saved = {name: entry["adam_steps"] for name, entry in state.parameters.items()}
+        engine = build(saved)
+        adam_steps = {name: saved.get(name, 0) for name in engine.trained_shapes}
+        surviving = None if checkpoint else [name for name in adam_steps if name in saved]
+        engine.load_state(reader.fetch, adam_steps, only_moments_of=surviving)
+    if checkpoint:
+        _check_probe(source, engine, probe)
+    if ranks.rank == 0:
+        what = "resumed" if checkpoint else "optimizer moments carried over"
+        print(f"{what} from {source}", flush=True)
+    before = {name: steps - progress.num_applied_steps for name, steps in adam_steps.items()}
+    return engine, progress, before
+
+
+def _check_probe(checkpoint: Path, engine: TrainingEngine, probe: Probe) -> None:
+    """Raises TrainingError when the restored model does not give the logits that the checkpoint
+    stored.
+    """
+    _, stored = load_probe(checkpoint)
+    found = engine.logits(probe.input_ids, probe.positions)
+    comparison = compare_logits(stored, found, engine.dtype)
+    if not comparison.matches:
+        raise TrainingError(
+            f"{checkpoint} was read, but {comparison.describe()}; remove the folder to resume "
+            "from an older one"
+        )
+
+
+def _describe(data: TrainingData, engine: TrainingEngine) -> str:
+    config, ranks = engine.config, engine.ranks
+    num_steps = loop.num_steps_of(data, config)
+    shares = ", ".join(
+        f"{name} {share.samples:,} samples ({share.share_of_samples:.2%}), "
+        f"{share.tokens:,} tokens ({share.share_of_tokens:.2%})"
+        for name, share in data.realised_shares(num_steps).items()
+    )
+    return (
+        f"{num_steps} steps of {config.sequences_per_step} sequences: {ranks.num_ranks} ranks x "
+        f"{config.micro_batch_size} (micro-batch) x {engine.accumulation_steps} (accumulation); "
+        f"packing {data.plan.efficiency:.1%} full; sources: {shares}"
+    )
+
+
+def _memory_report(engine: TrainingEngine) -> str:
+    """What was predicted (as `beingvl plan` does) beside what this rank really used."""
+    predicted, device = engine.predicted_memory(), engine.ranks.device
+    peak = f"peak {peak_memory_bytes(device) / 1e9:.2f} GB"
+    if device.type == "cpu":
+        amount, peak = sum(predicted.values()), f"{peak} of the whole process, libraries included"
+    else:
+        amount = device_bytes(predicted)
+    return f"memory of rank 0: predicted {amount / 1e9:.2f} GB, {peak}"
