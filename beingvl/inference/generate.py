@@ -1,9 +1,7 @@
 """What `beingvl generate` does on the terminal: one answer, a conversation, or a drawing.
 
-generate   checks what was asked, reads the model, and then
-    print_answer   prints an answer while it is made
-    hold_chat      asks for one question after another
-    save_drawing   samples an image and saves it as PNG
+generate    checks what was asked, reads the model, prints the answer or saves the drawing
+hold_chat   asks for one question after another
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -47,23 +44,33 @@ def generate(
     elif (prompt is not None) == chat:
         raise InputError("give either --prompt with a question, or --chat")
     model = BeingVL(model_path, vbpe_path)
-    if draw is not None:
-        if not model.vqgan.has_decoder:
-            raise InputError(f"{model.vqgan.source} has no decoder, so it cannot show a drawing")
-        model.load_model(torch_dtype, device)
-        torch.manual_seed(seed)
-        token_ids = model.draw([prompt or ""], [list(images) or None], not raw, temperature)
-        save_drawing(model, token_ids[0], draw)
-        return None
-    tokens = model.img2tok(images, with_vbpe=not raw) if images else []
-    # What is wrong with the prompt is told before the weights are read.
-    prompt_ids = [] if prompt is None else model.tokenize_with_tokens(prompt, tokens)
+    if draw is not None and not model.vqgan.has_decoder:
+        raise InputError(f"{model.vqgan.source} has no decoder, so it cannot show a drawing")
+    # What is wrong with the images or the prompt is told before the weights are read.
+    tokens = model.img2tok(images, with_vbpe=not raw) if images and draw is None else []
+    is_asked = prompt is not None and draw is None
+    prompt_ids = model.tokenize_with_tokens(prompt or "", tokens) if is_asked else []
     model.load_model(torch_dtype, device)
     torch.manual_seed(seed)
-    options = {"do_sample": do_sample, "temperature": temperature}
+    if draw is not None:
+        drawings = model.draw([prompt or ""], [list(images) or None], not raw, temperature)
+        (picture,) = model.tok2img(drawings)
+        write_atomically(draw, to_png(picture))
+        height, width, _ = picture.shape
+        print(f"{draw}: {width} x {height} pixels from {len(drawings[0])} tokens")
+        return None
 
     def answer(prompt_ids: list[int]) -> str:
-        return print_answer(model, prompt_ids, max_new_tokens, options)
+        """Print the answer piece by piece while it is made."""
+        (text,) = model.answer_token_sequences(
+            [prompt_ids],
+            max_new_tokens,
+            on_text=lambda piece: print(piece, end="", flush=True),
+            do_sample=do_sample,
+            temperature=temperature,
+        )
+        print(flush=True)
+        return text
 
     if not chat:
         return answer(prompt_ids)
@@ -79,28 +86,6 @@ def _check_drawing(path: Path, chat: bool) -> None:
     if path.suffix.lower() != ".png" or path.is_dir():
         found = "a folder" if path.is_dir() else "not a .png"
         raise InputError(f"--draw {path} is {found}; name a PNG file")
-
-
-def save_drawing(model: BeingVL, token_ids: np.ndarray, path: Path) -> None:
-    """Decode one drawing `[n]` and save it as PNG."""
-    (picture,) = model.tok2img([token_ids])
-    write_atomically(path, to_png(picture))
-    height, width, _ = picture.shape
-    print(f"{path}: {width} x {height} pixels from {len(token_ids)} tokens")
-
-
-def print_answer(
-    model: BeingVL, prompt_ids: list[int], max_new_tokens: int, options: dict[str, Any]
-) -> str:
-    """Print the answer piece by piece while it is made; returns it."""
-    (answer,) = model.answer_token_sequences(
-        [prompt_ids],
-        max_new_tokens,
-        on_text=lambda piece: print(piece, end="", flush=True),
-        **options,
-    )
-    print(flush=True)
-    return answer
 
 
 def hold_chat(model: BeingVL, images: list[np.ndarray], answer: Callable[[list[int]], str]) -> None:

@@ -90,8 +90,7 @@ class BeingVL:
                 f"{self.model_path}: the embedding has {num_rows} rows, its vocabulary "
                 f"{self.layout.size} ids"
             )
-        # The base model's own generation defaults (another stop token, sampling) must not reach our
-        # answers.
+        # The base model's generation defaults (another stop token, sampling) must not be ours.
         model.generation_config = GenerationConfig()
         self._model = model.to(target).eval().requires_grad_(False)
         return self
@@ -224,10 +223,8 @@ class BeingVL:
         """Answers to `prompts`, only the answers. `images` holds one entry per prompt: an image, a
         list of images, or None. `options` are those of `answer_token_sequences`.
         """
-        sequences = self._prompt_ids(prompts, images, with_vbpe=True)
-        return self.answer_token_sequences(
-            sequences, max_new_tokens, do_sample=do_sample, **options
-        )
+        ids = self._prompt_ids(prompts, images, with_vbpe=True)
+        return self.answer_token_sequences(ids, max_new_tokens, do_sample=do_sample, **options)
 
     def generate(
         self,
@@ -238,10 +235,8 @@ class BeingVL:
         **options: Any,
     ) -> list[str]:
         """The same with plain VQ codes, for a model that was trained on them."""
-        sequences = self._prompt_ids(prompts, images, with_vbpe=False)
-        return self.answer_token_sequences(
-            sequences, max_new_tokens, do_sample=do_sample, **options
-        )
+        ids = self._prompt_ids(prompts, images, with_vbpe=False)
+        return self.answer_token_sequences(ids, max_new_tokens, do_sample=do_sample, **options)
 
     def _prompt_ids(
         self, prompts: Sequence[Prompt], images: Sequence[Any] | None, with_vbpe: bool
@@ -252,10 +247,8 @@ class BeingVL:
         refuse_one_image(images)
         images = [None] * len(prompts) if images is None else images
         if len(images) != len(prompts):
-            raise InputError(
-                f"{len(prompts)} prompts and {len(images)} images; expected one entry (or "
-                "None) per prompt"
-            )
+            found = f"{len(prompts)} prompts and {len(images)} images"
+            raise InputError(f"{found}; expected one entry (or None) per prompt")
         images_of = [_images(entry) for entry in images]
         together = [image for entry in images_of for image in entry]
         tokens = iter(self.img2tok(together, with_vbpe) if together else [])
@@ -299,7 +292,9 @@ class BeingVL:
         Prompts of like length share a batch; a batch ends when all its answers have. `on_batch` is
         called after each with the indices of its prompts and their new token ids.
         """
-        self._check_request(sequences, max_new_tokens, temperature, batch_size)
+        self._check_request(
+            sequences, max_new_tokens, temperature=temperature, batch_size=batch_size
+        )
         sampling = _sampling(temperature) if do_sample else {"do_sample": False}
         options = {"streamer": streamer, **sampling}
         answers: list[list[int]] = [[]] * len(sequences)
@@ -315,18 +310,9 @@ class BeingVL:
         return answers
 
     def _check_request(
-        self,
-        sequences: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        temperature: float,
-        batch_size: int,
+        self, sequences: Sequence[Sequence[int]], max_new_tokens: int, **sizes: float
     ) -> None:
-        given = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "batch_size": batch_size,
-        }
-        for name, value in given.items():
+        for name, value in {"max_new_tokens": max_new_tokens, **sizes}.items():
             if not value > 0:
                 raise InputError(f"{name} is {value}, expected more than 0")
         self.check_length(max(map(len, sequences), default=0), max_new_tokens)
@@ -393,17 +379,14 @@ class BeingVL:
         """
         vbpe = self._given_vbpe() if with_vbpe else self._without_merges
         if not isinstance(vbpe, VisualBPE):
-            raise InputError(
-                f"{vbpe.source} is a published vocabulary, whose tokens have no fixed shape to "
-                "draw with"
-            )
+            raise InputError(f"{vbpe.source} is published: its tokens have no fixed shape to draw")
         images = [None] * len(prompts) if images is None else images
         sequences = [
             self._before_drawing(*pair, with_vbpe) for pair in zip(prompts, images, strict=True)
         ]
         height, width = self.vqgan.grid
         max_new_tokens = height * width + 1  # one token per cell, and the end
-        self._check_request(sequences, max_new_tokens, temperature, batch_size=1)
+        self._check_request(sequences, max_new_tokens, temperature=temperature)
         rule = OnlyWholeImages(FittingTokens(vbpe, self.vqgan.grid), self.layout, len(sequences))
         options = {"logits_processor": [rule], **_sampling(temperature)}
         rows = self._continue_batch(sequences, max_new_tokens, self.layout.eoi_id, options)
@@ -431,10 +414,8 @@ def _turns(prompt: Prompt) -> list[Turn]:
         for turn in prompt
     )
     if not is_chat:
-        raise InputError(
-            f"a prompt is {str(prompt)[:60]!r}, expected a text or a list of (question, "
-            "answer) pairs"
-        )
+        found = f"a prompt is {str(prompt)[:60]!r}"
+        raise InputError(f"{found}, expected a text or a list of (question, answer) pairs")
     return [(question, answer) for question, answer in prompt]
 
 
