@@ -50,7 +50,7 @@ MADE_BY = {
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` holds. `files` maps a relative path to its size in bytes and its hash."""
+    """What `manifest.json` holds. `files` maps a relative path to its bytes (count) and hash."""
 
     kind: str
     command: str
@@ -127,7 +127,7 @@ def write_manifest(
 
 
 def _finished_files(folder: Path) -> Iterator[Path]:
-    """Files below `folder`. What ends in .tmp is not entered: others make and remove things there."""
+    """Files below `folder`. What ends in .tmp is left out: others make and remove things there."""
 
     def fail(error: OSError) -> None:
         raise error

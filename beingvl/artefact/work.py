@@ -20,10 +20,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tqdm import tqdm
-
 from beingvl.artefact.manifest import already_made, is_complete, start_folder
 from beingvl.artefact.parts import FOLDER, OvertakenError, Parts, locked, remove_parts
+from beingvl.artefact.progress import progress
 from beingvl.artefact.ranks import RankOf
 from beingvl.artefact.request import Request
 from beingvl.errors import InputError
@@ -126,9 +125,7 @@ def run_in_parts(
 
 def _make_parts(work: Work, parts: Parts, mine: list[int], num_workers: int, name: str) -> None:
     total = sum(map(work.size_of_part, mine))
-    with tqdm(
-        total=total, desc=name, unit=work.unit, unit_scale=work.unit == "B", disable=None
-    ) as bar:
+    with progress(name=name, unit=work.unit, total=total) as bar:
 
         def advance(units: int) -> None:
             bar.update(units)
