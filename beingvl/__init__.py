@@ -1,8 +1,7 @@
-"""DeepSpeed-native training of Being-VL: one language model that reads VQ-GAN codes merged by a
-2-D byte-pair encoding.
+"""DeepSpeed-native training of Being-VL: one language model that reads images as tokens.
 
-The steps are functions of this package, `BeingVL` answers questions with a trained model. Each is
-imported when it is first used: `import beingvl` alone loads no torch.
+Every step is a function of this package (docs/api.md). `import beingvl` alone loads nothing heavy:
+a name is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -10,20 +9,42 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from beingvl.errors import InputError
 from beingvl.version import __version__
 
 if TYPE_CHECKING:
     from beingvl.evaluation.evaluate import evaluate
+    from beingvl.images.encode_images import encode_images
     from beingvl.inference.model import BeingVL
+    from beingvl.model.convert_llama import convert
+    from beingvl.train.export_hf import export
+    from beingvl.train.train_stage import train
+    from beingvl.vbpe.visual_bpe import VisualBPE
 
-__all__ = ["BeingVL", "__version__", "evaluate"]
+__all__ = [
+    "BeingVL",
+    "InputError",
+    "VisualBPE",
+    "__version__",
+    "convert",
+    "encode_images",
+    "evaluate",
+    "export",
+    "train",
+]
 _HOMES = {
     "BeingVL": "beingvl.inference.model",
+    "VisualBPE": "beingvl.vbpe.visual_bpe",
+    "convert": "beingvl.model.convert_llama",
+    "encode_images": "beingvl.images.encode_images",
     "evaluate": "beingvl.evaluation.evaluate",
+    "export": "beingvl.train.export_hf",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "train":  # the package, which has the name of its function and can be called
+        return importlib.import_module("beingvl.train")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
