@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from beingvl.evaluation.evaluate import evaluate
 
     options = vars(args).copy()
-    del options["debug"]
+    options.pop("debug", None)
     rank, num_ranks = rank_of(options.pop("rank"), options.pop("num_ranks"))
     model, output = options.pop("model"), options.pop("output_path")
     scores = evaluate(model, output, rank=rank, num_ranks=num_ranks, **options)

@@ -37,19 +37,12 @@ from beingvl.images.vq_codes import CodeFolder
 from beingvl.inference.model import BeingVL
 
 
-@dataclass(frozen=True)
-class Question:
-    """One row: what is asked about which images, and what is known of the answer. `id` is the
-    row's own, else its number.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Question(Reference):
+    """One row: what is known of the answer, and what is asked. `id` is the row's, or its number."""
 
     id: Any
     prompt: str
-    reference: Reference
-
-    @property
-    def images(self) -> tuple[str, ...]:
-        return self.reference.images
 
     @property
     def text(self) -> str:
@@ -73,11 +66,9 @@ def read_questions(path: Path, limit: int | None, metric: str) -> list[Question]
             questions.append(_question(row, number))
         except InputError as error:
             raise InputError(f"{_place(path, number, row.get('id'))}: {error}") from error
-    for number, problem in METRICS[metric].problems([question.reference for question in questions]):
-        raise InputError(
-            f"{_place(path, number, rows[number].get('id'))} {problem}; correct it or "
-            "choose another --metric"
-        )
+    for number, problem in METRICS[metric].problems(questions):
+        place = _place(path, number, rows[number].get("id"))
+        raise InputError(f"{place} {problem}; correct it or choose another --metric")
     return questions
 
 
@@ -103,12 +94,13 @@ def _question(row: dict[str, Any], number: int) -> Question:
         )
     ((prompt, spoken),) = turns
     category = row.get("category")
-    reference = Reference(
+    return Question(
         tuple(answers) or (spoken or "",),
         None if category is None else str(category),
         tuple(image_keys(row)),
+        id=row.get("id", number),
+        prompt=prompt,
     )
-    return Question(row.get("id", number), prompt, reference)
 
 
 def _given_answers(row: Mapping[str, Any]) -> list[str]:
@@ -271,14 +263,11 @@ class Answering(Evaluation):
         predictions = [answer for part in found for answer in part["answers"]]
         hashes = {key: value for part in found for key, value in part["images"].items()}
         metric, variant = self._options.metric, "raw" if self._options.raw else "vbpe"
-        references = [question.reference for question in self.questions]
-        scores = METRICS[metric].score(predictions, references)
+        scores = METRICS[metric].score(predictions, self.questions)
         rows = prediction_rows(self.questions, predictions, scores)
         write_lines(self.output / PREDICTIONS_FILE, rows)
-        return (
-            {"variant": variant, **summarize(metric, self.questions, scores)},
-            self._whole_request(hashes),
-        )
+        found_scores = {"variant": variant, **summarize(metric, self.questions, scores)}
+        return found_scores, self._whole_request(hashes)
 
 
 def _keys_of(questions: Sequence[Question]) -> list[str]:
@@ -298,11 +287,11 @@ def prediction_rows(
             "id": question.id,
             "image": _one_or_list(question.images),
             "question": question.text,
-            "answer": _one_or_list(question.reference.answers),
+            "answer": _one_or_list(question.answers),
             "prediction": prediction,
         }
-        if question.reference.category is not None:
-            fields["category"] = question.reference.category
+        if question.category is not None:
+            fields["category"] = question.category
         if scores.of_rows is not None:
             fields |= {"score": scores.of_rows[row], "correct": scores.of_rows[row] == 1}
         rows.append(fields)
@@ -325,11 +314,11 @@ def summarize(metric: str, questions: Sequence[Question], scores: Scores) -> dic
     if metric == "exact_match":
         assert scores.of_rows is not None
         per_question = by_question(questions, scores.of_rows)
+        mean = sum(entry["accuracy"] for entry in per_question.values()) / len(per_question)
         found |= {
             "correct": int(sum(scores.of_rows)),
             "accuracy": scores.values["accuracy"],
-            "accuracy_mean": sum(entry["accuracy"] for entry in per_question.values())
-            / len(per_question),
+            "accuracy_mean": mean,
             "questions": per_question,
         }
     return found
@@ -346,7 +335,7 @@ def by_question(
         rows_of.setdefault(question.text, []).append(index)
     table = {}
     for text, rows in rows_of.items():
-        answers = Counter(questions[row].reference.answers[0].strip().lower() for row in rows)
+        answers = Counter(questions[row].answers[0].strip().lower() for row in rows)
         table[text] = {
             "accuracy": sum(of_rows[row] for row in rows) / len(rows),
             "chance": 1 / len(answers),

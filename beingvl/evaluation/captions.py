@@ -29,7 +29,7 @@ SIGMA = 6.0
 _CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b")
 _WORD = re.compile(
     # clitics, abbreviations, .5
-    r"n't\b|'(?:s|re|ve|ll|d|m)\b|(?:[a-z]\.){2,}|(?:mr|mrs|ms|dr|st|ave|vs|jr)\.|\.\d+"
+    r"n't\b|'n'|y'(?=all\b)|'(?:s|re|ve|ll|d|m)\b|(?:[a-z]\.){2,}|(?:mr|mrs|ms|dr|st|ave|vs|jr)\.|\.\d+"
     # words, old-fashioned, bath/shower, 2,000; anything else
     r"|\w+(?:(?:-|(?<=[a-z])/(?=[a-z])|(?<=\d)[.,:](?=\d))\w+)*|\S"
 )

@@ -23,6 +23,7 @@ def test_caption_words_are_those_of_the_coco_toolkit() -> None:
         "An old-fashioned house with a U.S. flag...": "an old-fashioned house with a u.s. flag",
         "a bath/shower combo on 5th Ave. & Main": "a bath/shower combo on 5th ave. & main",
         "People are gonna play": "people are gon na play",
+        "Y'all like a rock 'n' roll shirt": "y' all like a rock 'n' roll shirt",
     }.items():
         assert caption_words(caption) == expected.split()
 

@@ -32,12 +32,13 @@ INDEPENDENT = Path(__file__).with_name("independent_scores.py")
 
 
 def question(number: int, text: str, answer: str) -> Question:
-    return Question(str(number), f"<image>\n{text}", Reference((answer,), None, (f"{number}.png",)))
+    prompt = f"<image>\n{text}"
+    return Question((answer,), None, (f"{number}.png",), id=str(number), prompt=prompt)
 
 
 def test_half_a_surrogate_pair_in_a_row_is_written_as_it_was_read(tmp_path) -> None:
-    cut = Question("\ud83d", "hi", Reference(("yes \udcff",)))
-    scores = METRICS["exact_match"].score(["no"], [cut.reference])
+    cut = Question(("yes \udcff",), id="\ud83d", prompt="hi")
+    scores = METRICS["exact_match"].score(["no"], [cut])
     write_lines(tmp_path / "predictions.jsonl", prediction_rows([cut], ["no"], scores))
     (line,) = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["id"] == cut.id and json.loads(line)["answer"] == "yes \udcff"
@@ -49,9 +50,7 @@ def test_scores_by_hand() -> None:
         question(4, EVEN, "yes"),
     ]
     predictions = ["one", " ONE ", "two", "two", "no"]
-    scores = METRICS["exact_match"].score(
-        predictions, [question.reference for question in questions]
-    )
+    scores = METRICS["exact_match"].score(predictions, questions)
     found = summarize("exact_match", questions, scores)
     assert found["questions"] == by_question(questions, [1, 1, 0, 1, 0])
     assert found["questions"][WHICH] == {
@@ -79,7 +78,7 @@ def test_scores_by_hand() -> None:
 def test_predictions_hold_any_text(tmp_path: Path) -> None:
     texts = ["a\nb", "\u2028", "\x85\x1c", '"', "\N{GREEK SMALL LETTER PHI}"]
     questions = [question(number, WHICH, "one") for number in range(len(texts))]
-    scores = METRICS["exact_match"].score(texts, [question.reference for question in questions])
+    scores = METRICS["exact_match"].score(texts, questions)
     write_lines(tmp_path / "predictions.jsonl", prediction_rows(questions, texts, scores))
     with open(tmp_path / "predictions.jsonl", encoding="utf-8") as file:
         assert [json.loads(line)["prediction"] for line in file] == texts
