@@ -52,21 +52,10 @@ HOMES = {
 # Being removed: a file, and what it still imports against the rules.
 KNOWN = {
     ("artefact/parts.py", "argparse"),
-    ("artefact/verify.py", "argparse"),
-    ("artefact/verify.py", "beingvl.data"),
-    ("artefact/verify.py", "beingvl.evaluation"),
-    ("artefact/verify.py", "beingvl.images"),
-    ("artefact/verify.py", "beingvl.model"),
-    ("artefact/verify.py", "beingvl.train"),
-    ("artefact/verify.py", "beingvl.vbpe"),
     ("data/build_shards.py", "argparse"),
     ("data/token_rows_numba.py", "numba"),
     ("data/tokenize_dataset.py", "argparse"),
     ("data/tokenize_dataset.py", "beingvl.commands"),
-    ("images/encode_images.py", "argparse"),
-    ("images/image_source.py", "beingvl.data"),
-    ("images/train_vq.py", "argparse"),
-    ("model/convert_llama.py", "argparse"),
     ("vbpe/train_vbpe.py", "argparse"),
 }
 

@@ -1,15 +1,9 @@
-"""Re-hash an artefact of any step (a folder with a manifest.json), and check that its content
-makes sense.
+"""Re-hash an artefact of any step (a folder with a manifest.json): is every file as it was written?
 
-Every file must have the hash of the manifest; of weight files that a step linked without reading it
-has one of samples only, and their number is printed. Shards and JSONL rows are read again: ids
-inside the vocabulary, target spans inside their rows; index files and the manifest's counts agree
-with the shards. Codes must be inside the code book, keys sorted and unique, merges possible.
-Headers of weight files must fit the files, the index and config.json, and the vocabulary the
-embedding; slices of a checkpoint must make whole parameters; an evaluation must have a readable
-line for every row. Weights themselves are not read a second time. Of a stage's folder its finished
-checkpoints and final/ are taken. A single file is compared with the manifest beside it; a vbpe.json
-without one has no hash, its merges are checked.
+    beingvl verify vq_codes/ shards/ stage-1/ base/tokenizer.json
+
+Of a stage's folder its finished checkpoints and final/ are taken. A single file is compared with
+the manifest beside it. Only a vbpe.json without one is read: every merge must be possible.
 """
 
 from __future__ import annotations
@@ -17,14 +11,28 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from beingvl.artefact.manifest import is_complete
+from beingvl.artefact.verify import verify
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "paths", nargs="+", type=Path, help="artefact folders, or files like vbpe.json"
-    )
+    paths = "artefact folders, or files like vbpe.json"
+    parser.add_argument("paths", nargs="+", type=Path, help=paths)
 
 
 def run(args: argparse.Namespace) -> None:
-    from beingvl.artefact.verify import run as step
+    for path in args.paths:
+        if path.name == "vbpe.json" and path.is_file() and not is_complete(path.parent):
+            # Here, as numpy and numba are slow to load.
+            from beingvl.vbpe.visual_bpe import VisualBPE
 
-    step(args)
+            VisualBPE.load(path)
+            print(f"{path}: every merge possible, no hash to compare with")
+            continue
+        for folder, manifest in verify(path).items():
+            if path.is_file() and path.name in manifest.files:
+                print(f"{path}: {path.stat().st_size:,} bytes, the hash that the manifest says")
+                continue
+            size = sum(int(entry["bytes"]) for entry in manifest.files.values())
+            count = f"{len(manifest.files)} files re-hashed, every hash as written"
+            print(f"{folder}: {manifest.kind}, {size:,} bytes, {count}")

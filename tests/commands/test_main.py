@@ -105,7 +105,7 @@ def test_a_default_of_0_is_shown(capsys) -> None:
 
 
 def test_a_defect_keeps_its_traceback_in_a_file(tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("beingvl.artefact.manifest.verify_folder", lambda path: 1 / 0)
+    monkeypatch.setattr("beingvl.artefact.verify.verify_folder", lambda path: 1 / 0)
     assert cli.main(["verify", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     saved = error.split("the traceback is in ")[1].split(" ")[0]
@@ -124,6 +124,6 @@ def test_a_failing_or_full_disk_is_a_sentence_and_any_other_error_of_the_system_
         def fail(path, number=number):
             raise OSError(number, os.strerror(number), "x.bin")
 
-        monkeypatch.setattr("beingvl.artefact.manifest.verify_folder", fail)
+        monkeypatch.setattr("beingvl.artefact.verify.verify_folder", fail)
         assert cli.main(["verify", str(tmp_path)]) == code
         assert message in capsys.readouterr().err
