@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +55,13 @@ PROBE = (
 
 
 class TextParity(Evaluation):
-    """Both models on PROBE, in one part however many rows one has."""
+    """Both models on PROBE, in one part."""
 
     unit = "text"
-    num_parts = 1
     num_rows = len(PROBE)
 
-    def rows_of_part(self, number: int) -> range:
-        return range(self.num_rows)
-
     def __init__(self, shared: SharedOptions, base: Path) -> None:
-        super().__init__(shared)
+        super().__init__(replace(shared, rows_per_part=self.num_rows))
         self._base = base
         base_hash = check_base(shared.model, base)
         manifest = read_manifest(shared.model, "model")

@@ -23,7 +23,7 @@ def generate(
     model_path: Path | str,
     *,
     prompt: str | None = None,
-    images: Sequence[Path] = (),
+    images: Sequence[Path | str] = (),
     chat: bool = False,
     draw: Path | None = None,
     vbpe_path: Path | str | None = None,
