@@ -254,7 +254,5 @@ def _check_device(offload: Mapping[str, Any], key: str, stage: int, source: str)
 
 
 def fewest_buffers(offload: Mapping[str, Any]) -> int:
-    """Of "offload_optimizer" on NVMe: a sub-group in memory takes four, and each pipeline beside
-    the update as many.
-    """
+    """A sub-group of the optimizer on NVMe takes four, and each pipeline as many."""
     return 4 * (1 + bool(offload.get("pipeline_read")) + bool(offload.get("pipeline_write")))

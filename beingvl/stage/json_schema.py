@@ -91,10 +91,9 @@ def maybe(allowed: Allowed) -> Allowed:
 def key(
     allowed: Schema, help: str, default: Any = dataclasses.MISSING, *, changes_result: bool = True
 ) -> Any:
-    """A field of a dataclass that stands for an object. Without a default it must be given.
+    """A field of a dataclass that stands for an object; without a default it must be given.
 
-    changes_result: whether it may change a sample or an update, so that a resumed run must have the
-    same.
+    changes_result: whether it may change a sample or an update.
     """
     metadata = {"allowed": allowed, "help": help, "changes_result": changes_result}
     return dataclasses.field(default=default, metadata=metadata)
@@ -110,9 +109,7 @@ def required_keys(block: type) -> list[str]:
 
 
 def check(value: Any, schema: Schema, source: str, name: str = "") -> None:
-    """Raises InputError that names `source` and the place of the first value that is not allowed,
-    `name.key`.
-    """
+    """Raises InputError for the first value that is not allowed: `source` and its place."""
     shown = name or "the file"
     if isinstance(schema, Allowed):
         if not schema.holds(value):
@@ -147,9 +144,7 @@ def _hint(word: str, schema: Mapping[str, Any], place: str) -> str:
 def check_present(
     fields: Mapping[str, Any], paths: Sequence[str], source: str, why: str = ""
 ) -> None:
-    """Raises InputError for the first of `paths` (`a.b.c`) that is missing, with the sentence
-    `why`.
-    """
+    """Raises InputError for the first of `paths` (`a.b.c`) that is missing."""
     for path in paths:
         inside: Any = fields
         for word in path.split("."):

@@ -26,9 +26,7 @@ LONGEST_PATIENCE_SECONDS = 60  # after which NFS, by its default, asks its serve
 
 
 def refuse_different_inputs(inputs: Request, gather: Gather) -> None:
-    """Raises InputError, on all ranks, when one has other inputs than rank 0: names all that
-    differ on the first such rank.
-    """
+    """Raises InputError, on all ranks, with all that differs from rank 0 on the first such rank."""
     first, *others = gather(inputs)
     for rank, given in enumerate(others, 1):
         if differences := Request(first).differences(given):
@@ -39,9 +37,7 @@ def refuse_different_inputs(inputs: Request, gather: Gather) -> None:
 
 
 def is_finished(stage: Stage, rank: int, gather: Gather) -> bool:
-    """Whether `final/` is there, as rank 0 sees it. Raises InputError, on all ranks, when it is
-    another run's.
-    """
+    """Whether rank 0 sees `final/`. Raises InputError, on all ranks, when it is another run's."""
     final = stage.output / "final"
     sees_it = rank == 0 and is_complete(final)
     identity = read_manifest(final, "model").details.get("identity", {}) if sees_it else None
@@ -55,9 +51,7 @@ def is_finished(stage: Stage, rank: int, gather: Gather) -> bool:
 
 
 def check_identity(folder: Path, found: Mapping[str, Any], identity: Request) -> None:
-    """Raises InputError when a checkpoint, or a `final/`, is of another run than the one asked
-    for.
-    """
+    """Raises InputError when a checkpoint, or a `final/`, is another run's."""
     if difference := identity.difference(found):
         raise InputError(
             f"{folder} belongs to another run: {difference}; give another --output, or remove "
@@ -68,11 +62,10 @@ def check_identity(folder: Path, found: Mapping[str, Any], identity: Request) ->
 def newest_checkpoint(
     output: Path, gather: Gather, stall_timeout_seconds: float, before_step: int | None = None
 ) -> Path | None:
-    """The newest complete checkpoint (of a step before `before_step`) that any rank sees, on
-    every rank; None without any.
+    """The newest complete checkpoint (before `before_step`) that any rank sees, on every rank.
 
-    A rank that does not see it yet waits for it. Raises TrainingError, on all ranks, that names
-    those which still do not.
+    A rank that does not see it yet waits. Raises TrainingError, on all ranks, with those that never
+    do.
     """
     found = [
         folder.name

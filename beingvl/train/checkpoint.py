@@ -47,11 +47,10 @@ FLUSH_BYTES = 1 << 28  # written before the disk is waited for: one part of the 
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """`state.json`. `step` optimizer steps are done, `num_applied_steps` of them changed
-    weights; `identity` names the run.
+    """`state.json`. Of `step` optimizer steps `num_applied_steps` changed weights.
 
-    `parameters`: trained name -> {"shape": […], "spans": [[start, stop] of every rank],
-    "adam_steps": n}.
+    `parameters`: trained name -> {"shape": […], "spans": [[start, stop] per rank], "adam_steps":
+    n}.
     """
 
     step: int
@@ -66,14 +65,13 @@ def rank_file(rank: int, num_ranks: int) -> str:
 
 
 class CheckpointWriter:
-    """Writes checkpoints, all ranks together: `begin`, and `commit` when every rank's
-    `is_written` is true, or at any later time.
+    """Writes checkpoints, all ranks together: `begin`, and `commit` when every rank `is_written`.
 
-        begin    waits for the checkpoint before; a thread writes this rank's slices
-        commit   waits for the thread; rank 0 writes the rest and the manifest
+    begin    waits for the checkpoint before; a thread writes this rank's slices
+    commit   waits for the thread; rank 0 writes the rest and the manifest
 
-    `gather` hands every rank's value to all (and is the barrier). When one rank cannot write, every
-    rank raises SaveError, and what was written of this checkpoint is removed to make room.
+    `gather` hands every rank's value to all (and is the barrier). When one rank cannot write, all
+    raise SaveError, and what was written of this checkpoint is removed to make room.
     """
 
     def __init__(
@@ -82,9 +80,7 @@ class CheckpointWriter:
         gather: Callable[[Any], list[Any]],
         advance: Callable[[], object] = lambda: None,
     ) -> None:
-        """`advance` hears, from a thread, of every slice that is written, or `FLUSH_BYTES` of
-        one.
-        """
+        """`advance` hears, from a thread, of every `FLUSH_BYTES`, or slice, that is written."""
         self._rank, self._gather, self._advance = rank, gather, advance
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._begun: _BegunCheckpoint | None = None
@@ -96,12 +92,11 @@ class CheckpointWriter:
         slices: Iterable[tuple[str, torch.Tensor]],
         write_more: Callable[[Path], None],
     ) -> None:
-        """`slices`: (`NAME.KEY`, this rank's flat float32 slice) in the order of
-        `state.parameters` and `STATE_KEYS`.
+        """`slices`: (`NAME.KEY`, this rank's flat float32 slice), ordered as `parameters`,
+        STATE_KEYS.
 
         A thread takes them one by one; what they are made of must not change until `commit`. Rank 0
-        calls `write_more` for what belongs to the checkpoint beside the slices. What a killed run
-        left of this checkpoint is removed first.
+        calls `write_more` for the rest. What a killed run left of this checkpoint is removed first.
         """
         self.commit()
         self._together(folder, lambda: _start_empty(folder) if self._rank == 0 else None)
@@ -221,10 +216,7 @@ def _damaged(folder: Path, name: str, found: str) -> InputError:
 
 
 class StateReader:
-    """The saved slices of one checkpoint, open for reading, as a context manager.
-
-    Raises InputError that names the file which is missing or damaged, and the checkpoint before.
-    """
+    """The saved slices of one checkpoint. Raises InputError for what is missing or damaged."""
 
     def __init__(self, folder: Path, state: CheckpointState | None = None) -> None:
         self._folder, self.state = folder, state or read_state(folder)

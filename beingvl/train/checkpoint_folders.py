@@ -33,10 +33,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def delete_old_checkpoints(output: Path, keep_last: int, keep_every: int = 0) -> None:
-    """Keep the newest `keep_last` finished checkpoints, and those of every `keep_every`-th step.
-
-    Unfinished ones before the newest finished one, left by killed saves, go too.
-    """
+    """All but the newest `keep_last`, every `keep_every`-th, and one in the making."""
     complete = complete_checkpoints(output)
     for folder in _started_checkpoints(output):
         is_old = bool(complete) and folder < complete[-1]

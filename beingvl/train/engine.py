@@ -61,7 +61,7 @@ class StepResult:
 
 
 def start_distributed(deterministic: bool = False) -> Ranks:
-    """Join the launcher's process group; a process started without a launcher is a world of one.
+    """Join the launcher's process group; without a launcher this is a world of one.
 
     Raises InputError when rank 0's port is taken, or cannot be reached.
     """
@@ -114,16 +114,13 @@ def build_engine(
     weights: Mapping[str, torch.Tensor] | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> TrainingEngine:
-    """Build the stage's model, load the start model's weights, freeze by plan, hand over to
-    DeepSpeed.
+    """Empty model, plan, the start model's weights, DeepSpeed.
 
     Args:
         model_folder: the start model.
         layout: of its vocabulary.
-        adam_steps: trained name -> updates that its moments will have behind them, where they are
-            carried over or resumed.
-        weights: tensors by their names on disk, in place of those in the folder, of which only
-            config.json is read then.
+        adam_steps: trained name -> updates behind its moments, where there are any.
+        weights: by their names on disk, in place of the folder's.
         advance: hears, from any thread, of every parameter and every batch that is done.
     """
     accumulation = {"gradient_accumulation_steps": config.accumulation_steps(ranks.num_ranks)}
@@ -167,9 +164,7 @@ def build_engine(
 def _empty_model(
     model_config: Any, layout: VocabLayout, config: StageConfig, deepspeed_config: dict[str, Any]
 ) -> PackedCausalLM:
-    """The stage's model without weights; under ZeRO-3 every parameter is partitioned as soon as it
-    is made.
-    """
+    """Without weights; under ZeRO-3 every parameter is partitioned as soon as it is made."""
     model_class, block = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)], config.beingvl
     refuse_short_window(
         model_config, block.sequence_length, "lower beingvl.sequence_length to {window}"
@@ -198,9 +193,7 @@ def _stored_weights(
     shapes: Mapping[str, tuple[int, ...]],
     layout: VocabLayout,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every parameter, memory-mapped for as long. Raises InputError for what does
-    not fit.
-    """
+    """(name, memory-mapped tensor) of every parameter. Raises InputError for what does not fit."""
     for name, shape in shapes.items():
         stored_name, rows = stored_slice(name, layout.num_text)
         if stored_name not in weights:
@@ -234,9 +227,7 @@ def _copy_in(parameter: Any, stored: torch.Tensor, config: StageConfig, ranks: R
 def _restore_rotary_buffers(
     model: torch.nn.Module, model_config: Any, device: torch.device
 ) -> None:
-    """Rotary frequencies in float32 again: in a bf16 run DeepSpeed casts buffers too, and
-    positions would be wrong by 0.1 %.
-    """
+    """In bf16 DeepSpeed casts buffers too; rotary positions would be wrong by 0.1 %."""
     for module in model.modules():
         if "inv_freq" in dict(module.named_buffers(recurse=False)):
             for name, buffer in type(module)(model_config).named_buffers():
@@ -262,10 +253,7 @@ def _optimizer_groups(
 
 
 class TrainingEngine:
-    """One stage's model and optimizer under DeepSpeed.
-
-    `trained_shapes`: trained name -> whole shape, in DeepSpeed's order.
-    """
+    """Model and optimizer. `trained_shapes`: trained name -> whole shape, in DeepSpeed's order."""
 
     def __init__(
         self,
@@ -315,9 +303,7 @@ class TrainingEngine:
 
     @torch.no_grad()
     def logits(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits `[p, vocabulary]` float32 of one sample `[n]` at some positions, on every rank;
-        all ranks call together.
-        """
+        """Logits `[p, vocabulary]` float32 of one sample `[n]` at some positions, on every rank."""
         device = self.ranks.device
         self._engine.eval()
         logits = self._engine(
@@ -388,11 +374,10 @@ class TrainingEngine:
         return self._partitions.span(name)
 
     def local_state(self, copy: bool = False) -> Iterable[tuple[str, torch.Tensor]]:
-        """(`NAME.master` | `NAME.exp_avg` | `NAME.exp_avg_sq`, this rank's flat float32 slice)
-        of every trained parameter.
+        """(`NAME.KEY`, this rank's flat float32 slice) of every trained parameter, on the CPU.
 
-        On the CPU, in the order of `trained_shapes`, each valid until the next is asked for. With
-        `copy` all are made at once and stay what they are when training goes on.
+        In the order of `trained_shapes`, each valid until the next is asked for. With `copy` all
+        are made at once and stay what they are when training goes on.
         """
 
         def pieces() -> Iterator[tuple[str, torch.Tensor]]:
@@ -411,8 +396,8 @@ class TrainingEngine:
         """Put back masters and moments before the first step, or only the moments of some
         parameters.
 
-        `fetch(name, key, start, stop)` gives a flat range; `adam_steps`: name -> updates its
-        moments have behind them.
+        `fetch(name, key, start, stop)` gives a flat range; `adam_steps`: updates behind the
+        moments.
         """
         self._partitions.create_moments(adam_steps)
         self._carried_names = set(only_moments_of or ())
@@ -446,11 +431,7 @@ class TrainingEngine:
         return blake3(memoryview(data.view(torch.uint8).numpy())).hexdigest()
 
     def check_frozen(self) -> None:
-        """Raises FreezerError, on all ranks, when a frozen parameter is no longer what it was at
-        the start on any of them.
-
-        All ranks call together.
-        """
+        """Raises FreezerError, on all ranks, when a frozen parameter changed on any of them."""
         if not self._frozen_hashes:
             return
         now = self._hash_frozen()
@@ -465,9 +446,8 @@ class TrainingEngine:
             )
 
     def hash_trained(self) -> dict[str, tuple[str, str]]:
-        """Hashes of this rank's masters, before the first step, for `check_trained`; and, of
-        second moments that were carried over, of what an update without a gradient would make of
-        them ("" for others).
+        """For `check_trained`, before the first step: of every master a hash; and, of second
+        moments that were carried over, of what an update without a gradient would make of them.
         """
         decay, read = self.config.second_moment_decay, self._partitions.read
         masters = {
@@ -482,11 +462,10 @@ class TrainingEngine:
     def check_trained(
         self, before: Mapping[str, tuple[str, str]], saw_text: bool = True, saw_visual: bool = True
     ) -> None:
-        """After the first update. Raises FreezerError when a parameter declared trained got no
-        gradient or did not move.
+        """Raises FreezerError when a trained parameter got no gradient in the first update, or
+        stayed.
 
-        Rows of the input embedding are excused when no token of the step looked them up. All ranks
-        call together.
+        Rows of the input embedding are excused when no token of the step looked them up.
         """
         embedding = self.model.causal_lm.get_input_embeddings()
         unseen = [] if saw_text else [embedding.text_rows]

@@ -97,9 +97,7 @@ def _find_checkpoint(path: Path) -> Path:
 
 
 def _check_probe(checkpoint: Path, folder: Path) -> None:
-    """Print how far the written folder's logits are from those stored in training. Raises
-    ProbeMismatchError when too far.
-    """
+    """Print how far the folder's logits are from training's. Raises ProbeMismatchError."""
     is_bf16 = bool((read_state(checkpoint).identity["bf16"] or {}).get("enabled"))
     comparison = compare_probe(checkpoint, folder, torch.bfloat16 if is_bf16 else torch.float32)
     if not comparison.matches:

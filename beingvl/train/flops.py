@@ -43,8 +43,8 @@ def step_flops(
     num_pairs: int,
     num_target_tokens: int,
 ) -> float:
-    """FLOPs of forward and backward over `num_tokens`. `num_pairs`: sum of the documents' squared
-    lengths. `attention_width`: heads x head size.
+    """Forward and backward over `num_tokens`. `num_pairs`: sum of the documents' squared lengths.
+    `attention_width`: heads x head size.
     """
     embedding: list[PlannedParameter] = []
     head: list[PlannedParameter] = []

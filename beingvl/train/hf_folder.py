@@ -32,11 +32,9 @@ def write_hf_folder(
     link: bool = True,
     check: Callable[[Path], None] | None = None,
 ) -> Manifest:
-    """Write `target`. Raises InputError when the checkpoint was not trained from `start_model`,
-    or is cut off.
+    """Raises InputError when the checkpoint was not trained from `start_model`, or is truncated.
 
-    `check` is called with the written folder before its manifest; what it raises leaves the folder
-    incomplete.
+    `check` is called with the folder before its manifest; what it raises leaves it incomplete.
     """
     manifest = read_manifest(start_model, "model")
     state = read_state(checkpoint)

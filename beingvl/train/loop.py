@@ -31,9 +31,7 @@ from beingvl.train.window import WindowFetcher
 
 @dataclass
 class Progress:
-    """Where a run is. `step` optimizer steps are done, `num_applied_steps` of them changed
-    weights.
-    """
+    """`step` optimizer steps are done, `num_applied_steps` of them changed weights."""
 
     step: int = 0
     num_applied_steps: int = 0
@@ -41,9 +39,7 @@ class Progress:
 
 
 class Saver(Protocol):
-    """Writes checkpoints, all ranks together: `save`, and `commit` once every rank `is_written`
-    (or at the latest at the end).
-    """
+    """`save` begins a checkpoint, `commit` ends it once every rank `is_written`, or at the end."""
 
     @property
     def is_written(self) -> bool: ...
@@ -52,9 +48,7 @@ class Saver(Protocol):
 
 
 def num_steps_of(data: TrainingData, config: StageConfig) -> int:
-    """Optimizer steps of the whole run; the learning-rate schedule spans exactly these. Raises
-    InputError for less than one.
-    """
+    """Optimizer steps of the run, which the schedule spans. Raises InputError for less than one."""
     if data.plan.num_sequences < config.sequences_per_step:
         found = (
             f"{config.source}: train_batch_size is {config.sequences_per_step}, the whole "
@@ -87,8 +81,7 @@ def train(
     validate: Callable[[int], None],
     stop_requested: Callable[[], bool],
 ) -> bool:
-    """Run from `progress.step` to the end. True when finished, False when stopped early after
-    saving.
+    """Run from `progress.step` to the end. True when finished, False when stopped after saving.
 
     `stop_requested` is asked on every rank before every step; one rank's yes is everybody's. Raises
     NonFiniteError after `max_skipped_steps` skipped steps in a row, when the last good state is

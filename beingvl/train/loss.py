@@ -21,17 +21,14 @@ from beingvl.vocab import TOKEN_KINDS, VocabLayout
 
 
 def backward_scale(num_target_tokens: int, num_ranks: int, accumulation_steps: int) -> float:
-    """Factor from a micro-batch's loss sum to what `engine.backward` takes; a step without
-    targets has scale 0.
-    """
+    """From a micro-batch's loss sum to what `engine.backward` takes; 0 without targets."""
     return num_ranks * accumulation_steps / num_target_tokens if num_target_tokens else 0.0
 
 
 def learning_rate_at(
     step: int, num_steps: int, peak: float, schedule: str, warmup_ratio: float, min_ratio: float
 ) -> float:
-    """Learning rate of step `step` (from 0) of `num_steps`: linear warm-up, then cosine or
-    constant.
+    """Of step `step` (from 0) of `num_steps`: linear warm-up, then cosine or constant.
 
     The first step already learns, with peak / num_warmup_steps; the last cosine step ends just
     above min_ratio * peak.
@@ -47,8 +44,7 @@ def learning_rate_at(
 
 @dataclass
 class LossSums:
-    """Loss sums (nats) and target counts of one rank in one step, by token kind and by mixture
-    source.
+    """Loss sums (nats) and target counts of one rank and step, by token kind and mixture source.
 
     `values` is `[2, num_kinds + num_sources]` float64: row 0 sums, row 1 counts; ranks add theirs
     up.
@@ -63,9 +59,7 @@ class LossSums:
         return cls(layout, sources, np.zeros((2, len(TOKEN_KINDS) + len(sources))))
 
     def add(self, batch: MicroBatch, token_losses: np.ndarray) -> None:
-        """Count in one micro-batch; `token_losses` `[num_targets]` in the order of its target
-        positions.
-        """
+        """`token_losses` `[num_targets]` of a micro-batch, in the order of its targets."""
         positions = np.flatnonzero(batch.target_ids != IGNORED)
         kinds = self.layout.token_kinds(batch.target_ids[positions])
         sources = batch.source_of_token[positions] + len(TOKEN_KINDS)

@@ -42,9 +42,7 @@ NVME_SUB_GROUP_ELEMENTS = 100_000_000
 
 
 def reduce_bucket_elements(plan: Sequence[PlannedParameter], config: StageConfig) -> int:
-    """What the JSON allows, but not more than there are gradients: DeepSpeed allocates all of it,
-    whatever goes through it.
-    """
+    """No more than there are gradients: DeepSpeed allocates all of it, whatever goes through it."""
     zero = config.deepspeed["zero_optimization"]
     return min(int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS)), _num_trained(plan))
 
@@ -56,9 +54,7 @@ def predict_memory(
     num_ranks: int,
     micro_batch_size: int | None = None,
 ) -> dict[str, int]:
-    """Bytes on the device of one rank, by purpose; with offload, what moves to the CPU's memory is
-    in `cpu_…`.
-    """
+    """Bytes on the device of one rank, by purpose; offloaded to the CPU's memory: `cpu_…`."""
     stage, width = config.zero_stage, 2 if config.is_bf16 else 4
     total, trained = sum(planned.num_elements for planned in plan), _num_trained(plan)
     largest = max(planned.num_elements for planned in plan)
@@ -101,9 +97,7 @@ def _activation_bytes(model_config: Any, config: StageConfig, tokens: int, width
 
 
 def _left_whole(config: StageConfig) -> int:
-    """How many gathered weights DeepSpeed leaves for their next use; on NVMe, where nothing may
-    wait for it, none.
-    """
+    """How many gathered weights stay for their next use; on NVMe, where nothing may wait, none."""
     if "offload_param" in config.nvme_offloads:
         return 0
     zero = config.deepspeed["zero_optimization"]
@@ -115,9 +109,7 @@ def _left_whole(config: StageConfig) -> int:
 
 
 def _update_bytes(config: StageConfig, trained: int) -> int:
-    """What an update of `trained` elements of a rank needs beside its weights, moments and stored
-    gradients.
-    """
+    """What an update of `trained` elements needs beside weights, moments and stored gradients."""
     is_on_nvme = "offload_optimizer" in config.nvme_offloads  # whose buffers hold the gradients
     default = NVME_SUB_GROUP_ELEMENTS if is_on_nvme else DEFAULT_SUB_GROUP_ELEMENTS
     sub_group = int(config.deepspeed["zero_optimization"].get("sub_group_size", default))
@@ -151,9 +143,7 @@ def _beside_nvme(
     num_ranks: int,
     width: int,
 ) -> dict[str, int]:
-    """What stays in the CPU's memory of a rank that trains `trained` elements, for what is
-    offloaded to NVMe.
-    """
+    """CPU memory of a rank that trains `trained` elements, for what is offloaded to NVMe."""
     zero, memory = config.deepspeed["zero_optimization"], {}
     size, count = swap_buffers(shapes, num_ranks)
     sub_group = min(trained, int(zero.get("sub_group_size", NVME_SUB_GROUP_ELEMENTS)) + size)
@@ -170,10 +160,8 @@ def _beside_nvme(
 
 def swap_buffers(shapes: Mapping[str, Sequence[int]], num_ranks: int) -> tuple[int, int]:
     """(elements, number) of the buffers that weights on NVMe need: the largest one's share, and how
-    many are in memory together.
-
-    Those are the matrices of a layer, when a frozen one is computed again for the gradient, and
-    four row blocks.
+    many are in memory together: the matrices of a layer, when a frozen one is computed again for
+    the gradient, and four row blocks.
     """
     matrices = [re.search(r"\.\d+\.", name) for name, shape in shapes.items() if len(shape) > 1]
     of_layers = Counter(match[0] for match in matrices if match)

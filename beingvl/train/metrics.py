@@ -37,8 +37,7 @@ SECONDS_BETWEEN_LINES = 30
 
 
 class MetricsWriter:
-    """Writes one dictionary per step, of `num_steps`, from the one after `first_step` on. On other
-    ranks than 0 it does nothing.
+    """One dictionary per step, from the one after `first_step` to `num_steps`; only on rank 0.
 
     `board_folder`: for TensorBoard. `peak_flops`: of all devices together, where it is known.
     """
@@ -81,9 +80,8 @@ class MetricsWriter:
         seconds_of: dict[str, float],
         sample_ids: list[str],
     ) -> None:
-        """`step` counts finished optimizer steps, from 1. `seconds_of`: phase -> seconds of this
-        step; `save`, `validation` and `start` are all that lay between the line before and this
-        one. `flops` are this step's, on all devices.
+        """`step` counts from 1; `flops` are this step's, on all devices. `seconds_of`: phase ->
+        seconds of this step; `save`, `validation` and `start` are all since the line before.
         """
         if not self._is_writer:
             return
@@ -206,19 +204,15 @@ def _whole_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
 
 
 def read_metrics(output: Path, file: str = METRICS_FILE) -> list[dict[str, Any]]:
-    """All rows of a stage folder's metrics.jsonl, or validation.jsonl, but one that a crash cut
-    off.
-    """
+    """All rows of metrics.jsonl, or validation.jsonl, but one that a crash truncated."""
     return [row for row, _ in _whole_lines(output / file)]
 
 
 class SpikeDetector:
-    """Says of each loss whether it stands out: more than 6 standard deviations (and 10 %) above the
-    mean of the 50 steps before.
+    """Which losses are more than 6 standard deviations (and 10 %) above the mean of the 50 before.
 
-    Of those, spikes do not count. The first 20 steps are never called a spike. The window has an
-    end, because the steep fall of the first steps would otherwise hide spikes for hundreds of
-    steps.
+    Spikes do not count among those, and the first 20 steps are never spikes. The window has an end,
+    because the steep fall of the first steps would otherwise hide spikes for hundreds of steps.
     """
 
     def __init__(self, memory: int = 50, factor: float = 6.0, num_quiet: int = 20) -> None:

@@ -33,13 +33,13 @@ SECONDS_BEFORE_TELLING = 5  # a compiled op is loaded in less
 
 @contextlib.contextmanager
 def swap_folders(
-    config: StageConfig, run: str, ranks: Ranks, advance: Callable[[], object]
+    config: StageConfig, run: str, ranks: Ranks, allow: Callable[[float], object]
 ) -> Iterator[StageConfig]:
     """`config` with folders on NVMe, if any, of this run and rank alone, removed afterwards.
 
     `run` is a name that no other run has; what a killed run of this name left there is removed
-    first. `advance` is called while DeepSpeed's op compiles. Raises InputError, on all ranks, when
-    one cannot write there or cannot compile the op.
+    first. `allow(seconds)` hears how long DeepSpeed's op may take to compile. Raises InputError, on
+    all ranks, when one cannot write there or cannot compile the op.
     """
     folders = {
         key: Path(offload["nvme_path"]) / f"beingvl-{run}" / f"rank-{ranks.rank:05d}"
@@ -49,7 +49,7 @@ def swap_folders(
         yield config
         return
     try:
-        problem = _why_no_swapping(config, folders, ranks.rank, advance)
+        problem = _why_no_swapping(config, folders, ranks.rank, allow)
         problems = list(filter(None, gather_objects(problem, ranks.num_ranks)))
         if problems:
             raise InputError(f"{config.source}: {problems[0]}")
@@ -65,11 +65,9 @@ def swap_folders(
 
 
 def _why_no_swapping(
-    config: StageConfig, folders: Mapping[str, Path], rank: int, advance: Callable[[], object]
+    config: StageConfig, folders: Mapping[str, Path], rank: int, allow: Callable[[float], object]
 ) -> str:
-    """What keeps this rank from offloading, as one sentence; "" when nothing does. Makes the
-    folders, empty.
-    """
+    """What keeps this rank from offloading, or "". Makes the folders, empty."""
     for key, offload in config.nvme_offloads.items():
         given = f"zero_optimization.{key}.nvme_path {offload['nvme_path']}"
         if not Path(offload["nvme_path"]).is_dir():
@@ -80,58 +78,36 @@ def _why_no_swapping(
         except OSError as error:
             return f"{given} cannot be written by rank {rank} ({error.strerror}); give another"
     builder = deepspeed.ops.op_builder.AsyncIOBuilder()
+    # Once per machine it is compiled, and torch waits while there is the lock of a compilation.
+    root = os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())
+    told = (
+        f"rank {rank} compiles DeepSpeed's op for NVMe, which takes minutes, once per machine (if "
+        f"an earlier start was killed in it, remove its file lock below {root})"
+    )
+    timer = threading.Timer(SECONDS_BEFORE_TELLING, print, [told], {"file": sys.stderr})
+    allow(LONGEST_COMPILATION_SECONDS)
+    timer.start()
     try:
         if builder.is_compatible(verbose=False):
-            with _compiling(rank, advance):
-                builder.load(verbose=False)
+            builder.load(verbose=False)
             return ""
         found = "no libaio"
     except Exception as error:  # whatever a compiler, its absence, or a driver's headers make of it
         found = (str(error).strip() or type(error).__name__).splitlines()[0]
+    finally:
+        timer.cancel()
+        allow(0)
     return (
         f"offload to NVMe needs an op that DeepSpeed cannot compile for rank {rank} ({found}); "
         "install libaio-dev, g++ and ninja, or offload to the CPU"
     )
 
 
-@contextlib.contextmanager
-def _compiling(rank: int, advance: Callable[[], object]) -> Iterator[None]:
-    """Once per machine this takes minutes: whoever waits is told why, and `advance` shows that the
-    rank is not stalled.
-
-    Not for ever: torch waits as long as there is the lock file of another compilation, though that
-    may have been killed.
-    """
-    root = os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())
-    is_done = threading.Event()
-
-    def show_life() -> None:
-        for second in range(LONGEST_COMPILATION_SECONDS):
-            if is_done.wait(1):
-                return
-            advance()
-            if second == SECONDS_BEFORE_TELLING:
-                print(
-                    f"rank {rank} compiles DeepSpeed's op for NVMe, which takes minutes, once per "
-                    "machine (if an earlier start was killed in it, remove its file lock below "
-                    f"{root})",
-                    file=sys.stderr,
-                )
-
-    thread = threading.Thread(target=show_life, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_done.set()
-        thread.join()
-
-
 def swap_settings(
     config: StageConfig, weights: Mapping[str, torch.Tensor], num_ranks: int
 ) -> dict[str, Any]:
-    """Keys of "zero_optimization" without which DeepSpeed has too few or too large buffers, where
-    the JSON leaves them open.
+    """Keys without which DeepSpeed has too few or too large buffers, where the JSON leaves them
+    open.
 
     Raises InputError for a buffer that is smaller than the largest parameter's share.
     """

@@ -39,9 +39,7 @@ Read = Iterator[tuple[str, str, torch.Tensor]]
 
 
 class Partitions(Protocol):
-    """The four verbs, and `create_moments`: Adam's state before its first update; name -> updates
-    already made.
-    """
+    """The four verbs, and Adam's state before its first update; name -> updates already made."""
 
     def span(self, name: str) -> tuple[int, int]: ...
     def read(self, names: Sequence[str], keys: Sequence[str] = STATE_KEYS) -> Read: ...
@@ -63,9 +61,7 @@ def partitions_of(
 
 @contextmanager
 def partition_in_memory(parameter: Any, changes: bool = False) -> Iterator[torch.Tensor]:
-    """This rank's flat part of a ZeRO-3 parameter. One on NVMe is in memory for as long, and
-    `changes` go back there.
-    """
+    """A rank's flat part of a parameter, in memory for as long; `changes` go back to NVMe."""
     partition, swapper = parameter.ds_tensor, parameter.nvme_swapper
     if partition.status.name == "INFLIGHT":  # fetched before it is needed
         swapper.synchronize_reads()
@@ -85,9 +81,7 @@ def partition_in_memory(parameter: Any, changes: bool = False) -> Iterator[torch
 
 
 class CutPartitions:
-    """ZeRO-3. `zero` is DeepSpeedZeroOptimizer_Stage3, which keeps masters and moments in flat
-    sub-groups of parameters.
-    """
+    """DeepSpeedZeroOptimizer_Stage3 keeps masters and moments in flat sub-groups of parameters."""
 
     def __init__(self, zero: Any, parameters: Mapping[str, Any], rank: int) -> None:
         self._zero, self._parameters, self._rank = zero, parameters, rank
@@ -157,9 +151,7 @@ class CutPartitions:
     def _state_in_memory(
         self, group: int, changes: bool = False
     ) -> Iterator[Mapping[str, torch.Tensor]]:
-        """Key -> flat master or moment of a sub-group. Those on NVMe are in memory for as long,
-        and `changes` go back there.
-        """
+        """Key -> flat tensor of a sub-group, in memory for as long; `changes` go back to NVMe."""
         zero, is_away = self._zero, self._zero._swappable_optimizer_subgroup(group)
         if is_away:
             zero._optimizer_states_and_gradient_swap_in(group)
@@ -175,11 +167,9 @@ class CutPartitions:
 
 
 class FlatPartitions:
-    """ZeRO-1 and 2. `zero` is DeepSpeedZeroOptimizer, which links each parameter to its piece of
-    the flat buffers.
-
-    It links moments once, after the first group's first update, when the other groups have none: so
-    they are made beforehand.
+    """DeepSpeedZeroOptimizer links each parameter to its piece of the flat buffers. It links
+    moments once, after the first group's first update, when others have none: so they are made
+    beforehand.
     """
 
     def __init__(self, zero: Any, parameters: Mapping[str, Any]) -> None:

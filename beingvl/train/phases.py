@@ -113,9 +113,7 @@ class Phases:
         return f"rank {self._rank}, step {step}, phase {phase}"
 
     def find_lost_ranks(self) -> str:
-        """One sentence about who stands still, for a rank whose collective failed; takes a few
-        heartbeats.
-        """
+        """Who stands still, for a rank whose collective failed; takes a few heartbeats."""
         before = self._read()
         time.sleep(3 * self._beat_seconds)
         after = self._read()

@@ -33,9 +33,7 @@ def replay(
     step: int,
     weights_step: int,
 ) -> None:
-    """Print step `step` (from 1) with weights as they were after `weights_step`. All ranks call
-    together, rank 0 prints.
-    """
+    """Print step `step` (from 1) with the weights after `weights_step`; all ranks call together."""
     ranks = engine.ranks
     windows = WindowFetcher(
         data, engine.accumulation_steps, config.micro_batch_size, ranks.rank, ranks.num_ranks
@@ -62,9 +60,7 @@ def replay(
 
 
 def describe_samples(data: TrainingData, model: Path, step: int) -> list[str]:
-    """One line a sample of the whole step: sequence, id, source, tokens, and its text with
-    images shortened.
-    """
+    """One line per sample of the whole step, with its text; images are shortened."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     layout = data.shards.layout
     lines = []

@@ -35,12 +35,7 @@ from beingvl.train.agreement import (
 )
 from beingvl.train.checkpoint import StateReader
 from beingvl.train.checkpoint_folders import complete_checkpoints
-from beingvl.train.engine import (
-    TrainingEngine,
-    build_engine,
-    start_distributed,
-    stop_distributed,
-)
+from beingvl.train.engine import TrainingEngine, build_engine, start_distributed, stop_distributed
 from beingvl.train.failures import StallError, TrainingError
 from beingvl.train.flops import peak_flops
 from beingvl.train.hf_folder import write_hf_folder
@@ -93,9 +88,7 @@ def replay_together(stage: Stage, ranks: Ranks, phases: Phases, step: int) -> No
 
 
 def write_final(stage: Stage) -> None:
-    """`final/` from the last checkpoint, unless it is there. No other rank may wait for it, since
-    a slow disk outlasts the stall timeout.
-    """
+    """No other rank may wait for rank 0 here: a slow disk outlasts the stall timeout."""
     final = stage.output / "final"
     if is_complete(final):
         return
@@ -109,16 +102,15 @@ def _together(
     stage: Stage, ranks: Ranks, phases: Phases, **asked: object
 ) -> Iterator[tuple[Stage, Gather]]:
     """The stage, when all ranks were given the same, with folders on NVMe for this run alone; and
-    what gathers a value of each rank.
-
-    Raises StallError when a collective fails because another rank is gone.
+    what gathers a value of each rank. Raises StallError when a collective fails, as another rank is
+    gone.
     """
     # no other run that goes on now has this name, and this one has it again at its next start
     run_name = blake3(f"{phases.folder.resolve()}".encode()).hexdigest(16)
     gather = partial(gather_objects, num_ranks=ranks.num_ranks)
     try:
         refuse_different_inputs(Request(stage.inputs | asked), gather)
-        with swap_folders(stage.config, run_name, ranks, phases.advance) as config:
+        with swap_folders(stage.config, run_name, ranks, phases.allow) as config:
             yield replace(stage, config=config), gather
     except Exception as error:
         place = phases.where()
@@ -132,9 +124,7 @@ def _together(
 
 
 def _is_collective_failure(error: BaseException) -> bool:
-    """Whether another rank is the reason: NCCL has an exception for it, gloo raises RuntimeError
-    with its source file.
-    """
+    """NCCL has an exception for a lost rank; gloo's RuntimeError names its source file."""
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
     )
@@ -182,10 +172,8 @@ def _say(ranks: Ranks, stopped: str) -> None:
 def _build_or_resume(
     stage: Stage, ranks: Ranks, phases: Phases, probe: Probe, checkpoint: Path | None
 ) -> tuple[TrainingEngine, loop.Progress, dict[str, int]]:
-    """The engine with the start model's weights, or with those of a checkpoint.
-
-    The third value says of every trained parameter how many updates its moments had behind them
-    when the stage began.
+    """With the start model's weights, or those of a checkpoint. The third value says of every
+    trained parameter how many updates its moments had behind them when the stage began.
     """
     layout, progress = stage.shards.layout, loop.Progress()
     build = partial(build_engine, stage.model, layout, stage.config, ranks, advance=phases.advance)
@@ -213,9 +201,7 @@ def _build_or_resume(
 
 
 def _check_probe(checkpoint: Path, engine: TrainingEngine, probe: Probe) -> None:
-    """Raises TrainingError when the restored model does not give the logits that the checkpoint
-    stored.
-    """
+    """Raises TrainingError when the restored model does not give the checkpoint's logits."""
     _, stored = load_probe(checkpoint)
     found = engine.logits(probe.input_ids, probe.positions)
     comparison = compare_logits(stored, found, engine.dtype)

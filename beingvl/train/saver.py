@@ -17,8 +17,8 @@ from beingvl.train.stage_run import Stage
 
 
 class Saver:
-    """With `background_save` the state is copied and a thread writes it; the loop calls `commit`
-    when all ranks have written. `carried_steps`: Adam updates made before this stage.
+    """With `background_save` a thread writes a copy, and the loop calls `commit` when all ranks
+    have written. `carried_steps`: Adam updates made before this stage.
     """
 
     def __init__(
@@ -37,9 +37,7 @@ class Saver:
         return self._writer.is_written
 
     def save(self, progress: Progress) -> None:
-        """Raises FreezerError when a frozen parameter changed, SaveError when a rank cannot
-        write.
-        """
+        """Raises FreezerError when a frozen parameter changed, SaveError for a full disk."""
         engine, probe, in_background = self._engine, self._probe, self._block.background_save
         self.commit()
         engine.check_frozen()

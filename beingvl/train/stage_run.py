@@ -38,9 +38,7 @@ class Stage:
 
     @property
     def inputs(self) -> Request:
-        """All that ranks must have been given alike: beside the identity what changes no result,
-        but when ranks meet.
-        """
+        """What ranks must have been given alike: also what only decides when they meet."""
         everything = asdict(self.config.beingvl) | self.config.deepspeed | self.identity
         held_out = self.validation and self.validation.manifest.content_hash
         return _as_read(Request(everything | {"validation set": held_out}))

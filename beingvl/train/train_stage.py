@@ -82,8 +82,8 @@ def replay(
     validation_data: Path | None = None,
     carry_moments: bool = False,
 ) -> None:
-    """Print the samples of step `step` (from 1) of a stage, and its loss with the weights of the
-    nearest checkpoint before it. Nothing is trained; the arguments are the run's.
+    """Print the samples of step `step` (from 1), and its loss with the weights of the nearest
+    checkpoint before it. Nothing is trained; the other arguments are the run's.
     """
     stage = open_stage(
         model,
@@ -129,8 +129,7 @@ def _run(
 
 
 def as_a_rank(step: Callable[[Callable[[], bool]], bool], debug: bool = False) -> int:
-    """Call `step(stop_requested)`, which says whether it came to its end, as all that this process
-    does; returns the exit code.
+    """Call `step(stop_requested)`, which says whether it came to its end; returns the exit code.
 
     From now on a signal only asks to stop. With several ranks the process ends here, without
     Python's teardown: there a thread of the process group that wants the interpreter back aborts it

@@ -24,8 +24,8 @@ def validator(
     metrics: MetricsWriter,
     stop_requested: Callable[[], bool],
 ) -> Callable[[int], None]:
-    """The function that the loop calls after a step; all ranks call together. It gives up between
-    two batches when any rank is asked to stop, and writes nothing then.
+    """What the loop calls after a step, on all ranks. It gives up between two batches when any rank
+    is asked to stop, and writes nothing then.
     """
     if shards is None:
         return lambda step: None

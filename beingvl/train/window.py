@@ -15,21 +15,18 @@ from beingvl.data.loader import MicroBatch, TrainingData
 
 @dataclass(frozen=True)
 class Window:
-    """`counts` `[4]` of this rank: target tokens, tokens, squared document lengths, tokens that
-    are no text.
-    """
+    """`counts` `[4]`: target tokens, tokens, squared document lengths, tokens that are not text."""
 
     batches: list[MicroBatch]
     counts: np.ndarray
 
 
 class WindowFetcher:
-    """Iterates over the windows of steps `state_dict()["step"] … stop - 1`; the next one is
-    collated in a thread meanwhile.
+    """The windows of steps `state_dict()["step"] … stop - 1`, each collated a step ahead in a
+    thread.
 
-    With `pin` it is also brought into page-locked memory there, from which copies to the GPU run
-    beside computation. The state is the number of optimizer steps that were fetched: it fits any
-    number of ranks.
+    With `pin` it is brought into page-locked memory there, from which copies to the GPU run beside
+    computation. The state is the number of steps that were fetched: it fits any number of ranks.
     """
 
     def __init__(
