@@ -32,14 +32,10 @@ STARTED_WITH = dict(os.environ)
 
 
 def import_all() -> None:
-    """What training processes import. The modules that a command runs again as a fresh start are
-    forgotten.
-    """
+    """What training processes import."""
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import beingvl.train.train_stage  # noqa: F401
-
-    del sys.modules["beingvl.train.train_stage"]
+    import beingvl.train.run_stage  # noqa: F401
 
 
 def serve(path: str, session: int) -> tuple[dict[str, Any], list[int]]:

@@ -34,6 +34,7 @@ from tests.launcher import (
 )
 from tests.train.conftest import STALL_SECONDS
 from tests.train.planted import poison
+from tests.train.programs import program, run_program
 
 
 def assert_same_weights(found: Path, expected: Path) -> None:
@@ -140,24 +141,6 @@ def test_a_run_without_one_good_step_saves_nothing_and_says_so(work) -> None:
     assert not complete_checkpoints(output) and not (output / "final").exists()
 
 
-STOP_IN_STEP = """
-import os, signal, sys
-from beingvl.commands.main import main
-from beingvl.train import engine as module
-step, number, steps = module.TrainingEngine.step, int(sys.argv[1]), []
-
-def stopping_step(self, learning_rate):
-    result = step(self, learning_rate)
-    steps.extend([result] if result else [])
-    if result and len(steps) == number:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return result
-
-module.TrainingEngine.step = stopping_step
-sys.exit(main(sys.argv[2:]))
-"""
-
-
 def test_a_signal_in_a_skipped_step_saves_the_state_before_it_at_once(work) -> None:
     """Two more such steps follow, of which the second would end the run."""
     token, bad_steps = token_that_comes_thrice_in_a_row(work)
@@ -178,112 +161,21 @@ def test_a_signal_in_a_skipped_step_saves_the_state_before_it_at_once(work) -> N
         "beingvl.max_skipped_steps=3",
         "beingvl.background_save=true",
     ]
-    command = [
-        sys.executable,
-        "-c",
-        STOP_IN_STEP,
-        str(bad_steps[-3]),
-        *words,
-        "beingvl.checkpoint_every_steps=0",
-    ]
-    environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port())}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    words.append("beingvl.checkpoint_every_steps=0")
+    done = run_program("stop_in_step", bad_steps[-3], *words)
     assert done.returncode == 85, done.stderr[-2000:]
     assert f"stopped by a signal after step {bad_steps[-3]}" in done.stdout
     assert [step_of(path) for path in complete_checkpoints(output)] == [bad_steps[-3] - 1]
 
 
-PLANT = """
-import sys, torch
-from pathlib import Path
-from beingvl.data.arrow_shards import ShardReader
-from beingvl.train.engine import build_engine, start_distributed
-from beingvl.train.failures import FreezerError
-from beingvl.stage.stage_config import load_stage_config
-from beingvl.data.stage_data import data_of
-work, stage, advanced = Path(sys.argv[1]), sys.argv[2], []
-rules = 'beingvl.trainable=[{"match": "visual_rows"}, {"match": "layers[:2]"}, {"match": ".*", "train": false}]'
-config = load_stage_config(work / "all.json", ["zero_optimization.stage=" + stage, rules])
-shards = ShardReader(work / "shards")
-engine = build_engine(work / "base", shards.layout, config, start_distributed(), advance=lambda: advanced.append(1))
-num_frozen = len(engine.plan) - len(engine.trained_shapes)
-assert len(advanced) == len(engine.plan) + num_frozen  # loaded; hashed
-engine.check_frozen()
-assert len(advanced) == len(engine.plan) + 2 * num_frozen
-assert not any(engine._parameters[each.name].requires_grad for each in engine.plan if not each.rule.train)
-before = engine.hash_trained()
-batch = data_of(config, shards).micro_batch(0, 0, 0, 1, 4)
-advanced.clear()
-engine.evaluate(batch)
-assert len(advanced) == 1
-for micro_step in range(engine.accumulation_steps):
-    engine.backward(engine.forward(batch).mean())
-    engine.step(1e-3 if micro_step == engine.accumulation_steps - 1 else None)
-try:
-    engine.check_trained(before)
-    engine.check_frozen()
-    print("all in order")
-    if engine.ranks.rank == engine.ranks.num_ranks - 1:  # one row of a frozen matrix, on one rank
-        held = engine._partitions.held_weights("model.layers.3.mlp.up_proj.weight")
-        held.view(-1)[:32] += 1e-6
-    engine.check_frozen()
-except FreezerError as error:
-    print("caught:", error)
-"""
-
-
 @pytest.mark.parametrize(("stage", "num_ranks"), [(1, 1), (3, 2)])
 def test_the_freezer_catches_a_leaked_row(work, stage, num_ranks) -> None:
     """Every rank says so, also one whose own part is as it was; and nobody does before the leak."""
-    for done in run_each([[sys.executable, "-c", PLANT, str(work), str(stage)]] * num_ranks):
+    for done in run_each([program("leak", work, stage)] * num_ranks):
         caught = (
             "all in order\ncaught: the frozen parameter model.layers.3.mlp.up_proj.weight changed"
         )
         assert caught in done.stdout, done.stdout + done.stderr[-3000:]
-
-
-WHOLE_RUNS = """
-import os, signal, sys, torch
-from beingvl.commands.main import main
-from beingvl.train import engine as module, run_stage
-from tests.train.planted import cut_gradient
-work, leaked = sys.argv[1], "model.layers.3.mlp.up_proj.weight"
-build, forward, step, local_state = (
-    module.build_engine, module.TrainingEngine.forward, module.TrainingEngine.step, module.TrainingEngine.local_state
-)
-
-def run(name, config, *settings):
-    words = ["train", "--deepspeed_config", f"{work}/{config}.json", "--model", f"{work}/base", "--data", f"{work}/shards"]
-    print(f"{name}: exit code {main([*words, '--output', f'{work}/{name}', '--set', *settings])}", flush=True)
-
-def leaking_step(self, learning_rate, calls=[]):
-    calls.append(learning_rate)
-    if len(calls) == self.accumulation_steps + 1:  # the second step has begun, and is the last
-        os.kill(os.getpid(), signal.SIGTERM)
-    result = step(self, learning_rate)
-    if result:
-        self._partitions.held_weights(leaked).view(-1)[:32] += 1e-6
-    return result
-
-module.TrainingEngine.step = leaking_step
-run("whole-leak", "rows", "beingvl.checkpoint_every_steps=0")
-module.TrainingEngine.step = step
-
-run_stage.build_engine = lambda *args, **kwargs: cut_gradient(build(*args, **kwargs))
-run("whole-cut", "all", "zero_optimization.stage=2")
-run_stage.build_engine = build
-
-def spiking_forward(self, batch, calls=[]):
-    calls.append(batch)
-    return forward(self, batch) * (3 if -(-len(calls) // self.accumulation_steps) == 25 else 1)
-
-def state_during_a_signal(self, copy=False):
-    os.kill(os.getpid(), signal.SIGUSR1)
-    return local_state(self, copy)
-
-module.TrainingEngine.forward, module.TrainingEngine.local_state = spiking_forward, state_during_a_signal
-run("whole-spike", "all", "beingvl.epochs=6", "beingvl.log_every_steps=10", "beingvl.checkpoint_every_steps=28")
-"""
 
 
 def test_whole_runs_find_what_is_planted(work) -> None:
@@ -291,11 +183,7 @@ def test_whole_runs_find_what_is_planted(work) -> None:
     step makes it save; a trained tensor without gradient; a loss spike; and a signal that comes
     during a save, after which no step is begun. One process, because starting one takes longer.
     """
-    environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port())}
-    command, here = [sys.executable, "-c", WHOLE_RUNS, str(work)], Path(__file__).parents[2]
-    done = subprocess.run(
-        command, env=environment, cwd=here, capture_output=True, text=True, timeout=300
-    )
+    done = run_program("planted_runs", work)
     codes = [line for line in done.stdout.splitlines() if ": exit code " in line]
     assert codes == [
         "whole-leak: exit code 1",

@@ -8,8 +8,6 @@ it cannot (no libaio-dev).
 import contextlib
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,10 +24,11 @@ from beingvl.stage.stage_config import load_stage_config, parse_stage_config
 from beingvl.train import nvme
 from beingvl.train.metrics import read_metrics
 from beingvl.train.ranks import Ranks
-from tests.launcher import ENVIRONMENT, free_port, log_of, rank_processes, run, start, wait_for_step
+from tests.launcher import log_of, rank_processes, run, start, wait_for_step
 from tests.plain_torch import train_plain
 from tests.tiny import LAYOUT, stage_fields, write_inputs, write_model
 from tests.train.planted import poison
+from tests.train.programs import run_program
 from tests.train.run_stages import run_stages
 
 NUM_STEPS = 4
@@ -302,27 +301,9 @@ def test_a_step_that_is_not_finite_changes_nothing_on_the_disk(work) -> None:
         assert ((tensor - expected[name])[rows]).norm() <= 1e-5 * expected[name][rows].norm(), name
 
 
-REFUSED = """
-import os, sys
-from beingvl.commands.main import main
-work = sys.argv[1]
-for path, search in (("missing", None), ("/proc", None), (work, "/nowhere")):
-    os.environ["PATH"] = search or os.environ["PATH"]
-    words = ["train", "--deepspeed_config", f"{work}/all.json", "--model", f"{work}/base", "--data", f"{work}/shards", "--set"]
-    words += [f'zero_optimization.offload_optimizer={{"device": "nvme", "nvme_path": "{path}"}}']
-    print("exit code", main([*words, "--output", f"{work}/refused"]), flush=True)
-"""
-
-
 def test_what_keeps_a_run_from_the_disk_is_named_before_the_model_is_loaded(work) -> None:
     """No such folder, one that cannot be written, no compiler."""
-    environment = {
-        **ENVIRONMENT,
-        "TORCH_EXTENSIONS_DIR": str(work / "extensions"),
-        "MASTER_PORT": str(free_port()),
-    }
-    command = [sys.executable, "-c", REFUSED, str(work)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = run_program("refused_disks", work, TORCH_EXTENSIONS_DIR=str(work / "extensions"))
     assert done.stdout.splitlines() == ["exit code 2"] * 3, done.stdout + done.stderr
     said = [line for line in done.stderr.splitlines() if "error: " in line]
     expected = (

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,45 +9,19 @@ import pytest
 
 from beingvl.report.train import PHASES
 from beingvl.train.phases import BETWEEN_STEPS, STEP_PHASES, Phases
+from tests.train.programs import run_program
 
 TIMEOUT_SECONDS = 2
-TWO_RANKS = """
-import sys, time
-from pathlib import Path
-from beingvl.train.phases import Phases
-folder, timeout = Path(sys.argv[1]), float(sys.argv[2])
-with Phases(folder, 0, 2, timeout) as waiting, Phases(folder, 1, 2, timeout) as working:
-    for phase in ("communication", "forward", "check"):
-        waiting.enter(7, phase)
-        working.enter(7, phase)
-    waiting.enter(7, "communication")  # the second of this step
-    for batch in range(8):  # twice the timeout, no batch of it longer than a quarter
-        time.sleep(timeout / 4)
-        working.advance()
-    print("still waiting", flush=True)
-    time.sleep(60)
-"""
-# Rank 0's heartbeats cannot be written, so that in the files it looks as silent as rank 1 is.
-ONE_OF_TWO = """
-import sys, time
-from pathlib import Path
-from beingvl.train.phases import Phases
-(Path(sys.argv[1]) / "ranks" / "rank-00000.json").mkdir(parents=True)
-with Phases(Path(sys.argv[1]), 0, 2, float(sys.argv[2])):
-    time.sleep(60)
-"""
 
 
-def run_code(code: str, folder: Path) -> tuple[subprocess.CompletedProcess, float]:
+def run_alone(name: str, folder: Path) -> tuple[subprocess.CompletedProcess, float]:
     started = time.monotonic()
-    command = [sys.executable, "-c", code, str(folder), str(TIMEOUT_SECONDS)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=50
-    ), time.monotonic() - started
+    done = run_program(name, folder, TIMEOUT_SECONDS)
+    return done, time.monotonic() - started
 
 
 def test_a_rank_that_works_is_waited_for_and_one_that_stands_still_is_named(tmp_path) -> None:
-    done, seconds = run_code(TWO_RANKS, tmp_path)
+    done, seconds = run_alone("two_ranks", tmp_path)
     assert done.returncode == 1 and done.stdout == "still waiting\n", done.stderr
     assert f"no progress for {TIMEOUT_SECONDS} s: rank 1 (process " in done.stderr
     assert (
@@ -75,7 +48,7 @@ def test_a_rank_that_never_came_is_named_alone(tmp_path, earlier_run: bool) -> N
     }
     if earlier_run:
         (tmp_path / "ranks" / "rank-00001.json").write_text(json.dumps(beat))
-    done, seconds = run_code(ONE_OF_TWO, tmp_path)
+    done, seconds = run_alone("one_of_two_ranks", tmp_path)
     assert (
         done.returncode == 1 and "no progress for 2 s: rank 1 has not started\n" in done.stderr
     ), done.stderr

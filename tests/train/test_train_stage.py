@@ -23,7 +23,6 @@ from beingvl.train.checkpoint_folders import complete_checkpoints, step_of
 from beingvl.train.metrics import read_metrics
 from tests.launcher import (
     ENVIRONMENT,
-    free_port,
     log_of,
     rank_processes,
     run,
@@ -33,6 +32,7 @@ from tests.launcher import (
 )
 from tests.plain_torch import train_plain
 from tests.tiny import LAYOUT, write_shards
+from tests.train.programs import run_program
 
 
 def losses(output: Path) -> list[float]:
@@ -271,57 +271,7 @@ def test_bf16_keeps_float32_where_it_belongs_and_skips_what_is_no_number_in_ever
     A gradient that is not a number changes neither weights nor moments; the step after it does.
     Rotary frequencies stay float32. The buffer for gradients under way is no larger than they are.
     """
-    code = f"""
-import math, torch
-from pathlib import Path
-from beingvl.data.arrow_shards import ShardReader
-from beingvl.model.extended_vocab import stored_slice
-from beingvl.model.weight_files import WeightFolder
-from beingvl.train.engine import build_engine, start_distributed
-from beingvl.stage.stage_config import load_stage_config
-from beingvl.data.stage_data import data_of
-ranks = start_distributed()
-base, shards = Path({str(work / "base")!r}), ShardReader({str(work / "shards")!r})
-layout, weights = shards.layout, WeightFolder(base)
-
-def state_of(engine):
-    held = {{name: engine._partitions.held_weights(name).clone() for name in engine.trained_shapes}}
-    return {{**held, **dict(engine.local_state(copy=True))}}
-
-def step(engine, factor):
-    batch = data_of(config, shards).micro_batch(0, 0, 0, 1, 1)
-    for micro_step in range(engine.accumulation_steps):
-        engine.backward(engine.forward(batch).mean() * factor)
-        result = engine.step(1e-2 if micro_step == engine.accumulation_steps - 1 else None)
-    return result
-
-for stage in (1, 2, 3):
-    config = load_stage_config({str(work / "all.json")!r}, ["bf16.enabled=true", f"zero_optimization.stage={{stage}}"])
-    engine = build_engine(base, layout, config, ranks)
-    rotary = engine.model.causal_lm.model.rotary_emb
-    assert rotary.inv_freq.dtype == torch.float32
-    assert torch.equal(rotary.inv_freq, 1 / 10000 ** (torch.arange(0, 8, 2) / 8)), rotary.inv_freq
-    for name in engine.trained_shapes:
-        stored, rows = stored_slice(name, layout.num_text)
-        ((_, _, master),) = engine._partitions.read([name], ["master"])
-        assert engine._partitions.held_weights(name).dtype == torch.bfloat16 and master.dtype == torch.float32
-        assert torch.equal(master, weights[stored][rows].reshape(-1).bfloat16().float()), (stage, name)
-    assert step(engine, 1.0).applied
-    before = state_of(engine)
-    result = step(engine, float("nan"))
-    assert not result.applied and not math.isfinite(result.gradient_norm), (stage, result)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(engine).items()), stage
-    assert step(engine, 1.0).applied
-    moved = [not torch.equal(tensor, before[name]) for name, tensor in state_of(engine).items()]
-    assert all(moved), (stage, [name for name, has_moved in zip(before, moved) if not has_moved])
-buckets = engine._engine.optimizer.ipg_buckets.values()  # stage 3 allocates them when it is built, whatever goes through them
-assert sum(bucket.buffer.numel() for bucket in buckets) == sum(map(math.prod, engine.trained_shapes.values()))
-print("fine")
-"""
-    environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port())}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = run_program("bf16_steps", work)
     assert "fine" in done.stdout, done.stderr
 
 
