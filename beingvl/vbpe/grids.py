@@ -10,17 +10,10 @@ import numpy as np
 from beingvl.errors import InputError
 
 MAX_CODES = 65_536
-
-
 MAX_SIDE = 2047  # of a grid, in cells: dy and dx of a pair then fit 24 bits of its key
-
-
 MAX_IDS = 1 << 19  # codes and merges: two ids then fit 39 bits
-
-
-MAX_SHAPE_CELLS = (
-    1 << 26
-)  # of all tokens together: a file whose tokens double in size at every merge is refused
+MAX_SHAPE_CELLS = 1 << 26  # of all tokens together: merges may double a token's size every time
+CHUNK_IMAGES = 256
 
 
 def encode_in_chunks(
@@ -39,17 +32,16 @@ def encode_in_chunks(
         ids, lengths = np.empty(chunk.size, np.int32), np.empty(len(chunk), np.int64)
         return ids[: encode_chunk(chunk, ids, lengths)].copy(), lengths
 
-    size = max(1, min(256, -(-len(grids) // max(1, num_threads))))
+    size = max(1, min(CHUNK_IMAGES, -(-len(grids) // max(1, num_threads))))
     starts = range(0, len(grids), size)
     if num_threads > 1 and len(starts) > 1:
         with ThreadPoolExecutor(num_threads) as pool:
             parts = list(pool.map(encode, starts))
     else:
         parts = [encode(start) for start in starts]
-    offsets = np.zeros(len(grids) + 1, np.int64)
-    if parts:
-        np.cumsum(np.concatenate([lengths for _, lengths in parts]), out=offsets[1:])
-    return np.concatenate([ids for ids, _ in parts] or [np.zeros(0, np.int32)]), offsets
+    no_ids, first = np.zeros(0, np.int32), np.zeros(1, np.int64)
+    ids = np.concatenate([no_ids, *(ids for ids, _ in parts)])
+    return ids, np.cumsum(np.concatenate([first, *(lengths for _, lengths in parts)]))
 
 
 def checked_grids(grids: np.ndarray, num_codes: int, source: str) -> np.ndarray:

@@ -1,9 +1,9 @@
 """Published Being-VL vocabularies: a pickled list of `((token1, token2), new_token)`, encoded
 exactly as the released code does.
 
-They are no `VisualBPE`: their first merge works on the grid and flattens it, every later one works
-on the flat stream. So a token has no fixed shape, and a stream does not give its grid back. They
-are here so that models trained with them keep working.
+They are not a `VisualBPE`: their first merge works on the grid and flattens it, every later one
+works on the flat stream. So a token has no fixed shape, and a stream does not give its grid back.
+They are here so that models trained with them keep working.
 
     grid     first merge (7, 8) -> 9: the right neighbour, else the lower one     flat
         second merge (5, 9) -> 10
@@ -17,41 +17,29 @@ already merged to the right.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import pickle
 import pickletools
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from beingvl.artefact.files import write_atomically
 from beingvl.errors import InputError
-from beingvl.vbpe import kernels as fast
-from beingvl.vbpe.grids import MAX_CODES, MAX_IDS, checked_grids, encode_in_chunks
-from beingvl.vbpe.vbpe_file import write_vbpe_json
+from beingvl.vbpe.grids import checked_grids, encode_in_chunks
+from beingvl.vbpe.kernels import kernel
+from beingvl.vbpe.vbpe_file import Vocabulary
 
 # Everything that a pickled list of tuples of integers needs, in any protocol; nothing that imports,
 # calls or builds an object.
-_HARMLESS_OPCODES = {"PROTO", "FRAME", "STOP", "MARK", "EMPTY_LIST", "LIST", "APPEND", "APPENDS"}
-_HARMLESS_OPCODES |= {
-    "EMPTY_TUPLE",
-    "TUPLE",
-    "TUPLE1",
-    "TUPLE2",
-    "TUPLE3",
-    "INT",
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "LONG",
-    "LONG1",
-}
-_HARMLESS_OPCODES |= {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"}
+_HARMLESS_OPCODES = re.compile(
+    "PROTO|FRAME|STOP|MARK|EMPTY_LIST|LIST|APPENDS?|EMPTY_TUPLE|TUPLE[123]?|INT|BININT[12]?|LONG1?|"
+    "MEMOIZE|(LONG_)?BIN(PUT|GET)|PUT|GET"
+)
 
 
 class _Refusing(pickle.Unpickler):
@@ -68,7 +56,7 @@ def read_published_pickle(path: Path | str) -> list[tuple[int, int, int]]:
     data = path.read_bytes()
     try:
         for opcode, _, _ in pickletools.genops(data):
-            if opcode.name not in _HARMLESS_OPCODES:
+            if not _HARMLESS_OPCODES.fullmatch(opcode.name):
                 raise InputError(
                     f"{path} holds more than lists, tuples and integers (pickle opcode "
                     f"{opcode.name}), so it is not a published "
@@ -99,61 +87,14 @@ def read_published_pickle(path: Path | str) -> list[tuple[int, int, int]]:
     return merges
 
 
-@dataclass
-class LegacyVisualBPE:
-    """A published vocabulary in image ids: `merges` int32 `[R, 2]`, the merge of rank r makes id
-    `num_codes + r`.
-    """
+@dataclass(eq=False)
+class LegacyVisualBPE(Vocabulary):
+    """A published vocabulary in image ids: `merges` int32 `[R, 2]`."""
 
-    num_codes: int
-    merges: np.ndarray
-    lineage: dict[str, str] = field(default_factory=dict, compare=False)
-    parameters: dict[str, Any] = field(default_factory=dict, compare=False)
-    grid: tuple[int, int] | None = field(default=None, compare=False)
-    source: str = field(default="legacy vBPE", compare=False)
+    source: str = "legacy vBPE"
 
     kind = "legacy"
-
-    def __post_init__(self) -> None:
-        """Raises InputError for merges of ids that do not exist yet."""
-        array = np.asarray(self.merges if len(self.merges) else np.zeros((0, 2), np.int64))
-        if array.ndim != 2 or array.shape[1] != 2 or not np.issubdtype(array.dtype, np.integer):
-            raise InputError(
-                f"{self.source}: merges of shape {list(array.shape)} and type {array.dtype}, "
-                "expected integers [R, 2]"
-            )
-        if not 1 <= self.num_codes <= MAX_CODES or self.num_codes + len(array) > MAX_IDS:
-            limits = f"expected 1 to {MAX_CODES} and together at most {MAX_IDS}"
-            raise InputError(
-                f"{self.source}: {self.num_codes} codes and {len(array)} merges, {limits}"
-            )
-        good = ((array >= 0) & (array < self.num_codes + np.arange(len(array))[:, None])).all(
-            axis=1
-        )
-        if not good.all():
-            rank = int(np.argmin(good))
-            raise InputError(
-                f"{self.source}: merge {rank} is {array[rank].tolist()}, expected two ids "
-                f"below {self.num_codes + rank}"
-            )
-        self.merges = array.astype(np.int32)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, LegacyVisualBPE) and self.fingerprint() == other.fingerprint()
-
-    @property
-    def num_merges(self) -> int:
-        return len(self.merges)
-
-    @property
-    def num_ids(self) -> int:
-        return self.num_codes + self.num_merges
-
-    def fingerprint(self) -> str:
-        content = json.dumps(
-            [self.kind, self.num_codes, self.merges.tolist()], separators=(",", ":")
-        )
-        return "sha256:" + hashlib.sha256(content.encode()).hexdigest()
+    columns = 2
 
     def encode(self, grid: np.ndarray) -> np.ndarray:
         """Codes `[H, W]` to image ids `[n]` int32."""
@@ -163,17 +104,17 @@ class LegacyVisualBPE:
         self, grids: np.ndarray, num_threads: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         """Codes `[N, H, W]` to (image ids flat int32, offsets int64 `[N + 1]`)."""
-        return encode_in_chunks(
-            self._encode_chunk, checked_grids(grids, self.num_codes, self.source), num_threads
-        )
+        grids = checked_grids(grids, self.num_codes, self.source)
+        encode_chunk = partial(encode_legacy_images, self.num_codes, self.merges)
+        return encode_in_chunks(encode_chunk, grids, num_threads)
 
     def decode(self, ids: np.ndarray, height: int, width: int) -> np.ndarray:
         """Always raises InputError: the first merge joins right and lower neighbours into the
         same id, so the grid is lost.
         """
         raise InputError(
-            f"{self.source} is a published (legacy) vocabulary, whose streams cannot be "
-            "decoded; train one with vBPE"
+            f"{self.source} is a published (legacy) vocabulary, whose streams cannot be decoded; "
+            "train one with vBPE"
         )
 
     def cells(self, image_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -181,13 +122,6 @@ class LegacyVisualBPE:
         raise InputError(
             f"{self.source} is a published (legacy) vocabulary, whose tokens have no fixed shape"
         )
-
-    def save(self, path: Path | str) -> None:
-        """Write it as `vbpe.json` with `"kind": "legacy"`."""
-        write_atomically(path, write_vbpe_json(self))
-
-    def _encode_chunk(self, grids: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -> int:
-        return fast.encode_legacy_images(grids, self.num_codes, self.merges, ids, lengths)
 
 
 def import_published(
@@ -236,6 +170,9 @@ def import_published(
     )
 
 
+# ---- the readable twin ----
+
+
 def encode_legacy_reference(
     codes: np.ndarray, num_codes: int, merges: Sequence[tuple[int, int]]
 ) -> list[int]:
@@ -273,3 +210,77 @@ def encode_legacy_reference(
                 at += 1
         stream = merged
     return stream
+
+
+# ---- the compiled twin ----
+
+
+@kernel
+def encode_legacy_images(
+    num_codes: int, merges: np.ndarray, grids: np.ndarray, ids: np.ndarray, lengths: np.ndarray
+) -> int:
+    """Encode `grids` [N, H, W] int32 into `ids` and `lengths` [N]; returns the number of ids.
+
+    `present` counts the ids of an image: a merge whose tokens are not there is passed over without
+    reading the stream.
+    """
+    num_images, height, width = grids.shape
+    present = np.zeros(num_codes + len(merges), np.int64)
+    written = 0
+    for image in range(num_images):
+        stream = ids[written : written + height * width]
+        size = flatten_first(grids[image], num_codes, merges, stream)
+        present[:] = 0
+        for i in range(size):
+            present[stream[i]] += 1
+        for rank in range(1, len(merges)):
+            first, second = merges[rank]
+            if present[first] and present[second]:
+                merged = replace_pairs(stream, size, first, second, num_codes + rank)
+                present[first] -= size - merged
+                present[second] -= size - merged
+                present[num_codes + rank] += size - merged
+                size = merged
+        lengths[image] = size
+        written += size
+    return written
+
+
+@kernel
+def flatten_first(grid: np.ndarray, num_codes: int, merges: np.ndarray, stream: np.ndarray) -> int:
+    """The first merge, on the grid: right neighbour, else lower one. Writes the flat stream and
+    returns its length.
+    """
+    height, width = grid.shape
+    gone = np.zeros((height, width), np.bool_)
+    first, second = (merges[0, 0], merges[0, 1]) if len(merges) else (-1, -1)
+    size = 0
+    for y in range(height):
+        for x in range(width):
+            if gone[y, x]:
+                continue
+            stream[size] = grid[y, x]
+            if grid[y, x] == first:
+                if x + 1 < width and not gone[y, x + 1] and grid[y, x + 1] == second:
+                    gone[y, x + 1] = True
+                    stream[size] = num_codes
+                elif y + 1 < height and not gone[y + 1, x] and grid[y + 1, x] == second:
+                    gone[y + 1, x] = True
+                    stream[size] = num_codes
+            size += 1
+    return size
+
+
+@kernel
+def replace_pairs(stream: np.ndarray, size: int, first: int, second: int, new: int) -> int:
+    """Replace (first, second) by `new` from left to right, in place; returns the new length."""
+    read, write = 0, 0
+    while read < size:
+        if stream[read] == first and read + 1 < size and stream[read + 1] == second:
+            stream[write] = new
+            read += 2
+        else:
+            stream[write] = stream[read]
+            read += 1
+        write += 1
+    return write

@@ -34,8 +34,8 @@ from beingvl.artefact.manifest import (
 )
 from beingvl.errors import InputError
 from beingvl.vbpe.grids import MAX_CODES, MAX_IDS, MAX_SIDE
-from beingvl.vbpe.kernels import Trainer
 from beingvl.vbpe.published import LegacyVisualBPE, import_published
+from beingvl.vbpe.trainer import Trainer
 from beingvl.vbpe.vbpe_file import VBPE_FILE
 from beingvl.vbpe.visual_bpe import VisualBPE
 

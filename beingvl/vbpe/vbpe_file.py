@@ -1,52 +1,111 @@
-"""The text of `vbpe.json`: readable, and two of them can be compared with diff."""
+"""What every vocabulary has, and the text of `vbpe.json`: two of them can be compared with diff."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
+from beingvl.artefact.files import write_atomically
+from beingvl.errors import InputError
+from beingvl.vbpe.grids import MAX_CODES, MAX_IDS
+
 VBPE_FILE = "vbpe.json"
-
-
 FORMAT = "beingvl-vbpe"
-
-
 FORMAT_VERSION = 1
 
 
-class Vocabulary(Protocol):
-    """What the file says of a vocabulary: `VisualBPE`, or the published one."""
+@dataclass(eq=False)
+class Vocabulary:
+    """Codes 0 … num_codes-1 and, for rank r, the merge that makes id `num_codes + r`.
 
-    kind: str
+    `merges` is int32 `[R, columns]`; the first two columns are the ids that merge. `lineage` names
+    what it was made with (`vqgan`: hash), `parameters` how it was trained, `grid` the (height,
+    width) of the images it was trained on when they all had one size. Two vocabularies are equal
+    when their codes and merges are.
+    """
+
     num_codes: int
     merges: np.ndarray
-    lineage: dict[str, str]
-    parameters: dict[str, Any]
-    grid: tuple[int, int] | None
+    lineage: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, Any] = field(default_factory=dict)
+    grid: tuple[int, int] | None = None
+    source: str = "vBPE"  # for messages
+
+    kind: ClassVar[str]
+    columns: ClassVar[int]
+    and_expected: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        """Raises InputError for what no training can have made."""
+        if not 1 <= self.num_codes <= MAX_CODES:
+            raise InputError(f"{self.source}: {self.num_codes} codes, expected 1 to {MAX_CODES}")
+        try:
+            array = np.asarray(
+                self.merges if len(self.merges) else np.zeros((0, self.columns), int)
+            )
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{self.source}: merges are not a list of lists ({error})") from error
+        if array.ndim != 2 or array.shape[1] != self.columns or array.dtype.kind not in "iu":
+            raise InputError(
+                f"{self.source}: merges of shape {list(array.shape)} and type {array.dtype}, "
+                f"expected integers [R, {self.columns}]"
+            )
+        if self.num_codes + len(array) > MAX_IDS:
+            raise InputError(
+                f"{self.source}: {self.num_codes} codes and {len(array)} merges, expected at most "
+                f"{MAX_IDS} together"
+            )
+        good = self._are_good(array)
+        if not good.all():
+            rank = int(np.argmin(good))
+            raise InputError(
+                f"{self.source}: merge {rank} is {array[rank].tolist()}, expected two ids below "
+                f"{self.num_codes + rank}{self.and_expected}"
+            )
+        self.merges = array.astype(np.int32)
+
+    def _are_good(self, merges: np.ndarray) -> np.ndarray:
+        """Whether each merge can have been made, bool `[R]`."""
+        known = self.num_codes + np.arange(len(merges))[:, None]
+        return ((merges[:, :2] >= 0) & (merges[:, :2] < known)).all(axis=1)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.fingerprint() == other.fingerprint()
 
     @property
-    def num_merges(self) -> int: ...
+    def num_merges(self) -> int:
+        return len(self.merges)
 
-    def fingerprint(self) -> str: ...
+    @property
+    def num_ids(self) -> int:
+        """Image ids in all: codes and merges."""
+        return self.num_codes + self.num_merges
 
+    def fingerprint(self) -> str:
+        """Hash of codes and merges: what two artefacts must share to be used together."""
+        content = [self.kind, self.num_codes, self.merges.tolist()]
+        text = json.dumps(content, separators=(",", ":"))
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
-def write_vbpe_json(vbpe: Vocabulary) -> str:
-    """The text of `vbpe.json`, with one merge per line."""
-    head = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "kind": vbpe.kind,
-        "num_codes": vbpe.num_codes,
-        "num_merges": vbpe.num_merges,
-        "fingerprint": vbpe.fingerprint(),
-        "grid": list(vbpe.grid) if vbpe.grid else None,
-        "lineage": vbpe.lineage,
-        "parameters": vbpe.parameters,
-    }
-    lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
-    merges = ",\n".join(f"    {json.dumps(merge)}" for merge in vbpe.merges.tolist())
-    return (
-        "\n".join(["{", *lines, '  "merges": [', *([merges] if merges else []), "  ]", "}"]) + "\n"
-    )
+    def save(self, path: Path | str) -> None:
+        """Write `vbpe.json`, with one merge per line."""
+        head = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "num_codes": self.num_codes,
+            "num_merges": self.num_merges,
+            "fingerprint": self.fingerprint(),
+            "grid": list(self.grid) if self.grid else None,
+            "lineage": self.lineage,
+            "parameters": self.parameters,
+        }
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+        merges = ",\n".join(f"    {json.dumps(merge)}" for merge in self.merges.tolist())
+        lines += ['  "merges": [', *([merges] if merges else []), "  ]"]
+        write_atomically(path, "\n".join(["{", *lines, "}"]) + "\n")

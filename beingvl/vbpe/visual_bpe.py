@@ -12,12 +12,8 @@ tokens that share an edge may merge. The stream lists the tokens in raster order
 The stream alone gives the grid back, because the next token's anchor is always the first cell not
 yet covered.
 
-Two twins live here and in `vbpe_numba.py`:
-
-    train_reference, encode_reference, decode_reference     short, recount everything, obviously
-        right: the oracle of the tests
-    VisualBPE.encode / decode / encode_batch                the same results, bit for bit, from
-        compiled kernels
+`reference.py` is the readable twin: short, recounts everything, obviously right. Here the same
+results, bit for bit, come from the compiled `kernels.py`.
 
 Learning takes, in every round, the candidate with the highest priority `P = F + alpha * S` (arXiv
 2506.23639): F is its count divided by the largest count of the round, S the spatial consistency of
@@ -26,21 +22,17 @@ its two tokens (`spatial_consistency`). Ties: higher count, then smaller (a, b, 
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from beingvl.artefact.files import write_atomically
 from beingvl.errors import InputError
 from beingvl.vbpe import kernels as fast
 from beingvl.vbpe.grids import (
-    MAX_CODES,
-    MAX_IDS,
     MAX_SHAPE_CELLS,
     MAX_SIDE,
     check_side,
@@ -48,54 +40,22 @@ from beingvl.vbpe.grids import (
     encode_in_chunks,
 )
 from beingvl.vbpe.published import LegacyVisualBPE, import_published
-from beingvl.vbpe.vbpe_file import FORMAT, FORMAT_VERSION, VBPE_FILE, write_vbpe_json
-
-# ---- the readable twin ----
+from beingvl.vbpe.vbpe_file import FORMAT, FORMAT_VERSION, VBPE_FILE, Vocabulary
 
 
-# ---- the vocabulary that everything uses ----
-
-
-@dataclass
-class VisualBPE:
-    """A vBPE vocabulary: codes 0 … num_codes-1 and, for rank r, the merge `num_codes + r`.
-
-    `merges` is int32 `[R, 4]` of (a, b, dy, dx). `lineage` names what it was made with (`vqgan`:
-    hash), `parameters` how it was trained, `grid` the (height, width) of the images it was trained
-    on when they all had one size. Two vocabularies are equal when their codes and merges are.
-    """
-
-    num_codes: int
-    merges: np.ndarray
-    lineage: dict[str, str] = field(default_factory=dict, compare=False)
-    parameters: dict[str, Any] = field(default_factory=dict, compare=False)
-    grid: tuple[int, int] | None = field(default=None, compare=False)
-    source: str = field(default="vBPE", compare=False)
+@dataclass(eq=False)
+class VisualBPE(Vocabulary):
+    """A vBPE vocabulary: `merges` is int32 `[R, 4]` of (a, b, dy, dx)."""
 
     kind = "2d"
+    columns = 4
 
-    def __post_init__(self) -> None:
-        """Raises InputError for merges that no training can have made."""
-        self.merges = _checked_merges(self.merges, self.num_codes, self.source)
+    and_expected = " and an offset (dy, dx) after (0, 0) in raster order"
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, VisualBPE) and self.fingerprint() == other.fingerprint()
-
-    @property
-    def num_merges(self) -> int:
-        return len(self.merges)
-
-    @property
-    def num_ids(self) -> int:
-        """Image ids in all: codes and merges."""
-        return self.num_codes + self.num_merges
-
-    def fingerprint(self) -> str:
-        """Hash of codes and merges: what two artefacts must share to be used together."""
-        content = json.dumps(
-            [self.kind, self.num_codes, self.merges.tolist()], separators=(",", ":")
-        )
-        return "sha256:" + hashlib.sha256(content.encode()).hexdigest()
+    def _are_good(self, merges: np.ndarray) -> np.ndarray:
+        dy, dx = merges[:, 2], merges[:, 3]
+        after = (dy > 0) | (dy == 0) & (dx > 0)
+        return super()._are_good(merges) & after & (dy <= MAX_SIDE) & (abs(dx) <= MAX_SIDE)
 
     # ---- encode and decode ----
 
@@ -114,12 +74,7 @@ class VisualBPE:
         The kernels release the GIL; `num_threads` of them run at once.
         """
         grids = checked_grids(grids, self.num_codes, self.source)
-        tables = self.tables  # built once, before the threads ask for it
-
-        def encode_chunk(chunk: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -> int:
-            return fast.encode_images(chunk, tables, ids, lengths)
-
-        return encode_in_chunks(encode_chunk, grids, num_threads)
+        return encode_in_chunks(partial(fast.encode_images, self.tables), grids, num_threads)
 
     def decode(self, ids: np.ndarray, height: int, width: int) -> np.ndarray:
         """Image ids `[n]` to codes `[height, width]` uint16. Raises InputError that names the
@@ -188,19 +143,13 @@ class VisualBPE:
         return np.diff(self.tables.cell_start)
 
     @cached_property
-    def tables(self) -> Any:
+    def tables(self) -> fast.Tables:
         return _build_tables(self.num_codes, self.merges, self.source)
 
     # ---- on disk ----
 
-    def save(self, path: Path | str) -> None:
-        """Write `vbpe.json`: one merge per line, so that two vocabularies can be compared with
-        diff.
-        """
-        write_atomically(path, write_vbpe_json(self))
-
     @staticmethod
-    def load(path: Path | str) -> VisualBPE | LegacyVisualBPE:
+    def load(path: Path | str) -> AnyVBPE:
         """Read a `vbpe.json`, the folder it lies in, or a published `.pkl`. Raises InputError
         for anything else or a damaged one.
 
@@ -221,11 +170,14 @@ class VisualBPE:
         return _from_fields(fields, str(path))
 
 
-def _from_fields(fields: Any, source: str) -> VisualBPE | LegacyVisualBPE:
+AnyVBPE = VisualBPE | LegacyVisualBPE
+
+
+def _from_fields(fields: Any, source: str) -> AnyVBPE:
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise InputError(
-            f'{source} is not a vBPE vocabulary: it has no "format": "{FORMAT}"; make one '
-            "with `beingvl train-vbpe`"
+            f'{source} is not a vBPE vocabulary: it has no "format": "{FORMAT}"; make one with '
+            "`beingvl train-vbpe`"
         )
     version = fields.get("format_version")
     if version != FORMAT_VERSION:
@@ -233,23 +185,18 @@ def _from_fields(fields: Any, source: str) -> VisualBPE | LegacyVisualBPE:
             f"{source} has format version {version}, this beingvl reads {FORMAT_VERSION}: "
             "update beingvl"
         )
+    kinds: dict[str, type[AnyVBPE]] = {"2d": VisualBPE, "legacy": LegacyVisualBPE}
     try:
-        kinds: dict[str, type[VisualBPE | LegacyVisualBPE]] = {
-            "2d": VisualBPE,
-            "legacy": LegacyVisualBPE,
-        }
-        kind, num_codes, merges, grid = (
-            kinds[fields["kind"]],
+        vbpe = kinds[fields["kind"]](
             int(fields["num_codes"]),
             fields["merges"],
-            fields["grid"],
+            dict(fields["lineage"]),
+            dict(fields["parameters"]),
+            tuple(fields["grid"]) if fields["grid"] else None,
+            source,
         )
-        lineage, parameters = dict(fields["lineage"]), dict(fields["parameters"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{source} is damaged: {type(error).__name__} {error}; make it again"
-        ) from error
-    vbpe = kind(num_codes, merges, lineage, parameters, tuple(grid) if grid else None, source)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{source} is damaged: {error!r}; make it again") from error
     if vbpe.fingerprint() != fields.get("fingerprint"):
         raise InputError(
             f"{source} does not have the fingerprint it says; it changed after it was written"
@@ -257,54 +204,16 @@ def _from_fields(fields: Any, source: str) -> VisualBPE | LegacyVisualBPE:
     return vbpe
 
 
-# ---- checks and chunks ----
-
-
-def _checked_merges(merges: Any, num_codes: int, source: str) -> np.ndarray:
-    if not 1 <= num_codes <= MAX_CODES:
-        raise InputError(f"{source}: {num_codes} codes, expected 1 to {MAX_CODES}")
-    try:
-        array = np.asarray(merges if len(merges) else np.zeros((0, 4), np.int64))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{source}: merges are not a list of [a, b, dy, dx]") from error
-    if array.ndim != 2 or array.shape[1] != 4 or not np.issubdtype(array.dtype, np.integer):
-        raise InputError(
-            f"{source}: merges of shape {list(array.shape)} and type {array.dtype}, "
-            "expected integers [R, 4]"
-        )
-    if num_codes + len(array) > MAX_IDS:
-        raise InputError(
-            f"{source}: {num_codes} codes and {len(array)} merges, expected at most "
-            f"{MAX_IDS} together"
-        )
-    known = num_codes + np.arange(len(array))[:, None]
-    parts, dy, dx = array[:, :2], array[:, 2], array[:, 3]
-    good = (
-        ((parts >= 0) & (parts < known)).all(axis=1)
-        & (abs(dx) <= MAX_SIDE)
-        & (dy <= MAX_SIDE)
-        & ((dy > 0) | (dy == 0) & (dx > 0))
-    )
-    if not good.all():
-        rank = int(np.argmin(good))
-        expected = (
-            f"two ids below {num_codes + rank} and an offset (dy, dx) after (0, 0) in raster order"
-        )
-        raise InputError(f"{source}: merge {rank} is {array[rank].tolist()}, expected {expected}")
-    return array.astype(np.int32)
-
-
-def _build_tables(num_codes: int, merges: np.ndarray, source: str) -> Any:
+def _build_tables(num_codes: int, merges: np.ndarray, source: str) -> fast.Tables:
     """Shapes and hash table for the kernels. Raises InputError for a merge whose parts overlap
     or do not touch.
     """
     sizes = [1] * num_codes
-    for a, b, _, _ in merges.tolist():
+    for rank, (a, b, _, _) in enumerate(merges.tolist()):
         sizes.append(sizes[a] + sizes[b])
         if sizes[-1] > MAX_SHAPE_CELLS:
             raise InputError(
-                f"{source}: merge {len(sizes) - 1 - num_codes} makes a token of {sizes[-1]} "
-                "cells, which no grid holds"
+                f"{source}: merge {rank} makes a token of {sizes[-1]} cells, which no grid holds"
             )
     if sum(sizes) > MAX_SHAPE_CELLS:
         raise InputError(
@@ -312,16 +221,13 @@ def _build_tables(num_codes: int, merges: np.ndarray, source: str) -> Any:
             f"{MAX_SHAPE_CELLS}"
         )
     cell_start = np.concatenate([[0], np.cumsum(sizes)])
-    edge_bounds = np.concatenate([[0], np.cumsum(2 * np.array(sizes) + 2)])
-    cells = np.empty(cell_start[-1], np.int32)
-    codes = np.empty(cell_start[-1], np.int32)
-    edges = np.empty(edge_bounds[-1], np.int32)
+    edge_start = np.concatenate([[0], np.cumsum(2 * np.array(sizes) + 2)])
+    cells, codes = np.empty((2, cell_start[-1]), np.int32)
+    edges = np.empty(edge_start[-1], np.int32)
     edge_end = np.empty(len(sizes), np.int64)
-    steps = np.column_stack(
-        [merges[:, 0], merges[:, 1], merges[:, 2] * fast.SPAN + merges[:, 3]]
-    ).astype(np.int32)
+    steps = np.column_stack([merges[:, :2], merges[:, 2] * fast.SPAN + merges[:, 3]])
     status, rank = fast.build_shapes(
-        num_codes, steps, cell_start, edge_bounds[:-1], edge_end, cells, codes, edges
+        num_codes, steps, cell_start, edge_start[:-1], edge_end, cells, codes, edges
     )
     if status != fast.SHAPES_FINE:
         reason = "overlap" if status == fast.SHAPES_OVERLAP else "do not share an edge"
@@ -333,21 +239,10 @@ def _build_tables(num_codes: int, merges: np.ndarray, source: str) -> Any:
     twice = fast.fill_slots(steps, slot_keys, slot_ranks)
     if twice >= 0:
         raise InputError(f"{source}: merge {twice}, {merges[twice].tolist()}, is there twice")
+    starts, ends = edge_start[:-1], edge_end
     return fast.Tables(
-        num_codes,
-        steps,
-        cell_start,
-        cells,
-        codes,
-        edge_bounds[:-1],
-        edge_end,
-        edges,
-        slot_keys,
-        slot_ranks,
+        num_codes, steps, cell_start, cells, codes, starts, ends, edges, slot_keys, slot_ranks
     )
-
-
-AnyVBPE = VisualBPE | LegacyVisualBPE
 
 
 def owners(vbpe: VisualBPE, ids: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from beingvl.vbpe.kernels import Trainer
+from beingvl.vbpe.trainer import Trainer
 from beingvl.vbpe.visual_bpe import VisualBPE
 
 if TYPE_CHECKING:
@@ -344,7 +344,7 @@ def time_compilation() -> tuple[float, float]:
     """
     code = (
         "import time, numpy as np; started = time.perf_counter()\n"
-        "from beingvl.vbpe.visual_bpe import VisualBPE; from beingvl.vbpe.kernels import Trainer\n"
+        "from beingvl.vbpe.visual_bpe import VisualBPE; from beingvl.vbpe.trainer import Trainer\n"
         "trainer = Trainer([np.zeros((2, 4, 4), np.uint16)], 2, 0.3, 1.0, 2); trainer.learn(3)\n"
         "vbpe = VisualBPE(2, trainer.merges); vbpe.decode(vbpe.encode(np.zeros((4, 4), "
         "int)), 4, 4)\n"

@@ -150,7 +150,7 @@ def test_wrong_merges_and_decoding_are_refused():
         LegacyVisualBPE(5, [(0, 1), (0, 6)])
     with pytest.raises(InputError, match=r"shape \[1, 3\]"):
         LegacyVisualBPE(5, [(0, 1, 2)])
-    with pytest.raises(InputError, match="0 codes and 0 merges"):
+    with pytest.raises(InputError, match="0 codes, expected 1 to"):
         LegacyVisualBPE(0, [])
     with pytest.raises(InputError, match="cannot be decoded"):
         LegacyVisualBPE(5, []).decode(np.zeros(4, int), 2, 2)

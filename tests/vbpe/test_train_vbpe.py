@@ -196,7 +196,7 @@ def test_stops_when_nothing_is_left_and_says_so(tmp_path, capsys):
 
 
 def test_interrupted_run_continues_to_the_same_bytes(tmp_path, codes, capsys, monkeypatch):
-    from beingvl.vbpe.kernels import Trainer
+    from beingvl.vbpe.trainer import Trainer
 
     np.save(tmp_path / "a.npy", codes)
     base = ["--data_path", tmp_path / "a.npy", "--num_merges", 35]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from beingvl.errors import InputError
 from beingvl.vbpe import visual_bpe as vbpe_module
-from beingvl.vbpe.kernels import BORDER, Trainer, compact, encode_board, place_images, plan_board
+from beingvl.vbpe.kernels import BORDER, encode_board, place_images
 from beingvl.vbpe.reference import (
     TokenGrid,
     best_pair,
@@ -24,6 +24,8 @@ from beingvl.vbpe.reference import (
     spatial_consistency,
     train_reference,
 )
+from beingvl.vbpe.trainer import Trainer, plan_board
+from beingvl.vbpe.training_kernels import compact
 from beingvl.vbpe.visual_bpe import VisualBPE
 
 EXAMPLE = VisualBPE(9, np.array([[7, 8, 0, 1], [9, 7, 1, 0]]))  # the grid in the module docstring

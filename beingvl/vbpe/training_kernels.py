@@ -1,0 +1,567 @@
+"""Learning, compiled with numba; `trainer.py` holds the arrays. Same merges as
+`reference.train_reference`, bit for bit.
+
+Every new pair contains the newest token, so once a round is over the counts of its pairs only fall:
+
+- A round writes the occurrences of its pairs once, grouped by pair, at the end of `places`. A
+  *record* is one pair and its slice of `places`; nothing is ever inserted later.
+- No count is kept up to date. A record's count is an upper bound. It is exact while neither of its
+  tokens was merged away (`changed`) and is made exact by reading its own slice again (`recount`),
+  which happens only to records that might win.
+- Records wait in one linked list for each count (`heads`, `links`). A recounted one moves down.
+- A pair that occurs less than `min_count` times when it is written can never win and is not kept.
+
+One round, on the board of kernels.py (`7 8 / 7 5`, all four pairs with count 1):
+
+    choose     the record with the highest priority, here (7,8,0,1)
+    merge      each of its places in raster order: the board becomes `9 -1 / 7 5`, and
+               changed[7] = changed[8] = this round
+    collect    the pairs of every new 9, each neighbour once: (9,7,1,0) (9,5,1,1)
+    write      their records; (7,7,1,0) and (8,5,1,0) are stale now, which is noticed when they
+               come up
+"""
+
+from __future__ import annotations
+
+import math
+from heapq import heappop, heappush
+from typing import NamedTuple
+
+import numpy as np
+
+from beingvl.vbpe.kernels import (
+    SPAN,
+    find_anchor,
+    hash_slot,
+    join_tokens,
+    kernel,
+    key_of_neighbours,
+    list_edges,
+    step_offset,
+    unite_cells,
+)
+
+NUM_RECORDS, NUM_PLACES, TOP, ROUND, NUM_CELLS, NUM_TOKENS, NUM_COUNTERS = range(7)
+LEARNT, NOTHING_LEFT, SHAPES_FULL = range(3)
+NONE = 0  # record 0 does not exist
+SEEN = 1 << 29  # marks an anchor whose pair with the current token is already collected
+GROUP_BITS = 24  # key >> 24 is the pair of tokens without their offset
+ONE = 1 << 30  # S is stored as a multiple of 1 / ONE
+
+
+class State(NamedTuple):
+    """Everything the trainer holds, as arrays that the kernels change in place. B board cells,
+    V ids, at most 2 B live records.
+    """
+
+    stride: int
+    num_codes: int
+    alpha: float
+    sigma: float
+    min_count: int
+    board: np.ndarray  # int32 [B]
+    places: np.ndarray  # int32: anchors of a, grouped by record
+    keys: np.ndarray  # int64, a record's pair
+    starts: np.ndarray  # int64, where its places start
+    counts: np.ndarray  # int32, how many there are
+    exact_at: np.ndarray  # int32, the round whose board `counts` is exact for
+    consistencies: np.ndarray  # int32, S as it was then; -1: not measured
+    links: np.ndarray  # int32, the next record of the same list
+    heads: np.ndarray  # int32 [B]: the first record of each count, or of one that has fallen since
+    changed: np.ndarray  # int32 [V]: last round that merged the token away
+    cell_start: np.ndarray  # int64 [V + 1]
+    cells: np.ndarray  # int32 steps
+    codes: np.ndarray  # int32
+    merges: np.ndarray  # int32 [R, 3]: a, b, step
+    counters: np.ndarray  # int64 [NUM_COUNTERS]
+
+
+# ---- records ----
+
+
+@kernel
+def step_parts(step: int) -> tuple[int, int]:
+    dy = (step + SPAN // 2) >> 13
+    return dy, step - dy * SPAN
+
+
+@kernel
+def link_record(state: State, record: int) -> None:
+    """Put a record into the list of its count, if it can ever win."""
+    count = state.counts[record]
+    if count >= state.min_count:
+        state.links[record] = state.heads[count]
+        state.heads[count] = record
+
+
+@kernel
+def settle(state: State, record: int) -> int:
+    """Make the count of a record exact and return it. Places whose tokens are gone are dropped,
+    and its S is forgotten, since that of a pair whose tokens did not change is still right.
+    """
+    key, counts = state.keys[record], state.counts
+    a, b = key >> 44, (key >> GROUP_BITS) & 0xFFFFF
+    if max(state.changed[a], state.changed[b]) <= state.exact_at[record]:
+        return counts[record]
+    board, places, start = state.board, state.places, state.starts[record]
+    offset = step_offset(key & 0xFFFFFF, state.stride)
+    kept = start
+    for i in range(start, start + counts[record]):
+        place = places[i]
+        if board[place] == a and board[place + offset] == b:
+            places[kept] = place
+            kept += 1
+    counts[record] = kept - start
+    state.exact_at[record] = state.counters[ROUND]
+    state.consistencies[record] = -1
+    return kept - start
+
+
+@kernel
+def compact(state: State) -> None:
+    """Settle every record and close the gaps. A record goes when no offset of its pair can win
+    any more.
+    """
+    counters, keys = state.counters, state.keys
+    num_records = counters[NUM_RECORDS]
+    state.heads[: counters[TOP] + 1] = NONE
+    kept, kept_places, first = 1, 0, 1
+    while first < num_records:
+        last, alive = first, False
+        while last < num_records and keys[last] >> GROUP_BITS == keys[first] >> GROUP_BITS:
+            alive |= settle(state, last) >= state.min_count
+            last += 1
+        for record in range(first, last if alive else first):
+            start, count = state.starts[record], state.counts[record]
+            for i in range(count):
+                state.places[kept_places + i] = state.places[start + i]
+            keys[kept], state.starts[kept], state.counts[kept] = keys[record], kept_places, count
+            state.exact_at[kept] = state.exact_at[record]
+            state.consistencies[kept] = state.consistencies[record]
+            link_record(state, kept)
+            kept_places += count
+            kept += 1
+        first = last
+    counters[NUM_RECORDS], counters[NUM_PLACES] = kept, kept_places
+
+
+# ---- choose ----
+
+
+@kernel
+def choose_by_count(state: State, level: list[tuple[int, int]]) -> int:
+    """The record with the highest count (ties: smallest pair), or NONE.
+
+    `level` is a heap of (key, record) of the records in the highest list.
+    """
+    counters, heads, links = state.counters, state.heads, state.links
+    while True:
+        top = counters[TOP]
+        record = heads[top]
+        while record != NONE:
+            heappush(level, (state.keys[record], np.int64(record)))
+            record = links[record]
+        heads[top] = NONE
+        if len(level):
+            _, record = heappop(level)
+            if settle(state, record) == top:
+                return record
+            link_record(state, record)
+        elif top > state.min_count:
+            counters[TOP] = top - 1
+        else:
+            return NONE
+
+
+@kernel
+def choose_by_priority(state: State) -> int:
+    """The record with the highest P = count / largest + alpha S, or NONE.
+
+    S is at most 1. So the lists are walked from the highest count down, until count / largest +
+    alpha is no more than the best P so far.
+    """
+    counters, heads, links, counts = state.counters, state.heads, state.links, state.counts
+    best, best_priority, largest = NONE, -1.0, 0
+    level = counters[TOP]
+    while level >= state.min_count and (
+        best == NONE or level / largest + state.alpha > best_priority
+    ):
+        record, heads_end = heads[level], NONE
+        while record != NONE:
+            after = links[record]
+            if settle(state, record) < level:
+                if heads_end == NONE:
+                    heads[level] = after
+                else:
+                    links[heads_end] = after
+                link_record(state, record)
+            else:
+                if best == NONE:
+                    largest = level
+                if state.consistencies[record] < 0:
+                    measure_consistency(state, record)
+                priority = level / largest + state.alpha * (state.consistencies[record] / ONE)
+                if priority > best_priority or (
+                    priority == best_priority
+                    and counts[best] == level
+                    and state.keys[record] < state.keys[best]
+                ):
+                    best, best_priority = record, priority
+                heads_end = record
+            record = after
+        level -= 1
+    counters[TOP] = largest
+    return best
+
+
+@kernel
+def measure_consistency(state: State, record: int) -> None:
+    """S of a record's pair of tokens, from the exact counts of all its offsets, which are its
+    neighbours among the records.
+
+    The arithmetic is that of `reference.spatial_consistency`, operation by operation.
+    """
+    keys, counts = state.keys, state.counts
+    group = keys[record] >> GROUP_BITS
+    first, last = record, record + 1
+    while keys[first - 1] >> GROUP_BITS == group:
+        first -= 1
+    while last < state.counters[NUM_RECORDS] and keys[last] >> GROUP_BITS == group:
+        last += 1
+    total, sum_y, sum_x = 0, 0, 0
+    for i in range(first, last):
+        count = settle(state, i)
+        dy, dx = step_parts(keys[i] & 0xFFFFFF)
+        total += count
+        sum_y += dy * count
+        sum_x += dx * count
+    mean_y, mean_x = sum_y / total, sum_x / total
+    consistency = 0.0
+    for i in range(first, last):
+        if counts[i]:
+            dy, dx = step_parts(keys[i] & 0xFFFFFF)
+            squared_distance = (dy - mean_y) * (dy - mean_y) + (dx - mean_x) * (dx - mean_x)
+            consistency += counts[i] * math.exp(
+                -squared_distance / (2.0 * state.sigma * state.sigma)
+            )
+    state.consistencies[first:last] = math.floor(consistency / total * ONE + 0.5)
+
+
+# ---- collect and write ----
+
+
+class Found(NamedTuple):
+    """Scratch for the pairs of one token: a small hash table that numbers and counts them."""
+
+    slots: np.ndarray  # int32 [power of two]: number of a pair; -1 = free
+    keys: np.ndarray  # int64 [pairs]
+    slot_of: np.ndarray  # int32 [pairs]
+    # int64 [pairs]: occurrences; while writing: 1 + where the next one goes in `places`, or
+    # negative
+    tallies: np.ndarray
+
+
+@kernel
+def make_found(num_pairs: int) -> Found:
+    return Found(
+        np.full(4 * num_pairs, -1, np.int32),
+        np.empty(num_pairs, np.int64),
+        np.empty(num_pairs, np.int32),
+        np.empty(num_pairs, np.int64),
+    )
+
+
+@kernel
+def find_slot(slots: np.ndarray, keys: np.ndarray, key: int) -> int:
+    """Slot of a pair, or the free slot where it belongs."""
+    mask = len(slots) - 1
+    slot = hash_slot(key, mask)
+    while slots[slot] >= 0 and keys[slots[slot]] != key:
+        slot = (slot + 1) & mask
+    return slot
+
+
+@kernel
+def list_neighbours(
+    board: np.ndarray,
+    anchor: int,
+    offsets: np.ndarray,
+    start: int,
+    end: int,
+    neighbours: np.ndarray,
+) -> int:
+    """Write the anchors of the tokens that cover the cells at `offsets[start:end]`, each once;
+    returns how many.
+    """
+    size = 0
+    for i in range(start, end):
+        neighbour = find_anchor(board, anchor + offsets[i])
+        if neighbour >= 0 and not board[neighbour] & SEEN:
+            board[neighbour] |= SEEN
+            neighbours[size] = neighbour
+            size += 1
+    for i in range(size):
+        board[neighbours[i]] &= ~SEEN
+    return size
+
+
+@kernel
+def collect(
+    board: np.ndarray,
+    stride: int,
+    anchors: np.ndarray,
+    token: int,
+    offsets: np.ndarray,
+    keys: np.ndarray,
+    places: np.ndarray,
+) -> int:
+    """Write the pair and the place of every pair of `token`, whose instances stand at `anchors`;
+    returns how many.
+
+    A pair of two such tokens is taken from the earlier one.
+    """
+    neighbours = np.empty(len(offsets), np.int64)
+    size = 0
+    for anchor in anchors:
+        column = anchor % stride
+        for i in range(list_neighbours(board, anchor, offsets, 0, len(offsets), neighbours)):
+            neighbour = neighbours[i]
+            if neighbour > anchor or board[neighbour] != token:
+                keys[size] = key_of_neighbours(board, column, anchor, neighbour, stride)
+                places[size] = min(anchor, neighbour)
+                size += 1
+    return size
+
+
+@kernel
+def tally(
+    keys: np.ndarray,
+    slots: np.ndarray,
+    found_keys: np.ndarray,
+    slot_of: np.ndarray,
+    tallies: np.ndarray,
+    pair_of: np.ndarray,
+) -> int:
+    """Number the different keys in order of appearance and count them; `pair_of` [len(keys)]
+    gets their numbers.
+
+    Returns how many there are, or -1, with empty slots, when there is no room for them.
+    """
+    num_pairs = 0
+    for i in range(len(keys)):
+        key = keys[i]
+        slot = find_slot(slots, found_keys, key)
+        pair = slots[slot]
+        if pair < 0:
+            if num_pairs == len(found_keys):
+                slots[:] = -1
+                return -1
+            pair = num_pairs
+            num_pairs += 1
+            slots[slot] = pair
+            found_keys[pair] = key
+            slot_of[pair] = slot
+            tallies[pair] = 0
+        tallies[pair] += 1
+        pair_of[i] = pair
+    return num_pairs
+
+
+@kernel
+def choose_pairs(state: State, found: Found, num_pairs: int) -> np.ndarray:
+    """Keys, ascending, of the pairs that may win one day. With alpha also the rarer offsets of
+    the same two tokens: S counts them.
+    """
+    keys, tallies = found.keys, found.tallies
+    chosen = np.empty(num_pairs, np.int64)
+    size = 0
+    for pair in range(num_pairs):
+        if tallies[pair] >= state.min_count:
+            chosen[size] = keys[pair]
+            size += 1
+    if state.alpha > 0.0 and size:
+        frequent = np.sort(chosen[:size])
+        for pair in range(num_pairs):
+            if tallies[pair] < state.min_count:
+                group = keys[pair] >> GROUP_BITS
+                at = np.searchsorted(frequent, group << GROUP_BITS)
+                if at < len(frequent) and frequent[at] >> GROUP_BITS == group:
+                    chosen[size] = keys[pair]
+                    size += 1
+    return np.sort(chosen[:size])
+
+
+@kernel
+def write_records(
+    state: State, keys: np.ndarray, places: np.ndarray, found: Found, pair_of: np.ndarray
+) -> Found:
+    """Make records of the pairs that may win one day, in the order of their keys. `found` comes
+    and leaves empty.
+    """
+    counters, state_places = state.counters, state.places
+    num_pairs = tally(keys, found.slots, found.keys, found.slot_of, found.tallies, pair_of)
+    while num_pairs < 0:
+        found = make_found(2 * len(found.keys))
+        num_pairs = tally(keys, found.slots, found.keys, found.slot_of, found.tallies, pair_of)
+    tallies, slots, slot_of = found.tallies, found.slots, found.slot_of
+    chosen = choose_pairs(state, found, num_pairs)
+    for pair in range(num_pairs):
+        tallies[pair] = -tallies[pair]
+    for key in chosen:
+        pair = slots[find_slot(slots, found.keys, key)]
+        record, start = counters[NUM_RECORDS], counters[NUM_PLACES]
+        count = -tallies[pair]
+        state.keys[record], state.starts[record], state.counts[record] = key, start, count
+        state.exact_at[record], state.consistencies[record] = counters[ROUND], -1
+        link_record(state, record)
+        tallies[pair] = start + 1
+        counters[NUM_RECORDS], counters[NUM_PLACES] = record + 1, start + count
+        counters[TOP] = max(counters[TOP], count)
+    for i in range(len(keys)):
+        pair = pair_of[i]
+        if tallies[pair] > 0:
+            state_places[tallies[pair] - 1] = places[i]
+            tallies[pair] += 1
+    for pair in range(num_pairs):
+        slots[slot_of[pair]] = -1
+    return found
+
+
+# ---- the rounds ----
+
+
+@kernel
+def edge_offsets(state: State, token: int) -> np.ndarray:
+    """Board distances from a token's anchor to all cells that touch it, ascending."""
+    start, end = state.cell_start[token], state.cell_start[token + 1]
+    edges = np.empty(2 * (end - start) + 2, np.int64)
+    edges = edges[: list_edges(state.cells, start, end, edges, 0)]
+    for i in range(len(edges)):
+        edges[i] = step_offset(edges[i], state.stride)
+    return edges
+
+
+@kernel
+def index_board(state: State) -> None:
+    """Write the records of all pairs on the board.
+
+    The pairs are dealt out to their first tokens in one walk over the board, so that only this walk
+    reads it; then each token's share is counted by itself, in cache.
+    """
+    board, counters, stride = state.board, state.counters, state.stride
+    num_ids = state.num_codes + counters[ROUND]
+    offset_start = np.zeros(num_ids + 1, np.int64)
+    offsets = np.empty(2 * counters[NUM_CELLS] + 2 * num_ids, np.int64)
+    for token in range(num_ids):
+        end = offset_start[token]
+        for offset in edge_offsets(state, token):
+            if offset > 0:  # what touches from before the anchor belongs to an earlier anchor
+                offsets[end] = offset
+                end += 1
+        offset_start[token + 1] = end
+    starts = np.zeros(num_ids + 1, np.int64)
+    for token in board:
+        if token >= 0:
+            counters[NUM_TOKENS] += 1
+            starts[token + 1] += offset_start[token + 1] - offset_start[token]
+    starts = np.cumsum(starts)
+    ends = starts[:-1].copy()
+    keys = np.empty(starts[-1], np.int64)
+    places = np.empty(starts[-1], np.int32)
+    neighbours = np.empty(len(offsets), np.int64)
+    for anchor in range(len(board)):
+        token = board[anchor]
+        if token >= 0:
+            column, at = anchor % stride, ends[token]
+            first, last = offset_start[token], offset_start[token + 1]
+            for i in range(list_neighbours(board, anchor, offsets, first, last, neighbours)):
+                if neighbours[i] > anchor:
+                    keys[at] = key_of_neighbours(board, column, anchor, neighbours[i], stride)
+                    places[at] = anchor
+                    at += 1
+            ends[token] = at
+    found = make_found(1 << 12)
+    pair_of = np.empty(np.max(ends - starts[:-1]), np.int32)
+    for token in range(num_ids):
+        start, end = starts[token], ends[token]
+        found = write_records(state, keys[start:end], places[start:end], found, pair_of)
+
+
+@kernel
+def merge_places(state: State, record: int, new: int) -> np.ndarray:
+    """Merge every occurrence of a record, in raster order, and return the anchors of the new
+    tokens.
+
+    Only a pair of equal tokens can overlap itself (`a a a`): then the later occurrence finds its
+    token gone.
+    """
+    board, stride, places, counters = state.board, state.stride, state.places, state.counters
+    key = state.keys[record]
+    a, b, step = key >> 44, (key >> GROUP_BITS) & 0xFFFFF, key & 0xFFFFFF
+    offset = step_offset(step, stride)
+    cells, first, last = state.cells, state.cell_start[b], state.cell_start[b + 1]
+    start, count = state.starts[record], state.counts[record]
+    merged = 0
+    for i in range(start, start + count):
+        anchor = places[i]
+        if a == b and (board[anchor] != a or board[anchor + offset] != b):
+            continue
+        board[anchor] = new
+        join_tokens(board, anchor, anchor + offset, cells, first, last, stride)
+        places[start + merged] = anchor
+        merged += 1
+    state.counts[record] = 0
+    merge = state.merges[counters[ROUND]]
+    merge[0], merge[1], merge[2] = a, b, step
+    counters[ROUND] += 1
+    state.changed[a] = state.changed[b] = counters[ROUND]
+    counters[NUM_TOKENS] -= merged
+    return places[start : start + merged].copy()
+
+
+@kernel
+def add_shape(state: State, new: int) -> None:
+    """Write the cells of the newest token."""
+    a, b, step = state.merges[new - state.num_codes]
+    starts = state.cell_start
+    a_start, a_end, b_start, b_end = starts[a], starts[a + 1], starts[b], starts[b + 1]
+    unite_cells(state.cells, state.codes, a_start, a_end, b_start, b_end, step, starts[new])
+    starts[new + 1] = starts[new] + a_end - a_start + b_end - b_start
+    state.counters[NUM_CELLS] = starts[new + 1]
+
+
+@kernel
+def learn(state: State, until: int) -> int:
+    """Learn merges until there are `until`. Returns LEARNT, NOTHING_LEFT, or SHAPES_FULL when
+    `cells` and `codes` have to grow before the next call.
+    """
+    counters = state.counters
+    found = make_found(1 << 12)
+    keys, places, pair_of = np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.int32)
+    level = [(np.int64(0), np.int64(0))]
+    level.clear()
+    status = LEARNT
+    while counters[ROUND] < until:
+        if counters[NUM_CELLS] * 3 > len(state.cells):  # a token at most doubles all cells
+            status = SHAPES_FULL
+            break
+        record = choose_by_count(state, level) if state.alpha == 0.0 else choose_by_priority(state)
+        if record == NONE:
+            status = NOTHING_LEFT
+            break
+        new = state.num_codes + counters[ROUND]
+        anchors = merge_places(state, record, new)
+        add_shape(state, new)
+        offsets = edge_offsets(state, new)
+        if len(keys) < len(anchors) * len(offsets):
+            room = 2 * len(anchors) * len(offsets)
+            keys, places = np.empty(room, np.int64), np.empty(room, np.int32)
+            pair_of = np.empty(room, np.int32)
+        size = collect(state.board, state.stride, anchors, new, offsets, keys, places)
+        if max(counters[NUM_PLACES], counters[NUM_RECORDS]) + size > len(state.places):
+            compact(state)
+            level.clear()
+        found = write_records(state, keys[:size], places[:size], found, pair_of)
+    for _, record in level:
+        link_record(state, record)
+    return status
