@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from beingvl.artefact.manifest import join_lineages, read_manifest
 from beingvl.artefact.request import Request
@@ -26,7 +26,7 @@ from beingvl.data.held_out import held_out_batch, pack_in_order
 from beingvl.data.loader import IGNORED, MicroBatch
 from beingvl.errors import InputError
 from beingvl.evaluation.results import SAMPLES_FILE, Evaluation, SharedOptions, write_lines
-from beingvl.inference.model import quiet_without_terminal
+from beingvl.inference.model import read_model
 from beingvl.model import packed_attention
 from beingvl.model.extended_vocab import PackedCausalLM, pack_stock_model
 from beingvl.model.packed_check import refuse_short_window, refuse_unlike_packed
@@ -116,13 +116,8 @@ def load_packed(
     config = AutoConfig.from_pretrained(folder)
     refuse_short_window(config, longest, "score it with --json_path")
     refuse_unlike_packed(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
-    attention = packed_attention.register()
-    with quiet_without_terminal():
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention
-        )
-    model.to(device).eval().requires_grad_(False)
-    return pack_stock_model(model, VocabLayout.load(folder).num_text, _LOSS_CHUNK_TOKENS)
+    model = read_model(folder, dtype, attn_implementation=packed_attention.register())
+    return pack_stock_model(model.to(device), VocabLayout.load(folder).num_text, _LOSS_CHUNK_TOKENS)
 
 
 @torch.no_grad()

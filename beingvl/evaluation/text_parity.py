@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from beingvl.artefact.manifest import join_lineages, read_manifest
 from beingvl.artefact.request import Request
@@ -26,7 +25,7 @@ from beingvl.data.conversation import TextEncoder
 from beingvl.errors import InputError
 from beingvl.evaluation.metrics import mean_and_error
 from beingvl.evaluation.results import Evaluation, SharedOptions
-from beingvl.inference.model import quiet_without_terminal
+from beingvl.inference.model import read_model
 from beingvl.model.base_model import BaseModel
 from beingvl.model.conversion_check import cut_head
 from beingvl.model.extended_vocab import TEXT_ROWS, VISUAL_ROWS
@@ -168,8 +167,7 @@ def probe_logits(
     """Logits of the old ids `[tokens, num_text]` of every text, and at every position the
     probability of all other ids.
     """
-    with quiet_without_terminal():
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    model: Any = read_model(folder, dtype).to(device)
     new_probability: list[float] = []
     for text in texts:
         logits = model(input_ids=text.to(device), use_cache=False).logits[0].double()

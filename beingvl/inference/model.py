@@ -23,8 +23,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from beingvl.artefact.manifest import join_lineages, read_manifest
@@ -80,8 +79,7 @@ class BeingVL:
         """Read the weights as `torch_dtype` onto `own_device(device)`; returns self."""
         dtype, target = as_dtype(torch_dtype), own_device(device)
         try:
-            with quiet_without_terminal():
-                model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=dtype)
+            model = read_model(self.model_path, dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise self._damage(error) from error
         num_rows = model.get_input_embeddings().num_embeddings
@@ -92,7 +90,7 @@ class BeingVL:
             )
         # The base model's generation defaults (another stop token, sampling) must not be ours.
         model.generation_config = GenerationConfig()
-        self._model = model.to(target).eval().requires_grad_(False)
+        self._model = model.to(target)
         return self
 
     @property
@@ -450,17 +448,17 @@ def own_device(device: str | torch.device | None = None) -> torch.device:
     return usable_device(device or own)
 
 
-@contextmanager
-def quiet_without_terminal() -> Iterator[None]:
-    """No progress bar of transformers in log files."""
+def read_model(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """A stock model, frozen and in evaluation mode; without a progress bar in log files."""
     was_enabled = logging.is_progress_bar_enabled()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        yield
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     finally:
         if was_enabled:
             logging.enable_progress_bar()
+    return model.eval().requires_grad_(False)
 
 
 class TextStreamer:
