@@ -21,7 +21,8 @@ def with_borders(
     pixels: np.ndarray, owners: np.ndarray, min_side: int = 512, thickness: int = 1
 ) -> np.ndarray:
     """A picture `[H, W, 3 or 4]` uint8, enlarged to at least `min_side` pixels, with lines of
-    `thickness` pixels between tokens.
+    `thickness` pixels between tokens; a pixel on either side is dark, so that a line shows on any
+    picture.
 
     `owners` `[h, w]` int says which token covers each cell of the code grid; H and W are multiples
     of h and w.
@@ -36,5 +37,11 @@ def with_borders(
     for _ in range(thickness - 1):
         line[1:] |= line[:-1].copy()
         line[:, 1:] |= line[:, :-1].copy()
+    beside = line.copy()
+    beside[1:] |= line[:-1]
+    beside[:-1] |= line[1:]
+    beside[:, 1:] |= line[:, :-1]
+    beside[:, :-1] |= line[:, 1:]
+    large[beside, :3] //= 3
     large[line] = (*BORDER, 255)[: large.shape[2]]
     return large

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -20,9 +21,8 @@ from beingvl.data.conversation import open_tokenizer
 from beingvl.data.packing import PackingPlan
 from beingvl.data.stage_data import data_of
 from beingvl.errors import InputError
-from beingvl.images.pictures import to_png
 from beingvl.images.vqgan import VQGAN
-from beingvl.report.kit import Parts, bars, facts, folded, image, page, sections, soft, table
+from beingvl.report.kit import page, render
 from beingvl.report.vbpe import load_decoder
 from beingvl.stage.stage_config import load_stage_config
 from beingvl.vbpe.published import LegacyVisualBPE
@@ -81,10 +81,11 @@ def report_data(
         num_examples=num_examples,
     )
     folders = [folder for path in shards for folder in shard_folders(path)]
-    parts = {
-        str(folder): sections(folder_parts(ShardReader(folder), options)) for folder in folders
-    }
-    write_atomically(output_path, page("Being-VL: data", parts))
+    body = Markup("").join(
+        Markup("<h2>{}</h2>{}").format(folder, data_section(ShardReader(folder), options))
+        for folder in folders
+    )
+    write_atomically(output_path, page("Being-VL: data", body))
     print(output_path)
     return output_path
 
@@ -109,43 +110,31 @@ def shard_folders(path: Path) -> list[Path]:
     return [path]
 
 
-def folder_parts(shards: ShardReader, options: DataOptions) -> Parts:
-    """Everything about one folder."""
-    used = count_ids(shards)
-    lengths = np.asarray(shards.lengths)
-    parts = {
-        "": folder_facts(shards, lengths, options),
-        "Sources": sources_table(shards),
-    }
-    if options.stage:
-        parts["Mixture"] = mixture_section(shards, options.stage)
-    return parts | {
-        "Lengths": histogram(lengths),
-        "Kinds of tokens": kinds_of_tokens(used, shards),
-        "New rows that never occur": coverage_table(used, shards),
-        "Examples": examples(shards, options),
-    }
-
-
-def folder_facts(shards: ShardReader, lengths: np.ndarray, options: DataOptions) -> Markup:
-    counts = shards.manifest.counts
-    percentiles = np.percentile(lengths, (1, 25, 50, 75, 99)).astype(int)
-    values = {
-        "samples": f"{counts['samples']:,}",
-        "tokens": f"{counts['tokens']:,}",
-        "target tokens": f"{counts['target_tokens']:,}",
-        "tokens in the longest sample": f"{counts['longest_sample_tokens']:,}",
-        "lengths in tokens, percentiles 1, 25, 50, 75, 99": ", ".join(map(str, percentiles)),
-    }
-    length = options.sequence_length
-    if options.stage:  # the mixture's section says it of the stage's own sequences
-        pass
-    elif lengths.max() > length:
-        values[f"samples longer than {length}"] = f"{(lengths > length).sum():,}"
-    else:
-        plan = PackingPlan(lambda start, stop: lengths[start:stop], len(lengths), length)
-        values[f"full: {plan.num_sequences:,} sequences of {length}"] = f"{plan.efficiency:.2%}"
-    return facts(values)
+def data_section(shards: ShardReader, options: DataOptions, level: int = 3) -> Markup:
+    """Everything about one folder, with headings `level` deep. Raises InputError for a VQ-GAN or
+    vBPE that the shards were not made with.
+    """
+    used, lengths = count_ids(shards), np.asarray(shards.lengths)
+    kinds = shards.layout.token_kinds(np.arange(len(used)))
+    of_kinds = np.bincount(kinds, weights=used, minlength=len(TOKEN_KINDS)).astype(int)
+    bins = min(16, max(1, int(np.ptp(lengths))))
+    of_lengths, edges = np.histogram(lengths, bins=bins)
+    return render(
+        "data.html",
+        level=level,
+        shards=shards,
+        percentiles=np.percentile(lengths, (1, 25, 50, 75, 99)).astype(int),
+        packing=None if options.stage else packing(lengths, options.sequence_length),
+        mixture=drawn_by_stage(shards, options.stage) if options.stage else None,
+        lengths={
+            f"from {edge:.0f} tokens": int(count)
+            for edge, count in zip(edges[:-1], of_lengths, strict=True)
+        },
+        kinds=dict(zip(TOKEN_KINDS, of_kinds.tolist(), strict=True)),
+        coverage=coverage(used, shards),
+        examples=examples(shards, options),
+        has_tokenizer=options.model_path is not None,
+    )
 
 
 def count_ids(shards: ShardReader) -> np.ndarray:
@@ -156,63 +145,29 @@ def count_ids(shards: ShardReader) -> np.ndarray:
     return total
 
 
-def sources_table(shards: ShardReader) -> Markup:
-    counts = shards.manifest.counts
-    rows = [
-        (
-            name,
-            f"{entry['samples']:,}",
-            f"{entry['samples'] / counts['samples']:.1%}",
-            f"{entry['tokens'] / counts['tokens']:.1%}",
-        )
-        for name, entry in shards.manifest.details["sources"].items()
-    ]
-    return table(["source", "samples", "share of samples", "share of tokens"], rows)
+def packing(lengths: np.ndarray, sequence_length: int) -> str:
+    if lengths.max() > sequence_length:
+        return f"{(lengths > sequence_length).sum()} samples are longer than {sequence_length}"
+    plan = PackingPlan(lambda start, stop: lengths[start:stop], len(lengths), sequence_length)
+    return f"{plan.num_sequences:,} sequences of {sequence_length}, {plan.efficiency:.2%} full"
 
 
-def mixture_section(shards: ShardReader, config_path: Path) -> Markup:
-    """What the run of a stage draws, in as many optimizer steps as it takes, and how full its
-    sequences are. Raises InputError when the file is not a stage's JSON, or does not fit the
-    shards.
+def drawn_by_stage(shards: ShardReader, config_path: Path) -> dict[str, Any]:
+    """What the run of a stage draws, in as many optimizer steps as it takes. Raises InputError
+    when the file is not a stage's JSON, or does not fit the shards.
     """
     config = load_stage_config(config_path)
-    block, data = config.beingvl, data_of(config, shards)
-    steps = min(data.num_steps, block.max_steps or data.num_steps)
-    rows = [
-        (
-            name,
-            f"{block.mixture.get(name, 0):g}",
-            f"{share.samples:,}",
-            f"{share.share_of_samples:.3%}",
-            f"{share.share_of_tokens:.3%}",
-            f"{share.samples / len(members):.2f}",
-        )
-        for (name, share), members in zip(
-            data.realised_shares(steps).items(), shards.members, strict=True
-        )
-    ]
-    head = ["source", f"weight, by {block.mixture_by}", "samples drawn", "share of samples"]
-    head += ["share of tokens", "times through it"]
-    fact = (
+    data = data_of(config, shards)
+    steps = min(data.num_steps, config.beingvl.max_steps or data.num_steps)
+    words = (
         f"{steps:,} steps of {config.sequences_per_step:,} sequences of "
-        f"{block.sequence_length:,} tokens, which are {data.plan.efficiency:.2%} full"
+        f"{config.beingvl.sequence_length:,} tokens, which are {data.plan.efficiency:.2%} full"
     )
-    return soft(fact) + table(head, rows)
+    return {"words": words, "block": config.beingvl, "shares": data.realised_shares(steps)}
 
 
-def histogram(lengths: np.ndarray) -> Markup:
-    counts, edges = np.histogram(lengths, bins=min(16, max(1, int(np.ptp(lengths)))))
-    names = [f"from {edge:.0f} tokens" for edge in edges[:-1]]
-    return bars(dict(zip(names, counts.tolist(), strict=True)))
-
-
-def kinds_of_tokens(used: np.ndarray, shards: ShardReader) -> Markup:
-    kinds = shards.layout.token_kinds(np.arange(len(used)))
-    counts = np.bincount(kinds, weights=used, minlength=len(TOKEN_KINDS)).astype(int)
-    return bars(dict(zip(TOKEN_KINDS, counts.tolist(), strict=True)))
-
-
-def coverage_table(used: np.ndarray, shards: ShardReader) -> Markup:
+def coverage(used: np.ndarray, shards: ShardReader) -> dict[str, tuple[int, int, list[str]]]:
+    """Rows of the model -> how many there are, how many never occur, and which."""
     layout = shards.layout
     ranges = {
         "specials": (layout.num_text, layout.first_image_id),
@@ -220,11 +175,11 @@ def coverage_table(used: np.ndarray, shards: ShardReader) -> Markup:
         "vBPE ids": (layout.first_vbpe_id, layout.size),
         "all new rows": (layout.num_text, layout.size),
     }
-    rows = []
+    found = {}
     for name, (start, stop) in ranges.items():
         never = start + np.flatnonzero(used[start:stop] == 0)
-        rows.append((name, f"{stop - start:,}", f"{len(never):,}", shortened(ranges_of(never))))
-    return table(["rows", "in the vocabulary", "never occur", "their ids"], rows, "words")
+        found[name] = (stop - start, len(never), ranges_of(never))
+    return found
 
 
 def ranges_of(ids: np.ndarray) -> list[str]:
@@ -233,19 +188,13 @@ def ranges_of(ids: np.ndarray) -> list[str]:
     return [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
 
 
-def shortened(words: list[str], shown: int = 6) -> str:
-    """All words; those behind the first few are shown on demand."""
-    first, rest = ", ".join(words[:shown]), ", ".join(words[shown:])
-    return folded(f"{first} …", rest) if rest else first
-
-
 # ---- examples ----
 
 
-def examples(shards: ShardReader, options: DataOptions) -> Markup:
-    """Some samples with their text and images. Raises InputError for a VQ-GAN or vBPE that the
-    shards were not made with.
-    """
+def examples(
+    shards: ShardReader, options: DataOptions
+) -> list[tuple[Sample, str, list[np.ndarray]]]:
+    """Some samples with their text and images."""
     lineages = {str(shards.folder): shards.manifest.lineage}
     if options.vqgan is not None:
         lineages["the VQ-GAN"] = {"vqgan": options.vqgan.fingerprint()}
@@ -253,15 +202,13 @@ def examples(shards: ShardReader, options: DataOptions) -> Markup:
         own = {"vbpe": options.vbpe.fingerprint()}
         lineages[options.vbpe.source] = {**options.vbpe.lineage, **own}
     join_lineages(lineages)
-    rows = []
+    shown = []
     for index in spread_over_sources(shards.members, options.num_examples):
         sample = shards[index]
         pictures = [picture_of(ids, options) for ids in images_of(sample.input_ids, shards)]
-        shown = Markup("").join(image(to_png(pixels)) for pixels in pictures if pixels is not None)
-        text = text_of(sample, shards, options.model_path)
-        rows.append((shown, sample.id, sample.category, text))
-    header = "text" if options.model_path else "text ids (--model_path shows them as text)"
-    return table(["image", "id", "source", header], rows, "words")
+        known = [picture for picture in pictures if picture is not None]
+        shown.append((sample, text_of(sample, shards, options.model_path), known))
+    return shown
 
 
 def spread_over_sources(members: Sequence[np.ndarray], count: int) -> list[int]:

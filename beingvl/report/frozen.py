@@ -75,10 +75,6 @@ def hash_groups(stages: Mapping[str, Path], base: Path | None) -> list[GroupHash
     return groups
 
 
-def finished_models(folders: Mapping[str, Path]) -> dict[str, Path]:
-    return {name: folder for name, folder in folders.items() if is_complete(folder)}
-
-
 def hash_parameters(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Parameter name, as the freezer knows it -> (shape, hash of its bytes). Embedding and head
     count as two each.

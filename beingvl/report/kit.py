@@ -1,7 +1,6 @@
-"""What every page is made of: facts, tables, bars, figures, charts, and the page around them.
+"""What every page is made of: templates (*.html) and their style (kit.css), pictures, charts.
 
-kit.html holds the markup, kit.css the style. Whatever is not `Markup` is text, and is escaped. A
-page is `Parts`: what stands below each heading, in order; what has the heading "" comes first.
+Whatever is not `Markup` is text, and is escaped.
 """
 
 from __future__ import annotations
@@ -10,18 +9,19 @@ import base64
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-Parts: TypeAlias = dict[str, Markup]
+from beingvl.images.pictures import to_png
 
 INK, GREY, GRID, RIGHT, WRONG = "#1f2328", "#6e7781", "#e5e7eb", "#1a7f37", "#c62828"
 THEME = {RIGHT: "right", WRONG: "wrong", INK: "ink", GREY: "soft", GRID: "line", "#ffffff": "paper"}
@@ -30,72 +30,35 @@ SERIES_COLOURS = ("#4a8fd8", "#d97706", "#2fa34a", "#c2519c", "#0e9bb5", "#9370d
 """Readable on white and on black."""
 
 
-def data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+# ---- templates ----
 
 
-_ENVIRONMENT = Environment(
+def render(template: str, **values: Any) -> Markup:
+    """A part of a page."""
+    return Markup(_TEMPLATES.get_template(template).render(values))
+
+
+def page(title: str, body: Markup, lead: str = "") -> str:
+    """The whole file. It needs no second one."""
+    return render("page.html", title=title, body=body, lead=lead)
+
+
+def _form(value: Any, spec: str) -> str | None:
+    return None if value is None else format(value, spec)
+
+
+def _data_url(pixels: np.ndarray) -> str:
+    return "data:image/png;base64," + base64.b64encode(to_png(pixels)).decode()
+
+
+_TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=StrictUndefined,
 )
-_ENVIRONMENT.filters["data_url"] = data_url
-_KIT: Any = _ENVIRONMENT.get_template("kit.html").module
-
-
-# ---- markup ----
-
-
-def page(title: str, parts: Parts, lead: str = "", with_links: bool = False) -> str:
-    """The whole file. It needs no second one."""
-    return str(_KIT.page(title, lead, parts, with_links)).lstrip()
-
-
-def sections(parts: Parts, level: int = 3) -> Markup:
-    """Parts inside a part: headings `level` deep."""
-    return _KIT.sections(parts, level)
-
-
-def facts(values: Mapping[str, str]) -> Markup:
-    """Large numbers (name -> text) side by side."""
-    return _KIT.facts(values)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "") -> Markup:
-    """Numbers on the right; `words`: all on the left; `keep`: no cell breaks into lines."""
-    return _KIT.table(head, rows, style)
-
-
-def bars(counts: Mapping[str, int]) -> Markup:
-    return _KIT.bars(counts)
-
-
-def figures(pictures: Sequence[tuple[bytes, str]], style: str) -> Markup:
-    """PNG files and their captions, side by side: small as `tiles`, or large as `pictures`."""
-    return _KIT.figures(pictures, style)
-
-
-def image(png: bytes) -> Markup:
-    return Markup("<img alt='' src='{}'>").format(data_url(png))
-
-
-def marked(text: str, look: str) -> Markup:
-    """Words that are `right`, `wrong` or `soft`."""
-    return Markup("<span class='{}'>{}</span>").format(look, text)
-
-
-def soft(text: str) -> Markup:
-    return Markup("<p class='soft'>{}</p>").format(text)
-
-
-def code(text: str) -> Markup:
-    return Markup("<code>{}</code>").format(text)
-
-
-def folded(summary: str, content: str) -> Markup:
-    return Markup("<details><summary>{}</summary>{}</details>").format(summary, content)
+_TEMPLATES.filters |= {"form": _form, "data_url": _data_url}
 
 
 # ---- charts ----

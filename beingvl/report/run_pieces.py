@@ -64,10 +64,6 @@ class Run:
     data_options: DataOptions
     missing: list[str] = field(default_factory=list)
 
-    @property
-    def decoder(self) -> VQGAN | None:
-        return self.data_options.vqgan
-
 
 @dataclass(frozen=True)
 class Example:
@@ -237,7 +233,8 @@ def _make_examples(pieces: Run, rows: list[dict[str, Any]]) -> list[Example]:
     images = [read_image(pieces.images / row["image"]) for row in rows]
     pixels = pieces.vqgan.preprocess(images)
     grids = pieces.vqgan.encode(pixels)
-    pictures = pieces.decoder.decode(grids) if pieces.decoder else pieces.vqgan.to_uint8(pixels)
+    decoder = pieces.data_options.vqgan
+    pictures = decoder.decode(grids) if decoder else pieces.vqgan.to_uint8(pixels)
     return [
         Example(
             question=row["question"],

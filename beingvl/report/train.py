@@ -21,11 +21,10 @@ from matplotlib.ticker import LogLocator
 
 from beingvl.artefact.files import write_atomically
 from beingvl.errors import InputError
-from beingvl.report.kit import INK, SERIES_COLOURS, Parts, chart, facts, page, soft, table
+from beingvl.report.kit import INK, SERIES_COLOURS, chart, page, render
 from beingvl.train.metrics import METRICS_FILE, VALIDATION_FILE, read_metrics
 from beingvl.train.phases import STEP_PHASES
 
-PHASES = (*STEP_PHASES, "validation", "save")
 LOG_SCALE_FROM = 20
 """A loss that falls by more than this factor would lie flat on its axis."""
 
@@ -43,7 +42,7 @@ def report_train(stage_folder: Path, *, output_path: Path | None = None) -> Path
         raise InputError(f"{stage_folder / METRICS_FILE} holds no step yet")
     target = output_path or stage_folder / "report.html"
     name = stage_folder.resolve().name
-    write_atomically(target, page(f"{name}: training", stage_parts(stage, name)))
+    write_atomically(target, page(f"{name}: training", train_section(stage, name)))
     print(f"{target}: {len(stage.rows)} steps")
     return target
 
@@ -67,54 +66,27 @@ def read_stage(folder: Path) -> TrainedStage:
     return TrainedStage(rows, validation, plan.read_text() if plan.is_file() else "")
 
 
-def stage_parts(stage: TrainedStage, name: str) -> Parts:
-    return {
-        "": _facts(stage.rows),
-        "Curves": chart(curves(stage), f"curves-{name}"),
-        "Where the time goes": _time_table(stage.rows),
-        "Skipped steps and spikes": _events_table(stage.rows),
-        "What is trained": Markup("<pre>{}</pre>").format(stage.plan),
-    }
+def train_section(stage: TrainedStage, name: str, level: int = 2) -> Markup:
+    """What the page says, with headings `level` deep."""
+    rows = stage.rows
+    phases = (*STEP_PHASES, "validation", "save")
+    return render(
+        "train.html",
+        level=level,
+        stage=stage,
+        curves=chart(curves(stage), f"curves-{name}"),
+        tokens=sum(row.get("tokens", 0) for row in rows),
+        speed=_median(rows, "tokens_per_second"),
+        mfu=_median(rows, "mfu"),
+        peak_memory_bytes=max(row["peak_memory_bytes"] for row in rows),
+        seconds={phase: sum(row.get(f"seconds_{phase}", 0.0) for row in rows) for phase in phases},
+        events=[row for row in rows if row.get("skipped") or row.get("spike")],
+    )
 
 
-def _facts(rows: Sequence[Mapping[str, Any]]) -> Markup:
-    values = {
-        "step": f"{rows[-1]['step']}",
-        "last loss": f"{rows[-1]['loss']:.4f}",
-        "tokens seen": f"{sum(row.get('tokens', 0) for row in rows):,}",
-    }
-    for key, what, form in (
-        ("tokens_per_second", "tokens/s (median)", ",.0f"),
-        ("mfu", "MFU (median)", ".1%"),
-    ):
-        measured = [row[key] for row in rows if row.get(key)]
-        if measured:
-            values[what] = format(statistics.median(measured), form)
-    values["peak memory"] = f"{max(row['peak_memory_bytes'] for row in rows) / 1e9:.2f} GB"
-    return facts(values)
-
-
-def _time_table(rows: Sequence[Mapping[str, Any]]) -> Markup:
-    totals = {phase: sum(row.get(f"seconds_{phase}", 0.0) for row in rows) for phase in PHASES}
-    whole = sum(totals.values()) or 1.0
-    cells = [
-        (phase, f"{seconds:.1f} s", f"{seconds / whole:.1%}") for phase, seconds in totals.items()
-    ]
-    return table(["phase", "all steps", "share"], cells)
-
-
-def _events_table(rows: Sequence[Mapping[str, Any]]) -> Markup:
-    events = [
-        (
-            f"{row['step']}",
-            "skipped" if row.get("skipped") else "spike",
-            f"{row['loss']:.4f}",
-            ", ".join(row.get("sample_ids", [])),
-        )
-        for row in rows
-        if row.get("skipped") or row.get("spike")
-    ]
-    return table(["step", "what", "loss", "samples"], events, "words") if events else soft("None.")
+def _median(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    measured = [row[key] for row in rows if row.get(key)]
+    return statistics.median(measured) if measured else None
 
 
 # ---- curves ----

@@ -18,8 +18,9 @@ from beingvl.artefact.manifest import join_lineages
 from beingvl.errors import InputError
 from beingvl.images.pictures import to_png
 from beingvl.images.vqgan import VQGAN
-from beingvl.report.kit import Parts, chart, chart_png, facts, figures, page
+from beingvl.report.kit import chart, chart_png, page, render
 from beingvl.report.vbpe_pictures import (
+    Pictures,
     Sample,
     draw_charts,
     draw_pictures,
@@ -27,13 +28,6 @@ from beingvl.report.vbpe_pictures import (
 )
 from beingvl.vbpe.train_vbpe import open_codes, sample_images
 from beingvl.vbpe.visual_bpe import VisualBPE
-
-PARAMETERS = {
-    "alpha": "alpha",
-    "sigma": "sigma",
-    "min_count": "smallest count",
-    "num_images": "images learnt from",
-}
 
 
 def report_vbpe(
@@ -65,8 +59,8 @@ def report_vbpe(
     files = png_files(pictures, charts)
     for name, png in files.items():
         write_atomically(folder / f"{name}.png", png)
-    parts = vbpe_parts(vocabulary, sample, pictures, charts)
-    write_atomically(folder / "report.html", page("vBPE vocabulary", parts, vocabulary.source))
+    body = vbpe_section(vocabulary, sample, pictures, charts)
+    write_atomically(folder / "report.html", page("vBPE vocabulary", body, vocabulary.source))
     print(f"{folder / 'report.html'} and {len(files)} PNG files")
     return folder
 
@@ -130,53 +124,21 @@ def count_applied(vbpe: VisualBPE, used: np.ndarray) -> np.ndarray:
 # ---- the page ----
 
 
-def vbpe_parts(
+def vbpe_section(
     vbpe: VisualBPE,
     sample: Sample | None,
-    pictures: Mapping[str, Sequence[tuple[np.ndarray, str]]],
+    pictures: Pictures,
     charts: Mapping[str, Figure],
-) -> Parts:
-    drawn = {
-        group: figures(
-            [(to_png(picture), caption) for picture, caption in shown],
-            "pictures" if group == "examples" else "tiles",
-        )
-        for group, shown in pictures.items()
-    }
-    parts = {"": _facts(vbpe, sample)}
-    if sample is not None:
-        compression = chart(charts["compression"], "compression")
-        parts["Tokens per image after the first n merges"] = compression
-        parts["Images with the fewest, the median and the most tokens"] = drawn["examples"]
-        parts["Most used merged tokens"] = drawn["used"]
-    return parts | {
-        "Largest tokens": drawn["largest"],
-        "Sizes": chart(charts["sizes"], "sizes"),
-        "Most frequent shapes": drawn["shapes"],
-    }
+    level: int = 2,
+) -> Markup:
+    """What the page says, with headings `level` deep."""
+    drawn = {name: chart(figure, name) for name, figure in charts.items()}
+    return render(
+        "vbpe.html", level=level, vbpe=vbpe, sample=sample, pictures=pictures, charts=drawn
+    )
 
 
-def _facts(vbpe: VisualBPE, sample: Sample | None) -> Markup:
-    values = {"codes": f"{vbpe.num_codes:,}", "merges": f"{vbpe.num_merges:,}"}
-    values["cells in the largest token"] = f"{vbpe.sizes.max()}"
-    for name, words in PARAMETERS.items():
-        if name in vbpe.parameters:
-            values[words] = f"{vbpe.parameters[name]}"
-    if sample is not None:
-        count, height, width = sample.grids.shape
-        values[f"images measured, of {height} x {width} cells"] = f"{count:,}"
-        values["tokens per image"] = f"{len(sample.ids) / count:.1f}"
-        values["cells per token"] = f"{sample.grids.size / len(sample.ids):.3f}"
-        unused = (sample.used[vbpe.num_codes :] == 0).sum()
-        values["merged ids never used in these images"] = f"{unused:,}"
-        unused = vbpe.num_codes - len(np.unique(sample.grids))
-        values["codes never used in these images"] = f"{unused:,}"
-    return facts(values)
-
-
-def png_files(
-    pictures: Mapping[str, Sequence[tuple[np.ndarray, str]]], charts: Mapping[str, Figure]
-) -> dict[str, bytes]:
+def png_files(pictures: Pictures, charts: Mapping[str, Figure]) -> dict[str, bytes]:
     """Every picture of the page as a file: the tiles of each group on one sheet."""
     files = {name: chart_png(figure) for name, figure in charts.items()}
     for group, shown in pictures.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,6 +25,9 @@ TILE = 88  # pixels of a token's picture
 EXAMPLE_SIDE = 512
 LONGEST_BAR = 24  # cells; larger tokens share a bar
 
+Pictures: TypeAlias = dict[str, list[tuple[np.ndarray, str]]]
+"""By group: pictures `[H, W, 3 or 4]` uint8 and their captions."""
+
 
 @dataclass
 class Sample:
@@ -40,6 +44,14 @@ class Sample:
     def stream(self, image: int) -> np.ndarray:
         return self.ids[self.offsets[image] : self.offsets[image + 1]]
 
+    @property
+    def num_unused_merges(self) -> int:
+        return int((self.used[-len(self.applied) :] == 0).sum()) if len(self.applied) else 0
+
+    @property
+    def num_unused_codes(self) -> int:
+        return len(self.used) - len(self.applied) - len(np.unique(self.grids))
+
     def tokens_by_merges(self) -> np.ndarray:
         """Mean tokens per image after 0, 1, … merges, float64 [num_merges + 1]."""
         merged = np.concatenate([[0], np.cumsum(self.applied)])
@@ -49,9 +61,7 @@ class Sample:
 # ---- what the page shows ----
 
 
-def draw_pictures(
-    vbpe: VisualBPE, sample: Sample | None, vq: VQGAN | None
-) -> dict[str, list[tuple[np.ndarray, str]]]:
+def draw_pictures(vbpe: VisualBPE, sample: Sample | None, vq: VQGAN | None) -> Pictures:
     """Pictures and captions: tiles of the `largest` and most `used` tokens and of `shapes`, and
     `examples`.
     """
@@ -60,7 +70,7 @@ def draw_pictures(
     groups = {"largest": merges[np.lexsort((-used, -vbpe.sizes[merges]))]}
     if sample is not None:
         groups["used"] = merges[np.argsort(-used, kind="stable")]
-    pictures: dict[str, list[tuple[np.ndarray, str]]] = {}
+    pictures: Pictures = {}
     for group, ids in groups.items():
         pictures[group] = []
         for image_id in ids[:TOKENS_SHOWN].tolist():

@@ -5,12 +5,11 @@ import numpy as np
 import pytest
 
 from beingvl.commands import main as cli
-from beingvl.data.arrow_shards import ShardReader
+from beingvl.data.arrow_shards import Sample, ShardReader, ShardWriter
 from beingvl.data.loader import TrainingData
 from beingvl.data.mixture import Mixture
 from beingvl.errors import InputError
-from beingvl.report.data import ranges_of, report_data, shortened, spread_over_sources
-from beingvl.report.kit import bars
+from beingvl.report.data import ranges_of, report_data, spread_over_sources
 from beingvl.vbpe.visual_bpe import VisualBPE
 from tests.images.test_encode_images import save_vqgan
 from tests.tiny import LAYOUT, write_shards
@@ -34,7 +33,7 @@ def test_the_page_counts_what_is_there_and_what_never_occurs(tmp_path, capsys) -
     )
     page = (tmp_path / "page.html").read_text()
     assert (
-        "foundation" in page and "full: " in page and "<script" not in page and "http" not in page
+        "foundation" in page and "% full" in page and "<script" not in page and "http" not in page
     )
     assert f"<td>all new rows</td><td>{LAYOUT.num_visual}</td>" in page
     assert cli.main(["report", "data", str(tmp_path / "shards"), "--num_examples", "0"]) == 2
@@ -127,7 +126,7 @@ def test_a_folder_of_shard_folders_stands_for_all_of_them(inputs, tmp_path) -> N
         cli.main(["report", "data", f"{tmp_path}/out", f"--output_path={tmp_path}/page.html"]) == 0
     )
     page = (tmp_path / "page.html").read_text()
-    assert all(f">{tmp_path}/out/data_{variant}</h2>" in page for variant in ("base", "vbpe"))
+    assert all(f"<h2>{tmp_path}/out/data_{variant}</h2>" in page for variant in ("base", "vbpe"))
 
 
 def test_what_is_no_shard_folder_says_what_to_give(inputs, tmp_path, capsys) -> None:
@@ -156,15 +155,22 @@ def test_what_is_no_shard_folder_says_what_to_give(inputs, tmp_path, capsys) -> 
     assert not (tmp_path / "page.html").exists()
 
 
-def test_ids_that_never_occur_are_all_on_the_page() -> None:
-    assert (
-        ranges_of(np.array([1, 2, 3, 7, 9, 10])) == ["1 to 3", "7", "9 to 10"]
-        and ranges_of(np.array([], int)) == []
-    )
-    assert shortened(["1", "2"]) == "1, 2"
-    assert shortened([*"12345678"]) == (
-        "<details><summary>1, 2, 3, 4, 5, 6 …</summary>7, 8</details>"
-    )
+def test_ids_that_never_occur_in_words() -> None:
+    words = ["1 to 3", "7", "9 to 10"]
+    assert ranges_of(np.array([1, 2, 3, 7, 9, 10])) == words and ranges_of(np.array([], int)) == []
+
+
+def test_nothing_has_no_bar_and_many_unused_ids_are_folded(tmp_path) -> None:
+    ids = np.arange(LAYOUT.first_image_id, LAYOUT.first_vbpe_id, 2, np.int32)
+    writer = ShardWriter(tmp_path / "shards", LAYOUT, rows_per_shard=1)
+    writer.add(Sample("<b>", "", "foundation", ids, np.array([[0, 1]], np.int32)))
+    writer.finish({"vocab": LAYOUT.fingerprint()}, {})
+    text = report_data([tmp_path / "shards"], output_path=tmp_path / "page.html").read_text()
+    assert text.count('class="bar"') == 2  # its length, and VQ codes alone of the kinds
+    unused = [str(one) for one in range(ids[0] + 1, LAYOUT.first_vbpe_id, 2)]
+    first, rest = ", ".join(unused[:6]), ", ".join(unused[6:])
+    assert f"<details><summary>{first} …</summary>{rest}</details>" in text
+    assert "<td>&lt;b&gt;</td>" in text and "<td><b>" not in text
 
 
 def test_the_mixture_of_a_stage(tmp_path) -> None:
@@ -212,7 +218,3 @@ def test_examples_are_of_every_source() -> None:
     assert len(spread_over_sources(members, 6)) == 6 and spread_over_sources(
         [np.arange(0), np.arange(1)], 5
     ) == [0]
-
-
-def test_nothing_has_no_bar() -> None:
-    assert bars({"none": 0, "some": 2}).count('class="bar"') == 1

@@ -101,7 +101,11 @@ def test_a_tile_shows_all_cells_and_their_border_and_nothing_else() -> None:
         tile = vbpe_pictures.draw_tile(np.array(cells), colours)
         assert tile.shape == (vbpe_pictures.TILE, vbpe_pictures.TILE, 4)
         inside, outside = tile[tile[..., 3] > 0], tile[tile[..., 3] == 0]
-        assert {*map(tuple, inside.tolist())} <= {(140, 140, 140, 255), (*BORDER, 255)}
+        assert {*map(tuple, inside.tolist())} <= {
+            (140, 140, 140, 255),
+            (46, 46, 46, 255),  # beside the border
+            (*BORDER, 255),
+        }
         assert not outside.any() and (inside[:, :3] == BORDER).all(axis=1).any()
 
 
