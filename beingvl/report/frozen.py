@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 from blake3 import blake3
-from tqdm import tqdm
 
-from beingvl.artefact.manifest import is_complete, read_manifest
+from beingvl.artefact.manifest import read_manifest
+from beingvl.artefact.progress import progress
 from beingvl.model.extended_vocab import TEXT_ROWS, VISUAL_ROWS, stored_slice
 from beingvl.model.param_groups import Rule, plan_parameters
 from beingvl.model.weight_files import WeightFolder
@@ -39,7 +39,7 @@ class GroupHashes:
 
     @property
     def is_as_promised(self) -> bool:
-        """A frozen group is the same to the bit, a trained one is not."""
+        """A frozen group is bit-identical, a trained one is not."""
         return self.before is None or (self.before == self.after) != self.is_trained
 
 
@@ -47,29 +47,30 @@ def hash_groups(stages: Mapping[str, Path], base: Path | None) -> list[GroupHash
     """Rows of all stages (name -> final/ folder, in the order of training). `base` is the model
     the first one started from.
     """
-    folders = ([base] if base else []) + list(stages.values())
+    folders = [*([base] if base else []), *stages.values()]
     hashes = {folder: hash_parameters(folder) for folder in folders}
     folder_of_content = {read_manifest(folder).content_hash: folder for folder in folders}
     groups = []
     for stage, final in stages.items():
         identity = read_manifest(final).details.get("identity", {})
         rules = [Rule(**fields) for fields in identity.get("trainable", [])]
-        start = folder_of_content.get(identity.get("start_model", ""))
-        if not rules:
+        if not rules:  # not made by a stage
             continue
+        start = folder_of_content.get(identity.get("start_model", ""))
         plan = plan_parameters({name: shape for name, (shape, _) in hashes[final].items()}, rules)
         for rule in rules:
             members = [planned for planned in plan if planned.rule is rule]
-            names = [planned.name for planned in members]
-            base_hash, before, after = (
-                _joined(hashes[folder], names) if folder else None
-                for folder in (base, start, final)
-            )
-            assert after is not None
-            count = sum(planned.num_elements for planned in members)
+            names = sorted(planned.name for planned in members)
             groups.append(
                 GroupHashes(
-                    stage, rule.match, rule.train, len(names), count, base_hash, before, after
+                    stage,
+                    rule.match,
+                    rule.train,
+                    num_tensors=len(names),
+                    num_parameters=sum(planned.num_elements for planned in members),
+                    base=_joined(hashes[base], names) if base else None,
+                    before=_joined(hashes[start], names) if start else None,
+                    after=_joined(hashes[final], names),
                 )
             )
     return groups
@@ -81,28 +82,21 @@ def hash_parameters(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """
     weights, layout = WeightFolder(folder), VocabLayout.load(folder)
     found = {}
-    for stored in tqdm(
-        list(weights), desc=f"hash {folder}", unit="tensor", disable=None, leave=False
-    ):
-        for name in _parameters_of(stored, weights.shape(stored), layout):
+    for stored in progress(list(weights), name=f"hash {folder}", unit="tensor", leave=False):
+        names, shape = [stored], weights.shape(stored)
+        if len(shape) == 2 and shape[0] == layout.size:
+            stem = stored.removesuffix(".weight")
+            names = [f"{stem}.{TEXT_ROWS}", f"{stem}.{VISUAL_ROWS}"]
+        for name in names:
             part = weights[stored][stored_slice(name, layout.num_text)[1]].contiguous()
-            found[name] = (
-                tuple(part.shape),
-                blake3(memoryview(part.view(-1).view(torch.uint8).numpy())).hexdigest(),
-            )
+            content = memoryview(part.view(-1).view(torch.uint8).numpy())
+            found[name] = (tuple(part.shape), blake3(content).hexdigest())
         weights.release()
     return found
 
 
-def _parameters_of(stored: str, shape: tuple[int, ...], layout: VocabLayout) -> Sequence[str]:
-    if len(shape) == 2 and shape[0] == layout.size:
-        stem = stored.removesuffix(".weight")
-        return f"{stem}.{TEXT_ROWS}", f"{stem}.{VISUAL_ROWS}"
-    return (stored,)
-
-
 def _joined(hashes: Mapping[str, tuple[tuple[int, ...], str]], names: Sequence[str]) -> str:
     digest = blake3()
-    for name in sorted(names):
+    for name in names:
         digest.update(f"{name} {hashes[name][1] if name in hashes else None}\n".encode())
     return digest.hexdigest()

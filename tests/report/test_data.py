@@ -163,7 +163,7 @@ def test_ids_that_never_occur_in_words() -> None:
 def test_nothing_has_no_bar_and_many_unused_ids_are_folded(tmp_path) -> None:
     ids = np.arange(LAYOUT.first_image_id, LAYOUT.first_vbpe_id, 2, np.int32)
     writer = ShardWriter(tmp_path / "shards", LAYOUT, rows_per_shard=1)
-    writer.add(Sample("<b>", "", "foundation", ids, np.array([[0, 1]], np.int32)))
+    writer.add(Sample("<b>", "", "foundation", ids, np.array([[1, 2]], np.int32)))
     writer.finish({"vocab": LAYOUT.fingerprint()}, {})
     text = report_data([tmp_path / "shards"], output_path=tmp_path / "page.html").read_text()
     assert text.count('class="bar"') == 2  # its length, and VQ codes alone of the kinds

@@ -243,7 +243,7 @@ def test_data_text_parity_and_other_questions_are_on_the_page(copied_run: Path) 
     assert list(summary["evaluations"]) == [*STAGES, "text-parity"]
     assert "foundation" in html and "shards-vbpe" in html
     assert (
-        "kl nats" in html and "<span class='wrong'>not equal to the base model&#39;s</span>" in html
+        "kl nats" in html and '<span class="wrong">not equal to the base model&#39;s</span>' in html
     )
 
 
