@@ -56,7 +56,6 @@ KNOWN = {
     ("data/token_rows_numba.py", "numba"),
     ("data/tokenize_dataset.py", "argparse"),
     ("data/tokenize_dataset.py", "beingvl.commands"),
-    ("vbpe/train_vbpe.py", "argparse"),
 }
 
 

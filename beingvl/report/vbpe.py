@@ -26,7 +26,7 @@ from beingvl.report.vbpe_pictures import (
     draw_pictures,
     join_tiles,
 )
-from beingvl.vbpe.train_vbpe import open_codes, sample_images
+from beingvl.vbpe.code_files import open_codes, sample_images
 from beingvl.vbpe.visual_bpe import VisualBPE
 
 

@@ -34,6 +34,8 @@ SHAPES_FINE, SHAPES_OVERLAP, SHAPES_APART = 0, 1, 2
 # numba keeps the result on disk, and compiles anew when the file of a kernel changes, but not when
 # one changes that it calls into (tests/conftest.py sees to that).
 kernel = numba.njit(cache=True, nogil=True)
+# For inner loops, where a call that hands over an array would count references, atomically.
+inlined = numba.njit(cache=True, nogil=True, inline="always")
 
 
 class Tables(NamedTuple):
@@ -265,15 +267,7 @@ def step_before(column: int, distance: int, stride: int) -> int:
     return distance + dy * (SPAN - stride)
 
 
-@kernel
-def find_anchor(board: np.ndarray, cell: int) -> int:
-    """The anchor of the token that covers a cell; -1 on the border."""
-    if board[cell] >= 0:
-        return cell
-    return -1 if board[cell] == BORDER else cell + board[cell]
-
-
-@kernel
+@inlined
 def key_of_neighbours(
     board: np.ndarray, column: int, anchor: int, neighbour: int, stride: int
 ) -> int:
@@ -361,9 +355,11 @@ def encode_board(
             join_tokens(board, anchor, anchor + offset, cells, start, end, stride)
             column = anchor % stride
             for i in range(first, last):
-                neighbour = find_anchor(board, anchor + step_offset(edges[i], stride))
-                if neighbour < 0:
+                neighbour = anchor + step_offset(edges[i], stride)
+                if board[neighbour] == BORDER:
                     continue
+                if board[neighbour] < 0:
+                    neighbour += board[neighbour]
                 # A neighbour that touches twice is added twice: the second time its token is gone.
                 key = key_of_neighbours(board, column, anchor, neighbour, stride)
                 found = find_rank(keys, ranks, key)

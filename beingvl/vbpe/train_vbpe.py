@@ -1,91 +1,146 @@
-"""[2] Learn a vBPE vocabulary from VQ codes: vq_codes/ (or .npy files) -> vbpe/ (vbpe.json and a
-manifest), or vbpe.json alone.
+"""[2] VQ codes -> vbpe/: learn which neighbouring codes to merge.
 
---data_path takes folders written by `beingvl encode-images`, .npy files, or folders of .npy files,
-of [N, H, W] or [N, H * W] uint16, int32 or int64; sizes may differ between files. The learnt
-vocabulary is a pure function of codes and options.
+    open_codes      folders and files, memory-mapped                      [N, H, W] each
+    count_codes     how often each code occurs; every code is checked     int64 [num_codes]
+    sample_images   all images, or --max_images of them
+    Trainer.learn   the merges, in batches between which the bar moves    int32 [R, 4]
+    Output          vbpe.json, and its manifest when it has a folder of its own
 
-`--import_pkl vbpe.pkl` converts a published pickled vocabulary instead of learning one.
+The vocabulary is a pure function of codes and options.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from beingvl.artefact.files import make_folder
 from beingvl.artefact.hashes import hash_file
 from beingvl.artefact.manifest import (
     MANIFEST_FILE,
     already_made,
     is_complete,
-    join_lineages,
-    read_manifest,
     start_folder,
     write_manifest,
 )
+from beingvl.artefact.request import Request
 from beingvl.errors import InputError
-from beingvl.vbpe.grids import MAX_CODES, MAX_IDS, MAX_SIDE
+from beingvl.vbpe.code_files import Codes, count_codes, open_codes, sample_images
+from beingvl.vbpe.grids import MAX_IDS
 from beingvl.vbpe.published import LegacyVisualBPE, import_published
 from beingvl.vbpe.trainer import Trainer
 from beingvl.vbpe.vbpe_file import VBPE_FILE
-from beingvl.vbpe.visual_bpe import VisualBPE
+from beingvl.vbpe.visual_bpe import AnyVBPE, VisualBPE
 
-CHUNK = 4096  # images that are looked at at once
 REPORT_FOLDER = "vbpe_report"  # where `beingvl report vbpe` writes by default
 
 
-def run(args: argparse.Namespace) -> None:
-    if args.import_pkl:
-        return _import(args)
-    if not args.data_path:
-        raise InputError(
-            "--data_path is missing: give VQ codes to learn from (or --import_pkl to "
-            "convert a published vocabulary)"
-        )
-    _check_options(args)
-    codes = open_codes(args.data_path, args.init_size, args.vocab_pad, args.vocab_end, args.grid)
-    names = ("num_merges", "alpha", "sigma", "min_count", "max_images", "seed", "grid")
-    request = {
-        "codes": codes.hashes,
-        "num_codes": codes.num_codes,
-        "vocab_pad": codes.pad,
-        "lineage": codes.lineage,
+def train_vbpe(
+    data_path: Path | str | Sequence[Path | str],
+    output_path: Path | str,
+    *,
+    num_merges: int = 8192,
+    alpha: float = 0.3,
+    sigma: float = 1.0,
+    min_count: int = 2,
+    init_size: int | None = None,
+    vocab_pad: int = 0,
+    vocab_end: int | None = None,
+    grid: Sequence[int] | None = None,
+    max_images: int | None = None,
+    seed: int = 0,
+    validate_data: bool = False,
+    save_intermediate: int | None = None,
+    overwrite: bool = False,
+) -> VisualBPE:
+    """Learn a vBPE vocabulary and write it; a finished folder of the same codes and options is
+    reused.
+
+    Args:
+        data_path: folders written by `encode_images`, .npy files, or folders of .npy files.
+        output_path: a folder for vbpe.json and its manifest, or FILE.json without a manifest.
+        num_merges: merges to learn; fewer when no pair occurs `min_count` times any more.
+        alpha, sigma: weight of spatial consistency against frequency (0: frequency alone), and
+            how far apart, in cells, offsets of a pair may lie to count as alike.
+        init_size: number of codes (None: as the folder says, else the largest code + 1).
+        vocab_pad, vocab_end: files hold code + vocab_pad, below vocab_end.
+        grid: (height, width) of files `[N, H * W]` (None: square).
+        max_images, seed: learn from a sample.
+        validate_data: print what the files hold; they are checked in any case.
+        save_intermediate: merges between two saves beside the output, from which the same call
+            continues.
+
+    Raises InputError for what is wrong with codes or options.
+    """
+    at_least_0 = {"num_merges": num_merges, "alpha": alpha, "seed": seed, "vocab_pad": vocab_pad}
+    at_least_1 = {
+        "min_count": min_count,
+        "max_images": max_images,
+        "save_intermediate": save_intermediate,
     }
-    output = Output(args.output_path, request | {name: getattr(args, name) for name in names})
-    if output.is_made(args.overwrite):
-        return
+    for name, value in {**at_least_0, **at_least_1}.items():
+        least = 1 if name in at_least_1 else 0
+        if value is not None and not least <= value < float("inf"):
+            raise InputError(f"--{name} is {value}, expected at least {least}")
+    if not 0 < sigma < float("inf"):
+        raise InputError(f"--sigma is {sigma}, expected more than 0")
+    paths = [data_path] if isinstance(data_path, Path | str) else data_path
+    codes = open_codes([Path(path) for path in paths], init_size, vocab_pad, vocab_end, grid)
+    if codes.num_codes + num_merges > MAX_IDS:
+        raise InputError(
+            f"--num_merges {num_merges} and {codes.num_codes} codes, expected at most {MAX_IDS} "
+            "together"
+        )
+    options: dict[str, Any] = {"alpha": float(alpha), "sigma": float(sigma), "min_count": min_count}
+    options |= {"max_images": max_images, "seed": seed}
+    request = Request(
+        codes=codes.hashes,
+        num_codes=codes.num_codes,
+        vocab_pad=vocab_pad,
+        lineage=codes.lineage,
+        num_merges=num_merges,
+        **options,
+        grid=grid,
+    )
+    output = Output(Path(output_path), request)
+    if output.is_made(overwrite):
+        finished = VisualBPE.load(output.file)
+        assert isinstance(finished, VisualBPE)
+        return finished
     usage = count_codes(codes)
     output.prepare()
-    if args.validate_data:
+    if validate_data:
         _print_data(codes, usage)
-    vbpe = train(codes, sample_images(codes, args.max_images, args.seed), args, output.file)
+    vbpe = _learn(codes, output, num_merges, options, save_intermediate)
     output.write(vbpe)
-    _print_result(vbpe, usage, args.num_merges, output.file)
+    _print_result(vbpe, usage, num_merges, output.file)
+    return vbpe
 
 
-def _import(args: argparse.Namespace) -> None:
-    vbpe = import_published(args.import_pkl, args.init_size, args.vocab_pad)
-    request = {
-        "import_pkl": hash_file(args.import_pkl),
-        "init_size": args.init_size,
-        "vocab_pad": args.vocab_pad,
-    }
-    output = Output(args.output_path, request)
-    if output.is_made(args.overwrite):
-        return
-    output.prepare()
-    output.write(vbpe)
-    found = f"published vocabulary of {vbpe.num_codes} codes and {vbpe.num_merges} merges"
-    print(f"{output.file}: {found} (legacy: it cannot be decoded)")
+def import_vbpe(
+    pickle_path: Path | str,
+    output_path: Path | str,
+    *,
+    init_size: int | None = None,
+    vocab_pad: int = 0,
+    overwrite: bool = False,
+) -> LegacyVisualBPE:
+    """Convert a published pickled vocabulary to vbpe.json; see `train_vbpe` for the arguments."""
+    vbpe = import_published(pickle_path, init_size, vocab_pad)
+    request = Request(import_pkl=hash_file(Path(pickle_path)), init_size=init_size)
+    output = Output(Path(output_path), request | {"vocab_pad": vocab_pad})
+    if not output.is_made(overwrite):
+        output.prepare()
+        output.write(vbpe)
+        found = f"published vocabulary of {vbpe.num_codes} codes and {vbpe.num_merges} merges"
+        print(f"{output.file}: {found} (legacy: it cannot be decoded)")
+    return vbpe
 
 
 class Output:
@@ -93,9 +148,10 @@ class Output:
     others.
     """
 
-    def __init__(self, path: Path, request: dict[str, Any]) -> None:
+    def __init__(self, path: Path, request: Mapping[str, Any]) -> None:
         self.folder = None if path.suffix == ".json" else path
         self.file = path / VBPE_FILE if self.folder else path
+        self.partial = self.file.with_suffix(".partial.json")
         self._request = request
 
     def is_made(self, overwrite: bool) -> bool:
@@ -105,28 +161,19 @@ class Output:
                 found = "is a folder" if self.file.is_dir() else "lies in a folder with a manifest"
                 raise InputError(f"{self.file} {found}; choose another name")
             if self.file.exists() and not overwrite:
-                raise InputError(
-                    f"{self.file} exists; choose another name or add --overwrite (in a folder, "
-                    "equal work is reused)"
-                )
+                raise InputError(f"{self.file} exists; choose another name or add --overwrite")
             return False
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError(f"{self.folder} is a file; give a folder, or --output_path FILE.json")
-        ours = (self.file.name, _partial_path(self.file).name, MANIFEST_FILE, REPORT_FOLDER)
-        others = sorted(
-            path.name
-            for path in self.folder.glob("*")
-            if path.name not in ours and path.suffix != ".tmp"
-        )
-        if others:
-            raise InputError(
-                f"{self.folder} holds {others[0]!r} too; give vBPE a folder of its own, or a "
-                "file: --output_path FILE.json"
-            )
+        ours = (self.file.name, self.partial.name, MANIFEST_FILE, REPORT_FOLDER)
+        for path in sorted(self.folder.glob("*")):
+            if path.name not in ours and path.suffix != ".tmp":
+                raise InputError(
+                    f"{self.folder} holds {path.name!r} too; give vBPE a folder of its own, or a "
+                    "file: --output_path FILE.json"
+                )
         if self.file.exists() and not is_complete(self.folder) and not overwrite:
             raise InputError(
-                f"{self.folder} holds a vocabulary without a manifest; choose another folder "
-                "or add --overwrite"
+                f"{self.folder} holds a vocabulary without a manifest; choose another folder or "
+                "add --overwrite"
             )
         return already_made(self.folder, "vbpe", self._request, overwrite)
 
@@ -134,319 +181,89 @@ class Output:
         """Make the place ready, once the inputs are known to be good: from here on a folder is
         incomplete.
         """
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         if self.folder:
             start_folder(self.folder, "vbpe")
-            shutil.rmtree(
-                self.folder / REPORT_FOLDER, ignore_errors=True
-            )  # of the vocabulary before
+            shutil.rmtree(self.folder / REPORT_FOLDER, ignore_errors=True)  # of the one before
+        else:
+            make_folder(self.file.parent)
 
-    def write(self, vbpe: VisualBPE | LegacyVisualBPE) -> None:
+    def write(self, vbpe: AnyVBPE) -> None:
         vbpe.save(self.file)
-        _partial_path(self.file).unlink(missing_ok=True)
+        self.partial.unlink(missing_ok=True)
         if self.folder:
             counts = {"codes": vbpe.num_codes, "merges": vbpe.num_merges}
             write_manifest(self.folder, "vbpe", counts, vbpe.lineage, {"request": self._request})
 
 
-def _check_options(args: argparse.Namespace) -> None:
-    lowest = {
-        "num_merges": 0,
-        "alpha": 0,
-        "min_count": 1,
-        "max_images": 1,
-        "save_intermediate": 1,
-        "vocab_pad": 0,
-    }
-    for name, least in lowest.items():
-        value = getattr(args, name)
-        if value is not None and not least <= value < float("inf"):
-            raise InputError(f"--{name} is {value}, expected at least {least}")
-    if not 0 < args.sigma < float("inf"):
-        raise InputError(f"--sigma is {args.sigma}, expected more than 0")
-
-
-# ---- reading codes ----
-
-
-@dataclass
-class Codes:
-    """Opened code files. `arrays` are [N, H, W], memory-mapped, holding code + `pad`."""
-
-    paths: list[Path]
-    arrays: list[np.ndarray]
-    hashes: list[str]
-    num_codes: int
-    pad: int = 0
-    lineage: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def num_images(self) -> int:
-        return sum(len(array) for array in self.arrays)
-
-
-def open_codes(
-    paths: Sequence[Path],
-    num_codes: int | None = None,
-    pad: int = 0,
-    end: int | None = None,
-    grid: Sequence[int] | None = None,
-) -> Codes:
-    """Open code files and folders (see the module docstring) without reading the codes.
-
-    Raises InputError for what is not an array of integers `[N, H, W]` or `[N, H * W]`, and for
-    sizes that contradict each other.
-    """
-    files: list[tuple[Path, str]] = []
-    lineages: dict[str, dict[str, str]] = {}
-    sizes: dict[str, int] = {} if num_codes is None else {"--init_size": num_codes}
-    if end is not None:
-        sizes["--vocab_end less --vocab_pad"] = end - pad
-    for path in paths:
-        if not path.exists():
-            raise InputError(
-                f"{path} does not exist; expected VQ codes, made with `beingvl encode-images`"
-            )
-        if (path / "codes.npy").exists() or (path / "manifest.json").exists():
-            manifest = read_manifest(path, "vq_codes")
-            files.append((path / "codes.npy", str(manifest.files["codes.npy"]["hash"])))
-            lineages[str(path)] = manifest.lineage
-            sizes[str(path)] = int(manifest.details["num_codes"])
-            continue
-        found = sorted(path.glob("*.npy")) if path.is_dir() else [path]
-        if not found:
-            raise InputError(
-                f"{path} holds neither codes.npy nor other .npy files; make it with `beingvl "
-                "encode-images`"
-            )
-        files += [(file, hash_file(file)) for file in found]
-    if len(set(sizes.values())) > 1:
-        raise InputError(
-            "the number of codes is not clear: "
-            f"{', '.join(f'{name} says {size}' for name, size in sizes.items())}"
-        )
-    arrays = [_open_array(file, grid) for file, _ in files]
-    known = next(iter(sizes.values()), None)
-    if known is None:
-        known = max(int(array.max()) for array in arrays) - pad + 1
-        print(f"Number of codes: {known} (the largest code in the files + 1; --init_size sets it)")
-    _check_num_codes(known)
-    return Codes(
-        [file for file, _ in files],
-        arrays,
-        [hash for _, hash in files],
-        known,
-        pad,
-        join_lineages(lineages),
-    )
-
-
-def _check_num_codes(num_codes: int) -> None:
-    if not 1 <= num_codes <= MAX_CODES:
-        raise InputError(
-            f"{num_codes} codes, expected 1 to {MAX_CODES}; are --init_size, --vocab_pad "
-            "and --vocab_end right?"
-        )
-
-
-def _open_array(path: Path, grid: Sequence[int] | None) -> np.ndarray:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError, SyntaxError) as error:
-        raise InputError(
-            f"{path} is no readable .npy file of codes, it may be cut off ({error}); make it again"
-        ) from error
-    expected = "expected integer codes [N, H, W] or [N, H * W]"
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
-        raise InputError(
-            f"{path} holds {getattr(array, 'dtype', type(array).__name__)}, {expected}"
-        )
-    if array.size == 0:
-        raise InputError(f"{path} is empty (shape {list(array.shape)}), {expected}")
-    if array.ndim == 2:
-        height, width = grid or [math.isqrt(array.shape[1])] * 2
-        if height * width != array.shape[1]:
-            raise InputError(
-                f"{path} has {array.shape[1]} codes per image, which is not {height} x "
-                f"{width}: give --grid H W"
-            )
-        array = array.reshape(-1, height, width)
-    if array.ndim != 3:
-        raise InputError(f"{path} has shape {list(array.shape)}, {expected}")
-    if grid and list(array.shape[1:]) != list(grid):
-        raise InputError(
-            f"{path} has grids of {array.shape[1]} x {array.shape[2]}, --grid says "
-            f"{grid[0]} x {grid[1]}"
-        )
-    if max(array.shape[1:]) > MAX_SIDE:
-        raise InputError(
-            f"{path} has grids of {array.shape[1]} x {array.shape[2]}, expected at most "
-            f"{MAX_SIDE} on each side"
-        )
-    return array
-
-
-def count_codes(codes: Codes) -> np.ndarray:
-    """How often every code occurs, int64 `[num_codes]`. Raises InputError for a code outside the
-    code book.
-    """
-    usage = np.zeros(codes.num_codes, np.int64)
-    with tqdm(total=codes.num_images, desc="check codes", unit="image", disable=None) as progress:
-        for path, array in zip(codes.paths, codes.arrays, strict=True):
-            for start in range(0, len(array), CHUNK):
-                chunk = np.asarray(array[start : start + CHUNK])
-                low, high = int(chunk.min()) - codes.pad, int(chunk.max()) - codes.pad
-                if low < 0 or high >= codes.num_codes:
-                    wrong = (
-                        chunk < codes.pad
-                        if low < 0
-                        else chunk.astype(np.int64) - codes.pad >= codes.num_codes
-                    )
-                    image = start + int(np.argmax(wrong.reshape(len(chunk), -1).any(axis=1)))
-                    raise InputError(
-                        _outside(path, image, low + codes.pad, high + codes.pad, codes)
-                    )
-                usage += np.bincount(
-                    chunk.ravel() - codes.pad if codes.pad else chunk.ravel(),
-                    minlength=codes.num_codes,
-                )
-                progress.update(len(chunk))
-    return usage
-
-
-def _outside(path: Path, image: int, low: int, high: int, codes: Codes) -> str:
-    expected = f"expected {codes.pad} … {codes.pad + codes.num_codes - 1}"
-    if codes.pad and high < codes.num_codes:
-        hint = f"; they are raw already: leave out --vocab_pad {codes.pad}"
-    elif not codes.pad and low >= codes.num_codes:
-        hint = (
-            "; if the files hold code + offset, give the offset as --vocab_pad (their "
-            f"smallest id is {low})"
-        )
-    else:
-        hint = "; the files are not of this code book, or are damaged"
-    return f"{path}, image {image}: codes {low} … {high}, {expected}{hint}"
-
-
-def sample_images(codes: Codes, max_images: int | None, seed: int) -> list[np.ndarray]:
-    """The arrays to learn from: all images, or a sample without replacement that depends only on
-    the seed; raw codes.
-    """
-    chosen = None
-    if max_images is not None and max_images < codes.num_images:
-        chosen = np.sort(
-            np.random.default_rng(seed).choice(codes.num_images, max_images, replace=False)
-        )
-    arrays, first = [], 0
-    for array in codes.arrays:
-        part = array
-        if chosen is not None:
-            part = array[chosen[(chosen >= first) & (chosen < first + len(array))] - first]
-        first += len(array)
-        if len(part):
-            arrays.append(np.asarray(part) - codes.pad if codes.pad else part)
-    return arrays
-
-
 # ---- learning ----
 
 
-def train(
-    codes: Codes, arrays: list[np.ndarray], args: argparse.Namespace, output: Path
+def _learn(
+    codes: Codes,
+    output: Output,
+    num_merges: int,
+    options: dict[str, Any],
+    save_intermediate: int | None,
 ) -> VisualBPE:
-    """Learn `args.num_merges` merges, or as many as there are, with a progress bar; continues
-    from an intermediate file.
-    """
-    if codes.num_codes + args.num_merges > MAX_IDS:
-        raise InputError(
-            f"--num_merges {args.num_merges} and {codes.num_codes} codes, expected at most "
-            f"{MAX_IDS} together"
-        )
-    partial = _partial_path(output)
-    options = _parameters(codes, arrays, args)
-    learnt = (
-        _read_partial(partial, codes, options, args.num_merges)
-        if args.save_intermediate and partial.exists()
-        else None
-    )
-    trainer = Trainer(
-        arrays,
-        codes.num_codes,
-        args.alpha,
-        args.sigma,
-        args.min_count,
-        learnt.tables if learnt else None,
-    )
+    """Learn `num_merges` merges, or as many as there are; continues from an intermediate file."""
+    arrays = sample_images(codes, options["max_images"], options["seed"])
+    parameters = options | {"num_images": sum(map(len, arrays)), "codes": codes.hashes}
+    learnt = None
+    if save_intermediate and output.partial.exists():
+        learnt = _read_partial(output.partial, codes.num_codes, parameters, num_merges).tables
+    priority = options["alpha"], options["sigma"], options["min_count"]
+    trainer = Trainer(arrays, codes.num_codes, *priority, learnt)
+    shapes = {array.shape[1:] for array in arrays}
+    grid = shapes.pop() if len(shapes) == 1 else None
 
     def vocabulary() -> VisualBPE:
-        grid = (
-            tuple(arrays[0].shape[1:]) if len({array.shape[1:] for array in arrays}) == 1 else None
-        )
-        parameters = options | {"num_cells": trainer.num_cells, "num_tokens": trainer.num_tokens}
-        return VisualBPE(
-            codes.num_codes, trainer.merges, codes.lineage, parameters, grid, str(output)
-        )
+        found = {"num_cells": trainer.num_cells, "num_tokens": trainer.num_tokens}
+        described = codes.lineage, parameters | found, grid, str(output.file)
+        return VisualBPE(codes.num_codes, trainer.merges, *described)
 
-    every = args.save_intermediate or args.num_merges
-    more, batch = True, 64
-    with tqdm(
-        total=args.num_merges,
-        initial=trainer.num_merges,
-        desc="learn merges",
-        unit="merge",
-        disable=None,
-    ) as progress:
-        while more and trainer.num_merges < args.num_merges:
-            before, started = trainer.num_merges, time.perf_counter()
-            save_at = (before // every + 1) * every
-            more = trainer.learn(min(before + batch, save_at, args.num_merges))
-            batch = (
-                min(4096, batch * 2)
-                if time.perf_counter() - started < 0.25
-                else max(16, batch // 2)
-            )
-            progress.update(trainer.num_merges - before)
-            progress.set_postfix(
-                count=trainer.best_count,
-                compression=f"{trainer.num_cells / trainer.num_tokens:.3f}",
-            )
-            if args.save_intermediate and trainer.num_merges == save_at < args.num_merges:
-                vocabulary().save(partial)
+    _learn_in_batches(
+        trainer, num_merges, save_intermediate, lambda: vocabulary().save(output.partial)
+    )
     return vocabulary()
 
 
-def _partial_path(output: Path) -> Path:
-    return output.with_suffix(".partial.json")
+def _learn_in_batches(
+    trainer: Trainer, num_merges: int, save_every: int | None, save: Callable[[], None]
+) -> None:
+    """Learn with a progress bar, which moves about four times a second."""
+    every = save_every or num_merges
+    more, batch = True, 64
+    bar = {"total": num_merges, "initial": trainer.num_merges, "desc": "learn merges"}
+    with tqdm(**bar, unit="merge", disable=None) as progress:
+        while more and trainer.num_merges < num_merges:
+            before, started = trainer.num_merges, time.perf_counter()
+            save_at = (before // every + 1) * every
+            more = trainer.learn(min(before + batch, save_at, num_merges))
+            fast = time.perf_counter() - started < 0.25
+            batch = min(4096, batch * 2) if fast else max(16, batch // 2)
+            progress.update(trainer.num_merges - before)
+            compression = f"{trainer.num_cells / trainer.num_tokens:.3f}"
+            progress.set_postfix(count=trainer.best_count, compression=compression)
+            if save_every and trainer.num_merges == save_at < num_merges:
+                save()
 
 
-def _parameters(codes: Codes, arrays: list[np.ndarray], args: argparse.Namespace) -> dict[str, Any]:
-    """What the result depends on, to be stored with it."""
-    return {
-        "alpha": args.alpha,
-        "sigma": args.sigma,
-        "min_count": args.min_count,
-        "max_images": args.max_images,
-        "seed": args.seed,
-        "num_images": sum(len(array) for array in arrays),
-        "codes": codes.hashes,
-    }
-
-
-def _read_partial(path: Path, codes: Codes, options: dict[str, Any], num_merges: int) -> VisualBPE:
+def _read_partial(
+    path: Path, num_codes: int, parameters: Mapping[str, Any], num_merges: int
+) -> VisualBPE:
     learnt = VisualBPE.load(path)
-    differing = [name for name, value in options.items() if learnt.parameters.get(name) != value]
-    if learnt.num_codes != codes.num_codes:
-        differing.append("number of codes")
-    if differing or not isinstance(learnt, VisualBPE):
+    asked = Request({**parameters, "number of codes": num_codes})
+    found = {name: learnt.parameters.get(name) for name in parameters}
+    if difference := asked.difference(found | {"number of codes": learnt.num_codes}):
         raise InputError(
-            f"{path} was made with other {', '.join(differing)}; use the same options, or "
-            "delete it to begin again"
+            f"{path} was made with {difference}; use the same options, or delete it to begin again"
         )
     if learnt.num_merges > num_merges:
         raise InputError(
-            f"{path} already has {learnt.num_merges} merges, more than --num_merges "
-            f"{num_merges}; delete it to begin again"
+            f"{path} already has {learnt.num_merges} merges, more than --num_merges {num_merges}; "
+            "delete it to begin again"
         )
+    assert isinstance(learnt, VisualBPE)  # a published one has other parameters
     print(f"Continuing from {path}: {learnt.num_merges} merges")
     return learnt
 
@@ -459,47 +276,36 @@ def _print_data(codes: Codes, usage: np.ndarray) -> None:
         print(f"{path}: {len(array)} images of {array.shape[1]} x {array.shape[2]}, {array.dtype}")
     share = usage.max() / usage.sum()
     print(
-        f"{codes.num_images} images, {usage.sum()} cells; all codes are 0 … "
-        f"{codes.num_codes - 1} above --vocab_pad {codes.pad}"
+        f"{codes.num_images} images, {usage.sum()} cells; all codes are 0 … {codes.num_codes - 1} "
+        f"above --vocab_pad {codes.pad}"
     )
     print(
-        f"{(usage > 0).sum()} of {codes.num_codes} codes used; the most frequent one "
-        f"covers {share:.1%} of all cells"
+        f"{(usage > 0).sum()} of {codes.num_codes} codes used; the most frequent one covers "
+        f"{share:.1%} of all cells"
     )
 
 
 def _print_result(vbpe: VisualBPE, usage: np.ndarray, requested: int, output: Path) -> None:
-    cells, tokens, images = (
-        vbpe.parameters[name] for name in ("num_cells", "num_tokens", "num_images")
-    )
+    found = vbpe.parameters
+    cells, tokens, images = found["num_cells"], found["num_tokens"], found["num_images"]
+    rows = {
+        "images": f"{images}",
+        "cells": f"{cells}",
+        "tokens": f"{tokens}  ({tokens / images:.1f} per image)",
+        "compression": f"{cells / tokens:.3f} cells per token",
+        "unused codes": f"{(usage == 0).sum()} of {vbpe.num_codes}",
+    }
     sizes = vbpe.sizes[vbpe.num_codes :]
-    rows = [
-        ("images", f"{images}"),
-        ("cells", f"{cells}"),
-        ("tokens", f"{tokens}  ({tokens / images:.1f} per image)"),
-        ("compression", f"{cells / tokens:.3f} cells per token"),
-        ("unused codes", f"{(usage == 0).sum()} of {vbpe.num_codes}"),
-    ]
-    for low, high in ((2, 2), (3, 3), (4, 4), (5, 8), (9, 16), (17, 1 << 62)):
-        inside = (sizes >= low) & (sizes <= high)
-        name = (
-            f"{low} cells"
-            if low == high
-            else f"{low} to {high} cells"
-            if high < 1 << 62
-            else f"{low} cells or more"
-        )
-        rows.append(
-            (f"merges of {name}", f"{inside.sum()}  ({inside.mean() if len(sizes) else 0:.1%})")
-        )
-    print(
-        f"\n{output}: {vbpe.num_merges} merges over {vbpe.num_codes} codes, alpha "
-        f"{vbpe.parameters['alpha']}"
-    )
+    groups = {"2": (2, 2), "3": (3, 3), "4": (4, 4), "5 to 8": (5, 8), "9 to 16": (9, 16)}
+    for name, (low, high) in (groups | {"17 or more": (17, sizes.max(initial=17))}).items():
+        inside = ((sizes >= low) & (sizes <= high)).sum()
+        rows[f"merges of {name} cells"] = f"{inside}  ({inside / max(1, len(sizes)):.1%})"
+    alpha = found["alpha"]
+    print(f"\n{output}: {vbpe.num_merges} merges over {vbpe.num_codes} codes, alpha {alpha}")
     if vbpe.num_merges < requested:
         print(
-            f"Stopped before {requested} merges: no pair is left that occurs "
-            f"{vbpe.parameters['min_count']} times (--min_count)"
+            f"Stopped before {requested} merges: no pair is left that occurs {found['min_count']} "
+            "times (--min_count)"
         )
-    for name, value in rows:
+    for name, value in rows.items():
         print(f"  {name:<28}{value}")

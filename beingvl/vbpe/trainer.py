@@ -101,7 +101,6 @@ class Trainer:
             starts=np.empty(room, np.int64),
             counts=np.empty(room, np.int32),
             exact_at=np.empty(room, np.int32),
-            consistencies=np.empty(room, np.int32),
             links=np.empty(room, np.int32),
             heads=np.zeros(self.num_cells + 1, np.int32),
             changed=np.zeros(num_codes + num_learnt, np.int32),

@@ -30,8 +30,8 @@ from typing import NamedTuple
 import numpy as np
 
 from beingvl.vbpe.kernels import (
+    BORDER,
     SPAN,
-    find_anchor,
     hash_slot,
     join_tokens,
     kernel,
@@ -46,7 +46,6 @@ LEARNT, NOTHING_LEFT, SHAPES_FULL = range(3)
 NONE = 0  # record 0 does not exist
 SEEN = 1 << 29  # marks an anchor whose pair with the current token is already collected
 GROUP_BITS = 24  # key >> 24 is the pair of tokens without their offset
-ONE = 1 << 30  # S is stored as a multiple of 1 / ONE
 
 
 class State(NamedTuple):
@@ -65,7 +64,6 @@ class State(NamedTuple):
     starts: np.ndarray  # int64, where its places start
     counts: np.ndarray  # int32, how many there are
     exact_at: np.ndarray  # int32, the round whose board `counts` is exact for
-    consistencies: np.ndarray  # int32, S as it was then; -1: not measured
     links: np.ndarray  # int32, the next record of the same list
     heads: np.ndarray  # int32 [B]: the first record of each count, or of one that has fallen since
     changed: np.ndarray  # int32 [V]: last round that merged the token away
@@ -96,9 +94,7 @@ def link_record(state: State, record: int) -> None:
 
 @kernel
 def settle(state: State, record: int) -> int:
-    """Make the count of a record exact and return it. Places whose tokens are gone are dropped,
-    and its S is forgotten, since that of a pair whose tokens did not change is still right.
-    """
+    """Make the count of a record exact and return it: places whose tokens are gone are dropped."""
     key, counts = state.keys[record], state.counts
     a, b = key >> 44, (key >> GROUP_BITS) & 0xFFFFF
     if max(state.changed[a], state.changed[b]) <= state.exact_at[record]:
@@ -113,7 +109,6 @@ def settle(state: State, record: int) -> int:
             kept += 1
     counts[record] = kept - start
     state.exact_at[record] = state.counters[ROUND]
-    state.consistencies[record] = -1
     return kept - start
 
 
@@ -137,7 +132,6 @@ def compact(state: State) -> None:
                 state.places[kept_places + i] = state.places[start + i]
             keys[kept], state.starts[kept], state.counts[kept] = keys[record], kept_places, count
             state.exact_at[kept] = state.exact_at[record]
-            state.consistencies[kept] = state.consistencies[record]
             link_record(state, kept)
             kept_places += count
             kept += 1
@@ -149,21 +143,21 @@ def compact(state: State) -> None:
 
 
 @kernel
-def choose_by_count(state: State, level: list[tuple[int, int]]) -> int:
+def choose_by_count(state: State, heap: list[tuple[int, int]]) -> int:
     """The record with the highest count (ties: smallest pair), or NONE.
 
-    `level` is a heap of (key, record) of the records in the highest list.
+    `heap` orders the records of the highest list by their keys, as (key, record).
     """
     counters, heads, links = state.counters, state.heads, state.links
     while True:
         top = counters[TOP]
         record = heads[top]
         while record != NONE:
-            heappush(level, (state.keys[record], np.int64(record)))
+            heappush(heap, (int(state.keys[record]), int(record)))
             record = links[record]
         heads[top] = NONE
-        if len(level):
-            _, record = heappop(level)
+        if len(heap):
+            _, record = heappop(heap)
             if settle(state, record) == top:
                 return record
             link_record(state, record)
@@ -174,48 +168,84 @@ def choose_by_count(state: State, level: list[tuple[int, int]]) -> int:
 
 
 @kernel
-def choose_by_priority(state: State) -> int:
+def choose_by_priority(state: State, pool: list[tuple[int, int, int, float]]) -> int:
     """The record with the highest P = count / largest + alpha S, or NONE.
 
-    S is at most 1. So the lists are walked from the highest count down, until count / largest +
-    alpha is no more than the best P so far.
+    `pool` holds (key, record, count, S), all exact, of every record that might win. S is at most
+    1, so the lists are emptied into it from the highest count down, until count / largest + alpha
+    is less than the best P so far.
     """
-    counters, heads, links, counts = state.counters, state.heads, state.links, state.counts
-    best, best_priority, largest = NONE, -1.0, 0
-    level = counters[TOP]
-    while level >= state.min_count and (
-        best == NONE or level / largest + state.alpha > best_priority
-    ):
-        record, heads_end = heads[level], NONE
-        while record != NONE:
-            after = links[record]
-            if settle(state, record) < level:
-                if heads_end == NONE:
-                    heads[level] = after
-                else:
-                    links[heads_end] = after
-                link_record(state, record)
-            else:
-                if best == NONE:
-                    largest = level
-                if state.consistencies[record] < 0:
-                    measure_consistency(state, record)
-                priority = level / largest + state.alpha * (state.consistencies[record] / ONE)
-                if priority > best_priority or (
-                    priority == best_priority
-                    and counts[best] == level
-                    and state.keys[record] < state.keys[best]
-                ):
-                    best, best_priority = record, priority
-                heads_end = record
-            record = after
+    largest = leave_pool(state, pool)
+    level = state.counters[TOP]
+    while level >= max(largest, state.min_count):
+        if enter_pool(state, pool, level):
+            largest = level
         level -= 1
-    counters[TOP] = largest
-    return best
+    if largest == 0:
+        return NONE
+    state.counters[TOP] = largest
+    at, best, best_priority = 0, 0, -1.0
+    while True:
+        while at < len(pool):
+            key, _, count, consistency = pool[at]
+            priority = count / largest + state.alpha * consistency
+            if priority > best_priority or (
+                priority == best_priority and (-count, key) < (-pool[best][2], pool[best][0])
+            ):
+                best, best_priority = at, priority
+            at += 1
+        if level < state.min_count or level / largest + state.alpha < best_priority:
+            break
+        enter_pool(state, pool, level)
+        level -= 1
+    record = pool[best][1]
+    pool[best] = pool[-1]
+    pool.pop()
+    return record
 
 
 @kernel
-def measure_consistency(state: State, record: int) -> None:
+def leave_pool(state: State, pool: list[tuple[int, int, int, float]]) -> int:
+    """Put the records that hold a token of the last merge back into the lists; returns the
+    largest count that is left.
+    """
+    a, b, _ = state.merges[state.counters[ROUND] - 1]
+    largest, at = 0, 0
+    while at < len(pool):
+        key, record, count, _ = pool[at]
+        first, second = key >> 44, (key >> GROUP_BITS) & 0xFFFFF
+        if first in (a, b) or second in (a, b):
+            link_record(state, record)
+            pool[at] = pool[-1]
+            pool.pop()
+        else:
+            largest = max(largest, count)
+            at += 1
+    return largest
+
+
+@kernel
+def enter_pool(state: State, pool: list[tuple[int, int, int, float]], level: int) -> bool:
+    """Empty a list into the pool; records that have fallen go to a lower list. Returns whether
+    one is left.
+    """
+    any_left = False
+    record = state.heads[level]
+    state.heads[level] = NONE
+    while record != NONE:
+        after = state.links[record]
+        if settle(state, record) < level:
+            link_record(state, record)
+        else:
+            consistency = measure_consistency(state, record)
+            pool.append((int(state.keys[record]), int(record), level, consistency))
+            any_left = True
+        record = after
+    return any_left
+
+
+@kernel
+def measure_consistency(state: State, record: int) -> float:
     """S of a record's pair of tokens, from the exact counts of all its offsets, which are its
     neighbours among the records.
 
@@ -228,6 +258,8 @@ def measure_consistency(state: State, record: int) -> None:
         first -= 1
     while last < state.counters[NUM_RECORDS] and keys[last] >> GROUP_BITS == group:
         last += 1
+    if last - first == 1:
+        return 1.0
     total, sum_y, sum_x = 0, 0, 0
     for i in range(first, last):
         count = settle(state, i)
@@ -244,7 +276,7 @@ def measure_consistency(state: State, record: int) -> None:
             consistency += counts[i] * math.exp(
                 -squared_distance / (2.0 * state.sigma * state.sigma)
             )
-    state.consistencies[first:last] = math.floor(consistency / total * ONE + 0.5)
+    return math.floor(consistency / total * 2.0**30 + 0.5) / 2.0**30
 
 
 # ---- collect and write ----
@@ -295,9 +327,15 @@ def list_neighbours(
     """
     size = 0
     for i in range(start, end):
-        neighbour = find_anchor(board, anchor + offsets[i])
-        if neighbour >= 0 and not board[neighbour] & SEEN:
-            board[neighbour] |= SEEN
+        neighbour = anchor + offsets[i]
+        token = board[neighbour]
+        if token == BORDER:
+            continue
+        if token < 0:
+            neighbour += token
+            token = board[neighbour]
+        if not token & SEEN:
+            board[neighbour] = token | SEEN
             neighbours[size] = neighbour
             size += 1
     for i in range(size):
@@ -412,7 +450,7 @@ def write_records(
         record, start = counters[NUM_RECORDS], counters[NUM_PLACES]
         count = -tallies[pair]
         state.keys[record], state.starts[record], state.counts[record] = key, start, count
-        state.exact_at[record], state.consistencies[record] = counters[ROUND], -1
+        state.exact_at[record] = counters[ROUND]
         link_record(state, record)
         tallies[pair] = start + 1
         counters[NUM_RECORDS], counters[NUM_PLACES] = record + 1, start + count
@@ -538,14 +576,18 @@ def learn(state: State, until: int) -> int:
     counters = state.counters
     found = make_found(1 << 12)
     keys, places, pair_of = np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.int32)
-    level = [(np.int64(0), np.int64(0))]
-    level.clear()
+    heap, pool = [(0, 0)], [(0, 0, 0, 0.0)]
+    heap.clear()  # of these types
+    pool.clear()
     status = LEARNT
     while counters[ROUND] < until:
         if counters[NUM_CELLS] * 3 > len(state.cells):  # a token at most doubles all cells
             status = SHAPES_FULL
             break
-        record = choose_by_count(state, level) if state.alpha == 0.0 else choose_by_priority(state)
+        if state.alpha == 0.0:
+            record = choose_by_count(state, heap)
+        else:
+            record = choose_by_priority(state, pool)
         if record == NONE:
             status = NOTHING_LEFT
             break
@@ -560,8 +602,11 @@ def learn(state: State, until: int) -> int:
         size = collect(state.board, state.stride, anchors, new, offsets, keys, places)
         if max(counters[NUM_PLACES], counters[NUM_RECORDS]) + size > len(state.places):
             compact(state)
-            level.clear()
+            heap.clear()
+            pool.clear()
         found = write_records(state, keys[:size], places[:size], found, pair_of)
-    for _, record in level:
+    for _, record in heap:
+        link_record(state, record)
+    for _, record, _, _ in pool:
         link_record(state, record)
     return status

@@ -72,7 +72,7 @@ class Vocabulary:
     def _are_good(self, merges: np.ndarray) -> np.ndarray:
         """Whether each merge can have been made, bool `[R]`."""
         known = self.num_codes + np.arange(len(merges))[:, None]
-        return ((merges[:, :2] >= 0) & (merges[:, :2] < known)).all(axis=1)
+        return np.all((merges[:, :2] >= 0) & (merges[:, :2] < known), axis=1)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Vocabulary) and self.fingerprint() == other.fingerprint()

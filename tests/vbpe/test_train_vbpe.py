@@ -215,11 +215,12 @@ def test_interrupted_run_continues_to_the_same_bytes(tmp_path, codes, capsys, mo
     assert not (tmp_path / "parts.json").exists()
 
     assert train(*options, "--alpha", 0) == 2
-    assert (
-        "was made with other alpha; use the same options, or delete it" in capsys.readouterr().err
+    expected = (
+        "was made with another alpha (found 0.3, asked for 0.0); use the same options, or delete"
     )
+    assert expected in capsys.readouterr().err
     assert train(*options, "--init_size", 13) == 2
-    assert "other number of codes" in capsys.readouterr().err
+    assert "another number of codes (found 12, asked for 13)" in capsys.readouterr().err
     assert train(*options, "--num_merges", 15) == 2
     assert "already has 20 merges, more than --num_merges 15" in capsys.readouterr().err
 
@@ -313,17 +314,17 @@ def test_nothing_finished_is_lost_or_mistaken(tmp_path, codes, capsys):
 WRONG = {
     "float": (lambda codes: codes.astype(np.float32), [], "holds float32, expected integer codes"),
     "nan": (lambda codes: np.full((2, 3, 3), np.nan), [], "holds float64, expected integer codes"),
-    "object": (lambda codes: np.array([[1, "a"]], dtype=object), [], "is no readable .npy file"),
+    "object": (lambda codes: np.array([[1, "a"]], dtype=object), [], "is not a readable .npy file"),
     "one row": (lambda codes: codes[0, 0], [], r"has shape \[6\], expected integer codes"),
     "4-D": (lambda codes: codes[None], [], r"has shape \[1, 30, 6, 6\]"),
-    "no image": (lambda codes: codes[:0], [], r"is empty|is no readable"),
+    "no image": (lambda codes: codes[:0], [], r"has shape \[0, 6, 6\]|is not a readable"),
     "no file": (lambda codes: None, [], "does not exist; expected VQ codes"),
-    "no bytes": (lambda codes: b"", [], "is no readable .npy file of codes"),
-    "text": (lambda codes: b"12 13 14", [], "is no readable .npy file of codes"),
+    "no bytes": (lambda codes: b"", [], "is not a readable .npy file of codes"),
+    "text": (lambda codes: b"12 13 14", [], "is not a readable .npy file of codes"),
     "truncated": (
         lambda codes: npy_bytes(codes)[:-100],
         [],
-        "is no readable .npy file of codes, it may be cut off",
+        "is not a readable .npy file of codes",
     ),
     "not square": (
         lambda codes: codes.reshape(30, 36)[:, :35],
