@@ -143,7 +143,7 @@ def compact(state: State) -> None:
 
 
 @kernel
-def choose_by_count(state: State, heap: list[tuple[int, int]]) -> int:
+def choose_by_count(state: State, heap: list) -> int:
     """The record with the highest count (ties: smallest pair), or NONE.
 
     `heap` orders the records of the highest list by their keys, as (key, record).
@@ -153,7 +153,7 @@ def choose_by_count(state: State, heap: list[tuple[int, int]]) -> int:
         top = counters[TOP]
         record = heads[top]
         while record != NONE:
-            heappush(heap, (int(state.keys[record]), int(record)))
+            heappush(heap, (state.keys[record], np.int64(record)))
             record = links[record]
         heads[top] = NONE
         if len(heap):
@@ -168,7 +168,7 @@ def choose_by_count(state: State, heap: list[tuple[int, int]]) -> int:
 
 
 @kernel
-def choose_by_priority(state: State, pool: list[tuple[int, int, int, float]]) -> int:
+def choose_by_priority(state: State, pool: list) -> int:
     """The record with the highest P = count / largest + alpha S, or NONE.
 
     `pool` holds (key, record, count, S), all exact, of every record that might win. S is at most
@@ -205,7 +205,7 @@ def choose_by_priority(state: State, pool: list[tuple[int, int, int, float]]) ->
 
 
 @kernel
-def leave_pool(state: State, pool: list[tuple[int, int, int, float]]) -> int:
+def leave_pool(state: State, pool: list) -> int:
     """Put the records that hold a token of the last merge back into the lists; returns the
     largest count that is left.
     """
@@ -225,7 +225,7 @@ def leave_pool(state: State, pool: list[tuple[int, int, int, float]]) -> int:
 
 
 @kernel
-def enter_pool(state: State, pool: list[tuple[int, int, int, float]], level: int) -> bool:
+def enter_pool(state: State, pool: list, level: int) -> bool:
     """Empty a list into the pool; records that have fallen go to a lower list. Returns whether
     one is left.
     """
@@ -238,7 +238,7 @@ def enter_pool(state: State, pool: list[tuple[int, int, int, float]], level: int
             link_record(state, record)
         else:
             consistency = measure_consistency(state, record)
-            pool.append((int(state.keys[record]), int(record), level, consistency))
+            pool.append((state.keys[record], np.int64(record), np.int64(level), consistency))
             any_left = True
         record = after
     return any_left
@@ -576,8 +576,9 @@ def learn(state: State, until: int) -> int:
     counters = state.counters
     found = make_found(1 << 12)
     keys, places, pair_of = np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.int32)
-    heap, pool = [(0, 0)], [(0, 0, 0, 0.0)]
-    heap.clear()  # of these types
+    zero = np.int64(0)
+    heap, pool = [(zero, zero)], [(zero, zero, zero, 0.0)]  # for their types alone
+    heap.clear()
     pool.clear()
     status = LEARNT
     while counters[ROUND] < until:
