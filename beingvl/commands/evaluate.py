@@ -6,7 +6,7 @@ One of three, each into a folder of its own:
   --data SHARDS         loss and perplexity per source and token kind, computed as in training
   --text_parity BASE    do-no-harm check on a fixed text: after stage 1 the logits of all text ids
                         are bit-identical to the base model's (a difference is exit code 1); after
-                        stages 2 and 3 the KL divergence is printed
+                        stages 2 and 3 the KL divergence is printed; on the cpu by default
 
 Rows of --json_path: LLaVA format, one question per row. Its reference answer is `answers` (a list
 of texts, or of objects with `answer`), else `answer` (a text, or a number into the list `choices`),
@@ -33,13 +33,14 @@ import argparse
 from pathlib import Path
 
 from beingvl.artefact.ranks import rank_of
+from beingvl.commands.model_options import add_model_arguments
 from beingvl.commands.ranks import add_rank_arguments
 from beingvl.evaluation.metrics import METRICS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="Being-VL model folder, e.g. stage-3/final")
+    add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     rows = "LLaVA-format JSON or JSONL, one question and its reference answer per row"
     what.add_argument("--json_path", type=Path, help=rows)
@@ -52,9 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image_path", type=Path, help="folder that the rows' image paths start from")
     codes = "folder of encode-images; without it the images are encoded now"
     add("--vq_codes", type=Path, help=codes)
-    add("--vbpe_path", type=Path, help="vbpe.json; default: the one inside the model folder")
-    raw = "plain VQ codes without vBPE, for a model trained on them"
-    add("--raw", action="store_true", help=raw)
     add("--max_new_tokens", type=int, default=16, help="longest answer, in tokens")
     add("--batch_size", type=int, default=128, help="prompts per batch; fewer for a large model")
     targets = "of --data: which tokens are targets"
@@ -62,10 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, help="take only the first so many rows or samples")
     part = "rows or samples that are finished, or lost by a kill, together"
     add("--rows_per_part", type=int, default=512, help=part)
-    dtypes = ["float32", "bfloat16", "float16"]
-    add("--torch_dtype", default="float32", choices=dtypes, help="of the language model")
-    place = "torch device; default: this rank's accelerator, if any; for --text_parity the cpu"
-    add("--device", help=place)
     add("--name", help="name in scores.json and the table; default: the output folder's")
     add_rank_arguments(parser)
     add("--overwrite", action="store_true", help="replace a finished evaluation of other inputs")
@@ -75,10 +69,9 @@ def run(args: argparse.Namespace) -> int:
     # torch is imported here, so that --help is instant.
     from beingvl.evaluation.evaluate import evaluate
 
-    options = vars(args).copy()
-    options.pop("debug", None)
-    rank, num_ranks = rank_of(options.pop("rank"), options.pop("num_ranks"))
-    model, output = options.pop("model"), options.pop("output_path")
-    scores = evaluate(model, output, rank=rank, num_ranks=num_ranks, **options)
+    others = ("model", "output_path", "rank", "num_ranks", "debug")
+    options = {name: value for name, value in vars(args).items() if name not in others}
+    rank, num_ranks = rank_of(args.rank, args.num_ranks)
+    scores = evaluate(args.model, args.output_path, rank=rank, num_ranks=num_ranks, **options)
     is_harmed = scores and scores.get("equal_is_expected") and not scores["equal"]
     return 1 if is_harmed else 0

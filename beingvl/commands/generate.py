@@ -19,13 +19,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from beingvl.commands.model_options import add_model_arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="Being-VL model folder, e.g. stage-3/final")
-    add("--vbpe_path", type=Path, help="vbpe.json; default: the one inside the model folder")
-    raw = "plain VQ codes without vBPE, for a model trained on them"
-    add("--raw", action="store_true", help=raw)
+    add_model_arguments(parser)
     image = "image file; can be given more than once"
     add("--image", type=Path, action="append", default=[], help=image)
     add("--prompt", help="the question; `<image>` marks an image's place when there are several")
@@ -38,27 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     temperature = "with --do_sample and --draw: below 1 more predictable, above 1 less"
     add("--temperature", type=float, default=1.0, help=temperature)
     add("--seed", type=int, default=0, help="of --do_sample and --draw")
-    dtypes = ["float32", "bfloat16", "float16"]
-    add("--torch_dtype", default="float32", choices=dtypes, help="of the language model")
-    add("--device", help="torch device; default: the accelerator, if there is one")
 
 
 def run(args: argparse.Namespace) -> None:
     # torch is imported here, so that --help is instant.
     from beingvl.inference.generate import generate
 
-    generate(
-        args.model,
-        prompt=args.prompt,
-        images=args.image,
-        chat=args.chat,
-        draw=args.draw,
-        vbpe_path=args.vbpe_path,
-        raw=args.raw,
-        max_new_tokens=args.max_new_tokens,
-        do_sample=args.do_sample,
-        temperature=args.temperature,
-        seed=args.seed,
-        torch_dtype=args.torch_dtype,
-        device=args.device,
-    )
+    others = ("model", "image", "debug")
+    options = {name: value for name, value in vars(args).items() if name not in others}
+    generate(args.model, images=args.image, **options)

@@ -12,37 +12,23 @@ temporary folder until it ends. Ctrl-C ends it. docs/Inference.md says how to se
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from beingvl.commands.model_options import add_model_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="Being-VL model folder, e.g. stage-3/final")
-    add("--vbpe_path", type=Path, help="vbpe.json; default: the one inside the model folder")
-    raw = "plain VQ codes without vBPE, for a model trained on them"
-    add("--raw", action="store_true", help=raw)
+    add_model_arguments(parser)
     host = "address to listen on; any other than this machine's own lets others use the model"
     add("--host", default="127.0.0.1", help=host)
     add("--port", type=int, default=7860, help="port to listen on; 0 takes a free one")
     add("--max_upload_megabytes", type=int, default=20, help="largest picture file, in MB")
     add("--max_new_tokens", type=int, default=128, help="longest answer, in tokens")
-    dtypes = ["float32", "bfloat16", "float16"]
-    add("--torch_dtype", default="float32", choices=dtypes, help="of the language model")
-    add("--device", help="torch device; default: the accelerator, if there is one")
 
 
 def run(args: argparse.Namespace) -> None:
     # torch is imported here, so that --help is instant.
     from beingvl.inference.serve import serve
 
-    serve(
-        args.model,
-        vbpe_path=args.vbpe_path,
-        raw=args.raw,
-        host=args.host,
-        port=args.port,
-        max_upload_megabytes=args.max_upload_megabytes,
-        max_new_tokens=args.max_new_tokens,
-        torch_dtype=args.torch_dtype,
-        device=args.device,
-    )
+    options = {name: value for name, value in vars(args).items() if name not in ("model", "debug")}
+    serve(args.model, **options)
