@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     for path in args.paths:
-        if path.name == "vbpe.json" and path.is_file() and not is_complete(path.parent):
+        if path.suffix == ".json" and path.is_file() and not is_complete(path.parent):
             # Here, as numpy and numba are slow to load.
             from beingvl.vbpe.visual_bpe import VisualBPE
 

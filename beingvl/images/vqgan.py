@@ -43,26 +43,16 @@ CLASSES = {
     "janus_vqgan": (JanusVQVAE, JanusVQVAEConfig),
 }
 PREPROCESSING_FIELDS = (
-    "do_convert_rgb",
-    "do_resize",
-    "size",
-    "resample",
-    "do_center_crop",
-    "crop_size",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
+    *("do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size"),
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
 )
 FILES = ("config.json", "model.safetensors", "preprocessor_config.json")  # of a stock folder
 MAX_CODES = 1 << 16
-MAX_PIXELS = (
-    50_000_000  # decoded at once: 150 MB, and a few copies of it while the image is resized
-)
-MAX_ASPECT = (
-    100  # a line one pixel high would become wider than any memory when its short edge is resized
-)
+# Decoded at once: 150 MB, and a few copies of it while the image is resized.
+MAX_PIXELS = 50_000_000
+# A line one pixel high would become wider than any memory when its short edge is resized.
+MAX_ASPECT = 100
+# What Pillow raises for damaged files, depending on the format.
 UNREADABLE = (
     OSError,
     ValueError,
@@ -71,12 +61,11 @@ UNREADABLE = (
     struct.error,
     Image.DecompressionBombError,
 )
-"""What Pillow raises for damaged files, depending on the format."""
 
 
 class VQGAN:
-    """A VQ-GAN and its preprocessing. `dtype` is the encoder's and decoder's; codes are always
-    looked up in float32.
+    """A VQ-GAN and its preprocessing. `dtype` is the encoder's and decoder's; codes are looked up
+    in float32.
     """
 
     def __init__(
@@ -98,9 +87,7 @@ class VQGAN:
             )
         self._fingerprint = _hash_what_decides_codes(model, processor)
         self._device, self._dtype = torch.device(device), dtype
-        codebook = (
-            model.quantize.embedding.weight.detach().float().clone()
-        )  # or 16 bits would round it
+        codebook = model.quantize.embedding.weight.detach().float().clone()  # never rounded
         self.model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
         self.model.quantize.float()
         self.model.quantize.embedding.weight.data.copy_(codebook)
@@ -112,23 +99,19 @@ class VQGAN:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> VQGAN:
-        """Read a stock folder, made by `beingvl train-vq` or published. Raises InputError naming
-        what is wrong with it.
-        """
+        """Read a stock folder, made by `beingvl train-vq` or published."""
         folder = Path(folder)
         fields = _read_json(folder / "config.json", "a VQ-GAN folder")
-        if fields.get("model_type") not in CLASSES:
-            found, expected = fields.get("model_type"), " or ".join(CLASSES)
-            raise InputError(
-                f"{folder / 'config.json'}: model_type is {found!r}, expected {expected}"
-            )
-        model_class, config_class = CLASSES[fields["model_type"]]
+        config, found = folder / "config.json", fields.get("model_type")
+        if found not in CLASSES:
+            expected = " or ".join(CLASSES)
+            raise InputError(f"{config}: model_type is {found!r}, expected {expected}")
+        model_class, config_class = CLASSES[found]
         try:
             model = model_class(config_class.from_dict(fields))
         except (TypeError, ValueError, StrictDataclassError) as error:
-            raise InputError(
-                f"{folder / 'config.json'} is not usable ({' '.join(str(error).split())})"
-            ) from error
+            reason = " ".join(str(error).split())
+            raise InputError(f"{config} is not usable ({reason})") from error
         _load_weights(model, folder)
         processor = _load_processor(folder, model)
         return cls(model, processor, device, dtype, str(folder))
@@ -143,9 +126,7 @@ class VQGAN:
         """Write a stock folder and its manifest; `counts` and `details` go into the manifest,
         `files` beside the weights.
         """
-        assert self._dtype == torch.float32, (
-            "a VQ-GAN loaded in another dtype has lost the bits it would save"
-        )
+        assert self._dtype == torch.float32, "another dtype has lost the bits it would save"
         folder = start_folder(folder, "vqgan")
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
@@ -161,11 +142,8 @@ class VQGAN:
 
     def sizes(self) -> dict[str, Any]:
         """What a manifest says of the VQ-GAN."""
-        return {
-            "num_codes": self.num_codes,
-            "grid": list(self.grid),
-            "image_size": self.image_size,
-        }
+        grid, side = list(self.grid), self.image_size
+        return {"num_codes": self.num_codes, "grid": grid, "image_size": side}
 
     def fingerprint(self) -> str:
         """Hash of all that decides codes: encoder, code book, preprocessing. Equal fingerprints,
@@ -194,28 +172,19 @@ class VQGAN:
         return self.model.quantize.embedding.weight.detach().cpu().numpy().copy()
 
     def preprocess(self, images: Sequence[Image.Image | Path | str]) -> torch.Tensor:
-        """Images to pixels `[N, 3, H, W]` float32; transparency becomes white. Raises InputError
-        for an unreadable image.
-        """
-        pixels = [
-            to_pixels(
-                self.processor, image if isinstance(image, Image.Image) else read_image(image)
-            )
-            for image in images
-        ]
-        return (
-            torch.stack(pixels) if pixels else torch.empty(0, 3, self.image_size, self.image_size)
-        )
+        """Images to pixels `[N, 3, H, W]` float32; transparency becomes white."""
+        decoded = (one if isinstance(one, Image.Image) else read_image(one) for one in images)
+        pixels = [to_pixels(self.processor, image) for image in decoded]
+        empty = torch.empty(0, 3, self.image_size, self.image_size)
+        return torch.stack(pixels) if pixels else empty
 
     @torch.inference_mode()
     def encode(self, pixel_values: torch.Tensor) -> np.ndarray:
         """Pixels `[N, 3, H, W]` to codes `[N, h, w]` uint16."""
         side = self.image_size
         if tuple(pixel_values.shape[1:]) != (3, side, side):
-            raise InputError(
-                f"{self.source}: pixels have shape {list(pixel_values.shape)}, expected [N, 3, "
-                f"{side}, {side}]"
-            )
+            found = list(pixel_values.shape)
+            raise InputError(f"{self.source}: pixels are {found}, expected [N, 3, {side}, {side}]")
         pixels = pixel_values.to(device=self._device, dtype=self._dtype)
         with self._whole_float32():
             latents = self.model.quant_conv(self.model.encoder(pixels))
@@ -226,15 +195,12 @@ class VQGAN:
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Codes `[N, h, w]` to images `[N, H, W, 3]` uint8. Raises InputError without a decoder."""
         if not self.has_decoder:
-            raise InputError(
-                f"{self.source} has no decoder ({type(self.model).__name__}): codes cannot be "
-                "turned into pixels"
-            )
+            name = type(self.model).__name__
+            raise InputError(f"{self.source} has no decoder ({name}): codes have no pixels")
         if codes.shape[1:] != self.grid or int(codes.max(initial=0)) >= self.num_codes:
-            found = f"codes of shape {codes.shape} up to {int(codes.max(initial=0))}"
             raise InputError(
-                f"{self.source}: {found}, expected [N, {self.grid[0]}, {self.grid[1]}] below "
-                f"{self.num_codes}"
+                f"{self.source}: codes of shape {codes.shape} up to {int(codes.max(initial=0))}, "
+                f"expected [N, {self.grid[0]}, {self.grid[1]}] below {self.num_codes}"
             )
         flat = torch.from_numpy(codes.astype(np.int64)).view(len(codes), -1).to(self._device)
         vectors = self.model.quantize.get_codebook_entry(flat)
@@ -251,23 +217,18 @@ class VQGAN:
         return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
     def to_uint8(self, pixel_values: torch.Tensor) -> np.ndarray:
-        """Undo rescaling and normalisation: pixels `[N, 3, H, W]` to images `[N, H, W, 3]`
-        uint8.
-        """
+        """Undo the preprocessing: pixels `[N, 3, H, W]` to images `[N, H, W, 3]` uint8."""
         pixels = pixel_values.float().cpu().permute(0, 2, 3, 1)
         if self.processor.do_normalize:
-            pixels = pixels * torch.tensor(self.processor.image_std) + torch.tensor(
-                self.processor.image_mean
-            )
+            std, mean = self.processor.image_std, self.processor.image_mean
+            pixels = pixels * torch.tensor(std) + torch.tensor(mean)
         if self.processor.do_rescale:
             pixels = pixels / self.processor.rescale_factor
         return pixels.round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def read_image(path: Path | str) -> Image.Image:
-    """Open and decode an image file. Raises InputError when it is missing, damaged or not an
-    image.
-    """
+    """Open and decode an image file. Raises InputError as `decode_image`."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -276,8 +237,8 @@ def read_image(path: Path | str) -> Image.Image:
 
 
 def decode_image(data: bytes, name: Path | str) -> Image.Image:
-    """The bytes of an image file, decoded. Raises InputError, with `name` in it, when they are
-    damaged, no image, or too large.
+    """The bytes of an image file, decoded. Raises InputError when they are damaged, no image, or
+    too large.
 
     A JPEG file of more than MAX_PIXELS is decoded at 1/2, 1/4 or 1/8 of its size, which never makes
     it whole in memory.
@@ -290,30 +251,21 @@ def decode_image(data: bytes, name: Path | str) -> Image.Image:
         if not too_large:
             image.load()
     except UNREADABLE as error:
-        reason = (
-            "it is in no known format"
-            if isinstance(error, UnidentifiedImageError)
-            else f"{type(error).__name__}: {error}"
-        )
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is in no known format"
         raise InputError(f"{name} cannot be read as an image ({reason})") from error
     if too_large:
         raise InputError(f"{name} has {image.width} x {image.height} pixels, {too_large}")
-    _refuse_deep_pixels(image, name)
+    if image.mode[0] in "IF":  # in RGB 16 bits would become white, fractions of 1 black
+        extrema: Any = image.getextrema()  # of one band
+        low, high = extrema
+        if image.mode == "F" or low < 0 or high > 255:
+            raise InputError(
+                f"{name} has one value per pixel, from {low:g} to {high:g}, expected 8 bits; "
+                "convert it"
+            )
     return image
-
-
-def _refuse_deep_pixels(image: Image.Image, name: Path | str) -> None:
-    """Raises InputError for what RGB would cut off: 16 bits a pixel would become white,
-    fractions of 1 black.
-    """
-    if image.mode[0] not in "IF":
-        return
-    extrema: Any = image.getextrema()  # of one band
-    low, high = extrema
-    if image.mode == "F" or low < 0 or high > 255:
-        raise InputError(
-            f"{name} has one value a pixel, from {low:g} to {high:g}, expected 8 bits; convert it"
-        )
 
 
 def as_array(image: Image.Image) -> np.ndarray:
@@ -322,23 +274,18 @@ def as_array(image: Image.Image) -> np.ndarray:
 
 
 def _bound_size(image: Image.Image) -> str:
-    """Before it is decoded: reduce a large JPEG; what is wrong with the size of anything else,
-    or nothing.
-    """
+    """Reduce a large JPEG before it is decoded; returns what is wrong with any other size."""
     width, height = image.size
     if max(width, height) > MAX_ASPECT * min(width, height):
-        return (
-            f"expected at most {MAX_ASPECT} times as many along one side as along the other; cut it"
-        )
+        return f"expected one side at most {MAX_ASPECT} times the other; cut it"
     if width * height <= MAX_PIXELS:
         return ""
-    factor = next(
-        (factor for factor in (2, 4, 8) if width * height / factor**2 <= MAX_PIXELS), None
-    )
-    if image.format not in ("JPEG", "MPO") or factor is None:  # MPO: JPEG files of some cameras
-        return f"expected at most {MAX_PIXELS:,} in all (a JPEG file may have more); shrink it"
-    image.draft(None, (width // factor, height // factor))
-    return ""
+    for factor in (2, 4, 8):
+        is_jpeg = image.format in ("JPEG", "MPO")  # MPO: JPEG files of some cameras
+        if is_jpeg and width * height / factor**2 <= MAX_PIXELS:
+            image.draft(None, (width // factor, height // factor))
+            return ""
+    return f"expected at most {MAX_PIXELS:,} in all (a JPEG file may have more); shrink it"
 
 
 def to_pixels(processor: ChameleonImageProcessorPil, image: Image.Image) -> torch.Tensor:
@@ -360,8 +307,8 @@ def make_processor(image_size: int) -> ChameleonImageProcessorPil:
 def _read_json(path: Path, what: str) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(
-            f"{path.parent} has no {path.name}: it is not {what}; make one with `beingvl "
-            "train-vq` or download one"
+            f"{path.parent} has no {path.name}: it is not {what}; make one with "
+            "`beingvl train-vq` or download one"
         )
     try:
         fields = json.loads(path.read_text())
@@ -373,15 +320,10 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def _load_weights(model: ChameleonVQVAE | JanusVQVAE, folder: Path) -> None:
-    """Fill the model from model.safetensors; a decoder or discriminator that the class lacks is
-    left in the file.
-    """
+    """Fill the model from model.safetensors; parts that the class lacks stay in the file."""
     path = folder / "model.safetensors"
     if not path.is_file():
-        raise InputError(
-            f"{folder} has no model.safetensors (the only weight format read here: pickles "
-            "are never loaded)"
-        )
+        raise InputError(f"{folder} has no model.safetensors (pickles are never loaded)")
     try:
         weights = load_file(path)
     except SafetensorError as error:
@@ -401,15 +343,12 @@ def _load_weights(model: ChameleonVQVAE | JanusVQVAE, folder: Path) -> None:
 
 
 def _load_processor(folder: Path, model: ChameleonVQVAE | JanusVQVAE) -> ChameleonImageProcessorPil:
-    """The folder's preprocessing; Chameleon's published one, at the model's resolution, where a
-    Chameleon folder has none.
-    """
+    """The folder's preprocessing; a Chameleon folder without has the published one."""
     path = folder / "preprocessor_config.json"
     if isinstance(model, ChameleonVQVAE) and not path.is_file():
         side = model.config.resolution
-        return ChameleonImageProcessorPil(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-        )
+        crop = {"height": side, "width": side}
+        return ChameleonImageProcessorPil(size={"shortest_edge": side}, crop_size=crop)
     fields = _read_json(path, "a VQ-GAN folder with its preprocessing")
     return ChameleonImageProcessorPil.from_dict(fields)
 
@@ -419,24 +358,19 @@ def _image_size(processor: ChameleonImageProcessorPil, source: str) -> int:
     size = processor.crop_size if processor.do_center_crop else processor.size
     height, width = size.get("height"), size.get("width")
     if not height or height != width:
-        raise InputError(
-            f"{source}: preprocessing ends in {dict(size)}, expected a square height and width"
-        )
+        raise InputError(f"{source}: preprocessing ends in {dict(size)}, expected a square")
     return int(height)
 
 
 def _grid(model: ChameleonVQVAE | JanusVQVAE, image_size: int, source: str) -> tuple[int, int]:
     factor = 2 ** (len(model.config.channel_multiplier) - 1)
     side = image_size // factor
-    if image_size % factor or (isinstance(model, JanusVQVAE) and model.config.num_patches != side):
-        expected = (
-            f"num_patches {model.config.num_patches}"
-            if isinstance(model, JanusVQVAE)
-            else "a whole grid"
-        )
+    expected = model.config.num_patches if isinstance(model, JanusVQVAE) else side
+    if image_size % factor or expected != side:
+        grid = f"num_patches {expected}" if expected != side else "a whole grid"
         raise InputError(
-            f"{source}: {image_size} pixels and a factor of {factor} do not give "
-            f"{expected}; fix crop_size"
+            f"{source}: {image_size} pixels and a factor of {factor} do not give {grid}; fix "
+            "crop_size"
         )
     return side, side
 
@@ -461,20 +395,13 @@ def _plain(value: Any) -> Any:
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """Raises InputError for a name that torch does not know, an accelerator that is not there,
-    or one that computes nothing.
-    """
+    """Raises InputError for a name that torch does not know, or a device that is not there."""
     try:
         target = torch.device(device)
         torch.empty(1, device=target).item()  # the device "meta" has no values to give
-    except (
-        RuntimeError,
-        AssertionError,
-        ImportError,
-    ) as error:  # torch's own builds differ in which they raise
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch's builds differ in which
         reason = str(error).strip().partition("\n")[0][:200]
         raise InputError(
-            f"device {str(device)!r} cannot be used ({reason}); give cpu, or cuda where "
-            "there is an accelerator"
+            f"device {str(device)!r} cannot be used ({reason}); give cpu, or cuda"
         ) from error
     return target

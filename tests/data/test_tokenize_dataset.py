@@ -14,8 +14,8 @@ from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.dataset_folder import DatasetFolder
 from beingvl.data.tokenize_dataset import read_rows
 from beingvl.errors import InputError
-from beingvl.images.vq_codes import CodeFolder
 from beingvl.images.pictures import to_png
+from beingvl.images.vq_codes import CodeFolder, finish_codes
 from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 from tests.images.test_encode_images import save_vqgan
@@ -46,9 +46,8 @@ def inputs(tmp_path):
     np.save(folder / "codes.npy", codes)
     (folder / "keys.jsonl").write_text("".join(json.dumps(f"{n}.png") + "\n" for n in range(4)))
     (folder / "rejected.jsonl").write_text("")
-    write_manifest(
-        folder, "vq_codes", {"images": 4}, VQGAN, {"num_codes": LAYOUT.num_vq, "grid": [4, 4]}
-    )
+    details = {"num_codes": LAYOUT.num_vq, "grid": [4, 4]}
+    finish_codes(folder, {"images": 4}, VQGAN, details, {})
     assert (
         cli.main(
             [
@@ -139,7 +138,7 @@ def test_rows_of_a_vocabulary_as_large_as_llama_3(tmp_path) -> None:
     np.save(folder / "codes.npy", codes)
     (folder / "keys.jsonl").write_text('"0.png"\n"1.png"\n')
     (folder / "rejected.jsonl").write_text("")
-    write_manifest(folder, "vq_codes", {"images": 2}, VQGAN, {"num_codes": 8192, "grid": [8, 8]})
+    finish_codes(folder, {"images": 2}, VQGAN, {"num_codes": 8192, "grid": [8, 8]}, {})
     (tmp_path / "data.json").write_text(json.dumps([row(0), row(1)]))
     command = [
         "tokenize",
@@ -473,7 +472,7 @@ def test_several_datasets_are_made_of_images(tmp_path) -> None:
         return cli.main([*command, f"--output_dir={tmp_path}/pt", f"--dataset_name={name}", *more])
 
     assert of_images("one", 0, 1) == 0 and of_images("two", 2) == 0 and of_images("one", 0, 1) == 0
-    assert [CodeFolder(tmp_path / f"pt_{name}_vq_codes").keys for name in ("one", "two")] == [
+    assert [list(CodeFolder(tmp_path / f"pt_{name}_vq_codes").keys) for name in ("one", "two")] == [
         ["0.png", "1.png"],
         ["2.png"],
     ]

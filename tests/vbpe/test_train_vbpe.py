@@ -14,8 +14,8 @@ import sys
 import numpy as np
 import pytest
 
-from beingvl.artefact.manifest import write_manifest
 from beingvl.commands.main import main
+from beingvl.images.vq_codes import finish_codes
 from beingvl.vbpe.reference import train_reference
 from beingvl.vbpe.visual_bpe import VisualBPE
 
@@ -44,7 +44,7 @@ def write_codes_folder(folder, codes, num_codes=12, vqgan="sha256:a"):
         "".join(json.dumps(f"{n}.png") + "\n" for n in range(len(codes)))
     )
     details = {"num_codes": num_codes, "grid": list(codes.shape[1:])}
-    write_manifest(folder, "vq_codes", {"images": len(codes)}, {"vqgan": vqgan}, details)
+    finish_codes(folder, {"images": len(codes)}, {"vqgan": vqgan}, details, {})
     return folder
 
 
