@@ -319,9 +319,8 @@ class TrainingEngine:
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         if self.ranks.device.type == "cuda" and not tensor.is_pinned():
-            tensor = (
-                tensor.pin_memory()
-            )  # a copy from other memory waits for what the GPU has to do before it
+            # a copy from other memory waits for what the GPU has to do before it
+            tensor = tensor.pin_memory()
         return tensor.to(self.ranks.device, non_blocking=True)
 
     def backward(self, scaled_loss: torch.Tensor) -> None:
@@ -332,22 +331,17 @@ class TrainingEngine:
         if learning_rate is None:
             self._engine.step()
             return None
-        for group, multiplier in zip(
-            self._engine.optimizer.param_groups, self._lr_multipliers, strict=True
-        ):
+        groups = self._engine.optimizer.param_groups
+        for group, multiplier in zip(groups, self._lr_multipliers, strict=True):
             group["lr"] = learning_rate * multiplier
         self._engine.step()
-        return StepResult(
-            bool(self._engine.was_step_applied()), float(self._engine.get_global_grad_norm())
-        )
+        applied, norm = self._engine.was_step_applied(), self._engine.get_global_grad_norm()
+        return StepResult(bool(applied), float(norm))
 
     def learning_rates(self, learning_rate: float) -> dict[str, float]:
         """`learning_rate/xM` for every multiplier M of the freezer's rules beside 1."""
-        return {
-            f"learning_rate/x{m:g}": learning_rate * m
-            for m in dict.fromkeys(self._lr_multipliers)
-            if m != 1
-        }
+        others = [m for m in dict.fromkeys(self._lr_multipliers) if m != 1]
+        return {f"learning_rate/x{m:g}": learning_rate * m for m in others}
 
     def step_flops(self, num_tokens: int, num_pairs: int, num_target_tokens: int) -> float:
         """Forward and backward of a step, as train/flops.py counts them."""
@@ -359,9 +353,8 @@ class TrainingEngine:
 
     def predicted_memory(self) -> dict[str, int]:
         """Bytes by purpose, as train/memory.py predicts them for one rank."""
-        return predict_memory(
-            self.plan, self.model.causal_lm.config, self.config, self.ranks.num_ranks
-        )
+        model_config = self.model.causal_lm.config
+        return predict_memory(self.plan, model_config, self.config, self.ranks.num_ranks)
 
     # ---- what checkpoints need ----
     @property
@@ -406,24 +399,18 @@ class TrainingEngine:
             self.advance()
             return fetch(name, key, start, stop)
 
-        names = self.trained_shapes if only_moments_of is None else only_moments_of
-        self._partitions.write(
-            [*names], fetch_next, STATE_KEYS if only_moments_of is None else MOMENTS
-        )
+        if only_moments_of is None:
+            self._partitions.write([*self.trained_shapes], fetch_next, STATE_KEYS)
+        else:
+            self._partitions.write([*only_moments_of], fetch_next, MOMENTS)
 
     # ---- the freezer's checks ----
     def _hash_frozen(self) -> dict[str, str]:
         names = [planned.name for planned in self.plan if not planned.rule.train]
-        with ThreadPoolExecutor(
-            min(8, os.cpu_count() or 1)
-        ) as pool:  # hashing gives the interpreter's lock back
-            return dict(
-                zip(
-                    names,
-                    pool.map(lambda name: self._hash(self._partitions.held_weights(name)), names),
-                    strict=True,
-                )
-            )
+        # hashing gives the interpreter's lock back
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            hashes = pool.map(lambda name: self._hash(self._partitions.held_weights(name)), names)
+            return dict(zip(names, hashes, strict=True))
 
     def _hash(self, tensor: torch.Tensor) -> str:
         self.advance()
@@ -435,9 +422,8 @@ class TrainingEngine:
         if not self._frozen_hashes:
             return
         now = self._hash_frozen()
-        counts = sum_over_ranks(
-            [now[name] != then for name, then in self._frozen_hashes.items()], self.ranks.device
-        )
+        flags = [now[name] != then for name, then in self._frozen_hashes.items()]
+        counts = sum_over_ranks(flags, self.ranks.device)
         changed = [name for name, count in zip(self._frozen_hashes, counts, strict=True) if count]
         if changed:
             raise FreezerError(
@@ -450,14 +436,10 @@ class TrainingEngine:
         moments that were carried over, of what an update without a gradient would make of them.
         """
         decay, read = self.config.second_moment_decay, self._partitions.read
-        masters = {
-            name: self._hash(piece) for name, _, piece in read([*self.trained_shapes], [MASTER])
-        }
-        carried = {
-            name: self._hash(piece * decay)
-            for name, _, piece in read([*self._carried_names], [MOMENTS[1]])
-        }
-        return {name: (master, carried.get(name, "")) for name, master in masters.items()}
+        second_moments = read([*self._carried_names], [MOMENTS[1]])
+        carried = {name: self._hash(piece * decay) for name, _, piece in second_moments}
+        masters = read([*self.trained_shapes], [MASTER])
+        return {name: (self._hash(piece), carried.get(name, "")) for name, _, piece in masters}
 
     def check_trained(
         self, before: Mapping[str, tuple[str, str]], saw_text: bool = True, saw_visual: bool = True
@@ -480,12 +462,10 @@ class TrainingEngine:
             elif not without and key == MOMENTS[0]:
                 has_gradient[name] = bool(piece.any())
         flags = [(has_moved[name], has_gradient[name]) for name in before]
-        for name, (moved, got_gradient) in zip(
-            before, sum_over_ranks(flags, self.ranks.device), strict=True
-        ):
-            if not (moved and got_gradient) and not any(
-                self._parameters[name] is rows for rows in unseen
-            ):
+        sums = sum_over_ranks(flags, self.ranks.device)
+        for name, (moved, got_gradient) in zip(before, sums, strict=True):
+            is_excused = any(self._parameters[name] is rows for rows in unseen)
+            if not (moved and got_gradient or is_excused):
                 what = "did not move" if got_gradient else "got no gradient"
                 raise FreezerError(
                     f"{name} is declared trained but {what} in the first step; correct "

@@ -48,9 +48,8 @@ def write_hf_folder(
     trained = _trained_tensors(weights, checkpoint, state, layout)
     weight_files = {*weights.files, weights.index_file}
     others = [name for name in manifest.files if name not in weight_files]
-    num_bytes = bytes_to_write(weights, target, trained, link) + sum(
-        int(manifest.files[name]["bytes"]) for name in others
-    )
+    num_bytes = sum(int(manifest.files[name]["bytes"]) for name in others)
+    num_bytes += bytes_to_write(weights, target, trained, link)
     start_target(target, "model", num_bytes)
     for name in others:
         (target / name).parent.mkdir(parents=True, exist_ok=True)

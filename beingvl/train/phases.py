@@ -122,27 +122,22 @@ class Phases:
 
     def _watch(self) -> None:
         seen: dict[int, tuple[int, float]] = {}  # rank -> its counter, and when that was first seen
+        timeout = self.stall_timeout_seconds
         while not self._done.wait(self._beat_seconds):
             own = self._beat()
             now = time.perf_counter()
-            if self._num_ranks == 1 or own["idle_seconds"] < self.stall_timeout_seconds / 2:
+            if self._num_ranks == 1 or own["idle_seconds"] < timeout / 2:
                 seen.clear()
                 continue
             others = self._read()
             for rank, beat in others.items():
                 if rank not in seen or seen[rank][0] != beat["beat"]:
                     seen[rank] = beat["beat"], now
-            silent = [
-                rank
-                for rank, (_, since) in seen.items()
-                if now - since > self.stall_timeout_seconds / 2
-            ]
-            is_stall = all(
-                beat["idle_seconds"] > self.stall_timeout_seconds for beat in others.values()
-            )
-            if own["idle_seconds"] > self.stall_timeout_seconds and (silent or is_stall):
+            silent = [rank for rank, (_, since) in seen.items() if now - since > timeout / 2]
+            is_stall = all(beat["idle_seconds"] > timeout for beat in others.values())
+            if own["idle_seconds"] > timeout and (silent or is_stall):
                 lost = _describe({self._rank: own, **others}, silent)
-                found = f"{self.where()}: no progress for {self.stall_timeout_seconds:g} s: {lost}"
+                found = f"{self.where()}: no progress for {timeout:g} s: {lost}"
                 print(found, file=sys.stderr, flush=True)
                 os._exit(1)  # the main thread hangs in a collective that no exception reaches
 

@@ -46,16 +46,13 @@ def replay(
         return
     for line in describe_samples(data, model, step):
         print(line)
-    logged = (
-        [row for row in read_metrics(output) if row["step"] == step]
-        if (output / METRICS_FILE).is_file()
-        else []
-    )
+    rows = read_metrics(output) if (output / METRICS_FILE).is_file() else []
+    logged = next((row for row in rows if row["step"] == step), {})
     distance = step - 1 - weights_step
     weights = f"the weights after step {weights_step}" if weights_step else "the start model"
     print(f"step {step}: loss with {weights}{f', {distance} steps too old' if distance else ''}:")
     for name, value in sums.means().items():
-        was = f"   logged {logged[0][name]:.6f}" if logged and name in logged[0] else ""
+        was = f"   logged {logged[name]:.6f}" if name in logged else ""
         print(f"  {name:<28} {value:.6f}{was}")
 
 
@@ -67,11 +64,9 @@ def describe_samples(data: TrainingData, model: Path, step: int) -> list[str]:
     for number in data.sequence_numbers(step - 1, 0, 0, 1, data.sequences_per_step):
         for index in data.samples_of(number).tolist():
             sample = data.shards[index]
-            lines.append(
-                f"sequence {number}  {sample.id}  {sample.category}  {len(sample.input_ids)} "
-                "tokens: "
-                f"{decode(sample, tokenizer, layout)}"
-            )
+            place = f"sequence {number}  {sample.id}  {sample.category}"
+            text = decode(sample, tokenizer, layout)
+            lines.append(f"{place}  {len(sample.input_ids)} tokens: {text}")
     return lines
 
 
@@ -82,17 +77,11 @@ def decode(sample: Sample, tokenizer: Tokenizer, layout: VocabLayout) -> str:
     is_target = np.zeros(len(ids), bool)
     for start, end in sample.target_spans:
         is_target[start:end] = True
-    borders = [
-        0,
-        *(np.flatnonzero((np.diff(is_image) != 0) | (np.diff(is_target) != 0)) + 1).tolist(),
-        len(ids),
-    ]
+    changes = np.flatnonzero((np.diff(is_image) != 0) | (np.diff(is_target) != 0)) + 1
     parts = []
-    for start, end in itertools.pairwise(borders):
-        text = (
-            f"<{end - start} image tokens>"
-            if is_image[start]
-            else repr(tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False))
-        )
+    for start, end in itertools.pairwise([0, *changes.tolist(), len(ids)]):
+        text = f"<{end - start} image tokens>"
+        if not is_image[start]:
+            text = repr(tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False))
         parts.append(f"=> {text}" if is_target[start] else text)
     return " ".join(parts)
