@@ -1,7 +1,7 @@
 """Kernels for the loss, forward and backward: time and peak memory, each in a process of its own.
 
     python -m tests.benchmarks.loss [--positions 4096] [--hidden_size 64] [--dtype float32]
-    [--rounds 1]
+                                    [--rounds 1]                          --tiny takes seconds
 
     full             one matrix product, torch's cross entropy: the logits of all positions at once
     ours             model/extended_vocab.py: two row blocks, chunks of 256 positions
@@ -41,16 +41,17 @@ def main() -> int:
     parser.add_argument("--hidden_size", type=int, default=64)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--tiny", action="store_true", help="see that it runs, in seconds")
     parser.add_argument("--kernel", choices=KERNELS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.tiny:
+        args.positions, args.hidden_size, args.rounds = 64, 4, 1
     if args.kernel:
-        print(
-            json.dumps(
-                measure(args.kernel, args.positions, args.hidden_size, getattr(torch, args.dtype))
-            )
-        )
+        dtype = getattr(torch, args.dtype)
+        print(json.dumps(measure(args.kernel, args.positions, args.hidden_size, dtype)))
         return 0
-    options = [f"--{name}={value}" for name, value in vars(args).items() if name != "kernel"]
+    names = ("positions", "hidden_size", "dtype")
+    options = [f"--{name}={getattr(args, name)}" for name in names]
     found = {kernel: [run_alone(kernel, options) for _ in range(args.rounds)] for kernel in KERNELS}
     medians = {
         kernel: [statistics.median(column) for column in zip(*rows, strict=True)]

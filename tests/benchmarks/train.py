@@ -2,9 +2,10 @@
 kind are published: one sample a micro-batch, JSONL in memory, logits of all tokens. Same small
 model, same rows, same ranks, one after the other.
 
-    pip install accelerate python -m tests.benchmarks.train [--samples 960] [--rows 50000] [--ranks
-    2] [--rounds 3] [--their_stage 2]
-                                     [--no_checkpointing]
+    pip install accelerate
+    python -m tests.benchmarks.train [--samples 960] [--rows 50000] [--ranks 2] [--rounds 3]
+                                     [--their_stage 2] [--no_checkpointing]
+                                     --tiny takes less than a minute
 
 Both sides make the same updates: the same 16 samples in every step, in our order; eight samples
 fill a packed sequence exactly. They train on the first --samples of a data set of --rows, with
@@ -38,6 +39,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +50,8 @@ REPOSITORY = Path(__file__).parents[2]
 NUM_WARMUP_STEPS = 3
 SAMPLES_PER_STEP = 16
 SEQUENCE_LENGTH = 1024
-SHORTEST, LONGEST = (
-    114,
-    128,
-)  # nine of the shortest are too long for a sequence, eight of the longest just fit
+# nine of the shortest are too long for a sequence, eight of the longest just fit
+SHORTEST, LONGEST = 114, 128
 LEARNING_RATE = 1e-3
 ADAM = {
     "lr": LEARNING_RATE,
@@ -79,9 +79,14 @@ def main() -> int:
     parser.add_argument(
         "--no_checkpointing", action="store_true", help="keep all activations, on both sides"
     )
+    parser.add_argument(
+        "--tiny", action="store_true", help="see that it runs; alone, without accelerate"
+    )
     parser.add_argument("--rank_of", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.tiny:
+        args.samples, args.rows, args.ranks, args.rounds = 80, 80, 1, 1
     if args.rank_of:
         run_rank(args)
     else:
@@ -98,19 +103,29 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         args.ranks,
         checkpointing=not args.no_checkpointing,
     )
-    found: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
+    is_alone = args.tiny and find_spec("accelerate") is None
+    sides = ("ours",) if is_alone else ("ours", "theirs")
+    found: dict[str, list[dict[str, Any]]] = {who: [] for who in sides}
     for _ in range(args.rounds):
-        for who in found:
+        for who in sides:
             found[who].append(launch(who, folder, args))
             print(who, json.dumps(found[who][-1]), flush=True)
-    chunked, full = (run_alone(kernel, [])[1] for kernel in ("ours", "full"))
-    losses = {who: runs[-1]["final_loss"] for who, runs in found.items()}
-    assert abs(losses["ours"] / losses["theirs"] - 1) < 1e-3, (
-        f"the two sides did not train the same: {losses}"
-    )
-    print(
-        f"loss memory: chunked {chunked / 1e9:.2f} GB, full logits {full / 1e9:.2f} GB", flush=True
-    )
+    size = ["--tiny"] if args.tiny else []
+    chunked, full = (run_alone(kernel, size)[1] for kernel in ("ours", "full"))
+    print(f"loss memory: chunked {chunked / 1e9:.2f} GB, full logits {full / 1e9:.2f} GB")
+    overhead = statistics.median(run["overhead_fraction"] for run in found["ours"])
+    result = {
+        "overhead_fraction": round(overhead, 4),
+        "loss_memory_ratio": round(chunked / full, 4),
+        **{f"loss_{who}": found[who][-1]["final_loss"] for who in sides},
+    }
+    return result if is_alone else {**compare(found), **result}
+
+
+def compare(found: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """Ours over theirs, the median of the rounds."""
+    ours, theirs = (found[who][-1]["final_loss"] for who in ("ours", "theirs"))
+    assert abs(ours / theirs - 1) < 1e-3, f"the two sides did not train the same: {ours}, {theirs}"
 
     def ratio(key: str) -> float:
         pairs = zip(found["ours"], found["theirs"], strict=True)
@@ -119,12 +134,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "samples_ratio": ratio("samples_per_second"),
         "private_memory_ratio": ratio("added_private_bytes"),
-        "overhead_fraction": round(
-            statistics.median(run["overhead_fraction"] for run in found["ours"]), 4
-        ),
-        "loss_memory_ratio": round(chunked / full, 4),
         "startup_ratio": ratio("startup_seconds"),
-        **{f"loss_{who}": loss for who, loss in losses.items()},
     }
 
 
@@ -261,11 +271,10 @@ def private_bytes(process_id: int) -> int:
     return (int(resident) - int(of_files)) * resource.getpagesize()
 
 
-DEEPSPEEDS_COMPILED_OPTIMIZER = (
-    "deepspeed.runtime.zero.muon.original_muon"  # imports torch's compiler; not memory of theirs
-)
+# imports torch's compiler; not memory of theirs
+DEEPSPEEDS_COMPILED_OPTIMIZER = "deepspeed.runtime.zero.muon.original_muon"
 IMPORTS = {
-    "ours": ("beingvl.train.loop", "transformers.models.llama.modeling_llama"),
+    "ours": ("beingvl.train.run_stage", "transformers.models.llama.modeling_llama"),
     "theirs": (
         "accelerate",
         "transformers.trainer",
@@ -337,11 +346,8 @@ def run_theirs(folder: Path, rank: int, zero_stage: int, checkpointing: bool) ->
     trainer.save_model(str(folder / "theirs"))
     if rank == 0:
         (folder / "theirs" / STEP_TIMES).write_text(json.dumps(times))
-    os._exit(
-        0
-        # as ours ends: a thread of the process group may abort a finished rank while Python is
-        # taken down
-    )
+    # as ours ends: a thread of the process group may abort a finished rank in Python's teardown
+    os._exit(0)
 
 
 def train_as_published(
@@ -355,9 +361,8 @@ def train_as_published(
     import torch
     from transformers import Trainer, TrainerCallback
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-        False  # as on our side: it would be compiled at the first start
-    )
+    # as on our side: it would be compiled at the first start
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     class Clock(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -435,19 +440,10 @@ def times_of_theirs(output: Path) -> dict[str, float]:
 def loss_of(output: Path, folder: Path) -> float:
     """Mean loss over all targets of the rows trained on, by stock transformers in one process."""
     model_folder = output / "final" if (output / "final").is_dir() else output
-    code = f"""
-import itertools, json, torch
-from transformers import AutoModelForCausalLM
-model, total, count = AutoModelForCausalLM.from_pretrained({str(model_folder)!r}).eval(), 0.0, 0
-with torch.no_grad():
-    for line in itertools.islice(open({str(folder / "rows.jsonl")!r}), {int((folder / "trained").read_text())}):
-        row = json.loads(line)
-        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
-        targets = torch.tensor(row["labels"])[1:]
-        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum")); count += int((targets >= 0).sum())
-print(total / count)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    count = (folder / "trained").read_text()
+    command = [sys.executable, "-m", "tests.benchmarks.mean_loss"]
+    command += [str(model_folder), str(folder / "rows.jsonl"), count]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     return round(float(done.stdout.split()[-1]), 4)
 
 
