@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Run:
     images: Path | None
     shards: list[Path]
     data_options: DataOptions
-    missing: list[str] = field(default_factory=list)
+    missing: list[str]
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,8 @@ def read_run(paths: RunPaths) -> Run:
     images = piece("image_path", paths.images, images_folder, "images of the examples")
     shards = list(paths.data) or sorted(filter(is_complete, folder.glob("shards*")))
     missing += [] if shards else [f"the data ({folder}/shards*, or --data)"]
-    finals = {
-        name: stages / name / "final" for name in STAGES if is_complete(stages / name / "final")
-    }
+    finals = {name: stages / name / "final" for name in STAGES}
+    finals = {name: final for name, final in finals.items() if is_complete(final)}
     models = [*reversed(finals.values()), *([base] if base else [])]
     vbpe, vqgan = load_own_vbpe(vbpe_path) if vbpe_path else None, _read_vqgan(models)
     return Run(
@@ -200,10 +199,12 @@ def _data_options(
 ) -> DataOptions:
     """For the section about the run's shards; sequences are as long as the last stage's."""
     decoder = vqgan if vqgan is not None and vqgan.has_decoder else None
-    options = DataOptions(models[0] if models else None, decoder, vbpe)
     identity = read_manifest(models[0]).details.get("identity", {}) if models else {}
-    return replace(
-        options, sequence_length=identity.get("sequence_length", options.sequence_length)
+    return DataOptions(
+        model_path=models[0] if models else None,
+        vqgan=decoder,
+        vbpe=vbpe,
+        sequence_length=identity.get("sequence_length", DataOptions.sequence_length),
     )
 
 
