@@ -50,24 +50,17 @@ class Saver(Protocol):
 def num_steps_of(data: TrainingData, config: StageConfig) -> int:
     """Optimizer steps of the run, which the schedule spans. Raises InputError for less than one."""
     if data.plan.num_sequences < config.sequences_per_step:
-        found = (
-            f"{config.source}: train_batch_size is {config.sequences_per_step}, the whole "
-            f"run has {data.plan.num_sequences}"
+        raise InputError(
+            f"{config.source}: train_batch_size is {config.sequences_per_step}, the whole run has "
+            f"{data.plan.num_sequences} sequences; lower it, or raise beingvl.epochs"
         )
-        raise InputError(f"{found} sequences; lower it, or raise beingvl.epochs")
     return min(data.num_steps, config.beingvl.max_steps or data.num_steps)
 
 
 def learning_rate_of(step: int, num_steps: int, config: StageConfig) -> float:
-    block = config.beingvl
-    return learning_rate_at(
-        step,
-        num_steps,
-        config.learning_rate,
-        block.schedule,
-        block.warmup_ratio,
-        block.min_lr_ratio,
-    )
+    peak, block = config.learning_rate, config.beingvl
+    shape = (block.schedule, block.warmup_ratio, block.min_lr_ratio)
+    return learning_rate_at(step, num_steps, peak, *shape)
 
 
 def train(
@@ -108,20 +101,12 @@ def train(
         is_time = 0 < block.checkpoint_every_minutes * 60 <= time.monotonic() - saved_at
         asked = [int(stop_requested()), int(is_time and ranks.rank == 0), int(saver.is_written)]
         totals = sum_over_ranks([*window.counts, *asked], ranks.device).astype(int).tolist()
-        (
-            num_target_tokens,
-            num_tokens,
-            num_pairs,
-            num_visual_tokens,
-            num_stop_requests,
-            is_time,
-            num_written,
-        ) = totals
+        num_target_tokens, num_tokens, num_pairs, num_visual_tokens, *answers = totals
+        num_stop_requests, is_time, num_written = answers
         if num_stop_requests:
             phases.enter(step, "save")
-            if (
-                saved.step < last_good.step
-            ):  # skipped steps after it changed nothing; the next start takes them again
+            # skipped steps after it changed nothing; the next start takes them again
+            if saved.step < last_good.step:
                 saver.save(last_good)
             break
 
@@ -134,51 +119,41 @@ def train(
             token_losses = engine.forward(batch)
             phases.enter(step + 1, "backward")
             engine.backward(token_losses.sum() * scale)
-            if micro_step == engine.accumulation_steps - 1:
+            is_update = micro_step == engine.accumulation_steps - 1
+            if is_update:
                 phases.enter(step + 1, "optimizer")
-            result = engine.step(
-                learning_rate if micro_step == engine.accumulation_steps - 1 else None
-            )
+            result = engine.step(learning_rate if is_update else None)
             window_losses.append(token_losses.detach())
 
         # ---- step and check finite ----
         assert result is not None
         phases.enter(step + 1, "check")
         sums = LossSums.zero(data.shards.layout, data.shards.sources)
-        for batch, losses in zip(
-            window.batches,
-            torch.cat(window_losses).cpu().split([len(x) for x in window_losses]),
-            strict=True,
-        ):
+        on_cpu = torch.cat(window_losses).cpu().split([len(losses) for losses in window_losses])
+        for batch, losses in zip(window.batches, on_cpu, strict=True):
             sums.add(batch, losses.numpy())
         phases.enter(step + 1, "communication")
         sums.values = sum_over_ranks(sums.values, ranks.device)
         phases.enter(step + 1, "check")
         means = sums.means()
-        is_good = (
-            result.applied and math.isfinite(means["loss"]) and math.isfinite(result.gradient_norm)
-        )
+        is_finite = math.isfinite(means["loss"]) and math.isfinite(result.gradient_norm)
+        is_good = result.applied and is_finite
         progress.step = step + 1
         progress.num_applied_steps += result.applied
         progress.num_skipped_in_a_row = 0 if is_good else progress.num_skipped_in_a_row + 1
         if is_good:
             last_good = replace(progress)
         if masters_before and result.applied:
-            engine.check_trained(
-                masters_before, num_tokens > num_visual_tokens, num_visual_tokens > 0
-            )
+            saw_text, saw_visual = num_tokens > num_visual_tokens, num_visual_tokens > 0
+            engine.check_trained(masters_before, saw_text, saw_visual)
             masters_before = None
 
         # ---- log ----
         phases.enter(step + 1, "log")
         seconds = phases.take_seconds(STEP_PHASES)
         is_spike = is_good and spikes.add(means["loss"])
-        if (
-            progress.step % block.log_every_steps == 0
-            or progress.step == num_steps
-            or not is_good
-            or is_spike
-        ):
+        is_end, is_noted = progress.step == num_steps, is_spike or not is_good
+        if is_noted or is_end or progress.step % block.log_every_steps == 0:
             metrics.write_step(
                 progress.step,
                 {
@@ -194,7 +169,7 @@ def train(
                 },
                 engine.step_flops(num_tokens, num_pairs, num_target_tokens),
                 seconds | phases.take_seconds(BETWEEN_STEPS),
-                windows.sample_ids(step) if (is_spike or not is_good) and ranks.rank == 0 else [],
+                windows.sample_ids(step) if is_noted and ranks.rank == 0 else [],
             )
         if block.validation_every_steps and progress.step % block.validation_every_steps == 0:
             phases.enter(step + 1, "validation")
@@ -204,28 +179,22 @@ def train(
         phases.enter(step + 1, "save")
         if num_written == ranks.num_ranks:
             saver.commit()
-        is_end = progress.step == num_steps
-        gives_up = progress.num_skipped_in_a_row >= block.max_skipped_steps or (
-            is_end and last_good.step == 0
-        )
-        is_due = is_time or (
-            block.checkpoint_every_steps and progress.step % block.checkpoint_every_steps == 0
-        )
+        gives_up = progress.num_skipped_in_a_row >= block.max_skipped_steps
+        gives_up |= is_end and last_good.step == 0
+        every = block.checkpoint_every_steps
+        is_due = is_time or (every and progress.step % every == 0)
         if (is_good and is_due) or ((gives_up or is_end) and saved.step < last_good.step):
             saver.save(last_good)
             saved, saved_at = last_good, time.monotonic()
         if gives_up:
             saver.commit()
-            kept = (
-                f"the last good state, after step {last_good.step}, is kept"
-                if last_good.step
-                else "there was no good one before"
-            )
+            kept = "there was no good one before"
+            if last_good.step:
+                kept = f"the last good state, after step {last_good.step}, is kept"
             raise NonFiniteError(
-                f"{progress.num_skipped_in_a_row} steps in a row had a loss or gradient that "
-                "is not finite (the last is step "
-                f"{progress.step}; their samples are in metrics.jsonl); {kept}: lower the "
-                "learning rate or look at those samples"
+                f"{progress.num_skipped_in_a_row} steps in a row had a loss or gradient that is "
+                f"not finite (the last is step {progress.step}; their samples are in "
+                f"metrics.jsonl); {kept}: lower the learning rate or look at those samples"
             )
     saver.commit()
     windows.close()
