@@ -21,6 +21,8 @@ from beingvl.evaluation.results import Evaluation, SharedOptions, print_scores, 
 from beingvl.evaluation.text_parity import TextParity
 from beingvl.inference.model import as_dtype, own_device
 
+LOSS_ON = ("response", "text", "all")
+
 
 def evaluate(
     model_path: Path | str,
@@ -55,19 +57,13 @@ def evaluate(
     for option, size in {"limit": limit, "rows_per_part": rows_per_part}.items():
         if size is not None and size < 1:
             raise InputError(f"--{option} is {size}, expected 1 or more")
-    for option, value, choices in (
-        ("metric", metric, tuple(METRICS)),
-        ("loss_on", loss_on, ("response", "text", "all")),
-    ):
-        if value not in choices:
-            raise InputError(f"--{option} is {value!r}, expected one of {', '.join(choices)}")
     images = Path(image_path) if image_path else None
     answers = AnswerOptions(metric, images, vq_codes, vbpe_path, raw, max_new_tokens, batch_size)
     inputs = {"json_path": json_path, "data": data, "text_parity": text_parity}
     given = [name for name, path in inputs.items() if path]
     if len(given) != 1:
         raise InputError(f"give one of --json_path, --data and --text_parity, found {len(given)}")
-    _refuse_unused(given[0], answers, loss_on, limit)
+    _check_options(given[0], answers, loss_on, limit)
     output, dtype = Path(output_path), as_dtype(torch_dtype)
     place = own_device(device or ("cpu" if text_parity else None))
     shared = SharedOptions(
@@ -89,8 +85,14 @@ def evaluate(
     return scores
 
 
-def _refuse_unused(what: str, answers: AnswerOptions, loss_on: str, limit: int | None) -> None:
-    """An option that has no effect on what is evaluated was meant for something else."""
+def _check_options(what: str, answers: AnswerOptions, loss_on: str, limit: int | None) -> None:
+    """Raises InputError for an unknown choice, and for an option that has no effect on `what` is
+    evaluated: it was meant for something else.
+    """
+    choices = {"metric": (answers.metric, tuple(METRICS)), "loss_on": (loss_on, LOSS_ON)}
+    for option, (value, known) in choices.items():
+        if value not in known:
+            raise InputError(f"--{option} is {value!r}, expected one of {', '.join(known)}")
     unused = []
     if what != "json_path":
         defaults = vars(AnswerOptions())
