@@ -16,6 +16,8 @@ that `encode` gives for the same grid: two codes may be drawn where a merge of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -62,30 +64,20 @@ class FittingTokens:
         return cells[..., 0] + top, cells[..., 1] + left
 
 
-class OnlyWholeImages:
-    """A logits processor of transformers: behind the prompt every row draws one image, then ends
-    it.
+def only_whole_images(
+    tokens: FittingTokens, layout: VocabLayout, num_rows: int
+) -> Callable[[int, torch.Tensor], list[int]]:
+    """transformers' `prefix_allowed_tokens_fn`, called with (row, ids so far) before each token:
+    behind the prompt every row draws one image, then ends it.
     """
+    covered = [tokens.empty() for _ in range(num_rows)]
+    has_begun = [False] * num_rows
 
-    def __init__(self, tokens: FittingTokens, layout: VocabLayout, num_rows: int) -> None:
-        self._tokens = tokens
-        self._layout = layout
-        self._covered = [tokens.empty() for _ in range(num_rows)]
-        self._is_first = True
+    def allowed(row: int, ids: torch.Tensor) -> list[int]:
+        if has_begun[row] and not covered[row].all():  # a finished row goes on with padding
+            tokens.place(covered[row], int(ids[-1]) - layout.first_image_id)
+        has_begun[row] = True
+        fitting = np.flatnonzero(tokens.fitting(covered[row])) + layout.first_image_id
+        return fitting.tolist() or [layout.eoi_id]
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """`input_ids` `[rows, length]`; of `scores` `[rows, vocabulary]` impossible tokens become
-        -inf.
-        """
-        first = self._layout.first_image_id
-        allowed = np.zeros(scores.shape, bool)
-        for row, (covered, last) in enumerate(
-            zip(self._covered, input_ids[:, -1].tolist(), strict=True)
-        ):
-            if not self._is_first and not covered.all():  # a finished row goes on with padding
-                self._tokens.place(covered, last - first)
-            fits = self._tokens.fitting(covered)
-            allowed[row, first : first + len(fits)] = fits
-            allowed[row, self._layout.eoi_id] = not fits.any()
-        self._is_first = False
-        return scores.masked_fill(~torch.from_numpy(allowed).to(scores.device), -torch.inf)
+    return allowed

@@ -39,7 +39,7 @@ from beingvl.artefact.manifest import join_lineages, read_manifest
 from beingvl.data.conversation import IMAGE_PLACEHOLDER, TextEncoder, Turn, build_sequence
 from beingvl.errors import InputError
 from beingvl.images.vqgan import VQGAN, usable_device
-from beingvl.inference.draw import FittingTokens, OnlyWholeImages
+from beingvl.inference.draw import FittingTokens, only_whole_images
 from beingvl.vbpe.published import LegacyVisualBPE
 from beingvl.vbpe.vbpe_file import VBPE_FILE
 from beingvl.vbpe.visual_bpe import VisualBPE
@@ -385,8 +385,9 @@ class BeingVL:
         height, width = self.vqgan.grid
         max_new_tokens = height * width + 1  # one token per cell, and the end
         self._check_request(sequences, max_new_tokens, temperature=temperature)
-        rule = OnlyWholeImages(FittingTokens(vbpe, self.vqgan.grid), self.layout, len(sequences))
-        options = {"logits_processor": [rule], **_sampling(temperature)}
+        tokens = FittingTokens(vbpe, self.vqgan.grid)
+        rule = only_whole_images(tokens, self.layout, len(sequences))
+        options = {"prefix_allowed_tokens_fn": rule, **_sampling(temperature)}
         rows = self._continue_batch(sequences, max_new_tokens, self.layout.eoi_id, options)
         return [np.array(_until(row, self.layout.eoi_id), np.int32) for row in rows]
 
