@@ -24,14 +24,7 @@ from beingvl.errors import InputError
 from beingvl.model.weight_files import WeightFolder
 
 LICENSE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-SMALL_FILES = (
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "tokenizer*",
-    "original/tokenizer.model",
-    *LICENSE_PATTERNS,
-)
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer*", "original/tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -59,9 +52,7 @@ class BaseModel:
 
     @classmethod
     def open(cls, folder: Path | str) -> BaseModel:
-        """Raises InputError for a folder that is no causal language model, or whose weights do
-        not fit its config.
-        """
+        """Raises InputError for another kind of folder, or weights that do not fit the config."""
         folder = Path(folder)
         config = read_json(folder / "config.json", "a Hugging Face model folder")
         weights = WeightFolder(folder)
@@ -70,21 +61,16 @@ class BaseModel:
         head = model.get_output_embeddings()
         output_name = _module_parameter(model, head, "weight")
         if input_name is None or output_name is None:
-            raise InputError(
-                f"{folder}: {type(model).__name__} has no input embedding or no output head to "
-                "extend"
-            )
-        bias_name = (
-            _module_parameter(model, head, "bias")
-            if getattr(head, "bias", None) is not None
-            else None
-        )
-
+            name = type(model).__name__
+            raise InputError(f"{folder}: {name} has no input embedding or no output head to extend")
+        bias_name = None
+        if getattr(head, "bias", None) is not None:
+            bias_name = _module_parameter(model, head, "bias")
         tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
         stored_output = output_name if output_name in weights else input_name
-        if input_name not in weights or (output_name not in weights and not tied):
-            missing = input_name if input_name not in weights else output_name
-            raise InputError(f"{folder}: the weights have no {missing!r}; is config.json theirs?")
+        for name in [input_name] if tied else [input_name, output_name]:
+            if name not in weights:
+                raise InputError(f"{folder}: the weights have no {name!r}; is config.json theirs?")
         _check_shapes(folder, weights, input_name, stored_output, model)
         num_text, hidden_size = weights.shape(input_name)
         return cls(
@@ -108,29 +94,23 @@ class BaseModel:
         return hash_bytes(json.dumps(hashes, sort_keys=True).encode())
 
     def special_id(self, name: str, fallback: int | None) -> int | None:
-        """`bos_token_id` or `eos_token_id` of config.json (the first of a list), else
-        `fallback`.
-        """
+        """`bos_token_id` or `eos_token_id` of config.json (the first of a list), or `fallback`."""
         value = _text_config(self.config).get(name, self.config.get(name))
         value = value[0] if isinstance(value, list) and value else value
         return value if isinstance(value, int) else fallback
 
     def special_ids(self, name: str) -> set[int]:
-        """Every id that config.json and generation_config.json give for `bos_token_id` or
-        `eos_token_id`.
-        """
+        """Every id that config.json and generation_config.json give under that name."""
         path = self.folder / "generation_config.json"
         generation = read_json(path, "a model folder") if path.is_file() else {}
-        values = [
-            fields.get(name) for fields in (_text_config(self.config), self.config, generation)
-        ]
-        flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
-        return {one for one in flat if isinstance(one, int)}
+        ids: list[Any] = []
+        for fields in (_text_config(self.config), self.config, generation):
+            value = fields.get(name)
+            ids += value if isinstance(value, list) else [value]
+        return {one for one in ids if isinstance(one, int)}
 
     def extended_config(self, num_rows: int, dtype: torch.dtype | None) -> dict[str, Any]:
-        """config.json for a vocabulary of `num_rows` rows and an untied head; every other key
-        survives.
-        """
+        """config.json for `num_rows` rows and an untied head; every other key survives."""
         config = copy.deepcopy(self.config)
         for fields in (config, _text_config(config)):
             if fields is _text_config(config) or "vocab_size" in fields:
@@ -145,7 +125,8 @@ class BaseModel:
 
 def small_files(folder: Path) -> list[str]:
     """Names of the configs, tokenizer files and licences of a model or tokenizer folder."""
-    paths = {path for pattern in SMALL_FILES for path in folder.glob(pattern) if path.is_file()}
+    patterns = (*SMALL_FILES, *LICENSE_PATTERNS)
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return sorted(
         path.relative_to(folder).as_posix() for path in paths if path.name != MANIFEST_FILE
     )
@@ -191,9 +172,9 @@ def _empty_model(folder: Path) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, OSError, TypeError) as error:
+        path = folder / "config.json"
         raise InputError(
-            f"{folder / 'config.json'} is not a causal language model that transformers "
-            f"knows ({error})"
+            f"{path} is not a causal language model that transformers knows ({error})"
         ) from error
 
 
@@ -208,14 +189,15 @@ def _module_parameter(model: Any, module: Any, attribute: str) -> str | None:
 def _check_shapes(
     folder: Path, weights: WeightFolder, input_name: str, output_name: str, model: Any
 ) -> None:
-    expected = tuple(model.get_input_embeddings().weight.shape)
-    for name in (input_name, output_name):
-        if weights.shape(name) != expected:
+    def check(name: str, shape: tuple[int, ...]) -> None:
+        if weights.shape(name) != shape:
             raise InputError(
                 f"{folder}: {name!r} is {list(weights.shape(name))}, config.json says "
-                f"{list(expected)} "
-                f"(vocab_size x hidden_size); the config and the weights are not of the same model"
+                f"{list(shape)}; the config and the weights are not of the same model"
             )
+
+    for name in (input_name, output_name):
+        check(name, tuple(model.get_input_embeddings().weight.shape))
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     prefix = "".join(f"{part}." for part in input_name.split(".")[:-2])
     known = any(
@@ -229,9 +211,5 @@ def _check_shapes(
                 f"{folder}: the weights have no {name!r}, which config.json asks for; download "
                 "the checkpoint again"
             )
-        if name in weights and weights.shape(name) != shape:
-            raise InputError(
-                f"{folder}: {name!r} is {list(weights.shape(name))}, config.json says "
-                f"{list(shape)}; "
-                f"the config and the weights are not of the same model"
-            )
+        if name in weights:
+            check(name, shape)

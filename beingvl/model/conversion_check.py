@@ -1,8 +1,6 @@
-"""`--verify_loading`: load a converted model with unmodified transformers and compare it with
-the one it was made from.
+"""Load a converted model with unmodified transformers and compare it with the one it was made from.
 
-Every check returns what was seen or raises DifferenceError; the table shows all of them, and one
-difference fails the whole.
+Every check returns what was seen or raises DifferenceError; the table shows all of them.
 """
 
 from __future__ import annotations
@@ -77,9 +75,7 @@ def verify_conversion(base: BaseModel, result: Path, vq_path: Path | None) -> bo
 
 
 def _check_tensors(base: BaseModel, result: Path) -> str:
-    """Names, shapes and bytes of every tensor that conversion leaves alone (after the cast,
-    where dtypes differ).
-    """
+    """Every tensor that conversion leaves alone (after the cast, where dtypes differ)."""
     weights = WeightFolder(result)
     grown = {base.input_name, base.output_name, base.output_bias_name}
     expected, found = {*base.weights, base.output_name}, set(weights)
@@ -89,28 +85,19 @@ def _check_tensors(base: BaseModel, result: Path) -> str:
         ours, theirs = weights[name], base.weights[name]
         if ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours.dtype)):
             raise DifferenceError(f"{name} is not the base model's")
-    linked = {
-        path.name
-        for path in {stored.file for stored in weights.tensors.values()}
-        if _is_link_of(path, base)
-    }
-    shared = sum(weights.tensors[name].file.name in linked for name in expected - grown)
-    return f"{len(expected - grown)} tensors" + (
-        f", {shared} of them in files linked to the base's" if shared else ""
-    )
-
-
-def _is_link_of(path: Path, base: BaseModel) -> bool:
-    source = base.folder / path.name
-    return source.is_file() and source.samefile(path)
+    shared = 0
+    for name, names in weights.files.items():
+        source = base.folder / name
+        if source.is_file() and source.samefile(result / name):
+            shared += len(set(names) - grown)
+    linked = f", {shared} of them in files linked to the base's" if shared else ""
+    return f"{len(expected - grown)} tensors{linked}"
 
 
 def _check_text_rows(base: BaseModel, result: Path) -> str:
     weights = WeightFolder(result)
-    for name, stored in [
-        (base.input_name, base.input_name),
-        (base.output_name, base.stored_output_name),
-    ]:
+    names = [(base.input_name, base.input_name), (base.output_name, base.stored_output_name)]
+    for name, stored in names:
         for start in range(0, base.num_text, _ROWS):
             stop = min(start + _ROWS, base.num_text)
             ours = weights[name][start:stop]
@@ -148,22 +135,15 @@ def _check_tokenizer(
 
 
 def _check_logits(base: BaseModel, result: Path, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Logits of every text id on fixed prompts, from both models loaded one after the other by
-    transformers.
-
-    The longer head is cut to the text rows first: a matrix product of another width may be rounded
-    in another order.
-    """
+    """Logits of every text id on fixed prompts, from both models one after the other."""
     prompts = [torch.tensor([tokenizer(prompt)["input_ids"]]) for prompt in PROMPTS]
     ours, dtype = _text_logits(result, prompts, base.num_text, None)
     theirs, _ = _text_logits(base.folder, prompts, base.num_text, dtype)
     if not all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):
         difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
         raise DifferenceError(f"the largest difference is {difference:.3g}")
-    return (
-        f"{len(prompts)} prompts x {base.num_text} ids, "
-        f"{str(dtype).removeprefix('torch.')}, equal to the bit"
-    )
+    name = str(dtype).removeprefix("torch.")
+    return f"{len(prompts)} prompts x {base.num_text} ids, {name}, bit-identical"
 
 
 @torch.inference_mode()
@@ -197,11 +177,8 @@ def _check_generation_config(result: Path, layout: VocabLayout) -> str:
 
 
 def _check_images(result: Path, vq_path: Path | None) -> str:
-    """Encode a test picture with both VQ-GANs, decode it again, and take the codes through vBPE
-    and back.
-
-    Without a VQ-GAN to compare with, the one inside is tried alone; where there is none, nothing is
-    checked.
+    """Encode a test picture with both VQ-GANs (or the one inside), decode it again, and take the
+    codes through vBPE and back.
     """
     if not (result / VQGAN_FOLDER).is_dir() and vq_path is None:
         return NOT_CHECKED
@@ -213,11 +190,10 @@ def _check_images(result: Path, vq_path: Path | None) -> str:
     theirs = VQGAN.load(vq_path) if vq_path else ours
     side = ours.image_size
     ramp = torch.linspace(-1, 1, side)
-    waves = torch.stack(
-        [ramp.expand(side, side), ramp.expand(side, side).T, torch.sin(9 * ramp[:, None] * ramp)]
-    )[None]
-    codes = ours.encode(waves)
-    if not np.array_equal(codes, theirs.encode(waves)):
+    rows, waves = ramp.expand(side, side), torch.sin(9 * ramp[:, None] * ramp)
+    picture = torch.stack([rows, rows.T, waves])[None]
+    codes = ours.encode(picture)
+    if not np.array_equal(codes, theirs.encode(picture)):
         raise DifferenceError(f"{result / VQGAN_FOLDER} gives other codes than {theirs.source}")
     seen = f"{codes.shape[1]} x {codes.shape[2]} codes, {len(np.unique(codes))} different"
     if (result / VBPE_FILE).is_file():
@@ -227,8 +203,6 @@ def _check_images(result: Path, vq_path: Path | None) -> str:
         if is_lossless and not np.array_equal(vbpe.decode(ids, *codes.shape[1:]), codes[0]):
             raise DifferenceError("vBPE does not give the codes back")
         seen += f", {len(ids)} vBPE tokens{' and back' if is_lossless else ''}"
-    return seen + (
-        f", decoded to {ours.decode(codes).shape[1:]}"
-        if ours.has_decoder
-        else ", no decoder to try"
-    )
+    if ours.has_decoder:
+        return f"{seen}, decoded to {ours.decode(codes).shape[1:]}"
+    return f"{seen}, no decoder to try"

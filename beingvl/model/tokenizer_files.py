@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import binascii
 import errno
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -29,17 +28,10 @@ from beingvl.vocab import SPECIAL_TOKENS, VocabLayout
 # Llama 3.1's names for the 256 ids behind the byte-pair ranks; further ones are
 # <|reserved_special_token_N|>.
 LLAMA3_SPECIALS = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_2|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
+    *("<|begin_of_text|>", "<|end_of_text|>"),
+    *("<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
+    *("<|finetune_right_pad_id|>", "<|reserved_special_token_2|>"),
+    *("<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
     *(f"<|reserved_special_token_{number}|>" for number in range(3, 248)),
 )
 LLAMA3_PATTERN = (
@@ -57,66 +49,40 @@ def find_tokenizer_file(folder: Path) -> Path | None:
 
 
 def load_tokenizer(folder: Path | str, num_text: int | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder; `num_text` is its embedding's number of rows, where known.
-
-    Raises InputError when there is none or it cannot be read, or was cut off.
-    """
+    """The tokenizer of a model folder; `num_text` is its embedding's number of rows."""
     folder = Path(folder)
     path = find_tokenizer_file(folder)
     if path is None:
         raise InputError(f"{folder} has no tokenizer: expected one of {', '.join(TOKENIZER_FILES)}")
-    if path.name == "tokenizer.model":
-        ranks = read_tiktoken_ranks(path)
-        if ranks and num_text not in (None, len(ranks) + len(LLAMA3_SPECIALS)):
+    if path.name == "tokenizer.model" and (ranks := read_tiktoken_ranks(path)):
+        num_tokens = len(ranks) + len(LLAMA3_SPECIALS)
+        if num_text not in (None, num_tokens):
             raise InputError(
-                f"{path} has {len(ranks)} byte-pair ranks, which make "
-                f"{len(ranks) + len(LLAMA3_SPECIALS)} tokens with Llama-3's "
-                f"specials, but the embedding has {num_text} rows: it was cut off or is "
-                "another model's; download it again"
+                f"{path} has {len(ranks)} byte-pair ranks, which make {num_tokens} tokens with "
+                f"Llama-3's specials, but the embedding has {num_text} rows; download it again"
             )
-        if ranks:
-            return _from_tiktoken(ranks)
-        missing = [
-            name for name in ("sentencepiece", "google.protobuf") if not _is_importable(name)
-        ]
-        if missing:
-            raise InputError(
-                f"{path} needs {' and '.join(missing)} to be read: `pip install sentencepiece "
-                "protobuf`"
-            )
+        return _from_tiktoken(ranks)
+    is_alone = path.name == "tokenizer.model"
+    is_alone = is_alone and not (path.parent / "tokenizer_config.json").is_file()
     try:
-        if path.name == "tokenizer.model" and not (path.parent / "tokenizer_config.json").is_file():
-            # Alone, the file does not say how text is prepared; without its config AutoTokenizer
-            # would guess another way.
+        if is_alone:
+            # The file does not say how text is prepared, and AutoTokenizer would guess otherwise.
             tokenizer = LlamaTokenizer.from_pretrained(path.parent, add_bos_token=True)
         else:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False)
-    except (
-        Exception
-    ) as error:  # transformers and tokenizers raise bare exceptions for damaged files
+    except Exception as error:  # transformers and tokenizers raise bare ones for damaged files
         raise InputError(
-            f"{path} cannot be read as a tokenizer ({type(error).__name__}: {error}); it "
-            "may be cut off: download it again"
+            f"{path} cannot be read as a tokenizer ({type(error).__name__}: {error}); download it "
+            "again (a sentencepiece file needs `pip install sentencepiece protobuf`)"
         ) from error
     if not tokenizer.is_fast:
-        raise InputError(
-            f"{path} gives a slow tokenizer ({type(tokenizer).__name__}), expected one "
-            "with a tokenizer.json"
-        )
+        name = type(tokenizer).__name__
+        raise InputError(f"{path} gives a slow tokenizer ({name}), expected a tokenizer.json")
     return tokenizer
 
 
-def _is_importable(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # the parent of a dotted name
-        return False
-
-
 def read_tiktoken_ranks(path: Path) -> dict[bytes, int]:
-    """Ranks of a tiktoken file (lines `base64 rank`); empty when it is another format, such as
-    sentencepiece.
-    """
+    """Ranks of a tiktoken file (lines `base64 rank`); empty for another format."""
     ranks = {}
     try:
         for line in path.read_bytes().splitlines():
@@ -128,9 +94,7 @@ def read_tiktoken_ranks(path: Path) -> dict[bytes, int]:
 
 
 def _from_tiktoken(ranks: dict[bytes, int]) -> PreTrainedTokenizerFast:
-    """Llama-3's fast tokenizer: byte-pair ranks, its split pattern, its specials, the begin
-    token in front.
-    """
+    """Llama-3's fast tokenizer: ranks, its split pattern, its specials, the begin token first."""
 
     class Converter(TikTokenConverter):
         @staticmethod
@@ -138,17 +102,14 @@ def _from_tiktoken(ranks: dict[bytes, int]) -> PreTrainedTokenizerFast:
             return ranks
 
     bos, eos = LLAMA3_SPECIALS[:2]
-    tokenizer = Converter(
-        "", pattern=LLAMA3_PATTERN, extra_special_tokens=LLAMA3_SPECIALS
-    ).converted()
+    converter = Converter("", pattern=LLAMA3_PATTERN, extra_special_tokens=LLAMA3_SPECIALS)
+    tokenizer = converter.converted()
+    specials = [(bos, tokenizer.token_to_id(bos))]
     template = processors.TemplateProcessing(
-        single=f"{bos} $A",
-        pair=f"{bos} $A {bos}:1 $B:1",
-        special_tokens=[(bos, tokenizer.token_to_id(bos))],
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=specials
     )
-    tokenizer.post_processor = processors.Sequence(
-        [processors.ByteLevel(trim_offsets=False), template]
-    )
+    byte_level = processors.ByteLevel(trim_offsets=False)
+    tokenizer.post_processor = processors.Sequence([byte_level, template])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=bos,
@@ -159,26 +120,22 @@ def _from_tiktoken(ranks: dict[bytes, int]) -> PreTrainedTokenizerFast:
 
 
 def check_belongs_to(tokenizer: PreTrainedTokenizerFast, base: BaseModel) -> None:
-    """A tokenizer's begin and end token are those of the base model's configs, and nearly every
-    row has a token.
-
-    Raises InputError otherwise: a tokenizer file that was cut off, or another model's.
+    """Raises InputError unless begin and end token are those of the base model's configs, and
+    nearly every row has a token: the file was truncated, or is another model's.
     """
     for name in ("bos_token_id", "eos_token_id"):
         found, expected = getattr(tokenizer, name), base.special_ids(name)
         if found is not None and expected and found not in expected:
+            said = " or ".join(map(str, sorted(expected)))
             raise InputError(
                 f"{base.folder}: the tokenizer's {name} is {found}, config.json and "
-                "generation_config.json say "
-                f"{' or '.join(map(str, sorted(expected)))}; the tokenizer was cut off or is "
-                "another model's: make them agree"
+                f"generation_config.json say {said}; make them agree"
             )
     gap = base.num_text - len(tokenizer)
     if gap > base.num_text * _LARGEST_GAP:
         raise InputError(
             f"{base.folder}: the tokenizer has {len(tokenizer)} tokens, the embedding "
-            f"{base.num_text} rows; the tokenizer was "
-            f"cut off or is another model's: download it again"
+            f"{base.num_text} rows; it was truncated or is another model's: download it again"
         )
 
 
@@ -189,19 +146,15 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # tokenizers raises a bare one
-        if any(text in str(error) for text in ("os error 28", "No space left")):
-            raise OSError(
-                errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "tokenizer.json")
-            ) from error
+        if "os error 28" in str(error) or "No space left" in str(error):
+            full = errno.ENOSPC
+            raise OSError(full, os.strerror(full), str(folder / "tokenizer.json")) from error
         raise
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["tokenizer_class"] = (
-        "PreTrainedTokenizerFast"  # tokenizer.json alone decides, in every version
-    )
-    if isinstance(
-        config.get("extra_special_tokens"), list
-    ):  # version 4 wants a mapping under this name
+    # tokenizer.json alone decides, in every version.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):  # version 4 wants a mapping there
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     write_atomically(path, to_json(config))
 
@@ -210,8 +163,7 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, layout: VocabLayout, so
     """Add the layout's tokens, in place, behind the text ids.
 
     An embedding with more rows than the tokenizer has tokens (Qwen2) gets named fillers for the
-    gap. Raises InputError when the tokenizer already has one of the new tokens or more tokens than
-    the embedding has rows.
+    gap.
     """
     gap = range(len(tokenizer), layout.num_text)
     new_tokens = layout.new_tokens()
@@ -219,71 +171,52 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, layout: VocabLayout, so
     for token_id, token in enumerate(new_tokens, start=layout.num_text):
         if token in known:
             raise InputError(
-                f"{source}: {token!r} is already token {known[token]} of the base model, "
-                f"expected it to become {token_id}; "
-                f"this base model's vocabulary cannot be extended with Being-VL's names"
+                f"{source}: {token!r} is already token {known[token]} of the base model, expected "
+                f"it to become {token_id}; take another base model"
             )
     if len(tokenizer) > layout.num_text:
         raise InputError(
             f"{source} has {len(tokenizer)} tokens, but the embedding has {layout.num_text} rows; "
-            f"give the tokenizer that belongs to the weights"
+            "give the tokenizer that belongs to the weights"
         )
-    fillers = [
-        AddedToken(f"<|unused_{token_id}|>", special=True, normalized=False) for token_id in gap
-    ]
-    num_specials = len(SPECIAL_TOKENS)
-    specials = [
-        AddedToken(token, special=True, normalized=False) for token in new_tokens[:num_specials]
-    ]
+    specials = [f"<|unused_{token_id}|>" for token_id in gap] + list(SPECIAL_TOKENS)
+    image_tokens = new_tokens[len(SPECIAL_TOKENS) :]
     tokenizer.add_tokens(
-        [
-            *fillers,
-            *specials,
-            *(AddedToken(token, normalized=False) for token in new_tokens[num_specials:]),
-        ]
+        [AddedToken(token, special=True, normalized=False) for token in specials]
+        + [AddedToken(token, normalized=False) for token in image_tokens]
     )
     tokenizer.pad_token = SPECIAL_TOKENS[0]
 
 
 def add_missing_merges(tokenizer: PreTrainedTokenizerFast, layout: VocabLayout) -> None:
-    """A tokenizer that ends with the last VQ code, made before there was a vBPE, gets the
-    merges' tokens.
-    """
+    """Give the merges' tokens to a tokenizer that was made before there was a vBPE."""
     if len(tokenizer) == layout.first_vbpe_id:
         merges = layout.new_tokens()[layout.first_vbpe_id - layout.num_text :]
         tokenizer.add_tokens([AddedToken(token, normalized=False) for token in merges])
 
 
 def check_token_ids(tokenizer: PreTrainedTokenizerFast, layout: VocabLayout, source: str) -> None:
-    """Every new token has the id that the layout says. Raises InputError that shows the first
-    that has not.
-    """
+    """Raises InputError that shows the first new token whose id is not what the layout says."""
     num_tokens = len(tokenizer)  # counted anew at every call
     for token_id, token in enumerate(layout.new_tokens(), start=layout.num_text):
         found = tokenizer.convert_ids_to_tokens(token_id) if token_id < num_tokens else None
         if found != token:
             raise InputError(
-                f"{source}: token id {token_id} is {found!r}, the layout ({layout.num_text} "
-                f"text ids, {layout.num_vq} codes, "
-                f"{layout.num_merges} merges) expects {token!r}; give the tokenizer made for "
-                "this vocabulary, or none"
+                f"{source}: token id {token_id} is {found!r}, the layout ({layout.num_text} text "
+                f"ids, {layout.num_vq} codes, {layout.num_merges} merges) expects {token!r}; give "
+                "the tokenizer made for this vocabulary, or none"
             )
 
 
 def check_same_text_tokens(
     tokenizer: PreTrainedTokenizerFast, base: PreTrainedTokenizerFast, source: str
 ) -> None:
-    """Both tokenizers agree on every id of `base`. Raises InputError that shows the first that
-    differs.
-    """
+    """Raises InputError that shows the first id of `base` on which the two differ."""
     for token_id in range(len(base)):
-        found, expected = (
-            tokenizer.convert_ids_to_tokens(token_id),
-            base.convert_ids_to_tokens(token_id),
-        )
+        found = tokenizer.convert_ids_to_tokens(token_id)
+        expected = base.convert_ids_to_tokens(token_id)
         if found != expected:
             raise InputError(
                 f"{source}: token id {token_id} is {found!r}, the base model's tokenizer says "
-                f"{expected!r}; "
-                f"give the tokenizer made for this base model, or none"
+                f"{expected!r}; give the tokenizer made for this base model, or none"
             )

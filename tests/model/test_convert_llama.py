@@ -514,7 +514,7 @@ def test_a_sentencepiece_tokenizer_says_what_to_install(tmp_path, package, monke
     (base / "tokenizer.json").unlink()
     (base / "tokenizer.model").write_bytes(b"\x0a\x0esentencepiece")
     monkeypatch.setitem(sys.modules, package, None)
-    message = f"needs {package} to be read: `pip install sentencepiece protobuf`"
+    message = "download it again (a sentencepiece file needs `pip install sentencepiece protobuf`)"
     refused(capsys, message, "--llama_path", base, "--output_path", tmp_path / "never")
 
 
