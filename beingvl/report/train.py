@@ -25,6 +25,7 @@ from beingvl.report.kit import INK, SERIES_COLOURS, chart, page, render
 from beingvl.train.metrics import METRICS_FILE, VALIDATION_FILE, read_metrics
 from beingvl.train.phases import STEP_PHASES
 
+PHASES = (*STEP_PHASES, "validation", "save")
 LOG_SCALE_FROM = 20
 """A loss that falls by more than this factor would lie flat on its axis."""
 
@@ -69,7 +70,6 @@ def read_stage(folder: Path) -> TrainedStage:
 def train_section(stage: TrainedStage, name: str, level: int = 2) -> Markup:
     """What the page says, with headings `level` deep."""
     rows = stage.rows
-    phases = (*STEP_PHASES, "validation", "save")
     return render(
         "train.html",
         level=level,
@@ -79,7 +79,7 @@ def train_section(stage: TrainedStage, name: str, level: int = 2) -> Markup:
         speed=_median(rows, "tokens_per_second"),
         mfu=_median(rows, "mfu"),
         peak_memory_bytes=max(row["peak_memory_bytes"] for row in rows),
-        seconds={phase: sum(row.get(f"seconds_{phase}", 0.0) for row in rows) for phase in phases},
+        seconds={phase: sum(row.get(f"seconds_{phase}", 0.0) for row in rows) for phase in PHASES},
         events=[row for row in rows if row.get("skipped") or row.get("spike")],
     )
 
