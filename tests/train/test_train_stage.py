@@ -12,12 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from beingvl.artefact.request import Request
 from beingvl.commands import main as cli
-from beingvl.errors import InputError
 from beingvl.model.weight_files import WeightFolder
 from beingvl.stage.stage_config import load_stage_config
-from beingvl.train.agreement import refuse_different_inputs
 from beingvl.train.checkpoint import read_state
 from beingvl.train.checkpoint_folders import complete_checkpoints, step_of
 from beingvl.train.metrics import read_metrics
@@ -221,17 +218,6 @@ def test_ranks_that_are_given_different_things_end_together_and_all_differences_
             for name in ("zero_optimization", "shards", "validation set")
         ), line
     assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_the_first_rank_that_was_given_something_else_is_named() -> None:
-    same = Request({"seed": 0, "shards": "a"})
-    refuse_different_inputs(same, lambda value: [value, dict(same)])
-    others = [same, {**same, "shards": "b"}, {"seed": 1}]
-    with pytest.raises(
-        InputError,
-        match=r"rank 2 was .* than rank 0: another shards \(found 'b', asked for 'a'\); every host",
-    ):
-        refuse_different_inputs(same, lambda value: [value, *others])
 
 
 def test_a_stage_folder_serves_as_start_model_and_export_equals_final(
