@@ -102,6 +102,7 @@ def test_imports_point_one_way_and_libraries_stay_in_their_homes(path: Path) -> 
             {"torch", "numpy", "transformers", "deepspeed", "pyarrow", "numba"},
         ),
         (["beingvl.stage.stage_config"], {"torch", "transformers", "deepspeed"}),
+        (["beingvl.train.train_stage"], {"torch", "transformers", "deepspeed"}),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
