@@ -8,7 +8,7 @@ from tests.launcher import log_of, run
 from tests.tiny import stage_fields, write_inputs
 
 ROWS_ONLY = [{"match": "visual_rows"}, {"match": ".*", "train": False}]
-STALL_SECONDS = 20
+STALL_SECONDS = 8
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from beingvl.train.checkpoint import StateReader
 from beingvl.train.checkpoint_folders import complete_checkpoints, step_of
 from beingvl.train.metrics import VALIDATION_FILE, MetricsWriter, read_metrics
 from beingvl.train.ranks import Ranks
-from tests.launcher import ENVIRONMENT, log_of, run
+from tests.launcher import ENVIRONMENT, PYTHON, log_of, run
 from tests.plain_torch import train_plain
 from tests.tiny import stage_fields, write_inputs, write_shards
 from tests.train.programs import run_program
@@ -51,7 +51,7 @@ def train(
         str(work / name),
     ]
     command = [
-        sys.executable,
+        *PYTHON,
         "-m",
         "beingvl",
         "train",

@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from beingvl.train.checkpoint_folders import complete_checkpoints, step_of
 from beingvl.train.metrics import SpikeDetector, read_metrics
 from tests.launcher import (
     ENVIRONMENT,
+    PYTHON,
     free_port,
     log_of,
     rank_processes,
@@ -46,7 +46,7 @@ def assert_same_weights(found: Path, expected: Path) -> None:
 def alone(work: Path, output: Path, *more: str) -> subprocess.CompletedProcess:
     """One rank, no launcher: the quick way."""
     command = [
-        sys.executable,
+        *PYTHON,
         "-m",
         "beingvl",
         "train",
@@ -216,7 +216,7 @@ def test_whole_runs_find_what_is_planted(work) -> None:
 def test_hosts_without_a_common_output_folder_end_together(work, whole_run) -> None:
     """Rank 1's output folder is another than rank 0's, as on a disk that hosts do not share."""
     base = [
-        sys.executable,
+        *PYTHON,
         "-m",
         "beingvl",
         "train",
@@ -228,7 +228,7 @@ def test_hosts_without_a_common_output_folder_end_together(work, whole_run) -> N
     base += ["--deepspeed_config", str(work / "all.json"), "--output"]
     unfinished = work / "unfinished"
     shutil.copytree(whole_run / "checkpoints", unfinished / "checkpoints")
-    short = ["--set", "beingvl.stall_timeout_seconds=12"]
+    short = ["--set", "beingvl.stall_timeout_seconds=8"]
     blind = run_each([[*base, str(unfinished), *short], [*base, str(work / "elsewhere"), *short]])
     assert [done.returncode for done in blind] == [1, 1], blind
     for done in blind:

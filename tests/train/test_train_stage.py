@@ -5,7 +5,6 @@ resumable to the bit.
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from beingvl.train.checkpoint_folders import complete_checkpoints, step_of
 from beingvl.train.metrics import read_metrics
 from tests.launcher import (
     ENVIRONMENT,
+    PYTHON,
     log_of,
     rank_processes,
     run,
@@ -103,7 +103,7 @@ def test_final_is_a_stock_hugging_face_folder(whole_run) -> None:
 def test_a_finished_stage_is_left_alone_and_another_run_is_refused(work, whole_run) -> None:
     before = (whole_run / "final" / "manifest.json").read_text()
     base = [
-        sys.executable,
+        *PYTHON,
         "-m",
         "beingvl",
         "train",
@@ -197,7 +197,7 @@ def test_ranks_that_are_given_different_things_end_together_and_all_differences_
         words = [word for name, path in places.items() for word in (f"--{name}", str(path))]
         settings = [*validation[: 2 - number], f"beingvl.checkpoint_every_steps={steps}"]
         command = [
-            sys.executable,
+            *PYTHON,
             "-m",
             "beingvl",
             "train",
@@ -300,7 +300,7 @@ def test_wrong_input_is_one_sentence(work, tmp_path, arguments, message) -> None
         "--output": tmp_path / "x",
     }
     command = [
-        sys.executable,
+        *PYTHON,
         "-m",
         "beingvl",
         "train",

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
-from tests.launcher import ENVIRONMENT, free_port
+from tests.launcher import ENVIRONMENT, PYTHON, free_port
 
 
 def program(name: str, *words: object) -> list[str]:
     """The command that starts one."""
-    return [sys.executable, "-m", f"tests.train.programs.{name}", *map(str, words)]
+    return [*PYTHON, "-m", f"tests.train.programs.{name}", *map(str, words)]
 
 
 def run_program(name: str, *words: object, **variables: str) -> subprocess.CompletedProcess:
