@@ -45,6 +45,7 @@ setup(
         "evaluation": ["sacrebleu>=2.4"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.9",
             "mypy>=1.14",

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Set-up and all tests: format, lint, types, unit tests, a tiny run of the whole line on two ranks, two hosts, a Slurm cluster.
-#   bash scripts/test.sh [--install_only | --full]     --full adds the long storms and full grids
-# Root and a Debian are needed for the last two (network namespaces, sshd, slurmd): their programs are installed, or named.
+#   bash scripts/test.sh [--install_only | --full | --quickstart]
+# --full adds the long storms, the full grids and the quickstart; --quickstart runs that one alone, the learning gate.
+# Root and a Debian are needed for two hosts and Slurm (network namespaces, sshd, slurmd): their programs are installed, or
+# named. Who is not root is told that these tests are left out.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
@@ -21,8 +23,15 @@ install_launchers() {
 install_launchers "$([ "${1:-}" != --full ] || echo with-browser)"
 [ "${1:-}" = "--install_only" ] && exit 0
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+[ "${1:-}" != "--quickstart" ] || exec pytest --durations=3 tests/test_quickstart.py
 
+chosen='not slow' workers='-n 2 --dist loadgroup --no-loadscope-reorder'
+[ "${1:-}" != "--full" ] || chosen='slow or not slow' workers=''
+if [ "$(id -u)" != 0 ]; then
+    echo "not root: the tests of two hosts and of a Slurm cluster are left out" >&2
+    chosen="($chosen) and not needs_root"
+fi
 ruff format --check .
 ruff check .
 mypy
-if [ "${1:-}" = "--full" ]; then pytest --durations=20; else pytest --durations=20 -m "not slow"; fi
+pytest --durations=20 -m "$chosen" $workers

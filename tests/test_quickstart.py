@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from beingvl.artefact.manifest import read_manifest
 from tests.launcher import ENVIRONMENT, free_port
 
 REPOSITORY = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_answers_about_images_it_has_never_seen(tmp_path) -> None:
     environment = {
         **ENVIRONMENT,

@@ -1,5 +1,5 @@
-"""All steps of the line on two ranks, word for word as the documents give them, on a small part
-of the quickstart's data.
+"""All steps of the line on two ranks, on a small part of the quickstart's data: the three entry
+points of the training guide word for word, the other commands in this process.
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from beingvl.artefact.manifest import read_manifest, verify_folder
+from beingvl.commands.main import main
 from tests.launcher import ENVIRONMENT, free_port
 
 REPOSITORY = Path(__file__).parents[1]
@@ -38,125 +39,67 @@ def must(command: list, **more: object) -> str:
     return done.stdout
 
 
-def beingvl(*words: object) -> str:
-    return must([sys.executable, "-m", "beingvl", *words])
+def beingvl(command: str, *paths: Path, **options: object) -> None:
+    """A command in this process, which has imported everything already."""
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    assert main([command, *map(str, paths), *words]) == 0
 
 
 def test_1_data_vqgan_codes_and_vbpe(work) -> None:
-    must(
-        [
-            sys.executable,
-            "scripts/make_digits_dataset.py",
-            "--output_dir",
-            work / "data",
-            "--augmentations",
-            0,
-        ]
-    )
-    rows = json.loads((work / "data" / "train.json").read_text())
-    (work / "train.json").write_text(json.dumps(rows[:240]))
-    tests = json.loads((work / "data" / "test.json").read_text())
-    (work / "test.json").write_text(json.dumps(tests[:12]))
-    beingvl(
-        "train-vq",
-        "--image_path",
-        work / "data/images/validation",
-        "--output_path",
-        work / "being-vq",
-        "--steps",
-        6,
-    )
+    script = [sys.executable, "scripts/make_digits_dataset.py", "--output_dir", work / "data"]
+    must([*script, "--augmentations", 0])
+    for split, number in (("train", 240), ("test", 12)):
+        rows = json.loads((work / f"data/{split}.json").read_text())
+        (work / f"{split}.json").write_text(json.dumps(rows[:number]))
+    validation = work / "data/images/validation"
+    beingvl("train-vq", image_path=validation, output_path=work / "being-vq", steps=6)
     for split in ("train", "test"):
-        images = [
-            "--image_path",
-            work / "data/images",
-            "--json_path",
-            work / f"{split}.json",
-            "--vq_path",
-            work / "being-vq",
-        ]
-        beingvl("encode-images", *images, "--output_path", work / "vq_codes" / split)
+        beingvl(
+            "encode-images",
+            image_path=work / "data/images",
+            json_path=work / f"{split}.json",
+            vq_path=work / "being-vq",
+            output_path=work / "vq_codes" / split,
+        )
     beingvl(
         "train-vbpe",
-        "--data_path",
-        work / "vq_codes/train",
-        "--output_path",
-        work / "vbpe.json",
-        "--num_merges",
-        16,
+        data_path=work / "vq_codes/train",
+        output_path=work / "vbpe.json",
+        num_merges=16,
     )
 
 
 def test_2_the_guides_converter_command(work) -> None:
-    script = [
-        sys.executable,
-        "scripts/make_text_llama.py",
-        "--texts",
-        work / "data/texts.txt",
-        "--output_path",
-        work / "llama",
-    ]
-    must([*script, "--steps", 3])
-    inputs = ["--llama_path", work / "llama", "--being_vq_path", work / "being-vq"]
-    beingvl("convert", *inputs, "--num_merges", 16, "--output_path", work / "first")
-    words = [
-        *inputs,
-        "--being_tokenizer_config_path",
-        work / "first",
-        "--output_path",
-        work / "models/beingvl/base",
-    ]
-    words += ["--num_merges", 16, "--verify_loading"]
-    must([sys.executable, "beingvl/utils/convert_llama_to_being.py", *words])
-    assert (work / "models/beingvl/base/model.safetensors").read_bytes() == (
+    script = [sys.executable, "scripts/make_text_llama.py", "--texts", work / "data/texts.txt"]
+    must([*script, "--output_path", work / "llama", "--steps", 3])
+    inputs = {"llama_path": work / "llama", "being_vq_path": work / "being-vq", "num_merges": 16}
+    beingvl("convert", **inputs, output_path=work / "first")
+    base = work / "models/beingvl/base"
+    words = [word for name, value in inputs.items() for word in (f"--{name}", value)]
+    words += ["--being_tokenizer_config_path", work / "first", "--output_path", base]
+    converter = [sys.executable, "beingvl/utils/convert_llama_to_being.py"]
+    must([*converter, *words, "--verify_loading"])
+    assert (base / "model.safetensors").read_bytes() == (
         work / "first/model.safetensors"
     ).read_bytes()
 
 
 def test_3_tokenize_and_shards(work) -> None:
-    common = [
-        "--json_path",
-        work / "train.json",
-        "--model_path",
-        work / "models/beingvl/base",
-        "--vbpe_path",
-        work / "vbpe.json",
-    ]
-    beingvl(
-        "tokenize",
-        "--mode",
-        "pt",
-        *common,
-        "--vq_codes",
-        work / "vq_codes/train",
-        "--output_dir",
-        work / "pt",
-        "--dataset_name",
-        "pretrain_data",
-    )
+    inputs = {
+        "json_path": work / "train.json",
+        "model_path": work / "models/beingvl/base",
+        "vbpe_path": work / "vbpe.json",
+    }
+    places = {"output_dir": work / "pt", "dataset_name": "pretrain_data"}
+    beingvl("tokenize", mode="pt", **inputs, vq_codes=work / "vq_codes/train", **places)
     # straight from the images, with dashes
-    beingvl(
-        "tokenize",
-        "--mode",
-        "sft",
-        *common,
-        "--image-path",
-        work / "data/images",
-        "--output-dir",
-        work / "sft",
-        "--dataset-name",
-        "data",
-    )
-    assert (work / "sft/data_vbpe.jsonl").read_bytes() == (
-        work / "pt/pretrain_data_vbpe.jsonl"
-    ).read_bytes()
-    beingvl(
-        "build-shards",
-        "--jsonl_path",
-        work / "sft/data_vbpe.jsonl",
-        "--output_path",
-        work / "shards",
-    )
+    inputs = {name.replace("_", "-"): value for name, value in inputs.items()}
+    places = {"output-dir": work / "sft", "dataset-name": "data"}
+    images = {"image-path": work / "data/images"}
+    beingvl("tokenize", mode="sft", **inputs, **images, **places)
+    jsonl = work / "sft/data_vbpe.jsonl"
+    assert jsonl.read_bytes() == (work / "pt/pretrain_data_vbpe.jsonl").read_bytes()
+    beingvl("build-shards", jsonl_path=jsonl, output_path=work / "shards")
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -236,29 +179,12 @@ def test_6_a_direct_launch(work) -> None:
     verify_folder(work / "direct/final")
 
 
-def test_7_answers_scores_and_report(work) -> None:
-    final = work / "models/beingvl/stage-3/final"
+def test_7_answers_and_scores(work) -> None:
+    final, vbpe = work / "models/beingvl/stage-3/final", work / "vbpe.json"
     image = next((work / "data/images/test").glob("*.png"))
-    beingvl(
-        "generate",
-        "--model",
-        final,
-        "--vbpe_path",
-        work / "vbpe.json",
-        "--image",
-        image,
-        "--prompt",
-        "Which digit is this?",
-    )
-    held_out = [
-        "--json_path",
-        work / "test.json",
-        "--vq_codes",
-        work / "vq_codes/test",
-        "--vbpe_path",
-        work / "vbpe.json",
-    ]
-    beingvl("evaluate", "--model", final, *held_out, "--output_path", work / "eval")
+    beingvl("generate", model=final, vbpe_path=vbpe, image=image, prompt="Which digit is this?")
+    held_out = {"json_path": work / "test.json", "vq_codes": work / "vq_codes/test"}
+    beingvl("evaluate", model=final, vbpe_path=vbpe, **held_out, output_path=work / "eval")
     summary = json.loads((work / "eval/scores.json").read_text())
     assert set(summary["questions"]) == {
         "Which digit is this?",

@@ -115,17 +115,18 @@ def same_at_import(environment: dict[str, str]) -> bool:
 
 def become(request: dict[str, Any], files: list[int]) -> None:
     """Run what was asked for, as the main program of this process."""
+    is_unbuffered = request["arguments"][0] == "-u"
     for target, file in enumerate(files):
         os.dup2(file, target)
         os.close(file)
+    sys.stdin = sys.__stdin__ = os.fdopen(0, closefd=False)
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", 1 if is_unbuffered else -1, closefd=False)
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
     os.chdir(request["cwd"])
     for name in set(STARTED_WITH) - set(request["environment"]):
         os.environ.pop(name, None)
     os.environ.update(request["environment"])
-    arguments = request["arguments"]
-    if arguments[0] == "-u":
-        arguments = arguments[1:]
-        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    arguments = request["arguments"][is_unbuffered:]
     first, rest = arguments[0], arguments[1:]
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     if first == "-m":

@@ -20,6 +20,7 @@ from tests.launcher import ENVIRONMENT, has_step, log_of
 from tests.launcher import run as run_on_one_host
 from tests.tiny import stage_fields, write_inputs
 
+pytestmark = pytest.mark.needs_root
 REPOSITORY = Path(__file__).parents[2]
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1"]
 
@@ -185,32 +186,6 @@ def test_the_pipeline_from_images_to_stage_3_is_submitted_requeued_and_submitted
     assert start == read_manifest(stages / "stage-2/final").content_hash
     assert re.findall(r"^(\S+): finished", cluster.run(*submit, **paths), re.M) == names
     cluster.wait_until_nothing_runs(str(data))
-
-
-@pytest.mark.parametrize("name", ["vbpe.json", "vbpe"])
-def test_a_vbpe_file_or_folder_that_is_finished_is_not_trained_again(tmp_path, name) -> None:
-    sbatch = tmp_path / "bin/sbatch"
-    sbatch.parent.mkdir()
-    sbatch.write_text("#!/bin/sh\necho 7\n")
-    sbatch.chmod(0o755)
-    path = f"{sbatch.parent}:{os.environ['PATH']}"
-    environment = {
-        **ENVIRONMENT,
-        "PATH": path,
-        "WORKSPACE": str(tmp_path),
-        "VBPE_PATH": str(tmp_path / name),
-    }
-
-    def shown() -> str:
-        return subprocess.check_output(
-            ["bash", "scripts/slurm/submit-pipeline.sh"], cwd=REPOSITORY, env=environment, text=True
-        )
-
-    assert "train-vbpe: job 7" in shown()
-    marker = tmp_path / name if name.endswith(".json") else tmp_path / name / "manifest.json"
-    marker.parent.mkdir(exist_ok=True)
-    marker.write_text("{}")
-    assert "train-vbpe: finished" in shown()
 
 
 def test_a_stage_without_its_predecessor_says_what_to_run(cluster, work, tmp_path) -> None:

@@ -19,6 +19,7 @@ from tests.launcher import ENVIRONMENT, free_port, has_step, log_of
 from tests.launcher import run as run_on_one_host
 from tests.tiny import stage_fields, write_inputs
 
+pytestmark = pytest.mark.needs_root
 REPOSITORY = Path(__file__).parents[2]
 ROWS_ONLY = [{"match": "visual_rows"}, {"match": ".*", "train": False}]
 
