@@ -32,10 +32,15 @@ STARTED_WITH = dict(os.environ)
 
 
 def import_all() -> None:
-    """What training processes import."""
+    """The libraries that training imports. Our own modules are forgotten: a program may patch one
+    before another is imported.
+    """
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import beingvl.train.run_stage  # noqa: F401
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "beingvl"]:
+        del sys.modules[name]
 
 
 def serve(path: str, session: int) -> tuple[dict[str, Any], list[int]]:

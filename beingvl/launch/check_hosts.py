@@ -30,6 +30,8 @@ MAX_CLOCK_DIFFERENCE = 5.0  # seconds; more makes logs and build caches misleadi
 MIN_FREE_BYTES = 1 << 30
 MAX_RANKS_PER_CORE = 4  # CPU ranks of this machine alone share its cores
 
+Row = tuple[str, str, str]  # of one host: what is checked, what is seen, remedy
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -56,29 +58,6 @@ class Wanted:
     def __post_init__(self) -> None:
         if not 0 < self.port < 1 << 16:
             raise InputError(f"--master_port is {self.port}, expected 1 to 65535")
-
-    def question(self, is_first: bool) -> dict[str, Any]:
-        """The arguments of `host_probe.probe`."""
-        return {
-            "port": self.port if is_first else None,
-            "folders": dict(self.folders),
-            "output": self.output,
-            "stage": self.stage,
-            "nvme": self.nvme_paths,
-        }
-
-    @property
-    def nvme_paths(self) -> list[str]:
-        """Where the stage offloads to, on every host; none when its JSON is refused, which is a
-        row of its own.
-        """
-        if not self.stage:
-            return []
-        try:
-            offloads = load_stage_config(self.stage, self.overrides).nvme_offloads
-        except InputError:
-            return []
-        return sorted({offload["nvme_path"] for offload in offloads.values()})
 
     @property
     def free_bytes(self) -> int:
@@ -162,11 +141,9 @@ def run_on(
     """Run a shell command on a host over ssh; the exit code is 255 when it does not answer in
     time.
     """
-    words = ["ssh", *ssh_options(), host, command]
+    words = ["ssh", "-n", *ssh_options(), host, command]
     try:
-        return subprocess.run(
-            words, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL
-        )
+        return subprocess.run(words, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(words, 255, "", f"no answer in {seconds:.0f} s")
 
@@ -178,23 +155,28 @@ def check_hosts(
     table.
     """
     is_alone = is_this_machine_alone(hosts)
+    nvme, stage_rows = _check_stage(wanted, sum(host.slots for host in hosts))
+    question = {
+        "folders": dict(wanted.folders),
+        "output": wanted.output,
+        "stage": wanted.stage,
+        "nvme": nvme,
+    }
+    questions = [{**question, "port": wanted.port if host is hosts[0] else None} for host in hosts]
     asked: list[dict[str, Any] | Finding]
     if is_alone:
-        asked = [{**probe(**wanted.question(True)), "host": hosts[0].name, "skew": 0.0}]
+        asked = [{**probe(**questions[0]), "host": hosts[0].name, "skew": 0.0}]
     else:
-        questions = [wanted.question(host is hosts[0]) for host in hosts]
         with ThreadPoolExecutor(max_workers=min(64, len(hosts))) as pool:
             asked = list(pool.map(_ask, hosts, questions))
     answers = {found["host"]: found for found in asked if isinstance(found, dict)}
-    findings: list[Finding] = []
+    rows: list[Finding] = []
     for host, found in zip(hosts, asked, strict=True):
         if isinstance(found, Finding):
-            findings.append(found)
+            rows.append(found)
         else:
-            findings += judge(host, found, next(iter(answers.values())), wanted, is_alone)
-    if wanted.stage:
-        findings.append(_check_stage(wanted, sum(host.slots for host in hosts)))
-    return answers, findings
+            rows += judge(host, found, next(iter(answers.values())), wanted, is_alone)
+    return answers, rows + stage_rows
 
 
 def _ask(host: Host, question: Mapping[str, Any]) -> dict[str, Any] | Finding:
@@ -215,14 +197,13 @@ def _ask(host: Host, question: Mapping[str, Any]) -> dict[str, Any] | Finding:
         return {**answer, "host": host.name, "skew": skew}
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}, no word"])[-1]
     if done.returncode == 255:
-        check, remedy = "reachable", f"`ssh {host.name}` must work without a password"
-    else:
-        check, remedy = (
-            "starts python",
-            f"this folder and {sys.executable} must be the same on every host (a shared "
-            "file system, or equal copies)",
-        )
-    return Finding(host.name, check, f"no: {last}", remedy)
+        remedy = f"`ssh {host.name}` must work without a password"
+        return Finding(host.name, "reachable", f"no: {last}", remedy)
+    remedy = (
+        f"this folder and {sys.executable} must be the same on every host (a shared file system, "
+        "or equal copies)"
+    )
+    return Finding(host.name, "starts python", f"no: {last}", remedy)
 
 
 def judge(
@@ -273,9 +254,7 @@ def judge(
     return [Finding(host.name, *row) for row in rows]
 
 
-def _same_versions(
-    answer: Mapping[str, Any], first: Mapping[str, Any]
-) -> list[tuple[str, str, str]]:
+def _same_versions(answer: Mapping[str, Any], first: Mapping[str, Any]) -> list[Row]:
     rows = []
     for name in ("python", *PACKAGES, "beingvl", "code"):
         remedy = ""
@@ -287,19 +266,16 @@ def _same_versions(
     return rows
 
 
-def _same_files(
-    answer: Mapping[str, Any], first: Mapping[str, Any], wanted: Wanted
-) -> list[tuple[str, str, str]]:
+def _same_files(answer: Mapping[str, Any], first: Mapping[str, Any], wanted: Wanted) -> list[Row]:
     rows = []
     for folder, found in answer["folders"].items():
         expected = first["folders"][folder]
         if found.startswith("error: "):
             rows.append((folder, "not there", found.removeprefix("error: ")))
-        elif found != expected and not expected.startswith("error: "):
-            remedy = f"{first['host']} has {expected[:19]}…: copy it again"
-            rows.append((folder, f"{found[:19]}…", remedy))
-        else:
-            rows.append((folder, f"{found[:19]}…", ""))
+            continue
+        is_same = found == expected or expected.startswith("error: ")
+        remedy = "" if is_same else f"{first['host']} has {expected[:19]}…: copy it again"
+        rows.append((folder, f"{found[:19]}…", remedy))
     if wanted.stage:
         is_same = answer["stage"] == first["stage"]
         remedy = "" if is_same else f"{first['host']} has {first['stage']}: copy it again"
@@ -307,11 +283,16 @@ def _same_files(
     return rows
 
 
-def _check_stage(wanted: Wanted, num_ranks: int) -> Finding:
-    path = Path(wanted.stage or "")
+def _check_stage(wanted: Wanted, num_ranks: int) -> tuple[list[str], list[Finding]]:
+    """Where the stage offloads to, on every host, and the row of its JSON."""
+    if not wanted.stage:
+        return [], []
+    name = Path(wanted.stage).name
     try:
-        accumulation = load_stage_config(path, wanted.overrides).accumulation_steps(num_ranks)
+        config = load_stage_config(wanted.stage, wanted.overrides)
+        accumulation = config.accumulation_steps(num_ranks)
     except InputError as error:
-        return Finding("-", path.name, "refused", str(error))
+        return [], [Finding("-", name, "refused", str(error))]
     seen = f"accepted, {accumulation} accumulation steps on {num_ranks} ranks"
-    return Finding("-", path.name, seen)
+    paths = {offload["nvme_path"] for offload in config.nvme_offloads.values()}
+    return sorted(paths), [Finding("-", name, seen)]

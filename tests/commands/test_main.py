@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,22 +13,28 @@ from beingvl.vocab import LAYOUT_FILE, VocabLayout
 HEAVY = ("torch", "transformers", "numba", "deepspeed", "pyarrow", "PIL", "matplotlib")
 
 
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
-def test_help_of_every_command_is_instant_and_imports_nothing_heavy(command: str) -> None:
-    code = f"""
+MOST_SECONDS = 0.25  # of the processor, so that a busy machine does not matter
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_is_instant_and_imports_nothing_heavy(command: str) -> None:
+    program = f"""
 import sys
 from beingvl.commands.main import main
 try:
-    main([{command!r}, "--help"])
+    main({[*command.split(), "--help"]})
 finally:
-    heavy = [name for name in {HEAVY} if name in sys.modules]
-    assert not heavy, heavy
+    assert not set({HEAVY}) & set(sys.modules), set({HEAVY}) & set(sys.modules)
 """
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"usage: beingvl {command}" in done.stdout
-    assert time.perf_counter() - started < 5
+    seconds = []
+    while not seconds or (min(seconds) > MOST_SECONDS and len(seconds) < 5):
+        before = os.times()
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        after = os.times()
+        seconds.append(sum(after[2:4]) - sum(before[2:4]))
+        assert done.returncode == 0, done.stderr
+        assert f"usage: beingvl {command or 'COMMAND'}" in done.stdout
+    assert min(seconds) <= MOST_SECONDS, seconds
 
 
 def test_overview_and_version(capsys) -> None:
