@@ -52,7 +52,7 @@ def report_vbpe(
         of_decoder = {"vqgan": decoder.fingerprint()}
         join_lineages({str(vbpe): vocabulary.lineage, str(vq): of_decoder})
     sample = measure(vocabulary, codes, max_images, seed) if codes else None
-    folder = output_path or (vbpe if vbpe.is_dir() else vbpe.parent) / "vbpe_report"
+    folder = output_path or (vbpe if vbpe.is_dir() else vbpe.parent) / REPORT_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     pictures = draw_pictures(vocabulary, sample, decoder)
     charts = draw_charts(vocabulary, sample)
