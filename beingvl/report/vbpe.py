@@ -27,6 +27,7 @@ from beingvl.report.vbpe_pictures import (
     join_tiles,
 )
 from beingvl.vbpe.code_files import open_codes, sample_images
+from beingvl.vbpe.train_vbpe import REPORT_FOLDER
 from beingvl.vbpe.visual_bpe import VisualBPE
 
 
