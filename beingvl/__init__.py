@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from beingvl.model.convert_llama import convert
     from beingvl.train.export_hf import export
     from beingvl.train.train_stage import train
+    from beingvl.vbpe.train_vbpe import train_vbpe
     from beingvl.vbpe.visual_bpe import VisualBPE
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "evaluate",
     "export",
     "train",
+    "train_vbpe",
 ]
 _HOMES = {
     "BeingVL": "beingvl.inference.model",
@@ -39,6 +41,7 @@ _HOMES = {
     "encode_images": "beingvl.images.encode_images",
     "evaluate": "beingvl.evaluation.evaluate",
     "export": "beingvl.train.export_hf",
+    "train_vbpe": "beingvl.vbpe.train_vbpe",
 }
 
 

@@ -52,9 +52,8 @@ def open_codes(
     sizes = {"--init_size": num_codes, "--vocab_end less --vocab_pad": end and end - pad}
     for path in paths:
         if not path.exists():
-            raise InputError(
-                f"{path} does not exist; expected VQ codes, made with `beingvl encode-images`"
-            )
+            made_by = "expected VQ codes, made with `beingvl encode-images`"
+            raise InputError(f"{path} does not exist; {made_by}")
         if (path / CODES_FILE).exists() or (path / MANIFEST_FILE).exists():
             manifest = read_manifest(path, "vq_codes")
             hashes[path / CODES_FILE] = str(manifest.files[CODES_FILE]["hash"])
@@ -117,9 +116,7 @@ def _open_array(path: Path, grid: Sequence[int] | None) -> np.ndarray:
 
 
 def count_codes(codes: Codes) -> np.ndarray:
-    """How often every code occurs, int64 `[num_codes]`. Raises InputError for a code outside the
-    code book.
-    """
+    """How often every code occurs, int64 `[num_codes]`. Raises InputError for unknown codes."""
     usage = np.zeros(codes.num_codes, np.int64)
     with tqdm(total=codes.num_images, desc="check codes", unit="image", disable=None) as progress:
         for path, array in zip(codes.paths, codes.arrays, strict=True):
@@ -151,9 +148,7 @@ def _check_codes(path: Path, start: int, chunk: np.ndarray, codes: Codes) -> Non
 
 
 def sample_images(codes: Codes, max_images: int | None, seed: int) -> list[np.ndarray]:
-    """The arrays to learn from, raw codes: all images, or a sample without replacement that
-    depends only on the seed.
-    """
+    """The arrays to learn from, raw codes: all images, or a sample that the seed decides."""
     chosen = None
     if max_images is not None and max_images < codes.num_images:
         rng = np.random.default_rng(seed)

@@ -45,9 +45,7 @@ def encode_in_chunks(
 
 
 def checked_grids(grids: np.ndarray, num_codes: int, source: str) -> np.ndarray:
-    """`grids` if it is `[N, H, W]` of integers 0 … num_codes-1; InputError that says what it is
-    instead.
-    """
+    """`grids` if it is `[N, H, W]` of integers 0 … num_codes-1, else InputError."""
     grids = np.asarray(grids)
     if grids.ndim != 3:
         raise InputError(

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
+Ints = np.ndarray
 SPAN = 8192  # steps per row; |dx| <= MAX_SIDE + 1 stays below half of it
 BORDER = -(1 << 30)
 
@@ -47,15 +48,15 @@ class Tables(NamedTuple):
     """
 
     num_codes: int
-    merges: np.ndarray  # int32 [R, 3]: a, b, step
-    cell_start: np.ndarray  # int64 [V + 1]
-    cells: np.ndarray  # int32 steps
-    codes: np.ndarray  # int32
-    edge_start: np.ndarray  # int64 [V]
-    edge_end: np.ndarray  # int64 [V]
-    edges: np.ndarray  # int32 steps
-    slot_keys: np.ndarray  # int64 [power of two], -1 = free
-    slot_ranks: np.ndarray  # int32
+    merges: Ints  # int32 [R, 3]: a, b, step
+    cell_start: Ints  # int64 [V + 1]
+    cells: Ints  # int32 steps
+    codes: Ints  # int32
+    edge_start: Ints  # int64 [V]
+    edge_end: Ints  # int64 [V]
+    edges: Ints  # int32 steps
+    slot_keys: Ints  # int64 [power of two], -1 = free
+    slot_ranks: Ints  # int32
 
 
 # ---- steps, keys, hashing ----
@@ -84,41 +85,31 @@ def hash_slot(key: int, mask: int) -> int:
 
 @kernel
 def unite_cells(
-    cells: np.ndarray,
-    codes: np.ndarray,
-    a_start: int,
-    a_end: int,
-    b_start: int,
-    b_end: int,
-    step: int,
-    out: int,
+    cells: Ints, codes: Ints, starts: Ints, a: int, b: int, step: int, new: int
 ) -> bool:
-    """Write the sorted union of token a's cells and token b's cells moved by `step` at `out`;
-    False when they overlap.
+    """Write the sorted union of token a's cells and token b's cells moved by `step` as those of
+    `new`; False when they overlap.
     """
-    i, j = a_start, b_start
+    i, a_end, j, b_end, out = starts[a], starts[a + 1], starts[b], starts[b + 1], starts[new]
     while i < a_end or j < b_end:
         if i < a_end and j < b_end and cells[i] == cells[j] + step:
             return False
         if j == b_end or (i < a_end and cells[i] < cells[j] + step):
-            cells[out] = cells[i]
-            codes[out] = codes[i]
+            cells[out], codes[out] = cells[i], codes[i]
             i += 1
         else:
-            cells[out] = cells[j] + step
-            codes[out] = codes[j]
+            cells[out], codes[out] = cells[j] + step, codes[j]
             j += 1
         out += 1
     return True
 
 
 @kernel
-def list_edges(cells: np.ndarray, start: int, end: int, edges: np.ndarray, out: int) -> int:
-    """Write the sorted steps of all cells that touch a token at `out`; returns the end. At most
-    2 x cells + 2.
+def list_edges(cells: Ints, start: int, end: int, edges: Ints, out: int) -> int:
+    """Write the sorted steps of all cells that touch a token at `out`, at most 2 x cells + 2;
+    returns the end.
 
-    The cells above, left, right and below are four sorted lists; this merges them and leaves out
-    the token's own cells.
+    The cells above, left, right and below are four sorted lists, which are merged here.
     """
     above, left, right, below, own = start, start, start, start, start
     beyond = 1 << 40
@@ -141,77 +132,59 @@ def list_edges(cells: np.ndarray, start: int, end: int, edges: np.ndarray, out: 
 
 
 @kernel
-def touches(
-    edges: np.ndarray,
-    edge_start: int,
-    edge_end: int,
-    cells: np.ndarray,
-    start: int,
-    end: int,
-    step: int,
-) -> bool:
+def touches(edges: Ints, cells: Ints, step: int) -> bool:
     """Whether a token's cells, moved by `step`, meet the (sorted) edges of another."""
-    i = edge_start
-    for j in range(start, end):
-        while i < edge_end and edges[i] < cells[j] + step:
+    i = 0
+    for cell in cells:
+        while i < len(edges) and edges[i] < cell + step:
             i += 1
-        if i < edge_end and edges[i] == cells[j] + step:
+        if i < len(edges) and edges[i] == cell + step:
             return True
     return False
 
 
 @kernel
-def build_shapes(
-    num_codes: int,
-    merges: np.ndarray,
-    cell_start: np.ndarray,
-    edge_start: np.ndarray,
-    edge_end: np.ndarray,
-    cells: np.ndarray,
-    codes: np.ndarray,
-    edges: np.ndarray,
-) -> tuple[int, int]:
-    """Fill the shapes of all ids. Returns (status, rank): SHAPES_OVERLAP or SHAPES_APART with
-    the rank of the first bad merge.
-    """
+def build_shapes(tables: Tables) -> tuple[int, int]:
+    """Fill the shapes of all ids; returns (status, rank of the first bad merge)."""
+    num_codes, starts, cells, edges = (
+        tables.num_codes,
+        tables.cell_start,
+        tables.cells,
+        tables.edges,
+    )
+    edge_start, edge_end = tables.edge_start, tables.edge_end
     for code in range(num_codes):
-        cells[code] = 0
-        codes[code] = code
+        cells[code], tables.codes[code] = 0, code
         edge_end[code] = list_edges(cells, code, code + 1, edges, edge_start[code])
-    for rank in range(len(merges)):
-        a, b, step = merges[rank]
+    for rank in range(len(tables.merges)):
+        a, b, step = tables.merges[rank]
         new = num_codes + rank
-        b_start, b_end = cell_start[b], cell_start[b + 1]
-        if not unite_cells(
-            cells, codes, cell_start[a], cell_start[a + 1], b_start, b_end, step, cell_start[new]
-        ):
+        if not unite_cells(cells, tables.codes, starts, a, b, step, new):
             return SHAPES_OVERLAP, rank
-        if not touches(edges, edge_start[a], edge_end[a], cells, b_start, b_end, step):
+        if not touches(edges[edge_start[a] : edge_end[a]], cells[starts[b] : starts[b + 1]], step):
             return SHAPES_APART, rank
-        edge_end[new] = list_edges(
-            cells, cell_start[new], cell_start[new + 1], edges, edge_start[new]
-        )
+        edge_end[new] = list_edges(cells, starts[new], starts[new + 1], edges, edge_start[new])
     return SHAPES_FINE, -1
 
 
 @kernel
-def fill_slots(merges: np.ndarray, slot_keys: np.ndarray, slot_ranks: np.ndarray) -> int:
+def fill_slots(tables: Tables) -> int:
     """Insert every merge into the hash table. Returns the rank of a repeated merge, or -1."""
-    mask = len(slot_keys) - 1
-    for rank in range(len(merges)):
-        key = pair_key(merges[rank, 0], merges[rank, 1], merges[rank, 2])
+    keys, mask = tables.slot_keys, len(tables.slot_keys) - 1
+    for rank in range(len(tables.merges)):
+        a, b, step = tables.merges[rank]
+        key = pair_key(a, b, step)
         slot = hash_slot(key, mask)
-        while slot_keys[slot] >= 0:
-            if slot_keys[slot] == key:
+        while keys[slot] >= 0:
+            if keys[slot] == key:
                 return rank
             slot = (slot + 1) & mask
-        slot_keys[slot] = key
-        slot_ranks[slot] = rank
+        keys[slot], tables.slot_ranks[slot] = key, rank
     return -1
 
 
 @kernel
-def find_rank(slot_keys: np.ndarray, slot_ranks: np.ndarray, key: int) -> int:
+def find_rank(slot_keys: Ints, slot_ranks: Ints, key: int) -> int:
     """Rank of the merge with this key, or -1."""
     mask = len(slot_keys) - 1
     slot = hash_slot(key, mask)
@@ -226,7 +199,7 @@ def find_rank(slot_keys: np.ndarray, slot_ranks: np.ndarray, key: int) -> int:
 
 
 @kernel
-def place_images(board: np.ndarray, stride: int, grids: np.ndarray, origins: np.ndarray) -> None:
+def place_images(board: Ints, stride: int, grids: Ints, origins: Ints) -> None:
     """Write code grids [N, H, W] int32 with their upper left cells at `origins` [N]."""
     for image in range(len(grids)):
         for y in range(grids.shape[1]):
@@ -237,11 +210,9 @@ def place_images(board: np.ndarray, stride: int, grids: np.ndarray, origins: np.
 
 @kernel
 def join_tokens(
-    board: np.ndarray, anchor: int, other: int, cells: np.ndarray, start: int, end: int, stride: int
+    board: Ints, anchor: int, other: int, cells: Ints, start: int, end: int, stride: int
 ) -> None:
-    """Hand the cells `cells[start:end]` of the token at `other` to the token at the earlier
-    `anchor`.
-    """
+    """Hand the cells `cells[start:end]` of the token at `other` to the one at `anchor`."""
     for i in range(start, end):
         cell = other + step_offset(cells[i], stride)
         board[cell] = anchor - cell
@@ -268,9 +239,7 @@ def step_before(column: int, distance: int, stride: int) -> int:
 
 
 @inlined
-def key_of_neighbours(
-    board: np.ndarray, column: int, anchor: int, neighbour: int, stride: int
-) -> int:
+def key_of_neighbours(board: Ints, column: int, anchor: int, neighbour: int, stride: int) -> int:
     """Key of the pair of two anchors that touch; the first stands in board column `column`."""
     if neighbour > anchor:
         step = step_after(column, neighbour - anchor, stride)
@@ -283,10 +252,8 @@ def key_of_neighbours(
 
 
 @kernel
-def encode_images(tables: Tables, grids: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -> int:
-    """Encode `grids` [N, H, W] int32 into `ids` (flat, at least N x H x W long) and `lengths`
-    [N]; returns the number of ids.
-    """
+def encode_images(tables: Tables, grids: Ints, ids: Ints, lengths: Ints) -> int:
+    """Encode `grids` [N, H, W] int32 into `ids` and `lengths` [N]; returns the number of ids."""
     num_images, height, width = grids.shape
     stride = width + 1
     board = np.full((height + 2) * stride + 1, BORDER, np.int32)
@@ -312,13 +279,7 @@ def encode_images(tables: Tables, grids: np.ndarray, ids: np.ndarray, lengths: n
 
 @kernel
 def encode_board(
-    board: np.ndarray,
-    stride: int,
-    height: int,
-    tables: Tables,
-    heads: np.ndarray,
-    links: np.ndarray,
-    places: np.ndarray,
+    board: Ints, stride: int, height: int, tables: Tables, heads: Ints, links: Ints, places: Ints
 ) -> bool:
     """Apply all merges to a board of one image; False, with `heads` empty again, when `links`
     and `places` are too short.
@@ -332,7 +293,7 @@ def encode_board(
     merges, cell_start, cells = tables.merges, tables.cell_start, tables.cells
     edge_start, edge_end, edges = tables.edge_start, tables.edge_end, tables.edges
     keys, ranks = tables.slot_keys, tables.slot_ranks
-    size = list_code_pairs(board, stride, height, keys, ranks, heads, links, places)
+    size = list_code_pairs(board, stride, height, tables, heads, links, places)
     for rank in range(len(merges)):
         entry = heads[rank]
         if entry < 0:
@@ -372,23 +333,16 @@ def encode_board(
 
 @kernel
 def list_code_pairs(
-    board: np.ndarray,
-    stride: int,
-    height: int,
-    keys: np.ndarray,
-    ranks: np.ndarray,
-    heads: np.ndarray,
-    links: np.ndarray,
-    places: np.ndarray,
+    board: Ints, stride: int, height: int, tables: Tables, heads: Ints, links: Ints, places: Ints
 ) -> int:
     """Begin the lists of `encode_board` with the pairs of codes; returns the number of entries."""
+    keys, ranks = tables.slot_keys, tables.slot_ranks
     size = 0
     for cell in range(stride, (height + 1) * stride):
         for down in range(2):
             other = board[cell + stride] if down else board[cell + 1]
             if board[cell] >= 0 and other >= 0:
-                key = pair_key(board[cell], other, SPAN if down else 1)
-                found = find_rank(keys, ranks, key)
+                found = find_rank(keys, ranks, pair_key(board[cell], other, SPAN if down else 1))
                 if found >= 0:
                     links[size], places[size], heads[found] = heads[found], cell, size
                     size += 1
@@ -396,9 +350,9 @@ def list_code_pairs(
 
 
 @kernel
-def sort_places(entry: int, links: np.ndarray, places: np.ndarray) -> int:
-    """Relink a list so that its places ascend; returns its first entry. Insertion: a list is
-    nearly sorted, the largest first.
+def sort_places(entry: int, links: Ints, places: Ints) -> int:
+    """Relink a list so that its places ascend; returns its first entry. By insertion, since the
+    list nearly descends.
     """
     first = -1
     while entry >= 0:
@@ -416,16 +370,9 @@ def sort_places(entry: int, links: np.ndarray, places: np.ndarray) -> int:
 
 @kernel
 def paint_streams(
-    board: np.ndarray,
-    stride: int,
-    origins: np.ndarray,
-    size: tuple[int, int],
-    ids: np.ndarray,
-    tables: Tables,
+    board: Ints, stride: int, origins: Ints, size: tuple[int, int], ids: Ints, tables: Tables
 ) -> None:
-    """Turn images of codes on a board, all of `size` (height, width), into the tokens of their
-    streams.
-    """
+    """Turn images of codes, all of `size` (height, width), into the tokens of their streams."""
     cells, cell_start = tables.cells, tables.cell_start
     at = 0
     for origin in origins:
@@ -446,7 +393,7 @@ STREAM_OVERLAP, STREAM_TOO_LONG, STREAM_TOO_SHORT = 3, 4, 5
 
 
 @kernel
-def decode_stream(ids: np.ndarray, tables: Tables, grid: np.ndarray) -> tuple[int, int]:
+def decode_stream(ids: Ints, tables: Tables, grid: Ints) -> tuple[int, int]:
     """Fill `grid` [H, W] int32, which comes in as all -1. Returns (status, position in `ids`)."""
     height, width = grid.shape
     flat = grid.ravel()
@@ -480,9 +427,7 @@ def decode_stream(ids: np.ndarray, tables: Tables, grid: np.ndarray) -> tuple[in
 
 
 @kernel
-def decode_streams(
-    ids: np.ndarray, offsets: np.ndarray, sides: np.ndarray, tables: Tables, codes: np.ndarray
-) -> np.ndarray:
+def decode_streams(ids: Ints, offsets: Ints, sides: Ints, tables: Tables, codes: Ints) -> Ints:
     """Decode stream n, `ids[offsets[n]:offsets[n + 1]]`, to a grid of `sides[n]` x `sides[n]`.
     The grids lie end to end in `codes` int32, all -1 on entry. Returns bool [N]: fills its grid.
     """

@@ -31,7 +31,7 @@ import numpy as np
 
 from beingvl.errors import InputError
 from beingvl.vbpe.grids import checked_grids, encode_in_chunks
-from beingvl.vbpe.kernels import kernel
+from beingvl.vbpe.kernels import Ints, kernel
 from beingvl.vbpe.vbpe_file import Vocabulary
 
 # Everything that a pickled list of tuples of integers needs, in any protocol; nothing that imports,
@@ -217,7 +217,7 @@ def encode_legacy_reference(
 
 @kernel
 def encode_legacy_images(
-    num_codes: int, merges: np.ndarray, grids: np.ndarray, ids: np.ndarray, lengths: np.ndarray
+    num_codes: int, merges: Ints, grids: Ints, ids: Ints, lengths: Ints
 ) -> int:
     """Encode `grids` [N, H, W] int32 into `ids` and `lengths` [N]; returns the number of ids.
 
@@ -247,7 +247,7 @@ def encode_legacy_images(
 
 
 @kernel
-def flatten_first(grid: np.ndarray, num_codes: int, merges: np.ndarray, stream: np.ndarray) -> int:
+def flatten_first(grid: Ints, num_codes: int, merges: Ints, stream: Ints) -> int:
     """The first merge, on the grid: right neighbour, else lower one. Writes the flat stream and
     returns its length.
     """
@@ -272,7 +272,7 @@ def flatten_first(grid: np.ndarray, num_codes: int, merges: np.ndarray, stream: 
 
 
 @kernel
-def replace_pairs(stream: np.ndarray, size: int, first: int, second: int, new: int) -> int:
+def replace_pairs(stream: Ints, size: int, first: int, second: int, new: int) -> int:
     """Replace (first, second) by `new` from left to right, in place; returns the new length."""
     read, write = 0, 0
     while read < size:

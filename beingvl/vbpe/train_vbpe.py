@@ -144,9 +144,7 @@ def import_vbpe(
 
 
 class Output:
-    """Where the vocabulary goes: a folder of its own with a manifest, or one `.json` file among
-    others.
-    """
+    """Where the vocabulary goes: a folder of its own with a manifest, or one `.json` file."""
 
     def __init__(self, path: Path, request: Mapping[str, Any]) -> None:
         self.folder = None if path.suffix == ".json" else path
@@ -178,9 +176,7 @@ class Output:
         return already_made(self.folder, "vbpe", self._request, overwrite)
 
     def prepare(self) -> None:
-        """Make the place ready, once the inputs are known to be good: from here on a folder is
-        incomplete.
-        """
+        """Make the place ready, once the inputs are known to be good."""
         if self.folder:
             start_folder(self.folder, "vbpe")
             shutil.rmtree(self.folder / REPORT_FOLDER, ignore_errors=True)  # of the one before

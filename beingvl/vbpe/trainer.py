@@ -24,11 +24,9 @@ from beingvl.vbpe.training_kernels import (
 
 
 def plan_board(sizes: np.ndarray) -> tuple[int, int, np.ndarray]:
-    """Where images of `sizes` [N, 2] (height, width) stand: (stride, board cells, origins int64
-    [N] of their upper left cells).
+    """Where images of `sizes` [N, 2] stand: (stride, board cells, upper left cells int64 [N]).
 
-    Images of one size stand below each other. A mixture fills shelves from the highest to the
-    lowest image.
+    Images of one size stand below each other; a mixture fills shelves, the highest first.
     """
     heights, widths = sizes[:, 0].astype(np.int64), sizes[:, 1].astype(np.int64)
     if (sizes == sizes[0]).all():
@@ -48,11 +46,9 @@ def plan_board(sizes: np.ndarray) -> tuple[int, int, np.ndarray]:
 
 
 class Trainer:
-    """Learns merges from `corpora`, a list of code arrays [N, H, W] (int types, memory maps
-    welcome, sizes may differ).
+    """Learns merges from `corpora`, code arrays [N, H, W] whose sizes may differ.
 
-    `learnt` are merges to begin with (their shapes and hash table), from an earlier run on the same
-    images.
+    `learnt` are merges to begin with, from an earlier run on the same images.
     """
 
     def __init__(
@@ -64,9 +60,8 @@ class Trainer:
         min_count: int,
         learnt: Tables | None = None,
     ) -> None:
-        self.sizes = np.concatenate(
-            [np.tile(corpus.shape[1:], (len(corpus), 1)) for corpus in corpora]
-        )
+        sizes = [np.tile(corpus.shape[1:], (len(corpus), 1)) for corpus in corpora]
+        self.sizes = np.concatenate(sizes)
         self.num_cells = int(self.sizes.prod(axis=1).sum())
         stride, num_board_cells, self.origins = plan_board(self.sizes)
         if num_board_cells >= 1 << 31:
@@ -117,9 +112,7 @@ class Trainer:
         index_board(self._state)
 
     def learn(self, until: int) -> bool:
-        """Learn until there are `until` merges; False when no pair was left that occurs
-        `min_count` times.
-        """
+        """Learn until there are `until` merges; False when no pair occurs `min_count` times."""
         state = self._state
         more = until - len(state.merges)
         if more > 0:
@@ -131,9 +124,8 @@ class Trainer:
             )
         while (status := learn(state, until)) == SHAPES_FULL:
             more = 3 * len(state.cells)
-            state = state._replace(
-                cells=_longer(state.cells, more), codes=_longer(state.codes, more)
-            )
+            cells, codes = _longer(state.cells, more), _longer(state.codes, more)
+            state = state._replace(cells=cells, codes=codes)
         self._state = state
         return status == LEARNT
 

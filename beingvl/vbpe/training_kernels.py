@@ -32,6 +32,7 @@ import numpy as np
 from beingvl.vbpe.kernels import (
     BORDER,
     SPAN,
+    Ints,
     hash_slot,
     join_tokens,
     kernel,
@@ -49,29 +50,27 @@ GROUP_BITS = 24  # key >> 24 is the pair of tokens without their offset
 
 
 class State(NamedTuple):
-    """Everything the trainer holds, as arrays that the kernels change in place. B board cells,
-    V ids, at most 2 B live records.
-    """
+    """Everything the trainer holds; the kernels change the arrays. B board cells, V ids."""
 
     stride: int
     num_codes: int
     alpha: float
     sigma: float
     min_count: int
-    board: np.ndarray  # int32 [B]
-    places: np.ndarray  # int32: anchors of a, grouped by record
-    keys: np.ndarray  # int64, a record's pair
-    starts: np.ndarray  # int64, where its places start
-    counts: np.ndarray  # int32, how many there are
-    exact_at: np.ndarray  # int32, the round whose board `counts` is exact for
-    links: np.ndarray  # int32, the next record of the same list
-    heads: np.ndarray  # int32 [B]: the first record of each count, or of one that has fallen since
-    changed: np.ndarray  # int32 [V]: last round that merged the token away
-    cell_start: np.ndarray  # int64 [V + 1]
-    cells: np.ndarray  # int32 steps
-    codes: np.ndarray  # int32
-    merges: np.ndarray  # int32 [R, 3]: a, b, step
-    counters: np.ndarray  # int64 [NUM_COUNTERS]
+    board: Ints  # int32 [B]
+    places: Ints  # int32: anchors of a, grouped by record
+    keys: Ints  # int64, a record's pair
+    starts: Ints  # int64, where its places start
+    counts: Ints  # int32, how many there are
+    exact_at: Ints  # int32, the round whose board `counts` is exact for
+    links: Ints  # int32, the next record of the same list
+    heads: Ints  # int32 [B]: the first record of each count, or of one that has fallen since
+    changed: Ints  # int32 [V]: last round that merged the token away
+    cell_start: Ints  # int64 [V + 1]
+    cells: Ints  # int32 steps
+    codes: Ints  # int32
+    merges: Ints  # int32 [R, 3]: a, b, step
+    counters: Ints  # int64 [NUM_COUNTERS]
 
 
 # ---- records ----
@@ -114,9 +113,7 @@ def settle(state: State, record: int) -> int:
 
 @kernel
 def compact(state: State) -> None:
-    """Settle every record and close the gaps. A record goes when no offset of its pair can win
-    any more.
-    """
+    """Settle every record and close the gaps. A record goes when no offset of its pair can win."""
     counters, keys = state.counters, state.keys
     num_records = counters[NUM_RECORDS]
     state.heads[: counters[TOP] + 1] = NONE
@@ -206,9 +203,7 @@ def choose_by_priority(state: State, pool: list) -> int:
 
 @kernel
 def leave_pool(state: State, pool: list) -> int:
-    """Put the records that hold a token of the last merge back into the lists; returns the
-    largest count that is left.
-    """
+    """Put records with a token of the last merge back into the lists; returns the largest count."""
     a, b, _ = state.merges[state.counters[ROUND] - 1]
     largest, at = 0, 0
     while at < len(pool):
@@ -226,10 +221,8 @@ def leave_pool(state: State, pool: list) -> int:
 
 @kernel
 def enter_pool(state: State, pool: list, level: int) -> bool:
-    """Empty a list into the pool; records that have fallen go to a lower list. Returns whether
-    one is left.
-    """
-    any_left = False
+    """Empty a list into the pool, except records that have fallen; returns whether one came."""
+    size = len(pool)
     record = state.heads[level]
     state.heads[level] = NONE
     while record != NONE:
@@ -239,15 +232,13 @@ def enter_pool(state: State, pool: list, level: int) -> bool:
         else:
             consistency = measure_consistency(state, record)
             pool.append((state.keys[record], np.int64(record), np.int64(level), consistency))
-            any_left = True
         record = after
-    return any_left
+    return len(pool) > size
 
 
 @kernel
 def measure_consistency(state: State, record: int) -> float:
-    """S of a record's pair of tokens, from the exact counts of all its offsets, which are its
-    neighbours among the records.
+    """S of a record's pair of tokens. Records of its other offsets are its neighbours.
 
     The arithmetic is that of `reference.spatial_consistency`, operation by operation.
     """
@@ -285,12 +276,10 @@ def measure_consistency(state: State, record: int) -> float:
 class Found(NamedTuple):
     """Scratch for the pairs of one token: a small hash table that numbers and counts them."""
 
-    slots: np.ndarray  # int32 [power of two]: number of a pair; -1 = free
-    keys: np.ndarray  # int64 [pairs]
-    slot_of: np.ndarray  # int32 [pairs]
-    # int64 [pairs]: occurrences; while writing: 1 + where the next one goes in `places`, or
-    # negative
-    tallies: np.ndarray
+    slots: Ints  # int32 [power of two]: number of a pair; -1 = free
+    keys: Ints  # int64 [pairs]
+    slot_of: Ints  # int32 [pairs]
+    tallies: Ints  # int64 [pairs]: occurrences; see write_records
 
 
 @kernel
@@ -304,7 +293,7 @@ def make_found(num_pairs: int) -> Found:
 
 
 @kernel
-def find_slot(slots: np.ndarray, keys: np.ndarray, key: int) -> int:
+def find_slot(slots: Ints, keys: Ints, key: int) -> int:
     """Slot of a pair, or the free slot where it belongs."""
     mask = len(slots) - 1
     slot = hash_slot(key, mask)
@@ -315,16 +304,9 @@ def find_slot(slots: np.ndarray, keys: np.ndarray, key: int) -> int:
 
 @kernel
 def list_neighbours(
-    board: np.ndarray,
-    anchor: int,
-    offsets: np.ndarray,
-    start: int,
-    end: int,
-    neighbours: np.ndarray,
+    board: Ints, anchor: int, offsets: Ints, start: int, end: int, neighbours: Ints
 ) -> int:
-    """Write the anchors of the tokens that cover the cells at `offsets[start:end]`, each once;
-    returns how many.
-    """
+    """Write the anchors of the tokens at `offsets[start:end]`, each once; returns how many."""
     size = 0
     for i in range(start, end):
         neighbour = anchor + offsets[i]
@@ -345,18 +327,10 @@ def list_neighbours(
 
 @kernel
 def collect(
-    board: np.ndarray,
-    stride: int,
-    anchors: np.ndarray,
-    token: int,
-    offsets: np.ndarray,
-    keys: np.ndarray,
-    places: np.ndarray,
+    board: Ints, stride: int, anchors: Ints, token: int, offsets: Ints, keys: Ints, places: Ints
 ) -> int:
-    """Write the pair and the place of every pair of `token`, whose instances stand at `anchors`;
-    returns how many.
-
-    A pair of two such tokens is taken from the earlier one.
+    """Write the key and the place of every pair of `token`, which stands at `anchors`; returns how
+    many. A pair of two such tokens is taken from the earlier one.
     """
     neighbours = np.empty(len(offsets), np.int64)
     size = 0
@@ -373,15 +347,9 @@ def collect(
 
 @kernel
 def tally(
-    keys: np.ndarray,
-    slots: np.ndarray,
-    found_keys: np.ndarray,
-    slot_of: np.ndarray,
-    tallies: np.ndarray,
-    pair_of: np.ndarray,
+    keys: Ints, slots: Ints, found_keys: Ints, slot_of: Ints, tallies: Ints, pair_of: Ints
 ) -> int:
-    """Number the different keys in order of appearance and count them; `pair_of` [len(keys)]
-    gets their numbers.
+    """Number the different keys in order of appearance (`pair_of` [len(keys)]) and count them.
 
     Returns how many there are, or -1, with empty slots, when there is no room for them.
     """
@@ -406,7 +374,7 @@ def tally(
 
 
 @kernel
-def choose_pairs(state: State, found: Found, num_pairs: int) -> np.ndarray:
+def choose_pairs(state: State, found: Found, num_pairs: int) -> Ints:
     """Keys, ascending, of the pairs that may win one day. With alpha also the rarer offsets of
     the same two tokens: S counts them.
     """
@@ -430,11 +398,11 @@ def choose_pairs(state: State, found: Found, num_pairs: int) -> np.ndarray:
 
 
 @kernel
-def write_records(
-    state: State, keys: np.ndarray, places: np.ndarray, found: Found, pair_of: np.ndarray
-) -> Found:
-    """Make records of the pairs that may win one day, in the order of their keys. `found` comes
-    and leaves empty.
+def write_records(state: State, keys: Ints, places: Ints, found: Found, pair_of: Ints) -> Found:
+    """Make records of the pairs that may win one day, in the order of their keys.
+
+    `found` comes and leaves empty. Meanwhile a tally becomes 1 + where the pair's next place goes,
+    or is negative.
     """
     counters, state_places = state.counters, state.places
     num_pairs = tally(keys, found.slots, found.keys, found.slot_of, found.tallies, pair_of)
@@ -469,7 +437,7 @@ def write_records(
 
 
 @kernel
-def edge_offsets(state: State, token: int) -> np.ndarray:
+def edge_offsets(state: State, token: int) -> Ints:
     """Board distances from a token's anchor to all cells that touch it, ascending."""
     start, end = state.cell_start[token], state.cell_start[token + 1]
     edges = np.empty(2 * (end - start) + 2, np.int64)
@@ -526,12 +494,10 @@ def index_board(state: State) -> None:
 
 
 @kernel
-def merge_places(state: State, record: int, new: int) -> np.ndarray:
-    """Merge every occurrence of a record, in raster order, and return the anchors of the new
-    tokens.
+def merge_places(state: State, record: int, new: int) -> Ints:
+    """Merge every occurrence of a record, in raster order; returns the anchors of the new tokens.
 
-    Only a pair of equal tokens can overlap itself (`a a a`): then the later occurrence finds its
-    token gone.
+    A pair of equal tokens can overlap itself (`a a a`): the later occurrence finds its token gone.
     """
     board, stride, places, counters = state.board, state.stride, state.places, state.counters
     key = state.keys[record]
@@ -562,9 +528,8 @@ def add_shape(state: State, new: int) -> None:
     """Write the cells of the newest token."""
     a, b, step = state.merges[new - state.num_codes]
     starts = state.cell_start
-    a_start, a_end, b_start, b_end = starts[a], starts[a + 1], starts[b], starts[b + 1]
-    unite_cells(state.cells, state.codes, a_start, a_end, b_start, b_end, step, starts[new])
-    starts[new + 1] = starts[new] + a_end - a_start + b_end - b_start
+    unite_cells(state.cells, state.codes, starts, a, b, step, new)
+    starts[new + 1] = starts[new] + starts[a + 1] - starts[a] + starts[b + 1] - starts[b]
     state.counters[NUM_CELLS] = starts[new + 1]
 
 

@@ -60,32 +60,24 @@ class VisualBPE(Vocabulary):
     # ---- encode and decode ----
 
     def encode(self, grid: np.ndarray) -> np.ndarray:
-        """Codes `[H, W]`, any integer type, to image ids `[n]` int32. Raises InputError for all
-        but grids of known codes.
-        """
+        """Codes `[H, W]` to image ids `[n]` int32. Raises InputError for all but known codes."""
         return self.encode_batch(np.asarray(grid)[None], num_threads=1)[0]
 
     def encode_batch(
         self, grids: np.ndarray, num_threads: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Codes `[N, H, W]` to (image ids, int32 flat; offsets, int64 `[N + 1]`): image n is
-        ids[offsets[n]:offsets[n+1]].
-
-        The kernels release the GIL; `num_threads` of them run at once.
-        """
+        """Codes `[N, H, W]` to (image ids, int32 flat; offsets, int64 `[N + 1]`)."""
         grids = checked_grids(grids, self.num_codes, self.source)
         return encode_in_chunks(partial(fast.encode_images, self.tables), grids, num_threads)
 
     def decode(self, ids: np.ndarray, height: int, width: int) -> np.ndarray:
-        """Image ids `[n]` to codes `[height, width]` uint16. Raises InputError that names the
-        position of the first wrong id.
+        """Image ids `[n]` to codes `[height, width]` uint16. Raises InputError with the position
+        of the first wrong id.
         """
         ids = np.asarray(ids)
         if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
-            raise InputError(
-                f"an image stream of shape {list(ids.shape)} and type {ids.dtype}; expected "
-                "integers [n]"
-            )
+            given = f"shape {list(ids.shape)} and type {ids.dtype}"
+            raise InputError(f"an image stream of {given}, expected integers [n]")
         check_side(height, width, "decode")
         grid = np.full((height, width), -1, np.int32)
         # Ids beyond int32 become -1, which is as unknown as they are.
@@ -93,15 +85,13 @@ class VisualBPE(Vocabulary):
         status, position = fast.decode_stream(known, self.tables, grid)
         if status != fast.STREAM_FINE:
             found = int(ids[position]) if position < len(ids) else None
+            token, whole = f"the token of id {found}", f"the {height} x {width} grid"
             reason = {
                 fast.STREAM_UNKNOWN_ID: f"id {found} is unknown, expected 0 … {self.num_ids - 1}",
-                fast.STREAM_OUTSIDE: f"the token of id {found} reaches outside the {height} x "
-                f"{width} grid",
-                fast.STREAM_OVERLAP: f"the token of id {found} overlaps an earlier one",
-                fast.STREAM_TOO_LONG: f"the {height} x {width} grid is already full before id "
-                f"{found}",
-                fast.STREAM_TOO_SHORT: f"the stream ends while cells of the {height} x {width} "
-                "grid are left over",
+                fast.STREAM_OUTSIDE: f"{token} reaches outside {whole}",
+                fast.STREAM_OVERLAP: f"{token} overlaps an earlier one",
+                fast.STREAM_TOO_LONG: f"{whole} is already full before id {found}",
+                fast.STREAM_TOO_SHORT: f"the stream ends while cells of {whole} are left over",
             }[status]
             raise InputError(f"invalid image stream at position {position} of {len(ids)}: {reason}")
         return grid.astype(np.uint16)
@@ -119,9 +109,7 @@ class VisualBPE(Vocabulary):
         return codes, fast.decode_streams(ids, offsets, sides, self.tables, codes)
 
     def cells(self, image_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The polyomino of an id in raster order: (dy, dx, code), int32 `[n]` each, relative to
-        the anchor.
-        """
+        """The polyomino of an id in raster order: (dy, dx, code) from the anchor, int32 `[n]`."""
         if not 0 <= image_id < self.num_ids:
             raise InputError(f"image id {image_id} is unknown, expected 0 … {self.num_ids - 1}")
         starts, dy, dx, codes = self.shapes
@@ -205,9 +193,7 @@ def _from_fields(fields: Any, source: str) -> AnyVBPE:
 
 
 def _build_tables(num_codes: int, merges: np.ndarray, source: str) -> fast.Tables:
-    """Shapes and hash table for the kernels. Raises InputError for a merge whose parts overlap
-    or do not touch.
-    """
+    """Shapes and hash table. Raises InputError for merges whose parts overlap or do not touch."""
     sizes = [1] * num_codes
     for rank, (a, b, _, _) in enumerate(merges.tolist()):
         sizes.append(sizes[a] + sizes[b])
@@ -220,29 +206,31 @@ def _build_tables(num_codes: int, merges: np.ndarray, source: str) -> fast.Table
             f"{source}: its tokens have {sum(sizes)} cells in all, expected at most "
             f"{MAX_SHAPE_CELLS}"
         )
-    cell_start = np.concatenate([[0], np.cumsum(sizes)])
+    starts = np.concatenate([[0], np.cumsum(sizes)])
     edge_start = np.concatenate([[0], np.cumsum(2 * np.array(sizes) + 2)])
-    cells, codes = np.empty((2, cell_start[-1]), np.int32)
-    edges = np.empty(edge_start[-1], np.int32)
-    edge_end = np.empty(len(sizes), np.int64)
-    steps = np.column_stack([merges[:, :2], merges[:, 2] * fast.SPAN + merges[:, 3]])
-    status, rank = fast.build_shapes(
-        num_codes, steps, cell_start, edge_start[:-1], edge_end, cells, codes, edges
+    num_slots = 1 << max(4, (4 * len(merges)).bit_length())
+    tables = fast.Tables(
+        num_codes=num_codes,
+        merges=np.column_stack([merges[:, :2], merges[:, 2] * fast.SPAN + merges[:, 3]]),
+        cell_start=starts,
+        cells=np.empty(starts[-1], np.int32),
+        codes=np.empty(starts[-1], np.int32),
+        edge_start=edge_start[:-1],
+        edge_end=np.empty(len(sizes), np.int64),
+        edges=np.empty(edge_start[-1], np.int32),
+        slot_keys=np.full(num_slots, -1, np.int64),
+        slot_ranks=np.empty(num_slots, np.int32),
     )
+    status, rank = fast.build_shapes(tables)
     if status != fast.SHAPES_FINE:
         reason = "overlap" if status == fast.SHAPES_OVERLAP else "do not share an edge"
         raise InputError(
             f"{source}: the two tokens of merge {rank}, {merges[rank].tolist()}, {reason}"
         )
-    slot_keys = np.full(1 << max(4, (4 * len(merges)).bit_length()), -1, np.int64)
-    slot_ranks = np.empty(len(slot_keys), np.int32)
-    twice = fast.fill_slots(steps, slot_keys, slot_ranks)
+    twice = fast.fill_slots(tables)
     if twice >= 0:
         raise InputError(f"{source}: merge {twice}, {merges[twice].tolist()}, is there twice")
-    starts, ends = edge_start[:-1], edge_end
-    return fast.Tables(
-        num_codes, steps, cell_start, cells, codes, starts, ends, edges, slot_keys, slot_ranks
-    )
+    return tables
 
 
 def owners(vbpe: VisualBPE, ids: np.ndarray, height: int, width: int) -> np.ndarray:
