@@ -51,7 +51,6 @@ HOMES = {
 
 # Being removed: a file, and what it still imports against the rules.
 KNOWN = {
-    ("artefact/parts.py", "argparse"),
     ("data/build_shards.py", "argparse"),
     ("data/token_rows_numba.py", "numba"),
     ("data/tokenize_dataset.py", "argparse"),

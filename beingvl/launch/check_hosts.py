@@ -156,7 +156,7 @@ def check_hosts(
     """
     is_alone = is_this_machine_alone(hosts)
     nvme, stage_rows = _check_stage(wanted, sum(host.slots for host in hosts))
-    question = {
+    question: dict[str, Any] = {
         "folders": dict(wanted.folders),
         "output": wanted.output,
         "stage": wanted.stage,
