@@ -42,21 +42,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from beingvl.train.train_stage import as_a_rank, replay, train
-
-    places = (args.model, args.data, args.output)
-    inputs = {
-        "deepspeed_config": args.deepspeed_config,
-        "overrides": args.set,
-        "validation_data": args.validation_data,
-        "carry_moments": args.carry_moments,
-    }
+    from beingvl.train.train_stage import as_a_rank, train
 
     def step(stop_requested: Callable[[], bool]) -> bool:
-        if args.replay is not None:
-            replay(*places, args.replay, **inputs)
-            return True
-        log_dir = args.log_dir
-        return bool(train(*places, log_dir=log_dir, stop_requested=stop_requested, **inputs))
+        final = train(
+            args.model,
+            args.data,
+            args.output,
+            deepspeed_config=args.deepspeed_config,
+            overrides=args.set,
+            log_dir=args.log_dir,
+            validation_data=args.validation_data,
+            carry_moments=args.carry_moments,
+            replay=args.replay,
+            stop_requested=stop_requested,
+        )
+        return final is not None or args.replay is not None
 
     return as_a_rank(step, args.debug)

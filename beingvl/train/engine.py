@@ -465,7 +465,7 @@ class TrainingEngine:
         sums = sum_over_ranks(flags, self.ranks.device)
         for name, (moved, got_gradient) in zip(before, sums, strict=True):
             is_excused = any(self._parameters[name] is rows for rows in unseen)
-            if not (moved and got_gradient or is_excused):
+            if not ((moved and got_gradient) or is_excused):
                 what = "did not move" if got_gradient else "got no gradient"
                 raise FreezerError(
                     f"{name} is declared trained but {what} in the first step; correct "

@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 
 from beingvl.data.arrow_shards import Sample
 from beingvl.data.loader import TrainingData
-from beingvl.stage.stage_config import StageConfig
 from beingvl.train.engine import TrainingEngine
 from beingvl.train.loss import LossSums
 from beingvl.train.metrics import METRICS_FILE, read_metrics
@@ -27,14 +26,13 @@ from beingvl.vocab import VocabLayout
 def replay(
     engine: TrainingEngine,
     data: TrainingData,
-    config: StageConfig,
     model: Path,
     output: Path,
     step: int,
     weights_step: int,
 ) -> None:
     """Print step `step` (from 1) with the weights after `weights_step`; all ranks call together."""
-    ranks = engine.ranks
+    ranks, config = engine.ranks, engine.config
     windows = WindowFetcher(
         data, engine.accumulation_steps, config.micro_batch_size, ranks.rank, ranks.num_ranks
     )

@@ -74,8 +74,8 @@ def train_together(
         return _train(stage, ranks, phases, checkpoint, stop_requested)
 
 
-def replay_together(stage: Stage, ranks: Ranks, phases: Phases, step: int) -> None:
-    """Show the samples of a step and compute its loss with the nearest weights before it."""
+def replay_together(stage: Stage, ranks: Ranks, phases: Phases, step: int) -> bool:
+    """Show a step's samples and its loss with the nearest weights before it; finishes nothing."""
     with _together(stage, ranks, phases, replayed_step=step) as (stage, gather):
         data = data_of(stage.config, stage.shards)
         num_steps = loop.num_steps_of(data, stage.config)
@@ -84,7 +84,8 @@ def replay_together(stage: Stage, ranks: Ranks, phases: Phases, step: int) -> No
         checkpoint = newest_checkpoint(stage.output, gather, phases.stall_timeout_seconds, step)
         probe = Probe.of_shards(stage.shards)
         engine, progress, _ = _build_or_resume(stage, ranks, phases, probe, checkpoint)
-        replay(engine, data, stage.config, stage.model, stage.output, step, progress.step)
+        replay(engine, data, stage.model, stage.output, step, progress.step)
+    return False
 
 
 def write_final(stage: Stage) -> None:

@@ -48,12 +48,11 @@ def open_stage(
     model: Path,
     data: Path,
     output: Path,
-    *,
     deepspeed_config: Path,
-    overrides: Sequence[str] = (),
-    log_dir: Path | None = None,
-    validation_data: Path | None = None,
-    carry_moments: bool = False,
+    overrides: Sequence[str],
+    log_dir: Path | None,
+    validation_data: Path | None,
+    carry_moments: bool,
 ) -> Stage:
     """Raises InputError for inputs that are not there, or contradict each other."""
     config = load_stage_config(deepspeed_config, overrides)

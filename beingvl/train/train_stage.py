@@ -1,11 +1,11 @@
 """[6] A stage, from start to end, as one rank: `beingvl train` and `python -m
 beingvl.train.train_stage`.
 
-    train, replay    the steps, as functions
+    train            the step, as a function
         open_stage          light: wrong input is told at once         (stage_run.py)
         Phases              from here on the others hear of this rank  (phases.py)
         train_together      torch, DeepSpeed, and all the work         (run_stage.py)
-    as_a_rank        around them for a process: signals, error sentences, exit code
+    as_a_rank        around it for a process: signals, error sentences, exit code
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from beingvl.errors import InputError
 from beingvl.train.failures import EXIT_REQUEUE, TrainingError
 from beingvl.train.phases import RANKS, REPLAY_RANKS, Phases
-from beingvl.train.stage_run import Stage, open_stage
+from beingvl.train.stage_run import open_stage
 
 LONGEST_IMPORT_SECONDS = 600
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -37,6 +37,7 @@ def train(
     log_dir: Path | None = None,
     validation_data: Path | None = None,
     carry_moments: bool = False,
+    replay: int | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Path | None:
     """Train a stage to its end, from its newest checkpoint if there is one.
@@ -53,62 +54,21 @@ def train(
         log_dir: TensorBoard folder; OUTPUT/tensorboard without it.
         validation_data: held-out shards for beingvl.validation_every_steps.
         carry_moments: start with the optimizer moments that `model`, a stage folder, ended with.
+        replay: train nothing; print this step's samples, and its loss with the weights of the
+            nearest checkpoint before it.
         stop_requested: asked before each step; True saves a checkpoint and ends the run.
 
     Returns `final/`, written by rank 0, or None when the run was stopped. Raises InputError for
     what was given, TrainingError when training cannot go on.
     """
     stage = open_stage(
-        model,
-        data,
-        output,
-        deepspeed_config=deepspeed_config,
-        overrides=overrides,
-        log_dir=log_dir,
-        validation_data=validation_data,
-        carry_moments=carry_moments,
+        model, data, output, deepspeed_config, overrides, log_dir, validation_data, carry_moments
     )
-    return output / "final" if _run(stage, stop_requested) else None
-
-
-def replay(
-    model: Path,
-    data: Path,
-    output: Path,
-    step: int,
-    *,
-    deepspeed_config: Path,
-    overrides: Sequence[str] = (),
-    validation_data: Path | None = None,
-    carry_moments: bool = False,
-) -> None:
-    """Print the samples of step `step` (from 1), and its loss with the weights of the nearest
-    checkpoint before it. Nothing is trained; the other arguments are the run's.
-    """
-    stage = open_stage(
-        model,
-        data,
-        output,
-        deepspeed_config=deepspeed_config,
-        overrides=overrides,
-        validation_data=validation_data,
-        carry_moments=carry_moments,
-    )
-    _run(stage, replayed_step=step)
-
-
-def _run(
-    stage: Stage,
-    stop_requested: Callable[[], bool] = lambda: False,
-    replayed_step: int | None = None,
-) -> bool:
-    """Whether the stage is finished."""
-    is_replay, timeout = replayed_step is not None, stage.config.beingvl.stall_timeout_seconds
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    timeout = stage.config.beingvl.stall_timeout_seconds
     # the heartbeats of a run are not those of who looks at it
-    beats = REPLAY_RANKS if is_replay else RANKS
-    phases = Phases(stage.output, rank, num_ranks, timeout, beats)
-    with nullcontext() if is_replay and num_ranks == 1 else phases:
+    phases = Phases(output, rank, num_ranks, timeout, RANKS if replay is None else REPLAY_RANKS)
+    with phases if replay is None or num_ranks > 1 else nullcontext():
         # Not before: this import takes seconds, on a cold disk minutes, in which no signal may be
         # lost and no rank counts as stalled.
         phases.allow(LONGEST_IMPORT_SECONDS)
@@ -117,15 +77,14 @@ def _run(
         phases.advance()
         ranks = run_stage.start_distributed(stage.config.beingvl.deterministic)
         phases.advance()
-        if replayed_step is None:
+        if replay is None:
             is_finished = run_stage.train_together(stage, ranks, phases, stop_requested)
         else:
-            run_stage.replay_together(stage, ranks, phases, replayed_step)
-            is_finished = False
+            is_finished = run_stage.replay_together(stage, ranks, phases, replay)
         run_stage.stop_distributed()
     if is_finished and rank == 0:
         run_stage.write_final(stage)
-    return is_finished
+    return output / "final" if is_finished else None
 
 
 def as_a_rank(step: Callable[[Callable[[], bool]], bool], debug: bool = False) -> int:
