@@ -14,6 +14,7 @@ four verbs.
                                 float32 range of one
     held_weights(name)          the weights as the forward pass uses them, as far as this rank
                                 holds them
+    create_moments(adam_steps)  Adam's state before its first update; name -> updates made before
 
 A key is one of master, exp_avg, exp_avg_sq. What `read` yields lies where it is, unless it is on
 NVMe: then it is overwritten by the next one.
@@ -27,7 +28,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -36,27 +37,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_KEYS = (MASTER, *MOMENTS)
 Fetch = Callable[[str, str, int, int], torch.Tensor]
 Read = Iterator[tuple[str, str, torch.Tensor]]
-
-
-class Partitions(Protocol):
-    """The four verbs, and Adam's state before its first update; name -> updates already made."""
-
-    def span(self, name: str) -> tuple[int, int]: ...
-    def read(self, names: Sequence[str], keys: Sequence[str] = STATE_KEYS) -> Read: ...
-    def write(
-        self, names: Sequence[str], fetch: Fetch, keys: Sequence[str] = STATE_KEYS
-    ) -> None: ...
-    def held_weights(self, name: str) -> torch.Tensor: ...
-    def create_moments(self, adam_steps: Mapping[str, int]) -> None: ...
-
-
-def partitions_of(
-    zero_stage: int, zero: Any, parameters: Mapping[str, Any], rank: int
-) -> Partitions:
-    """The partitions of parameters (by name); `zero` is DeepSpeed's optimizer of that stage."""
-    if zero_stage == 3:
-        return CutPartitions(zero, parameters, rank)
-    return FlatPartitions(zero, parameters)
 
 
 @contextmanager
@@ -218,6 +198,18 @@ class FlatPartitions:
             )
         self._zero._hp_optimizer_states_linked = False  # or it would keep what it linked before
         self._zero._lazy_init_hp_params_optimizer_state()
+
+
+Partitions = CutPartitions | FlatPartitions
+
+
+def partitions_of(
+    zero_stage: int, zero: Any, parameters: Mapping[str, Any], rank: int
+) -> Partitions:
+    """The partitions of parameters (by name); `zero` is DeepSpeed's optimizer of that stage."""
+    if zero_stage == 3:
+        return CutPartitions(zero, parameters, rank)
+    return FlatPartitions(zero, parameters)
 
 
 def _new_moments(
