@@ -1,12 +1,8 @@
 """Where images come from: a folder, or tar files (webdataset shards). An image's key is its path
 below the folder or in the tar.
 
-`keys()` lists them all, sorted; `read(key)` gives one file's bytes, from any process; `stamp(key)`
-tells without reading it whether a file is the one of before.
-
-An image that is not there is rejected. A disk that fails is no property of an image: it is asked
-again, a few times, and then the step ends, so that no image is lost for it; started again, the step
-goes on.
+An image that is not there is rejected. A disk that fails is asked again, a few times, and then the
+step ends, so that no image is lost for it.
 """
 
 from __future__ import annotations
@@ -34,20 +30,14 @@ class ImageSource(Protocol):
         """Sorted keys of all images. Raises InputError when there are none."""
 
     def read(self, key: str) -> bytes:
-        """The bytes of one image file. Raises InputError when it is not there, OSError when the
-        disk fails.
-        """
+        """One file's bytes. Raises InputError when it is not there, OSError when the disk fails."""
 
     def stamp(self, key: str) -> str:
-        """Size and time of the file that holds an image, or NO_STAMP. Equal stamps, equal bytes,
-        as long as nobody sets times.
-        """
+        """Size and time of the file that holds an image, or NO_STAMP: equal stamps, equal bytes."""
 
 
 def read_patiently(path: Path, read: Callable[[], bytes]) -> bytes:
-    """What `read` gives of `path`; asked again after pauses where a disk fails. Raises OSError,
-    at once for what is not there.
-    """
+    """What `read` gives of `path`; asked again after pauses where a disk fails."""
     for pause in (*PAUSES_SECONDS, None):
         try:
             return read()
@@ -65,16 +55,13 @@ def _stamp_of(path: Path) -> str:
 
 
 def open_images(paths: Sequence[Path]) -> ImageSource:
-    """One folder of image files, one folder of tar files, or tar files. Raises InputError for
-    anything else, or a mixture.
-    """
+    """One folder of image files, one folder of tar files, or tar files; nothing mixed."""
     if len(paths) == 1 and paths[0].is_dir():
         tars = sorted(paths[0].glob("*.tar"))
         if tars and (image := next(iterate_images(paths[0]), None)) is not None:
-            found = f"--image_path {paths[0]} holds tar files ({tars[0].name}) and images ({image})"
             raise InputError(
-                f"{found}: name the tar files themselves, or move them out of the folder to "
-                "take its images"
+                f"--image_path {paths[0]} holds tar files ({tars[0].name}) and images ({image}): "
+                "name the tar files, or move them out of the folder"
             )
         return TarImages(tars) if tars else FolderImages(paths[0])
     for path in paths:
@@ -88,9 +75,7 @@ def open_images(paths: Sequence[Path]) -> ImageSource:
 
 
 def _refuse_names_without_text(key: str) -> None:
-    """Raises InputError for a name that is no UTF-8: neither an index nor a JSON file could hold
-    it.
-    """
+    """Raises InputError for a name that is not UTF-8, which no JSON file could hold."""
     if (name := printable(key)) != key:
         raise InputError(f"{name}: the name is not UTF-8; rename the file")
 
@@ -128,32 +113,24 @@ def _leaves(key: str) -> bool:
 
 
 class _ForgetfulTarFile(tarfile.TarFile):
-    """tarfile keeps every header it has seen; a tar of millions of images is read in the memory
-    of one.
-    """
+    """tarfile keeps every header it has seen; this one reads millions in the memory of one."""
 
     def next(self) -> tarfile.TarInfo | None:
         self.members: list[tarfile.TarInfo] = []
-        if (
-            self.offset == 0 and self.fileobj.tell()
-        ):  # an empty tar, seen when it was opened; Python 3.10 seeks before its start
-            return None
+        if self.offset == 0 and self.fileobj.tell():
+            return None  # an empty tar, seen when it was opened; Python 3.10 seeks before its start
         return super().next()
 
 
 def _refuse_lost_members(path: Path, end: int) -> None:
-    """tarfile takes any header that it cannot read, but the first, for the end of the tar: a
-    whole one ends with zeros there.
-    """
+    """tarfile takes any header but the first that it cannot read for the end; there are zeros."""
     with open(path, "rb") as file:
         if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"neither a header nor the end of the tar at byte {end}")
 
 
 class TarImages:
-    """Images in uncompressed tar files, found through their headers once and then read at their
-    offsets.
-    """
+    """Images in uncompressed tar files, found through their headers and read at their offsets."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = list(paths)
@@ -163,33 +140,27 @@ class TarImages:
             self._stamps.append(_stamp_of(path))
             self._add(number, path)
         if not self._places:
-            raise InputError(
-                f"{', '.join(map(str, paths))}: no images in there (looked for "
-                f"{', '.join(sorted(IMAGE_SUFFIXES))})"
-            )
+            named, looked_for = ", ".join(map(str, paths)), ", ".join(sorted(IMAGE_SUFFIXES))
+            raise InputError(f"{named}: no images in there (looked for {looked_for})")
 
     def _add(self, number: int, path: Path) -> None:
         try:
             with _ForgetfulTarFile.open(path, "r:") as tar:
                 while (member := tar.next()) is not None:
                     name = member.name.removeprefix("./")
-                    if (
-                        not member.isfile()
-                        or PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES
-                    ):
+                    is_image = PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+                    if not (is_image and member.isfile()):
                         continue
                     if name in self._places:
                         other = self._paths[self._places[name][0]]
                         raise InputError(
-                            f"{path} and {other} both hold {name}: keys must be unique; rename "
-                            "one or encode them apart"
+                            f"{path} and {other} both hold {name}: rename one or encode them apart"
                         )
                     self._places[name] = (number, member.offset_data, member.size)
                 _refuse_lost_members(path, tar.offset)
         except (tarfile.TarError, OSError) as error:
             raise InputError(
-                f"{path} is not a readable, uncompressed tar file ({error}); was it copied "
-                "completely?"
+                f"{path} is not a readable, uncompressed tar file ({error}); copy it again"
             ) from error
 
     def keys(self) -> list[str]:
@@ -203,7 +174,7 @@ class TarImages:
         path = self._paths[number]
         data = read_patiently(path, partial(_read_piece, path, size, offset))
         if len(data) != size:
-            raise InputError(f"{key}: {path} is cut off")
+            raise InputError(f"{key}: {path} is truncated")
         return data
 
     def stamp(self, key: str) -> str:

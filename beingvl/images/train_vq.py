@@ -117,27 +117,14 @@ def train_vq(
 
     Raises InputError for sizes that do not fit together, an unreadable image or too few of them.
     """
-    recipe = Recipe(
-        image_size,
-        grid,
-        num_codes,
-        embed_dim,
-        base_channels,
-        num_res_blocks,
-        steps,
-        batch_size,
-        learning_rate,
-        max_images,
-        seed,
-    )
+    sizes = (image_size, grid, num_codes, embed_dim, base_channels, num_res_blocks)
+    recipe = Recipe(*sizes, steps, batch_size, learning_rate, max_images, seed)
     usable_device(device)
     output, folders = Path(output_path), [Path(image_path)]
     if validation_path:
         folders.append(Path(validation_path))
-    images = {
-        str(number): hash_images(folder, find_images(folder))
-        for number, folder in enumerate(folders)
-    }
+    hashes = [hash_images(folder, find_images(folder)) for folder in folders]
+    images = {str(number): found for number, found in enumerate(hashes)}
     request = {**asdict(recipe), "images": images}
     if already_made(output, "vqgan", request, overwrite):
         return read_manifest(output)
@@ -145,28 +132,33 @@ def train_vq(
         torch.set_num_threads(num_threads)
     processor = make_processor(image_size)
     pixels, held_out = load_pixels(folders, recipe, processor)
-    generator = torch.Generator().manual_seed(seed)
-    model = build_model(recipe).to(device)
-    codebook = model.quantize.embedding.weight.data
-    train_steps(model, pixels, recipe, generator, with_codes=False)
-    codebook.copy_(cluster(some_latents(model, pixels, generator), num_codes, generator))
-    train_steps(model, pixels, recipe, generator, with_codes=True)
-    codebook.copy_(unit_codebook(model))
-
-    vqgan = VQGAN(model, processor, device, source=str(output))
+    vqgan = VQGAN(train_model(pixels, recipe, device), processor, device, source=str(output))
     psnr, num_used = measure(vqgan, held_out)
+    num_held_out = len(held_out)
     counts = {
         "images": len(pixels),
-        "held_out_images": len(held_out),
+        "held_out_images": num_held_out,
         "held_out_codes_used": num_used,
     }
     details = {"held_out_psnr_decibels": round(psnr, 2), "request": request}
     manifest = vqgan.save(output, counts, details, {PICTURE_FILE: picture(vqgan, held_out)})
     print(
-        f"{output}: {psnr:.1f} dB PSNR, {num_used} of {num_codes} codes used on {len(held_out)} "
+        f"{output}: {psnr:.1f} dB PSNR, {num_used} of {num_codes} codes used on {num_held_out} "
         f"held-out images; see {output / PICTURE_FILE}"
     )
     return manifest
+
+
+def train_model(pixels: torch.Tensor, recipe: Recipe, device: str) -> JanusVQVAE:
+    """Auto-encoder, clusters, code book."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    model = build_model(recipe).to(device)
+    codebook = model.quantize.embedding.weight.data
+    train_steps(model, pixels, recipe, generator, with_codes=False)
+    codebook.copy_(cluster(some_latents(model, pixels, generator), recipe.num_codes, generator))
+    train_steps(model, pixels, recipe, generator, with_codes=True)
+    codebook.copy_(unit_codebook(model))
+    return model
 
 
 def load_pixels(
@@ -222,9 +214,7 @@ def train_steps(
     generator: torch.Generator,
     with_codes: bool,
 ) -> None:
-    """Half of the optimizer steps, with a learning-rate schedule of their own; the model is
-    changed in place.
-    """
+    """Half of the optimizer steps, with a learning-rate schedule of their own."""
     model.train()
     device = model.quantize.embedding.weight.device
     optimizer = torch.optim.AdamW(
@@ -268,9 +258,7 @@ def unit_codebook(model: JanusVQVAE) -> torch.Tensor:
 
 
 def quantise(model: JanusVQVAE, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nearest code vectors with the latents' gradient (straight-through), and the loss that
-    pulls the two together.
-    """
+    """Nearest code vectors with the latents' gradient, and the loss that pulls both together."""
     codebook = unit_codebook(model)
     flat = latents.permute(0, 2, 3, 1)
     nearest = codebook[(flat @ codebook.T).argmax(-1)].permute(0, 3, 1, 2)
@@ -313,9 +301,7 @@ def cluster(points: torch.Tensor, num_clusters: int, generator: torch.Generator)
 
 
 def measure(vqgan: VQGAN, pixels: torch.Tensor) -> tuple[float, int]:
-    """PSNR in decibels over all pixels of the images, through encode and decode, and the number
-    of different codes.
-    """
+    """PSNR in decibels of decoding what was encoded, and the number of different codes."""
     squared_error, used = 0.0, np.zeros(vqgan.num_codes, bool)
     for part in pixels.split(64):
         codes = vqgan.encode(part)

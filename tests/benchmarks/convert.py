@@ -3,6 +3,7 @@ differences.
 
     python -m tests.benchmarks.convert --size 8b      16 GB source; needs 35 GB of free disk
     python -m tests.benchmarks.convert --size 1b      tied embeddings, one file; needs 9 GB
+    python -m tests.benchmarks.convert --tiny         see that it runs, in seconds
 
 Each step runs after `sync` and its time ends with another `sync`, so that every writer pays for its
 bytes; `cp -r` is timed before and after the conversions and the mean counts, because disks and
@@ -34,7 +35,7 @@ import torch
 from safetensors.torch import save_file
 
 from beingvl.model.weight_files import WeightFolder
-from tests.model.small_models import LLAMA3_ROPE, llama3_tokenizer_file
+from tests.model.small_models import LLAMA3_ROPE, llama3_tokenizer_file, write_base_model
 
 SIZES: dict[str, dict[str, Any]] = {
     "8b": {
@@ -49,28 +50,23 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 16,
         "num_attention_heads": 32,
     },
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-    },
 }
 NUM_TEXT = 128_256
-SHARD_BYTES = {"8b": 5_000_000_000, "1b": 1 << 40, "tiny": 20_000_000}
+SHARD_BYTES = {"8b": 5_000_000_000, "1b": 1 << 40}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", choices=list(SIZES), default="tiny")
+    parser.add_argument("--size", choices=list(SIZES), default="1b")
+    parser.add_argument("--tiny", action="store_true", help="see that it runs, in seconds")
     parser.add_argument(
         "--folder", type=Path, help="where to work; default: a temporary folder, removed at the end"
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="convert-benchmark-", dir=args.folder) as folder:
-        result = measure(Path(folder), args.size)
+        result = measure(Path(folder), "tiny" if args.tiny else args.size)
     print(json.dumps(result))
     return 0
 
@@ -106,7 +102,12 @@ def measure(folder: Path, size: str) -> dict[str, Any]:
 
 
 def make_checkpoint(folder: Path, size: str) -> int:
-    """A random bf16 checkpoint of Llama 3's shape with the real tokenizer; returns its bytes."""
+    """A random bf16 checkpoint of Llama 3's shape with the real tokenizer, or a tiny one; returns
+    its bytes.
+    """
+    if size == "tiny":
+        write_base_model(folder, "llama", "sharded", torch.bfloat16)
+        return sum(path.stat().st_size for path in folder.iterdir())
     folder.mkdir()
     fields = SIZES[size]
     config = {
