@@ -4,8 +4,7 @@
     parameter          text_rows   |   visual_rows          (specials, VQ codes, vBPE ids)
 
 What a stage freezes is then a whole parameter: no gradient, no optimizer state, no weight decay,
-the same bytes afterwards. On disk (HF folders) each pair is one matrix again; only this file joins
-and splits.
+the same bytes afterwards. On disk each pair is one matrix again.
 
 The head computes the loss itself, over target positions only, in chunks of rows that are recomputed
 in the backward pass, so that logits of the whole vocabulary never exist for more than one chunk and
@@ -47,9 +46,7 @@ class ExtendedEmbedding(nn.Module):
 
 
 class ExtendedHead(nn.Module):
-    """The output head over two row blocks. `forward` returns the loss of every target token, or
-    logits where none is given.
-    """
+    """The output head over two row blocks. `forward` gives losses, or logits without targets."""
 
     def __init__(
         self, num_text: int, num_visual: int, hidden_size: int, loss_chunk_tokens: int
@@ -64,7 +61,8 @@ class ExtendedHead(nn.Module):
         logits `[n, vocabulary]`.
         """
         if target_ids is None:
-            return _logits(hidden, self.text_rows, self.visual_rows)
+            blocks = (self.text_rows, self.visual_rows)
+            return torch.cat([F.linear(hidden, rows) for rows in blocks], dim=-1)
         return ChunkedCrossEntropy.apply(
             hidden, target_ids, self.text_rows, self.visual_rows, self.loss_chunk_tokens
         )
@@ -108,18 +106,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         (of_losses,) = gradients
         hidden, target_ids, text_rows, visual_rows, normalizers = ctx.saved_tensors
         of_hidden = torch.zeros_like(hidden)
-        of_text, of_visual = (
-            torch.zeros_like(rows) if needed else None
-            for rows, needed in zip(
-                (text_rows, visual_rows), ctx.needs_input_grad[2:4], strict=True
-            )
-        )
+        of_text = torch.zeros_like(text_rows) if ctx.needs_input_grad[2] else None
+        of_visual = torch.zeros_like(visual_rows) if ctx.needs_input_grad[3] else None
         for rows in _chunks(len(hidden), ctx.chunk):
-            of_logits = (
-                _chunk_logits(hidden[rows], text_rows, visual_rows)
-                .sub_(normalizers[rows, None])
-                .exp_()
-            )
+            of_logits = _chunk_logits(hidden[rows], text_rows, visual_rows)
+            of_logits.sub_(normalizers[rows, None]).exp_()
             of_logits[torch.arange(len(of_logits), device=hidden.device), target_ids[rows]] -= 1
             low = _logits_buffer(hidden[rows], of_logits.shape[1])
             low.copy_(of_logits.mul_(of_losses[rows, None]))
@@ -159,15 +150,8 @@ def _logits_buffer(hidden: torch.Tensor, width: int) -> torch.Tensor:
     return hidden.new_empty(len(hidden), -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT)[:, :width]
 
 
-def _logits(
-    hidden: torch.Tensor, text_rows: torch.Tensor, visual_rows: torch.Tensor
-) -> torch.Tensor:
-    return torch.cat([F.linear(hidden, text_rows), F.linear(hidden, visual_rows)], dim=-1)
-
-
 class PackedCausalLM(nn.Module):
-    """A stock transformers causal LM with split rows and packed attention; `forward` gives the
-    loss of every target token.
+    """A stock transformers causal LM with split rows and packed attention.
 
     Parameter names are those of the stock model, with `.text_rows` and `.visual_rows` in place of
     `.weight` on the embedding and the head.
@@ -219,14 +203,12 @@ def build_packed_model(
     Works inside `deepspeed.zero.Init`, which rewrites torch's constructors: import the class
     before.
     """
-    small = copy.deepcopy(
-        config
-    )  # the stock embedding is replaced at once, so it is built with one row
+    small = copy.deepcopy(config)
+    # The stock embedding is replaced at once, so it is built with one row.
     small.vocab_size, small.pad_token_id, small.tie_word_embeddings = 1, None, False
+    # Random numbers of dropout are in no checkpoint, so a resumed run would be another.
     for name in [name for name in small.to_dict() if name.endswith(("dropout", "_pdrop"))]:
-        setattr(
-            small, name, 0.0
-        )  # its random numbers are in no checkpoint, so a resumed run would be another
+        setattr(small, name, 0.0)
     with no_init_weights():
         causal_lm = model_class._from_config(small, attn_implementation=packed_attention.register())
     causal_lm.set_input_embeddings(ExtendedEmbedding(num_text, num_visual, config.hidden_size))
@@ -234,19 +216,15 @@ def build_packed_model(
         ExtendedHead(num_text, num_visual, config.hidden_size, loss_chunk_tokens)
     )
     if activation_checkpointing:
-        # transformers gave it this name in 2026; its old one is gone from version 6 on
-        enable = (
-            getattr(causal_lm, "activation_checkpointing_enable", None)
-            or causal_lm.gradient_checkpointing_enable
-        )
+        # transformers gave it this name in 2026; its old one is gone from version 6 on.
+        enable = getattr(causal_lm, "activation_checkpointing_enable", None)
+        enable = enable or causal_lm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return PackedCausalLM(causal_lm)
 
 
 def pack_stock_model(causal_lm: Any, num_text: int, loss_chunk_tokens: int) -> PackedCausalLM:
-    """A stock causal LM, loaded with the attention `beingvl_packed`, as a packed one: its head
-    is split without a copy.
-    """
+    """A stock causal LM with the attention `beingvl_packed` as a packed one, without a copy."""
     weight = causal_lm.get_output_embeddings().weight
     head = ExtendedHead(0, 0, weight.shape[1], loss_chunk_tokens)
     head.text_rows = nn.Parameter(weight[:num_text], requires_grad=False)

@@ -5,10 +5,9 @@ zero`.
     method, statistics, vocabulary ──make_rows──>  blocks [n, hidden] float64, together num_visual
     rows in id order
 
-Random numbers are numpy's PCG64 normals in float64, rounded to the model's dtype at the very end,
-so that the same seed gives the same bytes on every machine, whatever its math library does with the
-last bit. That holds for one version of numpy: its policy (NEP 19) allows another stream of normals
-in a later one.
+Random numbers are numpy's PCG64 normals in float64, rounded to the model's dtype at the very end:
+the same seed gives the same bytes on every machine with this version of numpy (NEP 19 allows other
+normals in a later one).
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from beingvl.vocab import SPECIAL_TOKENS, VocabLayout
 
 METHODS = ("he", "mean", "mean_cov", "codebook", "zero")
 _BLOCK_ROWS = 128  # a few MB: larger arrays come from the kernel page by page, every time
-# transformers' resize_token_embeddings(mean_resizing=True) scales the covariance so, to stay close
-# to the mean.
+# As in transformers' resize_token_embeddings(mean_resizing=True), to stay close to the mean.
 _COVARIANCE_SCALE = 1e-9
 
 
@@ -48,9 +46,7 @@ class TextStatistics:
 
 @dataclass(frozen=True)
 class VisualVocabulary:
-    """What `--init codebook` knows of the image tokens: code vectors `[num_vq, dim]` and the
-    codes in each merge.
-    """
+    """For `codebook`: code vectors `[num_vq, dim]` and the codes in each merge."""
 
     codebook: np.ndarray
     merge_codes: list[np.ndarray] = field(default_factory=list)
@@ -89,13 +85,9 @@ def make_rows(
 def check_visual_vocabulary(visual: VisualVocabulary | None, layout: VocabLayout) -> None:
     """Raises InputError when `codebook` rows cannot be made for this layout."""
     if visual is None:
-        raise InputError(
-            "--init codebook needs --being_vq_path: the rows come from its code vectors"
-        )
+        raise InputError("--init codebook needs --being_vq_path: rows come from its code vectors")
     if len(visual.merge_codes) != layout.num_merges:
-        raise InputError(
-            "--init codebook needs --vbpe: a merged token's row comes from the codes in it"
-        )
+        raise InputError("--init codebook needs --vbpe: a merge's row comes from the codes in it")
 
 
 def _normal_blocks(
@@ -117,9 +109,8 @@ def _mean_cov_blocks(
         covariance += centred.T @ centred
     covariance /= len(text_rows)
     ridge = 1e-6 * np.trace(covariance) / hidden  # fewer rows than columns leave it singular
-    factor = np.linalg.cholesky(covariance + (ridge or 1e-30) * np.eye(hidden)) * np.sqrt(
-        _COVARIANCE_SCALE
-    )
+    factor = np.linalg.cholesky(covariance + (ridge or 1e-30) * np.eye(hidden))
+    factor *= np.sqrt(_COVARIANCE_SCALE)
     for start, stop in _ranges(num_rows):
         yield mean + random.standard_normal((stop - start, hidden)) @ factor.T
 
@@ -134,9 +125,8 @@ def _codebook_blocks(
     the mean of their cells' ones.
 
     Codes that look alike get rows that look alike, and a merge points where its codes together
-    point. Specials, codes and merges are each scaled to the text rows' spread around the text rows'
-    mean: a mean of several is shorter than its parts, and is stretched, so a merge's row is not the
-    mean of its codes' rows.
+    point. Each of the three is scaled to the text rows' spread around their mean, as a mean of
+    several is shorter than its parts.
     """
     hidden = len(statistics.mean)
     vectors = visual.codebook.astype(np.float64)
@@ -144,11 +134,9 @@ def _codebook_blocks(
     projection = random.standard_normal((vectors.shape[1], hidden))
     specials = random.standard_normal((len(SPECIAL_TOKENS), hidden))
     codes = vectors @ projection
-    merges = (
-        np.stack([codes[members].mean(0) for members in visual.merge_codes])
-        if visual.merge_codes
-        else codes[:0]
-    )
+    merges = codes[:0]
+    if visual.merge_codes:
+        merges = np.stack([codes[members].mean(0) for members in visual.merge_codes])
     for rows in (specials, codes, merges):
         scale = statistics.spread / (np.sqrt(np.square(rows).mean()) or 1.0) if len(rows) else 1.0
         for start, stop in _ranges(len(rows)):

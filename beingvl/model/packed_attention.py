@@ -56,22 +56,15 @@ def packed_attention(
     Returns:
         `[1, num_tokens, num_heads, head_dim]` and None for the attention weights.
     """
-    assert cu_seq_lens_q is not None and attention_mask is None, (
-        "packed attention takes document borders and no mask"
-    )
+    assert cu_seq_lens_q is not None and attention_mask is None, "document borders and no mask"
     assert query.shape[0] == 1, "packed samples lie end to end in one row"
-    if (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and (varlen := varlen_kernel())
-    ):
+    is_half = query.dtype in (torch.bfloat16, torch.float16)
+    if query.is_cuda and is_half and (varlen := varlen_kernel()):
         longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else max_length_q
-        rows = [
-            tensor[0].transpose(0, 1) for tensor in (query, key, value)
-        ]  # [num_tokens, heads, head_dim]
-        return varlen(
-            *rows, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling
-        ).unsqueeze(0), None
+        lengths = (cu_seq_lens_q, cu_seq_lens_q, longest, longest)
+        # [num_tokens, heads, head_dim]
+        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        return varlen(*rows, *lengths, scale=scaling).unsqueeze(0), None
     borders = cu_seq_lens_q.tolist()
     documents = [
         F.scaled_dot_product_attention(
@@ -91,10 +84,7 @@ def packed_attention(
 @cache
 def varlen_kernel() -> Callable[..., torch.Tensor] | None:
     """torch's causal attention over documents laid end to end, `(query, key, value, starts,
-    starts, longest, longest, scale=…)`.
-
-    None where this torch has none. The module must be imported: `torch.nn.attention` does not have
-    it as an attribute before.
+    starts, longest, longest, scale=…)`; None where this torch has none, so it is imported here.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn

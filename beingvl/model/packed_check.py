@@ -1,5 +1,4 @@
-"""Would packed training train another model than the stock one? A small random model of the same
-class is asked before.
+"""Does packed training train the stock model? A small random model of the class is asked first.
 
     the start model's config.json   a layer of each kind, few heads, short vocabulary;
                                     everything else as it is
@@ -29,9 +28,7 @@ LARGEST_DIFFERENCE_NATS = 1e-3  # float32 differs by 1e-5, the least of the refu
 
 
 def refuse_unlike_packed(model_class: Any, config: Any) -> None:
-    """Raises InputError for a class of models that gives other logits when it is packed, or that
-    cannot be asked.
-    """
+    """Raises InputError for models that give other logits when packed, or cannot be asked."""
     try:
         difference = _largest_difference(model_class, small_config(config))
     except Exception as error:  # any code of any model: what cannot be compared is not trained
@@ -41,33 +38,27 @@ def refuse_unlike_packed(model_class: Any, config: Any) -> None:
         ) from error
     if not difference <= LARGEST_DIFFERENCE_NATS:
         raise InputError(
-            f"models of type {config.model_type!r} compute something else when samples are "
-            "packed (a small random one is "
-            f"{difference:.2g} nats off); use another base"
+            f"models of type {config.model_type!r} compute something else when samples are packed "
+            f"(a small random one is {difference:.2g} nats off); use another base"
         )
 
 
 def refuse_short_window(config: Any, longest: int, remedy: str) -> None:
-    """Raises InputError for a model that treats a sample of `longest` tokens as packed attention
-    cannot.
-
-    Its layers look back fewer tokens, or its positions are others from some length on: that of the
-    longest sample in the row.
+    """Raises InputError when layers look back fewer than `longest` tokens, or positions change
+    before: packed attention does neither.
     """
     window = _window(config)
     if window is not None and window < longest:
-        found = (
-            f"the model's layers look back {window} tokens (sliding_window), samples may "
-            f"have {longest}"
+        raise InputError(
+            f"the model's layers look back {window} tokens (sliding_window), samples may have "
+            f"{longest}; {remedy.format(window=window)}"
         )
-        raise InputError(f"{found}; {remedy.format(window=window)}")
     for name, limit in _changing_positions(config).items():
         if limit < longest:
-            found = (
-                f"the model's positions ({name!r} RoPE) are others for samples of more "
-                f"than {limit} tokens"
+            raise InputError(
+                f"the model's positions ({name!r} RoPE) are others for samples of more than "
+                f"{limit} tokens, samples may have {longest}; {remedy.format(window=limit)}"
             )
-            raise InputError(f"{found}, samples may have {longest}; {remedy.format(window=limit)}")
 
 
 def small_config(config: Any) -> Any:
@@ -131,27 +122,19 @@ def _largest_difference(model_class: Any, config: Any) -> float:
 
 
 def _changing_positions(config: Any) -> dict[str, int]:
-    """RoPE types whose frequencies depend on the length of what is read -> tokens up to which
-    they do not.
-    """
+    """RoPE types whose frequencies depend on the length read -> tokens up to which they do not."""
     stated = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     limits = {}
-    for rope in (
-        stated,
-        *(each for each in stated.values() if isinstance(each, dict)),
-    ):  # for all layers, or by kind of layer
+    by_kind_of_layer = [each for each in stated.values() if isinstance(each, dict)]
+    for rope in (stated, *by_kind_of_layer):
         name = str(rope.get("rope_type") or rope.get("type"))
         if "dynamic" in name or name in ("longrope", "su"):
-            original = rope.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", None
-            )
+            key = "original_max_position_embeddings"
+            original = rope.get(key) or getattr(config, key, None)
             limits[name] = original or config.max_position_embeddings
     return limits
 
 
 def _window(config: Any) -> int | None:
-    return (
-        getattr(config, "sliding_window", None)
-        if getattr(config, "use_sliding_window", True)
-        else None
-    )
+    is_used = getattr(config, "use_sliding_window", True)
+    return getattr(config, "sliding_window", None) if is_used else None

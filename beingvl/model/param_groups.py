@@ -14,6 +14,7 @@ regular expression over the full parameter name.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,13 +52,10 @@ def plan_parameters(
         rule = next((rule for matches, rule in matchers if matches(name)), None)
         if rule is None:
             raise InputError(
-                f"no rule of beingvl.trainable matches the parameter {name!r}; end the rules "
-                f"with {_CATCH_ALL}"
+                f"no rule of beingvl.trainable matches the parameter {name!r}; end the rules with "
+                '{"match": ".*", "train": false}'
             )
-        num_elements = 1
-        for size in shape:
-            num_elements *= size
-        plan.append(PlannedParameter(name, tuple(shape), num_elements, rule))
+        plan.append(PlannedParameter(name, tuple(shape), math.prod(shape), rule))
     for rule in rules:
         if not any(planned.rule is rule for planned in plan):
             raise InputError(
@@ -67,9 +65,6 @@ def plan_parameters(
     if not any(planned.rule.train for planned in plan):
         raise InputError("the rules of beingvl.trainable train no parameter at all")
     return plan
-
-
-_CATCH_ALL = '{"match": ".*", "train": false}'
 
 
 def _matcher(text: str, num_layers: int) -> Callable[[str], bool]:
@@ -97,32 +92,22 @@ def _bound(text: str, num_layers: int, default: int) -> int:
 
 
 def format_plan(plan: Sequence[PlannedParameter], rules: Sequence[Rule]) -> str:
-    """The plan as a table, one line a rule: what is trained, how many parameters, learning-rate
-    multiplier, decay.
-    """
+    """The plan as a table, one line per rule."""
     rows = [("rule", "trained", "tensors", "parameters", "lr x", "decay", "for example")]
     for rule in rules:
         members = [planned for planned in plan if planned.rule is rule]
         count = sum(planned.num_elements for planned in members)
         decay = "optimizer's" if rule.weight_decay is None else f"{rule.weight_decay:g}"
         how = (f"{rule.lr_multiplier:g}", decay) if rule.train else ("-", "-")
-        rows.append(
-            (
-                rule.match,
-                "yes" if rule.train else "frozen",
-                str(len(members)),
-                f"{count:,}",
-                *how,
-                members[0].name,
-            )
-        )
+        trained = "yes" if rule.train else "frozen"
+        sizes = (str(len(members)), f"{count:,}")
+        rows.append((rule.match, trained, *sizes, *how, members[0].name))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    trained = sum(planned.num_elements for planned in plan if planned.rule.train)
+    num_trained = sum(planned.num_elements for planned in plan if planned.rule.train)
     total = sum(planned.num_elements for planned in plan)
-    return "\n".join(
-        [*lines, f"{trained:,} of {total:,} parameters are trained ({trained / total:.1%})"]
-    )
+    share = f"{num_trained:,} of {total:,} parameters are trained ({num_trained / total:.1%})"
+    return "\n".join([*lines, share])
