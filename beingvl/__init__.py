@@ -13,6 +13,8 @@ from beingvl.errors import InputError
 from beingvl.version import __version__
 
 if TYPE_CHECKING:
+    from beingvl.data.build_shards import build_shards
+    from beingvl.data.tokenize_dataset import tokenize
     from beingvl.evaluation.evaluate import evaluate
     from beingvl.images.encode_images import encode_images
     from beingvl.inference.model import BeingVL
@@ -27,20 +29,24 @@ __all__ = [
     "InputError",
     "VisualBPE",
     "__version__",
+    "build_shards",
     "convert",
     "encode_images",
     "evaluate",
     "export",
+    "tokenize",
     "train",
     "train_vbpe",
 ]
 _HOMES = {
     "BeingVL": "beingvl.inference.model",
     "VisualBPE": "beingvl.vbpe.visual_bpe",
+    "build_shards": "beingvl.data.build_shards",
     "convert": "beingvl.model.convert_llama",
     "encode_images": "beingvl.images.encode_images",
     "evaluate": "beingvl.evaluation.evaluate",
     "export": "beingvl.train.export_hf",
+    "tokenize": "beingvl.data.tokenize_dataset",
     "train_vbpe": "beingvl.vbpe.train_vbpe",
 }
 

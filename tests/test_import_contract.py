@@ -50,14 +50,6 @@ HOMES = {
     "gradio": ("inference/page.py",),
 }
 
-# Being removed: a file, and what it still imports against the rules.
-KNOWN = {
-    ("data/build_shards.py", "argparse"),
-    ("data/token_rows_numba.py", "numba"),
-    ("data/tokenize_dataset.py", "argparse"),
-    ("data/tokenize_dataset.py", "beingvl.commands"),
-}
-
 
 def imports_of(path: Path) -> Iterator[str]:
     """The modules that a file names anywhere, also inside functions."""
@@ -77,8 +69,6 @@ def test_imports_point_one_way_and_libraries_stay_in_their_homes(path: Path) -> 
     for name in imports_of(path):
         first, _, rest = name.partition(".")
         other = rest.split(".")[0]
-        if (place, first) in KNOWN or (place, f"{first}.{other}") in KNOWN:
-            continue
         homes = HOMES.get(first)
         assert homes is None or place.startswith(homes), (
             f"{place} imports {name}, which lives in {', '.join(homes)}"

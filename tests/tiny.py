@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from beingvl.artefact.files import to_json
 from beingvl.artefact.manifest import write_manifest
-from beingvl.data.arrow_shards import Sample, ShardWriter
+from beingvl.data.shard_columns import Sample
+from beingvl.data.shard_writer import ShardWriter
 from beingvl.vocab import LAYOUT_FILE, SPECIAL_TOKENS, VocabLayout
 
 LAYOUT = VocabLayout(num_text=258, num_vq=16, num_merges=8, bos_id=256, eos_id=257)

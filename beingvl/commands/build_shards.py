@@ -1,10 +1,6 @@
-"""[4] JSONL token rows (ours or the published files) -> memory-mapped Arrow shards.
+"""[5] JSONL token rows (ours or the published files) -> memory-mapped Arrow shards.
 
-  1. plan_parts    every file is cut at multiples of --part_bytes; a part holds the lines that
-                   start inside it
-  2. build         parse (token_rows.py), check, write a shard; in --num_workers threads
-      (parts.py: killed and started again)
-  3. join_shards   all shards, the index files, and manifest.json last
+    beingvl build-shards --jsonl_path rows/data_vbpe.jsonl --vbpe_path vbpe/ --output_path shards/
 
 The sequence of a row is token_0 + image + token_1, where image is token_image_new when the row has
 it, else token_image. A published file without target_spans is accepted: its targets are token_1. A
@@ -19,44 +15,46 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from beingvl.commands.ranks import add_rank_arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from beingvl.commands.ranks import add_rank_arguments
-
-    parser.add_argument(
-        "--jsonl_path", type=Path, nargs="+", required=True, help="JSONL files of token rows"
+    add = parser.add_argument
+    files = "JSONL files of token rows"
+    add("--jsonl_path", type=Path, nargs="+", required=True, help=files)
+    add("--output_path", type=Path, required=True, help="shard folder to write")
+    model = "model folder whose vocabulary the ids belong to, for files without a manifest"
+    add("--model_path", type=Path, help=model)
+    vbpe = (
+        "vbpe.json that merged images must decode with, a row's first to its own codes; default: "
+        "the one in --model_path"
     )
-    parser.add_argument("--output_path", type=Path, required=True, help="shard folder to write")
-    parser.add_argument(
-        "--model_path",
-        type=Path,
-        help="model folder whose vocabulary the ids belong to, for files without a manifest",
-    )
-    parser.add_argument(
-        "--vbpe_path",
-        type=Path,
-        help="vbpe.json that merged images must decode with, a row's first to its own "
-        "codes; default: the one in --model_path",
-    )
-    parser.add_argument(
-        "--part_bytes", type=int, default=64 << 20, help="bytes of JSONL that become one shard"
-    )
-    parser.add_argument(
-        "--num_workers", type=int, help="threads that parse; default: one a CPU core"
-    )
-    parser.add_argument(
-        "--duplicate_ids",
-        choices=["refuse", "keep"],
-        default="refuse",
-        help="two rows with one id: an error, or two samples",
-    )
+    add("--vbpe_path", type=Path, help=vbpe)
+    part = "bytes of JSONL that become one shard"
+    add("--part_bytes", type=int, default=64 << 20, help=part)
+    workers = "processes that parse; default: one per CPU core; 0 parses in this one"
+    add("--num_workers", type=int, help=workers)
+    twice = "two rows with one id: an error, or two samples"
+    add("--duplicate_ids", choices=["refuse", "keep"], default="refuse", help=twice)
     add_rank_arguments(parser)
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a finished output of other inputs"
+    add("--overwrite", action="store_true", help="replace a finished output of other inputs")
+
+
+def run(args: argparse.Namespace) -> None:
+    # numpy, pyarrow and numba are imported here, so that --help is instant.
+    from beingvl.artefact.ranks import rank_of
+    from beingvl.data.build_shards import build_shards
+
+    rank, num_ranks = rank_of(args.rank, args.num_ranks)
+    build_shards(
+        args.jsonl_path,
+        args.output_path,
+        model_path=args.model_path,
+        vbpe_path=args.vbpe_path,
+        part_bytes=args.part_bytes,
+        num_workers=args.num_workers,
+        duplicate_ids=args.duplicate_ids,
+        rank=rank,
+        num_ranks=num_ranks,
+        overwrite=args.overwrite,
     )
-
-
-def run(args: argparse.Namespace) -> int | None:
-    from beingvl.data.build_shards import run as step
-
-    return step(args)

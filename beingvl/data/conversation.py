@@ -1,6 +1,7 @@
-"""The chat template: the one function that turns a conversation and its images into token ids.
+"""The chat template: the one place that turns a conversation and its images into token ids.
 
-Training, generation and evaluation all call `build_sequence`. The default template is
+Training, generation and evaluation all call `build_sequence`, or its halves: `lay_out` encodes the
+text and leaves holes, `fill` puts images into them. The default template is
 
     bos boi IMAGE eoi question sep answer eos  question sep answer eos  …
 
@@ -21,10 +22,9 @@ Template `being-vl-0.5` reproduces the published pipeline for files made with it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -36,8 +36,8 @@ from beingvl.vocab import VocabLayout
 IMAGE_PLACEHOLDER = "<image>"
 TEMPLATES = ("default", "being-vl-0.5")
 CUT_CHARACTER = (
-    "holds what is no character: bytes that are not UTF-8, or half of a surrogate "
-    "pair, as a cut emoji leaves it"
+    "holds what is not a character: bytes that are not UTF-8, or half of a surrogate pair, as a "
+    "truncated emoji leaves it"
 )
 HUMAN_NAMES = ("human", "user")
 ASSISTANT_NAMES = ("gpt", "assistant")
@@ -46,22 +46,25 @@ Turn = tuple[str, "str | None"]
 """(question, answer); the answer of the last turn is None in a prompt for generation."""
 
 
-@dataclass(frozen=True)
-class TokenizedSample:
-    """Token ids in three parts, as the JSONL format has them: before the first image, the first
-    image, behind it.
+class TokenizedSample(NamedTuple):
+    """Token ids `[n]` int32 in three parts, as the JSONL format has them: before the first image,
+    the first image, behind it.
 
     `target_spans` are (start, end) pairs, end exclusive, in `token_0 + image + token_1`.
     """
 
-    token_0: list[int]
-    image: list[int]
-    token_1: list[int]
+    token_0: np.ndarray
+    image: np.ndarray
+    token_1: np.ndarray
     target_spans: list[tuple[int, int]]
 
     @property
     def input_ids(self) -> list[int]:
-        return [*self.token_0, *self.image, *self.token_1]
+        return np.concatenate(self[:3]).tolist()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self[:3]))
 
 
 def open_tokenizer(model_folder: Path | str) -> Tokenizer:
@@ -156,92 +159,91 @@ def build_sequence(
 
     Raises InputError when placeholders and images do not fit each other.
     """
+    return fill(lay_out(turns, len(images), encoder, layout, template), images)
+
+
+class Piece(NamedTuple):
+    """Ids of a stretch of text, or the place of an image (None)."""
+
+    ids: list[int] | None
+    is_target: bool = False
+
+
+IMAGE = Piece(None)
+
+
+def lay_out(
+    turns: Sequence[Turn],
+    num_images: int,
+    encoder: TextEncoder,
+    layout: VocabLayout,
+    template: str = "default",
+) -> list[Piece]:
+    """The sequence, all text encoded, with `num_images` places for images."""
     if template == "being-vl-0.5":
-        return _build_published(turns, images, encoder, layout)
+        return _lay_out_published(turns, num_images, encoder, layout)
     if template != "default":
         raise InputError(f"template {template!r} is unknown, expected one of {list(TEMPLATES)}")
-    builder = _SequenceBuilder(layout)
-    remaining = list(images)
-    if len(images) == 1:
-        if sum(question.count(IMAGE_PLACEHOLDER) for question, _ in turns) > 1:
-            raise InputError(f"there are more {IMAGE_PLACEHOLDER} placeholders than images")
-        builder.add_image(remaining.pop())
-    for question, answer in turns:
-        _add_question(builder, question, remaining, encoder.plain, one_image=len(images) == 1)
-        builder.add([layout.sep_id])
-        if answer is not None:
-            builder.add([*encoder.plain(answer.strip()), layout.eos_id], is_target=True)
-    if remaining:
+    image = [Piece([layout.boi_id]), IMAGE, Piece([layout.eoi_id])]
+    num_placeholders = sum(question.count(IMAGE_PLACEHOLDER) for question, _ in turns)
+    if num_placeholders > num_images:
+        raise InputError(f"there are more {IMAGE_PLACEHOLDER} placeholders than images")
+    if num_images > 1 and num_placeholders < num_images:
         raise InputError(
-            f"{len(images)} images were given for {len(images) - len(remaining)} "
-            f"{IMAGE_PLACEHOLDER} placeholders"
+            f"{num_images} images were given for {num_placeholders} {IMAGE_PLACEHOLDER} "
+            "placeholders"
         )
-    return builder.finish()
+    pieces = [Piece([layout.bos_id])]
+    if num_images == 1:  # it stands first, wherever its placeholder is
+        pieces += image
+    for question, answer in turns:
+        texts = [text.strip() for text in question.split(IMAGE_PLACEHOLDER)]
+        if num_images == 1:
+            texts = [" ".join(text for text in texts if text)]
+        for number, text in enumerate(texts):
+            pieces += image if number else []
+            if text:
+                pieces.append(Piece(encoder.plain(text)))
+        pieces.append(Piece([layout.sep_id]))
+        if answer is not None:
+            pieces.append(Piece([*encoder.plain(answer.strip()), layout.eos_id], is_target=True))
+    return pieces
 
 
-def _add_question(
-    builder: _SequenceBuilder,
-    question: str,
-    images: list[np.ndarray],
-    encode: Callable[[str], list[int]],
-    one_image: bool,
-) -> None:
-    pieces = question.split(IMAGE_PLACEHOLDER)
-    if one_image:  # it stands first already
-        builder.add(encode(" ".join(piece.strip() for piece in pieces if piece.strip())))
-        return
-    for number, piece in enumerate(pieces):
-        if number:
-            if not images:
-                raise InputError(f"there are more {IMAGE_PLACEHOLDER} placeholders than images")
-            builder.add_image(images.pop(0))
-        if piece.strip():
-            builder.add(encode(piece.strip()))
-
-
-class _SequenceBuilder:
-    """Collects ids, remembers where the first image lies and which spans are targets."""
-
-    def __init__(self, layout: VocabLayout) -> None:
-        self._layout = layout
-        self._ids: list[int] = [layout.bos_id]
-        self._first_image: tuple[int, int] | None = None
-        self._spans: list[tuple[int, int]] = []
-
-    def add(self, ids: Sequence[int], is_target: bool = False) -> None:
-        if is_target:
-            self._spans.append((len(self._ids), len(self._ids) + len(ids)))
-        self._ids.extend(ids)
-
-    def add_image(self, token_ids: np.ndarray) -> None:
-        self.add([self._layout.boi_id])
-        if self._first_image is None:
-            self._first_image = (len(self._ids), len(self._ids) + len(token_ids))
-        self.add([int(token) for token in token_ids])
-        self.add([self._layout.eoi_id])
-
-    def finish(self) -> TokenizedSample:
-        start, end = self._first_image or (1, 1)
-        return TokenizedSample(
-            self._ids[:start], self._ids[start:end], self._ids[end:], self._spans
-        )
-
-
-def _build_published(
-    turns: Sequence[Turn], images: Sequence[np.ndarray], encoder: TextEncoder, layout: VocabLayout
-) -> TokenizedSample:
+def _lay_out_published(
+    turns: Sequence[Turn], num_images: int, encoder: TextEncoder, layout: VocabLayout
+) -> list[Piece]:
     """`bos boi IMAGE` + tokenizer(`<eoss>` question ` ` answer `</s>` …); `</s>` is plain text,
     all of token_1 is target.
     """
-    if len(images) > 1:
-        raise InputError(f"template being-vl-0.5 takes at most one image, found {len(images)}")
+    if num_images > 1:
+        raise InputError(f"template being-vl-0.5 takes at most one image, found {num_images}")
     text = ""
     for number, (question, answer) in enumerate(turns):
-        prefix = "<reserved08706>" if number else "<eoss>" if images else ""
+        prefix = "<reserved08706>" if number else "<eoss>" if num_images else ""
         text += prefix + question.replace(IMAGE_PLACEHOLDER, "").strip() + " "
         text += f"{answer}</s>" if answer is not None else ""
-    token_0 = [layout.bos_id, layout.boi_id] if images else [layout.bos_id]
-    image = [int(token) for token in images[0]] if images else []
-    token_1 = encoder.with_specials(text)
-    start = len(token_0) + len(image)
-    return TokenizedSample(token_0, image, token_1, [(start, start + len(token_1))])
+    start = (
+        [Piece([layout.bos_id, layout.boi_id]), IMAGE] if num_images else [Piece([layout.bos_id])]
+    )
+    return [*start, Piece(encoder.with_specials(text), is_target=True)]
+
+
+def fill(pieces: Sequence[Piece], images: Sequence[np.ndarray]) -> TokenizedSample:
+    """Put images (token ids) into their places."""
+    remaining = iter(images)
+    arrays: list[np.ndarray] = []
+    first_image: tuple[int, int] | None = None
+    spans = []
+    start = 0
+    for ids, is_target in pieces:
+        arrays.append(np.array(next(remaining) if ids is None else ids, np.int32))
+        end = start + len(arrays[-1])
+        if is_target:
+            spans.append((start, end))
+        if ids is None and first_image is None:
+            first_image = start, end
+        start = end
+    laid = np.concatenate(arrays)
+    start, end = first_image or (1, 1)
+    return TokenizedSample(laid[:start], laid[start:end], laid[end:], spans)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from beingvl.artefact.manifest import (
     read_manifest,
     write_manifest,
 )
-from beingvl.artefact.parts import remove_parts
+from beingvl.artefact.request import Request
 from beingvl.errors import InputError
 from beingvl.vocab import VocabLayout
 
@@ -51,33 +51,27 @@ class DatasetFolder:
     def _manifest(self) -> Manifest | None:
         return read_manifest(self.folder, "jsonl") if is_complete(self.folder) else None
 
-    def is_made_by(self, request: dict[str, Any], quiet: bool = False) -> bool:
-        """Whether this dataset is finished. Raises InputError when another request made it, or
-        it fits no neighbour.
-        """
+    def is_finished(self, lineage: dict[str, str]) -> bool:
+        """Raises InputError when it is not, and its lineage contradicts a neighbour's."""
         manifest = self._manifest()
         if manifest is None:
             return False
         datasets = manifest.details["datasets"]
-        entry = datasets.get(self.name)
-        if entry is None:
-            others = {
-                f"{self.folder} ({name})": other["lineage"] for name, other in datasets.items()
-            }
-            join_lineages({**others, f"{self.folder} ({self.name})": request["lineage"]})
-            return False
-        made_by = entry["request"]
-        different = [key for key in {**made_by, **request} if made_by.get(key) != request.get(key)]
-        if different:
+        if self.name in datasets:
+            return True
+        others = {f"{self.folder} ({name})": entry["lineage"] for name, entry in datasets.items()}
+        join_lineages({**others, f"{self.folder} ({self.name})": lineage})
+        return False
+
+    def check_finished(self, request: Request) -> None:
+        """Raises InputError when another request made the finished dataset."""
+        manifest = read_manifest(self.folder, "jsonl")
+        if difference := request.difference(manifest.details["datasets"][self.name]["request"]):
             raise InputError(
-                f"{self.folder} is finished, but {self.name} has another {different[0]} (found "
-                f"{made_by.get(different[0])!r}, "
-                f"asked for {request.get(different[0])!r}); choose another folder or add "
-                "--overwrite"
+                f"{self.folder} is finished, but {self.name} has {difference}; choose another "
+                "folder or add --overwrite"
             )
-        if not quiet:
-            print(f"{self.folder}: {self.name} is finished already, with the same inputs: reused")
-        return True
+        print(f"{self.folder}: {self.name} is finished already, with the same inputs: reused")
 
     def remove(self) -> None:
         """Take this dataset, finished or not, out of the folder; the others stay complete at
@@ -95,7 +89,6 @@ class DatasetFolder:
             else:
                 (self.folder / MANIFEST_FILE).unlink()
         self.delete_files()
-        remove_parts(self.folder, self.parts_name)
 
     def delete_files(self) -> None:
         """Whatever a run that ended early may have left in the places of this dataset's files;
@@ -140,14 +133,7 @@ class DatasetFolder:
         write_atomically(
             self.folder / REJECTED_FILE, "".join(sorted(rejected, key=_dataset_and_index))
         )
-        counts: dict[str, int] = {}
-        for entry in datasets.values():
-            for name, value in entry["counts"].items():
-                counts[name] = (
-                    max(counts.get(name, 0), value)
-                    if name.startswith("longest")
-                    else counts.get(name, 0) + value
-                )
+        counts = add_counts([entry["counts"] for entry in datasets.values()])
         lineage = join_lineages({name: entry["lineage"] for name, entry in datasets.items()})
         details = {"layout": self.layout.to_dict(), "datasets": dict(sorted(datasets.items()))}
 
@@ -164,6 +150,14 @@ def _is_file_of(datasets: Iterable[str], file: str) -> bool:
         for name in datasets
         for variant in VARIANTS
     )
+
+
+def add_counts(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Sums; of `longest_…` the largest."""
+    return {
+        name: (max if name.startswith("longest") else sum)(part[name] for part in parts)
+        for name in parts[0]
+    }
 
 
 def _dataset_and_index(line: str) -> tuple[str, int]:

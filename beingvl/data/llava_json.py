@@ -1,6 +1,10 @@
 """LLaVA-format files read row by row: a JSON array or JSONL of any size, in the memory of one
 row and one block.
 
+    stream_rows    all rows, the first broken one is an error
+    survey         one pass: where every so many rows start, and whether any names an image
+    rows_of_part   the rows from one of those places on
+
 The standard library's own decoder reads one element after the other out of a buffer that is
 refilled at its end. (It makes the rows about as fast as `json.load` of the whole file; a parser of
 single events, such as ijson, hands every bracket to Python.)
@@ -9,12 +13,14 @@ single events, such as ijson, hands every bracket to Python.)
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from beingvl.errors import InputError
 
@@ -22,39 +28,79 @@ BLOCK_CHARS = 1 << 20
 BLOCK_BYTES = 1 << 20  # more than any space before the first row
 MAX_ROW_CHARS = 1 << 26  # in JSONL: bytes
 MAX_DEPTH = 64  # of a row, which other processes and files must take too
-NOT_READABLE = (
-    ValueError,
-    RecursionError,
-)  # no JSON, a number of thousands of digits; nested too deeply
+# Not JSON, or a number of thousands of digits; nested too deeply.
+NOT_READABLE = (ValueError, RecursionError)
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 @dataclass(frozen=True)
 class BrokenRow:
-    """A line of JSONL that is no JSON, or a row that is no object: the file goes on behind it."""
+    """A line of JSONL that is not JSON, or a row that is not an object: the file goes on behind
+    it.
+    """
 
     reason: str
 
 
-def stream_rows_and_broken(path: Path) -> Iterator[dict[str, Any] | BrokenRow]:
-    """Rows of a LLaVA JSON array or JSONL file, and what stands in the place of one. Blank lines
-    are no rows.
+Row = dict[str, Any] | BrokenRow
 
-    Raises InputError for an empty file, and for a damaged array: nothing says where its next
+
+class Place(NamedTuple):
+    """Where a row starts: byte `offset`, which in JSONL is in line `line`, from 1."""
+
+    offset: int = 0
+    line: int = 1
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a file holds. `starts`: where the first row of every part is."""
+
+    starts: list[Place]
+    num_rows: int
+    names_images: bool
+
+
+def survey(path: Path, rows_per_part: int) -> Survey:
+    """Raises InputError for an empty file, and for a damaged array: nothing says where its next
     element would begin.
     """
-    count = 0
+    starts: list[Place] = []
+    num_rows, names_images = 0, False
+    for place, row in _rows(path, Place()):
+        if num_rows % rows_per_part == 0:
+            starts.append(place)
+        num_rows += 1
+        names_images = names_images or (isinstance(row, dict) and bool(row.get("image")))
+    return Survey(starts, num_rows, names_images)
+
+
+def rows_of_part(path: Path, start: Place, count: int) -> list[Row]:
+    """At most `count` rows from `start` on, one of the places of a survey."""
+    return [row for _, row in islice(_rows(path, start), count)]
+
+
+def stream_rows_and_broken(path: Path) -> Iterator[Row]:
+    """Rows of a LLaVA JSON array or JSONL file, and what stands in the place of one. Blank lines
+    are no rows. Raises InputError as `survey` does.
+    """
+    return (row for _, row in _rows(path, Place()))
+
+
+def _rows(path: Path, start: Place) -> Iterator[tuple[Place, Row]]:
+    is_empty = True
     with open(path, "rb") as file:
-        start = file.read(BLOCK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
-    for value in _array_values(path) if start[:1] == b"[" else _line_values(path):
-        count += 1
+        first = file.read(BLOCK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    values = _array_values if first == b"[" else _line_values
+    for place, value in values(path, start):
+        is_empty = False
         if isinstance(value, dict) and _is_deep(value):
-            yield BrokenRow(f"it is nested more than {MAX_DEPTH} deep")
+            yield place, BrokenRow(f"it is nested more than {MAX_DEPTH} deep")
         elif isinstance(value, dict | BrokenRow):
-            yield value
+            yield place, value
         else:
-            yield BrokenRow(f"expected an object, found {type(value).__name__}")
-    if not count:
+            yield place, BrokenRow(f"expected an object, found {type(value).__name__}")
+    if is_empty:
         raise InputError(
             f"{path} holds no row, expected a non-empty list of objects in LLaVA format"
         )
@@ -118,44 +164,55 @@ def _behind_space(text: str, at: int) -> int:
     return found.end()
 
 
-def _line_values(path: Path) -> Iterator[Any]:
+def _line_values(path: Path, start: Place) -> Iterator[tuple[Place, Any]]:
+    at, number = start
     with open(path, "rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_CHARS), b""), 1):
+        file.seek(at)
+        while line := file.readline(MAX_ROW_CHARS):
+            place = Place(at, number)
             if len(line) == MAX_ROW_CHARS and not line.endswith(b"\n"):
                 while (rest := file.readline(BLOCK_BYTES)) and not rest.endswith(b"\n"):
                     pass
-                yield BrokenRow(f"line {number} has {MAX_ROW_CHARS:,} bytes or more")
+                yield place, BrokenRow(f"line {number} has {MAX_ROW_CHARS:,} bytes or more")
             elif text := (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip():
-                try:
-                    yield json.loads(text.decode())
-                except UnicodeDecodeError as error:
-                    yield BrokenRow(
-                        f"line {number} is not UTF-8 text ({error.reason} at byte {error.start})"
-                    )
-                except json.JSONDecodeError as error:
-                    yield BrokenRow(
-                        f"line {number} is not valid JSON ({error.msg} at character "
-                        f"{error.pos + 1})"
-                    )
-                except NOT_READABLE as error:
-                    yield BrokenRow(f"line {number} is not valid JSON ({error})")
+                yield place, _value_of_line(text, number)
+            at, number = file.tell(), number + 1
 
 
-def _array_values(path: Path) -> Iterator[Any]:
+def _value_of_line(text: bytes, number: int) -> Any:
     try:
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
-            yield from _elements(file, path)
+        return json.loads(text.decode())
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text ({error}); was it copied completely?"
-        ) from error
+        found = f"UTF-8 text ({error.reason} at byte {error.start})"
+    except json.JSONDecodeError as error:
+        found = f"valid JSON ({error.msg} at character {error.pos + 1})"
+    except NOT_READABLE as error:
+        found = f"valid JSON ({error})"
+    return BrokenRow(f"line {number} is not {found}")
 
 
-def _elements(file: IO[str], path: Path) -> Iterator[Any]:
-    """Elements of an array, which the file is."""
+def _array_values(path: Path, start: Place) -> Iterator[tuple[Place, Any]]:
+    """Elements of an array, which the file is, from the bracket or from an element on."""
+    with open(path, "rb") as file:
+        at_byte = start.offset or 3 * (file.read(3) == codecs.BOM_UTF8)
+        file.seek(at_byte)
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="\n")
+        try:
+            yield from _elements(text, path, at_byte, is_inside=start.offset > 0)
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path} is not UTF-8 text ({error}); was it copied completely?"
+            ) from error
+
+
+def _elements(
+    file: IO[str], path: Path, at_byte: int, is_inside: bool
+) -> Iterator[tuple[Place, Any]]:
+    """Elements of an array, from byte `at_byte`: its bracket, or an element when it `is_inside`."""
     decode = json.JSONDecoder().raw_decode
     buffer = file.read(BLOCK_CHARS)
-    at = _behind_space(buffer, 0) + 1  # the bracket
+    at = 0 if is_inside else _behind_space(buffer, 0) + 1
+    counted = 0  # characters of the buffer that `at_byte` is behind
     dropped = 0  # characters before the buffer
     count = 0
     after_value = False
@@ -172,38 +229,33 @@ def _elements(file: IO[str], path: Path) -> Iterator[Any]:
             at, after_value = at + 1, False
             continue
         problem = (
-            "the array has no closing bracket"
-            if not token
-            else f"expected a comma, found {token!r}"
+            f"expected a comma, found {token!r}" if token else "the array has no closing bracket"
         )
         wrong_at = at
         if token and not after_value:
             try:
-                value, at = decode(buffer, at)
+                value, end = decode(buffer, at)
+            except json.JSONDecodeError as error:
+                problem, wrong_at = error.msg, error.pos
             except NOT_READABLE as error:
-                problem, wrong_at = (
-                    (error.msg, error.pos)
-                    if isinstance(error, json.JSONDecodeError)
-                    else (str(error), at)
-                )
+                problem = str(error)
             else:
                 count, after_value = count + 1, True
-                yield value
+                at_byte, counted = at_byte + len(buffer[counted:at].encode()), at
+                yield Place(at_byte), value
+                at = end
                 continue
         is_long = len(buffer) - at > MAX_ROW_CHARS
-        more = (
-            ""
-            if (token and after_value) or is_long
-            else file.read(max(BLOCK_CHARS, len(buffer) - at))
-        )
+        more = ""
+        if not (token and after_value) and not is_long:
+            more = file.read(max(BLOCK_CHARS, len(buffer) - at))
         if not more:
-            problem += (
-                f", or the element has more than {MAX_ROW_CHARS:,} characters" if is_long else ""
-            )
-            where = f"character {dropped + wrong_at + 1:,}"
+            if is_long:
+                problem += f", or the element has more than {MAX_ROW_CHARS:,} characters"
             raise InputError(
-                f"{path} is not valid JSON behind element {count} ({where}: {problem}); was it "
-                "copied completely?"
+                f"{path} is not valid JSON behind element {count} (character "
+                f"{dropped + wrong_at + 1:,}: {problem}); was it copied completely?"
             )
+        at_byte, counted = at_byte + len(buffer[counted:at].encode()), 0
         dropped += at
         buffer, at = buffer[at:] + more, 0

@@ -25,16 +25,11 @@ import numpy as np
 
 from beingvl.artefact.files import write_atomically
 from beingvl.artefact.hashes import hash_bytes
-from beingvl.data.arrow_shards import (
-    LENGTHS_FILE,
-    MEMBERS_FILE,
-    SOURCE_OF_FILE,
-    Sample,
-    ShardReader,
-    damaged,
-)
+from beingvl.data.arrow_shards import ShardReader, damaged
 from beingvl.data.mixture import Mixture, check_weights
 from beingvl.data.packing import WINDOW, PackingPlan, pack_window
+from beingvl.data.shard_columns import Sample
+from beingvl.data.shard_writer import LENGTHS_FILE, MEMBERS_FILE, SOURCE_OF_FILE
 from beingvl.errors import InputError
 from beingvl.vocab import VocabLayout
 

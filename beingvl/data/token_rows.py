@@ -1,14 +1,10 @@
-"""Lines of token rows to the columns of a shard, read in blocks and parsed by compiled code.
+"""Lines of token rows (JSONL) to the columns of a shard.
 
-    RowReader.read    the whole lines of a byte range -> ShardColumns, checked
-      block           half a MiB at a time, cut at the last newline
-      parse_lines     the fast twin (token_rows_numba.py), integers from text to int32 without
-                      Python objects
-      parse_row       the readable twin: simdjson; for the lines that the fast one leaves over,
-                      and for every error
-      check_images    with a vBPE: a row's first image, merged, stands for the row's own codes;
-                      every further one, whose codes
-                  are in no row, fills a grid of as many cells; the fast twin does the same
+    read_rows       the whole lines of a byte range -> ShardColumns, in blocks of 32 rows:
+      parse_row     one line with simdjson; lists of integers become arrays, never Python integers
+      are_fine      with a vBPE: a row's first image, merged, stands for the row's own codes; each
+                    further one, whose codes are in no row, fills a grid of as many cells
+      check_images  the readable twin, for one row; says what is wrong
 
 The sequence of a row is token_0 + image + token_1, where image is token_image_new when the row has
 it, else token_image; without target_spans its target is token_1.
@@ -16,428 +12,266 @@ it, else token_image; without target_spans its target is token_1.
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import simdjson
 
-from beingvl.data.arrow_shards import ShardColumns
-from beingvl.data.token_rows_numba import (
-    BYTES_AHEAD,
-    FIELDS,
-    Buffers,
-    Images,
-    hash_texts,
-    parse_lines,
-    words_of,
-)
+from beingvl.data.shard_columns import Row, ShardColumns, check_columns
 from beingvl.errors import InputError
 from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import VocabLayout
 
-BLOCK_BYTES = 1 << 19  # a block stays in the processor's cache between reading and parsing
+ROWS_PER_BLOCK = 32  # what a block holds stays in the processor's cache
 MAX_LINE_BYTES = 1 << 28
-BYTES_OF_THE_SHORTEST_ROW = 32  # {"id":1,"token_0":[1],"token_1":[]} has more
-MOST_CELLS = 1 << 16  # of an image that the fast twin compares
-NEWLINE = 10
+READ_BYTES = 1 << 20  # Python's default of 8 KiB makes reading cost more than parsing
 NOT_A_ROW = (ValueError, TypeError, RuntimeError)  # what `parse_row` raises
+NOTHING = np.empty(0, np.int64)
+LISTS = ("token_0", "token_image", "token_image_new", "token_1", "target_spans")
 
 
-# ---- the readable twin ----
+# ---- one line ----
 
 
-@dataclass(frozen=True)
-class TokenRow:
-    """One line. Integers are int64; `target_spans` is flat: start, end, start, end, …
+class TokenRow(NamedTuple):
+    """One line. `row.ids` are token_0, the image's tokens, and token_1; all integers are int64.
 
-    `codes` and `merged` are its token_image and token_image_new when it has both, else empty;
-    `after` is token_1.
+    `codes` is token_image of a row that has token_image_new too, else None.
     """
 
-    id: str
-    image: str
-    category: str
-    input_ids: np.ndarray
-    target_spans: np.ndarray
-    codes: np.ndarray
-    merged: np.ndarray
-    after: np.ndarray
+    row: Row
+    codes: np.ndarray | None
 
 
-NOTHING = np.empty(0, np.int64)
-
-
-def parse_row(parser: Any, line: bytes) -> TokenRow:
+def parse_row(parser: simdjson.Parser, line: bytes) -> TokenRow:
     """A line with simdjson. Raises one of NOT_A_ROW when it is not a token row.
 
     When it returns, no name may refer to a part of the document, or the parser refuses the next
     line.
     """
+    fields = parse_object(parser, line)
+    before, codes, merged, after, spans = (_integers(fields, name) for name in LISTS)
+    if before is None or after is None:
+        raise ValueError(f"missing field '{'token_0' if before is None else 'token_1'}'")
+    image = codes if merged is None else merged
+    if image is None:
+        image = NOTHING
+    if spans is None:
+        start = len(before) + len(image)
+        spans = np.array([start, start + len(after)])
+    row = Row(*head_of(fields), (before, image, after), spans)
+    return TokenRow(row, None if merged is None else codes)
+
+
+def parse_object(parser: simdjson.Parser, line: bytes) -> Any:
+    """Its `simdjson.Object`, whose published types are wrong in places."""
     fields = parser.parse(line)
     if not isinstance(fields, simdjson.Object):
-        raise ValueError("the line is no object")
-    before, after = _integers(fields, "token_0"), _integers(fields, "token_1")
-    has_merged = fields.get("token_image_new") is not None
-    image = _integers(fields, "token_image_new" if has_merged else "token_image", required=False)
-    input_ids = np.concatenate((before, image, after))
-    if fields.get("target_spans") is None:
-        spans = np.array([len(input_ids) - len(after), len(input_ids)])
-    else:
-        spans = _integers(fields, "target_spans")
-    has_both = has_merged and fields.get("token_image") is not None
-    return TokenRow(
-        id=_identifier(fields.get("id")),
-        image=_image(fields.get("image")),
-        category=_category(fields.get("category")),
-        input_ids=input_ids,
-        target_spans=spans,
-        codes=_integers(fields, "token_image") if has_both else NOTHING,
-        merged=image if has_both else NOTHING,
-        after=after,
-    )
+        raise ValueError("the line is not an object")
+    return fields
 
 
-def _integers(fields: Any, name: str, required: bool = True) -> np.ndarray:
-    """A list of integers `[n]` int64, nested ones flattened. Raises ValueError when it is
-    something else.
-    """
+def head_of(fields: Any) -> tuple[str, str, str]:
+    """(id, image, category) of a row. Raises ValueError when they are something else."""
+    id_, image, category = (fields.get(name) for name in ("id", "image", "category"))
+    if id_ is None:
+        raise ValueError("missing field 'id'")
+    if not isinstance(id_, str | int | float):
+        raise ValueError("id is neither a text nor a number")
+    if isinstance(image, simdjson.Array):
+        image = image.mini.decode()  # type: ignore[attr-defined]  # it is bytes
+    elif not isinstance(image, str | None):
+        raise ValueError("image is neither a path nor a list of paths")
+    if not isinstance(category, str | None):
+        raise ValueError("category is not a text")
+    return str(id_), image or "", category or "default"
+
+
+def _integers(fields: Any, name: str) -> np.ndarray | None:
+    """A list of integers `[n]` int64, nested ones flattened; None when it is absent."""
     value = fields.get(name)
-    if value is None and not required:
-        return NOTHING
     if value is None:
-        raise ValueError(f"missing field '{name}'")
+        return None
     try:
         return np.frombuffer(value.as_buffer(of_type="i"), np.int64)
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{name} is not a list of integers") from error
 
 
-def _identifier(value: Any) -> str:
-    if value is None:
-        raise ValueError("missing field 'id'")
-    if not isinstance(value, str | int | float):
-        raise ValueError("id is neither a text nor a number")
-    return str(value)
+# ---- many lines ----
 
 
-def _image(value: Any) -> str:
-    """A path; a list of them as JSON."""
-    if value is not None and type(value) not in (str, simdjson.Array):
-        raise ValueError("image is neither a path nor a list of paths")
-    return value if isinstance(value, str) else "" if value is None else value.mini.decode()
+def read_rows(
+    path: Path,
+    start: int,
+    stop: int,
+    layout: VocabLayout,
+    vbpe: VisualBPE | None = None,
+    advance: Callable[[int], object] = lambda num_bytes: None,
+) -> ShardColumns:
+    """The rows of the lines that start in bytes `start … stop - 1`. `advance` is called with the
+    number of bytes of every block of rows.
 
-
-def _category(value: Any) -> str:
-    if not isinstance(value, str | None):
-        raise ValueError("category is not a text")
-    return value or "default"
-
-
-# ---- parts ----
-
-
-class RowReader:
-    """Reads one part after the other into the same room in memory, so a part's columns are gone
-    with the next `read`.
+    Raises InputError that names the file and the line or the sample.
     """
-
-    def __init__(self, layout: VocabLayout, vbpe: VisualBPE | None = None) -> None:
-        self._layout, self._vbpe = layout, vbpe
-        self._images = images_of(layout, vbpe)
-        self._block = bytearray(BLOCK_BYTES)
-        self._buffers: Buffers | None = None
-        self._room = 0
-        self._parser = simdjson.Parser()
-
-    def read(self, path: Path, start: int, stop: int) -> ShardColumns:
-        """The rows of the lines that start in bytes `start … stop - 1`. Raises InputError that
-        names file and line, or sample.
-        """
-        with open(path, "rb", buffering=1 << 16) as file:
-            start, stop = _start_of_line(path, file, start), _start_of_line(path, file, stop)
-            buffers = self._make_room(max(0, stop - start))
-            at, row = start, 0
-            while at < stop:
-                size, end = self._read_block(file.fileno(), at, stop)
-                if not size:
-                    raise InputError(
-                        f"{path} became shorter while it was read; start again when it is complete"
-                    )
-                if end:
-                    row = self._parse_block(path, at, end, buffers, row)
-                    at += min(end, size)
-                elif len(self._block) >= MAX_LINE_BYTES:
-                    raise _too_long(path)
-                else:  # a line that is longer than the block
-                    self._block = bytearray(2 * len(self._block))
-        return _columns(buffers, row)
-
-    def _make_room(self, num_bytes: int) -> Buffers:
-        """Room for all rows that so many bytes can hold: memory is only taken for what is
-        written.
-        """
-        if self._buffers is None or num_bytes > self._room:
-            self._room = num_bytes
-            self._buffers = make_buffers(num_bytes)
-        return self._buffers
-
-    def _read_block(self, file: int, at: int, stop: int) -> tuple[int, int]:
-        """Fill the block; returns (bytes read, where its last whole line ends, 0 without one). A
-        last line gets its newline.
-        """
-        size = os.preadv(
-            file, [memoryview(self._block)[: min(len(self._block) - BYTES_AHEAD, stop - at)]], at
-        )
-        if size == stop - at and self._block[size - 1] != NEWLINE:
-            self._block[size] = NEWLINE
-            return size, size + 1
-        return size, self._block.rfind(b"\n", 0, size) + 1
-
-    def _parse_block(self, path: Path, offset: int, end: int, buffers: Buffers, row: int) -> int:
-        """Append the rows of the block's first `end` bytes; returns how many rows there are now."""
-        data = np.frombuffer(self._block, np.uint8)
-        words = words_of(data)
-        at = 0
-        while True:
-            at, row = parse_lines(data, words, at, end, buffers, self._images, row)
-            if at >= end:
-                return row
-            line_end = self._block.index(b"\n", at) + 1
-            line = bytes(memoryview(self._block)[at:line_end])
-            if not line.isspace():
-                try:
-                    self._append_line(line, buffers, row)
-                except ValueError as error:
-                    where = f"{path}, line {_line_number(path, offset + at)}"
-                    raise InputError(
-                        f"{where}: {error}; make the file again with `beingvl tokenize`"
-                    ) from error
-                row += 1
-            at = line_end
-
-    def _append_line(self, line: bytes, buffers: Buffers, row: int) -> None:
-        """Raises ValueError that says what is wrong with the line."""
-        try:
-            parsed = parse_row(self._parser, line)
-            self._append(parsed, buffers, row)
-        except NOT_A_ROW as error:
-            raise ValueError(f"not a token row ({error})") from error
-        try:
-            if self._vbpe is not None:
-                check_images(parsed, self._layout, self._vbpe)
-        except ValueError as error:
-            raise ValueError(f"sample {parsed.id!r}: {error}") from error
-
-    def _append(self, line: TokenRow, buffers: Buffers, row: int) -> None:
-        lists = (
-            (line.input_ids, buffers.ids, buffers.id_starts),
-            (line.target_spans, buffers.spans, buffers.span_starts),
-        )
-        for values, room, starts in lists:
-            beyond = values[(values < -(2**31)) | (values >= 2**31)]
-            if len(beyond):
-                raise ValueError(
-                    f"sample {line.id!r} has id {beyond[0]}, the vocabulary ends at "
-                    f"{self._layout.size - 1}"
-                )
-            starts[row + 1] = starts[row] + len(values)
-            room[starts[row] : starts[row + 1]] = values
-        for column, text in enumerate((line.id, line.image, line.category)):
-            encoded = np.frombuffer(text.encode(), np.uint8)
-            starts = buffers.text_starts[column]
-            starts[row + 1] = starts[row] + len(encoded)
-            buffers.text[column, starts[row] : starts[row + 1]] = encoded
+    parser = simdjson.Parser()
+    blocks = []
+    with open(path, "rb", buffering=READ_BYTES) as file:
+        lines = _lines(path, file, start, stop)
+        while block := list(islice(lines, ROWS_PER_BLOCK)):
+            blocks.append(_checked(path, block, parser, layout, vbpe))
+            advance(sum(len(line) for _, line in block))
+    return ShardColumns.joined(blocks)
 
 
-def make_buffers(num_bytes: int) -> Buffers:
-    """Room for the rows of so many bytes: an integer takes two of them, a row at least
-    BYTES_OF_THE_SHORTEST_ROW.
-    """
-    num_rows, num_integers = (
-        num_bytes // BYTES_OF_THE_SHORTEST_ROW + 2,
-        num_bytes // 2 + BYTES_AHEAD,
-    )
-
-    def integers() -> np.ndarray:
-        return np.empty(num_integers, np.int32)
-
-    def starts() -> np.ndarray:
-        return np.zeros(num_rows, np.int64)
-
-    return Buffers(
-        place=np.empty((len(FIELDS), 2), np.int64),
-        scratch=integers(),
-        ids=integers(),
-        id_starts=starts(),
-        spans=integers(),
-        span_starts=starts(),
-        text=np.empty((3, num_bytes + 64), np.uint8),
-        text_starts=np.zeros((3, num_rows), np.int32),
-    )
-
-
-def _columns(buffers: Buffers, num_rows: int) -> ShardColumns:
-    """Views of the first rows."""
-    texts = []
-    for text, starts in zip(buffers.text, buffers.text_starts, strict=True):
-        used = starts[: num_rows + 1]
-        texts.append(
-            pa.StringArray.from_buffers(
-                num_rows, pa.py_buffer(used), pa.py_buffer(text[: used[-1]])
+def _lines(path: Path, file: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+    """(place, line) of every line that starts in bytes `start … stop - 1` and is not blank."""
+    if start:
+        file.seek(start - 1)
+        _read_line(path, file)
+    at = file.tell()
+    while at < stop:
+        line = _read_line(path, file)
+        if not line:
+            raise InputError(
+                f"{path} became shorter while it was read; start again when it is complete"
             )
+        if not line.isspace():
+            yield at, line
+        at += len(line)
+
+
+def _read_line(path: Path, file: BinaryIO) -> bytes:
+    line = file.readline(MAX_LINE_BYTES)
+    if len(line) == MAX_LINE_BYTES:
+        raise InputError(
+            f"{path} has a line of more than {MAX_LINE_BYTES:,} bytes; expected JSONL, one token "
+            "row per line"
         )
-    id_starts, span_starts = buffers.id_starts[: num_rows + 1], buffers.span_starts[: num_rows + 1]
-    return ShardColumns(
-        texts[0],
-        texts[1],
-        texts[2],
-        buffers.ids[: id_starts[-1]],
-        id_starts,
-        buffers.spans[: span_starts[-1]],
-        span_starts,
-    )
+    return line
 
 
-def hash_ids(ids: pa.StringArray) -> np.ndarray:
-    """`[n]` uint64, equal for equal ids; of ten million different ones two are equal with a
-    chance of 3 in a million.
-    """
-    _, starts, text = ids.buffers()
-    hashes = np.empty(len(ids), np.uint64)
-    if len(ids):
-        hash_texts(np.frombuffer(text or b" ", np.uint8), np.frombuffer(starts, np.int32), hashes)
-    return hashes
+def _checked(
+    path: Path,
+    block: list[tuple[int, bytes]],
+    parser: simdjson.Parser,
+    layout: VocabLayout,
+    vbpe: VisualBPE | None,
+) -> ShardColumns:
+    """The rows of a block of lines."""
+    rows = []
+    for place, line in block:
+        try:
+            rows.append(parse_row(parser, line))
+        except NOT_A_ROW as error:
+            raise _in_line(path, place, f"not a token row ({error})") from error
+    columns = ShardColumns.of_rows([row for row, _ in rows])
+    try:
+        check_columns(columns, layout)
+        columns = columns.narrow()
+    except InputError as error:
+        raise InputError(f"{path}: {error}; make the file again with `beingvl tokenize`") from error
+    if vbpe is not None and not are_fine(rows, layout, vbpe):
+        for (place, _), row in zip(block, rows, strict=True):
+            try:
+                check_images(row, layout, vbpe)
+            except ValueError as error:
+                raise _in_line(path, place, f"sample {row.row.id!r}: {error}") from error
+    return columns
 
 
-def _start_of_line(path: Path, file: Any, at: int) -> int:
-    """Where the first line that starts at `at` or behind it starts. Raises InputError for a line
-    that no memory should hold.
-    """
-    if not at:
-        return 0
-    file.seek(at - 1)
-    if len(file.readline(MAX_LINE_BYTES)) == MAX_LINE_BYTES:
-        raise _too_long(path)
-    return file.tell()
-
-
-def _too_long(path: Path) -> InputError:
-    return InputError(
-        f"{path} has a line of more than {MAX_LINE_BYTES:,} bytes; expected JSONL, one "
-        "token row a line"
-    )
-
-
-def _line_number(path: Path, position: int) -> int:
-    """The number, from 1, of the line that starts at `position`."""
-    count, left = 1, position
+def _in_line(path: Path, place: int, found: str) -> InputError:
+    """An error in the line that starts at `place`; its number counts from 1."""
+    number, left = 1, place
     with open(path, "rb") as file:
-        while left and (block := file.read(min(left, 1 << 20))):
-            count, left = count + block.count(b"\n"), left - len(block)
-    return count
+        while left and (block := file.read(min(left, READ_BYTES))):
+            number, left = number + block.count(b"\n"), left - len(block)
+    return InputError(
+        f"{path}, line {number}: {found}; make the file again with `beingvl tokenize`"
+    )
 
 
 # ---- merged images ----
 
 
-def images_of(layout: VocabLayout, vbpe: VisualBPE | None) -> Images:
-    """What the compiled reader knows of the vBPE; None: nothing."""
-    if vbpe is None:
-        starts, (dy, dx, codes), boxes = (
-            np.zeros(1, np.int64),
-            np.empty((3, 0), np.int32),
-            np.empty((0, 3), np.int32),
-        )
-    else:
-        starts, dy, dx, codes = vbpe.shapes
-        of_id = starts[:-1]
-        boxes = np.stack(
-            [
-                np.maximum.reduceat(dy, of_id),
-                np.minimum.reduceat(dx, of_id),
-                np.maximum.reduceat(dx, of_id),
-            ],
-            1,
-        )
-    covered = np.empty(MOST_CELLS // 64, np.uint64)
-    num_codes = vbpe.num_codes if vbpe else 0
-    return Images(
-        vbpe is not None,
-        layout.first_image_id,
-        layout.boi_id,
-        num_codes,
-        starts,
-        dy,
-        dx,
-        codes,
-        boxes,
-        covered,
-    )
+def are_fine(rows: Sequence[TokenRow], layout: VocabLayout, vbpe: VisualBPE) -> bool:
+    """Whether all merged images of a block stand for codes, by one call of the compiled decoder.
 
-
-def check_images(row: TokenRow, layout: VocabLayout, vbpe: VisualBPE) -> None:
-    """Raises ValueError when merged images do not stand for codes. Without merged codes there is
-    nothing to say.
-
-    An image at the end of its row is one that `--too_long truncate` has cut.
+    False says nothing yet: grids that are not square are left to `check_images`.
     """
-    if not len(row.merged) and not len(row.codes):
-        return
-    check_decodes(row.merged, row.codes, layout, vbpe)
-    for begin in np.flatnonzero(row.after == layout.boi_id).tolist():
-        tokens = row.after[begin + 1 :]
+    images = [(row, codes, isqrt(len(codes))) for row, codes in rows if codes is not None]
+    if not images:
+        return True
+    if any(side * side != len(codes) for _, codes, side in images):
+        return False
+    streams = [row.ids[1] for row, _, _ in images]
+    sides = [side for _, _, side in images]
+    if (np.concatenate([row.ids[2] for row, _, _ in images]) == layout.boi_id).any():
+        for row, _, side in images:
+            further = further_images(row, layout)
+            streams += further
+            sides += [side] * len(further)
+    ids = np.concatenate(streams, dtype=np.int32, casting="unsafe")  # they are in the vocabulary
+    ids -= layout.first_image_id
+    starts = np.cumsum([0, *map(len, streams)])
+    codes_of_all = np.concatenate([codes for _, codes, _ in images]) - layout.first_image_id
+    return vbpe.decodes_to(ids, starts, np.array(sides), codes_of_all)
+
+
+def further_images(row: Row, layout: VocabLayout) -> list[np.ndarray]:
+    """The images in token_1. One at the end of its row is one that `--too_long truncate` has cut,
+    and is left out.
+    """
+    images, after = [], row.ids[2]
+    for begin in np.flatnonzero(after == layout.boi_id).tolist():
+        tokens = after[begin + 1 :]
         behind = np.flatnonzero(~layout.is_image_token(tokens))
         if len(behind):
-            try:
-                check_fills(layout.token_to_image_ids(tokens[: behind[0]]), len(row.codes), vbpe)
-            except ValueError as error:
-                raise ValueError(f"an image of token_1 {error}") from error
+            images.append(tokens[: behind[0]])
+    return images
 
 
-def check_decodes(
-    merged: np.ndarray, codes: np.ndarray, layout: VocabLayout, vbpe: VisualBPE
-) -> None:
-    """Raises ValueError when the merged stream does not stand for the row's own codes, on a grid
-    of some width.
-    """
-    image_ids, expected = layout.token_to_image_ids(merged), layout.token_to_image_ids(codes)
-    if image_ids.size and image_ids.max() >= vbpe.num_ids:
-        found = f"the image id {image_ids.max()}, the vBPE's ids end at {vbpe.num_ids - 1}"
-        raise ValueError(f"token_image_new holds {found}: is it another vBPE?")
-    if expected.size and expected.max() >= vbpe.num_codes:
+def check_images(token_row: TokenRow, layout: VocabLayout, vbpe: VisualBPE) -> None:
+    """The readable twin of `are_fine`, for one row: raises ValueError that says what is wrong."""
+    row, token_image = token_row
+    if token_image is None:
+        return
+    merged, codes = layout.token_to_image_ids(row.ids[1]), layout.token_to_image_ids(token_image)
+    other = "is it another vBPE?"
+    if codes.size and codes.max() >= vbpe.num_codes:
         raise ValueError(
-            f"token_image holds the image id {expected.max()}, the vBPE has "
-            f"{vbpe.num_codes} codes: is it another vBPE?"
+            f"token_image holds the image id {codes.max()}, the vBPE has {vbpe.num_codes} codes: "
+            f"{other}"
         )
-    num_cells = int(vbpe.sizes[image_ids].sum())
-    if num_cells != len(expected):
-        raise ValueError(
-            f"token_image_new covers {num_cells} cells, token_image has {len(expected)}: "
-            "is it another vBPE?"
-        )
-    side = round(len(expected) ** 0.5)
-    if (
-        side
-        and side * side == len(expected)
-        and not np.array_equal(vbpe.decode(image_ids, side, side).ravel(), expected)
-    ):
-        raise ValueError("token_image_new does not decode to token_image: is it another vBPE?")
+    try:
+        decoded = _decode(merged, len(codes), vbpe)
+    except ValueError as error:
+        raise ValueError(f"token_image_new {error}: {other}") from error
+    if decoded is not None and not np.array_equal(decoded, codes):
+        raise ValueError(f"token_image_new does not decode to token_image: {other}")
+    for image in further_images(row, layout):
+        try:
+            _decode(layout.token_to_image_ids(image), len(codes), vbpe)
+        except ValueError as error:
+            raise ValueError(f"an image of token_1 {error}") from error
 
 
-def check_fills(image_ids: np.ndarray, num_cells: int, vbpe: VisualBPE) -> None:
-    """Raises ValueError when the merged stream does not fill so many cells; where they are a
-    square, each exactly once.
+def _decode(image_ids: np.ndarray, num_cells: int, vbpe: VisualBPE) -> np.ndarray | None:
+    """The codes `[num_cells]` of a stream; None where the cells are not a square.
+
+    Raises ValueError when the stream does not fill so many cells, or not each exactly once.
     """
     if image_ids.size and image_ids.max() >= vbpe.num_ids:
         raise ValueError(
             f"holds the image id {image_ids.max()}, the vBPE's ids end at {vbpe.num_ids - 1}"
         )
     if (found := int(vbpe.sizes[image_ids].sum())) != num_cells:
-        raise ValueError(f"covers {found} cells, the first image has {num_cells}")
-    side = round(num_cells**0.5)
-    if side * side == num_cells:
-        vbpe.decode(image_ids, side, side)
+        raise ValueError(f"covers {found} cells, token_image has {num_cells}")
+    side = isqrt(num_cells)
+    if side * side != num_cells:
+        return None
+    return vbpe.decode(image_ids, side, side).ravel()

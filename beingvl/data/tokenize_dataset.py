@@ -1,420 +1,360 @@
-"""[3] LLaVA JSON + images (or vq_codes/) + vbpe.json -> token rows in JSONL, or straight to
-Arrow shards.
+"""LLaVA JSON + images (or vq_codes/) + vbpe.json -> token rows in JSONL, or Arrow shards at once.
 
-Steps, in order:
-  1. image codes      from --vq_codes, or encoded now with the model folder's VQ-GAN into
-                      OUTPUT_DIR_NAME_vq_codes
-  2. stream_rows      one row after the other, whatever the size of the file; every 4096 rows
-                      are a part (beingvl/artefact/parts.py)
-  3. tokenize_part    in --num_workers processes; a broken line or malformed row goes to
-                      rejected.jsonl with index and reason
-  4. join             NAME_base.jsonl (VQ codes) and NAME_vbpe.jsonl (merged), one row a sample;
-                      --format arrow: folders of shards
-  5. manifest.json    last; several datasets may share OUTPUT_DIR, each is added to the manifest
-                      when it is finished
+  1. survey       one pass over the JSON: where every 4096th row starts, and whether there are
+                  images (llava_json.py)
+  2. image codes  given, or encoded now with the model folder's own VQ-GAN
+  3. Tokenize     `rows_per_part` rows are a part; a broken line or malformed row goes to
+                  rejected.jsonl with index and reason (row_tokenizer.py)
+  4. join         NAME_base (VQ codes) and NAME_vbpe (merged), one row per sample: a JSONL file or
+                  a folder of shards each (dataset_folder.py)
 
-A row: id, image, category, conversations, token_0, token_image (codes), token_image_new (merged),
-token_1, and target_spans (start, end) in token_0 + image + token_1. Ranks, workers and kills do not
-change a byte.
+Shards are written from the arrays; they are the shards that the JSONL would give.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import pyarrow as pa
+import numpy as np
 import simdjson
-from tqdm import tqdm
 
 from beingvl.artefact.files import printable
 from beingvl.artefact.hashes import hash_file
-from beingvl.artefact.manifest import join_lineages, read_manifest, start_folder
-from beingvl.artefact.parts import (
-    OvertakenError,
-    Parts,
-    locked,
-    ranks_of,
-    refuse_overwrite_of_many,
-    remove_parts,
-    run_in_processes,
-    wait_until_complete,
-)
-from beingvl.commands.main import main
-from beingvl.data.arrow_shards import finish_shards, write_shard
-from beingvl.data.build_shards import PARTS_VERSION, link_shards, refuse_duplicates
+from beingvl.artefact.manifest import Manifest, join_lineages, read_manifest, start_folder
+from beingvl.artefact.parts import Parts, wait_until_complete
+from beingvl.artefact.ranks import RankOf
+from beingvl.artefact.request import Request
+from beingvl.artefact.work import Work, run_in_parts
+from beingvl.data.build_shards import PARTS_VERSION
 from beingvl.data.conversation import CUT_CHARACTER, TextEncoder
-from beingvl.data.dataset_folder import REJECTED_FILE, DatasetFolder
-from beingvl.data.llava_json import BrokenRow, stream_rows, stream_rows_and_broken
-from beingvl.data.llava_json import image_keys as image_keys  # evaluate reads the same files
-from beingvl.data.row_tokenizer import RowTokenizer, fit, num_tokens
-from beingvl.data.token_rows import NOT_A_ROW, RowReader, hash_ids, parse_row
+from beingvl.data.dataset_folder import REJECTED_FILE, DatasetFolder, add_counts
+from beingvl.data.llava_json import BrokenRow, Survey, named_images, rows_of_part, survey
+from beingvl.data.row_tokenizer import RowTokenizer, TokenizedRow, fit
+from beingvl.data.shard_columns import Row, ShardColumns
+from beingvl.data.shard_writer import finish_shards, join_shards, write_shard_of_part
+from beingvl.data.token_rows import NOT_A_ROW, head_of, parse_object
 from beingvl.errors import InputError
 from beingvl.images.vq_codes import CodeFolder
-from beingvl.vbpe.published import LegacyVisualBPE
-from beingvl.vbpe.visual_bpe import VisualBPE
+from beingvl.vbpe.visual_bpe import AnyVBPE, VisualBPE
 from beingvl.vocab import VocabLayout
 
 DEFAULT_CATEGORY = {"pt": "foundation", "sft": "instruction"}
 
 
-def run(args: argparse.Namespace) -> None:
-    check_arguments(args)
-    rank, num_ranks = ranks_of(args)
-    refuse_overwrite_of_many(args.overwrite, num_ranks, args.output_dir)
-    layout = VocabLayout.load(args.model_path)
-    codes = _open_codes(args, rank, num_ranks)
-    vbpe = _open_vbpe(args.vbpe_path, layout) if args.vbpe_path else None
-    request = _request(args, codes, vbpe)
-    output = DatasetFolder(args.output_dir, args.dataset_name, layout)
-    with locked(args.output_dir):
-        if args.overwrite:
-            output.remove()
-        if output.is_made_by(request):
-            remove_parts(output.folder, output.parts_name)
-            return
-        parts_request = {"parts_version": PARTS_VERSION, **request}
-        parts = Parts(args.output_dir, parts_request, output.parts_name)
-        finished = (
-            parts.finished()
-        )  # now: when this rank comes to them, another one may have joined and removed them
-    num_rows = None
-    with suppress(OvertakenError):
-        num_rows = tokenize_parts(finished, args, codes, parts_request, rank, num_ranks)
-    with locked(args.output_dir):
-        is_joined = output.is_made_by(request, quiet=True)
-        if num_rows is None and not is_joined:
-            raise parts.removed()
-        if num_rows is None:
-            parts.remove()
-            return
-        num_parts = -(-num_rows // args.rows_per_part)
-        if parts.are_to_be_joined(num_parts, is_joined, rank, num_ranks):
-            join_dataset(output, parts, num_parts, num_rows, args, request)
+def tokenize(
+    json_path: Path | str,
+    model_path: Path | str,
+    output_path: Path | str,
+    *,
+    image_path: Path | str | None = None,
+    vq_codes: Path | str | None = None,
+    vbpe_path: Path | str | None = None,
+    mode: str = "sft",
+    dataset_name: str = "data",
+    template: str = "default",
+    format: str = "jsonl",
+    max_length: int | None = None,
+    too_long: str = "reject",
+    rows_per_part: int = 4096,
+    duplicate_ids: str = "refuse",
+    max_rejected: float = 0.01,
+    batch_size: int = 16,
+    num_workers: int = 1,
+    torch_dtype: str = "float32",
+    rank: int = 0,
+    num_ranks: int = 1,
+    overwrite: bool = False,
+) -> Manifest | None:
+    """Add the dataset `dataset_name` to the folder `output_path`; a finished one of the same rows
+    is reused.
 
+    Args:
+        json_path: LLaVA-format JSON array or JSONL.
+        model_path: Being-VL model folder: tokenizer, vocabulary layout, VQ-GAN.
+        image_path: folder that the rows' image paths start from, to encode them now.
+        vq_codes: folder of `encode_images`, instead.
+        vbpe_path: vbpe.json; without it only the variant `base` is written.
+        mode: category of rows that name none, "pt" foundation, "sft" instruction.
+        template: chat template, "default" or "being-vl-0.5".
+        format: "jsonl", or "arrow" for folders of shards at once.
+        max_length: longest sample, in tokens; the longer one of a row's two variants counts.
+        too_long: "reject" or "truncate" longer samples.
+        rows_per_part: rows that are finished, or lost by a kill, together.
+        duplicate_ids: "refuse" two rows with one id in shards, or "keep" both.
+        max_rejected: share of rejected rows, 0 … 1, that is tolerated.
+        batch_size, torch_dtype: of the VQ-GAN, when images are encoded now.
+        num_workers: processes that tokenize, or decode images.
+        rank, num_ranks: this process among those that share the work.
 
-def check_arguments(args: argparse.Namespace) -> None:
-    for name, least in (("rows_per_part", 1), ("num_workers", 0), ("max_rejected", 0)):
-        if not getattr(args, name) >= least:  # nor NaN
-            raise InputError(f"--{name} is {getattr(args, name)}, expected at least {least}")
-    if not args.dataset_name or Path(args.dataset_name).name != args.dataset_name:
-        raise InputError(
-            f"--dataset_name is {args.dataset_name!r}, expected a file name without folders"
-        )
-    if args.max_length is not None and args.max_length < 1:
-        raise InputError(f"--max_length is {args.max_length}, expected at least 1")
-
-
-def _request(
-    args: argparse.Namespace, codes: CodeFolder | None, vbpe: VisualBPE | LegacyVisualBPE | None
-) -> dict[str, Any]:
-    names = (
-        "mode",
-        "dataset_name",
-        "template",
-        "max_length",
-        "too_long",
-        "format",
-        "rows_per_part",
-    )
-    return {
-        "json": hash_file(args.json_path),
-        "codes": codes.manifest.content_hash if codes else None,
-        "lineage": join_lineages(_lineages(args, codes, vbpe)),
-        **{name: getattr(args, name) for name in names},
-    }
-
-
-def read_rows(path: Path) -> list[dict]:
-    """All rows of a LLaVA JSON array or a JSONL file. Raises InputError that says where it is
-    damaged.
+    Returns the manifest, or None when other ranks have not finished their parts yet. Raises
+    InputError that says what is wrong with the inputs.
     """
-    return list(stream_rows(path))
+    json_path, model_path, output = Path(json_path), Path(model_path), Path(output_path)
+    least = {"rows_per_part": 1, "num_workers": 0, "max_rejected": 0, "max_length": 1}
+    values = (rows_per_part, num_workers, max_rejected, 1 if max_length is None else max_length)
+    for (name, smallest), value in zip(least.items(), values, strict=True):
+        if not value >= smallest:  # nor NaN
+            raise InputError(f"--{name} is {value}, expected at least {smallest}")
+    if not dataset_name or Path(dataset_name).name != dataset_name:
+        raise InputError(
+            f"--dataset_name is {dataset_name!r}, expected a file name without folders"
+        )
+    rows = survey(json_path, rows_per_part)
+    if rows.names_images and not vq_codes:
+        if not image_path:
+            raise InputError(
+                f"{json_path} names images: give --vq_codes, or --image_path to encode them now"
+            )
+        # torch, which takes a second to import, is needed by this alone.
+        from beingvl.images.encode_images import encode_images
+
+        vq_codes = output.with_name(f"{output.name}_{dataset_name}_vq_codes")
+        encode_images(
+            image_path,
+            model_path / "vqgan",
+            vq_codes,
+            keys=named_images(json_path),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            max_rejected=max_rejected,
+            dtype=torch_dtype,
+            rank=rank,
+            num_ranks=num_ranks,
+            overwrite=overwrite,
+        )
+        wait_until_complete(vq_codes)
+    work = Tokenize(
+        json_path,
+        rows,
+        model_path,
+        Path(vq_codes) if vq_codes and rows.names_images else None,
+        None if vbpe_path is None else Path(vbpe_path),
+        output,
+        Options(mode, dataset_name, template, max_length, too_long, format, rows_per_part),
+        max_rejected,
+        duplicate_ids,
+    )
+    workers = min(num_workers, work.num_parts)
+    run_in_parts(
+        work, RankOf(rank, num_ranks), workers if workers > 1 else 0, overwrite, "tokenize"
+    )
+    return read_manifest(output) if work.is_finished() else None
 
 
-# ---- one part ----
+# ---- the work ----
+
+
+class Options(NamedTuple):
+    """What decides the rows, beside the inputs."""
+
+    mode: str
+    dataset_name: str
+    template: str
+    max_length: int | None
+    too_long: str
+    format: str
+    rows_per_part: int
 
 
 @dataclass
-class _Process:
-    """What a worker process needs for every part."""
+class Tokenize(Work):
+    """A part is `rows_per_part` rows."""
 
-    parts: Parts
-    tokenizer: RowTokenizer
-    parser: simdjson.Parser
-    layout: VocabLayout
-    args: argparse.Namespace
+    json_path: Path
+    rows: Survey
+    model_path: Path
+    codes_path: Path | None
+    vbpe_path: Path | None
+    output: Path
+    options: Options
+    max_rejected: float
+    duplicate_ids: str
+    kind = "jsonl"
+    unit = "row"
 
+    def __post_init__(self) -> None:
+        """Raises InputError for inputs that contradict each other."""
+        self.layout = VocabLayout.load(self.model_path)
+        self.dataset = DatasetFolder(self.output, self.options.dataset_name, self.layout)
+        self.parts_folder = self.dataset.parts_name
+        lineages = {str(self.model_path): read_manifest(self.model_path, "model").lineage}
+        self.codes_hash = None
+        if self.codes_path:
+            manifest = CodeFolder(self.codes_path).manifest
+            lineages[str(self.codes_path)] = manifest.lineage
+            self.codes_hash = manifest.content_hash
+        self.vbpe = _open_vbpe(self.vbpe_path, self.layout) if self.vbpe_path else None
+        if self.vbpe:
+            own = {"vbpe": self.vbpe.fingerprint()}
+            lineages[str(self.vbpe_path)] = {**self.vbpe.lineage, **own}
+        self.lineage = join_lineages(lineages)
+        self.content = hash_file(self.json_path)
 
-_process: _Process  # set by prepare_process, in each worker process
+    # ---- as run_in_parts asks ----
 
+    @property
+    def num_parts(self) -> int:
+        return len(self.rows.starts)
 
-def prepare_process(
-    args: argparse.Namespace, request: dict[str, Any], codes_path: Path | None
-) -> None:
-    global _process
-    layout = VocabLayout.load(args.model_path)
-    codes = CodeFolder(codes_path) if codes_path else None
-    vbpe = _open_vbpe(args.vbpe_path, layout) if args.vbpe_path else None
-    encoder = TextEncoder(args.model_path, layout)
-    tokenizer = RowTokenizer(
-        encoder, layout, codes, vbpe, args.template, DEFAULT_CATEGORY[args.mode]
-    )
-    _process = _Process(
-        Parts(args.output_dir, request, f"{args.dataset_name}.parts.tmp"),
-        tokenizer,
-        simdjson.Parser(),
-        layout,
-        args,
-    )
+    def size_of_part(self, number: int) -> int:
+        size = self.options.rows_per_part
+        return min(size, self.rows.num_rows - number * size)
 
+    def request(self) -> Request:
+        inputs = {"json": self.content, "codes": self.codes_hash, "lineage": self.lineage}
+        return Request(**inputs, **self.options._asdict())
 
-def tokenize_parts(
-    finished: set[int],
-    args: argparse.Namespace,
-    codes: CodeFolder | None,
-    request: dict[str, Any],
-    rank: int,
-    num_ranks: int,
-) -> int:
-    """Make this rank's parts but those that are `finished`; returns the number of rows in the
-    file.
-    """
-    num_rows = 0
+    def request_of_parts(self) -> Request:
+        return Request(parts_version=PARTS_VERSION, **self.request())
 
-    def tasks() -> Iterator[tuple[int, list[dict | BrokenRow]]]:
-        nonlocal num_rows
-        rows = stream_rows_and_broken(args.json_path)
-        for number in count():
-            chunk = list(islice(rows, args.rows_per_part))
-            num_rows += len(chunk)
-            if chunk and number % num_ranks == rank and number not in finished:
-                yield number, chunk
-            if len(chunk) < args.rows_per_part:
-                return
+    def is_finished(self) -> bool:
+        return self.dataset.is_finished(self.lineage)
 
-    prepared = (args, request, codes.path if codes else None)
-    workers = args.num_workers if args.num_workers > 1 else 0
-    with tqdm(desc="tokenize", unit="row", disable=None) as progress:
-        for done in run_in_processes(tokenize_part, tasks(), workers, prepare_process, prepared):
-            progress.update(done)
-    return num_rows
+    def check_finished(self) -> None:
+        self.dataset.check_finished(self.request())
 
+    def start_over(self) -> None:
+        self.dataset.remove()
 
-def tokenize_part(task: tuple[int, list[dict | BrokenRow]]) -> int:
-    """One part: rows to token rows of every variant. Returns the number of rows."""
-    number, rows = task
-    args, tokenizer = _process.args, _process.tokenizer
-    counts = {"rows": 0, "rejected": 0, "truncated": 0, "longest_sample_tokens": 0}
-    made: dict[str, list[bytes]] = {variant: [] for variant in tokenizer.variants}
-    ids, rejected = [], []
-    for index, row in enumerate(rows, number * args.rows_per_part):
-        try:
-            if isinstance(row, BrokenRow):
-                raise InputError(row.reason)
-            nameless = row.get("id") in (None, "")
-            named = {**row, "id": f"{args.dataset_name}-{index}"} if nameless else row
-            variants, truncated = fit(tokenizer(named), args.max_length, args.too_long)
-            lines = {variant: readable_line(fields) for variant, fields in variants.items()}
-        except InputError as error:
-            id_ = None if isinstance(row, BrokenRow) else row.get("id")
-            name = id_ if isinstance(id_, int | None) else printable(str(id_))
-            reason = printable(str(error))
-            rejected.append(
-                _line({"dataset": args.dataset_name, "index": index, "id": name, "reason": reason})
-            )
-            continue
-        counts["rows"] += 1
-        counts["truncated"] += truncated
-        counts["longest_sample_tokens"] = max(
-            counts["longest_sample_tokens"], *map(num_tokens, variants.values())
+    def prepare(self) -> None:
+        self.parser = simdjson.Parser()
+        self.tokenizer = RowTokenizer(
+            TextEncoder(self.model_path, self.layout),
+            self.layout,
+            CodeFolder(self.codes_path) if self.codes_path else None,
+            self.vbpe,
+            self.options.template,
+            DEFAULT_CATEGORY[self.options.mode],
         )
-        ids.append(variants["base"]["id"])
-        for variant, line in lines.items():
-            made[variant].append(line)
-    counts["rejected"] = len(rejected)
-    with _process.parts.writing(number) as folder:
-        for variant, variant_lines in made.items():
-            path = folder / f"{variant}.jsonl"
-            path.write_bytes(b"".join(variant_lines))
-            if args.format == "arrow":
-                _write_shard(folder, variant, path)
-                path.unlink()
-        if args.format == "arrow":
-            (folder / "id_hashes").write_bytes(hash_ids(pa.array(ids, pa.string())).tobytes())
-        (folder / "rejected.jsonl").write_bytes(b"".join(rejected))
+
+    # ---- one part ----
+
+    def write_part(self, number: int, folder: Path, advance: Callable[[int], object]) -> None:
+        first, name = number * self.options.rows_per_part, self.options.dataset_name
+        counts = {"rows": 0, "rejected": 0, "truncated": 0, "longest_sample_tokens": 0}
+        made: dict[str, list[Any]] = {variant: [] for variant in self.variants}
+        rejected = []
+        rows = rows_of_part(self.json_path, self.rows.starts[number], self.size_of_part(number))
+        for index, row in enumerate(rows, first):
+            try:
+                if isinstance(row, BrokenRow):
+                    raise InputError(row.reason)
+                nameless = row.get("id") in (None, "")
+                named = {**row, "id": f"{name}-{index}"} if nameless else row
+                options = self.options
+                tokenized, truncated = fit(
+                    self.tokenizer(named), options.max_length, options.too_long
+                )
+                written = self._written(tokenized)
+            except InputError as error:
+                id_ = None if isinstance(row, BrokenRow) else row.get("id")
+                shown = id_ if isinstance(id_, int | None) else printable(str(id_))
+                entry = {"dataset": name, "index": index, "id": shown}
+                rejected.append(_line({**entry, "reason": printable(str(error))}) + b"\n")
+            else:
+                counts["rows"] += 1
+                counts["truncated"] += truncated
+                longest = max(counts["longest_sample_tokens"], tokenized.num_tokens)
+                counts["longest_sample_tokens"] = longest
+                for variant, value in written.items():
+                    made[variant].append(value)
+            advance(1)
+        counts["rejected"] = len(rejected)
+        for variant, values in made.items():
+            if self.options.format == "arrow":
+                write_shard_of_part(folder, variant, ShardColumns.of_rows(values), self.layout)
+            else:
+                (folder / f"{variant}.jsonl").write_bytes(b"".join(values))
+        (folder / REJECTED_FILE).write_bytes(b"".join(rejected))
         (folder / "counts.json").write_text(json.dumps(counts))
-    return len(rows)
 
+    @property
+    def variants(self) -> list[str]:
+        return ["base", "vbpe"] if self.vbpe else ["base"]
 
-def readable_line(fields: dict[str, Any]) -> bytes:
-    """A token row's line. Raises InputError for what `beingvl build-shards` would refuse, and
-    all other rows of the file with it: NaN, integers of more than 64 bits, half a character
-    anywhere in the row, an `image` that is no path.
-    """
-    try:
-        line = _line(fields)
-        parse_row(_process.parser, line)
-        return line
-    except UnicodeEncodeError as error:
-        raise InputError(f"a text {CUT_CHARACTER}") from error
-    except NOT_A_ROW as error:
-        raise InputError(f"it cannot be a token row ({error})") from error
+    def _written(self, row: TokenizedRow) -> dict[str, Row | bytes]:
+        """Variant -> its row of a shard, or its line. Raises InputError for what `beingvl
+        build-shards` would refuse, and all other rows of the file with it: NaN, integers of more
+        than 64 bits, half a character, an `image` that is not a path.
+        """
+        try:
+            line = _line(row.head)
+            head = head_of(parse_object(self.parser, line))
+        except UnicodeEncodeError as error:
+            raise InputError(f"a text {CUT_CHARACTER}") from error
+        except NOT_A_ROW as error:
+            raise InputError(f"it cannot be a token row ({error})") from error
+        written: dict[str, Row | bytes] = {}
+        for variant, sample in row.variants.items():
+            if self.options.format == "arrow":
+                spans = np.array(sample.target_spans, np.int32).ravel()
+                written[variant] = Row(*head, sample[:3], spans)
+                continue
+            fields: dict[str, Any] = {"token_0": sample.token_0.tolist()}
+            fields["token_image"] = row.codes.tolist()
+            if variant == "vbpe":
+                fields["token_image_new"] = sample.image.tolist()
+            fields["token_1"] = sample.token_1.tolist()
+            fields["target_spans"] = sample.target_spans
+            written[variant] = line[:-1] + b"," + _line(fields)[1:] + b"\n"
+        return written
 
+    # ---- all parts ----
 
-def _write_shard(folder: Path, variant: str, path: Path) -> None:
-    """Rows in a JSONL file to a shard: the same bytes with and without the detour of `beingvl
-    build-shards`.
-    """
-    size = path.stat().st_size
-    summary = (
-        write_shard(
-            folder / f"{variant}.arrow",
-            RowReader(_process.layout).read(path, 0, size),
-            _process.layout,
-        )
-        if size
-        else None
-    )
-    (folder / f"{variant}.json").write_text(json.dumps(summary))
-
-
-# ---- all parts ----
-
-
-def join_dataset(
-    output: DatasetFolder,
-    parts: Parts,
-    num_parts: int,
-    num_rows: int,
-    args: argparse.Namespace,
-    request: dict[str, Any],
-) -> None:
-    """All parts to the dataset's files. Raises InputError when too many rows were rejected, or
-    ids of shards repeat.
-    """
-    counts = {"rows": 0, "rejected": 0, "truncated": 0, "longest_sample_tokens": 0}
-    for part in parts.read_json(num_parts, "counts.json"):
-        for name, value in part.items():
-            counts[name] = (
-                max(counts[name], value) if name.startswith("longest") else counts[name] + value
+    def join(self, parts: Parts) -> None:
+        """Raises InputError when too many rows were rejected, or ids of shards repeat."""
+        counts = add_counts(parts.read_json(self.num_parts, "counts.json"))
+        listing = parts.folder / REJECTED_FILE
+        parts.join(self.num_parts, REJECTED_FILE, listing)
+        rejected = listing.read_text(encoding="utf-8").split("\n")[:-1]
+        if len(rejected) > self.max_rejected * self.rows.num_rows:
+            raise InputError(
+                f"{len(rejected)} of {self.rows.num_rows} rows of {self.json_path} were rejected, "
+                f"more than {self.max_rejected:.1%} (--max_rejected); the first: {rejected[0]}; "
+                f"all are in {listing}"
             )
-    listing = parts.folder / REJECTED_FILE
-    parts.join(num_parts, "rejected.jsonl", listing)
-    rejected = listing.read_text(encoding="utf-8").split("\n")[:-1]
-    _check_rejected(listing, rejected, num_rows, args)
-    if args.format == "arrow" and args.duplicate_ids == "refuse":
-        refuse_duplicates(parts, [args.json_path] * num_parts, "base.arrow")
-    output.delete_files()
-    hashes: dict[str, str] = {}
-    for variant in ("base", "vbpe") if args.vbpe_path else ("base",):
-        if args.format == "arrow":
-            hashes |= _join_shards(output, parts, num_parts, variant, request)
-        else:
-            hashes[output.file(variant).name] = parts.join(
-                num_parts, f"{variant}.jsonl", output.file(variant)
-            )
-    entry = {"request": request, "counts": counts, "lineage": request["lineage"]}
-    output.finish(entry, [f"{line}\n" for line in rejected], hashes)
-    parts.remove()
-    print(
-        f"{output.folder}: {counts['rows']} rows of {output.name}, "
-        f"{counts['rejected']} rejected, {counts['truncated']} cut"
-    )
-
-
-def _check_rejected(
-    listing: Path, rejected: list[str], num_rows: int, args: argparse.Namespace
-) -> None:
-    if len(rejected) > args.max_rejected * num_rows:
-        found = (
-            f"{len(rejected)} of {num_rows} rows of {args.json_path} were rejected, more "
-            f"than {args.max_rejected:.1%}"
-        )
-        raise InputError(
-            f"{found} (--max_rejected); the first: {rejected[0]}; all are in {listing}"
+        self.dataset.delete_files()
+        hashes: dict[str, str] = {}
+        for variant in self.variants:
+            if self.options.format == "arrow":
+                hashes |= self._join_shards(parts, variant)
+            else:
+                file = self.dataset.file(variant)
+                hashes[file.name] = parts.join(self.num_parts, f"{variant}.jsonl", file)
+        entry = {"request": self.request(), "counts": counts, "lineage": self.lineage}
+        self.dataset.finish(entry, [f"{line}\n" for line in rejected], hashes)
+        print(
+            f"{self.output}: {counts['rows']} rows of {self.options.dataset_name}, "
+            f"{counts['rejected']} rejected, {counts['truncated']} cut"
         )
 
-
-def _join_shards(
-    output: DatasetFolder, parts: Parts, num_parts: int, variant: str, request: dict[str, Any]
-) -> dict[str, str]:
-    """Returns the hashes of the files, by their paths in the output folder."""
-    folder = start_folder(output.shards(variant), "shards")
-    shards = link_shards(parts, num_parts, folder, variant)
-    manifest = finish_shards(
-        folder, shards, output.layout, request["lineage"], {"request": request}
-    )
-    return {f"{folder.name}/{name}": str(entry["hash"]) for name, entry in manifest.files.items()}
-
-
-def _open_codes(args: argparse.Namespace, rank: int, num_ranks: int) -> CodeFolder | None:
-    """The image codes the rows need: given, or made now by step 1 with the model folder's own
-    VQ-GAN.
-    """
-    rows = stream_rows_and_broken(args.json_path)
-    if not any(isinstance(row, dict) and row.get("image") for row in rows):
-        return None
-    if args.vq_codes:
-        return CodeFolder(args.vq_codes)
-    if not args.image_path:
-        raise InputError(
-            f"{args.json_path} names images: give --vq_codes, or --image_path to encode them now"
-        )
-    folder = args.output_dir.with_name(f"{args.output_dir.name}_{args.dataset_name}_vq_codes")
-    command = [
-        "encode-images",
-        f"--image_path={args.image_path}",
-        f"--json_path={args.json_path}",
-        f"--output_path={folder}",
-    ]
-    command += [
-        f"--vq_path={args.model_path / 'vqgan'}",
-        f"--batch_size={args.batch_size}",
-        f"--num_workers={args.num_workers}",
-    ]
-    command += [
-        f"--dtype={args.torch_dtype}",
-        f"--rank={rank}",
-        f"--num_ranks={num_ranks}",
-        f"--max_rejected={args.max_rejected}",
-        *(["--overwrite"] if args.overwrite else []),
-    ]
-    if main(command):
-        raise InputError(f"encoding the images of {args.json_path} failed, see above")
-    if num_ranks > 1:
-        wait_until_complete(folder)
-    return CodeFolder(folder)
+    def _join_shards(self, parts: Parts, variant: str) -> dict[str, str]:
+        """Returns the hashes of the files, by their paths in the output folder."""
+        folder = start_folder(self.dataset.shards(variant), "shards")
+        sources = [self.json_path] * self.num_parts
+        refuse = self.duplicate_ids == "refuse"
+        shards = join_shards(parts, sources, variant, folder, refuse_duplicates=refuse)
+        details = {"request": self.request()}
+        manifest = finish_shards(folder, shards, self.layout, self.lineage, details)
+        return {
+            f"{folder.name}/{name}": str(entry["hash"]) for name, entry in manifest.files.items()
+        }
 
 
-def _open_vbpe(path: Path, layout: VocabLayout) -> VisualBPE | LegacyVisualBPE:
+def _open_vbpe(path: Path, layout: VocabLayout) -> AnyVBPE:
     vbpe = VisualBPE.load(path)
     if vbpe.num_codes != layout.num_vq or vbpe.num_merges > layout.num_merges:
-        found = f"{path} has {vbpe.num_codes} codes and {vbpe.num_merges} merges"
         raise InputError(
-            f"{found}, the model's vocabulary has room for {layout.num_vq} and {layout.num_merges}"
+            f"{path} has {vbpe.num_codes} codes and {vbpe.num_merges} merges, the model's "
+            f"vocabulary has room for {layout.num_vq} and {layout.num_merges}"
         )
     return vbpe
 
 
-def _lineages(
-    args: argparse.Namespace, codes: CodeFolder | None, vbpe: VisualBPE | LegacyVisualBPE | None
-) -> dict[str, dict[str, str]]:
-    lineages = {str(args.model_path): read_manifest(args.model_path, "model").lineage}
-    if codes:
-        lineages[str(codes.path)] = codes.manifest.lineage
-    if vbpe:
-        lineages[str(args.vbpe_path)] = {**vbpe.lineage, "vbpe": vbpe.fingerprint()}
-    return lineages
-
-
 def _line(value: dict) -> bytes:
-    return (
-        json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
-    ).encode()
+    """Raises ValueError for NaN, UnicodeEncodeError for half a character."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from beingvl.data.arrow_shards import Sample
 from beingvl.data.loader import TrainingData
+from beingvl.data.shard_columns import Sample
 from beingvl.train.engine import TrainingEngine
 from beingvl.train.loss import LossSums
 from beingvl.train.metrics import METRICS_FILE, read_metrics

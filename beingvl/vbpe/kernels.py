@@ -427,16 +427,23 @@ def decode_stream(ids: Ints, tables: Tables, grid: Ints) -> tuple[int, int]:
 
 
 @kernel
-def decode_streams(ids: Ints, offsets: Ints, sides: Ints, tables: Tables, codes: Ints) -> Ints:
-    """Decode stream n, `ids[offsets[n]:offsets[n + 1]]`, to a grid of `sides[n]` x `sides[n]`.
-    The grids lie end to end in `codes` int32, all -1 on entry. Returns bool [N]: fills its grid.
+def streams_decode_to(ids: Ints, offsets: Ints, sides: Ints, codes: Ints, tables: Tables) -> bool:
+    """Whether every stream n, `ids[offsets[n]:offsets[n + 1]]`, fills a grid of `sides[n]` x
+    `sides[n]`, and the first grids, end to end, are `codes`.
     """
-    fills = np.empty(len(sides), np.bool_)
+    largest = 0
+    for side in sides:
+        largest = max(largest, side)
+    room = np.empty(largest * largest, np.int32)
     at = 0
     for n in range(len(sides)):
-        side = sides[n]
-        grid = codes[at : at + side * side].reshape(side, side)
-        status, _ = decode_stream(ids[offsets[n] : offsets[n + 1]], tables, grid)
-        fills[n] = status == STREAM_FINE
-        at += side * side
-    return fills
+        grid = room[: sides[n] * sides[n]]
+        grid[:] = -1
+        stream = ids[offsets[n] : offsets[n + 1]]
+        if decode_stream(stream, tables, grid.reshape(sides[n], sides[n]))[0] != STREAM_FINE:
+            return False
+        if at < len(codes):
+            if at + len(grid) > len(codes) or (codes[at : at + len(grid)] != grid).any():
+                return False
+            at += len(grid)
+    return at == len(codes)

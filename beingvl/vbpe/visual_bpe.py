@@ -96,17 +96,17 @@ class VisualBPE(Vocabulary):
             raise InputError(f"invalid image stream at position {position} of {len(ids)}: {reason}")
         return grid.astype(np.uint16)
 
-    def decode_batch(
-        self, ids: np.ndarray, offsets: np.ndarray, sides: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Many streams at once, on square grids, without a word about what is wrong with one.
+    def decodes_to(
+        self, ids: np.ndarray, offsets: np.ndarray, sides: np.ndarray, codes: np.ndarray
+    ) -> bool:
+        """Whether many streams, on square grids, stand for their codes: one call, and no word
+        about what is wrong with which.
 
         Stream n is `ids[offsets[n]:offsets[n + 1]]` (int32), its grid has `sides[n]` rows and
-        columns. Returns (codes int32 of all grids, end to end; bool `[N]`: the stream fills its
-        grid exactly). Codes of a stream that does not are meaningless.
+        columns. `codes` are those of the first streams, end to end; the grids of the others need
+        only be filled exactly.
         """
-        codes = np.full(int((sides * sides).sum()), -1, np.int32)
-        return codes, fast.decode_streams(ids, offsets, sides, self.tables, codes)
+        return bool(fast.streams_decode_to(ids, offsets, sides, codes, self.tables))
 
     def cells(self, image_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The polyomino of an id in raster order: (dy, dx, code) from the anchor, int32 `[n]`."""

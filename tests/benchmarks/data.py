@@ -25,9 +25,10 @@ import numpy as np
 
 from beingvl.artefact.files import to_json
 from beingvl.commands import main as cli
-from beingvl.data.arrow_shards import Sample, ShardWriter
 from beingvl.data.mixture import Mixture
 from beingvl.data.packing import PackingPlan
+from beingvl.data.shard_columns import Sample
+from beingvl.data.shard_writer import ShardWriter
 from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 

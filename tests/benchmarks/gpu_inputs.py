@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from beingvl.artefact.files import to_json
-from beingvl.data.arrow_shards import Sample, ShardWriter
+from beingvl.data.shard_columns import Sample
+from beingvl.data.shard_writer import ShardWriter
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 from tests.benchmarks.convert import SIZES
 from tests.model.small_models import LLAMA3_ROPE

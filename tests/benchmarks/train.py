@@ -146,7 +146,9 @@ def make_inputs(
     """
     import numpy as np
 
-    from beingvl.data.arrow_shards import Sample, ShardReader, ShardWriter
+    from beingvl.data.arrow_shards import ShardReader
+    from beingvl.data.shard_columns import Sample
+    from beingvl.data.shard_writer import ShardWriter
     from beingvl.data.stage_data import data_of
     from beingvl.stage.stage_config import load_stage_config
     from beingvl.vocab import VocabLayout

@@ -22,7 +22,8 @@ from beingvl.artefact.parts import (
 )
 from beingvl.commands import main as cli
 from beingvl.data import tokenize_dataset
-from beingvl.data.llava_json import stream_rows_and_broken
+from beingvl.data.llava_json import Survey, survey
+from beingvl.data.tokenize_dataset import Tokenize
 from tests.data.conftest import commands
 
 # ---- kills ----
@@ -189,19 +190,13 @@ def test_a_rank_that_another_has_overtaken_makes_nothing_again(
     assert cli.main([*command, "--rank=1", "--num_ranks=2"]) == 0
     made: list[int] = []
 
-    def overtaken(path: Path) -> Iterator[dict]:
+    def overtaken(path: Path, rows_per_part: int) -> Survey:
         monkeypatch.undo()
         assert cli.main([*command, "--rank=0", "--num_ranks=2"]) == 0 and is_complete(output)
-        monkeypatch.setattr(tokenize_dataset, "tokenize_part", lambda task: made.append(task[0]))
-        yield from stream_rows_and_broken(path)
+        monkeypatch.setattr(Tokenize, "write_part", lambda work, number, *more: made.append(number))
+        return survey(path, rows_per_part)
 
-    def rows(path: Path) -> Iterator[dict]:
-        monkeypatch.setattr(
-            tokenize_dataset, "stream_rows_and_broken", overtaken
-        )  # the first pass only looks for images
-        return stream_rows_and_broken(path)
-
-    monkeypatch.setattr(tokenize_dataset, "stream_rows_and_broken", rows)
+    monkeypatch.setattr(tokenize_dataset, "survey", overtaken)
     assert cli.main([*command, "--rank=1", "--num_ranks=2"]) == 0
     assert not made and not list(output.glob("*parts.tmp")), capsys.readouterr().err
 
@@ -232,12 +227,7 @@ def test_a_rank_that_is_overtaken_in_the_middle_of_a_part_ends_well(
     overtakers: list[int] = []
 
     def overtake() -> None:
-        if (
-            step == "build-shards"
-        ):  # whose other threads write meanwhile, under the names of this process
-            overtakers.append(subprocess.call([sys.executable, "-m", "beingvl", *command]))
-        else:
-            overtakers.append(cli.main(command))
+        overtakers.append(cli.main(command))
 
     when_it_writes(monkeypatch, 2, overtake)
     assert cli.main(command) == 0, capsys.readouterr().err

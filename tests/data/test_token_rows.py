@@ -1,25 +1,17 @@
-"""The fast reader of token rows takes a line only as the readable one would; what neither takes
-is an error with its line.
+"""Lines of token rows: what is a row, what is an error with its line, and merged images that do not
+stand for their codes.
 """
 
 import json
 import random
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import simdjson
 
-from beingvl.data.token_rows import (
-    MOST_CELLS,
-    RowReader,
-    check_images,
-    hash_ids,
-    images_of,
-    make_buffers,
-    parse_row,
-)
-from beingvl.data.token_rows_numba import BYTES_AHEAD, parse_lines, words_of
+from beingvl.data import token_rows
+from beingvl.data.shard_columns import Row, ShardColumns, ShardFacts
+from beingvl.data.token_rows import NOT_A_ROW, are_fine, check_images, parse_row, read_rows
 from beingvl.errors import InputError
 from beingvl.vbpe.visual_bpe import VisualBPE
 from tests.tiny import LAYOUT
@@ -41,44 +33,60 @@ ROW = {
     "kept": True,
     "note": None,
 }
+SHORT = {
+    "id": "r1",
+    "token_0": [256, 262],
+    "token_image": [263, 264, 265, 266],
+    "token_image_new": [279, 0],
+    "token_1": [260, 5, 257],
+    "target_spans": [[5, 7]],
+}
 MANY = [*range(100_000, 100_100), *range(999_900, 1_000_000), *range(123_456, 200_000, 777)]
 
 
-def fast(line: bytes, vbpe: VisualBPE | None = None) -> tuple | None:
-    """The one row of a line as the compiled reader takes it, None when it leaves the line to its
-    twin.
-    """
-    buffers = make_buffers(len(line))
-    data, size = (
-        np.frombuffer(bytearray(line + b"\n" + bytes(BYTES_AHEAD)), np.uint8),
-        len(line) + 1,
-    )
-    at, rows = parse_lines(data, words_of(data), 0, size, buffers, images_of(LAYOUT, vbpe), 0)
-    if not rows:
-        return None
-    assert at == size and rows == 1
-    lists = ((buffers.ids, buffers.id_starts), (buffers.spans, buffers.span_starts))
-    texts = [
-        text[: starts[1]].tobytes().decode()
-        for text, starts in zip(buffers.text, buffers.text_starts, strict=True)
-    ]
-    return (*texts, *(values[: starts[1]].tolist() for values, starts in lists))
-
-
-def readable(line: bytes) -> tuple | None:
-    """The same from the readable one, None when the line is no row."""
+def found_in(line: bytes) -> tuple | None:
+    """The row of a line, None when it is not one."""
     try:
-        row = parse_row(simdjson.Parser(), line)
-    except (ValueError, TypeError, RuntimeError):
+        row = parse_row(simdjson.Parser(), line).row
+    except NOT_A_ROW:
         return None
-    return (row.id, row.image, row.category, row.input_ids.tolist(), row.target_spans.tolist())
+    return (*row[:3], np.concatenate(row.ids).tolist(), row.spans.tolist())
+
+
+def oracle(line: bytes) -> tuple:
+    """The same with the standard library's parser, in the plainest way; of a name that is there
+    twice the first one counts.
+    """
+    row = json.loads(line, object_pairs_hook=lambda pairs: dict(reversed(pairs)))
+
+    def integers(name: str) -> list[int]:
+        flat: list[int] = []
+        stack = [row[name]]
+        while stack:
+            value = stack.pop()
+            if isinstance(value, list):
+                stack += reversed(value)
+            else:
+                flat.append(value)
+        return flat
+
+    image_field = "token_image" if row.get("token_image_new") is None else "token_image_new"
+    image_ids = [] if row.get(image_field) is None else integers(image_field)
+    ids = [*integers("token_0"), *image_ids, *integers("token_1")]
+    spans = [len(ids) - len(integers("token_1")), len(ids)]
+    if row.get("target_spans") is not None:
+        spans = integers("target_spans")
+    image = row.get("image") or ""
+    if isinstance(row.get("image"), list):
+        image = json.dumps(row["image"], separators=(",", ":"), ensure_ascii=False)
+    return str(row["id"]), image, row.get("category") or "default", ids, spans
 
 
 def text(row: dict, **options) -> bytes:
     return json.dumps(row, **options).encode()
 
 
-USUAL = [
+ROWS = [
     text(ROW, ensure_ascii=False),
     text(ROW, ensure_ascii=False, separators=(",", ":")),
     text({**ROW, "conversations": ["\u00e9\u6f22"], "image": "a"}),  # escaped characters
@@ -109,8 +117,6 @@ USUAL = [
     text({**ROW, "image": ["a.png"]}, ensure_ascii=False),
     b'{"id" : 1 , "token_0" :[] , "x":{"a":[1,-2.5,{"b":[]}],"c":"\\u00E9\\n"} '
     b',"token_1":[2147483] } \r',
-]
-UNUSUAL = [  # rows all the same
     b'{"id":1,"token_0":[2147483647],"token_1":[1,12345678]}',
     text({**ROW, "conversations": "😀"}),  # escaped surrogates
     text({**ROW, "image": ["a.png", "b.png"]}),  # its shortest JSON is another
@@ -182,26 +188,25 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("line", USUAL)
-def test_usual_lines_take_the_fast_way(line) -> None:
-    assert fast(line) == readable(line) is not None
-
-
-@pytest.mark.parametrize("line", UNUSUAL)
-def test_unusual_lines_are_read_by_the_twin(line) -> None:
-    assert fast(line) is None and readable(line) is not None
+@pytest.mark.parametrize("line", ROWS)
+def test_rows(line) -> None:
+    assert found_in(line) == oracle(line)
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_wrong_lines_are_taken_by_neither(line) -> None:
-    assert fast(line) is None and readable(line) is None
+def test_wrong_lines_are_named(tmp_path, line) -> None:
+    assert found_in(line) is None
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join([text(SHORT), b" ", line or b"0", text(SHORT)]))
+    with pytest.raises(InputError, match=r"rows.jsonl, line 3: not a token row \("):
+        read_rows(path, 0, path.stat().st_size, LAYOUT)
 
 
-def test_a_damaged_line_is_never_taken_differently() -> None:
+def test_a_damaged_line_is_an_error_or_another_row() -> None:
     source = random.Random(0)
     num_taken = 0
     for _ in range(20_000):
-        line = bytearray(source.choice(USUAL + UNUSUAL[:13]))
+        line = bytearray(source.choice(ROWS[:29]))
         for _ in range(source.choice([1, 1, 2, 5])):
             at = source.randrange(len(line))
             kind = source.randrange(4)
@@ -213,54 +218,57 @@ def test_a_damaged_line_is_never_taken_differently() -> None:
                 del line[at]
             else:
                 line.insert(at, source.choice(b'{}[],:"\\0123456789 '))
-        if b"\n" in line:
-            continue
-        found = fast(bytes(line))
+        found = found_in(bytes(line))
         num_taken += found is not None
-        assert found is None or found == readable(bytes(line)), bytes(line)
+        assert found is None or found == oracle(bytes(line)), bytes(line)
     assert num_taken > 2000
 
 
-def test_hashes_of_ids_are_the_published_ones() -> None:
-    """FNV-1a, 64 bits: test vectors of RFC 9923."""
-    found = hash_ids(pa.array(["", "a", "foobar"])).tolist()
-    assert found == [0xCBF29CE484222325, 0xAF63DC4C8601EC8C, 0x85944171F73967E8]
-    assert (
-        not len(hash_ids(pa.array([], pa.string())))
-        and len(set(hash_ids(pa.array(["", ""])).tolist())) == 1
-    )
+def test_equal_ids_have_equal_hashes() -> None:
+    rows = [Row(name, "", "a", (np.ones(1, np.int32),), np.empty(0, np.int32)) for name in "abca"]
+    hashes = ShardFacts.of_columns(ShardColumns.of_rows(rows)).id_hashes.tolist()
+    assert hashes[0] == hashes[3] and len(set(hashes)) == 3
 
 
-def test_any_block_size_reads_the_same_rows(tmp_path) -> None:
-    lines = [*USUAL, b"", b" \t", *UNUSUAL[1:7], USUAL[0]]
+@pytest.mark.parametrize("piece_bytes", [37, 500, 1 << 20])
+@pytest.mark.parametrize("rows_per_block", [1, 3, 1000])
+def test_any_blocks_and_pieces_read_the_same_rows(
+    tmp_path, monkeypatch, rows_per_block, piece_bytes
+) -> None:
+    monkeypatch.setattr(token_rows, "ROWS_PER_BLOCK", rows_per_block)
+    lines = [text({**SHORT, "id": f"r{n}", "image": "é" * n}) for n in range(10)]
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\n".join(lines))
-    found = []
-    for size in (BYTES_AHEAD + 16, BYTES_AHEAD + 700, 1 << 20):
-        reader = RowReader(LAYOUT)
-        reader._block = bytearray(size)
-        rows = reader.read(path, 0, path.stat().st_size)
-        found.append(
-            (
-                rows.id.to_pylist(),
-                rows.image.to_pylist(),
-                rows.category.to_pylist(),
-                rows.ids.tolist(),
-            )
-        )
-        found[-1] += (rows.id_starts.tolist(), rows.spans.tolist(), rows.span_starts.tolist())
-    assert found[0] == found[1] == found[2]
-    assert found[0][0] == [readable(line)[0] for line in lines if line.strip()]
+    path.write_bytes(b"\n".join([*lines[:3], b"", b" \t", *lines[3:]]))
+    size = path.stat().st_size
+    done: list[int] = []
+    blocks = [
+        read_rows(path, start, min(start + piece_bytes, size), LAYOUT, advance=done.append)
+        for start in range(0, size, piece_bytes)
+    ]
+    rows = ShardColumns.joined(blocks)
+    assert rows.id.to_pylist() == [f"r{n}" for n in range(10)]
+    assert rows.image.to_pylist() == ["é" * n for n in range(10)]
+    assert np.diff(rows.id_starts).tolist() == [7] * 10 and rows.ids.dtype == np.int32
+    assert rows.ids[:7].tolist() == [256, 262, 279, 0, 260, 5, 257]
+    assert rows.spans.tolist() == [5, 7] * 10 and rows.span_starts.tolist()[-1] == 20
+    assert sum(done) == size - 4  # without blank lines
 
 
-def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch) -> None:
+def test_a_file_that_shrinks_while_it_is_read(tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(USUAL[0] + b"\n")
-    reader = RowReader(LAYOUT)
-    make_room = reader._make_room
-    monkeypatch.setattr(reader, "_make_room", lambda size: path.write_bytes(b"") or make_room(size))
+    path.write_bytes(text(SHORT) + b"\n")
     with pytest.raises(InputError, match="became shorter while it was read"):
-        reader.read(path, 0, 10)
+        read_rows(path, 0, path.stat().st_size + 10, LAYOUT)
+
+
+@pytest.mark.parametrize("changed", [{"token_1": [2**40]}, {"token_0": [-1]}, {"token_1": [2**31]}])
+def test_ids_that_no_vocabulary_holds(tmp_path, changed) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(text(SHORT) + b"\n" + text({**SHORT, "id": "bad", **changed}))
+    (wrong,) = next(iter(changed.values()))
+    found = f"rows.jsonl: sample 'bad' has id {wrong}, the vocabulary ends at {LAYOUT.size - 1}"
+    with pytest.raises(InputError, match=found):
+        read_rows(path, 0, path.stat().st_size, LAYOUT)
 
 
 # ---- merged images ----
@@ -316,18 +324,17 @@ def test_merged_images_stand_for_their_codes(tmp_path, shape, change, message) -
     grids = [np.random.default_rng(n).integers(0, 2, shape) for n in range(12)]
     path = tmp_path / "rows.jsonl"
     merged_rows(path, vbpe, grids, change)
-    reader = RowReader(LAYOUT, vbpe)
     if message is None or (
         message == "does not decode" and shape == (2, 3)
     ):  # a grid of unknown width is not compared
-        assert len(reader.read(path, 0, path.stat().st_size)) == 12
+        assert len(read_rows(path, 0, path.stat().st_size, LAYOUT, vbpe)) == 12
     else:
         with pytest.raises(InputError, match=f"sample 'r7': .*{message}"):
-            reader.read(path, 0, path.stat().st_size)
+            read_rows(path, 0, path.stat().st_size, LAYOUT, vbpe)
 
 
 @pytest.mark.parametrize("side", [4, 8, 11])
-def test_streams_that_the_fast_reader_takes_are_those_that_decode_to_the_codes(side) -> None:
+def test_streams_that_are_fine_are_those_that_decode_to_the_codes(side) -> None:
     vbpe = VisualBPE(
         16, np.array([[0, 1, 0, 1], [16, 0, 1, 0], [1, 16, 1, -1], [18, 17, 2, -2]], np.int32)
     )
@@ -346,13 +353,14 @@ def test_streams_that_the_fast_reader_takes_are_those_that_decode_to_the_codes(s
             decodes = np.array_equal(vbpe.decode(stream, side, side), grid)
         except InputError:
             decodes = False
-        assert (fast(line_of(grid, stream), vbpe) is not None) == decodes
+        row = parse_row(simdjson.Parser(), line_of(grid, stream))
+        assert are_fine([row], LAYOUT, vbpe) == decodes == passes(row, vbpe)
         outcomes[decodes] += 1
     assert min(outcomes.values()) > 300
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (8, 8), (2, 3)])
-def test_further_images_that_the_fast_reader_takes_are_those_that_its_twin_takes(shape) -> None:
+def test_further_images_that_are_fine_are_those_that_the_readable_twin_takes(shape) -> None:
     vbpe = VisualBPE(
         16, np.array([[0, 1, 0, 1], [16, 0, 1, 0], [1, 16, 1, -1], [18, 17, 2, -2]], np.int32)
     )
@@ -373,14 +381,19 @@ def test_further_images_that_the_fast_reader_takes_are_those_that_its_twin_takes
         line = line_of(
             grid, vbpe.encode(grid), after[: -1 - random_source.integers(2)]
         )  # the last one whole, or cut
-        try:
-            check_images(parse_row(simdjson.Parser(), line), LAYOUT, vbpe)
-            fits = True
-        except ValueError:
-            fits = False
-        assert (fast(line, vbpe) is not None) == fits
+        row = parse_row(simdjson.Parser(), line)
+        fits = passes(row, vbpe)
+        assert are_fine([row], LAYOUT, vbpe) == (fits and shape != (2, 3))
         outcomes[fits] += 1
     assert min(outcomes.values()) > 300
+
+
+def passes(row: token_rows.TokenRow, vbpe: VisualBPE) -> bool:
+    try:
+        check_images(row, LAYOUT, vbpe)
+    except ValueError:
+        return False
+    return True
 
 
 def line_of(grid: np.ndarray, stream: np.ndarray, after: list[int] | None = None) -> bytes:
@@ -396,28 +409,11 @@ def line_of(grid: np.ndarray, stream: np.ndarray, after: list[int] | None = None
     )
 
 
-def test_an_image_larger_than_the_fast_reader_compares_is_compared_all_the_same(tmp_path) -> None:
-    vbpe = VisualBPE(16, np.array([[0, 1, 0, 1]], np.int32))
-    side = round(MOST_CELLS**0.5) + 1
-    grid = np.random.default_rng(0).integers(0, 2, (side, side))
-    for changed in (0, 1):
-        codes = grid.copy()
-        codes[-1, -1] ^= changed
-        path = tmp_path / "rows.jsonl"
-        path.write_bytes(line_of(codes, vbpe.encode(grid)))
-        assert fast(path.read_bytes(), vbpe) is None
-        if not changed:
-            assert len(RowReader(LAYOUT, vbpe).read(path, 0, path.stat().st_size)) == 1
-            continue
-        with pytest.raises(InputError, match="sample 'a': token_image_new does not decode"):
-            RowReader(LAYOUT, vbpe).read(path, 0, path.stat().st_size)
-
-
 @pytest.mark.parametrize(
     ("second", "message"),
     [
         (lambda ids: ids, None),
-        (lambda ids: ids[:-1], "an image of token_1 covers 1. cells, the first image has 16"),
+        (lambda ids: ids[:-1], "an image of token_1 covers 1. cells, token_image has 16"),
         (
             lambda ids: [*ids[:-1], 23],
             "an image of token_1 holds the image id 23, the vBPE's ids end at 17",
@@ -443,7 +439,7 @@ def test_images_behind_the_first_fill_a_grid_too(tmp_path, second, message) -> N
         lambda row: {**row, "token_0": [256, LAYOUT.boi_id], "token_1": [5, *further, 257, *cut]},
     )
     if message is None:
-        assert len(RowReader(LAYOUT, vbpe).read(path, 0, path.stat().st_size)) == 12
+        assert len(read_rows(path, 0, path.stat().st_size, LAYOUT, vbpe)) == 12
         return
     with pytest.raises(InputError, match=f"sample 'r7': .*{message}"):
-        RowReader(LAYOUT, vbpe).read(path, 0, path.stat().st_size)
+        read_rows(path, 0, path.stat().st_size, LAYOUT, vbpe)

@@ -12,7 +12,7 @@ from beingvl.artefact.manifest import read_manifest, write_manifest
 from beingvl.commands import main as cli
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.dataset_folder import DatasetFolder
-from beingvl.data.tokenize_dataset import read_rows
+from beingvl.data.llava_json import stream_rows
 from beingvl.errors import InputError
 from beingvl.images.pictures import to_png
 from beingvl.images.vq_codes import CodeFolder, finish_codes
@@ -338,7 +338,7 @@ def test_files_of_an_unfinished_run_get_into_no_manifest(inputs, monkeypatch, ki
         "rejected.jsonl",
     }
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("beingvl.data.tokenize_dataset.tokenize_parts", kill)
+        patch.setattr("beingvl.data.tokenize_dataset.Tokenize.write_part", kill)
         tokenize(inputs, [row(5)], *options, "--overwrite")
     assert not list((inputs / "out").glob("e_*"))
     assert tokenize(inputs, [row(5)], *options) == 0
@@ -429,7 +429,7 @@ def test_a_vbpe_too_large_for_the_vocabulary(inputs, capsys) -> None:
 def test_reading_rows(tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"id": 1}\n{"id": 2}\n')
-    assert read_rows(path) == [{"id": 1}, {"id": 2}]
+    assert list(stream_rows(path)) == [{"id": 1}, {"id": 2}]
     for text, message in (
         ('{"id": 1}\n{', "line 2"),
         ("[{]", "not valid JSON"),
@@ -438,7 +438,7 @@ def test_reading_rows(tmp_path) -> None:
     ):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
-            read_rows(path)
+            list(stream_rows(path))
 
 
 def test_images_without_codes_or_folder(inputs, capsys) -> None:
@@ -584,10 +584,8 @@ def test_a_jsonl_that_changed_after_its_manifest(inputs, capsys) -> None:
 
 def test_rows_of_another_vbpe(inputs, capsys) -> None:
     assert tokenize(inputs, [row(0)]) == 0
-    other = [
-        "train-vbpe", "--data_path", str(inputs / "vq_codes"), "--output_path", str(inputs / "other.json"), "--num_merges", "2",
-    ]  # fmt: skip
-    assert cli.main(other) == 0
+    other = ["train-vbpe", f"--data_path={inputs}/vq_codes", "--num_merges=2"]
+    assert cli.main([*other, f"--output_path={inputs}/other.json"]) == 0
     command = [
         "build-shards",
         "--jsonl_path",

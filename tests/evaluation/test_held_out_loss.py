@@ -149,7 +149,8 @@ def test_models_that_packing_changes_are_refused(tmp_path: Path, family: str, me
 def test_shards_without_a_target_have_no_loss(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from beingvl.data.arrow_shards import Sample, ShardWriter
+    from beingvl.data.shard_columns import Sample
+    from beingvl.data.shard_writer import ShardWriter
 
     writer = ShardWriter(tmp_path / "shards", LAYOUT)
     writer.add(

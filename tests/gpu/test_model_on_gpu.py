@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from beingvl.data.arrow_shards import Sample
 from beingvl.data.loader import IGNORED, MicroBatch, collate
+from beingvl.data.shard_columns import Sample
 from beingvl.model.extended_vocab import PackedCausalLM, build_packed_model
 from beingvl.model.packed_attention import packed_attention
 from beingvl.vocab import VocabLayout

@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from beingvl.data.arrow_shards import Sample
 from beingvl.data.loader import IGNORED, MicroBatch, collate, shifted_targets
+from beingvl.data.shard_columns import Sample
 from beingvl.model.extended_vocab import (
     ExtendedHead,
     PackedCausalLM,

@@ -125,30 +125,33 @@ def test_vocabulary_of_other_images_still_decodes_to_the_grid(corpus, data):
     assert np.array_equal(vbpe.decode(stream, height, width), grid)
 
 
-def test_a_batch_of_streams_is_decoded_as_one_by_one():
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("num_with_codes", [0, 1, 2, 3])
+def test_a_batch_of_streams_is_decoded_as_one_by_one(num_with_codes):
+    rng = np.random.default_rng(num_with_codes)
     vbpe = VisualBPE(4, [(0, 1, 0, 1), (4, 0, 1, 0), (1, 4, 1, -1)])
-    streams, sides, expected, fills = [], [], [], []
-    for number in range(300):
-        side = number % 5
-        stream = vbpe.encode(rng.integers(0, 3, (side, side))) if side else np.empty(0, np.int32)
-        if len(stream) and number % 2:
-            stream[rng.integers(len(stream))] = rng.integers(-1, vbpe.num_ids + 1)
-        try:
-            codes = vbpe.decode(stream, side, side) if side else np.empty((0, 0))
-            fills.append(True)
-        except InputError:
-            codes = None
-            fills.append(False)
-        streams.append(stream)
-        sides.append(side)
-        expected.append(codes)
-    ends = np.cumsum([0, *map(len, streams)])
-    codes, found = vbpe.decode_batch(np.concatenate(streams), ends, np.array(sides))
-    assert found.tolist() == fills and 30 < sum(fills) < 290
-    grids = np.split(codes, np.cumsum(np.square(sides))[:-1])
-    for grid, right in zip(grids, expected, strict=True):
-        assert right is None or grid.tolist() == right.ravel().tolist()
+    outcomes = {True: 0, False: 0}
+    for _ in range(300):
+        sides = rng.integers(1, 5, 3)
+        grids = [rng.integers(0, 3, (side, side)) for side in sides]
+        streams = [vbpe.encode(grid) for grid in grids]
+        if rng.integers(2):
+            changed = streams[rng.integers(3)]
+            changed[rng.integers(len(changed))] = rng.integers(-1, vbpe.num_ids + 1)
+        right = True
+        for number, (grid, stream) in enumerate(zip(grids, streams, strict=True)):
+            try:
+                decoded = vbpe.decode(stream, *grid.shape)
+                right &= number >= num_with_codes or np.array_equal(decoded, grid)
+            except InputError:
+                right = False
+        codes = np.concatenate(
+            [np.empty(0, int), *(grid.ravel() for grid in grids[:num_with_codes])]
+        )
+        ends = np.cumsum([0, *map(len, streams)])
+        assert vbpe.decodes_to(np.concatenate(streams), ends, sides, codes) == right
+        assert not vbpe.decodes_to(np.concatenate(streams), ends, sides, np.append(codes, 0))
+        outcomes[right] += 1
+    assert min(outcomes.values()) > 30
 
 
 @settings(max_examples=300, deadline=None)
