@@ -35,83 +35,6 @@ from beingvl.vocab import LAYOUT_FILE, VocabLayout
 LAYOUT = VocabLayout(128256, 8192, 8192, 128000, 128001)
 PEERS = ("ours", "datasets", "streaming", "litdata", "in_ram")
 
-PEER = r"""
-import json, sys, time, os
-import numpy as np
-mode, action, jsonl, folder, count = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5])
-try:
-    import torch
-except ImportError:
-    pass
-import psutil
-
-def rows():
-    import orjson
-    with open(jsonl, "rb") as file:
-        for line in file:
-            row = orjson.loads(line)
-            yield np.array(row["token_0"] + row["token_image_new"] + row["token_1"], np.int32)
-
-
-
-def prepare():
-    if mode == "datasets":
-        import datasets
-        features = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
-        samples = lambda: ({"input_ids": ids} for ids in rows())
-        datasets.Dataset.from_generator(samples, features=features, cache_dir=folder + "-cache").save_to_disk(folder)
-    elif mode == "streaming":
-        from streaming import MDSWriter
-        with MDSWriter(out=folder, columns={"input_ids": "ndarray:int32"}) as out:
-            for ids in rows():
-                out.write({"input_ids": ids})
-    elif mode == "litdata":
-        from litdata.streaming.cache import Cache
-        cache = Cache(folder, chunk_bytes="64MB")
-        for number, ids in enumerate(rows()):
-            cache[number] = {"input_ids": ids}
-        cache.done()
-        cache.merge()
-
-def opened():
-    if mode == "ours":
-        from beingvl.data.arrow_shards import ShardReader
-        reader = ShardReader(folder)
-        return len(reader), lambda i: reader[i].input_ids
-    if mode == "in_ram":
-        data = [json.loads(line) for line in open(jsonl)]
-        return len(data), lambda i: np.array(data[i]["token_0"] + data[i]["token_image_new"] + data[i]["token_1"], np.int32)
-    if mode == "datasets":
-        import datasets
-        data = datasets.load_from_disk(folder).with_format("numpy")
-        return len(data), lambda i: data[i]["input_ids"]
-    if mode == "streaming":
-        from streaming import LocalDataset
-        data = LocalDataset(folder)
-        return len(data), lambda i: data[i]["input_ids"]
-    from litdata import StreamingDataset
-    data = StreamingDataset(folder)
-    return len(data), lambda i: data[i]["input_ids"]
-
-if action == "prepare":
-    prepare()
-    sys.exit()
-process = psutil.Process()
-before = process.memory_full_info().uss
-started = time.perf_counter()
-length, get = opened()
-get(0)
-startup = time.perf_counter() - started
-order = np.random.default_rng(0).permutation(length)[:count].tolist()
-started, tokens = time.perf_counter(), 0
-for at in range(0, len(order), 32):
-    batch = np.concatenate([get(i) for i in order[at : at + 32]])
-    tokens += len(batch)
-seconds = time.perf_counter() - started
-print(json.dumps({"startup": startup, "tokens_per_second": tokens / seconds, "private": process.memory_full_info().uss - before}))
-"""
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -316,37 +239,6 @@ def textured_grids(count: int, random: np.random.Generator) -> np.ndarray:
 # ---- JSONL -> shards ----
 
 
-ORJSON_ALONE = """
-import os, sys, time
-from concurrent.futures import ProcessPoolExecutor
-import orjson
-path, processes = sys.argv[1], int(sys.argv[2])
-def parse(part):
-    start, stop = part
-    with open(path, "rb", buffering=1 << 20) as file:
-        file.seek(start)
-        if start: file.readline()
-        while file.tell() < stop: orjson.loads(file.readline())
-size = os.path.getsize(path)
-parts = [(s, min(s + (64 << 20), size)) for s in range(0, size, 64 << 20)]
-started = time.perf_counter()
-with ProcessPoolExecutor(processes) as pool: list(pool.map(parse, parts))
-print(time.perf_counter() - started)
-"""
-PYARROW_JSON = """
-import sys, time, pyarrow.json as j
-started = time.perf_counter()
-j.read_json(sys.argv[1], read_options=j.ReadOptions(block_size=16 << 20))
-print(time.perf_counter() - started)
-"""
-JSONLINES = """
-import sys, time, jsonlines
-started = time.perf_counter()
-for row in jsonlines.open(sys.argv[1]): pass
-print(time.perf_counter() - started)
-"""
-
-
 def build_seconds(
     jsonl: Path, args: argparse.Namespace, pythons: list[str]
 ) -> dict[str, list[float]]:
@@ -448,29 +340,6 @@ def read_rate(
         return None
     found = first_that_runs(pythons, ["-c", PEER, peer, "read", *common])
     return None if found is None else json.loads(found)
-
-
-LARGE = r"""
-import json, sys, time
-import psutil, torch
-process = psutil.Process()
-peak = before = process.memory_full_info().uss
-started = time.perf_counter()
-from beingvl.data.arrow_shards import ShardReader
-from beingvl.data.loader import TrainingData, open_mixture
-shards = ShardReader(sys.argv[1])
-opened = time.perf_counter() - started
-data = TrainingData(shards, open_mixture(shards, {"all": 1.0}, "samples", 0), len(shards), 4096, 8)
-data.micro_batch(0, 0, 0, 1, 8)
-first_batch = time.perf_counter() - started
-data.num_steps
-planned = time.perf_counter() - started
-for step in range(300):
-    data.micro_batch(step * (data.num_steps // 300), 0, 0, 1, 8)
-    peak = max(peak, process.memory_full_info().uss)
-seconds = {"large_open_seconds": opened, "large_first_batch_seconds": first_batch, "large_plan_seconds": planned}
-print(json.dumps({**seconds, "large_private_bytes": peak - before}))
-"""
 
 
 def loader_on_large_data(folder: Path, gigabytes: int) -> dict[str, float]:
