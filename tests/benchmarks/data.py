@@ -35,6 +35,7 @@ from beingvl.vocab import LAYOUT_FILE, VocabLayout
 LAYOUT = VocabLayout(128256, 8192, 8192, 128000, 128001)
 PEERS = ("ours", "datasets", "streaming", "litdata", "in_ram")
 
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from beingvl.commands import main as cli
-from beingvl.data.arrow_shards import Sample, ShardReader, ShardWriter
+from beingvl.data.arrow_shards import ShardReader
+from beingvl.data.shard_columns import Sample
+from beingvl.data.shard_writer import ShardWriter
 from beingvl.data.loader import TrainingData
 from beingvl.data.mixture import Mixture
 from beingvl.errors import InputError

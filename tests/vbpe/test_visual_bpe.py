@@ -149,7 +149,7 @@ def test_a_batch_of_streams_is_decoded_as_one_by_one(num_with_codes):
         )
         ends = np.cumsum([0, *map(len, streams)])
         assert vbpe.decodes_to(np.concatenate(streams), ends, sides, codes) == right
-        assert not vbpe.decodes_to(np.concatenate(streams), ends, sides, np.append(codes, 0))
+        assert not vbpe.decodes_to(np.concatenate(streams), ends, sides, np.append(codes, -1))
         outcomes[right] += 1
     assert min(outcomes.values()) > 30
 
