@@ -32,8 +32,8 @@ BORDER = -(1 << 30)
 
 SHAPES_FINE, SHAPES_OVERLAP, SHAPES_APART = 0, 1, 2
 
-# numba keeps the result on disk, and compiles anew when the file of a kernel changes, but not when
-# one changes that it calls into (tests/conftest.py sees to that).
+# numba compiles anew when a kernel's own file changes, not when one does that it calls into: after
+# a change here remove __pycache__/*.nbi (tests/vbpe/conftest.py does).
 kernel = numba.njit(cache=True, nogil=True)
 # For inner loops, where a call that hands over an array would count references, atomically.
 inlined = numba.njit(cache=True, nogil=True, inline="always")

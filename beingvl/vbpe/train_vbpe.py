@@ -11,11 +11,12 @@ The vocabulary is a pure function of codes and options.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from tqdm import tqdm
@@ -66,53 +67,32 @@ def train_vbpe(
         data_path: folders written by `encode_images`, .npy files, or folders of .npy files.
         output_path: a folder for vbpe.json and its manifest, or FILE.json without a manifest.
         num_merges: merges to learn; fewer when no pair occurs `min_count` times any more.
-        alpha, sigma: weight of spatial consistency against frequency (0: frequency alone), and
-            how far apart, in cells, offsets of a pair may lie to count as alike.
+        alpha: weight of spatial consistency against frequency; 0: frequency alone.
+        sigma: how far apart, in cells, offsets of a pair may lie to count as alike.
         init_size: number of codes (None: as the folder says, else the largest code + 1).
         vocab_pad, vocab_end: files hold code + vocab_pad, below vocab_end.
         grid: (height, width) of files `[N, H * W]` (None: square).
         max_images, seed: learn from a sample.
-        validate_data: print what the files hold; they are checked in any case.
-        save_intermediate: merges between two saves beside the output, from which the same call
-            continues.
-
-    Raises InputError for what is wrong with codes or options.
+        save_intermediate: merges between two saves, from which the same call continues.
     """
-    at_least_0 = {"num_merges": num_merges, "alpha": alpha, "seed": seed, "vocab_pad": vocab_pad}
-    at_least_1 = {
-        "min_count": min_count,
-        "max_images": max_images,
-        "save_intermediate": save_intermediate,
-    }
-    for name, value in {**at_least_0, **at_least_1}.items():
-        least = 1 if name in at_least_1 else 0
-        if value is not None and not least <= value < float("inf"):
-            raise InputError(f"--{name} is {value}, expected at least {least}")
-    if not 0 < sigma < float("inf"):
+    _check_at_least(0, num_merges=num_merges, alpha=alpha, seed=seed, vocab_pad=vocab_pad)
+    _check_at_least(
+        1, min_count=min_count, max_images=max_images, save_intermediate=save_intermediate
+    )
+    if not 0 < sigma < math.inf:
         raise InputError(f"--sigma is {sigma}, expected more than 0")
     paths = [data_path] if isinstance(data_path, Path | str) else data_path
     codes = open_codes([Path(path) for path in paths], init_size, vocab_pad, vocab_end, grid)
     if codes.num_codes + num_merges > MAX_IDS:
-        raise InputError(
-            f"--num_merges {num_merges} and {codes.num_codes} codes, expected at most {MAX_IDS} "
-            "together"
-        )
+        found = f"--num_merges {num_merges} and {codes.num_codes} codes"
+        raise InputError(f"{found}, expected at most {MAX_IDS} together")
     options: dict[str, Any] = {"alpha": float(alpha), "sigma": float(sigma), "min_count": min_count}
     options |= {"max_images": max_images, "seed": seed}
-    request = Request(
-        codes=codes.hashes,
-        num_codes=codes.num_codes,
-        vocab_pad=vocab_pad,
-        lineage=codes.lineage,
-        num_merges=num_merges,
-        **options,
-        grid=grid,
-    )
+    request = Request(codes=codes.hashes, num_codes=codes.num_codes, vocab_pad=vocab_pad)
+    request |= {"lineage": codes.lineage, "num_merges": num_merges, **options, "grid": grid}
     output = Output(Path(output_path), request)
     if output.is_made(overwrite):
-        finished = VisualBPE.load(output.file)
-        assert isinstance(finished, VisualBPE)
-        return finished
+        return cast(VisualBPE, VisualBPE.load(output.file))
     usage = count_codes(codes)
     output.prepare()
     if validate_data:
@@ -121,6 +101,12 @@ def train_vbpe(
     output.write(vbpe)
     _print_result(vbpe, usage, num_merges, output.file)
     return vbpe
+
+
+def _check_at_least(least: int, **options: float | None) -> None:
+    for name, value in options.items():
+        if value is not None and not least <= value < math.inf:
+            raise InputError(f"--{name} is {value}, expected at least {least}")
 
 
 def import_vbpe(
@@ -247,7 +233,7 @@ def _learn_in_batches(
 def _read_partial(
     path: Path, num_codes: int, parameters: Mapping[str, Any], num_merges: int
 ) -> VisualBPE:
-    learnt = VisualBPE.load(path)
+    learnt = cast(VisualBPE, VisualBPE.load(path))  # a published one has other parameters
     asked = Request({**parameters, "number of codes": num_codes})
     found = {name: learnt.parameters.get(name) for name in parameters}
     if difference := asked.difference(found | {"number of codes": learnt.num_codes}):
@@ -259,7 +245,6 @@ def _read_partial(
             f"{path} already has {learnt.num_merges} merges, more than --num_merges {num_merges}; "
             "delete it to begin again"
         )
-    assert isinstance(learnt, VisualBPE)  # a published one has other parameters
     print(f"Continuing from {path}: {learnt.num_merges} merges")
     return learnt
 
@@ -284,18 +269,6 @@ def _print_data(codes: Codes, usage: np.ndarray) -> None:
 def _print_result(vbpe: VisualBPE, usage: np.ndarray, requested: int, output: Path) -> None:
     found = vbpe.parameters
     cells, tokens, images = found["num_cells"], found["num_tokens"], found["num_images"]
-    rows = {
-        "images": f"{images}",
-        "cells": f"{cells}",
-        "tokens": f"{tokens}  ({tokens / images:.1f} per image)",
-        "compression": f"{cells / tokens:.3f} cells per token",
-        "unused codes": f"{(usage == 0).sum()} of {vbpe.num_codes}",
-    }
-    sizes = vbpe.sizes[vbpe.num_codes :]
-    groups = {"2": (2, 2), "3": (3, 3), "4": (4, 4), "5 to 8": (5, 8), "9 to 16": (9, 16)}
-    for name, (low, high) in (groups | {"17 or more": (17, sizes.max(initial=17))}).items():
-        inside = ((sizes >= low) & (sizes <= high)).sum()
-        rows[f"merges of {name} cells"] = f"{inside}  ({inside / max(1, len(sizes)):.1%})"
     alpha = found["alpha"]
     print(f"\n{output}: {vbpe.num_merges} merges over {vbpe.num_codes} codes, alpha {alpha}")
     if vbpe.num_merges < requested:
@@ -303,5 +276,17 @@ def _print_result(vbpe: VisualBPE, usage: np.ndarray, requested: int, output: Pa
             f"Stopped before {requested} merges: no pair is left that occurs {found['min_count']} "
             "times (--min_count)"
         )
+    rows = {
+        "images": images,
+        "cells": cells,
+        "tokens": f"{tokens}  ({tokens / images:.1f} per image)",
+        "compression": f"{cells / tokens:.3f} cells per token",
+        "unused codes": f"{(usage == 0).sum()} of {vbpe.num_codes}",
+    }
+    sizes = vbpe.sizes[vbpe.num_codes :]
+    names = ("2", "3", "4", "5 to 8", "9 to 16", "17 or more")
+    groups = np.bincount(np.searchsorted([2, 3, 4, 8, 16], sizes), minlength=len(names))
+    for name, count in zip(names, groups, strict=True):
+        rows[f"merges of {name} cells"] = f"{count}  ({count / max(1, len(sizes)):.1%})"
     for name, value in rows.items():
         print(f"  {name:<28}{value}")

@@ -1,22 +1,22 @@
 """vBPE against the `tokenizers` package (Rust BPE), on the same tokens: training time, encoding
 speed, growth, memory.
 
-    python -m tests.benchmarks.vbpe [--images 5000] [--merges 8192] [--repeats 3]
+    python -m tests.benchmarks.vbpe [--images 5000] [--merges 8192] [--repeats 3] [--tiny]
 
 Needs tokenizers, scikit-learn and scikit-image (the photographs come in their wheels). Corpora, 32
 x 32 codes out of 8192 each:
 
-    real    crops of 20 photographs at 6 scales, flipped, turned, recoloured; codes of a
-            two-level k-means of 8 x 8 pixel patches.
-            Few photographs and no VQ-GAN: more repetitive than a photo collection, less smooth than
-            a VQ-GAN's codes.
+    real    crops of 20 photographs at 6 scales, flipped, turned, recoloured; codes of a two-level
+            k-means of 8 x 8 pixel patches. Few photographs and no VQ-GAN: more repetitive than a
+            photo collection, less smooth than a VQ-GAN's codes.
     low     independent codes, Zipf 0.6: hardly anything to merge
     high    Zipf 1.0, 45 % of the codes determined by their left or upper neighbour: every merge
             happens hundreds of times
 
 `tokenizers` sees each image as one word of 1024 characters, and may use all cores; our trainer uses
 one. The two run in turn. The last line is JSON: train_ratio, train_ratio_alpha, encode_ratio,
-growth_slope, bytes_per_cell.
+growth_slope, bytes_per_cell. --tiny takes a few images of `high` for every corpus: it only shows
+that the benchmark runs.
 """
 
 from __future__ import annotations
@@ -276,20 +276,15 @@ def compare_encoding(codes: np.ndarray, num_merges: int, repeats: int) -> float:
 
 def measure_growth(codes: np.ndarray, num_merges: int, repeats: int) -> float:
     """Slope of training time over images on logarithmic axes."""
-    counts = [1000, 2000, 4000, 8000]
-    times = [
-        median(
+    counts = [len(codes) // 8, len(codes) // 4, len(codes) // 2, len(codes)]
+    times = []
+    for n in counts:
+        spent = [
             seconds(lambda n=n: train(codes[:n], num_merges, DEFAULT_ALPHA)) for _ in range(repeats)
-        )
-        for n in counts
-    ]
-    print(
-        "\ngrowth (real)  "
-        + "  ".join(
-            f"{count} images {spent:.2f} s" for count, spent in zip(counts, times, strict=True)
-        ),
-        flush=True,
-    )
+        ]
+        times.append(median(spent))
+    shown = (f"{n} images {spent:.2f} s" for n, spent in zip(counts, times, strict=True))
+    print("\ngrowth (real)  " + "  ".join(shown), flush=True)
     return float(np.polyfit(np.log(counts), np.log(times), 1)[0])
 
 
@@ -298,20 +293,11 @@ def peak_bytes_per_cell(codes: np.ndarray, num_merges: int) -> float:
     codes.
     """
     with tempfile.TemporaryDirectory() as folder:
-        np.save(Path(folder) / "codes.npy", codes)
-        command = [
-            sys.executable,
-            "-m",
-            "tests.benchmarks.vbpe",
-            "--peak_of",
-            f"{folder}/codes.npy",
-            "--merges",
-            str(num_merges),
-        ]
-        return (
-            float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-            / codes.size
-        )
+        path = Path(folder) / "codes.npy"
+        np.save(path, codes)
+        module = [sys.executable, "-m", "tests.benchmarks.vbpe"]
+        command = [*module, "--peak_of", str(path), "--merges", str(num_merges)]
+        return float(subprocess.check_output(command)) / codes.size
 
 
 def print_peak(path: str, num_merges: int) -> None:
@@ -352,19 +338,9 @@ def time_compilation() -> tuple[float, float]:
     )
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"NUMBA_CACHE_DIR": cache}
-        first, second = (
-            float(
-                subprocess.run(
-                    [sys.executable, "-c", code],
-                    env=environment,
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                ).stdout
-            )
-            for _ in range(2)
-        )
-    return first, second
+        command = [sys.executable, "-c", code]
+        first, second = (subprocess.check_output(command, env=environment) for _ in range(2))
+    return float(first), float(second)
 
 
 def main() -> None:
@@ -374,10 +350,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--merges", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true", help="a few seconds, for the tests")
     parser.add_argument("--peak_of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak_of:
         return print_peak(args.peak_of, args.merges)
+    if args.tiny:
+        args.images, args.merges, args.repeats = 16, 16, 1
 
     packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "numba", "tokenizers"))
     print(
@@ -385,20 +364,19 @@ def main() -> None:
         f"{platform.python_version()}, {packages}"
     )
     print(f"load average {os.getloadavg()[0]:.1f}")
-    first, second = time_compilation()
-    print(
-        f"first call in a process: {first:.1f} s compiling, {second:.1f} s with the "
-        "kernels cached on disk",
-        flush=True,
-    )
+    if not args.tiny:
+        first, second = time_compilation()
+        cached = f"{second:.1f} s with the kernels cached on disk"
+        print(f"first call in a process: {first:.1f} s compiling, {cached}", flush=True)
     train(np.zeros((2, 4, 4), np.uint16), 3, 0.0)
     train(np.zeros((2, 4, 4), np.uint16), 3, DEFAULT_ALPHA)
-    real = real_codes(max(8000, args.images))
-    corpora = {
-        "real": real[: args.images],
-        "low": low_codes(args.images),
-        "high": high_codes(args.images),
-    }
+    if args.tiny:
+        real = high_codes(args.images)
+        corpora = {"real": real}
+    else:
+        real = real_codes(max(8000, args.images))
+        corpora = {"real": real[: args.images], "low": low_codes(args.images)}
+        corpora["high"] = high_codes(args.images)
     times = {
         name: compare_training(name, codes, args.merges, args.repeats)
         for name, codes in corpora.items()
@@ -413,7 +391,7 @@ def main() -> None:
         "train_ratio": max(found["ours"] / found["text"] for found in times.values()),
         "train_ratio_alpha": max(found["ours_alpha"] / found["text"] for found in times.values()),
         "encode_ratio": compare_encoding(corpora["real"], args.merges, args.repeats),
-        "growth_slope": measure_growth(real, args.merges, args.repeats),
+        "growth_slope": measure_growth(real[:8000], args.merges, args.repeats),
         "bytes_per_cell": max(memory.values()),
     }
     print()
