@@ -1,10 +1,13 @@
 """How tests are shared between workers (`pytest -n 2 --dist loadgroup`): by file, because a file's
-tests use the same inputs; and those first that take longest.
+tests use the same inputs; and those first that take longest. And one small run for inference,
+evaluation and reports; tests that change its files copy them.
 """
 
 from pathlib import Path
 
 import pytest
+
+from tests.inference.small_run import write_run
 
 HERE = Path(__file__).parent
 LONGEST = (
@@ -31,3 +34,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     rank = {place: number for number, place in enumerate(LONGEST)}
     order = sorted(range(len(items)), key=lambda at: rank.get(places[at], len(LONGEST)))
     items[:] = [items[at] for at in order]
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("run"))

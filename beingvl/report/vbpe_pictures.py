@@ -195,7 +195,7 @@ def draw_example(vbpe: VisualBPE, sample: Sample, image: int, vq: VQGAN | None) 
     grid = sample.grids[image]
     picture = code_colours(grid) if vq is None else vq.decode(grid[None])[0]
     owner = owners(vbpe, sample.stream(image), *grid.shape)
-    return with_borders(picture, owner, EXAMPLE_SIDE, thickness=2)
+    return with_borders(picture, owner, EXAMPLE_SIDE, thickness=3)
 
 
 def join_tiles(tiles: Sequence[np.ndarray]) -> np.ndarray:
