@@ -1,5 +1,7 @@
-"""JSONL -> shards and random-order reading, against other libraries on the same rows: python -m
-tests.benchmarks.data
+"""JSONL -> shards and random-order reading, against other libraries on the same rows; tokenize to
+shards directly, against the way over JSONL.
+
+    python -m tests.benchmarks.data --folder FOLDER     --tiny takes seconds, in its own folder
 
 Prints a table and, last, one JSON line. A peer runs in the interpreter that has it (--peer_pythons
 PATH…: virtual environments of their own, since some need other versions of torch); one that is in
@@ -14,24 +16,69 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
 from beingvl.artefact.files import to_json
-from beingvl.commands import main as cli
+from beingvl.artefact.manifest import MANIFEST_FILE, write_manifest
 from beingvl.data.mixture import Mixture
 from beingvl.data.packing import PackingPlan
 from beingvl.data.shard_columns import Sample
 from beingvl.data.shard_writer import ShardWriter
+from beingvl.images import vq_codes
+from beingvl.model.tokenizer_files import extend_tokenizer, load_tokenizer, save_tokenizer
+from beingvl.vbpe.train_vbpe import train_vbpe
 from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
+from tests.model.small_models import llama3_tokenizer_file
+from tests.tiny import LAYOUT as TINY_LAYOUT
+from tests.tiny import write_tokenizer
 
+PROGRAMS = Path(__file__).parent / "data_programs"
+REPOSITORY = PROGRAMS.parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+WORDS = [
+    "the",
+    "image",
+    "shows",
+    "a",
+    "small",
+    "red",
+    "car",
+    "beside",
+    "two",
+    "people",
+    "who",
+    "are",
+    "waiting",
+    "for",
+    "the",
+    "bus",
+    "in",
+    "front",
+    "of",
+    "an",
+    "old",
+    "house",
+    "with",
+    "green",
+    "windows",
+    "and",
+    "it",
+    "seems",
+    "to",
+    "be",
+    "raining",
+    "while",
+]
 LAYOUT = VocabLayout(128256, 8192, 8192, 128000, 128001)
 PEERS = ("ours", "datasets", "streaming", "litdata", "in_ram")
 
@@ -40,53 +87,52 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, required=True, help="scratch folder, kept")
-    parser.add_argument("--rows", type=int, default=12_000, help="rows of about 14 kB")
-    parser.add_argument(
-        "--copies",
-        type=int,
-        default=4,
-        help="the larger file to build holds the rows so many times",
-    )
-    parser.add_argument(
-        "--read_rows", type=int, default=12_000, help="samples read in random order"
-    )
-    parser.add_argument(
-        "--processes",
-        type=int,
-        default=2,
-        help="of orjson alone: one a core; our build has its default",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        default=3,
-        help="builds and readings of each kind, in turn; medians count",
-    )
-    parser.add_argument(
-        "--large_gb",
-        type=int,
-        default=0,
-        help="GB of shards, random ids, to measure our loader's memory on",
-    )
-    parser.add_argument(
-        "--peer_pythons", nargs="*", default=[], help="interpreters that have the peers"
-    )
+    add = parser.add_argument
+    add("--folder", type=Path, help="scratch folder, kept")
+    add("--rows", type=int, default=12_000, help="rows of about 14 kB")
+    add("--copies", type=int, default=4, help="how often the larger file holds the rows")
+    add("--read_rows", type=int, default=12_000, help="samples read in random order")
+    add("--tokenize_rows", type=int, default=12_000, help="rows of two turns to tokenize")
+    workers = "of orjson alone, and of tokenize: one a core; our build has its default"
+    add("--processes", type=int, default=2, help=workers)
+    repeats = "builds and readings of each kind, in turn; medians count"
+    add("--repeats", type=int, default=3, help=repeats)
+    large = "GB of shards, random ids, to measure our loader's memory on"
+    add("--large_gb", type=float, default=0, help=large)
+    add("--peer_pythons", nargs="*", default=[], help="interpreters that have the peers")
+    add("--tiny", action="store_true", help="see that it runs, in seconds")
     args = parser.parse_args()
+    args.num_merges, args.packed = LAYOUT.num_merges, 10_000_000
+    if args.tiny:
+        args.rows = args.read_rows = args.tokenize_rows = 40
+        args.num_merges, args.packed, args.copies, args.repeats = 8, 100_000, 2, 1
+        args.large_gb = 0.001
+    if args.folder:
+        measure(args)
+        return
+    if not args.tiny:
+        parser.error("give --folder, or --tiny")
+    with tempfile.TemporaryDirectory() as folder:
+        args.folder = Path(folder)
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
     small, large = (
         args.folder / f"rows-{args.rows}x{copies}" / "rows.jsonl" for copies in (1, args.copies)
     )
     if not small.is_file():
-        write_rows(small, args.rows, args.folder / "vbpe")
+        write_rows(small, args.rows, args.folder / "vbpe", args.num_merges)
     if not large.is_file():
         write_copies(small, large, args.copies)
     pythons = [sys.executable, *args.peer_pythons]
     line = report_builds(small, large, args, pythons)
+    line["tokenize_direct_ratio"] = tokenize_ratio(args)
     rounds = [
         {peer: read_rate(peer, small, args, pythons) for peer in PEERS} for _ in range(args.repeats)
     ]
     reads = {peer: medians([found[peer] for found in rounds]) for peer in PEERS}
-    efficiency, plan_seconds = packing_of_ten_million()
+    efficiency, plan_seconds = packing_plan(args.packed)
     for peer, found in reads.items():
         shown = "absent"
         if found is not None:
@@ -96,7 +142,8 @@ def main() -> None:
             )
         print(f"{peer:<10} {shown}")
     print(
-        f"packing 10 million samples: {efficiency:.2%} full, {plan_seconds:.1f} s with drawing them"
+        f"packing {args.packed:,} samples: {efficiency:.2%} full, {plan_seconds:.1f} s with "
+        "drawing them"
     )
     field = {
         "tokens_per_second": "tokens_per_second",
@@ -124,8 +171,8 @@ def report_builds(
     """
     sizes = [path.stat().st_size / 1e6 for path in (small, large)]
     of_large, of_small = build_seconds(large, args, pythons), build_seconds(small, args, pythons)
-    for name, code in (("pyarrow.json", PYARROW_JSON), ("jsonlines", JSONLINES)):
-        add_peer(of_small, name, pythons, code, small, args.processes)
+    for name, program in (("pyarrow.json", "pyarrow_json"), ("jsonlines", "jsonlines_alone")):
+        add_peer(of_small, name, pythons, program, small, args.processes)
     rates: dict[str, list[float]] = {}
     print(f"{'MB/s':<34} {sizes[0]:7.0f} MB {sizes[1]:7.0f} MB  without start-up")
     for name, found in of_small.items():
@@ -170,7 +217,7 @@ def write_copies(source: Path, target: Path, copies: int) -> None:
                     out.write(line.replace(b'"id":"r', b'"id":"%d-r' % number, 1))
 
 
-def write_rows(path: Path, count: int, vbpe_folder: Path) -> None:
+def write_rows(path: Path, count: int, vbpe_folder: Path, num_merges: int) -> None:
     """Rows as `beingvl tokenize` writes them: 1024 codes, merged to about 716 by 8192 merges, 40
     to 300 tokens of text.
     """
@@ -178,23 +225,16 @@ def write_rows(path: Path, count: int, vbpe_folder: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     grids = textured_grids(count, random)
     np.save(path.with_name("learn.npy"), grids[:1000])
-    learn = [
-        f"--data_path={path.with_name('learn.npy')}",
-        f"--output_path={vbpe_folder}",
-        "--overwrite",
-    ]
-    assert (
-        cli.main(
-            [
-                "train-vbpe",
-                *learn,
-                f"--init_size={LAYOUT.num_vq}",
-                f"--num_merges={LAYOUT.num_merges}",
-            ]
-        )
-        == 0
+    train_vbpe(
+        [path.with_name("learn.npy")],
+        vbpe_folder,
+        init_size=LAYOUT.num_vq,
+        num_merges=num_merges,
+        overwrite=True,
     )
-    streams, ends = VisualBPE.load(vbpe_folder).encode_batch(grids)
+    vbpe = VisualBPE.load(vbpe_folder)
+    assert isinstance(vbpe, VisualBPE)
+    streams, ends = vbpe.encode_batch(grids)
     with open(path, "w") as file:
         for number in range(count):
             image = (grids[number].ravel().astype(int) + LAYOUT.first_image_id).tolist()
@@ -247,8 +287,6 @@ def build_seconds(
     of Python and all imports; the others' time starts after their imports. `beside its manifest`
     is how `beingvl tokenize` leaves a file: its hash is known.
     """
-    from beingvl.artefact.manifest import MANIFEST_FILE, write_manifest
-
     base, bare = args.folder / "base", jsonl.parent / "without-a-manifest"
     for folder in (base, bare):
         folder.mkdir(exist_ok=True)
@@ -289,7 +327,7 @@ def build_seconds(
                 stdout=subprocess.DEVNULL,
             )
             seconds.setdefault(name, []).append(time.perf_counter() - started)
-        add_peer(seconds, "orjson alone", pythons, ORJSON_ALONE, jsonl, args.processes)
+        add_peer(seconds, "orjson alone", pythons, "orjson_alone", jsonl, args.processes)
     return seconds
 
 
@@ -297,25 +335,115 @@ def add_peer(
     seconds: dict[str, list[float]],
     name: str,
     pythons: list[str],
-    code: str,
+    program: str,
     jsonl: Path,
     processes: int,
 ) -> None:
     """Append a reading; the list stays empty where no interpreter has the peer."""
-    found = first_that_runs(pythons, ["-c", code, str(jsonl), str(processes)])
+    found = first_that_runs(pythons, [program, str(jsonl), str(processes)])
     seconds.setdefault(name, []).extend([] if found is None else [float(found)])
 
 
-def first_that_runs(pythons: list[str], arguments: list[str]) -> str | None:
-    """Last line of the first interpreter that succeeds, None when none does; why not is shown."""
+def first_that_runs(pythons: list[str], words: list[str]) -> str | None:
+    """Last line of a program, of `data_programs/`, in the first interpreter that succeeds, None
+    when none does; why not is shown.
+    """
     problems = []
+    program = [str(PROGRAMS / f"{words[0]}.py"), *words[1:]]
     for python in pythons:
-        done = subprocess.run([python, *arguments], capture_output=True, text=True)
+        done = subprocess.run([python, *program], capture_output=True, text=True, env=ENVIRONMENT)
         if done.returncode == 0:
             return (done.stdout.splitlines() or [""])[-1]
         problems.append((done.stderr.splitlines() or [""])[-1])
     print(f"absent: {problems}", file=sys.stderr)
     return None
+
+
+# ---- tokenize -> shards ----
+
+
+def tokenize_ratio(args: argparse.Namespace) -> float:
+    """Seconds of tokenize and of build-shards for both variants, over those of tokenize to shards
+    at once: whole commands.
+    """
+    llava, base, codes = write_llava(args.folder / "llava", args.tokenize_rows, args.tiny)
+    out, vbpe = args.folder / "tokenized", args.folder / "vbpe"
+    tokenize = ["tokenize", f"--json_path={llava}", f"--vq_codes={codes}", f"--vbpe_path={vbpe}"]
+    tokenize += [f"--model_path={base}", f"--output_dir={out}", "--rows_per_part=1024"]
+    tokenize += [f"--num_workers={args.processes}"]
+    builds = [
+        [
+            "build-shards",
+            f"--jsonl_path={out}/data_{variant}.jsonl",
+            f"--output_path={out}-{variant}",
+        ]
+        for variant in ("base", "vbpe")
+    ]
+    builds[1].append(f"--vbpe_path={vbpe}")
+
+    def seconds(*commands: list[str]) -> float:
+        for folder in (out, *(out.with_name(f"{out.name}-{name}") for name in ("base", "vbpe"))):
+            shutil.rmtree(folder, ignore_errors=True)
+        started = time.perf_counter()
+        for words in commands:
+            subprocess.run(
+                [sys.executable, "-m", "beingvl", *words], check=True, stdout=subprocess.DEVNULL
+            )
+        return time.perf_counter() - started
+
+    times = [
+        (seconds(tokenize, *builds), seconds([*tokenize, "--format=arrow"]))
+        for _ in range(args.repeats)
+    ]
+    detour, direct = (statistics.median(column) for column in zip(*times, strict=True))
+    print(
+        f"tokenize {args.tokenize_rows:,} rows: over JSONL {detour:.1f} s, shards at once "
+        f"{direct:.1f} s"
+    )
+    return detour / direct
+
+
+def write_llava(folder: Path, count: int, tiny: bool) -> tuple[Path, Path, Path]:
+    """(LLaVA JSON, model folder, codes): two turns a row, Llama-3's tokenizer but for `tiny`."""
+    llava, base, codes = folder / "rows.json", folder / "base", folder / "codes"
+    for path in (base, codes):
+        path.mkdir(parents=True, exist_ok=True)
+    if tiny:
+        write_tokenizer(base, TINY_LAYOUT)
+    else:
+        shutil.copyfile(llama3_tokenizer_file(), folder / "tokenizer.model")
+        tokenizer = load_tokenizer(folder, LAYOUT.num_text)
+        extend_tokenizer(tokenizer, LAYOUT, "Llama-3")
+        save_tokenizer(tokenizer, base)
+    (base / LAYOUT_FILE).write_text(to_json(LAYOUT.to_dict()))
+    write_manifest(base, "model", {}, {"vocab": LAYOUT.fingerprint()})
+    random = np.random.default_rng(0)
+    header = vq_codes.codes_header(count, (32, 32))
+    grids = textured_grids(count, random)
+    (codes / vq_codes.CODES_FILE).write_bytes(header + grids.astype("<u2").tobytes())
+    names = sorted(f"a/{number}.jpg" for number in range(count))
+    (codes / vq_codes.KEYS_FILE).write_text("".join(f"{json.dumps(name)}\n" for name in names))
+    (codes / vq_codes.REJECTED_FILE).write_text("")
+    details = {"num_codes": LAYOUT.num_vq, "grid": [32, 32]}
+    vq_codes.finish_codes(codes, {"images": count}, {}, details, {})
+
+    def say(most_words: int) -> str:
+        return " ".join(random.choice(WORDS, int(random.integers(most_words // 4, most_words))))
+
+    rows = []
+    for number, name in enumerate(names):
+        turns = [
+            {"from": "human", "value": f"<image>\n{say(24)}?"},
+            {"from": "gpt", "value": f"{say(100)}."},
+            {"from": "human", "value": f"{say(24)}?"},
+            {"from": "gpt", "value": f"{say(100)}."},
+        ]
+        category = ("foundation", "perception")[number % 2]
+        rows.append(
+            {"id": f"r{number}", "image": name, "category": category, "conversations": turns}
+        )
+    llava.write_text(json.dumps(rows))
+    return llava, base, codes
 
 
 # ---- reading ----
@@ -336,21 +464,21 @@ def read_rate(
     if (
         peer not in ("ours", "in_ram")
         and not folder.is_dir()
-        and first_that_runs(pythons, ["-c", PEER, peer, "prepare", *common]) is None
+        and first_that_runs(pythons, ["peer", peer, "prepare", *common]) is None
     ):
         return None
-    found = first_that_runs(pythons, ["-c", PEER, peer, "read", *common])
+    found = first_that_runs(pythons, ["peer", peer, "read", *common])
     return None if found is None else json.loads(found)
 
 
-def loader_on_large_data(folder: Path, gigabytes: int) -> dict[str, float]:
+def loader_on_large_data(folder: Path, gigabytes: float) -> dict[str, float]:
     """Start-up and peak private memory of our loader above a process that has imported torch;
     the second start finds its plan.
     """
     if not (folder / "manifest.json").is_file():
         random = np.random.default_rng(0)
         writer = ShardWriter(folder, LAYOUT, rows_per_shard=20_000)
-        left = gigabytes * 250_000_000  # tokens of four bytes
+        left = int(gigabytes * 250_000_000)  # tokens of four bytes
         while left > 0:
             ids = random.integers(0, LAYOUT.size, int(random.integers(640, 1100)), np.int32)
             writer.add(
@@ -367,7 +495,11 @@ def loader_on_large_data(folder: Path, gigabytes: int) -> dict[str, float]:
     size = sum(path.stat().st_size for path in folder.glob("*.arrow"))
     for start in ("first", "second"):
         done = subprocess.run(
-            [sys.executable, "-c", LARGE, str(folder)], capture_output=True, text=True, check=True
+            [sys.executable, str(PROGRAMS / "large_loader.py"), str(folder)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=ENVIRONMENT,
         )
         found: dict[str, float] = json.loads(done.stdout)
         first, seconds, private = (
@@ -385,13 +517,11 @@ def loader_on_large_data(folder: Path, gigabytes: int) -> dict[str, float]:
 # ---- packing ----
 
 
-def packing_of_ten_million() -> tuple[float, float]:
-    """(efficiency, seconds) of drawing and planning 10 million samples of two sources,
-    log-normal lengths around 660 tokens.
+def packing_plan(count: int) -> tuple[float, float]:
+    """(efficiency, seconds) of drawing and planning samples of two sources, log-normal lengths
+    around 660 tokens.
     """
-    lengths = (
-        np.random.default_rng(0).lognormal(6.5, 0.5, 10_000_000).clip(20, 4096).astype(np.int32)
-    )
+    lengths = np.random.default_rng(0).lognormal(6.5, 0.5, count).clip(20, 4096).astype(np.int32)
     source_of = (np.arange(len(lengths)) % 5 == 0).astype(np.uint8)
     started = time.perf_counter()
     mixture = Mixture(

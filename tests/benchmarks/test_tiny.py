@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 TINY = [path.stem for path in sorted(HERE.glob("[!t]*.py")) if "--tiny" in path.read_text()]
 KEYS = {
     "convert": {"time_ratio_copy", "link_seconds", "peak_private_bytes", "max_abs_diff"},
+    "data": {"build_ratio_vs_orjson", "tokenize_direct_ratio", "tokens_per_second"},
     "generate": {"generation_ratio", "generation_ratio_sorted", "batch_equal"},
     "gpu_encode": {"reading_per_second", "vbpe_per_second", "gap_to_floor"},
     "gpu_train": {"cases"},

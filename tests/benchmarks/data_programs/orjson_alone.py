@@ -1,4 +1,7 @@
-"""Seconds that orjson takes to parse a JSONL file in some processes: orjson_alone.py PATH PROCESSES"""
+"""Seconds that orjson takes to parse a JSONL file.
+
+orjson_alone.py PATH PROCESSES
+"""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""One library on the rows of a JSONL file: `prepare` its own format, or `read` samples in random order.
+"""One library on the rows of a JSONL file: `prepare` its own format, or `read` them in random order.
 
 peer.py MODE prepare|read JSONL FOLDER COUNT
 """
