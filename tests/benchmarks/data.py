@@ -45,40 +45,10 @@ from tests.tiny import write_tokenizer
 PROGRAMS = Path(__file__).parent / "data_programs"
 REPOSITORY = PROGRAMS.parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-WORDS = [
-    "the",
-    "image",
-    "shows",
-    "a",
-    "small",
-    "red",
-    "car",
-    "beside",
-    "two",
-    "people",
-    "who",
-    "are",
-    "waiting",
-    "for",
-    "the",
-    "bus",
-    "in",
-    "front",
-    "of",
-    "an",
-    "old",
-    "house",
-    "with",
-    "green",
-    "windows",
-    "and",
-    "it",
-    "seems",
-    "to",
-    "be",
-    "raining",
-    "while",
-]
+SENTENCE = (
+    "the image shows a small red car beside two people who are waiting for the bus in front of an "
+    "old house with green windows and it seems to be raining while"
+)
 LAYOUT = VocabLayout(128256, 8192, 8192, 128000, 128001)
 PEERS = ("ours", "datasets", "streaming", "litdata", "in_ram")
 
@@ -428,7 +398,7 @@ def write_llava(folder: Path, count: int, tiny: bool) -> tuple[Path, Path, Path]
     vq_codes.finish_codes(codes, {"images": count}, {}, details, {})
 
     def say(most_words: int) -> str:
-        return " ".join(random.choice(WORDS, int(random.integers(most_words // 4, most_words))))
+        return " ".join(random.choice(SENTENCE.split(), int(random.integers(most_words // 4, most_words))))
 
     rows = []
     for number, name in enumerate(names):

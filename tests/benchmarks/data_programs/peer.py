@@ -1,21 +1,20 @@
-"""One library on the rows of a JSONL file: `prepare` its own format, or `read` them in random order.
+"""One library on the rows of a JSONL file: `prepare` its own format, or `read` it in random order.
 
 peer.py MODE prepare|read JSONL FOLDER COUNT
 """
 
+import contextlib
 import json
 import os
 import sys
 import time
 
 import numpy as np
+import psutil
 
 mode, action, jsonl, folder, count = *sys.argv[1:5], int(sys.argv[5])
-try:
-    import torch  # noqa: F401  where it is there, as a training process has it
-except ImportError:
-    pass
-import psutil
+with contextlib.suppress(ImportError):  # where it is there, as a training process has it
+    import torch  # noqa: F401
 
 
 def ids_of(row):
@@ -64,7 +63,8 @@ def opened():
         reader = ShardReader(folder)
         return len(reader), lambda i: reader[i].input_ids
     if mode == "in_ram":
-        data = [json.loads(line) for line in open(jsonl)]
+        with open(jsonl) as file:
+            data = [json.loads(line) for line in file]
         return len(data), lambda i: ids_of(data[i])
     if mode == "datasets":
         import datasets
