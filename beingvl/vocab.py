@@ -47,19 +47,16 @@ class VocabLayout:
     def __post_init__(self) -> None:
         for name in ("num_text", "num_vq"):
             if getattr(self, name) < 1:
-                raise InputError(
-                    f"vocabulary layout: {name} is {getattr(self, name)}, expected at least 1"
-                )
+                found = f"{name} is {getattr(self, name)}"
+                raise InputError(f"vocabulary layout: {found}, expected at least 1")
         if self.num_merges < 0:
             raise InputError(
                 f"vocabulary layout: num_merges is {self.num_merges}, expected 0 or more"
             )
         for name in ("bos_id", "eos_id"):
             if not 0 <= getattr(self, name) < self.num_text:
-                raise InputError(
-                    f"vocabulary layout: {name} {getattr(self, name)} is not a text id (0 … "
-                    f"{self.num_text - 1})"
-                )
+                found, last = f"{name} {getattr(self, name)}", self.num_text - 1
+                raise InputError(f"vocabulary layout: {found} is not a text id (0 … {last})")
 
     # ---- the five specials, in their fixed order ----
     @property
@@ -107,38 +104,26 @@ class VocabLayout:
 
     # ---- conversions ----
     def image_to_token_ids(self, image_ids: np.ndarray) -> np.ndarray:
-        """Image ids `[n]` (codes, or codes and merges) to token ids `[n]` int32. Raises
-        InputError outside the layout.
-        """
+        """Image ids `[n]` to token ids `[n]` int32. Raises InputError outside the layout."""
         image_ids = np.asarray(image_ids)
-        if (
-            image_ids.size
-            and not 0 <= image_ids.min() <= image_ids.max() < self.num_vq + self.num_merges
-        ):
+        end = self.num_vq + self.num_merges
+        if image_ids.size and not 0 <= image_ids.min() <= image_ids.max() < end:
             raise InputError(
                 f"image ids {image_ids.min()} … {image_ids.max()} do not fit a vocabulary of "
-                f"{self.num_vq} codes and "
-                f"{self.num_merges} merges: the vBPE or VQ-GAN is not the one this vocabulary "
-                "was made for"
+                f"{self.num_vq} codes and {self.num_merges} merges: the vBPE or VQ-GAN is not the "
+                "one this vocabulary was made for"
             )
-        return (
-            image_ids.astype(np.int32) + self.first_image_id
-        )  # codes come as uint16, which holds no token id of LLaMA-3
+        # Codes come as uint16, which holds no token id of LLaMA-3.
+        return image_ids.astype(np.int32) + self.first_image_id
 
     def token_to_image_ids(self, token_ids: np.ndarray) -> np.ndarray:
-        """The inverse of `image_to_token_ids`. Raises InputError for a token that is not an
-        image token.
-        """
+        """The inverse of `image_to_token_ids`. Raises InputError for other tokens."""
         token_ids = np.asarray(token_ids)
-        if (
-            token_ids.size
-            and not self.first_image_id <= token_ids.min() <= token_ids.max() < self.size
-        ):
+        first, end = self.first_image_id, self.size
+        if token_ids.size and not first <= token_ids.min() <= token_ids.max() < end:
             found = f"token ids {token_ids.min()} … {token_ids.max()}"
-            raise InputError(
-                f"{found} are not all image tokens ({self.first_image_id} … {self.size - 1})"
-            )
-        return (token_ids - self.first_image_id).astype(np.int32)
+            raise InputError(f"{found} are not all image tokens ({first} … {end - 1})")
+        return (token_ids - first).astype(np.int32)
 
     def is_image_token(self, token_ids: np.ndarray) -> np.ndarray:
         """Boolean mask of the VQ and vBPE tokens."""
@@ -150,9 +135,7 @@ class VocabLayout:
         return np.searchsorted(borders, token_ids, side="right").astype(np.uint8)
 
     def new_tokens(self) -> list[str]:
-        """Texts of the `num_visual` new tokens in id order, to add to the base model's
-        tokenizer.
-        """
+        """Texts of the `num_visual` new tokens in id order, for the base model's tokenizer."""
         codes = [vq_token_text(code) for code in range(self.num_vq)]
         merges = [f"<vbpe{rank:05d}>" for rank in range(self.num_merges)]
         return [*SPECIAL_TOKENS, *codes, *merges]
@@ -160,10 +143,8 @@ class VocabLayout:
     # ---- on disk ----
     def fingerprint(self) -> str:
         """Hash that two artefacts must share to be used together."""
-        return (
-            "sha256:"
-            + hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
-        )
+        text = json.dumps(asdict(self), sort_keys=True)
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -173,9 +154,8 @@ class VocabLayout:
         expected = set(cls.__dataclass_fields__)
         if not isinstance(fields, dict) or set(fields) != expected:
             found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-            raise InputError(
-                f"{source}: found {found}, expected exactly the keys {sorted(expected)}"
-            )
+            keys = f"exactly the keys {sorted(expected)}"
+            raise InputError(f"{source}: found {found}, expected {keys}")
         return cls(**fields)
 
     @classmethod
@@ -183,32 +163,24 @@ class VocabLayout:
         """Read `vocab_layout.json` of a Being-VL model folder."""
         path = Path(model_folder) / LAYOUT_FILE
         if not Path(model_folder).exists():
-            raise InputError(
-                f"{model_folder} does not exist; expected a Being-VL model folder, as `beingvl "
-                "convert` makes it"
-            )
+            made_by = "expected a Being-VL model folder, made with `beingvl convert`"
+            raise InputError(f"{model_folder} does not exist; {made_by}")
         if not path.is_file():
             final = Path(model_folder) / "final"
-            hint = (
-                f"give {final}"
-                if (final / LAYOUT_FILE).is_file()
-                else "make one with `beingvl convert`"
-            )
+            is_stage = (final / LAYOUT_FILE).is_file()
+            hint = f"give {final}" if is_stage else "make one with `beingvl convert`"
             raise InputError(
                 f"{model_folder} has no {LAYOUT_FILE}: it is not a Being-VL model folder; {hint}"
             )
         try:
             fields = json.loads(path.read_text())
         except ValueError as error:
-            raise InputError(
-                f"{path} is not valid JSON ({error}); make the model folder again"
-            ) from error
+            again = "make the model folder again"
+            raise InputError(f"{path} is not valid JSON ({error}); {again}") from error
         return cls.from_dict(fields, str(path))
 
 
 def vq_token_text(code: int) -> str:
-    """Published token text of a VQ code: six decimal digits written A–J, e.g. 10 ->
-    IMGIMGAAAABAZ.
-    """
+    """Published token text of a VQ code: six digits written A–J, e.g. 10 -> IMGIMGAAAABAZ."""
     digits = "".join(chr(ord("A") + int(digit)) for digit in f"{code:06d}")
     return f"IMGIMG{digits}Z"

@@ -16,16 +16,14 @@ MAX_SHAPE_CELLS = 1 << 26  # of all tokens together: merges may double a token's
 CHUNK_IMAGES = 256
 
 
-def encode_in_chunks(
-    encode_chunk: Callable[[np.ndarray, np.ndarray, np.ndarray], int],
-    grids: np.ndarray,
-    num_threads: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Run `encode_chunk(grids int32 [n, H, W], ids, lengths) -> number of ids` over all grids,
-    `num_threads` at once.
+# (grids int32 [n, H, W], ids, lengths) -> number of ids
+EncodeChunk = Callable[[np.ndarray, np.ndarray, np.ndarray], int]
 
-    Returns (image ids flat int32, offsets int64 [N + 1]).
-    """
+
+def encode_in_chunks(
+    encode_chunk: EncodeChunk, grids: np.ndarray, num_threads: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encode all grids, in `num_threads`, to (image ids flat int32, offsets int64 [N + 1])."""
 
     def encode(start: int) -> tuple[np.ndarray, np.ndarray]:
         chunk = np.ascontiguousarray(grids[start : start + size], np.int32)

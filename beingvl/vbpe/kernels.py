@@ -63,10 +63,16 @@ class Tables(NamedTuple):
 
 
 @kernel
+def step_parts(step: int) -> tuple[int, int]:
+    dy = (step + SPAN // 2) >> 13
+    return dy, step - dy * SPAN
+
+
+@kernel
 def step_offset(step: int, stride: int) -> int:
     """Distance in board cells of a step."""
-    dy = (step + SPAN // 2) >> 13
-    return dy * stride + step - dy * SPAN
+    dy, dx = step_parts(step)
+    return dy * stride + dx
 
 
 @kernel
@@ -228,23 +234,13 @@ def step_after(column: int, distance: int, stride: int) -> int:
     return distance + dy * (SPAN - stride)
 
 
-@kernel
-def step_before(column: int, distance: int, stride: int) -> int:
-    """The step to an anchor in board column `column` from the anchor `distance` cells earlier."""
-    reach = stride - 1 - column + distance
-    if reach < stride:
-        return distance
-    dy = 1 if reach < 2 * stride else reach // stride
-    return distance + dy * (SPAN - stride)
-
-
 @inlined
 def key_of_neighbours(board: Ints, column: int, anchor: int, neighbour: int, stride: int) -> int:
     """Key of the pair of two anchors that touch; the first stands in board column `column`."""
     if neighbour > anchor:
         step = step_after(column, neighbour - anchor, stride)
         return pair_key(board[anchor], board[neighbour], step)
-    step = step_before(column, anchor - neighbour, stride)
+    step = step_after(stride - 1 - column, anchor - neighbour, stride)  # the same from the right
     return pair_key(board[neighbour], board[anchor], step)
 
 
@@ -413,8 +409,8 @@ def decode_stream(ids: Ints, tables: Tables, grid: Ints) -> tuple[int, int]:
             continue
         y, x = cell // width, cell % width
         for i in range(tables.cell_start[token], tables.cell_start[token + 1]):
-            dy = (tables.cells[i] + SPAN // 2) >> 13
-            row, column = y + dy, x + tables.cells[i] - dy * SPAN
+            dy, dx = step_parts(tables.cells[i])
+            row, column = y + dy, x + dx
             if row >= height or column < 0 or column >= width:
                 return STREAM_OUTSIDE, position
             if grid[row, column] >= 0:

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from beingvl.errors import InputError
-from beingvl.vbpe.grids import checked_grids, encode_in_chunks
+from beingvl.vbpe.grids import EncodeChunk
 from beingvl.vbpe.kernels import Ints, kernel
 from beingvl.vbpe.vbpe_file import Vocabulary
 
@@ -59,8 +59,7 @@ def read_published_pickle(path: Path | str) -> list[tuple[int, int, int]]:
             if not _HARMLESS_OPCODES.fullmatch(opcode.name):
                 raise InputError(
                     f"{path} holds more than lists, tuples and integers (pickle opcode "
-                    f"{opcode.name}), so it is not a published "
-                    "vBPE vocabulary and was not opened"
+                    f"{opcode.name}), so it is not a published vocabulary and was not opened"
                 )
         content = _Refusing(io.BytesIO(data)).load()
     except InputError:
@@ -69,21 +68,18 @@ def read_published_pickle(path: Path | str) -> list[tuple[int, int, int]]:
         raise InputError(
             f"{path} is not a readable pickle ({type(error).__name__}: {error})"
         ) from error
+    expected = "((token1, token2), new_token)"
     if not isinstance(content, list):
-        raise InputError(
-            f"{path} holds one {type(content).__name__}, expected a list of ((token1, "
-            "token2), new_token)"
-        )
+        found = type(content).__name__
+        raise InputError(f"{path} holds one {found}, expected a list of {expected}")
     merges = []
     for rank, entry in enumerate(content):
         match entry:
             case ((int() as first, int() as second), int() as new):
                 merges.append((first, second, new))
             case _:
-                raise InputError(
-                    f"{path}: entry {rank} is {str(entry)[:60]}, expected ((token1, token2), "
-                    "new_token)"
-                )
+                found = str(entry)[:60]
+                raise InputError(f"{path}: entry {rank} is {found}, expected {expected}")
     return merges
 
 
@@ -96,22 +92,11 @@ class LegacyVisualBPE(Vocabulary):
     kind = "legacy"
     columns = 2
 
-    def encode(self, grid: np.ndarray) -> np.ndarray:
-        """Codes `[H, W]` to image ids `[n]` int32."""
-        return self.encode_batch(np.asarray(grid)[None])[0]
-
-    def encode_batch(
-        self, grids: np.ndarray, num_threads: int = 1
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Codes `[N, H, W]` to (image ids flat int32, offsets int64 `[N + 1]`)."""
-        grids = checked_grids(grids, self.num_codes, self.source)
-        encode_chunk = partial(encode_legacy_images, self.num_codes, self.merges)
-        return encode_in_chunks(encode_chunk, grids, num_threads)
+    def _encoder(self) -> EncodeChunk:
+        return partial(encode_legacy_images, self.num_codes, self.merges)
 
     def decode(self, ids: np.ndarray, height: int, width: int) -> np.ndarray:
-        """Always raises InputError: the first merge joins right and lower neighbours into the
-        same id, so the grid is lost.
-        """
+        """Always raises InputError: the first merge makes one id of right and lower neighbours."""
         raise InputError(
             f"{self.source} is a published (legacy) vocabulary, whose streams cannot be decoded; "
             "train one with vBPE"
@@ -135,9 +120,8 @@ def import_published(
     entries = read_published_pickle(path)
     if num_codes is None:
         if not entries:
-            raise InputError(
-                f"{path} holds no merges, so the number of codes is unknown: give --init_size"
-            )
+            unknown = "so the number of codes is unknown: give --init_size"
+            raise InputError(f"{path} holds no merges, {unknown}")
         num_codes = entries[0][2] - vocab_pad
     image_ids = {new: num_codes + rank for rank, (_, _, new) in enumerate(entries)}
     if len(image_ids) != len(entries):
@@ -147,16 +131,12 @@ def import_published(
 
     def to_image_id(token: int, rank: int) -> int:
         image_id = image_ids.get(token, token - vocab_pad)
-        if not 0 <= image_id < num_codes + rank or (
-            token not in image_ids and image_id >= num_codes
-        ):
-            known = (
-                f"a code {vocab_pad} … {vocab_pad + num_codes - 1} or the new token of an "
-                "earlier merge"
-            )
+        known = num_codes + rank if token in image_ids else num_codes
+        if not 0 <= image_id < known:
             raise InputError(
-                f"{path}: merge {rank} uses token {token}, expected {known}; are --init_size "
-                "and --vocab_pad right?"
+                f"{path}: merge {rank} uses token {token}, expected a code {vocab_pad} … "
+                f"{vocab_pad + num_codes - 1} or the new token of an earlier merge; are "
+                "--init_size and --vocab_pad right?"
             )
         return image_id
 

@@ -31,7 +31,6 @@ import numpy as np
 
 from beingvl.vbpe.kernels import (
     BORDER,
-    SPAN,
     Ints,
     hash_slot,
     join_tokens,
@@ -39,6 +38,7 @@ from beingvl.vbpe.kernels import (
     key_of_neighbours,
     list_edges,
     step_offset,
+    step_parts,
     unite_cells,
 )
 
@@ -74,12 +74,6 @@ class State(NamedTuple):
 
 
 # ---- records ----
-
-
-@kernel
-def step_parts(step: int) -> tuple[int, int]:
-    dy = (step + SPAN // 2) >> 13
-    return dy, step - dy * SPAN
 
 
 @kernel

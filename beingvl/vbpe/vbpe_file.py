@@ -12,7 +12,13 @@ import numpy as np
 
 from beingvl.artefact.files import write_atomically
 from beingvl.errors import InputError
-from beingvl.vbpe.grids import MAX_CODES, MAX_IDS
+from beingvl.vbpe.grids import (
+    MAX_CODES,
+    MAX_IDS,
+    EncodeChunk,
+    checked_grids,
+    encode_in_chunks,
+)
 
 VBPE_FILE = "vbpe.json"
 FORMAT = "beingvl-vbpe"
@@ -73,6 +79,20 @@ class Vocabulary:
         """Whether each merge can have been made, bool `[R]`."""
         known = self.num_codes + np.arange(len(merges))[:, None]
         return np.all((merges[:, :2] >= 0) & (merges[:, :2] < known), axis=1)
+
+    def encode(self, grid: np.ndarray) -> np.ndarray:
+        """Codes `[H, W]` to image ids `[n]` int32. Raises InputError for all but known codes."""
+        return self.encode_batch(np.asarray(grid)[None])[0]
+
+    def encode_batch(
+        self, grids: np.ndarray, num_threads: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Codes `[N, H, W]` to (image ids, int32 flat; offsets, int64 `[N + 1]`)."""
+        grids = checked_grids(grids, self.num_codes, self.source)
+        return encode_in_chunks(self._encoder(), grids, num_threads)
+
+    def _encoder(self) -> EncodeChunk:
+        raise NotImplementedError
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Vocabulary) and self.fingerprint() == other.fingerprint()

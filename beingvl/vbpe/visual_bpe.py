@@ -32,13 +32,7 @@ import numpy as np
 
 from beingvl.errors import InputError
 from beingvl.vbpe import kernels as fast
-from beingvl.vbpe.grids import (
-    MAX_SHAPE_CELLS,
-    MAX_SIDE,
-    check_side,
-    checked_grids,
-    encode_in_chunks,
-)
+from beingvl.vbpe.grids import MAX_SHAPE_CELLS, MAX_SIDE, EncodeChunk, check_side
 from beingvl.vbpe.published import LegacyVisualBPE, import_published
 from beingvl.vbpe.vbpe_file import FORMAT, FORMAT_VERSION, VBPE_FILE, Vocabulary
 
@@ -57,18 +51,8 @@ class VisualBPE(Vocabulary):
         after = (dy > 0) | (dy == 0) & (dx > 0)
         return super()._are_good(merges) & after & (dy <= MAX_SIDE) & (abs(dx) <= MAX_SIDE)
 
-    # ---- encode and decode ----
-
-    def encode(self, grid: np.ndarray) -> np.ndarray:
-        """Codes `[H, W]` to image ids `[n]` int32. Raises InputError for all but known codes."""
-        return self.encode_batch(np.asarray(grid)[None], num_threads=1)[0]
-
-    def encode_batch(
-        self, grids: np.ndarray, num_threads: int = 1
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Codes `[N, H, W]` to (image ids, int32 flat; offsets, int64 `[N + 1]`)."""
-        grids = checked_grids(grids, self.num_codes, self.source)
-        return encode_in_chunks(partial(fast.encode_images, self.tables), grids, num_threads)
+    def _encoder(self) -> EncodeChunk:
+        return partial(fast.encode_images, self.tables)
 
     def decode(self, ids: np.ndarray, height: int, width: int) -> np.ndarray:
         """Image ids `[n]` to codes `[height, width]` uint16. Raises InputError with the position
