@@ -270,9 +270,7 @@ class ImageReader:
         return len(self._batches)
 
     def __getitem__(self, index: int) -> Batch | OSError:
-        """An error of the disk is returned: torch would turn one that is raised in a worker
-        process into a traceback.
-        """
+        """An error of the disk is returned: a worker of torch would raise a traceback of it."""
         try:
             return self._read(self._batches[index])
         except OSError as error:
@@ -298,9 +296,7 @@ class ImageReader:
 def read_batches(
     images: ImageSource, batches: list[list[str]], vqgan: VQGAN, num_workers: int
 ) -> Iterator[Batch]:
-    """The batches in their order, read ahead by `num_workers` processes. Raises OSError when the
-    disk fails.
-    """
+    """The batches in their order, read ahead. Raises OSError when the disk fails."""
     reader = ImageReader(images, batches, vqgan.processor)
     for batch in DataLoader(reader, batch_size=None, num_workers=num_workers):
         if isinstance(batch, OSError):

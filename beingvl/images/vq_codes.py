@@ -73,9 +73,7 @@ class CodeFolder:
             return {entry["key"]: entry["reason"] for entry in map(json.loads, file)}
 
     def row(self, key: str) -> int:
-        """Row of an image in `codes`. Raises InputError that says whether the image was rejected
-        or is unknown.
-        """
+        """Row of an image in `codes`. Raises InputError for a rejected or unknown image."""
         row = bisect_left(self.keys, key)
         if row < len(self.keys) and self.keys[row] == key:
             return row

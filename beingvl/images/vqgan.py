@@ -64,9 +64,7 @@ UNREADABLE = (
 
 
 class VQGAN:
-    """A VQ-GAN and its preprocessing. `dtype` is the encoder's and decoder's; codes are looked up
-    in float32.
-    """
+    """A VQ-GAN and its preprocessing. `dtype` is the encoder's; codes are looked up in float32."""
 
     def __init__(
         self,
@@ -123,9 +121,7 @@ class VQGAN:
         details: Mapping[str, Any] | None = None,
         files: Mapping[str, bytes] | None = None,
     ) -> Manifest:
-        """Write a stock folder and its manifest; `counts` and `details` go into the manifest,
-        `files` beside the weights.
-        """
+        """Write a stock folder, `files` beside the weights, and its manifest."""
         assert self._dtype == torch.float32, "another dtype has lost the bits it would save"
         folder = start_folder(folder, "vqgan")
         self.model.save_pretrained(folder)
@@ -209,9 +205,7 @@ class VQGAN:
         return self.to_uint8(pixels)
 
     def _whole_float32(self) -> AbstractContextManager[None]:
-        """In float32 a GPU's convolutions must not round to 10 bits (TF32), which torch lets
-        cuDNN do by default.
-        """
+        """Float32 convolutions must not round to 10 bits (TF32), cuDNN's default on a GPU."""
         if self._device.type != "cuda" or self._dtype != torch.float32:
             return nullcontext()
         return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)

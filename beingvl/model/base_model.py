@@ -86,9 +86,7 @@ class BaseModel:
         )
 
     def fingerprint(self) -> str:
-        """Hash of what a conversion reads: configs, tokenizer and licence files whole, weight
-        files by samples.
-        """
+        """Hash of what a conversion reads: small files whole, weight files by samples."""
         hashes = {name: hash_file(self.folder / name) for name in small_files(self.folder)}
         hashes |= {name: _hash_sample(self.folder / name) for name in self.weights.files}
         return hash_bytes(json.dumps(hashes, sort_keys=True).encode())

@@ -80,7 +80,7 @@ def _check_tensors(base: BaseModel, result: Path) -> str:
     grown = {base.input_name, base.output_name, base.output_bias_name}
     expected, found = {*base.weights, base.output_name}, set(weights)
     if expected != found:
-        raise DifferenceError(f"names: {sorted(expected ^ found)[:3]} are in one of the two only")
+        raise DifferenceError(f"names: {sorted(expected ^ found)[:3]} are in one only")
     for name in expected - grown:
         ours, theirs = weights[name], base.weights[name]
         if ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours.dtype)):
@@ -160,9 +160,7 @@ def _text_logits(
 
 
 def cut_head(model: Any, num_rows: int) -> None:
-    """Leave only the head's first rows. A matrix product of another width may be rounded in
-    another order.
-    """
+    """Leave only the head's first rows: a product of another width may be rounded otherwise."""
     head = model.get_output_embeddings()
     for name, parameter in list(head.named_parameters()):
         setattr(head, name, torch.nn.Parameter(parameter[:num_rows].clone(), requires_grad=False))
@@ -177,9 +175,7 @@ def _check_generation_config(result: Path, layout: VocabLayout) -> str:
 
 
 def _check_images(result: Path, vq_path: Path | None) -> str:
-    """Encode a test picture with both VQ-GANs (or the one inside), decode it again, and take the
-    codes through vBPE and back.
-    """
+    """Take a test picture through both VQ-GANs (or the one inside) and vBPE, and back."""
     if not (result / VQGAN_FOLDER).is_dir() and vq_path is None:
         return NOT_CHECKED
     ours = VQGAN.load(result / VQGAN_FOLDER)

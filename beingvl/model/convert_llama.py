@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ def convert(
     Args:
         llama_path: folder of any causal LM of transformers.
         being_vq_path: VQ-GAN folder, copied into the result; without it there are 8192 codes.
-        vbpe: vbpe.json; decides the number of merges and is copied into the result.
+        vbpe: vbpe.json; decides the number of merges, is copied into the result.
         being_tokenizer_config_path: a tokenizer with the visual tokens; None makes it.
         num_merges: vBPE ids to make room for; None takes those of `vbpe`, else 8192.
         vocab_size: text ids the base model must have; only checked.
@@ -135,8 +135,7 @@ def convert(
 # ---- reading and checking ----
 
 
-@dataclass(frozen=True)
-class NewRows:
+class NewRows(NamedTuple):
     """How the new rows begin."""
 
     method: str
@@ -164,18 +163,16 @@ class Conversion:
 def plan_conversion(
     paths: Mapping[str, Path], sizes: Mapping[str, int | None], new_rows: NewRows, torch_dtype: str
 ) -> Conversion:
-    """Read headers, tokenizer, VQ-GAN and vBPE; raises InputError for whatever does not fit
-    together.
-    """
+    """Read all inputs but weights. Raises InputError for what does not fit together."""
     multiple = sizes["--pad_vocab_multiple"] or 0
     if multiple < 1:
         raise InputError(f"--pad_vocab_multiple is {multiple}, expected 1 or more")
     if new_rows.seed < 0:
         raise InputError(f"--seed is {new_rows.seed}, expected 0 or more")
-    for option, value, known in (
+    for option, value, known in [
         ("--init", new_rows.method, METHODS),
         ("--torch_dtype", torch_dtype, DTYPES),
-    ):
+    ]:
         if value not in known:
             raise InputError(f"{option} is {value!r}, expected one of {', '.join(known)}")
     base = BaseModel.open(paths["--llama_path"])
@@ -257,21 +254,19 @@ def _make_layout(
     vbpe: AnyVBPE | None,
     sizes: Mapping[str, int | None],
 ) -> VocabLayout:
-    if sizes["--vocab_size"] not in (None, base.num_text):
+    wanted_text, num_text = sizes["--vocab_size"], base.num_text
+    if wanted_text not in (None, num_text):
         raise InputError(
-            f"--vocab_size is {sizes['--vocab_size']}, but {base.folder} has {base.num_text} text "
-            "ids"
+            f"--vocab_size is {wanted_text}, but {base.folder} has {num_text} text ids"
         )
     num_vq = vqgan.num_codes if vqgan else vbpe.num_codes if vbpe else DEFAULT_CODES
     bos_id = base.special_id("bos_token_id", tokenizer.bos_token_id if tokenizer else None)
     eos_id = base.special_id("eos_token_id", tokenizer.eos_token_id if tokenizer else None)
     if eos_id is None:
-        raise InputError(
-            f"{base.folder / 'config.json'} has no eos_token_id and its tokenizer names none; "
-            "add it"
-        )
+        config = base.folder / "config.json"
+        raise InputError(f"{config} has no eos_token_id and its tokenizer names none; add it")
     bos_id = eos_id if bos_id is None else bos_id
-    num_base = VocabLayout(base.num_text, num_vq, 0, bos_id, eos_id).size
+    num_base = VocabLayout(num_text, num_vq, 0, bos_id, eos_id).size
 
     wanted = {"--vbpe": vbpe.num_merges} if vbpe else {}
     if (num_merges := sizes["--num_merges"]) is not None:
@@ -279,15 +274,15 @@ def _make_layout(
     if (extended := sizes["--extended_vocab_size"]) is not None:
         if extended < num_base:
             raise InputError(
-                f"--extended_vocab_size is {extended}, but {base.num_text} text ids, 5 specials "
-                f"and {num_vq} codes already make {num_base}"
+                f"--extended_vocab_size is {extended}, but {num_text} text ids, 5 specials and "
+                f"{num_vq} codes already make {num_base}"
             )
         wanted["--extended_vocab_size"] = extended - num_base
     if len(set(wanted.values())) > 1:
         found = ", ".join(f"{source} means {count}" for source, count in wanted.items())
         raise InputError(f"the number of merges is contradictory: {found}; give one of them")
     num_merges = next(iter(wanted.values()), DEFAULT_MERGES)
-    return VocabLayout(base.num_text, num_vq, num_merges, bos_id, eos_id)
+    return VocabLayout(num_text, num_vq, num_merges, bos_id, eos_id)
 
 
 def _make_tokenizer(
@@ -325,9 +320,7 @@ def _make_tokenizer(
 
 
 def _codes_of_merges(vbpe: AnyVBPE) -> list[np.ndarray]:
-    """The codes that each merge covers, one entry per cell; a legacy token has no fixed shape,
-    but its codes are known too.
-    """
+    """The codes that each merge covers, one entry per cell."""
     codes = [np.array([code]) for code in range(vbpe.num_codes)]
     for a, b, *_ in vbpe.merges.tolist():
         codes.append(np.concatenate([codes[a], codes[b]]))
@@ -352,10 +345,7 @@ def write_base(conversion: Conversion, target: Path, link: bool) -> None:
         f"({layout.num_visual} rows, {conversion.new_rows.method})"
     )
     if base.is_tied:
-        print(
-            f"{base.folder} ties head and embedding: the result has both, so that their new rows "
-            "can be trained apart"
-        )
+        print(f"{base.folder} ties head and embedding: the result has both, to be trained apart")
     hashes = rewrite_weights(base.weights, target, replace, link)
 
     configs = {
@@ -374,19 +364,14 @@ def write_base(conversion: Conversion, target: Path, link: bool) -> None:
         for path in base.folder.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, target / path.name)
-    counts = {
-        "text_rows": layout.num_text,
-        "new_rows": layout.num_visual,
-        "rows": conversion.num_rows,
-    }
+    counts = {"text_rows": layout.num_text, "new_rows": layout.num_visual}
+    counts["rows"] = conversion.num_rows
     details = {"request": dict(conversion.request), "was_tied": base.is_tied}
     finish_target(target, "model", counts, conversion.request["lineage"], details, hashes)
 
 
 def replaced_tensors(conversion: Conversion) -> dict[str, NewTensor]:
-    """The tensors that differ from the base model's: embedding, head, and with --torch_dtype
-    every floating one.
-    """
+    """What differs from the base model's: embedding, head, and every tensor that is cast."""
     base, dtype, weights = conversion.base, conversion.dtype, conversion.base.weights
     replace = {}
     if dtype is not None:
@@ -417,11 +402,10 @@ def _extended_rows(
     text_rows = conversion.base.weights[stored]
     for block in text_rows.split(_ROWS):
         yield block.to(dtype)
-    how = conversion.new_rows
-    made = make_rows(how.method, text_rows, conversion.layout, how.seed, stream, conversion.visual)
-    for rows in made:
+    layout, (method, seed) = conversion.layout, conversion.new_rows
+    for rows in make_rows(method, text_rows, layout, seed, stream, conversion.visual):
         yield torch.from_numpy(np.ascontiguousarray(rows)).to(dtype)
-    if padding := conversion.num_rows - conversion.layout.size:
+    if padding := conversion.num_rows - layout.size:
         yield torch.zeros(padding, conversion.base.hidden_size, dtype=dtype)
 
 
@@ -431,9 +415,7 @@ def _extended_bias(conversion: Conversion, name: str, dtype: torch.dtype) -> tor
 
 
 def generation_config(base: BaseModel, layout: VocabLayout) -> dict[str, Any]:
-    """The base model's generation_config.json with this vocabulary's pad and with its eos among
-    the stops.
-    """
+    """The base model's, with this vocabulary's pad and with its eos among the stops."""
     path = base.folder / "generation_config.json"
     config: dict[str, Any] = read_json(path, "a model folder") if path.is_file() else {}
     stops = config.get("eos_token_id")

@@ -100,9 +100,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """d loss / d logits = softmax - one-hot of the target; rows that are frozen get no
-        gradient.
-        """
+        """d loss / d logits = softmax - one-hot of the target; frozen rows get no gradient."""
         (of_losses,) = gradients
         hidden, target_ids, text_rows, visual_rows, normalizers = ctx.saved_tensors
         of_hidden = torch.zeros_like(hidden)
@@ -130,9 +128,7 @@ def _chunks(length: int, chunk: int) -> list[slice]:
 def _chunk_logits(
     hidden: torch.Tensor, text_rows: torch.Tensor, visual_rows: torch.Tensor
 ) -> torch.Tensor:
-    """Float32 logits `[n, vocabulary]`, both products written to their place in one buffer;
-    without gradients.
-    """
+    """Float32 logits `[n, vocabulary]`, both products in one buffer; without gradients."""
     logits = _logits_buffer(hidden, len(text_rows) + len(visual_rows))
     text, visual = logits.split([len(text_rows), len(visual_rows)], dim=1)
     torch.mm(hidden, text_rows.T, out=text)

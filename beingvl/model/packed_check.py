@@ -44,9 +44,7 @@ def refuse_unlike_packed(model_class: Any, config: Any) -> None:
 
 
 def refuse_short_window(config: Any, longest: int, remedy: str) -> None:
-    """Raises InputError when layers look back fewer than `longest` tokens, or positions change
-    before: packed attention does neither.
-    """
+    """Raises InputError when `longest` exceeds a window, or the length where positions change."""
     window = _window(config)
     if window is not None and window < longest:
         raise InputError(
@@ -62,9 +60,7 @@ def refuse_short_window(config: Any, longest: int, remedy: str) -> None:
 
 
 def small_config(config: Any) -> Any:
-    """The same kind of model with a layer of each kind and four heads as wide as they were, in
-    float32 and without dropout.
-    """
+    """The same kind of model, smaller: a layer of each kind, four heads as wide as they were."""
     small = copy.deepcopy(config)
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ["the only one"]))
     num_layers = max(2, len(kinds))

@@ -8,8 +8,7 @@ model and VQ-GAN.
     vqgan/config.json                                 config.json, key vq_config
     vqgan/preprocessor_config.json                    preprocessor_config.json
 
-Tensors keep their bytes and dtypes both ways, shards that do not change are hard-linked, and
-everything else in the folder (tokenizer, layout, vbpe.json, generation config) is carried along.
+Tensors keep their bytes and dtypes both ways; everything else in the folder is carried along.
 """
 
 from __future__ import annotations
@@ -70,25 +69,21 @@ def write_published(model_folder: Path | str, target: Path | str, link: bool = T
     config = read_json(model_folder / "config.json", "a model folder")
     config[VQ_CONFIG_KEY] = read_json(vq_folder / "config.json", "a VQ-GAN folder")
     added = {PREFIX + name: _moved(vq_weights, name) for name in vq_weights}
-    others = _other_files(model_folder)
+    others = [*_other_files(model_folder), *vq_folder.glob(PREPROCESSOR_FILE)]
     num_bytes = bytes_to_write(weights, target, added, link) + _num_bytes(others)
     start_target(target, PUBLISHED_KIND, num_bytes)
     _copy(others, target)
     write_atomically(target / "config.json", to_json(config))
-    if (vq_folder / PREPROCESSOR_FILE).is_file():
-        shutil.copyfile(vq_folder / PREPROCESSOR_FILE, target / PREPROCESSOR_FILE)
     hashes = rewrite_weights(weights, target, added, link=link)
-    return finish_target(
-        target, PUBLISHED_KIND, manifest.counts, manifest.lineage, manifest.details, hashes
-    )
+    said = (manifest.counts, manifest.lineage, manifest.details)
+    return finish_target(target, PUBLISHED_KIND, *said, hashes)
 
 
 def read_published(folder: Path | str, target: Path | str, link: bool = True) -> Manifest:
     """Write the Being-VL model folder of a published one, ours or from elsewhere.
 
-    The layout is that of the folder's vocab_layout.json, else the published one, if the number of
-    rows fits. Raises InputError for a folder without `model.vqmodel.*` weights or whose sizes
-    contradict each other.
+    The layout is that of the folder's vocab_layout.json, else the published one. Raises InputError
+    for a folder without `model.vqmodel.*` weights or whose sizes contradict each other.
     """
     folder, target = Path(folder), Path(target)
     weights = WeightFolder(folder)
@@ -98,8 +93,8 @@ def read_published(folder: Path | str, target: Path | str, link: bool = True) ->
     if not vq_names or not isinstance(vq_config, dict):
         missing = f"weights {PREFIX}*" if not vq_names else f"key {VQ_CONFIG_KEY!r} in config.json"
         raise InputError(
-            f"{folder} has no {missing}: it is not a published Being-VL folder; for a "
-            "stock LLaMA use `beingvl convert`"
+            f"{folder} has no {missing}: it is not a published Being-VL folder; for a stock LLaMA "
+            "use `beingvl convert`"
         )
     layout = _layout_of(folder, config)
     if vq_config.get("num_embeddings", layout.num_vq) != layout.num_vq:
@@ -109,10 +104,8 @@ def read_published(folder: Path | str, target: Path | str, link: bool = True) ->
         )
 
     others = _other_files(folder)
-    vq_bytes = sum(weights.tensors[name].num_bytes for name in vq_names)
-    num_bytes = (
-        bytes_to_write(weights, target, {}, link, drop=vq_names) + vq_bytes + _num_bytes(others)
-    )
+    num_bytes = sum(weights.tensors[name].num_bytes for name in vq_names) + _num_bytes(others)
+    num_bytes += bytes_to_write(weights, target, {}, link, drop=vq_names)
     start_target(target, "model", num_bytes)
     _copy([path for path in others if path.name != PREPROCESSOR_FILE], target)
     write_atomically(target / "config.json", to_json(config))
@@ -142,8 +135,7 @@ def _write_vqgan(
     start_folder(target, "vqgan")
     hashes = rewrite_weights(weights, target, named, link=False, drop=list(weights))
     write_atomically(target / "config.json", to_json(vq_config))
-    if (folder / PREPROCESSOR_FILE).is_file():
-        shutil.copyfile(folder / PREPROCESSOR_FILE, target / PREPROCESSOR_FILE)
+    _copy(list(folder.glob(PREPROCESSOR_FILE)), target)
     vqgan = VQGAN.load(target)
     lineage = {"vqgan": vqgan.fingerprint()}
     write_manifest(target, "vqgan", {}, lineage, vqgan.sizes(), known_hashes=hashes)

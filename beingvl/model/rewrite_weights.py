@@ -263,9 +263,7 @@ def _write_file(plan: _FilePlan, target: Path, link: bool, report: Callable[[int
 
 
 def _try_link(source: Path, path: Path) -> bool:
-    """Hard-link `source` as `path`; False where that is not possible (another disk, a file
-    system without links).
-    """
+    """Hard-link `source` as `path`; False where the file systems cannot."""
     try:
         os.link(source, path)
     except OSError:
@@ -306,9 +304,7 @@ class _HashedOutput:
         self.report(len(block))
 
     def copy(self, path: Path, start: int, num_bytes: int) -> None:
-        """Copy a byte range of another file; of the two buffers one is read into while the other
-        is hashed.
-        """
+        """Copy a range of another file: one buffer is read into while the other is hashed."""
         with open(path, "rb", buffering=0) as file:
             file.seek(start)
             while num_bytes:

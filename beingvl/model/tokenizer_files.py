@@ -140,9 +140,7 @@ def check_belongs_to(tokenizer: PreTrainedTokenizerFast, base: BaseModel) -> Non
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write tokenizer.json and its configs, for transformers 4 too. A full disk is an OSError,
-    as everywhere else.
-    """
+    """Write tokenizer.json and its configs, for transformers 4 too."""
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # tokenizers raises a bare one

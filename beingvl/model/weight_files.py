@@ -30,18 +30,10 @@ _LAYOUTS = (SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.ind
 WEIGHT_PATTERNS = ("*.safetensors", "*.index.json", "pytorch_model*.bin")
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
     "U8": torch.uint8,
-    "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MIN_PICKLE_BYTES = 100  # an empty state dict takes more, in both of torch's formats
@@ -63,8 +55,7 @@ class StoredTensor:
 
 
 class WeightFolder(Mapping[str, torch.Tensor]):
-    """The tensors of a Hugging Face weight folder, by name, in file order; opening reads the
-    headers only.
+    """The tensors of a Hugging Face weight folder, by name, in file order; opening reads headers.
 
     Raises InputError for a folder without weights, a missing or truncated file, an index naming
     what is not there, and a pickle that holds more than tensors.
@@ -104,10 +95,7 @@ class WeightFolder(Mapping[str, torch.Tensor]):
         if stored.start < 0:
             return self._pickled[stored.file][name]
         if stored.dtype not in DTYPES:
-            raise InputError(
-                f"{stored.file}: {name!r} has dtype {stored.dtype}, expected one of "
-                f"{', '.join(DTYPES)}"
-            )
+            raise _unknown_dtype(stored.file, name, stored.dtype)
         dtype = DTYPES[stored.dtype]
         if not stored.num_bytes:
             return torch.empty(stored.shape, dtype=dtype)
@@ -136,9 +124,7 @@ class WeightFolder(Mapping[str, torch.Tensor]):
         return DTYPES[self.tensors[name].dtype]
 
     def release(self) -> None:
-        """Give back the memory of rows read so far; tensors stay valid and are read again when
-        touched.
-        """
+        """Give back the memory of rows read so far; they are read again when touched."""
         for mapped in self._maps.values():
             mapped.madvise(mmap.MADV_DONTNEED)
 
@@ -180,9 +166,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Tensors of a safetensors file in the order of their bytes. Raises InputError unless header
-    and file size agree.
-    """
+    """Tensors of a safetensors file in the order of their bytes, which must be all of its bytes."""
     file_bytes = path.stat().st_size
     with open(path, "rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
@@ -236,9 +220,7 @@ def make_header(tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """State dict of a `.bin` file: memory-mapped when it is the zip format, and never executing
-    what is in it.
-    """
+    """State dict of a `.bin` file, memory-mapped where it can be; no code in it is run."""
     if path.stat().st_size < _MIN_PICKLE_BYTES:
         raise InputError(f"{path} has {path.stat().st_size} bytes: it was truncated; {_AGAIN}")
     try:
@@ -261,7 +243,9 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
         )
     for name, tensor in state.items():
         if tensor.dtype not in DTYPE_NAMES:
-            raise InputError(
-                f"{path}: {name!r} has dtype {tensor.dtype}, expected one of {', '.join(DTYPES)}"
-            )
+            raise _unknown_dtype(path, name, tensor.dtype)
     return state
+
+
+def _unknown_dtype(path: Path, name: str, dtype: object) -> InputError:
+    return InputError(f"{path}: {name!r} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
