@@ -1,4 +1,4 @@
-"""The converter: every layout and family, old rows to the bit, stock loading, refusals that
+"""The converter: every layout and family, old rows bit-identical, stock loading, refusals that
 leave nothing half-written.
 """
 
@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from beingvl.artefact.hashes import hash_file
 from beingvl.artefact.manifest import read_manifest, verify_folder, write_manifest
-from beingvl.commands.main import main
 from beingvl.images.vqgan import VQGAN
 from beingvl.model import convert_llama, target_folder
 from beingvl.model.base_model import BaseModel
@@ -31,6 +31,7 @@ from beingvl.model.weight_files import WeightFolder
 from beingvl.vbpe.published import LegacyVisualBPE
 from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
+from tests.command import argv, beingvl
 from tests.model.small_models import (
     LLAMA3_ROPE,
     NUM_CODES,
@@ -65,8 +66,8 @@ def llama(tmp_path_factory):
     )
 
 
-def convert(*arguments: object) -> int:
-    return main(["convert", *(str(argument) for argument in arguments)])
+def convert(llama_path: Path, output_path: Path, **options: object) -> int:
+    return beingvl("convert", llama_path=llama_path, output_path=output_path, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -83,10 +84,10 @@ def full_size():
     """Leaves the default numbers of codes and merges as they are."""
 
 
-def refused(capsys, message: str, *arguments: object) -> None:
+def refused(capsys, message: str, *paths: Path, **options: object) -> None:
     """The command ends with exit code 2 and one line that contains `message`."""
     capsys.readouterr()
-    assert convert(*arguments) == 2
+    assert convert(*paths, **options) == 2
     error = capsys.readouterr().err
     assert message in error, error
 
@@ -112,22 +113,10 @@ def text_logits(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_keeps_its_text_logits_to_the_bit(tmp_path, family, vq):
+def test_every_family_keeps_its_text_logits_bit_identical(tmp_path, family, vq):
     base = write_base_model(tmp_path / "llama", family)
     before = snapshot(base)
-    assert (
-        convert(
-            "--llama_path",
-            base,
-            "--being_vq_path",
-            vq,
-            "--num_merges",
-            8,
-            "--output_path",
-            tmp_path / "base",
-        )
-        == 0
-    )
+    assert convert(base, tmp_path / "base", being_vq_path=vq, num_merges=8) == 0
     assert snapshot(base) == before
     layout = VocabLayout.load(tmp_path / "base")
     assert (
@@ -155,7 +144,7 @@ def test_every_weight_layout_gives_the_same_tensors(tmp_path, family, weights_la
     base = write_base_model(tmp_path / "llama", family, weights_layout)
     reference = write_base_model(tmp_path / "reference", family)
     for source, target in ((base, tmp_path / "base"), (reference, tmp_path / "expected")):
-        assert convert("--llama_path", source, "--num_merges", 0, "--output_path", target) == 0
+        assert convert(source, target, num_merges=0) == 0
     ours, theirs = WeightFolder(tmp_path / "base"), WeightFolder(tmp_path / "expected")
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -164,17 +153,8 @@ def test_every_weight_layout_gives_the_same_tensors(tmp_path, family, weights_la
 
 def test_old_rows_new_rows_and_everything_around_them(tmp_path, llama, vq, vbpe_file, capsys):
     (llama / "LICENSE.txt").write_text("the base model's licence")
-    arguments = [
-        "--llama_path",
-        llama,
-        "--being_vq_path",
-        vq,
-        "--vbpe",
-        vbpe_file,
-        "--output_path",
-        tmp_path / "base",
-    ]
-    assert convert(*arguments, "--verify_loading") == 0
+    options = {"being_vq_path": vq, "vbpe": vbpe_file, "verify_loading": True}
+    assert convert(llama, tmp_path / "base", **options) == 0
     shown = capsys.readouterr().out
     assert (
         "DIFFERENT" not in shown
@@ -219,11 +199,9 @@ def test_old_rows_new_rows_and_everything_around_them(tmp_path, llama, vq, vbpe_
 
 
 def test_shards_without_embedding_or_head_are_links_unless_copies_are_asked_for(tmp_path, llama):
-    for option, count in (("--link", 1), ("--no_link", 0)):
+    for option, count in (("link", 1), ("no_link", 0)):
         target = tmp_path / option
-        assert (
-            convert("--llama_path", llama, "--num_merges", 0, "--output_path", target, option) == 0
-        )
+        assert convert(llama, target, num_merges=0, **{option: True}) == 0
         linked = [
             path for path in target.glob("*.safetensors") if (llama / path.name).samefile(path)
         ]
@@ -251,49 +229,16 @@ def test_new_rows_are_the_same_bytes_on_every_machine(tmp_path, llama):
         ("float32", "23f7bbb1037a1560"),
     ):
         target = tmp_path / dtype
-        assert (
-            convert(
-                "--llama_path",
-                llama,
-                "--num_merges",
-                50,
-                "--output_path",
-                target,
-                "--torch_dtype",
-                dtype,
-            )
-            == 0
-        )
+        assert convert(llama, target, num_merges=50, torch_dtype=dtype) == 0
         assert hashlib.sha256(new_row_bytes(target)).hexdigest()[:16] == expected
-    assert (
-        convert(
-            "--llama_path",
-            llama,
-            "--num_merges",
-            50,
-            "--output_path",
-            tmp_path / "other",
-            "--seed",
-            1,
-        )
-        == 0
-    )
+    assert convert(llama, tmp_path / "other", num_merges=50, seed=1) == 0
     assert new_row_bytes(tmp_path / "other") != new_row_bytes(tmp_path / "bfloat16")
 
 
 @pytest.mark.parametrize("method", ["mean", "mean_cov", "codebook", "zero"])
 def test_init_reaches_the_rows_on_disk(tmp_path, llama, vq, vbpe_file, method):
-    arguments = [
-        "--llama_path",
-        llama,
-        "--being_vq_path",
-        vq,
-        "--vbpe",
-        vbpe_file,
-        "--init",
-        method,
-    ]
-    assert convert(*arguments, "--torch_dtype", "float32", "--output_path", tmp_path / "base") == 0
+    options = {"being_vq_path": vq, "vbpe": vbpe_file, "init": method, "torch_dtype": "float32"}
+    assert convert(llama, tmp_path / "base", **options) == 0
     source = WeightFolder(llama)
     visual = VisualVocabulary(
         VQGAN.load(vq).codebook,
@@ -314,36 +259,15 @@ def test_init_reaches_the_rows_on_disk(tmp_path, llama, vq, vbpe_file, method):
 
 def test_a_legacy_vbpe_converts_too(tmp_path, llama, vq, capsys):
     LegacyVisualBPE(NUM_CODES, np.array([[1, 2], [16, 3]])).save(tmp_path / "vbpe.json")
-    arguments = [
-        "--llama_path",
-        llama,
-        "--being_vq_path",
-        vq,
-        "--vbpe",
-        tmp_path / "vbpe.json",
-        "--init",
-        "codebook",
-    ]
-    assert convert(*arguments, "--output_path", tmp_path / "base", "--verify_loading") == 0
+    options = {"being_vq_path": vq, "vbpe": tmp_path / "vbpe.json", "init": "codebook"}
+    assert convert(llama, tmp_path / "base", **options, verify_loading=True) == 0
     shown = capsys.readouterr().out
     assert "vBPE tokens" in shown and "and back" not in shown
     assert VocabLayout.load(tmp_path / "base").num_merges == 2
 
 
 def test_torch_dtype_casts_every_tensor(tmp_path, llama):
-    assert (
-        convert(
-            "--llama_path",
-            llama,
-            "--num_merges",
-            0,
-            "--output_path",
-            tmp_path / "base",
-            "--torch_dtype",
-            "float32",
-        )
-        == 0
-    )
+    assert convert(llama, tmp_path / "base", num_merges=0, torch_dtype="float32") == 0
     ours, theirs = WeightFolder(tmp_path / "base"), WeightFolder(llama)
     for name in theirs:
         assert ours[name].dtype == torch.float32
@@ -354,17 +278,8 @@ def test_torch_dtype_casts_every_tensor(tmp_path, llama):
 
 def test_pad_vocab_multiple_adds_zero_rows_behind_the_layout(tmp_path, llama):
     target = tmp_path / "base"
-    arguments = [
-        "--llama_path",
-        llama,
-        "--num_merges",
-        0,
-        "--output_path",
-        target,
-        "--pad_vocab_multiple",
-        64,
-    ]
-    assert convert(*arguments, "--verify_loading") == 0
+    options = {"num_merges": 0, "pad_vocab_multiple": 64, "verify_loading": True}
+    assert convert(llama, target, **options) == 0
     size = VocabLayout.load(target).size
     weights = WeightFolder(target)
     rows = -(-size // 64) * 64
@@ -376,25 +291,16 @@ def test_pad_vocab_multiple_adds_zero_rows_behind_the_layout(tmp_path, llama):
     assert weights["lm_head.weight"][size:].count_nonzero() == 0 and rows > size
 
 
-@pytest.mark.parametrize("how", ["--num_merges 40", "--extended_vocab_size 361 --vocab_size 300"])
+@pytest.mark.parametrize(
+    "how", [{"num_merges": 40}, {"extended_vocab_size": 361, "vocab_size": 300}]
+)
 def test_the_number_of_merges(tmp_path, llama, vq, how):
-    assert (
-        convert(
-            "--llama_path",
-            llama,
-            "--being_vq_path",
-            vq,
-            "--output_path",
-            tmp_path / "base",
-            *how.split(),
-        )
-        == 0
-    )
+    assert convert(llama, tmp_path / "base", being_vq_path=vq, **how) == 0
     assert VocabLayout.load(tmp_path / "base").num_merges == 40
 
 
 def test_default_sizes_without_vqgan_and_vbpe(tmp_path, llama, full_size):
-    assert convert("--llama_path", llama, "--output_path", tmp_path / "base") == 0
+    assert convert(llama, tmp_path / "base") == 0
     assert VocabLayout.load(tmp_path / "base").num_visual == 16389
 
 
@@ -419,9 +325,7 @@ def test_the_real_llama3_tokenizer(tmp_path, full_size):
     base = tmp_path / "llama"
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(base)
     shutil.copyfile(llama3_tokenizer_file(), base / "tokenizer.model")
-    assert (
-        convert("--llama_path", base, "--output_path", tmp_path / "base", "--verify_loading") == 0
-    )
+    assert convert(base, tmp_path / "base", verify_loading=True) == 0
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     layout = VocabLayout.load(tmp_path / "base")
@@ -447,13 +351,8 @@ def test_the_real_llama3_tokenizer(tmp_path, full_size):
 
     # the converted folder's tokenizer may be given to a base without one
     (base / "tokenizer.model").unlink()
-    given = [
-        "--being_tokenizer_config_path",
-        tmp_path / "base",
-        "--output_path",
-        tmp_path / "again",
-    ]
-    assert convert("--llama_path", base, *given) == 0
+    given = {"being_tokenizer_config_path": tmp_path / "base"}
+    assert convert(base, tmp_path / "again", **given) == 0
     again = AutoTokenizer.from_pretrained(tmp_path / "again")
     assert again.get_vocab() == tokenizer.get_vocab()
 
@@ -481,18 +380,7 @@ def test_a_sentencepiece_tokenizer(tmp_path, bare):
         )
     config = json.loads((base / "config.json").read_text()) | {"bos_token_id": 1, "eos_token_id": 2}
     (base / "config.json").write_text(json.dumps(config))
-    assert (
-        convert(
-            "--llama_path",
-            base,
-            "--num_merges",
-            4,
-            "--output_path",
-            tmp_path / "base",
-            "--verify_loading",
-        )
-        == 0
-    )
+    assert convert(base, tmp_path / "base", num_merges=4, verify_loading=True) == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     reference = sentencepiece.SentencePieceProcessor(str(base / "tokenizer.model"))
     for text in TEXTS[:3]:
@@ -515,83 +403,49 @@ def test_a_sentencepiece_tokenizer_says_what_to_install(tmp_path, package, monke
     (base / "tokenizer.model").write_bytes(b"\x0a\x0esentencepiece")
     monkeypatch.setitem(sys.modules, package, None)
     message = "download it again (a sentencepiece file needs `pip install sentencepiece protobuf`)"
-    refused(capsys, message, "--llama_path", base, "--output_path", tmp_path / "never")
+    refused(capsys, message, base, tmp_path / "never")
 
 
 def test_a_given_tokenizer_without_merges_gets_them(tmp_path, llama, vq):
-    arguments = ["--llama_path", llama, "--being_vq_path", vq]
-    assert convert(*arguments, "--num_merges", 0, "--output_path", tmp_path / "codes") == 0
+    assert convert(llama, tmp_path / "codes", being_vq_path=vq, num_merges=0) == 0
     (tmp_path / "codes" / LAYOUT_FILE).unlink()
-    arguments += [
-        "--being_tokenizer_config_path",
-        tmp_path / "codes" / "tokenizer_config.json",
-        "--num_merges",
-        8,
-    ]
-    assert convert(*arguments, "--output_path", tmp_path / "base") == 0
+    given = {"being_tokenizer_config_path": tmp_path / "codes" / "tokenizer_config.json"}
+    assert convert(llama, tmp_path / "base", being_vq_path=vq, num_merges=8, **given) == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     layout = VocabLayout.load(tmp_path / "base")
     assert tokenizer.convert_tokens_to_ids(layout.new_tokens()) == list(range(300, layout.size))
 
 
 def test_a_given_tokenizer_must_be_the_layouts(tmp_path, llama, vq, capsys):
-    assert (
-        convert(
-            "--llama_path",
-            llama,
-            "--being_vq_path",
-            vq,
-            "--num_merges",
-            8,
-            "--output_path",
-            tmp_path / "base",
-        )
-        == 0
-    )
+    assert convert(llama, tmp_path / "base", being_vq_path=vq, num_merges=8) == 0
     given = tmp_path / "given"
     given.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tmp_path / "base" / name, given / name)
-    arguments = [
-        "--llama_path",
-        llama,
-        "--being_vq_path",
-        vq,
-        "--being_tokenizer_config_path",
-        given,
-    ]
-    assert convert(*arguments, "--num_merges", 8, "--output_path", tmp_path / "fits") == 0
-    out = ["--output_path", tmp_path / "never"]
-    refused(capsys, "token id 329 is None", *arguments, "--num_merges", 9, *out)
+    options = {"being_vq_path": vq, "being_tokenizer_config_path": given}
+    assert convert(llama, tmp_path / "fits", **options, num_merges=8) == 0
+    refuses = partial(refused, capsys, llama_path=llama, output_path=tmp_path / "never", **options)
+    refuses("token id 329 is None", num_merges=9)
 
     fields = json.loads((given / "tokenizer.json").read_text())
     next(token for token in fields["added_tokens"] if token["id"] == 307)["content"] = "IMGIMGWRONG"
     (given / "tokenizer.json").write_text(json.dumps(fields))
-    refused(
-        capsys, "token id 307 is 'IMGIMGWRONG', the layout", *arguments, "--num_merges", 8, *out
-    )
+    refuses("token id 307 is 'IMGIMGWRONG', the layout", num_merges=8)
 
     shutil.copyfile(tmp_path / "base" / "tokenizer.json", given / "tokenizer.json")
     text = (given / "tokenizer.json").read_text()
     (given / "tokenizer.json").write_text(text.replace('"<|end|>"', '"<|other|>"'))
-    refused(
-        capsys,
-        "token id 299 is '<|other|>', the base model's tokenizer says '<|end|>'",
-        *arguments,
-        "--num_merges",
-        8,
-        *out,
-    )
+    refuses("token id 299 is '<|other|>', the base model's tokenizer says '<|end|>'", num_merges=8)
 
     shutil.copyfile(tmp_path / "base" / "tokenizer.json", given / "tokenizer.json")
     (given / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 4096}))
-    refused(capsys, f"has hidden_size 4096, {llama} has 32", *arguments, "--num_merges", 8, *out)
+    refuses(f"has hidden_size 4096, {llama} has 32", num_merges=8)
     (given / "config.json").unlink()
     (given / LAYOUT_FILE).write_text(json.dumps(VocabLayout(300, NUM_CODES, 7, 298, 299).to_dict()))
-    refused(capsys, "'num_merges': 7", *arguments, "--num_merges", 8, *out)
+    refuses("'num_merges': 7", num_merges=8)
     (given / LAYOUT_FILE).unlink()
     (given / "tokenizer.json").unlink()
-    refused(capsys, "has no tokenizer", *arguments, *out)
+    refuses("has no tokenizer")
     assert not (tmp_path / "never").exists()
 
 
@@ -600,101 +454,41 @@ def test_a_given_tokenizer_must_be_the_layouts(tmp_path, llama, vq, capsys):
 
 def test_refusals_leave_no_target(tmp_path, llama, vq, vbpe_file, capsys):
     target = tmp_path / "never"
-    out = ["--output_path", target]
-    refused(capsys, "--llama_path", "--llama_path", tmp_path / "missing", *out)
-    refused(capsys, "has 300 text ids", "--llama_path", llama, "--vocab_size", 128256, *out)
-    refused(capsys, "already make 321", "--llama_path", llama, "--extended_vocab_size", 310, *out)
-    refused(
-        capsys, "contradictory", "--llama_path", llama, "--vbpe", vbpe_file, "--num_merges", 8, *out
-    )
-    refused(
-        capsys, "--pad_vocab_multiple is 0", "--llama_path", llama, "--pad_vocab_multiple", 0, *out
-    )
-    refused(capsys, "--seed is -1", "--llama_path", llama, "--seed", -1, *out)
-    refused(capsys, "needs --being_vq_path", "--llama_path", llama, "--init", "codebook", *out)
-    refused(
-        capsys,
-        "needs --vbpe",
-        "--llama_path",
-        llama,
-        "--being_vq_path",
-        vq,
-        "--init",
-        "codebook",
-        *out,
-    )
+    refused(capsys, "--llama_path", tmp_path / "missing", target)
+    refused(capsys, "has 300 text ids", llama, target, vocab_size=128256)
+    refused(capsys, "already make 321", llama, target, extended_vocab_size=310)
+    refused(capsys, "contradictory", llama, target, vbpe=vbpe_file, num_merges=8)
+    refused(capsys, "--pad_vocab_multiple is 0", llama, target, pad_vocab_multiple=0)
+    refused(capsys, "--seed is -1", llama, target, seed=-1)
+    refused(capsys, "needs --being_vq_path", llama, target, init="codebook")
+    refused(capsys, "needs --vbpe", llama, target, being_vq_path=vq, init="codebook")
     other = write_vqgan(tmp_path / "other_vq", seed=1)
-    refused(
-        capsys,
-        "different vqgan",
-        "--llama_path",
-        llama,
-        "--being_vq_path",
-        other,
-        "--vbpe",
-        vbpe_file,
-        *out,
-    )
+    refused(capsys, "different vqgan", llama, target, being_vq_path=other, vbpe=vbpe_file)
     assert not target.exists()
 
 
 def test_a_vbpe_for_another_number_of_codes_is_refused(tmp_path, llama, vq, capsys):
     changed = tmp_path / "vbpe.json"
     VisualBPE(15, np.zeros((0, 4), np.int32)).save(changed)
-    arguments = [
-        "--llama_path",
-        llama,
-        "--being_vq_path",
-        vq,
-        "--vbpe",
-        changed,
-        "--output_path",
-        tmp_path / "never",
-    ]
-    refused(capsys, "is for 15 codes", *arguments)
+    never = tmp_path / "never"
+    refused(capsys, "is for 15 codes", llama, never, being_vq_path=vq, vbpe=changed)
 
 
 def test_targets_that_would_harm_are_refused(tmp_path, capsys):
     base = write_base_model(tmp_path / "llama")
     before = snapshot(base)
     for target in (base, base / "inside", tmp_path, base / ".." / "llama"):
-        refused(
-            capsys,
-            "lie in each other",
-            "--llama_path",
-            base,
-            "--output_path",
-            target,
-            "--overwrite",
-        )
+        refused(capsys, "lie in each other", base, target, overwrite=True)
     (tmp_path / "blobs").mkdir()
     (base / "model.safetensors").rename(tmp_path / "blobs" / "model.safetensors")
     (base / "model.safetensors").symlink_to("../blobs/model.safetensors")
-    refused(
-        capsys,
-        "lie in each other",
-        "--llama_path",
-        base,
-        "--output_path",
-        tmp_path / "blobs",
-        "--overwrite",
-    )
+    refused(capsys, "lie in each other", base, tmp_path / "blobs", overwrite=True)
     assert snapshot(base) == before
     (tmp_path / "file").write_text("mine")
-    refused(
-        capsys,
-        "is a file",
-        "--llama_path",
-        base,
-        "--num_merges",
-        0,
-        "--output_path",
-        tmp_path / "file",
-        "--overwrite",
-    )
+    refused(capsys, "is a file", base, tmp_path / "file", num_merges=0, overwrite=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    assert convert("--llama_path", base, "--num_merges", 0, "--output_path", tmp_path / "full") == 2
+    assert convert(base, tmp_path / "full", num_merges=0) == 2
     shown = capsys.readouterr()
     assert (
         "exists and holds files" in shown.err and not shown.out
@@ -702,47 +496,26 @@ def test_targets_that_would_harm_are_refused(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"] and snapshot(
         base
     ) == before
-    assert (
-        convert(
-            "--llama_path",
-            base,
-            "--num_merges",
-            0,
-            "--output_path",
-            tmp_path / "full",
-            "--overwrite",
-        )
-        == 0
-    )
+    assert convert(base, tmp_path / "full", num_merges=0, overwrite=True) == 0
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
     (tmp_path / "codes").mkdir()
     (tmp_path / "codes" / "codes.npy").write_bytes(b"days of work")
     write_manifest(tmp_path / "codes", "vq_codes", {}, {})
     codes = snapshot(tmp_path / "codes")
-    refused(
-        capsys,
-        "holds 'vq_codes'",
-        "--llama_path",
-        base,
-        "--num_merges",
-        0,
-        "--output_path",
-        tmp_path / "codes",
-        "--overwrite",
-    )
+    refused(capsys, "holds 'vq_codes'", base, tmp_path / "codes", num_merges=0, overwrite=True)
     assert snapshot(tmp_path / "codes") == codes
 
 
 def test_a_finished_target_is_reused_by_the_same_request_and_refused_to_others(
     tmp_path, llama, capsys
 ):
-    arguments = ["--llama_path", llama, "--num_merges", 0, "--output_path", tmp_path / "base"]
-    assert convert(*arguments) == 0
+    request = {"llama_path": llama, "num_merges": 0, "output_path": tmp_path / "base"}
+    assert convert(**request) == 0
     before = (tmp_path / "base" / "manifest.json").stat().st_mtime_ns
-    assert convert(*arguments) == 0
+    assert convert(**request) == 0
     assert (tmp_path / "base" / "manifest.json").stat().st_mtime_ns == before
-    refused(capsys, "another seed", *arguments, "--seed", 5)
-    assert convert(*arguments, "--seed", 5, "--overwrite") == 0
+    refused(capsys, "another seed", **request, seed=5)
+    assert convert(**request, seed=5, overwrite=True) == 0
     verify_folder(tmp_path / "base")
 
 
@@ -752,12 +525,12 @@ def test_a_finished_target_is_reused_by_the_same_request_and_refused_to_others(
 def test_a_changed_input_is_not_the_same_request(tmp_path, vq, changed, capsys):
     base, own_vq = write_base_model(tmp_path / "llama"), tmp_path / "vq"
     shutil.copytree(vq, own_vq)
-    arguments = ["--llama_path", base, "--being_vq_path", own_vq, "--num_merges", 0]
+    request = {"llama_path": base, "being_vq_path": own_vq, "num_merges": 0}
     if changed == "given tokenizer":
-        assert convert(*arguments, "--output_path", tmp_path / "given") == 0
-        arguments += ["--being_tokenizer_config_path", tmp_path / "given"]
-    arguments += ["--output_path", tmp_path / "base"]
-    assert convert(*arguments) == 0
+        assert convert(**request, output_path=tmp_path / "given") == 0
+        request |= {"being_tokenizer_config_path": tmp_path / "given"}
+    request |= {"output_path": tmp_path / "base"}
+    assert convert(**request) == 0
     if changed in ("weight", "vq decoder"):
         path = (base if changed == "weight" else own_vq) / "model.safetensors"
         tensors = load_file(path)
@@ -775,8 +548,8 @@ def test_a_changed_input_is_not_the_same_request(tmp_path, vq, changed, capsys):
         )
         path.write_text(json.dumps(json.loads(path.read_text()) | {"top_k": 7}))
     named = {"given tokenizer": "tokenizer", "vq decoder": "vqgan"}.get(changed, "llama")
-    refused(capsys, f"is finished, but with another {named}", *arguments)
-    assert convert(*arguments, "--overwrite") == 0
+    refused(capsys, f"is finished, but with another {named}", **request)
+    assert convert(**request, overwrite=True) == 0
 
 
 def test_older_names_below_the_embedding_are_left_to_transformers(tmp_path):
@@ -801,14 +574,7 @@ def test_an_index_that_lists_half_of_the_shards_is_refused(tmp_path, capsys):
         name: file for name, file in fields["weight_map"].items() if file in kept
     }
     path.write_text(json.dumps(fields))
-    refused(
-        capsys,
-        "the weights have no 'model.layers.",
-        "--llama_path",
-        base,
-        "--output_path",
-        tmp_path / "never",
-    )
+    refused(capsys, "the weights have no 'model.layers.", base, tmp_path / "never")
 
 
 def test_a_full_disk_under_the_tokenizer_is_one_sentence(tmp_path, llama, monkeypatch, capsys):
@@ -816,27 +582,27 @@ def test_a_full_disk_under_the_tokenizer_is_one_sentence(tmp_path, llama, monkey
         raise Exception("No space left on device (os error 28)")
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
-    arguments = ["--llama_path", llama, "--num_merges", 0, "--output_path", tmp_path / "base"]
+    request = {"llama_path": llama, "num_merges": 0, "output_path": tmp_path / "base"}
     refused(
         capsys,
         f"{os.strerror(errno.ENOSPC)} ({tmp_path / 'base' / 'tokenizer.json'}); "
         "nothing finished is lost",
-        *arguments,
+        **request,
     )
     monkeypatch.undo()
     monkeypatch.setattr(convert_llama, "DEFAULT_CODES", NUM_CODES)
-    assert convert(*arguments) == 0
+    assert convert(**request) == 0
 
 
 def test_a_folder_named_like_a_licence_is_left_alone(tmp_path):
     base = write_base_model(tmp_path / "llama")
     (base / "LICENSES").mkdir()
-    assert convert("--llama_path", base, "--num_merges", 0, "--output_path", tmp_path / "base") == 0
+    assert convert(base, tmp_path / "base", num_merges=0) == 0
 
 
 def test_what_was_not_checked_is_said(tmp_path, llama, capsys):
-    arguments = ["--llama_path", llama, "--num_merges", 0, "--output_path", tmp_path / "base"]
-    assert convert(*arguments, "--verify_loading") == 0
+    request = {"llama_path": llama, "num_merges": 0, "output_path": tmp_path / "base"}
+    assert convert(**request, verify_loading=True) == 0
     shown = capsys.readouterr().out
     assert "in files linked to the base's" in shown
     assert "image codes                -          not checked: there is no VQ-GAN" in shown
@@ -866,7 +632,7 @@ def test_what_was_not_checked_is_said(tmp_path, llama, capsys):
             "the tokenizer's bos_token_id is 298, config.json and generation_config.json say 5",
         ),
         ("shorter tokenizer", "the tokenizer has 264 tokens, the embedding 300 rows"),
-        ("tiktoken cut off", "has 20 byte-pair ranks, which make 276 tokens"),
+        ("truncated tiktoken", "has 20 byte-pair ranks, which make 276 tokens"),
     ],
 )
 def test_a_damaged_base_is_named_and_nothing_is_written(tmp_path, damage, message, capsys):
@@ -885,7 +651,7 @@ def test_a_damaged_base_is_named_and_nothing_is_written(tmp_path, damage, messag
         os.truncate(base / "model.safetensors", 3000)
     elif damage == "no tokenizer":
         (base / "tokenizer.json").unlink()
-    elif damage == "tiktoken cut off":
+    elif damage == "truncated tiktoken":
         (base / "tokenizer.json").unlink()
         lines = [f"{base64.b64encode(bytes([rank])).decode()} {rank}\n" for rank in range(20)]
         (base / "tokenizer.model").write_text("".join(lines))
@@ -927,7 +693,7 @@ def test_a_damaged_base_is_named_and_nothing_is_written(tmp_path, damage, messag
         (base / "tokenizer.json").write_text(json.dumps(tokenizer))
         if damage == "shorter tokenizer":
             make_tokenizer(264).save_pretrained(base)
-    refused(capsys, message, "--llama_path", base, "--output_path", tmp_path / "never")
+    refused(capsys, message, base, tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
 
@@ -935,16 +701,14 @@ def test_the_disk_is_checked_before_writing(tmp_path, llama, capsys, monkeypatch
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     message = "65.1 MB are to be written, but the disk has 0.0 MB free"
-    refused(capsys, message, "--llama_path", llama, "--output_path", tmp_path / "never")
+    refused(capsys, message, llama, tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
 
 def test_a_conversion_leaves_the_collector_as_it_was(tmp_path, llama):
     before = gc.get_threshold()
-    assert convert("--llama_path", tmp_path / "nowhere", "--output_path", tmp_path / "base") == 2
-    assert (
-        convert("--llama_path", llama, "--num_merges", 0, "--output_path", tmp_path / "base") == 0
-    )
+    assert convert(tmp_path / "nowhere", tmp_path / "base") == 2
+    assert convert(llama, tmp_path / "base", num_merges=0) == 0
     assert gc.get_threshold() == before
 
 
@@ -952,24 +716,24 @@ def test_killed_half_way_it_is_incomplete_and_the_same_command_starts_over(
     tmp_path, llama, vq, vbpe_file
 ):
     target = tmp_path / "base"
-    arguments = ["--llama_path", llama, "--being_vq_path", vq, "--vbpe", vbpe_file]
-    arguments += ["--output_path", target]
+    options = {"being_vq_path": vq, "vbpe": vbpe_file}
+    words = argv("convert", llama_path=llama, output_path=target, **options)
     script = """
         import os, sys
         import beingvl.model.convert_llama as convert_llama
         from beingvl.commands.main import main
         convert_llama.generation_config = lambda *_: os._exit(9)
-        main(["convert", *sys.argv[1:]])
+        main(sys.argv[1:])
     """
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)])
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script), *words])
     assert killed.returncode == 9
     assert list(target.glob("*.safetensors")) and not (target / "manifest.json").exists()
-    assert convert(*arguments, "--verify_loading") == 0
+    assert convert(llama, target, **options, verify_loading=True) == 0
     verify_folder(target)
     assert not list(target.glob("*.tmp"))
 
 
-def interrupt(monkeypatch, module, name: str, *arguments: object, after: bool = False) -> None:
+def interrupt(monkeypatch, module, name: str, *, after: bool = False, **request: object) -> None:
     """Run the command and end it as Ctrl-C does, when it calls `module.name` (or behind that
     call).
     """
@@ -982,20 +746,20 @@ def interrupt(monkeypatch, module, name: str, *arguments: object, after: bool = 
 
     with monkeypatch.context() as patch:
         patch.setattr(module, name, stop)
-        assert convert(*arguments) == 130
+        assert convert(**request) == 130
 
 
 def test_an_interrupted_run_is_not_mixed_with_another_request(
     tmp_path, llama, vq, vbpe_file, monkeypatch
 ):
     target = tmp_path / "base"
-    arguments = ["--llama_path", llama, "--output_path", target]
-    interrupt(monkeypatch, convert_llama, "start_target", *arguments)
+    request = {"llama_path": llama, "output_path": target}
+    interrupt(monkeypatch, convert_llama, "start_target", **request)
     assert not target.exists()
-    visual = ["--being_vq_path", vq, "--vbpe", vbpe_file]
-    interrupt(monkeypatch, target_folder, "write_manifest", *arguments, *visual)
+    visual = {"being_vq_path": vq, "vbpe": vbpe_file}
+    interrupt(monkeypatch, target_folder, "write_manifest", **request, **visual)
     (target / "chat_template.jinja").write_text("of another model")
-    assert convert(*arguments, "--num_merges", 0) == 0
+    assert convert(**request, num_merges=0) == 0
     verify_folder(target)
     left = {path.name for path in target.iterdir()}
     assert not left & {"vqgan", "vbpe.json", "chat_template.jinja", ".unfinished.tmp"}
@@ -1003,26 +767,25 @@ def test_an_interrupted_run_is_not_mixed_with_another_request(
 
 def test_overwriting_leaves_nothing_of_the_older_base(tmp_path, llama, vq):
     target = tmp_path / "base"
-    arguments = ["--llama_path", llama, "--num_merges", 0, "--output_path", target]
+    request = {"llama_path": llama, "num_merges": 0, "output_path": target}
     assert (
-        convert(*arguments, "--being_vq_path", vq) == 0
-        and (target / "vqgan" / "manifest.json").is_file()
+        convert(**request, being_vq_path=vq) == 0 and (target / "vqgan" / "manifest.json").is_file()
     )
-    assert convert(*arguments, "--overwrite") == 0
+    assert convert(**request, overwrite=True) == 0
     assert not (target / "vqgan").exists()
 
 
 def test_killed_around_the_marker_the_same_command_goes_on(tmp_path, llama, monkeypatch):
     target = tmp_path / "base"
-    arguments = ["--llama_path", llama, "--num_merges", 0, "--output_path", target]
-    assert convert(*arguments) == 0
+    request = {"llama_path": llama, "num_merges": 0, "output_path": target}
+    assert convert(**request) == 0
     before = new_row_bytes(target)
     # Killed when the older base is no longer finished, but its files are there.
-    changed = [*arguments, "--seed", 5]
-    interrupt(monkeypatch, target_folder, "start_folder", *changed, "--overwrite")
+    changed = {**request, "seed": 5}
+    interrupt(monkeypatch, target_folder, "start_folder", **changed, overwrite=True)
     (target / "manifest.json").unlink()
     assert (target / "model.safetensors.index.json").is_file()
-    assert convert(*changed) == 0
+    assert convert(**changed) == 0
     assert new_row_bytes(target) != before and not list(target.glob("*.tmp"))
     verify_folder(target)
 
@@ -1032,17 +795,9 @@ def test_killed_around_the_marker_the_same_command_goes_on(tmp_path, llama, monk
 )
 def test_verify_loading_finds_a_difference(tmp_path, vq, what, capsys):
     base = write_base_model(tmp_path / "llama")
-    arguments = [
-        "--llama_path",
-        base,
-        "--being_vq_path",
-        vq,
-        "--num_merges",
-        0,
-        "--output_path",
-        tmp_path / "base",
-    ]
-    assert convert(*arguments) == 0
+    request = {"llama_path": base, "output_path": tmp_path / "base"}
+    request |= {"being_vq_path": vq, "num_merges": 0}
+    assert convert(**request) == 0
     path = tmp_path / "base" / "model.safetensors"
     tensors = load_file(path)
     if what == "text row":
@@ -1066,7 +821,7 @@ def test_verify_loading_finds_a_difference(tmp_path, vq, what, capsys):
         tensors = load_file(path)
         tensors[next(name for name in tensors if name.startswith("decoder."))].view(-1)[0] += 1
     save_file(tensors, path, metadata={"format": "pt"})
-    assert convert(*arguments, "--verify_loading") == 1
+    assert convert(**request, verify_loading=True) == 1
     rows = [line for line in capsys.readouterr().out.splitlines() if " DIFFERENT " in line]
     named = {
         "text row": ["files", "rows of text ids", "text logits"],
@@ -1087,19 +842,7 @@ def test_verify_loading_finds_a_difference(tmp_path, vq, what, capsys):
 
 
 def test_the_guides_command_word_for_word(tmp_path, llama, vq, vbpe_file):
-    assert (
-        convert(
-            "--llama_path",
-            llama,
-            "--being_vq_path",
-            vq,
-            "--vbpe",
-            vbpe_file,
-            "--output_path",
-            tmp_path / "first",
-        )
-        == 0
-    )
+    assert convert(llama, tmp_path / "first", being_vq_path=vq, vbpe=vbpe_file) == 0
     command = f"""python beingvl/utils/convert_llama_to_being.py \\
         --llama_path {llama} \\
         --being_tokenizer_config_path {tmp_path / "first"} \\
