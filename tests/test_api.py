@@ -79,7 +79,7 @@ def test_the_pipeline(work: Path, capfd) -> None:
 def test_errors_are_exceptions_and_name_both_sides(work: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="none"):
         beingvl.build_shards(tmp_path / "none.jsonl", tmp_path / "shards")
-    with pytest.raises(InputError, match="is not a folder"):
+    with pytest.raises(InputError, match="incomplete; make it with `beingvl convert`"):
         beingvl.train(tmp_path, tmp_path, tmp_path, deepspeed_config=work / "stage.json")
 
 

@@ -27,10 +27,10 @@ HF, PUBLISHED = "hf", "being-vl-0.5"
 
 
 def export(
-    model: Path,
-    output_path: Path,
+    model: Path | str,
+    output_path: Path | str,
     *,
-    checkpoint: Path | None = None,
+    checkpoint: Path | str | None = None,
     format: str = HF,
     link: bool = True,
     probe: bool = True,
@@ -49,10 +49,10 @@ def export(
 
     Raises InputError, and ProbeMismatchError, which leaves the folder incomplete.
     """
-    model = find_start_model(model)
+    model, output_path = find_start_model(Path(model)), Path(output_path)
     inputs = {"--model": model}
     if checkpoint:
-        checkpoint = inputs["--checkpoint"] = _find_checkpoint(checkpoint)
+        checkpoint = inputs["--checkpoint"] = _find_checkpoint(Path(checkpoint))
     check_target(output_path, inputs, overwrite)
     if is_complete(output_path) and not overwrite:
         raise InputError(

@@ -28,14 +28,14 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def train(
-    model: Path,
-    data: Path,
-    output: Path,
+    model: Path | str,
+    data: Path | str,
+    output: Path | str,
     *,
-    deepspeed_config: Path,
+    deepspeed_config: Path | str,
     overrides: Sequence[str] = (),
-    log_dir: Path | None = None,
-    validation_data: Path | None = None,
+    log_dir: Path | str | None = None,
+    validation_data: Path | str | None = None,
     carry_moments: bool = False,
     replay: int | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
@@ -61,8 +61,16 @@ def train(
     Returns `final/`, written by rank 0, or None when the run was stopped. Raises InputError for
     what was given, TrainingError when training cannot go on.
     """
+    output = Path(output)
     stage = open_stage(
-        model, data, output, deepspeed_config, overrides, log_dir, validation_data, carry_moments
+        Path(model),
+        Path(data),
+        output,
+        Path(deepspeed_config),
+        overrides,
+        Path(log_dir) if log_dir else None,
+        Path(validation_data) if validation_data else None,
+        carry_moments,
     )
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     timeout = stage.config.beingvl.stall_timeout_seconds

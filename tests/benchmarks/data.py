@@ -398,7 +398,9 @@ def write_llava(folder: Path, count: int, tiny: bool) -> tuple[Path, Path, Path]
     vq_codes.finish_codes(codes, {"images": count}, {}, details, {})
 
     def say(most_words: int) -> str:
-        return " ".join(random.choice(SENTENCE.split(), int(random.integers(most_words // 4, most_words))))
+        return " ".join(
+            random.choice(SENTENCE.split(), int(random.integers(most_words // 4, most_words)))
+        )
 
     rows = []
     for number, name in enumerate(names):

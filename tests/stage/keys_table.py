@@ -1,6 +1,6 @@
 """The table of keys in docs/Training.md, made from the fields of the block "beingvl".
 
-    python -m tests.stage.keys_table      writes it there anew
+python -m tests.stage.keys_table      writes it there anew
 """
 
 from __future__ import annotations
