@@ -9,7 +9,11 @@ import pytest
 from tests.launcher import ENVIRONMENT, PYTHON, free_port
 
 HERE = Path(__file__).parent
-TINY = [path.stem for path in sorted(HERE.glob("[!t]*.py")) if "--tiny" in path.read_text()]
+TINY = [
+    path.stem
+    for path in sorted(HERE.glob("*.py"))
+    if not path.stem.startswith("test_") and "--tiny" in path.read_text()
+]
 KEYS = {
     "convert": {"time_ratio_copy", "link_seconds", "peak_private_bytes", "max_abs_diff"},
     "data": {"build_ratio_vs_orjson", "tokenize_direct_ratio", "tokens_per_second"},
@@ -18,9 +22,10 @@ KEYS = {
     "gpu_train": {"cases"},
     "lmms_task": {"accuracy"},
     "loss": {"full", "ours"},
-    "train": {"samples_ratio", "loss_ours"},
+    "train": {"overhead_fraction", "loss_ours"},
     "vbpe": {"train_ratio", "train_ratio_alpha", "encode_ratio", "growth_slope", "bytes_per_cell"},
 }
+WORDS = {"convert": "--size tiny"}
 REHEARSALS = {
     "gpu_encode": "--size tiny --images 16 --device cpu --num_workers 1",
     "gpu_train": "--size tiny --device cpu --stages 1 --sequence_lengths 2048 --steps 1 "
@@ -29,10 +34,14 @@ REHEARSALS = {
 
 
 @pytest.mark.parametrize(
-    "name", [*TINY, *(pytest.param(name, marks=pytest.mark.slow) for name in REHEARSALS)]
+    "name",
+    [
+        *sorted({*TINY, *WORDS}),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in REHEARSALS),
+    ],
 )
 def test_it_ends_with_its_json_line(name: str, tmp_path: Path) -> None:
-    words = REHEARSALS.get(name, "--tiny").split()
+    words = {**REHEARSALS, **WORDS}.get(name, "--tiny").split()
     environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port()), "TMPDIR": str(tmp_path)}
     done = subprocess.run(
         [*PYTHON, "-m", f"tests.benchmarks.{name}", *words],
