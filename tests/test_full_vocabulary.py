@@ -1,28 +1,39 @@
-"""The whole line with the vocabulary it is for: Llama-3's own tokenizer, 8192 codes, ids beyond
-16 bits in every step.
+"""The whole line through the Python API, with the vocabulary it is for: Llama-3's own tokenizer,
+8192 codes, ids beyond 16 bits in every step.
 """
 
 import json
 import shutil
 
 import numpy as np
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from beingvl import (
+    BeingVL,
+    VisualBPE,
+    build_shards,
+    convert,
+    encode_images,
+    evaluate,
+    export,
+    tokenize,
+    train,
+    train_vbpe,
+)
 from beingvl.artefact.manifest import verify_folder
-from beingvl.commands import main as cli
 from beingvl.data.arrow_shards import ShardReader
-from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import VocabLayout
-from tests import launcher
+from tests.launcher import free_port
 from tests.model.small_models import llama3_tokenizer_file, write_vqgan
 from tests.tiny import stage_fields
 
 ROWS_ONLY = [{"match": "visual_rows"}, {"match": ".*", "train": False}]
 
 
-def test_from_images_to_an_answer(tmp_path, capsys) -> None:
+def test_from_images_to_an_answer(tmp_path, monkeypatch) -> None:
     images, vqgan, llama, base = (tmp_path / name for name in ("images", "vqgan", "llama", "base"))
     images.mkdir()
     random = np.random.default_rng(0)
@@ -61,30 +72,29 @@ def test_from_images_to_an_answer(tmp_path, capsys) -> None:
         json.dumps(stage_fields(mixture={"foundation": 1}, trainable=ROWS_ONLY))
     )
 
-    def beingvl(command: str, **options: object) -> None:
-        assert cli.main([command, *(f"--{name}={value}" for name, value in options.items())]) == 0
+    # a process that trains is one rank; here alone, and only as long as this test
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": free_port()}
+    for name, value in {**place, "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}.items():
+        monkeypatch.setenv(name, str(value))
 
-    codes, vbpe, shards, run = (
-        tmp_path / name for name in ("vq_codes", "vbpe", "shards", "stage-1")
+    codes, vbpe, tokenized, shards, run = (
+        tmp_path / name for name in ("vq_codes", "vbpe", "tokenized", "shards", "stage-1")
     )
-    beingvl("encode-images", image_path=images, vq_path=vqgan, output_path=codes, device="cpu")
-    beingvl("train-vbpe", data_path=codes, output_path=vbpe, num_merges=32, min_count=1)
-    beingvl("convert", llama_path=llama, being_vq_path=vqgan, vbpe=vbpe, output_path=base)
+    assert encode_images(images, vqgan, codes, device="cpu").counts["images"] == 8
+    vocabulary = train_vbpe(codes, vbpe, num_merges=32, min_count=1)
+    convert(llama, base, being_vq_path=vqgan, vbpe=vbpe)
     layout = VocabLayout.load(base)
     assert (layout.num_text, layout.first_image_id, layout.size) == (
         128256,
         128261,
         128261 + 8192 + 32,
     )
-    inputs = {
-        "json_path": tmp_path / "data.json",
-        "vq_codes": codes,
-        "vbpe_path": vbpe,
-        "model_path": base,
-    }
-    beingvl("tokenize", **inputs, output_dir=shards, format="arrow")
+    rows = tmp_path / "data.json"
+    tokenize(rows, base, tokenized, vq_codes=codes, vbpe_path=vbpe)
+    build_shards(tokenized / "data_vbpe.jsonl", shards, vbpe_path=vbpe)
 
-    reader, vocabulary = ShardReader(shards / "data_vbpe"), VisualBPE.load(vbpe)
+    reader = ShardReader(shards)
+    assert VisualBPE.load(vbpe).num_merges == vocabulary.num_merges == 32
     samples = [reader[index] for index in range(len(reader))]
     for sample, grid in zip(samples, np.load(codes / "codes.npy"), strict=True):
         image_ids = layout.token_to_image_ids(
@@ -93,25 +103,20 @@ def test_from_images_to_an_answer(tmp_path, capsys) -> None:
         assert (vocabulary.decode(image_ids, 4, 4) == grid).all() and grid.max() > 255
     assert max(sample.input_ids.max() for sample in samples) >= layout.size - 32
 
-    assert launcher.run(1, tmp_path / "stage.json", base, shards / "data_vbpe", run) == 0, (
-        launcher.log_of(run)
-    )
-    verify_folder(run / "final")
+    final = train(base, shards, run, deepspeed_config=tmp_path / "stage.json")
+    assert final == run / "final"
+    verify_folder(final)
     name = "model.embed_tokens.weight"
-    before, after = (
-        load_file(folder / "model.safetensors")[name] for folder in (base, run / "final")
-    )
+    before, after = (load_file(folder / "model.safetensors")[name] for folder in (base, final))
     used = np.unique(np.concatenate([sample.input_ids for sample in samples]))
     assert (before != after).any(dim=1)[used[used >= 128261]].all() and (
         before[:128256] == after[:128256]
     ).all()
-    capsys.readouterr()
-    beingvl(
-        "generate",
-        model=run / "final",
-        device="cpu",
-        image=images / "0.png",
-        prompt="What is it?",
-        max_new_tokens=4,
-    )
-    assert capsys.readouterr().out
+    export(base, tmp_path / "exported", checkpoint=run)
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    assert torch.equal(exported[name], after)
+    scores = evaluate(final, tmp_path / "scores", data=shards, device="cpu")
+    assert scores and scores["scores"]["loss"] > 0
+    model = BeingVL(final, vbpe).load_model(device="cpu")
+    (answer,) = model.generate_with_vbpe(["What is it?"], [images / "0.png"], max_new_tokens=4)
+    assert isinstance(answer, str)

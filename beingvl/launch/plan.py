@@ -174,10 +174,7 @@ def propose(
 
 
 def epoch_flops(
-    shards: ShardReader,
-    config: StageConfig,
-    planned: Sequence[PlannedParameter],
-    model_config: Any,
+    shards: ShardReader, config: StageConfig, planned: Sequence[PlannedParameter], model_config: Any
 ) -> tuple[int, int, float]:
     """Samples, tokens and FLOPs of what the stage's mixture draws in an epoch."""
     mixture = mixture_of(config, shards)
