@@ -9,7 +9,6 @@ import pytest
 from beingvl.artefact.files import to_json
 from beingvl.artefact.hashes import hash_file
 from beingvl.artefact.manifest import read_manifest, write_manifest
-from beingvl.commands import main as cli
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.dataset_folder import DatasetFolder
 from beingvl.data.llava_json import stream_rows
@@ -18,6 +17,7 @@ from beingvl.images.pictures import to_png
 from beingvl.images.vq_codes import CodeFolder, finish_codes
 from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
+from tests.command import beingvl
 from tests.images.test_encode_images import save_vqgan
 from tests.tiny import LAYOUT, write_model, write_tokenizer
 
@@ -49,42 +49,28 @@ def inputs(tmp_path):
     details = {"num_codes": LAYOUT.num_vq, "grid": [4, 4]}
     finish_codes(folder, {"images": 4}, VQGAN, details, {})
     assert (
-        cli.main(
-            [
-                "train-vbpe",
-                "--data_path",
-                str(folder),
-                "--output_path",
-                str(tmp_path / "vbpe.json"),
-                "--num_merges",
-                "5",
-            ]
-        )
+        beingvl("train-vbpe", data_path=folder, output_path=tmp_path / "vbpe.json", num_merges=5)
         == 0
     )
     return tmp_path
 
 
-def tokenize(inputs, rows: list, *more: str) -> int:
+def tokenize(inputs, rows: list, **more: object) -> int:
     (inputs / "data.json").write_text(json.dumps(rows))
-    command = [
-        "tokenize",
-        "--json_path",
-        str(inputs / "data.json"),
-        "--model_path",
-        str(inputs / "base"),
-        "--dataset_name",
-        "d",
-    ]
-    command += [
-        "--vq_codes",
-        str(inputs / "vq_codes"),
-        "--vbpe_path",
-        str(inputs / "vbpe.json"),
-        "--output_dir",
-        str(inputs / "out"),
-    ]
-    return cli.main([*command, *more])
+    options = {
+        "json_path": inputs / "data.json",
+        "model_path": inputs / "base",
+        "vq_codes": inputs / "vq_codes",
+        "vbpe_path": inputs / "vbpe.json",
+        "output_dir": inputs / "out",
+        "dataset_name": "d",
+    }
+    return beingvl("tokenize", **{**options, **more})
+
+
+def build(inputs, **more: object) -> int:
+    where = {"jsonl_path": inputs / "out" / "d_vbpe.jsonl", "output_path": inputs / "shards"}
+    return beingvl("build-shards", **{**where, **more})
 
 
 def read(inputs, variant: str) -> list[dict]:
@@ -140,13 +126,8 @@ def test_rows_of_a_vocabulary_as_large_as_llama_3(tmp_path) -> None:
     (folder / "rejected.jsonl").write_text("")
     finish_codes(folder, {"images": 2}, VQGAN, {"num_codes": 8192, "grid": [8, 8]}, {})
     (tmp_path / "data.json").write_text(json.dumps([row(0), row(1)]))
-    command = [
-        "tokenize",
-        f"--json_path={tmp_path}/data.json",
-        f"--vq_codes={folder}",
-        f"--model_path={model}",
-    ]
-    assert cli.main([*command, f"--output_dir={tmp_path}/out", "--format=arrow"]) == 0
+    where = {"json_path": tmp_path / "data.json", "output_dir": tmp_path / "out"}
+    assert beingvl("tokenize", **where, vq_codes=folder, model_path=model, format="arrow") == 0
     ids = ShardReader(tmp_path / "out" / "data_base")[1].input_ids
     assert (
         ids[:2].tolist() == [128000, 128260]
@@ -155,39 +136,17 @@ def test_rows_of_a_vocabulary_as_large_as_llama_3(tmp_path) -> None:
 
 
 def test_the_way_to_shards_and_reuse(inputs, capsys) -> None:
-    assert (
-        tokenize(
-            inputs,
-            [row(0), row(1, image=None, category=None, conversations=row(0)["conversations"])],
-            "--max_rejected",
-            "1",
-        )
-        == 0
-    )
-    assert (
-        tokenize(
-            inputs,
-            [row(0), row(1, image=None, category=None, conversations=row(0)["conversations"])],
-            "--max_rejected",
-            "1",
-        )
-        == 0
-    )
+    text_row = row(1, image=None, category=None, conversations=row(0)["conversations"])
+    for _ in range(2):
+        assert tokenize(inputs, [row(0), text_row], max_rejected=1) == 0
     assert "reused" in capsys.readouterr().out
-    command = [
-        "build-shards",
-        "--jsonl_path",
-        str(inputs / "out" / "d_vbpe.jsonl"),
-        "--output_path",
-        str(inputs / "shards"),
-    ]
-    assert cli.main(command) == 0
+    assert build(inputs) == 0
     assert ShardReader(inputs / "shards").manifest.lineage == read_manifest(inputs / "out").lineage
 
 
 def test_malformed_rows_are_listed_and_too_many_fail(inputs, capsys) -> None:
     bad = [row(1, image="none.png"), row(2, conversations=[]), row(3, image=["0.png", "1.png"])]
-    assert tokenize(inputs, [row(0), *bad], "--max_rejected", "0.8") == 0
+    assert tokenize(inputs, [row(0), *bad], max_rejected=0.8) == 0
     rejected = [
         json.loads(line) for line in (inputs / "out" / "rejected.jsonl").read_text().splitlines()
     ]
@@ -197,7 +156,7 @@ def test_malformed_rows_are_listed_and_too_many_fail(inputs, capsys) -> None:
         and "empty" in rejected[1]["reason"]
         and "placeholders" in rejected[2]["reason"]
     )
-    assert tokenize(inputs, [row(0), *bad], "--overwrite") == 2
+    assert tokenize(inputs, [row(0), *bad], overwrite=True) == 2
     assert "3 of 4 rows" in capsys.readouterr().err
     assert not (inputs / "out" / "manifest.json").exists()
 
@@ -216,19 +175,15 @@ def test_broken_lines_are_rejected_with_their_index(inputs, capsys) -> None:
     ]
     (inputs / "rows.jsonl").write_text("\n".join(lines) + "\n")
     (inputs / "0.png").write_bytes(png(0))
-    command = [
-        "tokenize",
-        f"--json_path={inputs}/rows.jsonl",
-        f"--image_path={inputs}",
-        f"--model_path={folder}",
-    ]
-    command += [f"--output_dir={inputs}/out", "--dataset_name=d"]
-    assert cli.main(command) == 2
+    command = {"json_path": inputs / "rows.jsonl", "image_path": inputs, "model_path": folder}
+    command |= {"output_dir": inputs / "out", "dataset_name": "d"}
+    assert beingvl("tokenize", **command) == 2
     assert (
         "2 of 4 rows" in (message := capsys.readouterr().err)
         and "line 2 is not valid JSON" in message
     )
-    assert cli.main([*command, "--max_rejected=0.5", "--rows_per_part=2", "--overwrite"]) == 0
+    command |= {"max_rejected": 0.5, "rows_per_part": 2, "overwrite": True}
+    assert beingvl("tokenize", **command) == 0
     assert [line["id"] for line in read(inputs, "base")] == ["r0", "r1"]
     rejected = [
         json.loads(line) for line in (inputs / "out" / "rejected.jsonl").read_text().splitlines()
@@ -239,16 +194,13 @@ def test_broken_lines_are_rejected_with_their_index(inputs, capsys) -> None:
         and "expected an object, found int" in rejected[1]["reason"]
     )
     assert (
-        tokenize(
-            inputs, [row(0), None, row(1)], "--max_rejected=0.5", f"--output_dir={inputs}/array"
-        )
-        == 0
+        tokenize(inputs, [row(0), None, row(1)], max_rejected=0.5, output_dir=inputs / "array") == 0
     )
     assert read_manifest(inputs / "array").counts["rejected"] == 1
 
 
 def test_max_length(inputs) -> None:
-    assert tokenize(inputs, [row(0)], "--max_length", "5", "--max_rejected", "1") == 0
+    assert tokenize(inputs, [row(0)], max_length=5, max_rejected=1) == 0
     assert read(inputs, "base") == []
 
 
@@ -287,10 +239,10 @@ WITH_NAN, WITH_BIG_INTEGER = (
 )
 def test_a_row_that_no_file_could_hold_is_rejected_alone(inputs, change, reason) -> None:
     rows = [row(0), {**row(1), "conversations": TURNS, "image": None, **change}, row(2)]
-    assert tokenize(inputs, rows, "--max_rejected", "1") == 0
+    assert tokenize(inputs, rows, max_rejected=1) == 0
     assert [line["id"] for line in read(inputs, "base")] == ["r0", "r2"]
     assert reason in next((inputs / "out").rglob("rejected.jsonl")).read_text()
-    assert cli.main(["verify", str(inputs / "out")]) == 0
+    assert beingvl("verify", inputs / "out") == 0
 
 
 def test_rows_without_an_id_are_named_by_their_index(inputs) -> None:
@@ -302,7 +254,7 @@ def test_rows_without_an_id_are_named_by_their_index(inputs) -> None:
 
 def test_a_run_over_the_limit_goes_on_with_a_higher_one(inputs, capsys) -> None:
     rows = [row(0), row(1, conversations=[])]
-    assert tokenize(inputs, rows, "--dataset_name", "e") == 2
+    assert tokenize(inputs, rows, dataset_name="e") == 2
     listing = inputs / "out" / "e.parts.tmp" / "rejected.jsonl"
     assert str(listing) in capsys.readouterr().err and json.loads(listing.read_text())["index"] == 1
     assert tokenize(inputs, rows[:1]) == 0
@@ -311,11 +263,8 @@ def test_a_run_over_the_limit_goes_on_with_a_higher_one(inputs, capsys) -> None:
         "d_vbpe.jsonl",
         "rejected.jsonl",
     }
-    assert tokenize(inputs, rows, "--dataset_name", "e", "--max_rejected", "0.5") == 0
-    assert (
-        not list((inputs / "out").glob("e_rejected*"))
-        and cli.main(["verify", str(inputs / "out")]) == 0
-    )
+    assert tokenize(inputs, rows, dataset_name="e", max_rejected=0.5) == 0
+    assert not list((inputs / "out").glob("e_rejected*")) and beingvl("verify", inputs / "out") == 0
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "arrow"])
@@ -326,10 +275,10 @@ def test_files_of_an_unfinished_run_get_into_no_manifest(inputs, monkeypatch, ki
     def kill(*args: object) -> None:
         raise Killed
 
-    options = ["--dataset_name", "e", "--format", kind]
+    options = {"dataset_name": "e", "format": kind}
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(DatasetFolder, "finish", kill)
-        tokenize(inputs, [row(n) for n in range(4)], *options, "--rows_per_part=1")
+        tokenize(inputs, [row(n) for n in range(4)], **options, rows_per_part=1)
     assert len(list((inputs / "out").glob("e_*"))) == 2
     assert tokenize(inputs, [row(0)]) == 0
     assert set(read_manifest(inputs / "out").files) == {
@@ -339,33 +288,31 @@ def test_files_of_an_unfinished_run_get_into_no_manifest(inputs, monkeypatch, ki
     }
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr("beingvl.data.tokenize_dataset.Tokenize.write_part", kill)
-        tokenize(inputs, [row(5)], *options, "--overwrite")
+        tokenize(inputs, [row(5)], **options, overwrite=True)
     assert not list((inputs / "out").glob("e_*"))
-    assert tokenize(inputs, [row(5)], *options) == 0
-    assert cli.main(["verify", str(inputs / "out")]) == 0
+    assert tokenize(inputs, [row(5)], **options) == 0
+    assert beingvl("verify", inputs / "out") == 0
 
 
 def test_a_dataset_is_replaced_without_a_moment_at_which_the_others_are_incomplete(
     inputs, monkeypatch
 ) -> None:
     assert tokenize(inputs, [row(0)]) == 0
-    assert tokenize(inputs, [row(1)], "--dataset_name", "e", "--format", "arrow") == 0
+    assert tokenize(inputs, [row(1)], dataset_name="e", format="arrow") == 0
     removed = []
 
     def delete(folder: DatasetFolder) -> None:
         manifest = read_manifest(inputs / "out")
         assert list(manifest.details["datasets"]) == ["d"] and manifest.counts["rows"] == 1
         assert set(manifest.files) == {"d_base.jsonl", "d_vbpe.jsonl", "rejected.jsonl"}
-        assert cli.main(["verify", str(inputs / "out")]) == 0
+        assert beingvl("verify", inputs / "out") == 0
         removed.append(folder.name)
         monkeypatch.undo()
         folder.delete_files()
 
     monkeypatch.setattr(DatasetFolder, "delete_files", delete)
-    assert (
-        tokenize(inputs, [row(2)], "--dataset_name", "e", "--format", "arrow", "--overwrite") == 0
-    )
-    assert removed == ["e"] and cli.main(["verify", str(inputs / "out")]) == 0
+    assert tokenize(inputs, [row(2)], dataset_name="e", format="arrow", overwrite=True) == 0
+    assert removed == ["e"] and beingvl("verify", inputs / "out") == 0
     assert ShardReader(inputs / "out" / "e_base")[0].id == "r2"
 
 
@@ -376,26 +323,23 @@ def test_the_join_hashes_no_shard_again(inputs, monkeypatch) -> None:
             "beingvl.artefact.manifest.hash_file",
             lambda path: hashed.append(path.name) or hash_file(path),
         )
-        assert tokenize(inputs, [row(0)], "--format", "arrow") == 0
+        assert tokenize(inputs, [row(0)], format="arrow") == 0
     assert "lengths.npy" in hashed and not [name for name in hashed if name.endswith(".arrow")]
-    assert cli.main(["verify", str(inputs / "out")]) == 0
+    assert beingvl("verify", inputs / "out") == 0
 
 
 def test_shards_hold_no_id_twice_unasked(inputs, capsys) -> None:
-    assert tokenize(inputs, [row(0), row(1), row(0)], "--format", "arrow") == 2
+    assert tokenize(inputs, [row(0), row(1), row(0)], format="arrow") == 2
     assert "1 rows repeat the id of another row" in capsys.readouterr().err
-    assert (
-        tokenize(inputs, [row(0), row(1), row(0)], "--format", "arrow", "--duplicate_ids", "keep")
-        == 0
-    )
+    assert tokenize(inputs, [row(0), row(1), row(0)], format="arrow", duplicate_ids="keep") == 0
 
 
 @pytest.mark.parametrize(
-    "options", [("--max_rejected", "nan"), ("--dataset_name", "../x"), ("--dataset_name", "")]
+    "options", [{"max_rejected": "nan"}, {"dataset_name": "../x"}, {"dataset_name": ""}]
 )
 def test_impossible_options_are_refused(inputs, capsys, options) -> None:
-    assert tokenize(inputs, [row(0)], *options) == 2
-    assert f"{options[0]} is" in capsys.readouterr().err
+    assert tokenize(inputs, [row(0)], **options) == 2
+    assert f"--{next(iter(options))} is" in capsys.readouterr().err
 
 
 def test_inputs_that_contradict_each_other_are_refused(inputs, capsys) -> None:
@@ -411,17 +355,8 @@ def test_inputs_that_contradict_each_other_are_refused(inputs, capsys) -> None:
 
 
 def test_a_vbpe_too_large_for_the_vocabulary(inputs, capsys) -> None:
-    folder = inputs / "vq_codes"
-    learn = [
-        "train-vbpe",
-        "--data_path",
-        str(folder),
-        "--output_path",
-        str(inputs / "vbpe.json"),
-        "--num_merges",
-        "9",
-    ]
-    assert cli.main([*learn, "--overwrite"]) == 0
+    options = {"output_path": inputs / "vbpe.json", "num_merges": 9, "overwrite": True}
+    assert beingvl("train-vbpe", data_path=inputs / "vq_codes", **options) == 0
     assert tokenize(inputs, [row(0)]) == 2
     assert "9 merges, the model's vocabulary has room for 16 and 8" in capsys.readouterr().err
 
@@ -443,14 +378,8 @@ def test_reading_rows(tmp_path) -> None:
 
 def test_images_without_codes_or_folder(inputs, capsys) -> None:
     (inputs / "data.json").write_text(json.dumps([row(0)]))
-    command = [
-        "tokenize",
-        "--json_path",
-        str(inputs / "data.json"),
-        "--model_path",
-        str(inputs / "base"),
-    ]
-    assert cli.main([*command, "--output_dir", str(inputs / "out")]) == 2
+    where = {"json_path": inputs / "data.json", "output_dir": inputs / "out"}
+    assert beingvl("tokenize", **where, model_path=inputs / "base") == 2
     assert "--image_path" in capsys.readouterr().err
 
 
@@ -461,15 +390,11 @@ def test_several_datasets_are_made_of_images(tmp_path) -> None:
         (tmp_path / f"{number}.png").write_bytes(png(number))
     (tmp_path / "3.png").write_bytes(b"damaged")
 
-    def of_images(name: str, *numbers: int, more: tuple[str, ...] = ()) -> int:
+    def of_images(name: str, *numbers: int, overwrite: bool = False) -> int:
         (tmp_path / f"{name}.json").write_text(json.dumps([row(number) for number in numbers]))
-        command = [
-            "tokenize",
-            f"--json_path={tmp_path}/{name}.json",
-            f"--image_path={tmp_path}",
-            f"--model_path={folder}",
-        ]
-        return cli.main([*command, f"--output_dir={tmp_path}/pt", f"--dataset_name={name}", *more])
+        where = {"json_path": tmp_path / f"{name}.json", "output_dir": tmp_path / "pt"}
+        options = {"dataset_name": name, "model_path": folder, "overwrite": overwrite}
+        return beingvl("tokenize", image_path=tmp_path, **where, **options)
 
     assert of_images("one", 0, 1) == 0 and of_images("two", 2) == 0 and of_images("one", 0, 1) == 0
     assert [list(CodeFolder(tmp_path / f"pt_{name}_vq_codes").keys) for name in ("one", "two")] == [
@@ -478,12 +403,12 @@ def test_several_datasets_are_made_of_images(tmp_path) -> None:
     ]
     assert of_images("three", 3) == 2
     (tmp_path / "3.png").write_bytes(png(3))
-    assert of_images("three", 3, more=("--overwrite",)) == 0
+    assert of_images("three", 3, overwrite=True) == 0
     (tmp_path / "2.png").write_bytes(png(4))
-    assert of_images("two", 2) == 2 and of_images("two", 2, more=("--overwrite",)) == 0
+    assert of_images("two", 2) == 2 and of_images("two", 2, overwrite=True) == 0
     assert (
         read_manifest(tmp_path / "pt").counts["rows"] == 4
-        and cli.main(["verify", str(tmp_path / "pt")]) == 0
+        and beingvl("verify", tmp_path / "pt") == 0
     )
 
 
@@ -506,42 +431,33 @@ def png(number: int) -> bytes:
 
 def test_several_datasets_share_a_folder(inputs, capsys) -> None:
     bad = row(9, conversations=[])
-    assert tokenize(inputs, [row(0), bad], "--max_rejected", "1") == 0
+    assert tokenize(inputs, [row(0), bad], max_rejected=1) == 0
     first = read(inputs, "base")
-    assert (
-        tokenize(inputs, [bad, row(1), row(2)], "--max_rejected", "1", "--dataset_name", "e") == 0
-    )
+    assert tokenize(inputs, [bad, row(1), row(2)], max_rejected=1, dataset_name="e") == 0
     manifest = read_manifest(inputs / "out")
     assert manifest.counts["rows"] == 3 and set(manifest.details["datasets"]) == {"d", "e"}
     lines = [
         json.loads(line) for line in (inputs / "out" / "rejected.jsonl").read_text().splitlines()
     ]
     assert [(entry["dataset"], entry["index"]) for entry in lines] == [("d", 1), ("e", 0)]
-    assert tokenize(inputs, [row(0)], "--dataset_name", "e") == 2
+    assert tokenize(inputs, [row(0)], dataset_name="e") == 2
     assert "e has another json" in capsys.readouterr().err
-    assert tokenize(inputs, [row(3)], "--dataset_name", "e", "--overwrite") == 0
-    assert read(inputs, "base") == first and cli.main(["verify", str(inputs / "out")]) == 0
+    assert tokenize(inputs, [row(3)], dataset_name="e", overwrite=True) == 0
+    assert read(inputs, "base") == first and beingvl("verify", inputs / "out") == 0
     assert read_manifest(inputs / "out").counts["rows"] == 2
 
 
 def test_shards_at_once_are_the_shards_of_the_jsonl(inputs) -> None:
     rows = [row(n) for n in range(6)]
     assert tokenize(inputs, rows) == 0
-    assert tokenize(inputs, rows, "--dataset_name", "a", "--format", "arrow") == 0
-    command = [
-        "build-shards",
-        "--jsonl_path",
-        str(inputs / "out" / "d_vbpe.jsonl"),
-        "--output_path",
-        str(inputs / "shards"),
-    ]
-    assert cli.main([*command, "--vbpe_path", str(inputs / "vbpe.json")]) == 0
+    assert tokenize(inputs, rows, dataset_name="a", format="arrow") == 0
+    assert build(inputs, vbpe_path=inputs / "vbpe.json") == 0
     at_once, built = (
         read_manifest(inputs / "out" / "a_vbpe", "shards"),
         read_manifest(inputs / "shards", "shards"),
     )
     assert at_once.content_hash == built.content_hash and at_once.lineage == built.lineage
-    assert cli.main(["verify", str(inputs / "out" / "a_vbpe"), str(inputs / "out")]) == 0
+    assert beingvl("verify", inputs / "out" / "a_vbpe", inputs / "out") == 0
 
 
 def test_long_samples_are_cut_by_choice(inputs, capsys) -> None:
@@ -551,49 +467,33 @@ def test_long_samples_are_cut_by_choice(inputs, capsys) -> None:
         {"from": "gpt", "value": "a long answer"},
     ]
     assert (
-        tokenize(
-            inputs,
-            [row(0, conversations=two_turns)],
-            "--max_length",
-            "35",
-            "--too_long",
-            "truncate",
-        )
-        == 0
+        tokenize(inputs, [row(0, conversations=two_turns)], max_length=35, too_long="truncate") == 0
     )
     assert "1 cut" in capsys.readouterr().out
     (found,) = read(inputs, "base")
     assert len(found["token_0"] + found["token_image"] + found["token_1"]) == 35
     assert found["target_spans"][-1][1] <= 35
-    options = ["--max_length", "8", "--too_long", "truncate", "--max_rejected", "1", "--overwrite"]
-    assert tokenize(inputs, [row(0)], *options) == 0
+    options = {"max_length": 8, "too_long": "truncate", "max_rejected": 1, "overwrite": True}
+    assert tokenize(inputs, [row(0)], **options) == 0
     assert "none is an answer" in (inputs / "out" / "rejected.jsonl").read_text()
 
 
 def test_a_jsonl_that_changed_after_its_manifest(inputs, capsys) -> None:
     assert tokenize(inputs, [row(0)]) == 0
     path = inputs / "out" / "d_vbpe.jsonl"
-    command = ["build-shards", "--jsonl_path", str(path), "--output_path", str(inputs / "shards")]
     path.write_text(path.read_text())  # younger, but the same
     assert path.stat().st_mtime_ns > (inputs / "out" / "manifest.json").stat().st_mtime_ns
-    assert cli.main(command) == 0
+    assert build(inputs) == 0
     path.write_text(path.read_text().replace("r0", "r1"))
-    assert cli.main(command) == 2
+    assert build(inputs) == 2
     assert "changed after its manifest" in capsys.readouterr().err
 
 
 def test_rows_of_another_vbpe(inputs, capsys) -> None:
     assert tokenize(inputs, [row(0)]) == 0
-    other = ["train-vbpe", f"--data_path={inputs}/vq_codes", "--num_merges=2"]
-    assert cli.main([*other, f"--output_path={inputs}/other.json"]) == 0
-    command = [
-        "build-shards",
-        "--jsonl_path",
-        str(inputs / "out" / "d_vbpe.jsonl"),
-        "--output_path",
-        str(inputs / "shards"),
-    ]
-    assert cli.main([*command, "--vbpe_path", str(inputs / "other.json")]) == 2
+    codes, other = inputs / "vq_codes", inputs / "other.json"
+    assert beingvl("train-vbpe", data_path=codes, output_path=other, num_merges=2) == 0
+    assert build(inputs, vbpe_path=other) == 2
     assert "different vbpe" in capsys.readouterr().err
 
 
@@ -601,46 +501,29 @@ def test_shards_say_whether_their_merged_images_were_decoded(inputs, capsys) -> 
     assert tokenize(inputs, [row(0)]) == 0
     own_vbpe = inputs / "base" / "vbpe.json"
 
-    def build(name: str, variant: str, *options: object) -> tuple[str, str]:
+    def merged_images(name: str, variant: str, **options: object) -> tuple[str, str]:
         rows, output = inputs / "out" / f"d_{variant}.jsonl", inputs / name
         capsys.readouterr()
-        assert (
-            cli.main(
-                [
-                    "build-shards",
-                    f"--jsonl_path={rows}",
-                    f"--output_path={output}",
-                    *map(str, options),
-                ]
-            )
-            == 0
-        )
+        assert build(inputs, jsonl_path=rows, output_path=output, **options) == 0
         return read_manifest(output).details["merged_images"], capsys.readouterr().out
 
-    merged, shown = build("unknown", "vbpe")
+    merged, shown = merged_images("unknown", "vbpe")
     assert (
         merged == "not decoded" and "warning: the merged images" in shown and "--vbpe_path" in shown
     )
-    assert "warning: the merged images" in build("unknown", "vbpe")[1]  # when it is reused
-    assert (
-        build("unknown", "vbpe", "--vbpe_path", inputs / "vbpe.json", "--overwrite")[0] == "decoded"
-    )
-    merged, shown = build("raw", "base")
+    assert "warning: the merged images" in merged_images("unknown", "vbpe")[1]  # when it is reused
+    decoded, _ = merged_images("unknown", "vbpe", vbpe_path=inputs / "vbpe.json", overwrite=True)
+    assert decoded == "decoded"
+    merged, shown = merged_images("raw", "base")
     assert merged == "none" and "warning" not in shown
     own_vbpe.write_bytes((inputs / "vbpe.json").read_bytes())
-    assert build("own", "vbpe", "--model_path", inputs / "base")[0] == "decoded"
+    assert merged_images("own", "vbpe", model_path=inputs / "base")[0] == "decoded"
 
 
 def test_parts_made_without_decoding_are_not_passed_off_as_decoded(inputs, capsys) -> None:
     assert tokenize(inputs, [row(0), row(1)]) == 0
-    command = [
-        "build-shards",
-        f"--jsonl_path={inputs}/out/d_vbpe.jsonl",
-        f"--output_path={inputs}/shards",
-        "--part_bytes=600",
-    ]
-    assert cli.main([*command, "--rank=0", "--num_ranks=2"]) == 0
-    assert cli.main([*command, f"--vbpe_path={inputs}/vbpe.json"]) == 2
+    assert build(inputs, part_bytes=600, rank=0, num_ranks=2) == 0
+    assert build(inputs, part_bytes=600, vbpe_path=inputs / "vbpe.json") == 2
     assert (
         "unfinished work of another decoded (found False, asked for True)"
         in capsys.readouterr().err
@@ -648,6 +531,6 @@ def test_parts_made_without_decoding_are_not_passed_off_as_decoded(inputs, capsy
 
 
 def test_wrong_options(inputs, capsys) -> None:
-    for option in ("--rows_per_part=0", "--num_workers=-1", "--max_length=0"):
-        assert tokenize(inputs, [row(0)], option) == 2
-        assert option.split("=")[0] in capsys.readouterr().err
+    for name, value in (("rows_per_part", 0), ("num_workers", -1), ("max_length", 0)):
+        assert tokenize(inputs, [row(0)], **{name: value}) == 2
+        assert f"--{name}" in capsys.readouterr().err
