@@ -12,6 +12,7 @@ Ranks, workers and kills change no byte of the result (parts.py says how).
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import threading
@@ -175,6 +176,7 @@ def _start_process(prepare: Callable[..., None], arguments: Sequence[object]) ->
 
     threading.Thread(target=follow, daemon=True).start()
     prepare(*arguments)
+    gc.freeze()  # the collector need not walk through all that was imported, again and again
 
 
 _work: Work  # of this worker process

@@ -31,6 +31,8 @@ MAX_LINE_BYTES = 1 << 28
 READ_BYTES = 1 << 20  # Python's default of 8 KiB makes reading cost more than parsing
 NOT_A_ROW = (ValueError, TypeError, RuntimeError)  # what `parse_row` raises
 NOTHING = np.empty(0, np.int64)
+# Named, because `str | None` makes an object each time.
+TEXT_OR_NOTHING, TEXT_OR_NUMBER = (str, type(None)), (str, int, float)
 LISTS = ("token_0", "token_image", "token_image_new", "token_1", "target_spans")
 
 
@@ -77,16 +79,16 @@ def parse_object(parser: simdjson.Parser, line: bytes) -> Any:
 
 def head_of(fields: Any) -> tuple[str, str, str]:
     """(id, image, category) of a row. Raises ValueError when they are something else."""
-    id_, image, category = (fields.get(name) for name in ("id", "image", "category"))
+    id_, image, category = fields.get("id"), fields.get("image"), fields.get("category")
     if id_ is None:
         raise ValueError("missing field 'id'")
-    if not isinstance(id_, str | int | float):
+    if not isinstance(id_, TEXT_OR_NUMBER):
         raise ValueError("id is neither a text nor a number")
     if isinstance(image, simdjson.Array):
         image = image.mini.decode()  # type: ignore[attr-defined]  # it is bytes
-    elif not isinstance(image, str | None):
+    elif not isinstance(image, TEXT_OR_NOTHING):
         raise ValueError("image is neither a path nor a list of paths")
-    if not isinstance(category, str | None):
+    if not isinstance(category, TEXT_OR_NOTHING):
         raise ValueError("category is not a text")
     return str(id_), image or "", category or "default"
 

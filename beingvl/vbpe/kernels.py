@@ -439,7 +439,10 @@ def streams_decode_to(ids: Ints, offsets: Ints, sides: Ints, codes: Ints, tables
         if decode_stream(stream, tables, grid.reshape(sides[n], sides[n]))[0] != STREAM_FINE:
             return False
         if at < len(codes):
-            if at + len(grid) > len(codes) or (codes[at : at + len(grid)] != grid).any():
+            if at + len(grid) > len(codes):
                 return False
+            for cell in range(len(grid)):
+                if grid[cell] != codes[at + cell]:
+                    return False
             at += len(grid)
     return at == len(codes)
