@@ -51,8 +51,8 @@ class Wanted:
 
     port: int
     folders: Mapping[str, str] = field(default_factory=dict)
-    output: str | None = None
-    stage: str | None = None
+    output: Path | str | None = None
+    stage: Path | str | None = None
     overrides: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -158,8 +158,8 @@ def check_hosts(
     nvme, stage_rows = _check_stage(wanted, sum(host.slots for host in hosts))
     question: dict[str, Any] = {
         "folders": dict(wanted.folders),
-        "output": wanted.output,
-        "stage": wanted.stage,
+        "output": wanted.output and str(wanted.output),
+        "stage": wanted.stage and str(wanted.stage),
         "nvme": nvme,
     }
     questions = [{**question, "port": wanted.port if host is hosts[0] else None} for host in hosts]

@@ -21,17 +21,17 @@ from beingvl.errors import InputError
 
 USERS_FILE = ".deepspeed_env"
 PASSED_PREFIXES = ("NCCL_", "GLOO_", "UCX_", "TORCH_NCCL_", "BEINGVL_", "WANDB_")
-PASSED_NAMES = (
+PASSED_NAMES = [
     "PYTHONPATH",
+    "LD_LIBRARY_PATH",
     "DS_ACCELERATOR",
     "OMP_NUM_THREADS",
-    "LD_LIBRARY_PATH",
     "HF_HOME",
     "HF_HUB_OFFLINE",
     "TOKENIZERS_PARALLELISM",
     "TORCH_EXTENSIONS_DIR",
     "TRITON_CACHE_DIR",
-)
+]
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 

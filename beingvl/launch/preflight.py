@@ -20,10 +20,11 @@ from beingvl.launch.environment import environment_file
 from beingvl.launch.host_probe import READING
 from beingvl.launch.start_training import Run, find_master_address
 
-NO_CONNECTION = (
-    "ranks cannot reach each other: set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the interface "
-    "between the hosts"
+REMEDY = (
+    "`beingvl launch` with these hosts shows all of it; where ranks cannot reach each other, set "
+    "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the interface between the hosts"
 )
+MEASURE = "beingvl.launch.measure_all_reduce"
 START_SECONDS = 300  # of an all-reduce beside the measuring: imports on slow disks
 
 
@@ -46,21 +47,13 @@ def preflight(
     """
     hosts = hosts_of(hostfile)
     folders = {str(path): kind for path, kind in ((model, "model"), (data, "shards")) if path}
-    wanted = Wanted(
-        master_port,
-        folders,
-        str(output) if output else None,
-        str(stage) if stage else None,
-        overrides,
-    )
+    wanted = Wanted(master_port, folders, output, stage, overrides)
     answers, findings = check_hosts(hosts, wanted)
     if not seconds or any(finding.remedy for finding in findings):
         return findings
     address = "127.0.0.1" if len(hosts) == 1 else find_master_address(hosts, answers)
     words = [str(seconds)]
-    run = Run(
-        Path(hostfile), hosts, "beingvl.launch.measure_all_reduce", words, address, master_port
-    )
+    run = Run(Path(hostfile), hosts, MEASURE, words, address, master_port)
     return [*findings, measure_all_reduce(run, START_SECONDS + seconds)]
 
 
@@ -84,8 +77,7 @@ def measure_all_reduce(run: Run, limit_seconds: float) -> Finding:
         except subprocess.TimeoutExpired:
             os.killpg(launcher.pid, signal.SIGKILL)
             launcher.communicate()
-            seen = f"no end within {limit_seconds:.0f} s"
-            return Finding("-", "all-reduce", seen, NO_CONNECTION)
+            return Finding("-", "all-reduce", f"no end within {limit_seconds:.0f} s", REMEDY)
     match = re.search(f"{READING}({{.*}})", shown)
     if match and not launcher.returncode:
         found = json.loads(match[1])
@@ -94,9 +86,6 @@ def measure_all_reduce(run: Run, limit_seconds: float) -> Finding:
             f"{found['latency_seconds'] * 1e6:.0f} us, {found['ranks']} ranks"
         )
         return Finding("-", "all-reduce", seen)
-    text = shown + complaints
-    named = re.findall(r"^.*(?:error|exception|refused).*$", text, re.I | re.M)
+    named = re.findall(r"^.*(?:error|exception|refused).*$", shown + complaints, re.I | re.M)
     last = (named or complaints.strip().splitlines() or ["no word"])[-1].strip()
-    is_connection = re.search(r"connect|timed? ?out|socket|route|unreachable|NCCL|gloo", text, re.I)
-    remedy = NO_CONNECTION if is_connection else "see that message; `beingvl launch` shows all"
-    return Finding("-", "all-reduce", f"failed: {last}", remedy)
+    return Finding("-", "all-reduce", f"failed: {last}", REMEDY)

@@ -63,8 +63,8 @@ def launch(
     wanted = Wanted(
         master_port,
         {str(model): "model", str(trainer["data"]): "shards"},
-        str(trainer["output"]),
-        str(trainer["deepspeed_config"]),
+        trainer["output"],
+        trainer["deepspeed_config"],
         trainer.get("set", ()),
     )
     address = "127.0.0.1" if is_this_machine_alone(hosts) else master_addr
@@ -74,12 +74,8 @@ def launch(
     words = trainer_words(trainer)
     run = Run(Path(hostfile), hosts, TRAINER, words, address or "ADDRESS_OF_RANK_0", master_port)
     if run.is_alone:
-        found = count_devices()
-        print(
-            f"this machine alone: {hosts[0].slots} ranks on {found['num_devices']} "
-            f"{found['device']}s (no hostfile for DeepSpeed)",
-            flush=True,
-        )
+        device = count_devices()["device"]
+        print(f"this machine alone: {hosts[0].slots} ranks, each on a {device}", flush=True)
     if dry_run:
         variables = format_environment(remote_environment(run.environment, users_files()))
         print(f"# the ranks' variables\n{variables}# the command\n{shlex.join(run.command)}")
