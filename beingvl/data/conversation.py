@@ -114,7 +114,8 @@ class TextEncoder:
         if printable(text) != text:
             raise InputError(f"the text {printable(text[:60])!r} {CUT_CHARACTER}")
         self._tokenizer.encode_special_tokens = not with_specials
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        # The one that keeps no offsets, a fifth faster.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
 def parse_conversation(conversations: Any) -> list[Turn]:

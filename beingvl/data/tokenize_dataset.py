@@ -262,7 +262,7 @@ class Tokenize(Work):
                 counts["longest_sample_tokens"] = longest
                 for variant, value in written.items():
                     made[variant].append(value)
-            advance(1)
+        advance(len(rows))
         counts["rejected"] = len(rejected)
         for variant, values in made.items():
             if self.options.format == "arrow":
