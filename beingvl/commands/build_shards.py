@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from beingvl.commands.ranks import add_rank_arguments
+from beingvl.commands.options import add_rank_arguments, options_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,19 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     # numpy, pyarrow and numba are imported here, so that --help is instant.
-    from beingvl.artefact.ranks import rank_of
     from beingvl.data.build_shards import build_shards
 
-    rank, num_ranks = rank_of(args.rank, args.num_ranks)
-    build_shards(
-        args.jsonl_path,
-        args.output_path,
-        model_path=args.model_path,
-        vbpe_path=args.vbpe_path,
-        part_bytes=args.part_bytes,
-        num_workers=args.num_workers,
-        duplicate_ids=args.duplicate_ids,
-        rank=rank,
-        num_ranks=num_ranks,
-        overwrite=args.overwrite,
-    )
+    build_shards(**options_of(args))

@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from beingvl.commands.options import options_of
+
 INIT_METHODS = ("he", "mean", "mean_cov", "codebook", "zero")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 HELP = {
@@ -60,20 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    # Here, so that --help needs no torch.
+    # torch is imported here, so that --help is instant.
     from beingvl.model.convert_llama import ConversionDiffersError, convert
 
     try:
-        convert(
-            args.llama_path,
-            args.output_path,
-            **{
-                name: getattr(args, name)
-                for name in HELP
-                if name not in ("llama_path", "output_path")
-            },
-            link=args.link,
-        )
+        convert(**options_of(args))
     except ConversionDiffersError:  # the table is on the screen
         return 1
     return 0

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from beingvl.commands.ranks import add_rank_arguments
+from beingvl.commands.options import add_rank_arguments, options_of
 from beingvl.errors import InputError
 
 
@@ -46,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     # torch is imported here, so that --help is instant.
-    from beingvl.artefact.ranks import rank_of
     from beingvl.data.llava_json import named_images
     from beingvl.images.encode_images import encode_images
     from beingvl.images.image_source import listed_images
@@ -55,21 +54,6 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(
             "--json_path and --list_path both say which images to encode: give one of them"
         )
-    rank, num_ranks = rank_of(args.rank, args.num_ranks)
     keys = named_images(args.json_path) if args.json_path else None
     keys = listed_images(args.list_path) if args.list_path else keys
-    encode_images(
-        args.image_path,
-        args.vq_path,
-        args.output_path,
-        keys=keys,
-        batch_size=args.batch_size,
-        images_per_part=args.images_per_part,
-        num_workers=args.num_workers,
-        max_rejected=args.max_rejected,
-        device=args.device,
-        dtype=args.dtype,
-        rank=rank,
-        num_ranks=num_ranks,
-        overwrite=args.overwrite,
-    )
+    encode_images(keys=keys, **options_of(args, "json_path", "list_path"))

@@ -32,9 +32,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from beingvl.artefact.ranks import rank_of
-from beingvl.commands.model_options import add_model_arguments
-from beingvl.commands.ranks import add_rank_arguments
+from beingvl.commands.options import add_model_arguments, add_rank_arguments, options_of
 from beingvl.evaluation.metrics import METRICS
 
 
@@ -69,9 +67,6 @@ def run(args: argparse.Namespace) -> int:
     # torch is imported here, so that --help is instant.
     from beingvl.evaluation.evaluate import evaluate
 
-    others = ("model", "output_path", "rank", "num_ranks", "debug")
-    options = {name: value for name, value in vars(args).items() if name not in others}
-    rank, num_ranks = rank_of(args.rank, args.num_ranks)
-    scores = evaluate(args.model, args.output_path, rank=rank, num_ranks=num_ranks, **options)
+    scores = evaluate(**options_of(args))
     is_harmed = scores and scores.get("equal_is_expected") and not scores["equal"]
     return 1 if is_harmed else 0

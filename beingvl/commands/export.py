@@ -20,6 +20,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from beingvl.commands.options import options_of
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -31,25 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=formats, default="hf", help="names and layout of the weights")
     add("--output_path", type=Path, required=True, help="folder to write")
     no_link = "copy unchanged weight files instead of hard-linking them"
-    add("--no_link", action="store_true", help=no_link)
+    add("--no_link", dest="link", action="store_false", help=no_link)
     no_probe = "do not load the result to compare the checkpoint's probe logits"
-    add("--no_probe", action="store_true", help=no_probe)
+    add("--no_probe", dest="probe", action="store_false", help=no_probe)
     add("--overwrite", action="store_true", help="replace a finished folder")
 
 
 def run(args: argparse.Namespace) -> int:
+    # torch and safetensors are imported here, so that --help is instant.
     from beingvl.train.export_hf import ProbeMismatchError, export
 
     try:
-        manifest = export(
-            args.model,
-            args.output_path,
-            checkpoint=args.checkpoint,
-            format=args.format,
-            link=not args.no_link,
-            probe=not args.no_probe,
-            overwrite=args.overwrite,
-        )
+        manifest = export(**options_of(args))
     except ProbeMismatchError as error:
         print(f"{error}; {args.output_path} is not finished", file=sys.stderr)
         return 1

@@ -19,14 +19,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from beingvl.commands.model_options import add_model_arguments
+from beingvl.commands.options import add_model_arguments, options_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_model_arguments(parser)
-    image = "image file; can be given more than once"
-    add("--image", type=Path, action="append", default=[], help=image)
+    add(
+        "--image",
+        dest="images",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="image file; can be given more than once",
+    )
     add("--prompt", help="the question; `<image>` marks an image's place when there are several")
     add("--chat", action="store_true", help="ask for questions one after another, on the terminal")
     draw = "experimental: draw an image, decode it with the model's VQ-GAN, save it here"
@@ -43,6 +50,4 @@ def run(args: argparse.Namespace) -> None:
     # torch is imported here, so that --help is instant.
     from beingvl.inference.generate import generate
 
-    others = ("model", "image", "debug")
-    options = {name: value for name, value in vars(args).items() if name not in others}
-    generate(args.model, images=args.image, **options)
+    generate(**options_of(args))

@@ -17,54 +17,31 @@ import argparse
 from pathlib import Path
 
 from beingvl.commands import train
+from beingvl.commands.options import options_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--hostfile",
-        type=Path,
-        required=True,
-        help="NAME slots=NUMBER, one line per host; the first is rank 0's",
-    )
-    add(
-        "--num_ranks",
-        type=int,
-        help="on this machine alone: ranks, instead of all GPUs or the hostfile's slots",
-    )
-    add(
-        "--master_addr",
-        help="rank 0's address (default: the one by which ssh reached the first host)",
-    )
-    add(
-        "--master_port",
-        type=int,
-        default=29500,
-        help="rank 0's port; each run on a host needs its own",
-    )
+    hostfile = "NAME slots=NUMBER, one line per host; the first is rank 0's"
+    add("--hostfile", type=Path, required=True, help=hostfile)
+    num_ranks = "on this machine alone: ranks, instead of all GPUs or the hostfile's slots"
+    add("--num_ranks", type=int, help=num_ranks)
+    address = "rank 0's address (default: the one by which ssh reached the first host)"
+    add("--master_addr", help=address)
+    port = "rank 0's port; each run on a host needs its own"
+    add("--master_port", type=int, default=29500, help=port)
     add("--no_preflight", action="store_true", help="start without asking the hosts first")
-    add(
-        "--dry_run",
-        action="store_true",
-        help="print the command and the ranks' variables; start nothing",
-    )
+    dry_run = "print the command and the ranks' variables; start nothing"
+    add("--dry_run", action="store_true", help=dry_run)
     add("trainer", nargs=argparse.REMAINDER, help="-- and the trainer's arguments")
 
 
 def run(args: argparse.Namespace) -> int:
+    # deepspeed is imported here, so that --help is instant.
     from beingvl.launch.start_training import launch
 
     words = args.trainer[1:] if args.trainer[:1] == ["--"] else args.trainer
     parser = argparse.ArgumentParser(prog="beingvl launch … --")
     train.add_arguments(parser)
-    trainer = vars(parser.parse_args(words))
-    del trainer["local_rank"]  # DeepSpeed's launcher passes it
-    return launch(
-        args.hostfile,
-        trainer,
-        num_ranks=args.num_ranks,
-        master_addr=args.master_addr,
-        master_port=args.master_port,
-        no_preflight=args.no_preflight,
-        dry_run=args.dry_run,
-    )
+    trainer = options_of(parser.parse_args(words))
+    return launch(trainer=trainer, **options_of(args, "trainer"))

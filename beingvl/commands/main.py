@@ -1,15 +1,15 @@
-"""The console script `beingvl`: a table of commands, each a module that is imported only when it
-is called.
+"""The console script `beingvl`: each command is a module that is imported when it is called.
 
-A command module has a docstring (its first line is the command's description),
-`add_arguments(parser)` and `run(args) -> int | None`; it imports heavy libraries inside `run`, so
-`--help` is instant. Option names accept `--like_this` and `--like-this`. A wrong input ends in one
-sentence and exit code 2; `--debug` shows the traceback.
+A command module has a docstring (the text of its --help), `add_arguments(parser)` and
+`run(args) -> int | None`; it imports its step inside `run`, so that `--help` is instant. Option
+names accept `--like_this` and `--like-this`. A wrong input ends in one sentence and exit code 2;
+`--debug` shows the traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import importlib
 import io
@@ -25,42 +25,24 @@ from beingvl.errors import InputError
 from beingvl.version import __version__
 
 COMMANDS = {
-    "train-vq": ("beingvl.commands.train_vq", "train a small VQ-GAN on a folder of images"),
-    "encode-images": ("beingvl.commands.encode_images", "[1] images -> vq_codes/"),
-    "train-vbpe": ("beingvl.commands.train_vbpe", "[2] vq_codes/ -> vbpe.json"),
-    "convert": ("beingvl.commands.convert", "[3] any LLaMA + vocabulary -> Being-VL base/"),
-    "tokenize": (
-        "beingvl.commands.tokenize",
-        "[4] LLaVA JSON + images or vq_codes/ + vbpe.json -> *.jsonl",
-    ),
-    "build-shards": ("beingvl.commands.build_shards", "[5] *.jsonl -> memory-mapped Arrow shards/"),
-    "train": (
-        "beingvl.commands.train",
-        "[6] base/ + shards/ + stage JSON -> checkpoints and final/",
-    ),
-    "export": (
-        "beingvl.commands.export",
-        "[7] start model + training checkpoint -> stock Hugging Face folder",
-    ),
-    "generate": ("beingvl.commands.generate", "answer a prompt about images"),
-    "evaluate": (
-        "beingvl.commands.evaluate",
-        "score a model: answers, held-out loss, text against its base",
-    ),
-    "serve": ("beingvl.commands.serve", "a page on this machine to try a model in the browser"),
-    "report": ("beingvl.commands.report", "pictures and summary of a run"),
-    "launch": (
-        "beingvl.commands.launch",
-        "start a training stage on the hosts of a hostfile, through deepspeed",
-    ),
-    "preflight": (
-        "beingvl.commands.preflight",
-        "ask every host of a hostfile whether a run can start there",
-    ),
-    "plan": ("beingvl.commands.plan", "predict memory and time of a stage before it runs"),
-    "verify": ("beingvl.commands.verify", "re-hash an artefact of any step against its manifest"),
+    "train-vq": "train a small VQ-GAN on a folder of images",
+    "encode-images": "[1] images -> vq_codes/",
+    "train-vbpe": "[2] vq_codes/ -> vbpe/",
+    "convert": "[3] any LLaMA + vocabulary -> Being-VL base/",
+    "tokenize": "[4] LLaVA JSON + images or vq_codes/ + vbpe/ -> token rows",
+    "build-shards": "[5] token rows -> memory-mapped Arrow shards/",
+    "train": "[6] base/ + shards/ + stage JSON -> checkpoints and final/",
+    "generate": "[7] answer a prompt about images",
+    "serve": "[7] a page on this machine to try a model in the browser",
+    "evaluate": "[7] score a model: answers, held-out loss, text against its base",
+    "report": "[7] pictures and summary of a run",
+    "export": "[7] start model + training checkpoint -> stock Hugging Face folder",
+    "launch": "start a training stage on the hosts of a hostfile, through deepspeed",
+    "preflight": "ask every host of a hostfile whether a run can start there",
+    "plan": "predict memory and time of a stage before it runs",
+    "verify": "re-hash an artefact of any step against its manifest",
 }
-NO_DEFAULT = (None, False, argparse.SUPPRESS)
+NO_DEFAULT = (None, True, False, argparse.SUPPRESS)
 WRONG_PATH = (
     FileNotFoundError,
     FileExistsError,
@@ -81,9 +63,7 @@ DISK_FAILS = (
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, keeps the description's line breaks, and adds no default where there is
-    none.
-    """
+    """Shows defaults where there are any, and keeps the description's line breaks."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         has_none = action.default == [] or any(action.default is none for none in NO_DEFAULT)
@@ -93,10 +73,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `beingvl ARGV…`; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0].startswith(
-        "--local_rank="
-    ):  # put there by the deepspeed launcher, which also sets LOCAL_RANK
-        argv = argv[1:]
+    if argv and argv[0].startswith("--local_rank="):
+        argv = argv[1:]  # put there by the deepspeed launcher, which also sets LOCAL_RANK
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
         return 0
@@ -104,8 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"beingvl {__version__}")
         return 0
     if argv[0] not in COMMANDS:
-        import difflib
-
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(
@@ -117,12 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _overview() -> str:
-    rows = "\n".join(f"  {name:<14} {description}" for name, (_, description) in COMMANDS.items())
+    rows = "\n".join(f"  {name:<14} {description}" for name, description in COMMANDS.items())
     return f"usage: beingvl COMMAND [options]   (each has --help)\n\n{rows}\n\n  --version, --help"
 
 
 def _run_command(name: str, argv: Sequence[str]) -> int:
-    module = importlib.import_module(COMMANDS[name][0])
+    module = importlib.import_module(f"beingvl.commands.{name.replace('-', '_')}")
     parser = argparse.ArgumentParser(
         prog=f"beingvl {name}", description=module.__doc__, formatter_class=_Formatter
     )
@@ -131,9 +107,8 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
     args = parser.parse_args([_underscored(word) for word in argv])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # a path may be any bytes, and a terminal may know few letters
+            # A path may be any bytes, and a terminal may know few letters.
+            stream.reconfigure(errors="backslashreplace")
     try:
         return module.run(args) or 0
     except (InputError, *WRONG_PATH) as error:
@@ -148,12 +123,9 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
             raise
         if not isinstance(error, OSError) or error.errno not in (*DISK_IS_FULL, *DISK_FAILS):
             return _report_defect(name, error)
-        outputs = (
-            getattr(args, option, None) for option in ("output_path", "output_dir", "output")
-        )
-        path = error.filename or next(
-            filter(None, outputs), None
-        )  # a failing write does not say which file it was
+        # A failing write does not say which file it was.
+        output = getattr(args, "output_path", None) or getattr(args, "output", None)
+        path = error.filename or output
         where = f" ({path})" if path else ""
         remedy = (
             f"{'make room' if error.errno in DISK_IS_FULL else 'see to the disk'} and "

@@ -12,53 +12,26 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from beingvl.commands.options import add_overrides, options_of
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--model",
-        type=Path,
-        required=True,
-        help="start model: base/, or the previous stage's folder",
-    )
-    add(
-        "--stage",
-        "--deepspeed_config",
-        type=Path,
-        required=True,
-        help="the stage's JSON (ds_configs/)",
-    )
-    add(
-        "--gpus",
-        required=True,
-        metavar="NxMGB",
-        help="GPUs of a node and the memory of each, for example 8x80GB",
-    )
+    model = "start model: base/, or the previous stage's folder"
+    add("--model", type=Path, required=True, help=model)
+    stage = "the stage's JSON (ds_configs/)"
+    add("--stage", "--deepspeed_config", type=Path, required=True, help=stage)
+    gpus = "GPUs of a node and the memory of each, for example 8x80GB"
+    add("--gpus", required=True, metavar="NxMGB", help=gpus)
     add("--nodes", type=int, default=1, help="number of nodes")
     add("--data", type=Path, help="shard folder, for the time per epoch")
     add("--gpu", default="H100", help="kind of GPU, for its peak speed")
     add("--mfu", type=float, default=0.4, help="share of the peak that the model's own FLOPs reach")
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override keys of the JSON",
-    )
+    add_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    # torch is imported here, so that --help is instant.
     from beingvl.launch.plan import plan
 
-    prediction = plan(
-        args.model,
-        args.stage,
-        args.gpus,
-        nodes=args.nodes,
-        data=args.data,
-        gpu=args.gpu,
-        mfu=args.mfu,
-        overrides=args.set,
-    )
-    print(prediction)
+    print(plan(**options_of(args)))

@@ -13,15 +13,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from beingvl.commands.options import options_of
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--hostfile", type=Path, required=True, help="NAME slots=NUMBER, one line per host")
-    add(
-        "--stage",
-        "--deepspeed_config",
-        help="the stage's JSON (ds_configs/): it must be accepted, and equal on every host",
-    )
+    stage = "the stage's JSON (ds_configs/): it must be accepted, and equal on every host"
+    add("--stage", "--deepspeed_config", help=stage)
     add("--model", help="start model; every host must see the same")
     add("--data", help="shard folder; every host must see the same")
     add("--output", help="stage folder that will be written; its disk must have room")
@@ -30,17 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    # deepspeed is imported here, so that --help is instant.
     from beingvl.launch.check_hosts import format_findings
     from beingvl.launch.preflight import preflight
 
-    findings = preflight(
-        args.hostfile,
-        stage=args.stage,
-        model=args.model,
-        data=args.data,
-        output=args.output,
-        master_port=args.master_port,
-        seconds=args.seconds,
-    )
+    findings = preflight(**options_of(args))
     print(format_findings(findings))
     return 1 if any(finding.remedy for finding in findings) else 0

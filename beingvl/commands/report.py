@@ -1,9 +1,9 @@
-"""Pages about what a run left, each a single file that needs no second one.
+"""[7] Pages about what a run left, each a single file that needs no second one.
 
-beingvl report run runs/quickstart       data, vBPE, curves, frozen hashes, scores, answers
-beingvl report data shards/ …            what shards hold: lengths, sources, unused rows, examples
-beingvl report train stage-1             curves, times and events of one stage's training
-beingvl report vbpe vbpe.json …          what a vBPE vocabulary learnt
+beingvl report run runs/quickstart   data, vBPE, curves, frozen hashes, scores, answers
+beingvl report data shards/ …        what shards hold: lengths, sources, unused rows, examples
+beingvl report train stage-1         curves, times and events of one stage's training
+beingvl report vbpe vbpe.json …      what a vBPE vocabulary learnt
 """
 
 from __future__ import annotations
@@ -23,20 +23,12 @@ KINDS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     for name, (kind, description) in KINDS.items():
-        sub = kinds.add_parser(
-            name,
-            help=description,
-            description=kind.__doc__,
-            formatter_class=parser.formatter_class,
-        )
+        sub = kinds.add_parser(name, help=description, description=kind.__doc__)
+        sub.formatter_class = parser.formatter_class
         kind.add_arguments(sub)
         # The command's own --debug is known before KIND only; SUPPRESS keeps its value.
-        sub.add_argument(
-            "--debug",
-            action="store_true",
-            default=argparse.SUPPRESS,
-            help="show the traceback of an error",
-        )
+        debug = "show the traceback of an error"
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=debug)
 
 
 def run(args: argparse.Namespace) -> None:

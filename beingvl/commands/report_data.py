@@ -13,47 +13,26 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from beingvl.commands.options import options_of
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shards", nargs="+", type=Path, help="shard folders, or folders of them")
-    parser.add_argument(
-        "--output_path", type=Path, default=Path("data_report.html"), help="HTML file to write"
-    )
-    parser.add_argument(
-        "--model_path", type=Path, help="model folder whose tokenizer shows the examples' text"
-    )
-    parser.add_argument(
-        "--vbpe_path", type=Path, help="vbpe.json, to turn merged images into codes"
-    )
-    parser.add_argument(
-        "--vq_path", type=Path, help="VQ-GAN folder with a decoder, to show the examples' images"
-    )
-    parser.add_argument(
-        "--deepspeed_config",
-        type=Path,
-        help="a stage's JSON: shows what its mixture draws from the shards",
-    )
-    parser.add_argument(
-        "--sequence_length",
-        type=int,
-        default=4096,
-        help="tokens per sequence, for the packing efficiency without a stage",
-    )
-    parser.add_argument(
-        "--num_examples", type=int, default=6, help="examples per folder, of every source in turn"
-    )
+    add = parser.add_argument
+    add("shards", nargs="+", type=Path, help="shard folders, or folders of them")
+    page = "HTML file to write"
+    add("--output_path", type=Path, default=Path("data_report.html"), help=page)
+    add("--model_path", type=Path, help="model folder whose tokenizer shows the examples' text")
+    add("--vbpe_path", type=Path, help="vbpe.json, to turn merged images into codes")
+    add("--vq_path", type=Path, help="VQ-GAN folder with a decoder, to show the examples' images")
+    stage = "a stage's JSON: shows what its mixture draws from the shards"
+    add("--deepspeed_config", type=Path, help=stage)
+    length = "tokens per sequence, for the packing efficiency without a stage"
+    add("--sequence_length", type=int, default=4096, help=length)
+    examples = "examples per folder, of every source in turn"
+    add("--num_examples", type=int, default=6, help=examples)
 
 
 def run(args: argparse.Namespace) -> None:
     from beingvl.report.data import report_data  # here, so that --help is instant
 
-    report_data(
-        args.shards,
-        output_path=args.output_path,
-        model_path=args.model_path,
-        vbpe_path=args.vbpe_path,
-        vq_path=args.vq_path,
-        deepspeed_config=args.deepspeed_config,
-        sequence_length=args.sequence_length,
-        num_examples=args.num_examples,
-    )
+    report_data(**options_of(args))

@@ -1,5 +1,7 @@
 """All that a run left, gathered on one self-contained HTML page.
 
+    beingvl report run runs/quickstart
+
 Reads what is there of RUN_FOLDER (each piece may lie elsewhere, see the options)
 
     stage-N/          metrics, validation, plan; final/ for the hashes of what was frozen
@@ -26,51 +28,28 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from beingvl.commands.options import options_of
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run_folder", type=Path, help="folder of the run")
     add("--stages_path", type=Path, help="folder with stage-N/ and eval/; default: RUN_FOLDER")
     add("--base_path", type=Path, help="model that stage 1 started from; default: RUN_FOLDER/base")
-    add(
-        "--data",
-        nargs="+",
-        type=Path,
-        default=[],
-        help="shard folders; default: RUN_FOLDER/shards*",
-    )
+    shards = "shard folders; default: RUN_FOLDER/shards*"
+    add("--data", nargs="+", type=Path, default=[], help=shards)
     add("--vbpe_path", type=Path, help="vBPE; default: RUN_FOLDER/vbpe")
-    add(
-        "--vq_codes",
-        type=Path,
-        help="codes to measure the vBPE on; default: RUN_FOLDER/vq_codes/test",
-    )
-    add(
-        "--image_path",
-        type=Path,
-        help="folder that images of the evaluations start from; default: RUN_FOLDER/data/images",
-    )
+    codes = "codes to measure the vBPE on; default: RUN_FOLDER/vq_codes/test"
+    add("--vq_codes", type=Path, help=codes)
+    images = "folder that images of the evaluations start from; default: RUN_FOLDER/data/images"
+    add("--image_path", type=Path, help=images)
     add("--output_path", type=Path, help="folder to write; default: report/ beside the stages")
     add("--wall_seconds", type=float, help="seconds the whole run took, for the summary")
-    add(
-        "--peak_memory_bytes",
-        type=int,
-        help="of the whole run; default: the largest in the stages' metrics, which are rank 0's",
-    )
+    memory = "of the whole run; default: the largest in the stages' metrics, which are rank 0's"
+    add("--peak_memory_bytes", type=int, help=memory)
 
 
 def run(args: argparse.Namespace) -> None:
     from beingvl.report.run import report_run  # here, so that --help is instant
 
-    report_run(
-        args.run_folder,
-        stages_path=args.stages_path,
-        base_path=args.base_path,
-        data=args.data,
-        vbpe_path=args.vbpe_path,
-        vq_codes=args.vq_codes,
-        image_path=args.image_path,
-        output_path=args.output_path,
-        wall_seconds=args.wall_seconds,
-        peak_memory_bytes=args.peak_memory_bytes,
-    )
+    report_run(**options_of(args))

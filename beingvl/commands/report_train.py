@@ -1,5 +1,7 @@
 """The metrics of one training stage on one self-contained HTML page: STAGE_FOLDER/report.html.
 
+    beingvl report train stage-1/
+
 Loss (with the losses per token kind and source, and of the validation set), gradient norm, learning
 rate, tokens per second, MFU, memory, where the time of a step goes, skipped steps and spikes. Works
 while the stage is still running.
@@ -10,15 +12,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from beingvl.commands.options import options_of
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("stage_folder", type=Path, help="output folder of `beingvl train`")
-    parser.add_argument(
-        "--output_path", type=Path, help="page to write; default: STAGE_FOLDER/report.html"
-    )
+    add = parser.add_argument
+    add("stage_folder", type=Path, help="output folder of `beingvl train`")
+    add("--output_path", type=Path, help="page to write; default: STAGE_FOLDER/report.html")
 
 
 def run(args: argparse.Namespace) -> None:
     from beingvl.report.train import report_train  # here, so that --help is instant
 
-    report_train(args.stage_folder, output_path=args.output_path)
+    report_train(**options_of(args))

@@ -12,42 +12,23 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from beingvl.commands.options import options_of
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("vbpe", type=Path, help="vbpe.json, or the folder it lies in")
-    parser.add_argument(
-        "--codes",
-        "--vq_codes",
-        nargs="+",
-        type=Path,
-        default=[],
-        help="VQ codes (folder or .npy) to measure on; best not those it learnt from",
-    )
-    parser.add_argument(
-        "--vq",
-        "--vq_path",
-        type=Path,
-        help="VQ-GAN folder with a decoder, to show pixels instead of colours",
-    )
-    parser.add_argument(
-        "--max_images", type=int, default=2000, help="measure on a sample of this many images"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument(
-        "--output_path",
-        type=Path,
-        help="folder for report.html and the PNG files (default: vbpe_report beside vbpe.json)",
-    )
+    add = parser.add_argument
+    add("vbpe", type=Path, help="vbpe.json, or the folder it lies in")
+    codes = "VQ codes (folder or .npy) to measure on; best not those it learnt from"
+    add("--codes", "--vq_codes", nargs="+", type=Path, default=[], help=codes)
+    vq = "VQ-GAN folder with a decoder, to show pixels instead of colours"
+    add("--vq", "--vq_path", type=Path, help=vq)
+    add("--max_images", type=int, default=2000, help="measure on a sample of this many images")
+    add("--seed", type=int, default=0, help="of the sample")
+    folder = "folder for report.html and the PNG files (default: vbpe_report beside vbpe.json)"
+    add("--output_path", type=Path, help=folder)
 
 
 def run(args: argparse.Namespace) -> None:
     from beingvl.report.vbpe import report_vbpe  # here, so that --help is instant
 
-    report_vbpe(
-        args.vbpe,
-        codes=args.codes,
-        vq=args.vq,
-        max_images=args.max_images,
-        seed=args.seed,
-        output_path=args.output_path,
-    )
+    report_vbpe(**options_of(args))

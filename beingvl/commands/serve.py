@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 
-from beingvl.commands.model_options import add_model_arguments
+from beingvl.commands.options import add_model_arguments, options_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,5 +30,4 @@ def run(args: argparse.Namespace) -> None:
     # torch is imported here, so that --help is instant.
     from beingvl.inference.serve import serve
 
-    options = {name: value for name, value in vars(args).items() if name not in ("model", "debug")}
-    serve(args.model, **options)
+    serve(**options_of(args))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from beingvl.commands.ranks import add_rank_arguments
+from beingvl.commands.options import add_rank_arguments, options_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=["pt", "sft"], default="sft", help=mode)
     add("--json_path", type=Path, required=True, help="LLaVA-format JSON array or JSONL")
     add("--image_path", type=Path, help="folder that the rows' image paths start from")
-    add("--output_dir", "--output_path", type=Path, required=True, help="folder to write")
+    add("--output_path", "--output_dir", type=Path, required=True, help="folder to write")
     model = "Being-VL model folder: tokenizer, vocabulary layout, VQ-GAN"
     add("--model_path", type=Path, required=True, help=model)
     add("--vbpe_path", type=Path, help="vbpe.json; without it only NAME_base.jsonl is written")
@@ -64,30 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     # numpy, pyarrow and numba are imported here, so that --help is instant.
-    from beingvl.artefact.ranks import rank_of
     from beingvl.data.tokenize_dataset import tokenize
 
-    rank, num_ranks = rank_of(args.rank, args.num_ranks)
-    tokenize(
-        args.json_path,
-        args.model_path,
-        args.output_dir,
-        image_path=args.image_path,
-        vq_codes=args.vq_codes,
-        vbpe_path=args.vbpe_path,
-        mode=args.mode,
-        dataset_name=args.dataset_name,
-        template=args.template,
-        format=args.format,
-        max_length=args.max_length,
-        too_long=args.too_long,
-        rows_per_part=args.rows_per_part,
-        duplicate_ids=args.duplicate_ids,
-        max_rejected=args.max_rejected,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        torch_dtype=args.torch_dtype,
-        rank=rank,
-        num_ranks=num_ranks,
-        overwrite=args.overwrite,
-    )
+    tokenize(**options_of(args))

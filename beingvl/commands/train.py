@@ -21,6 +21,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from beingvl.commands.options import add_overrides, options_of
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -35,28 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--carry_moments", action="store_true", help=moments)
     shown = "show this step's samples (steps count from 1) and its loss"
     add("--replay", type=int, metavar="STEP", help=shown)
-    replaced = "override keys of the JSON"
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=replaced)
+    add_overrides(parser)
     # DeepSpeed's launcher passes it
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
+    # Light, but numpy is imported with it: here, so that --help is instant.
     from beingvl.train.train_stage import as_a_rank, train
 
     def step(stop_requested: Callable[[], bool]) -> bool:
-        final = train(
-            args.model,
-            args.data,
-            args.output,
-            deepspeed_config=args.deepspeed_config,
-            overrides=args.set,
-            log_dir=args.log_dir,
-            validation_data=args.validation_data,
-            carry_moments=args.carry_moments,
-            replay=args.replay,
-            stop_requested=stop_requested,
-        )
+        final = train(**options_of(args), stop_requested=stop_requested)
         return final is not None or args.replay is not None
 
     return as_a_rank(step, args.debug)

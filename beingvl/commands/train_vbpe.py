@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from beingvl.commands.options import options_of
 from beingvl.errors import InputError
 
 
@@ -42,10 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the sample")
     data = "print what the files hold before learning; checks run always"
     add("--validate_data", action="store_true", help=data)
-    save = (
-        "save every MERGES merges (1000 if no number is given) next to the output; the same "
-        "command continues from there"
-    )
+    save = "save every MERGES merges (default: 1000); the same command goes on from there"
     add("--save_intermediate", nargs="?", type=int, const=1000, metavar="MERGES", help=save)
     published = "published vocabulary (pickle) to convert; nothing is learnt"
     add("--import_pkl", type=Path, help=published)
@@ -56,13 +54,12 @@ def run(args: argparse.Namespace) -> None:
     # numba is imported here, so that --help is instant.
     from beingvl.vbpe.train_vbpe import import_vbpe, train_vbpe
 
-    options = dict(vars(args))
-    data_path, import_pkl, _ = (options.pop(name) for name in ("data_path", "import_pkl", "debug"))
-    if import_pkl:
+    if args.import_pkl:
+        options = options_of(args)
         names = ("output_path", "init_size", "vocab_pad", "overwrite")
-        import_vbpe(import_pkl, **{name: options[name] for name in names})
-    elif data_path:
-        train_vbpe(data_path, **options)
+        import_vbpe(args.import_pkl, **{name: options[name] for name in names})
+    elif args.data_path:
+        train_vbpe(**options_of(args, "import_pkl"))
     else:
         raise InputError(
             "--data_path is missing: give VQ codes to learn from (or --import_pkl to convert a "

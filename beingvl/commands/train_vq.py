@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from beingvl.commands.options import options_of
+
 OPTIONS = {
     "image_size": (16, "side in pixels: shortest edge is resized to it, then cropped"),
     "grid": (8, "side in codes; image_size / grid is a power of two"),
@@ -41,13 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    # Here, so that --help needs no torch.
+    # torch is imported here, so that --help is instant.
     from beingvl.images.train_vq import train_vq
 
-    train_vq(
-        args.image_path,
-        args.output_path,
-        validation_path=args.validation_path,
-        **{name: getattr(args, name) for name in OPTIONS},
-        overwrite=args.overwrite,
-    )
+    train_vq(**options_of(args))

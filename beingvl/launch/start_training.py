@@ -52,8 +52,8 @@ def launch(
     """Train a stage on the hosts of `hostfile`; returns the launcher's exit code, 85 when a
     signal stopped the ranks after a step.
 
-    `trainer` holds the options of `beingvl train` by name: deepspeed_config, model, data, output,
-    and perhaps log_dir, set (a list of KEY=VALUE) and others. A hostfile whose only host is
+    `trainer` holds the arguments of `beingvl.train` by name: deepspeed_config, model, data, output,
+    and perhaps log_dir, overrides (a list of KEY=VALUE) and others. A hostfile whose only host is
     localhost needs no ssh: `num_ranks`, all GPUs, or without a GPU its slots are the ranks.
     `dry_run` prints the command and starts nothing. Raises InputError that names what is wrong on
     which host.
@@ -65,7 +65,7 @@ def launch(
         {str(model): "model", str(trainer["data"]): "shards"},
         trainer["output"],
         trainer["deepspeed_config"],
-        trainer.get("set", ()),
+        trainer.get("overrides", ()),
     )
     address = "127.0.0.1" if is_this_machine_alone(hosts) else master_addr
     if not dry_run and (not no_preflight or not address):
@@ -93,7 +93,7 @@ def trainer_words(trainer: Mapping[str, Any]) -> list[str]:
         if value is True:
             words.append(f"--{name}")
         elif isinstance(value, (list, tuple)):
-            words += [f"--{name}", *map(str, value)] if value else []
+            words += ["--set", *map(str, value)] if value else []  # the overrides
         elif value is not None and value is not False:
             words += [f"--{name}", str(value)]
     return words

@@ -1,0 +1,51 @@
+"""The options of a command as arguments of its step, and those that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from beingvl.artefact.ranks import rank_of
+
+NOT_FOR_THE_STEP = ("debug", "kind", "local_rank")
+
+
+def options_of(args: argparse.Namespace, *others: str) -> dict[str, Any]:
+    """Keyword arguments for the step's function, which are named like the options; all but
+    `others`, which the command passes on itself. A rank that is not given is the launcher's.
+    """
+    left_out = (*NOT_FOR_THE_STEP, *others)
+    options = {name: value for name, value in vars(args).items() if name not in left_out}
+    if "rank" in options:
+        options |= rank_of(args.rank, args.num_ranks)._asdict()
+    return options
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """For every command that runs a trained model."""
+    add = parser.add_argument
+    model = "Being-VL model folder, e.g. stage-3/final"
+    add("--model", dest="model_path", metavar="MODEL", type=Path, required=True, help=model)
+    add("--vbpe_path", type=Path, help="vbpe.json; default: the one inside the model folder")
+    raw = "plain VQ codes without vBPE, for a model trained on them"
+    add("--raw", action="store_true", help=raw)
+    dtypes = ["float32", "bfloat16", "float16"]
+    add("--torch_dtype", default="float32", choices=dtypes, help="of the language model")
+    add("--device", help="torch device; default: this rank's accelerator, if there is one")
+
+
+def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
+    """For every command whose work several processes may share."""
+    add = parser.add_argument
+    rank = "this process among --num_ranks; default: as launcher or Slurm array says, else 0"
+    add("--rank", type=int, help=rank)
+    num_ranks = "processes that share the work, each started with this command"
+    add("--num_ranks", type=int, help=num_ranks)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """For every command that reads a stage's JSON."""
+    add = parser.add_argument
+    keys, shown = "override keys of the JSON, for example beingvl.epochs=1", "KEY=VALUE"
+    add("--set", dest="overrides", nargs="+", action="extend", default=[], metavar=shown, help=keys)
