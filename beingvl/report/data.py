@@ -17,9 +17,9 @@ from markupsafe import Markup
 from beingvl.artefact.files import write_atomically
 from beingvl.artefact.manifest import is_complete, join_lineages, read_manifest
 from beingvl.data.arrow_shards import ShardReader
-from beingvl.data.shard_columns import Sample
 from beingvl.data.conversation import open_tokenizer
 from beingvl.data.packing import PackingPlan
+from beingvl.data.shard_columns import Sample
 from beingvl.data.stage_data import data_of
 from beingvl.errors import InputError
 from beingvl.images.vqgan import VQGAN

@@ -6,10 +6,10 @@ import pytest
 
 from beingvl.commands import main as cli
 from beingvl.data.arrow_shards import ShardReader
-from beingvl.data.shard_columns import Sample
-from beingvl.data.shard_writer import ShardWriter
 from beingvl.data.loader import TrainingData
 from beingvl.data.mixture import Mixture
+from beingvl.data.shard_columns import Sample
+from beingvl.data.shard_writer import ShardWriter
 from beingvl.errors import InputError
 from beingvl.report.data import ranges_of, report_data, spread_over_sources
 from beingvl.vbpe.visual_bpe import VisualBPE
