@@ -113,7 +113,6 @@ def train_vq(
         grid: side in codes; image_size / grid is a power of two.
         steps: optimizer steps, half of them before there are codes.
         max_images: use at most so many images, drawn with the seed.
-        num_threads: CPU threads; 0 is torch's choice.
 
     Raises InputError for sizes that do not fit together, an unreadable image or too few of them.
     """
@@ -121,8 +120,7 @@ def train_vq(
     recipe = Recipe(*sizes, steps, batch_size, learning_rate, max_images, seed)
     usable_device(device)
     output, folders = Path(output_path), [Path(image_path)]
-    if validation_path:
-        folders.append(Path(validation_path))
+    folders += [Path(validation_path)] if validation_path else []
     hashes = [hash_images(folder, find_images(folder)) for folder in folders]
     images = {str(number): found for number, found in enumerate(hashes)}
     request = {**asdict(recipe), "images": images}
