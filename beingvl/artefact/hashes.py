@@ -53,30 +53,3 @@ class HashedFile:
     def hash(self) -> str:
         """The `hash_file` of all that was written."""
         return PREFIX + self._digest.hexdigest()
-
-
-# ---- until weight files, conversion and build-shards need them no more ----
-
-
-def hash_sample(path: Path) -> str:
-    """Hash of the size and of 64 pieces of 256 KiB, evenly spaced, of a file."""
-    size, piece, count = path.stat().st_size, 1 << 18, 64
-    digest = blake3(str(size).encode())
-    with open(path, "rb") as file:
-        for number in range(count):
-            file.seek(max(0, size - piece) * number // (count - 1))
-            digest.update(file.read(piece))
-    return "sampled-" + PREFIX + digest.hexdigest()
-
-
-def has_hash(path: Path, recorded: str) -> bool:
-    return recorded == (hash_sample(path) if recorded.startswith("sampled-") else hash_file(path))
-
-
-def hash_inputs(folder: Path, names: Iterable[str], sampled: Iterable[str] = ()) -> str:
-    """One hash of files of `folder`; those `sampled` are not read as a whole."""
-    hashes = {
-        name: hash_file(folder / name) for name in names if Path(name).name != "manifest.json"
-    }
-    hashes |= {name: hash_sample(folder / name) for name in sampled}
-    return hash_bytes(json.dumps(hashes, sort_keys=True).encode())

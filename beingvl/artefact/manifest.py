@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from beingvl.artefact.files import make_folder, printable, to_json, write_atomically
-from beingvl.artefact.hashes import has_hash, hash_bytes, hash_file
+from beingvl.artefact.hashes import hash_bytes, hash_file
 from beingvl.artefact.request import Request
 from beingvl.errors import InputError
 from beingvl.version import __version__
@@ -234,7 +234,7 @@ def verify_file(path: Path, entry: Mapping[str, int | str]) -> None:
             f"{path} has {size} bytes, {MANIFEST_FILE} says {entry['bytes']}; it changed or was "
             "truncated"
         )
-    if not has_hash(path, str(entry["hash"])):
+    if hash_file(path) != entry["hash"]:
         raise InputError(
             f"{path} does not have the hash that {MANIFEST_FILE} says; it changed after it was "
             "written"

@@ -26,21 +26,17 @@ import contextlib
 import errno
 import fcntl
 import json
-import multiprocessing
 import os
 import shutil
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from beingvl.artefact.files import make_folder, sync, to_json, write_atomically
 from beingvl.artefact.hashes import HashedFile
 from beingvl.artefact.manifest import is_complete
-from beingvl.artefact.ranks import rank_of
 from beingvl.artefact.request import Request
 from beingvl.errors import InputError
 
@@ -225,68 +221,3 @@ def wait_until_complete(
                 f"{patience_seconds:g} s; start again"
             )
         time.sleep(poll_seconds)
-
-
-# ---- until every step uses work.py ----
-
-
-def ranks_of(args: Any) -> tuple[int, int]:
-    return rank_of(args.rank, args.num_ranks)
-
-
-def refuse_overwrite_of_many(overwrite: bool, num_ranks: int, output: Path) -> None:
-    """Raises InputError: a rank that starts late must not remove what another has made."""
-    if overwrite and num_ranks > 1:
-        raise InputError(
-            f"--overwrite is for one rank, found {num_ranks}; remove {output} before you start them"
-        )
-
-
-def run_in_processes(
-    work: Callable[[Any], Any],
-    tasks: Iterator[Any],
-    num_workers: int,
-    prepare: Callable[..., None],
-    arguments: Sequence[Any],
-) -> Iterator[Any]:
-    """Results of `work(task)` as they come, in `num_workers` processes; 0 works in this one.
-
-    Every process calls `prepare(*arguments)` once. At most two tasks a worker wait, so a stream of
-    tasks stays a stream.
-    """
-    if num_workers == 0:
-        prepare(*arguments)
-        yield from map(work, tasks)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        num_workers, context, initializer=_prepare_process, initargs=(prepare, *arguments)
-    ) as pool:
-        waiting = set()
-        try:
-            for task in tasks:
-                waiting.add(pool.submit(work, task))
-                if len(waiting) >= 2 * num_workers:
-                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def _prepare_process(prepare: Callable[..., None], *arguments: Any) -> None:
-    """Prepare a worker process, which ends when its parent is killed instead of waiting for
-    tasks for ever.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-    prepare(*arguments)

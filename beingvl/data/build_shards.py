@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from beingvl.artefact.hashes import has_hash, hash_file
+from beingvl.artefact.hashes import hash_file
 from beingvl.artefact.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -146,7 +146,7 @@ def content_of(path: Path) -> str:
     entry = manifest.files[path.name]
     changed = path.stat().st_size != entry["bytes"]
     if not changed and path.stat().st_mtime_ns > (path.parent / MANIFEST_FILE).stat().st_mtime_ns:
-        changed = not has_hash(path, str(entry["hash"]))
+        changed = hash_file(path) != entry["hash"]
     if changed:
         raise InputError(
             f"{path} changed after its manifest was written; make it again with `beingvl "

@@ -1,5 +1,5 @@
 """The fast twin, compiled with numba: shapes of ids, encoding, decoding. Same results as
-`reference.py`, bit for bit; only the data structures differ. `trainingkernels.py` builds on this.
+`reference.py`, bit for bit; only the data structures differ. `training_kernels.py` builds on this.
 
 **Displacements** are one integer: `step = dy * SPAN + dx`. Sorting steps sorts (dy, dx) in raster
 order, and a pair of tokens is one int64 key `a << 44 | b << 24 | step` whose order is that of (a,
@@ -21,6 +21,8 @@ cells that touch it, sorted.
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import NamedTuple
 
 import numba
@@ -32,8 +34,20 @@ BORDER = -(1 << 30)
 
 SHAPES_FINE, SHAPES_OVERLAP, SHAPES_APART = 0, 1, 2
 
-# numba compiles anew when a kernel's own file changes, not when one does that it calls into: after
-# a change here remove __pycache__/*.nbi (tests/vbpe/conftest.py does).
+
+def _drop_stale_kernels() -> None:
+    """numba compiles anew when a kernel's own file changes, not when one does that it calls into:
+    after an update a kernel on disk could hold old code. Those older than any source go.
+    """
+    room = Path(__file__).parent
+    newest = max(path.stat().st_mtime for path in room.glob("*.py"))
+    for index in room.glob("__pycache__/*.nbi"):
+        with contextlib.suppress(OSError):  # another process was first, or the disk is read-only
+            if index.stat().st_mtime < newest:
+                index.unlink()
+
+
+_drop_stale_kernels()
 kernel = numba.njit(cache=True, nogil=True)
 # For inner loops, where a call that hands over an array would count references, atomically.
 inlined = numba.njit(cache=True, nogil=True, inline="always")

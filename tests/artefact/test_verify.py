@@ -47,7 +47,7 @@ def test_of_a_stage_all_that_is_finished_is_taken(tmp_path, capsys) -> None:
     assert shown.count(": checkpoint, 8 bytes, 2 files re-hashed, every hash as written") == 2
     assert f"{tmp_path / 'final'}: model, " in shown and "step-00000003" not in shown
     (tmp_path / "checkpoints" / "step-00000002" / "a.bin").write_bytes(b"")
-    with pytest.raises(InputError, match="step-00000002/a.bin has 0 bytes"):
+    with pytest.raises(InputError, match=r"step-00000002/a\.bin has 0 bytes"):
         verify(tmp_path)
 
 
