@@ -34,6 +34,12 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+def stage_words(config: Path, model: Path, data: Path, output: Path) -> list[str]:
+    """The trainer's arguments for a stage."""
+    paths = {"deepspeed_config": config, "model": model, "data": data, "output": output}
+    return [word for name, path in paths.items() for word in (f"--{name}", str(path))]
+
+
 def start(
     num_ranks: int,
     config: Path,
@@ -46,23 +52,8 @@ def start(
     """Start one stage on devices of a type (`cpu`, `cuda`); standard output and error end up in
     OUTPUT.log.
     """
-    command = [
-        sys.executable,
-        str(SPAWN_RANKS),
-        str(num_ranks),
-        str(free_port()),
-        "beingvl.train.train_stage",
-    ]
-    command += [
-        "--deepspeed_config",
-        str(config),
-        "--model",
-        str(model),
-        "--data",
-        str(data),
-        "--output",
-        str(output),
-    ]
+    command = [sys.executable, str(SPAWN_RANKS), str(num_ranks), str(free_port())]
+    command += ["beingvl.train.train_stage", *stage_words(config, model, data, output)]
     if overrides:
         command += ["--set", *overrides]
     with open(f"{output}.log", "a") as log:
@@ -70,23 +61,23 @@ def start(
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def run(
-    num_ranks: int,
-    config: Path,
-    model: Path,
-    data: Path,
-    output: Path,
-    *overrides: str,
-    device: str = "cpu",
-) -> int:
-    """Run one stage to its end; returns the launcher's exit code."""
-    return start(num_ranks, config, model, data, output, *overrides, device=device).wait(
-        timeout=300
-    )
+def run(num_ranks: int, *stage: Path | str, device: str = "cpu") -> int:
+    """`start` a stage and wait for its end; returns the launcher's exit code."""
+    return start(num_ranks, *stage, device=device).wait(timeout=300)
+
+
+def run_alone(
+    work: Path, output: Path, *more: str, model: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess:
+    """One rank without a launcher, which is the quick way, of the stage WORK/all.json."""
+    words = stage_words(work / "all.json", model or work / "base", work / "shards", output)
+    variables = {**ENVIRONMENT, "MASTER_PORT": str(free_port()), **environment}
+    command = [*PYTHON, "-m", "beingvl", "train", *words, *more]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
 
 
 def run_each(commands: list[list[str]]) -> list[subprocess.CompletedProcess]:
-    """One command a rank, as if each were started on its own host."""
+    """One command per rank, as if each were started on its own host."""
     common, started = (
         {**ENVIRONMENT, "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(commands))},
         [],
@@ -115,9 +106,8 @@ def rank_processes(launcher: subprocess.Popen) -> dict[int, psutil.Process]:
     """
     found = {}
     for child in psutil.Process(launcher.pid).children(recursive=True):
-        with contextlib.suppress(
-            psutil.NoSuchProcess
-        ):  # it has just ended; a zombie is one of these
+        # It may just have ended; a zombie is one of these.
+        with contextlib.suppress(psutil.NoSuchProcess):
             for word in child.cmdline():
                 if word.startswith("--local_rank="):
                     found[int(word.split("=")[1])] = process_of(child)

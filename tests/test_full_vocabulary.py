@@ -3,13 +3,11 @@
 """
 
 import json
-import shutil
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from beingvl import (
     BeingVL,
@@ -27,7 +25,7 @@ from beingvl.artefact.manifest import verify_folder
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.vocab import VocabLayout
 from tests.launcher import free_port
-from tests.model.small_models import llama3_tokenizer_file, write_vqgan
+from tests.model.small_models import write_llama3_base, write_vqgan
 from tests.tiny import stage_fields
 
 ROWS_ONLY = [{"match": "visual_rows"}, {"match": ".*", "train": False}]
@@ -56,18 +54,7 @@ def test_from_images_to_an_answer(tmp_path, monkeypatch) -> None:
         )
     (tmp_path / "data.json").write_text(json.dumps(rows))
     write_vqgan(vqgan, num_codes=8192)
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=128000,
-        eos_token_id=128001,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(llama)
-    shutil.copyfile(llama3_tokenizer_file(), llama / "tokenizer.model")
+    write_llama3_base(llama, hidden_size=16)
     (tmp_path / "stage.json").write_text(
         json.dumps(stage_fields(mixture={"foundation": 1}, trainable=ROWS_ONLY))
     )

@@ -5,6 +5,7 @@ made in milliseconds.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,16 @@ def write_shards(
         )
     writer.finish({"vocab": layout.fingerprint()}, {})
     return folder
+
+
+def random_samples(layout: VocabLayout, targets: Sequence[tuple[int, int]]) -> list[Sample]:
+    """Samples of random ids, one per (length, where its targets begin), named by their lengths."""
+    random = np.random.default_rng(0)
+    samples = []
+    for length, start in targets:
+        ids = random.integers(0, layout.size, length).astype(np.int32)
+        samples.append(Sample(str(length), "", "a", ids, np.array([[start, length]], np.int32)))
+    return samples
 
 
 def write_inputs(folder: Path, **stages: dict) -> Path:

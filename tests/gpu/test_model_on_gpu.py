@@ -16,6 +16,7 @@ from beingvl.data.shard_columns import Sample
 from beingvl.model.extended_vocab import PackedCausalLM, build_packed_model
 from beingvl.model.packed_attention import packed_attention
 from beingvl.vocab import VocabLayout
+from tests.tiny import random_samples
 
 LAYOUT = VocabLayout(num_text=1000, num_vq=256, num_merges=128, bos_id=998, eos_id=999)
 LENGTHS = (300, 1, 77, 512, 2, 130)
@@ -60,17 +61,7 @@ def model(reference: PackedCausalLM, device: torch.device) -> PackedCausalLM:
 
 
 def samples() -> list[Sample]:
-    random = np.random.default_rng(0)
-    return [
-        Sample(
-            str(n),
-            "",
-            "a",
-            random.integers(0, LAYOUT.size, n).astype(np.int32),
-            np.array([[n // 2, n]], np.int32),
-        )
-        for n in LENGTHS
-    ]
+    return random_samples(LAYOUT, [(length, length // 2) for length in LENGTHS])
 
 
 def arguments_of(batch: MicroBatch, device: torch.device) -> dict:

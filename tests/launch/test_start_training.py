@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from beingvl.train.metrics import read_metrics
-from tests.launcher import ENVIRONMENT, free_port, has_step
+from tests.launcher import ENVIRONMENT, free_port, has_step, stage_words
 from tests.tiny import stage_fields, write_inputs
 
 REPOSITORY = Path(__file__).parents[2]
@@ -28,26 +28,9 @@ def work(tmp_path_factory) -> Path:
 
 
 def command(work: Path, output: Path, *options: object) -> list[str]:
-    words = [
-        sys.executable,
-        "-m",
-        "beingvl",
-        "launch",
-        "--hostfile",
-        REPOSITORY / "hostfiles/hostfile-0",
-        *options,
-        "--",
-    ]
-    words += [
-        "--deepspeed_config",
-        work / "stage.json",
-        "--model",
-        work / "base",
-        "--data",
-        work / "shards",
-        "--output",
-        output,
-    ]
+    hostfile = REPOSITORY / "hostfiles/hostfile-0"
+    words = [sys.executable, "-m", "beingvl", "launch", "--hostfile", hostfile, *options, "--"]
+    words += stage_words(work / "stage.json", work / "base", work / "shards", output)
     return [str(word) for word in words]
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from beingvl.train.metrics import read_metrics
 from tests.launch.two_hosts import TwoHosts, two_hosts
-from tests.launcher import ENVIRONMENT, free_port, has_step, log_of
+from tests.launcher import ENVIRONMENT, free_port, has_step, log_of, stage_words
 from tests.launcher import run as run_on_one_host
 from tests.tiny import stage_fields, write_inputs
 
@@ -42,32 +42,14 @@ def hosts(work):
 
 
 def trainer(work: Path, output: Path, stage: str = "stage1.json") -> list[object]:
-    return [
-        "--deepspeed_config",
-        work / stage,
-        "--model",
-        work / "base",
-        "--data",
-        work / "shards",
-        "--output",
-        output,
-    ]
+    return stage_words(work / stage, work / "base", work / "shards", output)
 
 
 def launch(
     hosts: TwoHosts, work: Path, output: Path, *options: object, stage: str = "stage1.json"
 ) -> list[object]:
-    words = [
-        sys.executable,
-        "-m",
-        "beingvl",
-        "launch",
-        "--hostfile",
-        hosts.hostfile(),
-        "--master_port",
-        free_port(),
-        *options,
-    ]
+    words = [sys.executable, "-m", "beingvl", "launch", "--hostfile", hosts.hostfile()]
+    words += ["--master_port", free_port(), *options]
     return [*words, "--", *trainer(work, output, stage)]
 
 

@@ -36,9 +36,9 @@ from tests.model.small_models import (
     LLAMA3_ROPE,
     NUM_CODES,
     TEXTS,
-    llama3_tokenizer_file,
     make_tokenizer,
     write_base_model,
+    write_llama3_base,
     write_vbpe,
     write_vqgan,
 )
@@ -311,20 +311,7 @@ def test_the_real_llama3_tokenizer(tmp_path, full_size):
     """Section 3 of the design: `What is` is 3923 374, new ids 128256 … 144644, whatever kind of
     file the tokenizer comes in.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        bos_token_id=128000,
-        eos_token_id=[128001, 128008, 128009],
-    )
-    base = tmp_path / "llama"
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(base)
-    shutil.copyfile(llama3_tokenizer_file(), base / "tokenizer.model")
+    base = write_llama3_base(tmp_path / "llama", hidden_size=8, dtype=torch.bfloat16)
     assert convert(base, tmp_path / "base", verify_loading=True) == 0
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")

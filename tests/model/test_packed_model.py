@@ -20,7 +20,7 @@ from beingvl.model.extended_vocab import (
 from beingvl.model.packed_attention import varlen_kernel
 from beingvl.model.weight_files import WeightFolder
 from tests.model.small_models import family_config
-from tests.tiny import LAYOUT, write_model
+from tests.tiny import LAYOUT, random_samples, write_model
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +44,7 @@ def packed_model(
 
 
 def samples() -> list[Sample]:
-    random = np.random.default_rng(0)
-    return [
-        Sample(
-            str(length),
-            "",
-            "a",
-            random.integers(0, LAYOUT.size, length).astype(np.int32),
-            np.array([[1, length]], np.int32),
-        )
-        for length in (9, 1, 30, 17, 2)
-    ]
+    return random_samples(LAYOUT, [(length, 1) for length in (9, 1, 30, 17, 2)])
 
 
 def losses_of(model: PackedCausalLM, batch: MicroBatch) -> torch.Tensor:

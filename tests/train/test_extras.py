@@ -22,7 +22,7 @@ from beingvl.train.checkpoint import StateReader
 from beingvl.train.checkpoint_folders import complete_checkpoints, step_of
 from beingvl.train.metrics import VALIDATION_FILE, MetricsWriter, read_metrics
 from beingvl.train.ranks import Ranks
-from tests.launcher import ENVIRONMENT, PYTHON, log_of, run
+from tests.launcher import ENVIRONMENT, log_of, run, run_alone
 from tests.plain_torch import train_plain
 from tests.tiny import stage_fields, write_inputs, write_shards
 from tests.train.programs import run_program
@@ -39,30 +39,8 @@ def work(tmp_path_factory) -> Path:
     return folder
 
 
-def train(
-    work: Path, name: str, *more: str, model: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess:
-    places = [
-        "--model",
-        str(model or work / "base"),
-        "--data",
-        str(work / "shards"),
-        "--output",
-        str(work / name),
-    ]
-    command = [
-        *PYTHON,
-        "-m",
-        "beingvl",
-        "train",
-        "--deepspeed_config",
-        str(work / "all.json"),
-        *places,
-        *more,
-    ]
-    return subprocess.run(
-        command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=300
-    )
+def train(work: Path, name: str, *more: str, **options: object) -> subprocess.CompletedProcess:
+    return run_alone(work, work / name, *more, **options)
 
 
 @pytest.fixture(scope="module")
@@ -185,16 +163,8 @@ def test_replay_shows_the_samples_of_a_step_and_finds_its_loss(work, plain_run) 
 
 
 def test_a_replay_of_several_ranks_gives_up_on_one_that_never_comes(work, plain_run) -> None:
-    done = train(
-        work,
-        "plain",
-        "--replay",
-        "3",
-        "--set",
-        "beingvl.stall_timeout_seconds=4",
-        RANK="0",
-        WORLD_SIZE="2",
-    )
+    words = ("--replay", "3", "--set", "beingvl.stall_timeout_seconds=4")
+    done = train(work, "plain", *words, RANK="0", WORLD_SIZE="2")
     assert done.returncode == 1 and "no progress for 4 s: rank 1 has not started" in done.stderr, (
         done.stderr
     )

@@ -6,7 +6,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -22,12 +21,11 @@ from beingvl.stage.stage_config import load_stage_config
 from beingvl.train.checkpoint_folders import complete_checkpoints, step_of
 from beingvl.train.metrics import SpikeDetector, read_metrics
 from tests.launcher import (
-    ENVIRONMENT,
     PYTHON,
-    free_port,
     log_of,
     rank_processes,
     run,
+    run_alone,
     run_each,
     start,
     wait_for_step,
@@ -41,23 +39,6 @@ def assert_same_weights(found: Path, expected: Path) -> None:
     theirs = dict(WeightFolder(expected / "final"))
     for name, tensor in dict(WeightFolder(found / "final")).items():
         assert torch.equal(tensor, theirs[name]), name
-
-
-def alone(work: Path, output: Path, *more: str) -> subprocess.CompletedProcess:
-    """One rank, no launcher: the quick way."""
-    command = [
-        *PYTHON,
-        "-m",
-        "beingvl",
-        "train",
-        "--deepspeed_config",
-        str(work / "all.json"),
-        "--data",
-        str(work / "shards"),
-    ]
-    command += ["--model", str(work / "base"), "--output", str(output), *more]
-    environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port())}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def token_that_comes_thrice_in_a_row(work: Path) -> tuple[int, list[int]]:
@@ -93,7 +74,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_named_then_the_run_st
         "beingvl.max_skipped_steps=3",
         "beingvl.checkpoint_every_steps=0",
     ]
-    done = alone(work, output, "--model", str(model), "--set", *settings)
+    done = run_alone(work, output, "--set", *settings, model=model)
     rows = read_metrics(output)
     assert [row["step"] for row in rows if row["skipped"]] == bad_steps and rows[-1][
         "step"
@@ -124,7 +105,7 @@ def test_a_run_whose_last_step_is_not_finite_ends_with_the_state_before_it(work)
         "beingvl.checkpoint_every_steps=0",
         "beingvl.background_save=true",
     ]
-    done = alone(work, output, "--model", str(model), "--set", *settings)
+    done = run_alone(work, output, "--set", *settings, model=model)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [row["skipped"] for row in read_metrics(output)] == [0] * (bad_steps[0] - 1) + [1]
     assert [step_of(path) for path in complete_checkpoints(output)] == [bad_steps[0] - 1]
@@ -135,7 +116,7 @@ def test_a_run_without_one_good_step_saves_nothing_and_says_so(work) -> None:
     data = data_of(load_stage_config(work / "all.json"), ShardReader(work / "shards"))
     token = int(data.micro_batch(0, 0, 0, 1, 4).input_ids.min())
     model, output = poison(work / "base", work / "poisoned-first", token), work / "nan-first"
-    done = alone(work, output, "--model", str(model), "--set", "beingvl.max_steps=1")
+    done = run_alone(work, output, "--set", "beingvl.max_steps=1", model=model)
     assert done.returncode == 1, done.stderr[-2000:]
     assert "1 steps in a row" in done.stderr and "there was no good one before" in done.stderr
     assert not complete_checkpoints(output) and not (output / "final").exists()

@@ -24,6 +24,7 @@ from tests.launcher import (
     rank_processes,
     run,
     run_each,
+    stage_words,
     start,
     wait_for_step,
 )
@@ -188,23 +189,9 @@ def test_ranks_that_are_given_different_things_end_together_and_all_differences_
             write_shards(tmp_path / f"{name}-{number}", 40, seed=number)
             for name in ("data", "held-out")
         )
-        places = {
-            "model": work / "base",
-            "data": shards,
-            "validation_data": held_out,
-            "output": tmp_path / "run",
-        }
-        words = [word for name, path in places.items() for word in (f"--{name}", str(path))]
+        words = stage_words(work / "all.json", work / "base", shards, tmp_path / "run")
+        command = [*PYTHON, "-m", "beingvl", "train", *words, "--validation_data", str(held_out)]
         settings = [*validation[: 2 - number], f"beingvl.checkpoint_every_steps={steps}"]
-        command = [
-            *PYTHON,
-            "-m",
-            "beingvl",
-            "train",
-            "--deepspeed_config",
-            str(work / "all.json"),
-            *words,
-        ]
         commands.append([*command, "--set", *settings])
     for done in run_each(commands):
         assert done.returncode == 2, done
