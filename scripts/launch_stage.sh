@@ -1,7 +1,7 @@
 # Sourced by train-stage-{1,2,3}.sh: checks inputs, makes shards from a JSONL file, and starts the DeepSpeed launcher.
-# Wants: STAGE MODEL_PATH DATA_PATH OUTPUT_DIR LOG_DIR DS_CONFIG MASTER_NODE_ID, and in "$@" more arguments for the trainer.
-# From the environment: MASTER_PORT, NUM_RANKS (this machine alone), HOSTFILE (instead of hostfiles/hostfile-<id>), VBPE_PATH
-# (for new shards; else the vbpe.json in MODEL_PATH), DRY_RUN=1.
+# Wants: STAGE MODEL_PATH DATA_PATH OUTPUT_DIR LOG_DIR, and in "$@" <master_node_id> [model] [more arguments for the trainer].
+# From the environment: DS_CONFIG (instead of ds_configs/stage$STAGE.json), MASTER_PORT, NUM_RANKS (this machine alone),
+# HOSTFILE (instead of hostfiles/hostfile-<id>), VBPE_PATH (for new shards; else the vbpe.json in MODEL_PATH), DRY_RUN=1.
 
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -9,6 +9,10 @@ REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # the repository's own environment where there is one, like the Slurm jobs
 [ ! -x "$REPOSITORY/.venv/bin/python" ] || PYTHON="${PYTHON:-$REPOSITORY/.venv/bin/python}"
 PYTHON="${PYTHON:-python3}"
+DS_CONFIG="${DS_CONFIG:-$REPOSITORY/ds_configs/stage$STAGE.json}"
+MASTER_NODE_ID="${1:-}"
+shift || true
+case "${1:--}" in -*) ;; *) MODEL_PATH="$1"; shift ;; esac # [model] instead of MODEL_PATH
 export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
 case "$MASTER_NODE_ID" in '' | *[!0-9]*) fail "<master_node_id> is '$MASTER_NODE_ID'; usage: bash scripts/train-stage-$STAGE.sh <master_node_id> [model] [more arguments for the trainer] (0 is this machine alone)" ;; esac
 # MODEL_PATH may be a stage folder too
@@ -16,7 +20,7 @@ case "$MASTER_NODE_ID" in '' | *[!0-9]*) fail "<master_node_id> is '$MASTER_NODE
 [ -f "$MODEL_PATH/manifest.json" ] || fail "$MODEL_PATH is missing or incomplete; ${MODEL_HINT:-give a finished model folder}"
 [ -e "$DATA_PATH" ] || fail "$DATA_PATH does not exist; make it with \`beingvl tokenize\`, or set DATA_PATH"
 HOSTFILE="${HOSTFILE:-$REPOSITORY/hostfiles/hostfile-$MASTER_NODE_ID}"
-[ -f "$HOSTFILE" ] || fail "$HOSTFILE does not exist; write one line a host: NAME slots=GPUS"
+[ -f "$HOSTFILE" ] || fail "$HOSTFILE does not exist; write one line per host: NAME slots=GPUS"
 [ -f "$DS_CONFIG" ] || fail "$DS_CONFIG does not exist; the stages' JSON files are in ds_configs/"
 echo "stage $STAGE: start model $MODEL_PATH"
 

@@ -9,11 +9,7 @@ DATA_PATH="${DATA_PATH:-$WORKSPACE/data/tokenized/pt/pretrain_data_vbpe.jsonl}"
 OUTPUT_DIR="${OUTPUT_DIR:-$WORKSPACE/models/beingvl/stage-1}"
 LOG_DIR="${LOG_DIR:-$WORKSPACE/logs/stage-1}"
 MODEL_PATH="${MODEL_PATH:-$WORKSPACE/models/beingvl/base}"
-DS_CONFIG="${DS_CONFIG:-$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../ds_configs/stage1.json}"
 
 STAGE=1
 MODEL_HINT="make it with \`beingvl convert\`, or set MODEL_PATH"
-MASTER_NODE_ID="${1:-}"
-shift || true
-case "${1:--}" in -*) ;; *) MODEL_PATH="$1"; shift ;; esac # [model] instead of MODEL_PATH
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/launch_stage.sh"

@@ -9,11 +9,7 @@ DATA_PATH="${DATA_PATH:-$WORKSPACE/data/tokenized/sft_stage2/sft_stage2_data_vbp
 OUTPUT_DIR="${OUTPUT_DIR:-$WORKSPACE/models/beingvl/stage-2}"
 LOG_DIR="${LOG_DIR:-$WORKSPACE/logs/stage-2}"
 MODEL_PATH="${MODEL_PATH:-$(dirname "$OUTPUT_DIR")/stage-1/final}" # stage 1's output, found by itself
-DS_CONFIG="${DS_CONFIG:-$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../ds_configs/stage2.json}"
 
 STAGE=2
 MODEL_HINT="run stage 1 first (scripts/train-stage-1.sh), or set MODEL_PATH"
-MASTER_NODE_ID="${1:-}"
-shift || true
-case "${1:--}" in -*) ;; *) MODEL_PATH="$1"; shift ;; esac # [model] instead of MODEL_PATH
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/launch_stage.sh"

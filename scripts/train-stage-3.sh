@@ -9,11 +9,7 @@ DATA_PATH="${DATA_PATH:-$WORKSPACE/data/tokenized/sft_stage3/sft_stage3_data_vbp
 OUTPUT_DIR="${OUTPUT_DIR:-$WORKSPACE/models/beingvl/stage-3}"
 LOG_DIR="${LOG_DIR:-$WORKSPACE/logs/stage-3}"
 MODEL_PATH="${MODEL_PATH:-$(dirname "$OUTPUT_DIR")/stage-2/final}" # stage 2's output, found by itself
-DS_CONFIG="${DS_CONFIG:-$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../ds_configs/stage3.json}"
 
 STAGE=3
 MODEL_HINT="run stage 2 first (scripts/train-stage-2.sh), or set MODEL_PATH"
-MASTER_NODE_ID="${1:-}"
-shift || true
-case "${1:--}" in -*) ;; *) MODEL_PATH="$1"; shift ;; esac # [model] instead of MODEL_PATH
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/launch_stage.sh"

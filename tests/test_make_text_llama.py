@@ -19,18 +19,8 @@ LINES = [
     "Is seven even? No.",
     "Is two greater than four, or is it an even number?",
 ]
-SMALL = [
-    "--vocab_size",
-    "300",
-    "--hidden_size",
-    "32",
-    "--num_layers",
-    "1",
-    "--steps",
-    "40",
-    "--sequence_length",
-    "24",
-]
+SIZES = "--vocab_size 300 --hidden_size 32 --num_layers 1 --steps 40 --sequence_length 24"
+SMALL = SIZES.split()
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from beingvl.data.shard_columns import Sample, ShardFacts, map_batch
 from beingvl.data.shard_writer import ShardWriter
 from beingvl.errors import InputError
 from beingvl.vocab import TOKEN_KINDS, VocabLayout
+from tests.command import beingvl
 from tests.tiny import LAYOUT, write_model, write_shards
 
 
@@ -138,40 +139,30 @@ ROW = {
 }
 
 
-def build_shards(tmp_path, rows, *more: str) -> int:
+def build_shards(tmp_path, rows, **options: object) -> int:
     path = tmp_path / "rows.jsonl"
     path.write_text(
         "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
     )
     write_model(tmp_path / "base")
-    return cli.main(
-        [
-            "build-shards",
-            "--jsonl_path",
-            str(path),
-            "--output_path",
-            str(tmp_path / "shards"),
-            *more,
-        ]
-    )
+    output = tmp_path / "shards"
+    return beingvl("build-shards", jsonl_path=path, output_path=output, **options)
 
 
 def test_rows_with_and_without_target_spans_and_merged_image(tmp_path) -> None:
     rows = [ROW, {**ROW, "id": 8, "token_image_new": [279], "target_spans": [[7, 8]]}]
-    assert build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base")) == 0
+    assert build_shards(tmp_path, rows, model_path=tmp_path / "base") == 0
     reader = ShardReader(tmp_path / "shards")
     assert reader[0].input_ids.tolist() == [256, 262, 263, 264, 260, 5, 259, 6, 257]
     assert reader[0].target_spans.tolist() == [[4, 9]]  # a published row: its targets are token_1
     assert reader[1].input_ids.tolist() == [256, 262, 279, 260, 5, 259, 6, 257]
     assert reader[1].target_spans.tolist() == [[7, 8]]
     assert reader[0].id == "7"
-    assert build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base")) == 0  # reused
+    assert build_shards(tmp_path, rows, model_path=tmp_path / "base") == 0  # reused
     assert (
-        build_shards(tmp_path, rows[:1], "--model_path", str(tmp_path / "base")) == 2
+        build_shards(tmp_path, rows[:1], model_path=tmp_path / "base") == 2
     )  # another input, no --overwrite
-    assert (
-        build_shards(tmp_path, rows[:1], "--model_path", str(tmp_path / "base"), "--overwrite") == 0
-    )
+    assert build_shards(tmp_path, rows[:1], model_path=tmp_path / "base", overwrite=True) == 0
     assert len(ShardReader(tmp_path / "shards")) == 1
 
 
@@ -190,56 +181,52 @@ def test_rows_with_and_without_target_spans_and_merged_image(tmp_path) -> None:
     ],
 )
 def test_bad_rows_are_named(tmp_path, capsys, row, message) -> None:
-    assert build_shards(tmp_path, [ROW, row], "--model_path", str(tmp_path / "base")) == 2
+    assert build_shards(tmp_path, [ROW, row], model_path=tmp_path / "base") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "shards" / "manifest.json").exists()
 
 
 def test_merged_images_far_behind_in_a_shard_are_seen(tmp_path, capsys) -> None:
     rows = [{**ROW, "token_1": [5] * 70_000}, {**ROW, "id": 8, "token_image_new": [279]}]
-    assert build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base")) == 0
+    assert build_shards(tmp_path, rows, model_path=tmp_path / "base") == 0
     assert read_manifest(tmp_path / "shards").details["merged_images"] == "not decoded"
     assert "the merged images in these shards were never decoded" in capsys.readouterr().out
 
 
 def test_parts_of_another_version_are_not_gone_on_with(tmp_path, capsys, monkeypatch) -> None:
-    options = ["--model_path", str(tmp_path / "base"), "--part_bytes=100"]
+    options = {"model_path": tmp_path / "base", "part_bytes": 100}
     rows = [{**ROW, "id": number} for number in range(4)]
     with monkeypatch.context() as patch:
         patch.setattr("beingvl.data.build_shards.PARTS_VERSION", 1)
-        assert build_shards(tmp_path, rows, *options, "--rank=0", "--num_ranks=2") == 0
-    assert build_shards(tmp_path, rows, *options) == 2
+        assert build_shards(tmp_path, rows, **options, rank=0, num_ranks=2) == 0
+    assert build_shards(tmp_path, rows, **options) == 2
     assert (
         "unfinished work of another parts_version (found 1, asked for 3)" in capsys.readouterr().err
     )
-    assert build_shards(tmp_path, rows, *options, "--overwrite") == 0
+    assert build_shards(tmp_path, rows, **options, overwrite=True) == 0
 
 
 def test_shards_that_a_kill_in_the_join_left_get_into_no_manifest(tmp_path) -> None:
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "shard-00001.arrow").write_bytes(b"of a run with more parts")
-    assert build_shards(tmp_path, [ROW], "--model_path", str(tmp_path / "base")) == 0
+    assert build_shards(tmp_path, [ROW], model_path=tmp_path / "base") == 0
     assert len(ShardReader(tmp_path / "shards")) == 1
 
 
 def test_an_overwrite_removes_shards_only(tmp_path, capsys) -> None:
-    model = ["--model_path", str(tmp_path / "base")]
-    assert build_shards(tmp_path, [ROW], *model) == 0
+    model = {"model_path": tmp_path / "base"}
+    assert build_shards(tmp_path, [ROW], **model) == 0
     (tmp_path / "shards" / "picture.png").write_bytes(b"somebody's")
-    assert build_shards(tmp_path, [ROW], *model, "--overwrite") == 0
-    assert build_shards(tmp_path, [ROW, {**ROW, "id": 8}], *model, "--overwrite") == 0
+    assert build_shards(tmp_path, [ROW], **model, overwrite=True) == 0
+    assert build_shards(tmp_path, [ROW, {**ROW, "id": 8}], **model, overwrite=True) == 0
     assert (tmp_path / "shards" / "picture.png").read_bytes() == b"somebody's"
     assert "picture.png" not in read_manifest(tmp_path / "shards").files
     rows = tmp_path / "rows" / "data.jsonl"
     rows.parent.mkdir()
     rows.write_text(json.dumps(ROW) + "\n")
     write_manifest_beside(rows, {})
-    assert (
-        cli.main(
-            ["build-shards", f"--jsonl_path={rows}", f"--output_path={rows.parent}", "--overwrite"]
-        )
-        == 2
-    )
+    paths = {"jsonl_path": rows, "output_path": rows.parent}
+    assert beingvl("build-shards", **paths, overwrite=True) == 2
     assert (
         "holds 'jsonl', which a step that writes 'shards' does not replace"
         in capsys.readouterr().err
@@ -250,14 +237,8 @@ def test_an_overwrite_removes_shards_only(tmp_path, capsys) -> None:
 def test_unknown_vocabulary_and_missing_file(tmp_path, capsys) -> None:
     assert build_shards(tmp_path, [ROW]) == 2
     assert "--model_path" in capsys.readouterr().err
-    command = [
-        "build-shards",
-        "--jsonl_path",
-        str(tmp_path / "none.jsonl"),
-        "--output_path",
-        str(tmp_path / "x"),
-    ]
-    assert cli.main([*command, "--model_path", str(tmp_path / "base")]) == 2
+    paths = {"jsonl_path": tmp_path / "none.jsonl", "output_path": tmp_path / "x"}
+    assert beingvl("build-shards", **paths, model_path=tmp_path / "base") == 2
     assert "does not exist" in capsys.readouterr().err
 
 
@@ -333,12 +314,10 @@ def test_a_run_sees_exactly_its_samples(tmp_path) -> None:
 
 
 def test_duplicate_ids_are_refused_or_kept(tmp_path, capsys) -> None:
-    model = ["--model_path", str(tmp_path / "base")]
-    assert build_shards(tmp_path, [ROW, {**ROW, "id": 8}, ROW], *model) == 2
+    model = {"model_path": tmp_path / "base"}
+    assert build_shards(tmp_path, [ROW, {**ROW, "id": 8}, ROW], **model) == 2
     assert "1 rows repeat the id of another row, the first is '7'" in capsys.readouterr().err
-    assert (
-        build_shards(tmp_path, [ROW, {**ROW, "id": 8}, ROW], *model, "--duplicate_ids", "keep") == 0
-    )
+    assert build_shards(tmp_path, [ROW, {**ROW, "id": 8}, ROW], **model, duplicate_ids="keep") == 0
     assert len(ShardReader(tmp_path / "shards")) == 3
 
 
@@ -387,20 +366,9 @@ def test_a_file_that_the_manifest_beside_it_does_not_list_is_not_of_its_vocabula
 def test_parts_of_any_size_give_the_same_rows(tmp_path) -> None:
     rows = [{**ROW, "id": n, "image": [f"{n}.png"], "conversations": "é" * n} for n in range(30)]
     found = []
-    for part_bytes in ("37", "500", "100000"):
-        assert (
-            build_shards(
-                tmp_path,
-                rows,
-                "--model_path",
-                str(tmp_path / "base"),
-                "--num_workers=0",
-                "--part_bytes",
-                part_bytes,
-                "--overwrite",
-            )
-            == 0
-        )
+    options = {"model_path": tmp_path / "base", "num_workers": 0, "overwrite": True}
+    for part_bytes in (37, 500, 100000):
+        assert build_shards(tmp_path, rows, **options, part_bytes=part_bytes) == 0
         reader = ShardReader(tmp_path / "shards")
         found.append(
             [
@@ -415,30 +383,18 @@ def test_parts_of_any_size_give_the_same_rows(tmp_path) -> None:
 
 def test_the_line_of_a_bad_row_is_counted_over_parts(tmp_path, capsys) -> None:
     rows = [*({**ROW, "id": n} for n in range(20)), {"id": 1}]
-    assert (
-        build_shards(
-            tmp_path,
-            rows,
-            "--model_path",
-            str(tmp_path / "base"),
-            "--num_workers=0",
-            "--part_bytes",
-            "200",
-            "--num_workers",
-            "0",
-        )
-        == 2
-    )
+    options = {"model_path": tmp_path / "base", "num_workers": 0, "part_bytes": 200}
+    assert build_shards(tmp_path, rows, **options) == 2
     assert "line 21: not a token row" in capsys.readouterr().err
 
 
 def test_a_line_without_an_end_is_not_read_as_a_whole(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("beingvl.data.token_rows.MAX_LINE_BYTES", 1000)
     rows = [ROW, {**ROW, "id": 8, "token_1": [5] * 2000}]
-    options = ["--model_path", str(tmp_path / "base"), "--num_workers=0"]
-    assert build_shards(tmp_path, rows, *options, "--part_bytes=500") == 2
+    options = {"model_path": tmp_path / "base", "num_workers": 0}
+    assert build_shards(tmp_path, rows, **options, part_bytes=500) == 2
     capsys.readouterr()
-    assert build_shards(tmp_path, rows, *options, "--part_bytes=50000", "--overwrite") == 2
+    assert build_shards(tmp_path, rows, **options, part_bytes=50000, overwrite=True) == 2
     assert (
         "rows.jsonl has a line of more than 1,000 bytes; expected JSONL" in capsys.readouterr().err
     )
@@ -580,7 +536,7 @@ def test_a_disk_that_is_full_behind_the_shard_is_named(tmp_path, monkeypatch, ca
     monkeypatch.setattr(ShardFacts, "save", save_on_a_full_disk)
     rows = [{**ROW, "id": n} for n in range(1000)]
     try:
-        assert build_shards(tmp_path, rows, "--model_path", str(tmp_path / "base")) == 2
+        assert build_shards(tmp_path, rows, model_path=tmp_path / "base") == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "make room and start the same command again" in capsys.readouterr().err
