@@ -179,7 +179,7 @@ def test_another_version_on_one_host_is_named(hosts, work, tmp_path) -> None:
         tmp_path / "other/beingvl",
         ignore=shutil.ignore_patterns("__pycache__", "scripts"),
     )
-    source = tmp_path / "other/beingvl/__init__.py"
+    source = tmp_path / "other/beingvl/version.py"
     source.write_text(source.read_text().replace('__version__ = "', '__version__ = "9.'))
     wrapper = tmp_path / "python"
     wrapper.write_text(
