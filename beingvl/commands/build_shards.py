@@ -25,10 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output_path", type=Path, required=True, help="shard folder to write")
     model = "model folder whose vocabulary the ids belong to, for files without a manifest"
     add("--model_path", type=Path, help=model)
-    vbpe = (
-        "vbpe.json that merged images must decode with, a row's first to its own codes; default: "
-        "the one in --model_path"
-    )
+    vbpe = "vbpe.json to decode and check merged images with; default: the one in --model_path"
     add("--vbpe_path", type=Path, help=vbpe)
     part = "bytes of JSONL that become one shard"
     add("--part_bytes", type=int, default=64 << 20, help=part)

@@ -31,10 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, default=64, help="images per forward pass")
     part = "images that are finished, or lost by a kill, together"
     add("--images_per_part", type=int, default=4096, help=part)
-    workers = "processes that read images; 0 reads in this one"
-    add("--num_workers", type=int, default=0, help=workers)
-    share = "share of unreadable images, 0 … 1, that is tolerated"
-    add("--max_rejected", type=float, default=0.01, help=share)
+    add("--num_workers", type=int, default=0, help="processes that read images; 0: this one")
+    add("--max_rejected", type=float, default=0.01, help="tolerated share of unreadable images")
     add("--device", default="auto", help="torch device; auto is this rank's GPU, else cpu")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     encoder = "of the encoder; auto is bfloat16 on a GPU, float32 on a CPU"

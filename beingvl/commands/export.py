@@ -27,8 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     model = "start model of the stage, a finished stage, or a published folder"
     add("--model", type=Path, required=True, help=model)
-    checkpoint = "STAGE/checkpoints/step-…, or STAGE for its newest one"
-    add("--checkpoint", type=Path, help=checkpoint)
+    add("--checkpoint", type=Path, help="STAGE/checkpoints/step-…, or STAGE for its newest one")
     formats = ("hf", "being-vl-0.5")
     add("--format", choices=formats, default="hf", help="names and layout of the weights")
     add("--output_path", type=Path, required=True, help="folder to write")

@@ -44,17 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--too_long", choices=["reject", "truncate"], default="reject", help=too_long)
     part = "rows that are finished, or lost by a kill, together"
     add("--rows_per_part", type=int, default=4096, help=part)
-    twice = (
-        "two rows with one id in --format arrow: an error, or two samples (for JSONL build-shards "
-        "asks)"
-    )
+    twice = "with --format arrow: two rows with one id are an error, or two samples"
     add("--duplicate_ids", choices=["refuse", "keep"], default="refuse", help=twice)
-    share = "fail when more than this share of rows is rejected"
-    add("--max_rejected", type=float, default=0.01, help=share)
+    add("--max_rejected", type=float, default=0.01, help="tolerated share of rejected rows")
     batch = "images per batch, when images are encoded now"
     add("--batch_size", type=int, default=16, help=batch)
-    workers = "processes that tokenize, or decode images"
-    add("--num_workers", type=int, default=1, help=workers)
+    add("--num_workers", type=int, default=1, help="processes that tokenize, or decode images")
     dtype, dtypes = "of the VQ-GAN, when images are encoded now", ["float32", "bfloat16"]
     add("--torch_dtype", default="float32", choices=dtypes, help=dtype)
     add_rank_arguments(parser)

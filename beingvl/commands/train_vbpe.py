@@ -25,12 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = "folder to write vbpe.json in, or FILE.json without a manifest"
     add("--output_path", type=Path, required=True, help=output)
     add("--num_merges", type=int, default=8192, help="merges to learn")
-    alpha = "weight of spatial consistency against frequency; 0: frequency alone"
-    add("--alpha", type=float, default=0.3, help=alpha)
-    sigma = "how far apart, in cells, offsets of a pair may lie to count as alike"
-    add("--sigma", type=float, default=1.0, help=sigma)
-    count = "pairs that occur less often are never merged"
-    add("--min_count", type=int, default=2, help=count)
+    add(
+        "--alpha", type=float, default=0.3, help="weight of spatial consistency; 0: frequency alone"
+    )
+    add("--sigma", type=float, default=1.0, help="tolerated spread of a pair's positions, in cells")
+    add("--min_count", type=int, default=2, help="pairs that occur less often are never merged")
     size = "number of VQ codes (default: as the vq_codes folder says, else largest code + 1)"
     add("--init_size", type=int, help=size)
     pad = "what the files add to each code: they hold code + vocab_pad"

@@ -49,6 +49,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 VQGAN_FOLDER = "vqgan"
 
 Prompt = str | Sequence[Turn]
+Prompts = Sequence[Prompt]
+Images = Sequence[Any] | None
 """A question, or a chat: (question, answer) pairs whose last answer is None."""
 
 
@@ -212,8 +214,8 @@ class BeingVL:
 
     def generate_with_vbpe(
         self,
-        prompts: Sequence[Prompt],
-        images: Sequence[Any] | None = None,
+        prompts: Prompts,
+        images: Images = None,
         max_new_tokens: int = 128,
         do_sample: bool = False,
         **options: Any,
@@ -226,8 +228,8 @@ class BeingVL:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
-        images: Sequence[Any] | None = None,
+        prompts: Prompts,
+        images: Images = None,
         max_new_tokens: int = 128,
         do_sample: bool = False,
         **options: Any,
@@ -236,9 +238,7 @@ class BeingVL:
         ids = self._prompt_ids(prompts, images, with_vbpe=False)
         return self.answer_token_sequences(ids, max_new_tokens, do_sample=do_sample, **options)
 
-    def _prompt_ids(
-        self, prompts: Sequence[Prompt], images: Sequence[Any] | None, with_vbpe: bool
-    ) -> list[list[int]]:
+    def _prompt_ids(self, prompts: Prompts, images: Images, with_vbpe: bool) -> list[list[int]]:
         """The ids of every prompt; all images go through the VQ-GAN together."""
         if isinstance(prompts, str):
             raise InputError("prompts is one string, expected a list of prompts")

@@ -363,14 +363,7 @@ class Recorder:
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
 
-    def write_step(
-        self,
-        step: int,
-        values: dict[str, Any],
-        flops: float,
-        seconds_of: dict[str, float],
-        sample_ids: list[str],
-    ) -> None:
+    def write_step(self, step: int, values: dict, flops: float, seconds_of: dict, *_: Any) -> None:
         self.steps.append({**values, "flops": flops, "seconds_of": seconds_of})
 
     def save(self, progress: object) -> None: ...
