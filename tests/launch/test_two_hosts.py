@@ -26,7 +26,7 @@ ROWS_ONLY = [{"match": "visual_rows"}, {"match": ".*", "train": False}]
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    block = {"trainable": ROWS_ONLY, "checkpoint_every_steps": 0, "stall_timeout_seconds": 8}
+    block = {"trainable": ROWS_ONLY, "checkpoint_every_steps": 0, "stall_timeout_seconds": 20}
     return write_inputs(
         tmp_path_factory.mktemp("hosts"),
         stage1=stage_fields(max_steps=20, epochs=20, **block),
