@@ -1,6 +1,4 @@
-"""The one exception for what a user gave us: a sentence with cause and remedy, shown without a
-traceback, exit code 2.
-"""
+"""The exception for what a user gave us: one sentence with cause and remedy, exit code 2."""
 
 
 class InputError(ValueError):

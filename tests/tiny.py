@@ -53,7 +53,7 @@ def write_model(
 
 
 def write_tokenizer(folder: Path, layout: VocabLayout) -> None:
-    """One id a byte, then bos and eos, then the new tokens."""
+    """One id per byte, then bos and eos, then the new tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
         models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[])
@@ -105,7 +105,7 @@ def random_samples(layout: VocabLayout, targets: Sequence[tuple[int, int]]) -> l
 
 
 def write_inputs(folder: Path, **stages: dict) -> Path:
-    """What a training run needs: `base/`, `shards/`, and one JSON file a keyword, name -> stage
+    """What a training run needs: `base/`, `shards/`, and one JSON file per keyword, name -> stage
     fields.
     """
     write_model(folder / "base")
@@ -116,7 +116,7 @@ def write_inputs(folder: Path, **stages: dict) -> Path:
 
 
 def stage_fields(**block: object) -> dict:
-    """A stage JSON for two CPU ranks: ZeRO-3, fp32, everything trained, 4 sequences a step.
+    """A stage JSON for two CPU ranks: ZeRO-3, fp32, everything trained, 4 sequences per step.
 
     Adam divides by |gradient| + eps: with an eps of 1e-8 a gradient that is rounding alone becomes
     a step of the learning rate, and at this one runs that agree to 1e-7 in every gradient would

@@ -49,15 +49,11 @@ GONE = (errno.ENOENT, errno.ESTALE)  # what a removed folder answers, the second
 
 
 class OvertakenError(Exception):
-    """The parts were removed, or begun anew, by another process: there is nothing left to do for
-    this one.
-    """
+    """Another process removed the parts, or began anew: nothing is left to do for this one."""
 
 
 class Parts:
-    """The parts of one output folder. `request` says what is made; parts of another request are
-    refused.
-    """
+    """The parts of one output folder; `request` says what is made, others are refused."""
 
     def __init__(self, output: Path, request: Mapping[str, Any], name: str = FOLDER) -> None:
         self.folder = output / name
@@ -102,9 +98,7 @@ class Parts:
         return [number for number in range(num_parts) if number not in finished]
 
     def are_to_be_joined(self, num_parts: int, is_joined: bool, rank: int, num_ranks: int) -> bool:
-        """Asked by a rank that has made its own, under the lock: whether all are there, and
-        joining them is left to it.
-        """
+        """Whether all parts are there, so that the rank that asks, under the lock, joins them."""
         if is_joined:
             self.remove()  # what this rank may have added while another removed them
             return False

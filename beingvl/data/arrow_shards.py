@@ -120,9 +120,7 @@ class ShardReader:
 
     @cached_property
     def members(self) -> list[np.ndarray]:
-        """Sample numbers of every source, ascending, memory-mapped: the sources are in the order
-        of `sources`.
-        """
+        """Ascending sample numbers of every source, memory-mapped, in the order of `sources`."""
         sizes = [entry["samples"] for entry in self.manifest.details["sources"].values()]
         return np.split(self._members, np.cumsum(sizes)[:-1])
 
@@ -137,9 +135,7 @@ class ShardReader:
         return shard
 
     def all_ids(self) -> Iterator[np.ndarray]:
-        """The token ids of every shard, end to end. Raises InputError for an id outside the
-        vocabulary.
-        """
+        """Token ids of every shard. Raises InputError for an id outside the vocabulary."""
         for number, name in enumerate(self._names):
             ids = self._shard(number).all_ids
             if largest_id(ids) >= self.layout.size:
@@ -151,9 +147,7 @@ class ShardReader:
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        """One sample. Raises InputError where a damaged file gives what could not have been
-        written.
-        """
+        """One sample. Raises InputError for what only a damaged file could hold."""
         number = bisect_right(self._starts, index) - 1
         shard, row = self._shard(number), int(index - self._starts[number])
         ids, spans = shard.list("input_ids", row), shard.list("target_spans", row)
@@ -183,9 +177,7 @@ class ShardReader:
                 self.give_back_pages()
 
     def give_back_pages(self) -> None:
-        """Let go of all pages that were read; arrays stay valid, and what is asked for again is
-        mapped again.
-        """
+        """Let go of all pages that were read; arrays stay valid and are mapped again."""
         # All of them, as views map pages again; a copy, as other threads open some.
         for shard in list(self._open.values()):
             shard.give_back_pages()

@@ -83,18 +83,14 @@ def open_tokenizer(model_folder: Path | str) -> Tokenizer:
 
 
 class TextEncoder:
-    """Text to token ids with a model folder's tokenizer.json; `plain` never produces a special
-    or visual token.
-    """
+    """Text to token ids with a model folder's tokenizer.json; `plain` makes no special token."""
 
     def __init__(self, model_folder: Path | str, layout: VocabLayout) -> None:
         self._tokenizer = open_tokenizer(model_folder)
         self._layout = layout
 
     def plain(self, text: str) -> list[int]:
-        """Ids of `text` as ordinary text. Raises InputError when it spells a reserved token such
-        as `IMGIMGAAAAAAZ`.
-        """
+        """Ids of ordinary text. Raises InputError when it spells a token like `IMGIMGAAAAAAZ`."""
         ids = self._encode(text, with_specials=False)
         reserved = [token for token in ids if token >= self._layout.num_text]
         if reserved:
@@ -105,9 +101,7 @@ class TextEncoder:
         return ids
 
     def with_specials(self, text: str) -> list[int]:
-        """Ids of `text` in which special tokens may be spelled out (template `being-vl-0.5`
-        only).
-        """
+        """Ids of `text`, which may spell special tokens (template `being-vl-0.5` only)."""
         return self._encode(text, with_specials=True)
 
     def _encode(self, text: str, with_specials: bool) -> list[int]:

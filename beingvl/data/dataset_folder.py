@@ -3,7 +3,7 @@
 NAME_base.jsonl, NAME_vbpe.jsonl    or the shard folders NAME_base/, NAME_vbpe/
 rejected.jsonl                      {"dataset", "index", "id", "reason"} of every rejected row
                                     of all datasets
-manifest.json                       details.datasets: one entry a finished dataset, added when
+manifest.json                       details.datasets: one entry per finished dataset, added when
                                     it is finished, replaced alone;
                                     it lists the files of finished datasets only
 """
@@ -74,9 +74,7 @@ class DatasetFolder:
         print(f"{self.folder}: {self.name} is finished already, with the same inputs: reused")
 
     def remove(self) -> None:
-        """Take this dataset, finished or not, out of the folder; the others stay complete at
-        every moment.
-        """
+        """Take this dataset out of the folder; the others stay complete at every moment."""
         manifest = self._manifest()
         if manifest is not None and self.name in manifest.details["datasets"]:
             others = {
@@ -91,9 +89,7 @@ class DatasetFolder:
         self.delete_files()
 
     def delete_files(self) -> None:
-        """Whatever a run that ended early may have left in the places of this dataset's files;
-        never call it when finished.
-        """
+        """Remove what a run that ended early left of this dataset; never called when finished."""
         for variant in VARIANTS:
             self.file(variant).unlink(missing_ok=True)
             shutil.rmtree(self.shards(variant), ignore_errors=True)

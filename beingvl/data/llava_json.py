@@ -35,9 +35,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 @dataclass(frozen=True)
 class BrokenRow:
-    """A line of JSONL that is not JSON, or a row that is not an object: the file goes on behind
-    it.
-    """
+    """A line that is not JSON, or a row that is not an object: the file goes on behind it."""
 
     reason: str
 
@@ -82,7 +80,7 @@ def rows_of_part(path: Path, start: Place, count: int) -> list[Row]:
 
 def stream_rows_and_broken(path: Path) -> Iterator[Row]:
     """Rows of a LLaVA JSON array or JSONL file, and what stands in the place of one. Blank lines
-    are no rows. Raises InputError as `survey` does.
+    are not rows. Raises InputError as `survey` does.
     """
     return (row for _, row in _rows(path, Place()))
 

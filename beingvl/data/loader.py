@@ -151,7 +151,7 @@ class TrainingData:
         """Its name is a hash of all that decides the plan, so it is never out of date."""
         decides = [PLAN_VERSION, WINDOW, self.shards.manifest.content_hash, self.mixture.identity]
         decides += [self._num_samples, self._sequence_length, self._packing]
-        # Manifests leave out what ends in .tmp: a plan is no part of the shards.
+        # Manifests leave out what ends in .tmp: a plan is not part of the shards.
         return self.shards.folder / f"plan-{hash_bytes(json.dumps(decides).encode())[7:23]}.tmp"
 
     def _kept_plan(self) -> dict[str, Any] | None:
@@ -192,9 +192,7 @@ class TrainingData:
     def sequence_numbers(
         self, step: int, micro_step: int, rank: int, num_ranks: int, micro_batch_size: int
     ) -> range:
-        """The sequences of one micro step of one rank; shorter or empty at the very end of the
-        run.
-        """
+        """One rank's sequences of a micro step; fewer or none at the very end of the run."""
         start = step * self.sequences_per_step + (micro_step * num_ranks + rank) * micro_batch_size
         end = self.plan.at_most(start + micro_batch_size)
         return range(start, max(start, end))
@@ -215,9 +213,7 @@ class TrainingData:
         return sequences[number]
 
     def _pack(self, window: int, num_sequences: int) -> list[np.ndarray]:
-        """Samples of the window's sequences. Raises InputError when there are not as many as
-        were planned.
-        """
+        """Samples of the window's sequences. Raises InputError for another number than planned."""
         start = window * WINDOW
         drawn, lengths, _ = self._draw(start, min(start + WINDOW, self._num_samples))
         if not self._packing:
@@ -286,9 +282,7 @@ class TrainingData:
 
 
 def open_mixture(shards: ShardReader, weights: Mapping[str, float], by: str, seed: int) -> Mixture:
-    """The mixture of a stage's JSON: `weights` are shares `by` samples or tokens. Raises
-    InputError for impossible ones.
-    """
+    """`weights` are shares `by` samples or tokens. Raises InputError for impossible ones."""
     weights = dict(weights)
     check_weights(weights)
     if by not in ("samples", "tokens"):

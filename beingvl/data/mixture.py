@@ -58,8 +58,8 @@ class Mixture:
         total = sum(drawn.values())
         self._shares = [weight / total for weight in drawn.values()]
         self._largest = max(range(len(self._shares)), key=lambda s: self._shares[s])
-        # Where a share of a block is no whole number, it is rounded up now and then, at the expense
-        # of the largest source.
+        # A share of a block that is not a whole number is rounded up now and then, at the expense of
+        # the largest source.
         num_rounded = sum((share * BLOCK).denominator > 1 for share in self._shares)
         self._block = BLOCK * max(1, math.ceil(num_rounded / self._shares[self._largest] / BLOCK))
         self._members = [members[index] for index in self._indices]
@@ -87,9 +87,7 @@ class Mixture:
         return sum(map(len, self._members))
 
     def draw(self, start: int, stop: int) -> np.ndarray:
-        """Sample indices `[stop - start]` uint32 at positions start … stop-1 of the global
-        order.
-        """
+        """Sample indices `[stop - start]` uint32 at these positions of the global order."""
         first, last = start // self._block, -(-stop // self._block)
         at_once = DRAWS_AT_ONCE // self._block
         blocks = [self._blocks(at, min(at + at_once, last)) for at in range(first, last, at_once)]
@@ -110,9 +108,7 @@ class Mixture:
         }
 
     def _allotment(self, num_blocks: int) -> list[int]:
-        """Draws per source in the first `num_blocks` blocks; what rounding leaves goes to the
-        largest source.
-        """
+        """Draws per source in `num_blocks` blocks; the largest source gets what rounding leaves."""
         draws = self._block * num_blocks
         counts = [share.numerator * draws // share.denominator for share in self._shares]
         counts[self._largest] += draws - sum(counts)
@@ -160,7 +156,7 @@ class Mixture:
 
 
 def check_weights(weights: Mapping[str, Any]) -> None:
-    """Raises InputError for weights that are no finite numbers, negative, or all 0."""
+    """Raises InputError for weights that are negative, not finite, or all 0."""
     are_numbers = all(
         isinstance(weight, int | float) and not isinstance(weight, bool)
         for weight in weights.values()

@@ -95,9 +95,7 @@ class PackingPlan:
                 self._grown.notify_all()
 
     def _rest(self) -> None:
-        """While others work, but not for ever: somebody may wait for the number of all sequences
-        meanwhile.
-        """
+        """While others work, but not for ever: somebody may wait for the number of sequences."""
         with self._grown:
             self._grown.wait_for(lambda: not self._num_at_work, LONGEST_REST_SECONDS)
 
@@ -130,9 +128,7 @@ class PackingPlan:
 
     @property
     def starts(self) -> np.ndarray:
-        """`[num_windows + 1]` int64: sequence s lies in the window w with `starts[w] <= s <
-        starts[w + 1]`.
-        """
+        """`[num_windows + 1]` int64: window w holds sequences `starts[w]` to `starts[w + 1]`."""
         self._wait(math.inf)
         return np.array(self._starts)
 

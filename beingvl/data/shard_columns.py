@@ -49,9 +49,7 @@ class Sample(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row to be written. `ids` are parts that lie end to end; `spans` is flat: start, end,
-    start, end, …
-    """
+    """One row to be written. `ids` are parts to be joined; `spans` is flat: start, end, start, …"""
 
     id: str
     image: str
@@ -158,9 +156,7 @@ def largest_id(values: np.ndarray) -> int:
 
 
 def _check_spans(rows: ShardColumns) -> None:
-    """Ascending, inside 1 … length: nothing stands before a row's first token that could predict
-    it.
-    """
+    """Ascending, inside 1 … length: nothing could predict the first token of a row."""
     spans, starts, lengths = rows.spans, rows.span_starts, rows.lengths
     count = np.diff(starts)
     row_of = np.repeat(np.arange(len(rows)), count)

@@ -96,9 +96,7 @@ def finish_shards(
 
 
 class ShardWriter:
-    """Collects samples and writes a shard whenever `rows_per_shard` are there; `finish` writes
-    the manifest.
-    """
+    """Writes a shard per `rows_per_shard` samples; `finish` writes the manifest."""
 
     def __init__(
         self, folder: Path, layout: VocabLayout, rows_per_shard: int = ROWS_PER_SHARD

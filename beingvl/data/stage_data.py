@@ -1,6 +1,4 @@
-"""The data of a stage, from its JSON: the one way in which training, `plan` and `report data` make
-it.
-"""
+"""The data of a stage from its JSON, for training, `plan` and `report data` alike."""
 
 from __future__ import annotations
 

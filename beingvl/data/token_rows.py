@@ -225,9 +225,7 @@ def are_fine(rows: Sequence[TokenRow], layout: VocabLayout, vbpe: VisualBPE) -> 
 
 
 def further_images(row: Row, layout: VocabLayout) -> list[np.ndarray]:
-    """The images in token_1. One at the end of its row is one that `--too_long truncate` has cut,
-    and is left out.
-    """
+    """The images in token_1, but one that `--too_long truncate` has cut at the end of the row."""
     images, after = [], row.ids[2]
     for begin in np.flatnonzero(after == layout.boi_id).tolist():
         tokens = after[begin + 1 :]

@@ -247,9 +247,7 @@ class Answering(Evaluation):
         return token_ids
 
     def _image_tokens(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
-        """Image key -> token ids `[n]` int32; an image is encoded once, however many questions
-        of the part are about it.
-        """
+        """Image key -> token ids `[n]` int32; each image of the part is encoded once."""
         if not keys:
             return {}
         if self._codes:

@@ -38,7 +38,7 @@ def answer_questions(
     """Answers in the order of `questions`, in batches of equal options; `on_answers` is called with
     how many more are done.
 
-    Raises InputError for options that this model cannot follow and for visuals that are no images.
+    Raises InputError for options that this model cannot follow and for visuals that are not images.
     """
     groups: dict[tuple[int, float], list[int]] = {}
     for index, question in enumerate(questions):

@@ -255,9 +255,7 @@ def _mme_pairs(references: Sequence[Reference]) -> dict[str, dict[tuple[str, ...
 
 
 def mme(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
-    """A task's score is 100 x (share of right questions + share of images with both right), at
-    most 200.
-    """
+    """100 x (share of right questions + share of images with both right), at most 200."""
     by_row = scored_by_row("accuracy", lambda said, answers: is_correct(read_mme(said), answers))
     scores = by_row(predictions, references)
     assert scores.of_rows is not None

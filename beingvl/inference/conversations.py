@@ -45,9 +45,7 @@ class Conversations:
         return picture, token_ids.tolist(), words
 
     def ask(self, question: str, turns: Turns, image: list[int] | None) -> Iterator[str]:
-        """The answer so far, again and again while it grows. Raises InputError for what cannot
-        be asked.
-        """
+        """The answer so far, while it grows. Raises InputError for what cannot be asked."""
         images = [np.array(image, np.int32)] if image else []
         prompt_ids = self._model.tokenize_with_tokens([*turns, (question, None)], images)
 

@@ -104,9 +104,7 @@ class BeingVL:
 
     @cached_property
     def context(self) -> int | None:
-        """Tokens that a prompt and its answer may have together, from config.json; None where it
-        does not say.
-        """
+        """Tokens that prompt and answer may have together; None where config.json does not say."""
         try:
             config = AutoConfig.from_pretrained(self.model_path)
         except (OSError, ValueError) as error:
@@ -341,7 +339,7 @@ class BeingVL:
         for row, ids in enumerate(sequences):
             input_ids[row, width - len(ids) :] = torch.tensor(ids)
             attention_mask[row, width - len(ids) :] = 1
-        # A vocabulary that was rounded up has rows that are no token.
+        # A vocabulary that was rounded up has rows without a token.
         num_rows = self.model.get_input_embeddings().num_embeddings
         padding_rows = list(range(self.layout.size, num_rows))
         out = self.model.generate(

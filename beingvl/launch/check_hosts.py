@@ -69,9 +69,7 @@ class Wanted:
 
 
 def hosts_of(hostfile: Path | str, num_ranks: int | None = None) -> list[Host]:
-    """The hosts of a hostfile. On this machine alone `num_ranks`, or what it has, replaces the
-    slots.
-    """
+    """The hosts of a hostfile; on this machine alone `num_ranks` or its GPUs replace slots."""
     hosts = read_hostfile(hostfile)
     if is_this_machine_alone(hosts):
         return [Host(hosts[0].name, ranks_here(hosts[0], num_ranks, count_devices()))]
@@ -138,9 +136,7 @@ def ssh_options() -> list[str]:
 def run_on(
     host: str, command: str, seconds: float = ANSWER_SECONDS
 ) -> subprocess.CompletedProcess[str]:
-    """Run a shell command on a host over ssh; the exit code is 255 when it does not answer in
-    time.
-    """
+    """Run a command on a host over ssh; exit code 255 when it does not answer in time."""
     words = ["ssh", "-n", *ssh_options(), host, command]
     try:
         return subprocess.run(words, capture_output=True, text=True, timeout=seconds)
@@ -151,9 +147,7 @@ def run_on(
 def check_hosts(
     hosts: Sequence[Host], wanted: Wanted
 ) -> tuple[dict[str, dict[str, Any]], list[Finding]]:
-    """Probe all hosts at once; returns the answers of those that gave one, and the rows of the
-    table.
-    """
+    """Probe all hosts at once; returns the answers there are, and the rows of the table."""
     is_alone = is_this_machine_alone(hosts)
     nvme, stage_rows = _check_stage(wanted, sum(host.slots for host in hosts))
     question: dict[str, Any] = {

@@ -85,9 +85,7 @@ def _read_users_file(path: Path) -> dict[str, str]:
 
 
 def format_environment(variables: Mapping[str, str]) -> str:
-    """The file's text: no comment, no empty line; what a shell would read between double quotes
-    is escaped.
-    """
+    """The file's text, without comments or empty lines, escaped for a shell's double quotes."""
     escaped = {name: re.sub(r'([\\"$`])', r"\\\1", value) for name, value in variables.items()}
     return "".join(f"{name}={value}\n" for name, value in escaped.items())
 

@@ -112,9 +112,7 @@ def _must_be_ready(hosts: Sequence[Host], wanted: Wanted, only_reachable: bool) 
 
 
 def find_master_address(hosts: Sequence[Host], answers: Mapping[str, Mapping[str, Any]]) -> str:
-    """Rank 0's address as the other hosts see it, from the addresses of the ssh connections that
-    asked them.
-    """
+    """Rank 0's address as others see it, from the ssh connections that asked the hosts."""
     first = answers[hosts[0].name]["server_address"]
     if first and not first.startswith("127.") and first != "::1":
         return first
@@ -183,9 +181,7 @@ class Run:
         ]  # fmt: skip
 
     def _devices_here(self) -> list[str]:
-        """DeepSpeed ignores CUDA_VISIBLE_DEVICES beside --num_gpus, and would take other
-        people's GPUs.
-        """
+        """With --num_gpus DeepSpeed ignores CUDA_VISIBLE_DEVICES, and would take others' GPUs."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if not visible or self.environment.get("DS_ACCELERATOR") == "cpu":
             return ["--num_gpus", str(self.hosts[0].slots)]

@@ -71,8 +71,8 @@ class ExtendedHead(nn.Module):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Cross entropy of linear logits over two row blocks, `chunk` positions at a time, in float32.
 
-    Of the forward pass only log(sum(exp(logits))) is kept, one number a position; the backward pass
-    makes a chunk's logits again and adds its share to the gradients in place. Logits are the
+    Of the forward pass only log(sum(exp(logits))) is kept, one number per position; the backward
+    pass makes a chunk's logits again and adds its share to the gradients in place. Logits are the
     model's dtype before they become float32, as without chunks.
     """
 

@@ -213,9 +213,7 @@ def examples(
 
 
 def spread_over_sources(members: Sequence[np.ndarray], count: int) -> list[int]:
-    """At most `count` samples, of every source in turn, evenly over the source's own (`members`:
-    sample numbers of each).
-    """
+    """At most `count` samples, of every source (`members`) in turn, evenly over its own."""
     shares = [0] * len(members)
     # The smallest first: what it lacks, the others have.
     for source in sorted(range(len(members)), key=lambda source: len(members[source])):
@@ -232,18 +230,14 @@ def spread_over_sources(members: Sequence[np.ndarray], count: int) -> list[int]:
 
 
 def images_of(ids: np.ndarray, shards: ShardReader) -> list[np.ndarray]:
-    """The image ids of every image of a sample: between two images there is always another
-    token.
-    """
+    """The ids of every image of a sample: between two images there is always a token."""
     is_image = shards.layout.is_image_token(ids)
     runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(is_image)) + 1)
     return [shards.layout.token_to_image_ids(ids[run]) for run in runs if is_image[run[0]]]
 
 
 def picture_of(image_ids: np.ndarray, options: DataOptions) -> np.ndarray | None:
-    """The picture of one image's ids `[n]`; None when they are not exactly one grid, or merged by
-    an unknown vBPE.
-    """
+    """The picture of an image's ids `[n]`; None when they are not a grid, or of an unknown vBPE."""
     if options.vqgan is None:
         return None
     height, width = options.vqgan.grid

@@ -77,9 +77,7 @@ def hash_groups(stages: Mapping[str, Path], base: Path | None) -> list[GroupHash
 
 
 def hash_parameters(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Parameter name, as the freezer knows it -> (shape, hash of its bytes). Embedding and head
-    count as two each.
-    """
+    """The freezer's parameter name -> (shape, hash); embedding and head count as two each."""
     weights, layout = WeightFolder(folder), VocabLayout.load(folder)
     found = {}
     for stored in progress(list(weights), name=f"hash {folder}", unit="tensor", leave=False):

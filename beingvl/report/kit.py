@@ -65,9 +65,7 @@ _TEMPLATES.filters |= {"form": _form, "data_url": _data_url}
 
 
 def chart(figure: Figure, name: str) -> Markup:
-    """A figure as a part of a page, in the colours of its theme. `name` makes the ids in it its
-    own.
-    """
+    """A figure as a part of a page, in its theme's colours; `name` keeps its ids apart."""
     for text in figure.findobj(Text):
         if text.get_color() == "black":
             text.set_color(INK)

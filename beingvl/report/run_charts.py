@@ -78,9 +78,7 @@ def _show_answer(axes: Axes, example: Example) -> None:
 
 
 def training_curves(stages: Mapping[str, TrainedStage], summary: Mapping[str, Any]) -> Figure:
-    """Left: loss over the steps of all stages, one after another. Right: accuracy after each, of
-    a few questions.
-    """
+    """Left: loss over the steps of all stages. Right: accuracy after each, of a few questions."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     if summary["test_accuracy"]:
         losses, scores = figure.subplots(1, 2, width_ratios=[1.5, 1])

@@ -26,9 +26,7 @@ def run_page(
     examples: Sequence[Example],
     charts: Mapping[str, Figure],
 ) -> str:
-    """HTML text of a run called `name`; `charts`: training and, where there are examples,
-    contact_sheet.
-    """
+    """HTML text of a run called `name`; `charts`: training and perhaps contact_sheet."""
     asked = f"{summary['test_questions']} questions about {summary['test_images']} held-out images"
     body = render(
         "run.html",

@@ -84,9 +84,7 @@ class Example:
 
 
 def read_run(paths: RunPaths) -> Run:
-    """Raises InputError when there is neither a stage nor an evaluation, or a piece that was named
-    does not exist.
-    """
+    """Raises InputError without a stage or evaluation, or when a named piece does not exist."""
     folder, stages = paths.run, paths.stages or paths.run
     if not folder.is_dir():
         raise InputError(
@@ -212,9 +210,7 @@ def _data_options(
 
 
 def choose_examples(pieces: Run) -> list[Example]:
-    """Ten questions evenly over the test images, taking turns through the questions asked about
-    each.
-    """
+    """Ten questions evenly over the test images, the questions about them in turn."""
     rows_of_image: dict[str, list[dict[str, Any]]] = {}
     for row in pieces.predictions:
         if isinstance(row["image"], str):
@@ -226,9 +222,7 @@ def choose_examples(pieces: Run) -> list[Example]:
 
 
 def _make_examples(pieces: Run, rows: list[dict[str, Any]]) -> list[Example]:
-    """Images are encoded here. A VQ-GAN without decoder shows what it was given instead of what
-    it makes of it.
-    """
+    """Images are encoded here; a VQ-GAN without decoder shows what it was given."""
     if not rows or pieces.vqgan is None or pieces.images is None:
         return []
     images = [read_image(pieces.images / row["image"]) for row in rows]

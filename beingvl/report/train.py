@@ -138,9 +138,7 @@ def set_title(axes: Axes, text: str) -> None:
 
 
 def scale_by_range(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis for values, all positive, of which the largest is LOG_SCALE_FROM times
-    the smallest.
-    """
+    """A logarithmic axis where the largest value is LOG_SCALE_FROM times the smallest, above 0."""
     finite = np.array(values, float)
     finite = finite[np.isfinite(finite)]
     if len(finite) and finite.max() > LOG_SCALE_FROM * finite.min() > 0:

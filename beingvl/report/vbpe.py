@@ -88,9 +88,7 @@ def load_decoder(path: Path) -> VQGAN:
 
 
 def measure(vbpe: VisualBPE, paths: Sequence[Path], max_images: int, seed: int) -> Sample:
-    """Encode a sample of images of one grid size. Raises InputError for codes of another code book
-    or VQ-GAN.
-    """
+    """Encode a sample of images of one grid size. Raises InputError for codes of another VQ-GAN."""
     if max_images < 1:
         raise InputError(f"--max_images is {max_images}, expected at least 1")
     codes, names = open_codes(paths, vbpe.num_codes), " and ".join(map(str, paths))

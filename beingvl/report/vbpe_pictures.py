@@ -62,9 +62,7 @@ class Sample:
 
 
 def draw_pictures(vbpe: VisualBPE, sample: Sample | None, vq: VQGAN | None) -> Pictures:
-    """Pictures and captions: tiles of the `largest` and most `used` tokens and of `shapes`, and
-    `examples`.
-    """
+    """Pictures and captions: tiles of `largest`, most `used` and `shapes`, and `examples`."""
     merges = np.arange(vbpe.num_codes, vbpe.num_ids)
     used = sample.used[merges] if sample else np.zeros(len(merges), int)
     groups = {"largest": merges[np.lexsort((-used, -vbpe.sizes[merges]))]}

@@ -134,7 +134,7 @@ ZERO_KEYS: dict[str, Schema] = {
         "would be wrong",
     ),
     "zero_hpz_partition_size": only(
-        1, "its second copy of the weights is not loaded, and the first loss is no number"
+        1, "its second copy of the weights is not loaded, and the first loss is not a number"
     ),
     "zero_quantized_weights": only(False, "weights must pass between ranks as they are"),
     "zero_quantized_nontrainable_weights": only(

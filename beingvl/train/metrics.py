@@ -185,7 +185,7 @@ def _start_wandb(output: Path) -> Any:
 
 
 def _open_from(path: Path, first_step: int) -> TextIO:
-    """Open for appending, after lines of later steps than `first_step` are cut off."""
+    """Open for appending, after removing lines of later steps than `first_step`."""
     if path.is_file():
         kept = [line for row, line in _whole_lines(path) if row["step"] <= first_step]
         write_atomically(path, "".join(kept))
@@ -193,7 +193,7 @@ def _open_from(path: Path, first_step: int) -> TextIO:
 
 
 def _whole_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """(row, line) of all lines but one that a crash cut off."""
+    """(row, line) of all lines but one that a crash truncated."""
     found = []
     for line in path.read_text().splitlines(keepends=True):
         try:

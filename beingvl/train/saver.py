@@ -1,6 +1,4 @@
-"""What the loop calls to save: freezer check, probe logits, this rank's slices, and the description
-of the whole.
-"""
+"""What the loop calls to save: freezer check, probe logits, this rank's slices, manifest."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The accumulation window: all micro-batches of one optimizer step on this rank, fetched while the
-step before it computes.
-"""
+"""The micro-batches of one optimizer step on this rank, fetched while the step before computes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The training guide's name for `beingvl convert`; also runs as a script from the repository
-root, without installation.
-"""
+"""The training guide's name for `beingvl convert`; also a script that needs no installation."""
 
 import sys
 from pathlib import Path

@@ -361,9 +361,7 @@ def list_code_pairs(
 
 @kernel
 def sort_places(entry: int, links: Ints, places: Ints) -> int:
-    """Relink a list so that its places ascend; returns its first entry. By insertion, since the
-    list nearly descends.
-    """
+    """Relink a list by insertion so that its places ascend; returns its first entry."""
     first = -1
     while entry >= 0:
         before = links[entry]

@@ -156,9 +156,7 @@ def import_published(
 def encode_legacy_reference(
     codes: np.ndarray, num_codes: int, merges: Sequence[tuple[int, int]]
 ) -> list[int]:
-    """The readable twin: the first merge on the grid `[H, W]`, every later one from left to
-    right on the flat stream.
-    """
+    """The readable twin: first merge on the grid `[H, W]`, later ones on the flat stream."""
     if len(merges) == 0:
         return codes.ravel().tolist()
     height, width = codes.shape
@@ -228,9 +226,7 @@ def encode_legacy_images(
 
 @kernel
 def flatten_first(grid: Ints, num_codes: int, merges: Ints, stream: Ints) -> int:
-    """The first merge, on the grid: right neighbour, else lower one. Writes the flat stream and
-    returns its length.
-    """
+    """First merge on the grid: right, else lower neighbour; returns the flat stream's length."""
     height, width = grid.shape
     gone = np.zeros((height, width), np.bool_)
     first, second = (merges[0, 0], merges[0, 1]) if len(merges) else (-1, -1)

@@ -30,9 +30,7 @@ class TokenGrid:
         self.owner: dict[Cell, Cell] = {cell: cell for cell in self.ids}
 
     def pairs(self) -> Iterator[Merge]:
-        """Every pair of tokens that share an edge, once, as (a, b, dy, dx) with a the earlier
-        anchor.
-        """
+        """Every pair of tokens that share an edge, as (a, b, dy, dx); a has the earlier anchor."""
         touching = set()
         for (y, x), anchor in self.owner.items():
             for neighbour in ((y, x + 1), (y + 1, x)):
@@ -142,9 +140,7 @@ def cells_reference(image_id: int, num_codes: int, merges: Sequence[Merge]) -> d
 def decode_reference(
     ids: Sequence[int], height: int, width: int, num_codes: int, merges: Sequence[Merge]
 ) -> np.ndarray:
-    """The code grid `[height, width]` of a valid stream: put every token at the first cell not
-    yet covered.
-    """
+    """The code grid `[height, width]`: every token is put at the first cell not yet covered."""
     grid = np.full((height, width), -1)
     for image_id in ids:
         y, x = divmod(int(np.argmin(grid.ravel() >= 0)), width)

@@ -102,9 +102,7 @@ class VisualBPE(Vocabulary):
 
     @cached_property
     def shapes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The cells of all ids, end to end: where each id's start, int64 `[num_ids + 1]`, then
-        dy, dx and code, int32.
-        """
+        """Cells of all ids: their starts, int64 `[num_ids + 1]`, then dy, dx and code, int32."""
         tables = self.tables
         dy = (tables.cells + fast.SPAN // 2) // fast.SPAN
         return tables.cell_start, dy, tables.cells - dy * fast.SPAN, tables.codes

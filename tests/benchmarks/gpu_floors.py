@@ -14,7 +14,7 @@ import torch
 
 
 def measure_floors(device: torch.device) -> dict[str, float | str]:
-    """Operations and bytes a second, and seconds of the head's products, by name."""
+    """Operations and bytes per second, and seconds of the head's products, by name."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",

@@ -27,7 +27,7 @@ them all; what is left out then is named.
     phases      seconds of a step by phase, from --phase_steps further steps in which the GPU is
                 waited for at every border
 
-`--against published`: Hugging Face's Trainer with DeepSpeed ZeRO-2, one sample a micro-batch,
+`--against published`: Hugging Face's Trainer with DeepSpeed ZeRO-2, one sample per micro-batch,
 logits of all tokens, everything trained. The rows are the same, in our order, in bf16 with the same
 optimizer and activation checkpointing, and as many are in an optimizer step as ours has. Losses are
 not compared: the two sides start from different random weights (tests.benchmarks.train compares
@@ -507,7 +507,7 @@ def samples_in(data: Any, step: int) -> int:
 
 
 def run_published(case: dict[str, Any], device: Any) -> dict[str, Any]:
-    """The same rows in our order, one a micro-batch; as many in an optimizer step as ours have."""
+    """The same rows in our order, one per micro-batch, as many in an optimizer step as ours."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,5 +1,5 @@
 """This loop under ZeRO-3 against Hugging Face `Trainer` with DeepSpeed, the way models of this
-kind are published: one sample a micro-batch, JSONL in memory, logits of all tokens. Same small
+kind are published: one sample per micro-batch, JSONL in memory, logits of all tokens. Same small
 model, same rows, same ranks, one after the other.
 
     pip install accelerate
@@ -15,7 +15,7 @@ import after the start of the count is about 130 small modules, 5 MB.
 The last line is one JSON object:
 
     samples_ratio           ours / theirs, samples per second after 3 steps
-    private_memory_ratio    ours / theirs, peak memory of a rank that is no file's, above what
+    private_memory_ratio    ours / theirs, peak memory of a rank that is not a file's, above what
                             it had after its imports
     overhead_fraction       our step time outside forward, backward, optimizer and collectives
     loss_memory_ratio       peak memory of the chunked loss / of full logits; 144,645 ids, 4096
@@ -266,7 +266,7 @@ def watch_private_memory(processes: list[subprocess.Popen], imported: list[Path]
 
 
 def private_bytes(process_id: int) -> int:
-    """Resident memory that is no file's: the kernel keeps the count, so asking does not slow the
+    """Resident memory that is not a file's: the kernel keeps the count, so asking does not slow the
     process as its USS would.
     """
     _, resident, of_files, *_ = Path(f"/proc/{process_id}/statm").read_text().split()
@@ -392,7 +392,7 @@ def their_arguments(
     bf16: bool = False,
     **more: Any,
 ) -> Any:
-    """TrainingArguments with DeepSpeed, one row a micro-batch; `more` are arguments of theirs."""
+    """TrainingArguments with DeepSpeed, one row per micro-batch; `more` are arguments of theirs."""
     from transformers import TrainingArguments
 
     config = {

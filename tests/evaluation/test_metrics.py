@@ -158,7 +158,7 @@ def test_pope_scores_by_hand() -> None:
 
 
 def mme_rows(category: str, wrong: set[int], num_images: int) -> list[tuple[str, Reference]]:
-    """Two questions an image, answered rightly but for the question numbers in `wrong`."""
+    """Two questions per image, answered rightly but for the question numbers in `wrong`."""
     rows = []
     for number in range(2 * num_images):
         truth = ("Yes", "No")[number % 2]

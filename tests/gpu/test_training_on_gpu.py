@@ -1,5 +1,5 @@
-"""Whole training runs under DeepSpeed ZeRO-3 in bf16 on one device: frozen to the bit, resumed
-to the bit.
+"""Whole training runs under DeepSpeed ZeRO-3 in bf16 on one device: what is frozen and what is
+resumed is bit-identical.
 """
 
 import json

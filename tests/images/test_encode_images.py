@@ -379,7 +379,7 @@ def test_wrong_options_are_refused(image_path, vq_path, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["codes.npy", "keys.jsonl", "key_offsets.npy"])
-def test_files_that_are_cut_off_or_gone_are_named(image_path, vq_path, tmp_path, name):
+def test_files_that_are_truncated_or_gone_are_named(image_path, vq_path, tmp_path, name):
     encode(image_path, vq_path, tmp_path / "codes")
     path = tmp_path / "codes" / name
     size = path.stat().st_size

@@ -392,7 +392,7 @@ def test_linked_files_have_the_hash_of_all_their_bytes(tmp_path):
     assert rewrite_weights(source, tmp_path / "second", {}) == {"model.safetensors": "said"}
 
 
-def test_a_pickle_of_a_few_bytes_was_cut_off(tmp_path):
+def test_a_pickle_of_a_few_bytes_was_truncated(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03")
     with pytest.raises(InputError, match="has 3 bytes: it was truncated"):
         WeightFolder(tmp_path)

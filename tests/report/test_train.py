@@ -44,7 +44,7 @@ def test_a_folder_without_metrics_is_refused(tmp_path, capsys) -> None:
     assert "holds no step yet" in capsys.readouterr().err
 
 
-def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path, capsys) -> None:
+def test_a_line_that_a_crash_truncated_is_left_out(tmp_path, capsys) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row(1)) + "\n" + json.dumps(row(2))[:40])
     assert main(["report", "train", str(tmp_path)]) == 0
     assert "1 steps" in capsys.readouterr().out

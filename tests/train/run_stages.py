@@ -1,4 +1,4 @@
-"""Several training runs in one process a rank, because starting a process takes longer than
+"""Several training runs in one process per rank, because starting a process takes longer than
 training a tiny model.
 
     python -m tests.train.run_stages JOBS.json      with RANK, WORLD_SIZE … in the environment,

@@ -38,7 +38,7 @@ def values(name: str, key: str) -> torch.Tensor:
 
 
 def meet(num_ranks: int, work) -> list:
-    """`work(rank, gather)` in a thread a rank, with a `gather` that waits for all; results or
+    """`work(rank, gather)` in one thread per rank, with a `gather` that waits for all; results or
     errors, in rank order.
     """
     values, barrier = [None] * num_ranks, threading.Barrier(num_ranks)
@@ -187,7 +187,7 @@ def test_damage_and_other_runs_are_named(tmp_path) -> None:
         read_state(folder)
 
 
-def test_a_cut_off_file_is_named_with_the_older_checkpoint_that_is_whole(tmp_path) -> None:
+def test_a_truncated_file_is_named_with_the_older_checkpoint_that_is_whole(tmp_path) -> None:
     for step in (1, 2, 3):
         folder, _ = write(tmp_path, step, [0.5])
     path = folder / "rank-00001-of-00002.safetensors"

@@ -251,12 +251,12 @@ def assert_ends_as(output: Path, reference: Path, num_ranks: int) -> None:
                 assert (ours - theirs).norm() <= 1e-3 * theirs.norm(), (name, key)
 
 
-def test_a_cut_off_checkpoint_is_one_sentence_with_what_to_do(work, plain_run) -> None:
-    shutil.copytree(plain_run / "checkpoints", work / "cut-off" / "checkpoints")
-    *_, older, newest = complete_checkpoints(work / "cut-off")
+def test_a_truncated_checkpoint_is_one_sentence_with_what_to_do(work, plain_run) -> None:
+    shutil.copytree(plain_run / "checkpoints", work / "truncated" / "checkpoints")
+    *_, older, newest = complete_checkpoints(work / "truncated")
     path = newest / "rank-00000-of-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    done = train(work, "cut-off")
+    done = train(work, "truncated")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "defect" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
     assert (
@@ -350,7 +350,7 @@ def test_checkpoints_by_the_clock_and_metrics_for_tensorboard(work) -> None:
 
 
 def test_without_a_terminal_lines_tell_of_progress(tmp_path, capsys) -> None:
-    """The first step, the last, and one each half a minute."""
+    """The first step, the last, and one per half minute."""
     values = {"loss": 1.5, "learning_rate": 1e-3, "tokens": 100, "spike": 0}
     with MetricsWriter(tmp_path, ALONE, first_step=2, num_steps=5) as metrics:
         for step in (3, 4, 5):

@@ -60,7 +60,7 @@ def test_what_killed_ranks_left_does_not_pile_up_and_ranks_that_end_in_order_lea
 ) -> None:
     folder = tmp_path / "ranks"
     folder.mkdir()
-    (folder / "rank-00000.tmp").write_text("cut off")
+    (folder / "rank-00000.tmp").write_text("truncated")
     with Phases(tmp_path, 0, 2, 60):
         assert [path.name for path in folder.iterdir()] == ["rank-00000.json"]
         with pytest.raises(KeyError), Phases(tmp_path, 1, 2, 60):

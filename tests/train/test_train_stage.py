@@ -1,5 +1,5 @@
-"""The training engine under the real launcher: exact against plain torch, frozen to the bit,
-resumable to the bit.
+"""The training engine under the real launcher: exact against plain torch, and bit-identical in what
+is frozen and after a resumption.
 """
 
 import re
