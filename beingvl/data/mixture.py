@@ -58,8 +58,8 @@ class Mixture:
         total = sum(drawn.values())
         self._shares = [weight / total for weight in drawn.values()]
         self._largest = max(range(len(self._shares)), key=lambda s: self._shares[s])
-        # A share of a block that is not a whole number is rounded up now and then, at the expense of
-        # the largest source.
+        # A share that is not a whole number of a block is rounded up now and then, at the expense
+        # of the largest source.
         num_rounded = sum((share * BLOCK).denominator > 1 for share in self._shares)
         self._block = BLOCK * max(1, math.ceil(num_rounded / self._shares[self._largest] / BLOCK))
         self._members = [members[index] for index in self._indices]
