@@ -54,13 +54,13 @@ class DataOptions:
 
 
 def report_data(
-    shards: Sequence[Path],
+    shards: Sequence[Path | str],
     *,
-    output_path: Path = Path("data_report.html"),
-    model_path: Path | None = None,
-    vbpe_path: Path | None = None,
-    vq_path: Path | None = None,
-    deepspeed_config: Path | None = None,
+    output_path: Path | str = "data_report.html",
+    model_path: Path | str | None = None,
+    vbpe_path: Path | str | None = None,
+    vq_path: Path | str | None = None,
+    deepspeed_config: Path | str | None = None,
     sequence_length: int = 4096,
     num_examples: int = 6,
 ) -> Path:
@@ -74,21 +74,22 @@ def report_data(
         if value < 1:
             raise InputError(f"--{name} is {value}, expected at least 1")
     options = DataOptions(
-        model_path=model_path,
+        model_path=Path(model_path) if model_path else None,
         vqgan=load_decoder(vq_path) if vq_path else None,
         vbpe=VisualBPE.load(vbpe_path) if vbpe_path else None,
-        stage=deepspeed_config,
+        stage=Path(deepspeed_config) if deepspeed_config else None,
         sequence_length=sequence_length,
         num_examples=num_examples,
     )
-    folders = [folder for path in shards for folder in shard_folders(path)]
+    folders = [folder for path in shards for folder in shard_folders(Path(path))]
     body = Markup("").join(
         Markup("<h2>{}</h2>{}").format(folder, data_section(ShardReader(folder), options))
         for folder in folders
     )
-    write_atomically(output_path, page("Being-VL: data", body))
-    print(output_path)
-    return output_path
+    target = Path(output_path)
+    write_atomically(target, page("Being-VL: data", body))
+    print(target)
+    return target
 
 
 def shard_folders(path: Path) -> list[Path]:

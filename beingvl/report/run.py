@@ -23,15 +23,15 @@ from beingvl.report.run_pieces import Example, Run, RunPaths, choose_examples, r
 
 
 def report_run(
-    run_folder: Path,
+    run_folder: Path | str,
     *,
-    stages_path: Path | None = None,
-    base_path: Path | None = None,
-    data: Sequence[Path] = (),
-    vbpe_path: Path | None = None,
-    vq_codes: Path | None = None,
-    image_path: Path | None = None,
-    output_path: Path | None = None,
+    stages_path: Path | str | None = None,
+    base_path: Path | str | None = None,
+    data: Sequence[Path | str] = (),
+    vbpe_path: Path | str | None = None,
+    vq_codes: Path | str | None = None,
+    image_path: Path | str | None = None,
+    output_path: Path | str | None = None,
     wall_seconds: float | None = None,
     peak_memory_bytes: int | None = None,
 ) -> Path:
@@ -48,11 +48,11 @@ def report_run(
     examples = choose_examples(pieces)
     charts = {"contact_sheet": contact_sheet(examples)} if examples else {}
     charts["training"] = training_curves(pieces.stages, summary)
-    folder = start_folder(output_path or (stages_path or run_folder) / "report", "report")
+    folder = start_folder(Path(output_path or Path(stages_path or run_folder) / "report"), "report")
     write_atomically(folder / "summary.json", to_json(summary))
     for name, figure in charts.items():
         write_atomically(folder / f"{name}.png", chart_png(figure))
-    name = run_folder.resolve().name
+    name = Path(run_folder).resolve().name
     write_atomically(folder / "index.html", run_page(name, pieces, summary, examples, charts))
     write_manifest(folder, "report", {"examples": len(examples)}, {})
     print_summary(summary)

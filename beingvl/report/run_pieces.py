@@ -32,13 +32,13 @@ NUM_EXAMPLES = 10
 class RunPaths:
     """Where the pieces of a run lie; None where they lie in the run's folder."""
 
-    run: Path
-    stages: Path | None = None
-    base: Path | None = None
-    data: Sequence[Path] = ()
-    vbpe: Path | None = None
-    codes: Path | None = None
-    images: Path | None = None
+    run: Path | str
+    stages: Path | str | None = None
+    base: Path | str | None = None
+    data: Sequence[Path | str] = ()
+    vbpe: Path | str | None = None
+    codes: Path | str | None = None
+    images: Path | str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Example:
 
 def read_run(paths: RunPaths) -> Run:
     """Raises InputError without a stage or evaluation, or when a named piece does not exist."""
-    folder, stages = paths.run, paths.stages or paths.run
+    folder, stages = Path(paths.run), Path(paths.stages or paths.run)
     if not folder.is_dir():
         raise InputError(
             f"{folder} is not a folder; give the folder that holds stage-1/, stage-2/ … and eval/"
@@ -103,13 +103,14 @@ def read_run(paths: RunPaths) -> Run:
         made_by = f"{stages / 'eval' / STAGES[-1]}, made by `beingvl evaluate`"
         missing.append(f"accuracy after each stage ({made_by})")
 
-    def piece(option: str, given: Path | None, default: Path, what: str) -> Path | None:
-        if given is not None and not given.exists():
+    def piece(option: str, given: Path | str | None, default: Path, what: str) -> Path | None:
+        path = default if given is None else Path(given)
+        if path.exists():
+            return path
+        if given is not None:
             raise InputError(f"--{option} {given} does not exist")
-        if given is None and not default.exists():
-            missing.append(f"{what} ({default}, or --{option})")
-            return None
-        return given or default
+        missing.append(f"{what} ({default}, or --{option})")
+        return None
 
     base = piece("base_path", paths.base, folder / "base", "the base model")
     vbpe_path = piece("vbpe_path", paths.vbpe, folder / "vbpe", "the vBPE")
@@ -117,7 +118,7 @@ def read_run(paths: RunPaths) -> Run:
     codes = piece("vq_codes", paths.codes, of_test, "codes to measure the vBPE on")
     images_folder = folder / "data" / "images"
     images = piece("image_path", paths.images, images_folder, "images of the examples")
-    shards = list(paths.data) or sorted(filter(is_complete, folder.glob("shards*")))
+    shards = list(map(Path, paths.data)) or sorted(filter(is_complete, folder.glob("shards*")))
     missing += [] if shards else [f"the data ({folder}/shards*, or --data)"]
     finals = {name: stages / name / "final" for name in STAGES}
     finals = {name: final for name, final in finals.items() if is_complete(final)}

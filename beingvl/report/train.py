@@ -30,10 +30,11 @@ LOG_SCALE_FROM = 20
 """A loss that falls by more than this factor would lie flat on its axis."""
 
 
-def report_train(stage_folder: Path, *, output_path: Path | None = None) -> Path:
+def report_train(stage_folder: Path | str, *, output_path: Path | str | None = None) -> Path:
     """Write the page of a stage's output folder, STAGE_FOLDER/report.html unless another is given;
     returns its path. Raises InputError when the folder holds no step.
     """
+    stage_folder = Path(stage_folder)
     if not (stage_folder / METRICS_FILE).is_file():
         raise InputError(
             f"{stage_folder} has no {METRICS_FILE}; give the output folder of `beingvl train`"
@@ -41,7 +42,7 @@ def report_train(stage_folder: Path, *, output_path: Path | None = None) -> Path
     stage = read_stage(stage_folder)
     if not stage.rows:
         raise InputError(f"{stage_folder / METRICS_FILE} holds no step yet")
-    target = output_path or stage_folder / "report.html"
+    target = Path(output_path or stage_folder / "report.html")
     name = stage_folder.resolve().name
     write_atomically(target, page(f"{name}: training", train_section(stage, name)))
     print(f"{target}: {len(stage.rows)} steps")

@@ -32,13 +32,13 @@ from beingvl.vbpe.visual_bpe import VisualBPE
 
 
 def report_vbpe(
-    vbpe: Path,
+    vbpe: Path | str,
     *,
-    codes: Sequence[Path] = (),
-    vq: Path | None = None,
+    codes: Sequence[Path | str] = (),
+    vq: Path | str | None = None,
     max_images: int = 2000,
     seed: int = 0,
-    output_path: Path | None = None,
+    output_path: Path | str | None = None,
 ) -> Path:
     """Write report.html and PNG files into `output_path`, `vbpe_report` beside the file unless
     given; returns the folder.
@@ -47,13 +47,15 @@ def report_vbpe(
     `max_images` of them. vq: a VQ-GAN with a decoder, to show pixels instead of colours. Raises
     InputError for inputs that do not belong together.
     """
+    vbpe = Path(vbpe)
     vocabulary = load_own_vbpe(vbpe)
     decoder = load_decoder(vq) if vq else None
     if decoder:
         of_decoder = {"vqgan": decoder.fingerprint()}
         join_lineages({str(vbpe): vocabulary.lineage, str(vq): of_decoder})
-    sample = measure(vocabulary, codes, max_images, seed) if codes else None
-    folder = output_path or (vbpe if vbpe.is_dir() else vbpe.parent) / REPORT_FOLDER
+    sample = measure(vocabulary, list(map(Path, codes)), max_images, seed) if codes else None
+    beside = (vbpe if vbpe.is_dir() else vbpe.parent) / REPORT_FOLDER
+    folder = Path(output_path or beside)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = draw_pictures(vocabulary, sample, decoder)
     charts = draw_charts(vocabulary, sample)
@@ -77,7 +79,7 @@ def load_own_vbpe(path: Path) -> VisualBPE:
     return vbpe
 
 
-def load_decoder(path: Path) -> VQGAN:
+def load_decoder(path: Path | str) -> VQGAN:
     vq = VQGAN.load(path)
     if not vq.has_decoder:
         raise InputError(f"{path} has no decoder, so it cannot show pixels; leave it out")
