@@ -26,11 +26,11 @@ ROWS_ONLY = [{"match": "visual_rows"}, {"match": ".*", "train": False}]
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    block = {"trainable": ROWS_ONLY, "checkpoint_every_steps": 0, "stall_timeout_seconds": 20}
+    block = {"trainable": ROWS_ONLY, "checkpoint_every_steps": 0, "stall_timeout_seconds": 12}
     return write_inputs(
         tmp_path_factory.mktemp("hosts"),
         stage1=stage_fields(max_steps=20, epochs=20, **block),
-        long=stage_fields(max_steps=20000, epochs=20000, **block),
+        long=stage_fields(max_steps=10000, epochs=2000, **block),
     )
 
 
