@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from beingvl.artefact.manifest import read_manifest, verify_folder
-from beingvl.commands.main import main
-from tests.launcher import ENVIRONMENT, free_port
+from tests import command as command_line
+from tests.launcher import ENVIRONMENT, free_port, stage_words
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -41,8 +41,7 @@ def must(command: list, **more: object) -> str:
 
 def beingvl(command: str, *paths: Path, **options: object) -> None:
     """A command in this process, which has imported everything already."""
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    assert main([command, *map(str, paths), *words]) == 0
+    assert command_line.beingvl(command, *paths, **options) == 0
 
 
 def test_1_data_vqgan_codes_and_vbpe(work) -> None:
@@ -157,24 +156,10 @@ def test_5_stage_scripts_say_what_is_missing(work) -> None:
 
 
 def test_6_a_direct_launch(work) -> None:
-    launch = [
-        "deepspeed",
-        "--num_gpus",
-        2,
-        "--master_port",
-        free_port(),
-        "--module",
-        "beingvl.train.train_stage",
-    ]
-    where = [
-        "--model",
-        work / "models/beingvl/base",
-        "--data",
-        work / "shards",
-        "--output",
-        work / "direct",
-    ]
-    fields = ["--deepspeed_config", "ds_configs/quickstart-stage1.json", *where]
+    launch = ["deepspeed", "--num_gpus", 2, "--master_port", free_port()]
+    launch += ["--module", "beingvl.train.train_stage"]
+    config = Path("ds_configs/quickstart-stage1.json")
+    fields = stage_words(config, work / "models/beingvl/base", work / "shards", work / "direct")
     must([*launch, *fields, "--set", "beingvl.epochs=1", "beingvl.max_steps=1"])
     verify_folder(work / "direct/final")
 

@@ -1,6 +1,8 @@
 """[7] Score a model: answers to held-out questions, loss on held-out shards, or its text logits
 against the base model's.
 
+    beingvl evaluate --model stage-3/final --json_path test.json --output_path eval/
+
 One of three, each into a folder of its own:
   --json_path FILE      answer every row's question greedily and score the answers by --metric
   --data SHARDS         loss and perplexity per source and token kind, computed as in training
