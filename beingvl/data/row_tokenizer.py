@@ -4,6 +4,8 @@ sequence per variant. Its text is encoded once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,11 +17,18 @@ from beingvl.data.conversation import (
     lay_out,
     parse_conversation,
 )
-from beingvl.data.llava_json import image_keys
+from beingvl.data.llava_json import Row, image_keys
 from beingvl.errors import InputError
 from beingvl.images.vq_codes import CodeFolder
 from beingvl.vbpe.visual_bpe import AnyVBPE
 from beingvl.vocab import VocabLayout
+
+
+class Image(NamedTuple):
+    """Its tokens `[n]` int32: codes, and merged ids, which are the codes without a vBPE."""
+
+    codes: np.ndarray
+    merged: np.ndarray
 
 
 class TokenizedRow(NamedTuple):
@@ -51,10 +60,41 @@ class RowTokenizer:
     ) -> None:
         self._encoder = encoder
         self._layout = layout
-        self._codes = codes
+        self._codes: Any = codes  # None where no row may have images
         self._vbpe = vbpe
         self._template = template
         self._default_category = default_category
+        self._ahead: dict[str, Image] = {}
+
+    def encode_images(self, rows: Sequence[Row]) -> None:
+        """Encode the images of these rows ahead of their calls, all at once: between two texts,
+        each would find the vocabulary's tables gone from the processor's cache.
+
+        What cannot be encoded is left to the calls, which say why.
+        """
+        self._ahead = {}
+        places: dict[str, int] = {}
+        for row in rows if self._codes else ():
+            with suppress(InputError):
+                keys = image_keys(row) if isinstance(row, dict) else []
+                places |= {key: self._codes.row(key) for key in keys}
+        if places:
+            with suppress(InputError):
+                self._ahead = self._encoded(places)
+
+    def _encoded(self, places: dict[str, int]) -> dict[str, Image]:
+        """`places`: row of every image in the folder of codes."""
+        grids = self._codes.codes[list(places.values())]
+        codes = merged = list(self._layout.image_to_token_ids(grids.reshape(len(grids), -1)))
+        if self._vbpe:
+            ids, ends = self._vbpe.encode_batch(grids)
+            merged = np.split(self._layout.image_to_token_ids(ids), ends[1:-1])
+        return dict(zip(places, map(Image, codes, merged), strict=True))
+
+    def _image(self, key: str) -> Image:
+        if key not in self._ahead:
+            self._ahead |= self._encoded({key: self._codes.row(key)})
+        return self._ahead[key]
 
     def __call__(self, row: dict) -> TokenizedRow:
         """Raises InputError that says what is malformed."""
@@ -64,15 +104,12 @@ class RowTokenizer:
             raise InputError(f"id is {row['id']!r}, expected a text or a whole number")
         turns = parse_conversation(row.get("conversations"))
         keys = image_keys(row) if self._codes else []
-        grids = [self._codes.codes[self._codes.row(key)] for key in keys] if self._codes else []
-        pieces = lay_out(turns, len(grids), self._encoder, self._layout, self._template)
-        images = [self._layout.image_to_token_ids(grid.ravel()) for grid in grids]
-        base = fill(pieces, images)
+        images = [self._image(key) for key in keys]
+        pieces = lay_out(turns, len(images), self._encoder, self._layout, self._template)
+        base = fill(pieces, [image.codes for image in images])
         variants = {"base": base}
         if self._vbpe:
-            ids = [self._vbpe.encode(grid) for grid in grids]
-            merged = [self._layout.image_to_token_ids(stream) for stream in ids]
-            variants["vbpe"] = fill(pieces, merged)
+            variants["vbpe"] = fill(pieces, [image.merged for image in images])
         head = {
             "id": str(row["id"]),
             "image": row.get("image"),

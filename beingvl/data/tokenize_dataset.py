@@ -239,6 +239,7 @@ class Tokenize(Work):
         made: dict[str, list[Any]] = {variant: [] for variant in self.variants}
         rejected = []
         rows = rows_of_part(self.json_path, self.rows.starts[number], self.size_of_part(number))
+        self.tokenizer.encode_images(rows)
         for index, row in enumerate(rows, first):
             try:
                 if isinstance(row, BrokenRow):

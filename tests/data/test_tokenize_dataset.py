@@ -245,6 +245,18 @@ def test_a_row_that_no_file_could_hold_is_rejected_alone(inputs, change, reason)
     assert beingvl("verify", inputs / "out") == 0
 
 
+def test_an_image_that_cannot_be_encoded_rejects_its_own_rows_alone(inputs) -> None:
+    """Though all images of a part are encoded at once."""
+    codes = np.load(inputs / "vq_codes" / "codes.npy")
+    assert tokenize(inputs, [row(n) for n in (0, 1, 3, 5)], output_dir=inputs / "good") == 0
+    codes[2, 0, 0] = LAYOUT.num_vq
+    np.save(inputs / "vq_codes" / "codes.npy", codes)
+    assert tokenize(inputs, [row(n) for n in (0, 1, 2, 3, 5, 6)], max_rejected=0.5) == 0
+    for variant in ("base", "vbpe"):
+        made, expected = (inputs / name / f"d_{variant}.jsonl" for name in ("out", "good"))
+        assert made.read_bytes() == expected.read_bytes()
+
+
 def test_rows_without_an_id_are_named_by_their_index(inputs) -> None:
     nameless = row(1)
     del nameless["id"]
