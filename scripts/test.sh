@@ -25,7 +25,7 @@ install_launchers "$([ "${1:-}" != --full ] || echo with-browser)"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 [ "${1:-}" != "--quickstart" ] || exec pytest --durations=3 tests/test_quickstart.py
 
-chosen='not slow' workers='-n 2 --dist loadgroup --no-loadscope-reorder'
+chosen='not slow' workers='-n 3 --dist loadfile --no-loadscope-reorder' # hosts and Slurm mostly wait
 [ "${1:-}" != "--full" ] || chosen='slow or not slow' workers=''
 if [ "$(id -u)" != 0 ]; then
     echo "not root: the tests of two hosts and of a Slurm cluster are left out" >&2

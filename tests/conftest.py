@@ -1,4 +1,4 @@
-"""How tests are shared between workers (`pytest -n 2 --dist loadgroup`): by file, because a file's
+"""How tests are shared between workers (`pytest -n 3 --dist loadfile`): by file, because a file's
 tests use the same inputs; and those first that take longest. And one small run for inference,
 evaluation and reports; tests that change its files copy them.
 """
@@ -21,19 +21,14 @@ LONGEST = (
     "launch/test_start_training.py",
     "benchmarks/test_tiny.py",
 )
-TOGETHER = {"launch/test_slurm.py": "root", "launch/test_two_hosts.py": "root"}  # they mostly wait
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("dist", "no") == "no" and not hasattr(config, "workerinput"):
+    if not hasattr(config, "workerinput"):  # xdist's
         return
-    places = [item.path.relative_to(HERE).as_posix() for item in items]
-    for item, place in zip(items, places, strict=True):
-        item.add_marker(pytest.mark.xdist_group(TOGETHER.get(place, place)))
     rank = {place: number for number, place in enumerate(LONGEST)}
-    order = sorted(range(len(items)), key=lambda at: rank.get(places[at], len(LONGEST)))
-    items[:] = [items[at] for at in order]
+    items.sort(key=lambda item: rank.get(item.path.relative_to(HERE).as_posix(), len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
