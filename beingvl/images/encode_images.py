@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from beingvl.artefact.files import write_atomically
 from beingvl.artefact.hashes import hash_bytes
 from beingvl.artefact.manifest import Manifest, is_complete, read_manifest
 from beingvl.artefact.parts import Parts
+from beingvl.artefact.progress import progress as show_progress
 from beingvl.artefact.ranks import RankOf
 from beingvl.artefact.request import Request
 from beingvl.artefact.work import Work, run_in_parts
@@ -162,12 +162,12 @@ class EncodeImages(Work):
         those of the finished output are not read again.
         """
         details = read_manifest(self.output, self.kind).details
-        progress = tqdm(self.keys, desc="compare images", unit="image", disable=None, leave=False)
+        progress = show_progress(self.keys, name="compare images", unit="image", leave=False)
         stamps = "".join(stamp_line(key, self.images.stamp(key)) for key in progress)
         if details.get("image_stamps") == hash_bytes(stamps.encode()):
             return details["request"]["images"]
         lines = []
-        for key in tqdm(self.keys, desc="hash images", unit="image", disable=None, leave=False):
+        for key in show_progress(self.keys, name="hash images", unit="image", leave=False):
             try:
                 lines.append(hash_line(key, self.images.read(key)))
             except InputError:  # missing or unreadable: part of what the images are

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
 from beingvl.artefact.manifest import Manifest, already_made, read_manifest
+from beingvl.artefact.progress import progress as show_progress
 from beingvl.errors import InputError
 from beingvl.images.vq_codes import find_images, hash_images
 from beingvl.images.vqgan import (
@@ -165,7 +165,7 @@ def load_pixels(
     """Training and held-out pixels `[N, 3, H, W]` float32."""
 
     def load(folder: Path, keys: list[str]) -> torch.Tensor:
-        progress = tqdm(keys, desc=f"read {folder.name}", unit="image", disable=None)
+        progress = show_progress(keys, name=f"read {folder.name}", unit="image")
         return torch.stack([to_pixels(processor, read_image(folder / key)) for key in progress])
 
     keys = find_images(folders[0])
@@ -220,7 +220,7 @@ def train_steps(
     )
     num_steps = recipe.steps // 2
     name = "with codes" if with_codes else "auto-encoder"
-    progress = tqdm(range(num_steps), desc=name, unit="step", disable=None)
+    progress = show_progress(range(num_steps), name=name, unit="step")
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * learning_rate_factor(step, num_steps)

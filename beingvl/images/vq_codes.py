@@ -23,11 +23,11 @@ from tokenize import TokenError
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from beingvl.artefact.files import printable, write_atomically
 from beingvl.artefact.hashes import hash_bytes
 from beingvl.artefact.manifest import Manifest, read_manifest, write_manifest
+from beingvl.artefact.progress import progress as show_progress
 from beingvl.errors import InputError
 
 IMAGE_SUFFIXES = frozenset(
@@ -183,7 +183,7 @@ def iterate_images(folder: Path) -> Iterator[str]:
 
 def hash_images(folder: Path, keys: list[str]) -> str:
     """One hash of the images' names and content."""
-    progress = tqdm(keys, desc="hash images", unit="image", disable=None, leave=False)
+    progress = show_progress(keys, name="hash images", unit="image", leave=False)
     lines = [hash_line(key, (folder / key).read_bytes()) for key in progress]
     return hash_bytes("".join(lines).encode())
 

@@ -28,11 +28,11 @@ from typing import Any
 
 import torch
 from blake3 import blake3
-from tqdm import tqdm
 
 from beingvl.artefact.files import to_json, write_atomically
 from beingvl.artefact.hashes import PREFIX, hash_bytes, hash_file
 from beingvl.artefact.manifest import is_complete, read_manifest
+from beingvl.artefact.progress import progress as show_progress
 from beingvl.errors import InputError
 from beingvl.model.weight_files import (
     DTYPE_NAMES,
@@ -99,7 +99,7 @@ def rewrite_weights(
 
     total = sum(plan.num_bytes for plan in plans)
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None) as progress,
+        show_progress(total=total, unit="B", name="weights") as progress,
         ThreadPoolExecutor(2) as pool,
     ):
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from beingvl.artefact.hashes import hash_file
 from beingvl.artefact.manifest import MANIFEST_FILE, join_lineages, read_manifest
+from beingvl.artefact.progress import progress as show_progress
 from beingvl.errors import InputError
 from beingvl.images.vq_codes import CODES_FILE
 from beingvl.vbpe.grids import MAX_CODES, MAX_SIDE
@@ -118,7 +118,7 @@ def _open_array(path: Path, grid: Sequence[int] | None) -> np.ndarray:
 def count_codes(codes: Codes) -> np.ndarray:
     """How often every code occurs, int64 `[num_codes]`. Raises InputError for unknown codes."""
     usage = np.zeros(codes.num_codes, np.int64)
-    with tqdm(total=codes.num_images, desc="check codes", unit="image", disable=None) as progress:
+    with show_progress(total=codes.num_images, name="check codes", unit="image") as progress:
         for path, array in zip(codes.paths, codes.arrays, strict=True):
             for start in range(0, len(array), CHUNK):
                 chunk = array[start : start + CHUNK]

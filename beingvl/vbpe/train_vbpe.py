@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from tqdm import tqdm
 
 from beingvl.artefact.files import make_folder
 from beingvl.artefact.hashes import hash_file
@@ -30,6 +29,7 @@ from beingvl.artefact.manifest import (
     start_folder,
     write_manifest,
 )
+from beingvl.artefact.progress import progress as show_progress
 from beingvl.artefact.request import Request
 from beingvl.errors import InputError
 from beingvl.vbpe.code_files import Codes, count_codes, open_codes, sample_images
@@ -215,8 +215,9 @@ def _learn_in_batches(
     """Learn with a progress bar, which moves about four times a second."""
     every = save_every or num_merges
     more, batch = True, 64
-    bar = {"total": num_merges, "initial": trainer.num_merges, "desc": "learn merges"}
-    with tqdm(**bar, unit="merge", disable=None) as progress:
+    with show_progress(
+        name="learn merges", unit="merge", total=num_merges, initial=trainer.num_merges
+    ) as progress:
         while more and trainer.num_merges < num_merges:
             before, started = trainer.num_merges, time.perf_counter()
             save_at = (before // every + 1) * every

@@ -12,6 +12,7 @@ def test_a_log_gets_a_line_every_half_minute_and_short_work_none(capsys, monkeyp
     with progress(name="long", unit="image", total=100) as bar:
         for _ in range(10):
             bar.update(10)
+            bar.set_postfix(psnr=1)
     lines = capsys.readouterr().err.splitlines()
     assert 2 <= len(lines) <= 10
     assert all(line.startswith("long: ") and " of 100 image in " in line for line in lines)
