@@ -20,9 +20,18 @@ from beingvl.artefact.files import to_json
 from beingvl.data.shard_columns import Sample
 from beingvl.data.shard_writer import ShardWriter
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
-from tests.benchmarks.convert import SIZES
+from tests.benchmarks import convert
 from tests.model.small_models import LLAMA3_ROPE
 
+SIZES = {
+    **convert.SIZES,
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+    },
+}
 LAYOUTS = {
     "8b": VocabLayout(
         num_text=128_256, num_vq=8192, num_merges=8192, bos_id=128_000, eos_id=128_001
