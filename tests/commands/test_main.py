@@ -1,35 +1,23 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from beingvl.commands import main as cli
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
-
-HEAVY = ("torch", "transformers", "numba", "deepspeed", "pyarrow", "PIL", "matplotlib")
-
+from tests.programs import run_program
 
 MOST_SECONDS = 0.25  # of the processor, so that a busy machine does not matter
 
 
 @pytest.mark.parametrize("command", ["", *cli.COMMANDS])
 def test_help_is_instant_and_imports_nothing_heavy(command: str) -> None:
-    program = f"""
-import sys
-from beingvl.commands.main import main
-try:
-    main({[*command.split(), "--help"]})
-finally:
-    assert not set({HEAVY}) & set(sys.modules), set({HEAVY}) & set(sys.modules)
-"""
     seconds = []
     while not seconds or (min(seconds) > MOST_SECONDS and len(seconds) < 5):
         before = os.times()
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        done = run_program("light_help", *command.split())
         after = os.times()
         seconds.append(sum(after[2:4]) - sum(before[2:4]))
         assert done.returncode == 0, done.stderr

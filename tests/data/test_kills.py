@@ -25,6 +25,7 @@ from beingvl.data import tokenize_dataset
 from beingvl.data.llava_json import Survey, survey
 from beingvl.data.tokenize_dataset import Tokenize
 from tests.data.conftest import commands
+from tests.programs import run_program
 
 # ---- kills ----
 
@@ -164,13 +165,8 @@ def test_parts_that_a_kill_behind_the_manifest_left_are_removed_by_the_next_star
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_full_disk_loses_nothing_that_was_finished(inputs, tmp_path, step) -> None:
-    code = (
-        "import resource, sys; from beingvl.commands.main import main; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
-        "sys.exit(main(sys.argv[1:]))"
-    )
     command = commands(inputs, tmp_path)[step]
-    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    done = run_program("on_full_disk", *command)
     assert done.returncode == 2 and "make room and start the same command again" in done.stderr, (
         done.stderr
     )

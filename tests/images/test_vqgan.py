@@ -4,8 +4,6 @@ codes, wrong input.
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -24,6 +22,7 @@ from beingvl.artefact.manifest import read_manifest, verify_folder
 from beingvl.errors import InputError
 from beingvl.images import vqgan as vqgan_module
 from beingvl.images.vqgan import VQGAN, make_processor, read_image
+from tests.programs import run_program
 
 SIZES = {
     "embed_dim": 4,
@@ -425,29 +424,13 @@ def test_a_hundred_megapixels_take_bounded_memory(tmp_path):
     """A JPEG file is read with less memory than its pixels would take, a PNG file is refused
     before it is decoded.
     """
-    script = """
-import resource, sys
-from beingvl.errors import InputError
-from beingvl.images.vqgan import make_processor, read_image, to_pixels
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-try:
-    print(tuple(to_pixels(make_processor(512), read_image(sys.argv[1])).shape))
-except InputError as error:
-    print(error)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
-"""
     picture = Image.new("L", (10000, 10000), 128)
     for name, printed, megabytes in [
         ("a.jpg", "(3, 512, 512)", 300),
         ("a.png", "has 10000 x 10000 pixels", 20),
     ]:
         picture.save(tmp_path / name)
-        out = subprocess.run(
-            [sys.executable, "-c", script, tmp_path / name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        out = run_program("memory_of_read", tmp_path / name).stdout
         assert printed in out and float(out.splitlines()[-1]) < megabytes, out
 
 

@@ -4,8 +4,6 @@ training saw; refusals.
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-import beingvl
 from beingvl.artefact.manifest import read_manifest, write_manifest
 from beingvl.commands.main import main
 from beingvl.data.conversation import TextEncoder, build_sequence
@@ -354,14 +351,3 @@ def test_unknown_dtype_and_short_embeddings_are_refused(copied_model: Path) -> N
         InputError, match=f"has {LAYOUT.size} rows, its vocabulary {LAYOUT.size + 1} ids"
     ):
         BeingVL(copied_model).load_model(device="cpu")
-
-
-# ---- the package ----
-
-
-def test_import_beingvl_loads_no_torch_and_still_has_the_class() -> None:
-    assert beingvl.BeingVL is BeingVL
-    script = "import sys, beingvl; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True)
-    with pytest.raises(AttributeError, match="no attribute 'BeingVLM'"):
-        _ = beingvl.BeingVLM

@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +41,7 @@ from tests.model.small_models import (
     write_vbpe,
     write_vqgan,
 )
+from tests.programs import run_program
 
 FAMILIES = ["llama", "llama3", "tied", "mistral", "qwen2", "gemma2", "phi", "gpt2"]
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -705,14 +705,7 @@ def test_killed_half_way_it_is_incomplete_and_the_same_command_starts_over(
     target = tmp_path / "base"
     options = {"being_vq_path": vq, "vbpe": vbpe_file}
     words = argv("convert", llama_path=llama, output_path=target, **options)
-    script = """
-        import os, sys
-        import beingvl.model.convert_llama as convert_llama
-        from beingvl.commands.main import main
-        convert_llama.generation_config = lambda *_: os._exit(9)
-        main(sys.argv[1:])
-    """
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script), *words])
+    killed = run_program("die_in_conversion", *words)
     assert killed.returncode == 9
     assert list(target.glob("*.safetensors")) and not (target / "manifest.json").exists()
     assert convert(llama, target, **options, verify_loading=True) == 0

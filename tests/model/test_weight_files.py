@@ -5,9 +5,6 @@ else, damage is named.
 import json
 import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -24,6 +21,7 @@ from beingvl.model.rewrite_weights import (
     rewrite_weights,
 )
 from beingvl.model.weight_files import INDEX_FILE, WeightFolder, read_header
+from tests.programs import run_program
 
 SHARDS = {
     "model-00001-of-00003.safetensors": ["embed", "layer0"],
@@ -165,29 +163,7 @@ def test_memory_holds_one_tensor_at_a_time(tmp_path):
         },
         source / "model.safetensors",
     )
-    script = f"""
-        import psutil, threading, time
-        from beingvl.model.weight_files import WeightFolder
-        from beingvl.model.rewrite_weights import rewrite_weights
-        process, peak, running = psutil.Process(), 0, True
-        def watch():
-            global peak
-            while running:
-                peak = max(peak, process.memory_full_info().uss)
-                time.sleep(0.002)
-        weights = WeightFolder({str(source)!r})
-        replace = {{name: lambda name=name: weights[name] * 2 for name in list(weights)[::2]}}
-        before = process.memory_full_info().uss
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        rewrite_weights(weights, {str(tmp_path / "target")!r}, replace)
-        running = False
-        watcher.join()
-        print((peak - before) >> 20)
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
-    )
+    done = run_program("peak_of_rewrite", source, tmp_path / "target")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 100
     assert torch.equal(WeightFolder(tmp_path / "target")["layer2"], torch.full((2 << 20,), 4.0))
@@ -195,13 +171,7 @@ def test_memory_holds_one_tensor_at_a_time(tmp_path):
 
 def test_a_killed_run_leaves_only_whole_files(tmp_path):
     source = write_folder(tmp_path / "source", "sharded")
-    script = f"""
-        import os, torch
-        from beingvl.model.rewrite_weights import rewrite_weights
-        replace = {{"embed": lambda: torch.zeros(10, 4).bfloat16(), "head": lambda: os._exit(9)}}
-        rewrite_weights({str(source)!r}, {str(tmp_path / "target")!r}, replace)
-    """
-    assert subprocess.run([sys.executable, "-c", textwrap.dedent(script)]).returncode == 9
+    assert run_program("die_in_rewrite", source, tmp_path / "target").returncode == 9
     first, second, _ = SHARDS
     finished = {
         path.name for path in (tmp_path / "target").iterdir() if not path.name.endswith(".tmp")

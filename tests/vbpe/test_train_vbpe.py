@@ -8,8 +8,6 @@ import io
 import json
 import pickle
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -434,16 +432,3 @@ def test_wrong_folders(tmp_path, codes, capsys):
         assert message in capsys.readouterr().err
     assert train("--output_path", tmp_path / "v.json") == 2
     assert "--data_path is missing" in capsys.readouterr().err
-
-
-def test_help_is_instant_and_imports_nothing_heavy():
-    code = (
-        "import sys; from beingvl.commands.main import main\n"
-        "try: main(['train-vbpe', '--help'])\n"
-        "except SystemExit: pass\n"
-        "print([name for name in ('numba', 'numpy', 'torch') if name in sys.modules])"
-    )
-    shown = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout
-    assert "--save_intermediate" in shown and shown.splitlines()[-1] == "[]"
