@@ -10,6 +10,22 @@ REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 [ ! -x "$REPOSITORY/.venv/bin/python" ] || PYTHON="${PYTHON:-$REPOSITORY/.venv/bin/python}"
 PYTHON="${PYTHON:-python3}"
 DS_CONFIG="${DS_CONFIG:-$REPOSITORY/ds_configs/stage$STAGE.json}"
+# Variables of Being-VL-0.5's scripts that decide nothing here; the stage's JSON does.
+note() { [ -z "${!1:-}" ] || echo "note: $1=${!1} has no effect: $2" >&2; }
+set_key() { note "$1" "it is $2 in $DS_CONFIG; add --set $2=${!1:-}"; }
+set_key BS train_micro_batch_size_per_gpu
+note GRAD_ACCUM "it follows from train_batch_size (all GPUs, all micro-batches) in $DS_CONFIG; add --set train_batch_size=SEQUENCES"
+set_key EPOCH beingvl.epochs
+set_key LR optimizer.params.lr
+set_key LR_SCHE beingvl.schedule
+set_key WARMUP beingvl.warmup_ratio
+set_key SAVE_STEPS beingvl.checkpoint_every_steps
+note MODEL_TYPE "the model folder says what it is; set MODEL_PATH"
+note TRAIN_WITH_VBPE "the data decides; set DATA_PATH to NAME_vbpe.jsonl or NAME_base.jsonl"
+note SHUFFLE_DATA "samples are always drawn in the order of beingvl.seed in $DS_CONFIG; add --set beingvl.seed=NUMBER for another one"
+note FREEZE_TEXT_HEADS "it is the rule text_rows of beingvl.trainable in $DS_CONFIG; add --set beingvl.trainable='[{\"match\": \"text_rows\", \"train\": false}, {\"match\": \".*\"}]'"
+note INIT_IMAGE_HEADS "new rows begin when the base is made; give --init to \`beingvl convert\`"
+
 MASTER_NODE_ID="${1:-}"
 shift || true
 case "${1:--}" in -*) ;; *) MODEL_PATH="$1"; shift ;; esac # [model] instead of MODEL_PATH

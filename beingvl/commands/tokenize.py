@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = "Being-VL model folder: tokenizer, vocabulary layout, VQ-GAN"
     add("--model_path", type=Path, required=True, help=model)
     add("--vbpe_path", type=Path, help="vbpe.json; without it only NAME_base.jsonl is written")
+    for name, meaning in (
+        ("init_size", "codes of the vBPE"),
+        ("vocab_pad", "what a published vBPE adds to each code"),
+        ("vocab_end", "its first merge's token"),
+    ):
+        add(f"--vbpe_{name}", type=int, help=f"{meaning}; only checked against the layout")
     codes = "folder of encode-images; without it the images are encoded now, beside --output_dir"
     add("--vq_codes", type=Path, help=codes)
     add("--dataset_name", default="data", help="NAME in the output files' names")
@@ -55,6 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_rank_arguments(parser)
     other = "replace this dataset, finished or not, and codes made for it"
     add("--overwrite", action="store_true", help=other)
+
+
+def with_published_name(words: list[str]) -> list[str]:
+    """The words of a command with Being-VL-0.5's default for --dataset_name, before them."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--mode", default="sft")
+    parser.add_argument("--json_path", "--json-path", type=Path, default=Path("data"))
+    known, _ = parser.parse_known_args(words)
+    return ["--dataset_name", f"{known.mode}_{known.json_path.stem}", *words]
 
 
 def run(args: argparse.Namespace) -> None:

@@ -39,7 +39,7 @@ from beingvl.data.shard_writer import finish_shards, join_shards, write_shard_of
 from beingvl.data.token_rows import NOT_A_ROW, head_of, parse_object
 from beingvl.errors import InputError
 from beingvl.images.vq_codes import CodeFolder
-from beingvl.vbpe.visual_bpe import AnyVBPE, VisualBPE
+from beingvl.vbpe.visual_bpe import AnyVBPE, load_for_layout
 from beingvl.vocab import VocabLayout
 
 DEFAULT_CATEGORY = {"pt": "foundation", "sft": "instruction"}
@@ -53,6 +53,9 @@ def tokenize(
     image_path: Path | str | None = None,
     vq_codes: Path | str | None = None,
     vbpe_path: Path | str | None = None,
+    vbpe_init_size: int | None = None,
+    vbpe_vocab_pad: int | None = None,
+    vbpe_vocab_end: int | None = None,
     mode: str = "sft",
     dataset_name: str = "data",
     template: str = "default",
@@ -78,6 +81,7 @@ def tokenize(
         image_path: folder that the rows' image paths start from, to encode them now.
         vq_codes: folder of `encode_images`, instead.
         vbpe_path: vbpe.json; without it only the variant `base` is written.
+        vbpe_init_size, vbpe_vocab_pad, vbpe_vocab_end: only checked, as `load_for_layout` says.
         mode: category of rows that name none, "pt" foundation, "sft" instruction.
         template: chat template, "default" or "being-vl-0.5".
         format: "jsonl", or "arrow" for folders of shards at once.
@@ -103,6 +107,9 @@ def tokenize(
         raise InputError(
             f"--dataset_name is {dataset_name!r}, expected a file name without folders"
         )
+    layout = VocabLayout.load(model_path)
+    sizes = vbpe_init_size, vbpe_vocab_pad, vbpe_vocab_end
+    vbpe = load_for_layout(vbpe_path, layout, *sizes) if vbpe_path else None
     rows = survey(json_path, rows_per_part)
     if rows.names_images and not vq_codes:
         if not image_path:
@@ -132,7 +139,7 @@ def tokenize(
         rows,
         model_path,
         Path(vq_codes) if vq_codes and rows.names_images else None,
-        None if vbpe_path is None else Path(vbpe_path),
+        vbpe,
         output,
         Options(mode, dataset_name, template, max_length, too_long, format, rows_per_part),
         max_rejected,
@@ -168,7 +175,7 @@ class Tokenize(Work):
     rows: Survey
     model_path: Path
     codes_path: Path | None
-    vbpe_path: Path | None
+    vbpe: AnyVBPE | None
     output: Path
     options: Options
     max_rejected: float
@@ -187,10 +194,9 @@ class Tokenize(Work):
             manifest = CodeFolder(self.codes_path).manifest
             lineages[str(self.codes_path)] = manifest.lineage
             self.codes_hash = manifest.content_hash
-        self.vbpe = _open_vbpe(self.vbpe_path, self.layout) if self.vbpe_path else None
         if self.vbpe:
             own = {"vbpe": self.vbpe.fingerprint()}
-            lineages[str(self.vbpe_path)] = {**self.vbpe.lineage, **own}
+            lineages[self.vbpe.source] = {**self.vbpe.lineage, **own}
         self.lineage = join_lineages(lineages)
         self.content = hash_file(self.json_path)
 
@@ -344,16 +350,6 @@ class Tokenize(Work):
         return {
             f"{folder.name}/{name}": str(entry["hash"]) for name, entry in manifest.files.items()
         }
-
-
-def _open_vbpe(path: Path, layout: VocabLayout) -> AnyVBPE:
-    vbpe = VisualBPE.load(path)
-    if vbpe.num_codes != layout.num_vq or vbpe.num_merges > layout.num_merges:
-        raise InputError(
-            f"{path} has {vbpe.num_codes} codes and {vbpe.num_merges} merges, the model's "
-            f"vocabulary has room for {layout.num_vq} and {layout.num_merges}"
-        )
-    return vbpe
 
 
 def _line(value: dict) -> bytes:

@@ -42,7 +42,7 @@ from beingvl.images.vqgan import VQGAN, usable_device
 from beingvl.inference.draw import FittingTokens, only_whole_images
 from beingvl.vbpe.published import LegacyVisualBPE
 from beingvl.vbpe.vbpe_file import VBPE_FILE
-from beingvl.vbpe.visual_bpe import VisualBPE
+from beingvl.vbpe.visual_bpe import VisualBPE, load_for_layout
 from beingvl.vocab import VocabLayout
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -135,14 +135,8 @@ class BeingVL:
         return vqgan
 
     def _load_vbpe(self, path: Path) -> VisualBPE | LegacyVisualBPE:
-        vbpe = VisualBPE.load(path)
+        vbpe = load_for_layout(path, self.layout)
         self._refuse_others(path, {**vbpe.lineage, "vbpe": vbpe.fingerprint()})
-        layout = self.layout
-        if vbpe.num_codes != layout.num_vq or vbpe.num_merges > layout.num_merges:
-            raise InputError(
-                f"{path} has {vbpe.num_codes} codes and {vbpe.num_merges} merges, the model's "
-                f"vocabulary has {layout.num_vq} and {layout.num_merges}"
-            )
         return vbpe
 
     def _refuse_others(self, path: Path, lineage: dict[str, str]) -> None:

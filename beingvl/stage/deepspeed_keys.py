@@ -9,7 +9,7 @@ deepspeed/runtime/constants.py and zero/config.py of 0.19.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from beingvl.errors import InputError
@@ -209,9 +209,25 @@ DEEPSPEED_KEYS: dict[str, Schema] = {
 
 
 def refuse_keys(fields: Mapping[str, Any], source: str) -> None:
-    for key, reason in REFUSED_KEYS.items():
-        if key in fields:
-            raise InputError(f"{source}: {key!r} is not for a beingvl stage: {reason}")
+    """Raises InputError that names every key that is not for a stage, and every value "auto", as
+    accelerate's files have them.
+    """
+    found = [f"{key!r}: {reason}" for key, reason in REFUSED_KEYS.items() if key in fields]
+    if autos := list(_autos({key: fields[key] for key in fields if key not in REFUSED_KEYS})):
+        found.append(f'{", ".join(autos)}: nothing fills in "auto", write the value')
+    if found:
+        if "beingvl" not in fields:
+            found.append('it has no block "beingvl": start from ds_configs/stage1.json')
+        raise InputError(f"{source} is not a beingvl stage: {'; '.join(found)}")
+
+
+def _autos(value: Any, name: str = "") -> Iterator[str]:
+    """Keys whose value is "auto"."""
+    if value == "auto":
+        yield name
+    if isinstance(value, Mapping):
+        for key, inside in value.items():
+            yield from _autos(inside, f"{name}.{key}" if name else key)
 
 
 def check_offload(zero: Mapping[str, Any], source: str) -> None:

@@ -110,14 +110,17 @@ class LegacyVisualBPE(Vocabulary):
 
 
 def import_published(
-    path: Path | str, num_codes: int | None = None, vocab_pad: int = 0
+    path: Path | str, num_codes: int | None = None, vocab_pad: int | None = 0
 ) -> LegacyVisualBPE:
-    """Read a published pickle. Codes are `token - vocab_pad`; without `num_codes` they end where
-    the first new token begins.
+    """Read a published pickle. Codes are `token - vocab_pad` and end where the first new token
+    begins, which gives `num_codes` or `vocab_pad` where one of them is None.
 
     Raises InputError for tokens that are neither codes nor made by an earlier merge.
     """
     entries = read_published_pickle(path)
+    if vocab_pad is None and num_codes is not None:
+        vocab_pad = entries[0][2] - num_codes if entries else 0
+    vocab_pad = vocab_pad or 0
     if num_codes is None:
         if not entries:
             unknown = "so the number of codes is unknown: give --init_size"

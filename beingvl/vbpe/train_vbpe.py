@@ -100,6 +100,8 @@ def train_vbpe(
     vbpe = _learn(codes, output, num_merges, options, save_intermediate)
     output.write(vbpe)
     _print_result(vbpe, usage, num_merges, output.file)
+    if output.folder and output.folder.suffix:
+        print(f"{output.folder} is a folder that holds {VBPE_FILE}: give it as --vbpe_path")
     return vbpe
 
 
@@ -135,6 +137,10 @@ class Output:
     def __init__(self, path: Path, request: Mapping[str, Any]) -> None:
         self.folder = None if path.suffix == ".json" else path
         self.file = path / VBPE_FILE if self.folder else path
+        if self.folder and path.is_file():
+            raise InputError(
+                f"{path} is a file, expected a folder to write {VBPE_FILE} in; choose another name"
+            )
         self.partial = self.file.with_suffix(".partial.json")
         self._request = request
 

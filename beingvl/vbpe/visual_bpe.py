@@ -35,6 +35,7 @@ from beingvl.vbpe import kernels as fast
 from beingvl.vbpe.grids import MAX_SHAPE_CELLS, MAX_SIDE, EncodeChunk, check_side
 from beingvl.vbpe.published import LegacyVisualBPE, import_published
 from beingvl.vbpe.vbpe_file import FORMAT, FORMAT_VERSION, VBPE_FILE, Vocabulary
+from beingvl.vocab import VocabLayout
 
 
 @dataclass(eq=False)
@@ -141,6 +142,47 @@ class VisualBPE(Vocabulary):
 
 
 AnyVBPE = VisualBPE | LegacyVisualBPE
+
+
+def load_for_layout(
+    path: Path | str,
+    layout: VocabLayout,
+    init_size: int | None = None,
+    vocab_pad: int | None = None,
+    vocab_end: int | None = None,
+) -> AnyVBPE:
+    """The vocabulary at `path` for a model of this layout. The three sizes, which the published
+    commands give, are only checked; without them a pickle's own first merge says where it begins.
+
+    Raises InputError when vocabulary, layout and sizes contradict each other.
+    """
+    if init_size not in (None, layout.num_vq):
+        raise InputError(
+            f"--vbpe_init_size is {init_size}, the model's layout has {layout.num_vq} codes"
+        )
+    if vocab_pad is None and vocab_end is not None:
+        vocab_pad = vocab_end - layout.num_vq
+    if vocab_pad is not None:
+        # A published vocabulary counts from the code 0, behind the text, or as the tokenizer does.
+        starts = (0, layout.num_text, layout.first_image_id)
+        end = vocab_pad + layout.num_vq
+        if vocab_pad not in starts or vocab_end not in (None, end):
+            raise InputError(
+                f"--vbpe_vocab_pad {vocab_pad} and --vbpe_vocab_end {vocab_end} do not fit the "
+                f"model's layout, expected {' or '.join(map(str, starts))} and, behind the codes, "
+                f"{layout.num_vq} more"
+            )
+    path = Path(path)
+    is_published = path.suffix == ".pkl" and path.is_file()
+    vbpe = (
+        import_published(path, layout.num_vq, vocab_pad) if is_published else VisualBPE.load(path)
+    )
+    if vbpe.num_codes != layout.num_vq or vbpe.num_merges > layout.num_merges:
+        raise InputError(
+            f"{path} has {vbpe.num_codes} codes and {vbpe.num_merges} merges, the model's "
+            f"vocabulary has room for {layout.num_vq} and {layout.num_merges}"
+        )
+    return vbpe
 
 
 def _from_fields(fields: Any, source: str) -> AnyVBPE:

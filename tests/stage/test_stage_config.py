@@ -178,7 +178,7 @@ def broken(path: str, value: object) -> dict:
         (
             "zero_optimization",
             {"stage": 3, "offload_param": NVME, "max_reuse_distance": "auto"},
-            "is 'auto', expected a whole number",
+            'nothing fills in "auto"',
         ),
         (
             "zero_optimization",
@@ -200,7 +200,7 @@ def broken(path: str, value: object) -> dict:
             {"stage": 2, "offload_param": {"device": "cpu"}},
             "needs a higher stage than 2",
         ),
-        ("train_batch_size", "auto", "expected a whole number, at least 1"),
+        ("train_batch_size", "auto", 'nothing fills in "auto"'),
         (
             "bf16",
             {"enabled": True, "check_grad_overflow": False},
@@ -320,7 +320,7 @@ def broken(path: str, value: object) -> dict:
         (
             "zero_optimization",
             {"stage": 3, "stage3_max_live_parameters": "auto"},
-            "is 'auto', expected a whole number",
+            'nothing fills in "auto"',
         ),
         (
             "zero_optimization",
@@ -492,3 +492,22 @@ def test_a_batch_that_does_not_divide() -> None:
     assert config.accumulation_steps(2) == 2
     with pytest.raises(InputError, match=r"4 is not a multiple of 1 \(micro-batch\) x 3 \(ranks\)"):
         config.accumulation_steps(3)
+
+
+def test_a_configuration_of_accelerate_is_answered_with_all_of_its_keys(tmp_path: Path) -> None:
+    fields = {
+        "fp16": {"enabled": "auto"},
+        "bf16": {"enabled": "auto"},
+        "scheduler": {"type": "WarmupLR"},
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+    }
+    (path := tmp_path / "zero2.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError) as error:
+        load_stage_config(path)
+    message = str(error.value)
+    for key in ("'fp16'", "'scheduler'", "'gradient_accumulation_steps'"):
+        assert message.count(key) == 1, message
+    autos = "bf16.enabled, train_batch_size, zero_optimization.reduce_bucket_size: nothing fills"
+    assert autos in message and "start from ds_configs/stage1.json" in message

@@ -5,6 +5,7 @@ in the module.
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from beingvl.errors import InputError
 from beingvl.vbpe.published import LegacyVisualBPE, encode_legacy_reference, import_published
-from beingvl.vbpe.visual_bpe import VisualBPE
+from beingvl.vbpe.visual_bpe import VisualBPE, load_for_layout
+from beingvl.vocab import VocabLayout
 
 
 def write_pickle(path, content, protocol=4):
@@ -158,3 +160,22 @@ def test_wrong_merges_and_decoding_are_refused():
         LegacyVisualBPE(5, []).cells(0)
     with pytest.raises(InputError, match="codes 5 … 5, expected 0 … 4"):
         LegacyVisualBPE(5, []).encode(np.full((1, 1), 5))
+
+
+def test_the_published_sizes_are_checked_against_the_layout(tmp_path):
+    layout = VocabLayout(num_text=100, num_vq=10, num_merges=4, bos_id=1, eos_id=2)
+    path = write_pickle(tmp_path / "vbpe.pkl", [((103, 104), 110), ((110, 105), 111)])
+    for sizes in ((), (10, 100, 110), (None, 100), (None, None, 110)):
+        assert load_for_layout(path, layout, *sizes).merges.tolist() == [[3, 4], [10, 5]]
+    for sizes, message in (
+        ((9,), "--vbpe_init_size is 9, the model's layout has 10 codes"),
+        ((10, 101), "--vbpe_vocab_pad 101 and .* expected 0 or 100 or 105 and"),
+        ((10, 100, 111), "--vbpe_vocab_end 111 do not fit the model's layout"),
+        ((10, 105, 115), "expected a code 105 … 114 or the new token of an earlier merge"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_for_layout(path, layout, *sizes)
+    import_published(path, None, 100).save(tmp_path / "vbpe.json")
+    assert load_for_layout(tmp_path / "vbpe.json", layout, 10, 100, 110).num_merges == 2
+    with pytest.raises(InputError, match=r"10 codes and 2 merges, .* has room for 10 and 1"):
+        load_for_layout(path, replace(layout, num_merges=1))
