@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from beingvl.errors import InputError
+from beingvl.json_file import read_json
 
 LAYOUT_FILE = "vocab_layout.json"
 SPECIAL_TOKENS = ("<pad>", "<reserved08706>", "<eoss>", "<image>", "<racm3:break>")
@@ -172,12 +173,7 @@ class VocabLayout:
             raise InputError(
                 f"{model_folder} has no {LAYOUT_FILE}: it is not a Being-VL model folder; {hint}"
             )
-        try:
-            fields = json.loads(path.read_text())
-        except ValueError as error:
-            again = "make the model folder again"
-            raise InputError(f"{path} is not valid JSON ({error}); {again}") from error
-        return cls.from_dict(fields, str(path))
+        return cls.from_dict(read_json(path, "make the model folder again"), str(path))
 
 
 def vq_token_text(code: int) -> str:

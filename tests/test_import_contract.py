@@ -17,6 +17,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "scripts" not in path.p
 LAYERS = [
     "errors",
     "version",
+    "json_file",
     "vocab",
     "artefact",
     "images",

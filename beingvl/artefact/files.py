@@ -42,6 +42,35 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def path_inside(folder: Path, name: str) -> Path:
+    """The path in `folder` of a name that a file gave us: manifests, weight indexes, keys.
+
+    A snapshot in the cache of Hugging Face is links into the `blobs` beside it, which count as
+    inside. Raises InputError for a name that is absolute, has `..` or a NUL, is not a file's name,
+    or leads through a symbolic link out of the folder.
+    """
+    refuse_outside(name, folder)
+    path, where = folder / name, folder.absolute()
+    snapshots = [parent for parent in where.parents if parent.name == "snapshots"]
+    roots = [os.path.realpath(root) for root in (where, *(at.parent / "blobs" for at in snapshots))]
+    real = os.path.realpath(path)
+    if not any(real.startswith(f"{root}/") for root in roots):
+        raise InputError(
+            f"{path} leads out of {folder}, to {real}; put the file itself in the place of the link"
+        )
+    return path
+
+
+def refuse_outside(name: str, source: Path) -> None:
+    """Raises InputError, in the name of `source`, for what no file below a folder is called."""
+    is_name = printable(name) == name and "\0" not in name and name not in ("", ".")
+    if not is_name or name.startswith("/") or ".." in name.split("/"):
+        raise InputError(
+            f"{source} names the file {name[:200]!r}, which would lie outside of its folder; "
+            "do not use it, or get it again from a source that you trust"
+        )
+
+
 def to_json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 

@@ -25,14 +25,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from beingvl.artefact.files import make_folder, printable, to_json, write_atomically
+from beingvl.artefact.files import (
+    make_folder,
+    path_inside,
+    printable,
+    refuse_outside,
+    to_json,
+    write_atomically,
+)
 from beingvl.artefact.hashes import hash_bytes, hash_file
 from beingvl.artefact.request import Request
 from beingvl.errors import InputError
+from beingvl.json_file import parse_json
 from beingvl.version import __version__
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
+OWN_HASH = "manifest_hash"  # in the file: a hash of all its other fields
 
 # What makes each kind of artefact, for messages that say what to run (between backticks).
 MADE_BY = {
@@ -79,9 +88,10 @@ def start_folder(folder: Path | str, kind: str) -> Path:
     folder = Path(folder)
     if is_complete(folder):
         manifest = refuse_other_kind(folder, kind)
+        paths = [path_inside(folder, name) for name in manifest.files]
         (folder / MANIFEST_FILE).unlink()
-        for name in manifest.files:
-            (folder / name).unlink(missing_ok=True)
+        for path in paths:
+            path.unlink(missing_ok=True)
     return make_folder(folder)
 
 
@@ -122,8 +132,16 @@ def write_manifest(
             files[name] = {"bytes": path.stat().st_size, "hash": known.get(name) or hash_file(path)}
     command = printable(shlex.join(sys.argv))
     manifest = Manifest(kind, command, dict(counts), dict(lineage), files, dict(details or {}))
-    write_atomically(folder / MANIFEST_FILE, to_json(asdict(manifest)))
+    write_atomically(folder / MANIFEST_FILE, to_json(sealed(asdict(manifest))))
     return manifest
+
+
+def sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest's fields with the hash of all others, which their order does not change."""
+    others = {name: value for name, value in fields.items() if name != OWN_HASH}
+    others = json.loads(json.dumps(others))  # as they are read: every key is a text
+    text = json.dumps(others, sort_keys=True)
+    return {**others, OWN_HASH: hash_bytes(text.encode())}
 
 
 def _finished_files(folder: Path) -> Iterator[Path]:
@@ -169,24 +187,59 @@ def read_manifest(folder: Path | str, kind: str | Iterable[str] | None = None) -
         raise InputError(f"{folder} is not a folder{_hint(kinds)}")
     if not path.is_file():
         raise InputError(f"{folder} has no {MANIFEST_FILE}, so it is incomplete{_hint(kinds)}")
-    try:
-        fields = json.loads(path.read_text(), object_pairs_hook=lambda pairs: _Fields(pairs, path))
-        manifest = Manifest(**fields)
-        if not isinstance(manifest.format_version, int):
-            raise TypeError(f"its format_version is {manifest.format_version!r}")
-    except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} is not a beingvl manifest ({error}); make the folder again"
-        ) from error
-    if manifest.format_version > FORMAT_VERSION:
-        raise InputError(
-            f"{path} has format version {manifest.format_version}, this beingvl {__version__} "
-            f"reads up to {FORMAT_VERSION}: update beingvl"
-        )
+    manifest = _parse(path)
     if kinds and manifest.kind not in kinds:
         expected = " or ".join(map(repr, kinds))
         raise InputError(f"{folder} holds {manifest.kind!r}, expected {expected}{_hint(kinds)}")
     return manifest
+
+
+def _parse(path: Path) -> Manifest:
+    again = "make the folder again"
+    fields = parse_json(path.read_bytes(), path, again, lambda pairs: _Fields(pairs, path))
+    version = fields.get("format_version") if isinstance(fields, dict) else None
+    if not isinstance(version, int):
+        raise InputError(f"{path} is not a beingvl manifest; {again}")
+    if version > FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format version {version}, this beingvl {__version__} "
+            f"reads up to {FORMAT_VERSION}: update beingvl"
+        )
+    if fields.pop(OWN_HASH, None) != sealed(fields)[OWN_HASH]:
+        found = "changed after it was written, or has no manifest_hash"
+        raise InputError(f"{path} {found}: it is damaged; {again}")
+    for name, holds in _FIELDS.items():
+        if not holds(fields[name]):
+            found = f"{name} {str(fields[name])[:60]!r}"
+            raise InputError(f"{path} has {found}, which no step writes; {again}")
+    for name in fields["files"]:
+        refuse_outside(name, path)
+    return Manifest(**{name: fields[name] for name in _FIELDS})
+
+
+def _is(*types: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, types) and not isinstance(value, bool)
+
+
+def _object_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(holds, value.values()))
+
+
+def _is_file(entry: Any) -> bool:
+    return isinstance(entry, dict) and _is(int)(entry["bytes"]) and _is(str)(entry["hash"])
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "kind": _is(str),
+    "command": _is(str),
+    "counts": _object_of(_is(int, float)),
+    "lineage": _object_of(_is(str)),
+    "files": _object_of(_is_file),
+    "details": _is(dict),
+    "format_version": _is(int),
+    "beingvl_version": _is(str),
+}
+"""What each field of a manifest may hold."""
 
 
 def _hint(kinds: list[str]) -> str:
@@ -220,7 +273,7 @@ def verify_folder(folder: Path | str) -> Manifest:
     folder = Path(folder)
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
-        verify_file(folder / name, entry)
+        verify_file(path_inside(folder, name), entry)
     return manifest
 
 

@@ -31,7 +31,7 @@ def verify(path: Path | str) -> dict[Path, Manifest]:
     if not path.exists():
         raise InputError(f"{path} does not exist; give an artefact folder, or one of its files")
     if path.is_dir():
-        return {folder: verify_folder(folder) for folder in _artefacts_of_stage(path) or [path]}
+        return {folder: verify_folder(folder) for folder in artefacts_of(path)}
     manifest = read_manifest(path.parent)
     if path.name not in manifest.files:
         raise InputError(f"{path} is not listed in the {MANIFEST_FILE} beside it")
@@ -39,9 +39,10 @@ def verify(path: Path | str) -> dict[Path, Manifest]:
     return {path.parent: manifest}
 
 
-def _artefacts_of_stage(path: Path) -> list[Path]:
-    """What is finished in the folder of a training stage, which is not an artefact itself."""
-    if is_complete(path):
-        return []
+def artefacts_of(path: Path) -> list[Path]:
+    """`path`, or what is finished in the folder of a training stage, which is not an artefact
+    itself.
+    """
     folders = [*sorted(path.glob("checkpoints/step-*")), path / "final"]
-    return [folder for folder in folders if is_complete(folder)]
+    finished = [folder for folder in folders if is_complete(folder)]
+    return [path] if is_complete(path) else finished or [path]

@@ -3,16 +3,19 @@
     beingvl verify vq_codes/ shards/ stage-1/ base/tokenizer.json
 
 Of a stage's folder its finished checkpoints and final/ are taken. A single file is compared with
-the manifest beside it. Only a vbpe.json without one is read: every merge must be possible.
+the manifest beside it. Only a vbpe.json without one is read: every merge must be possible. All
+paths are looked at; the exit code is 2 when one of them changed or is incomplete.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from beingvl.artefact.manifest import is_complete
-from beingvl.artefact.verify import verify
+from beingvl.artefact.verify import artefacts_of, verify
+from beingvl.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,19 +23,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", type=Path, help=paths)
 
 
-def run(args: argparse.Namespace) -> None:
-    for path in args.paths:
-        if path.suffix == ".json" and path.is_file() and not is_complete(path.parent):
-            # Here, as numpy and numba are slow to load.
-            from beingvl.vbpe.visual_bpe import VisualBPE
+def run(args: argparse.Namespace) -> int:
+    code = 0
+    for path in [one for given in args.paths for one in artefacts_of(given)]:
+        try:
+            print(f"{path}: {_verify(path)}", flush=True)
+        except (InputError, PermissionError) as error:
+            if args.debug:
+                raise
+            code = 2
+            print(f"beingvl verify: error: {error}", file=sys.stderr, flush=True)
+    return code
 
-            VisualBPE.load(path)
-            print(f"{path}: every merge possible, no hash to compare with")
-            continue
-        for folder, manifest in verify(path).items():
-            if path.is_file() and path.name in manifest.files:
-                print(f"{path}: {path.stat().st_size:,} bytes, the hash that the manifest says")
-                continue
-            size = sum(int(entry["bytes"]) for entry in manifest.files.values())
-            count = f"{len(manifest.files)} files re-hashed, every hash as written"
-            print(f"{folder}: {manifest.kind}, {size:,} bytes, {count}")
+
+def _verify(path: Path) -> str:
+    if path.suffix == ".json" and path.is_file() and not is_complete(path.parent):
+        # Here, as numpy and numba are slow to load.
+        from beingvl.vbpe.visual_bpe import VisualBPE
+
+        VisualBPE.load(path)
+        return "every merge possible, no hash to compare with"
+    (manifest,) = verify(path).values()
+    if path.is_file() and path.name in manifest.files:
+        return f"{path.stat().st_size:,} bytes, the hash that the manifest says"
+    size = sum(int(entry["bytes"]) for entry in manifest.files.values())
+    count = f"{len(manifest.files)} files re-hashed, every hash as written"
+    return f"{manifest.kind}, {size:,} bytes, {count}"

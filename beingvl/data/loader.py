@@ -31,6 +31,7 @@ from beingvl.data.packing import WINDOW, PackingPlan, pack_window
 from beingvl.data.shard_columns import Sample
 from beingvl.data.shard_writer import LENGTHS_FILE, MEMBERS_FILE, SOURCE_OF_FILE
 from beingvl.errors import InputError
+from beingvl.json_file import read_json
 from beingvl.vocab import VocabLayout
 
 IGNORED = -100
@@ -159,7 +160,7 @@ class TrainingData:
         if not self._plan_path.is_file():
             return None
         try:
-            kept = json.loads(self._plan_path.read_text())
+            kept = read_json(self._plan_path)
             if (
                 len(kept["sequences"]) != -(-self._num_samples // WINDOW)
                 or min(kept["sequences"]) < 1

@@ -29,6 +29,7 @@ from beingvl.artefact.hashes import hash_bytes
 from beingvl.artefact.manifest import Manifest, read_manifest, write_manifest
 from beingvl.artefact.progress import progress as show_progress
 from beingvl.errors import InputError
+from beingvl.json_file import parse_json
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -70,7 +71,8 @@ class CodeFolder:
     def _reasons(self) -> dict[str, str]:
         """Key -> why it was rejected."""
         with open(self.path / REJECTED_FILE, encoding="utf-8", newline="\n") as file:
-            return {entry["key"]: entry["reason"] for entry in map(json.loads, file)}
+            entries = [parse_json(line, file.name, REMEDY) for line in file]
+        return {entry["key"]: entry["reason"] for entry in entries}
 
     def row(self, key: str) -> int:
         """Row of an image in `codes`. Raises InputError for a rejected or unknown image."""
@@ -104,10 +106,7 @@ class MappedKeys:
     def __getitem__(self, row: int) -> str:
         """Raises IndexError behind the last row."""
         line = self._lines[int(self._offsets[row]) : int(self._offsets[row + 1])]
-        try:
-            key = json.loads(line.decode())
-        except ValueError as error:
-            raise _damaged(self._path, str(error)) from error
+        key = parse_json(line, self._path, REMEDY)
         if not isinstance(key, str):
             raise _damaged(self._path, f"it holds {key!r} where a key is expected")
         return key

@@ -37,6 +37,7 @@ from transformers.models.chameleon.image_processing_pil_chameleon import Chamele
 from beingvl.artefact.files import write_atomically
 from beingvl.artefact.manifest import Manifest, start_folder, write_manifest
 from beingvl.errors import InputError
+from beingvl.json_file import read_object
 
 CLASSES = {
     "chameleon_vqgan": (ChameleonVQVAE, ChameleonVQVAEConfig),
@@ -304,13 +305,7 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
             f"{path.parent} has no {path.name}: it is not {what}; make one with "
             "`beingvl train-vq` or download one"
         )
-    try:
-        fields = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"{path}: found {type(fields).__name__}, expected an object")
-    return fields
+    return read_object(path, "copy or make it again")
 
 
 def _load_weights(model: ChameleonVQVAE | JanusVQVAE, folder: Path) -> None:

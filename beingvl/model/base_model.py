@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from beingvl.artefact.hashes import PREFIX, hash_bytes, hash_file
 from beingvl.artefact.manifest import MANIFEST_FILE
 from beingvl.errors import InputError
+from beingvl.json_file import read_object
 from beingvl.model.weight_files import WeightFolder
 
 LICENSE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -148,13 +149,7 @@ def _hash_sample(path: Path) -> str:
 def read_json(path: Path, what: str) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path.parent} has no {path.name}, so it is not {what}")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"{path} holds {type(fields).__name__}, expected a JSON object")
-    return fields
+    return read_object(path, "download it again")
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from beingvl.errors import InputError
+from beingvl.json_file import parse_json, read_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -156,13 +157,10 @@ def _find_layout(folder: Path) -> str:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text())["weight_map"]
-        return {str(name): str(file_name) for name, file_name in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} is not a weight index (expected JSON with a 'weight_map'); {_AGAIN}"
-        ) from error
+    weight_map = read_object(path, _AGAIN).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{path} is not a weight index (expected a 'weight_map'); {_AGAIN}")
+    return {name: str(file_name) for name, file_name in weight_map.items()}
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -176,13 +174,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             )
         text = file.read(header_bytes)
     try:
-        fields = json.loads(text)
+        fields = parse_json(text, f"{path}: its header", _AGAIN)
         fields.pop("__metadata__", None)
         entries = sorted(
             (entry["data_offsets"], name, entry["dtype"], tuple(entry["shape"]))
             for name, entry in fields.items()
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} has a damaged safetensors header ({error}); {_AGAIN}") from error
     tensors, end = {}, 0
     for (start, stop), name, dtype, shape in entries:

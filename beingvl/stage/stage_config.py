@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from beingvl.errors import InputError
+from beingvl.json_file import read_object
 from beingvl.stage.deepspeed_keys import (
     DEEPSPEED_KEYS,
     FACTOR,
@@ -206,12 +207,7 @@ def load_stage_config(path: Path | str, overrides: Sequence[str] = ()) -> StageC
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist; stage configurations are in ds_configs/")
-    try:
-        fields = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:  # also of bytes that are not text
-        raise InputError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(fields).__name__}")
+    fields = read_object(path)
     for override in overrides:
         apply_override(fields, override)
     return parse_stage_config(fields, str(path))

@@ -19,7 +19,6 @@ another ZeRO stage, reads other ranges of the same files.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -36,6 +35,7 @@ from beingvl.artefact.files import to_json, write_atomically
 from beingvl.artefact.hashes import HashedFile
 from beingvl.artefact.manifest import MANIFEST_FILE, read_manifest, write_manifest
 from beingvl.errors import InputError
+from beingvl.json_file import read_object
 from beingvl.model.weight_files import make_header
 from beingvl.train.checkpoint_folders import complete_checkpoints, delete_checkpoint
 from beingvl.train.failures import SaveError
@@ -200,7 +200,7 @@ def read_state(folder: Path) -> CheckpointState:
     """`state.json` of a finished checkpoint."""
     read_manifest(folder, "checkpoint")
     try:
-        return CheckpointState(**json.loads((folder / STATE_FILE).read_text()))
+        return CheckpointState(**read_object(folder / STATE_FILE))
     except (OSError, ValueError, TypeError) as error:
         raise _damaged(folder, STATE_FILE, str(error)) from error
 

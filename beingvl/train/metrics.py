@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from beingvl.artefact.files import write_atomically
 from beingvl.errors import InputError
+from beingvl.json_file import parse_json
 from beingvl.train.flops import ASSUMED_MFU
 from beingvl.train.phases import STEP_PHASES
 from beingvl.train.ranks import Ranks
@@ -197,8 +198,8 @@ def _whole_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
     found = []
     for line in path.read_text().splitlines(keepends=True):
         try:
-            found.append((json.loads(line), line))
-        except json.JSONDecodeError:
+            found.append((parse_json(line, path), line))
+        except InputError:
             continue
     return found
 

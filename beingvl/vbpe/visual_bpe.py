@@ -22,7 +22,6 @@ its two tokens (`spatial_consistency`). Ties: higher count, then smaller (a, b, 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from beingvl.errors import InputError
+from beingvl.json_file import read_json
 from beingvl.vbpe import kernels as fast
 from beingvl.vbpe.grids import MAX_SHAPE_CELLS, MAX_SIDE, EncodeChunk, check_side
 from beingvl.vbpe.published import LegacyVisualBPE, import_published
@@ -134,11 +134,7 @@ class VisualBPE(Vocabulary):
             raise InputError(f"{path} does not exist; make it with `beingvl train-vbpe`")
         if path.suffix == ".pkl":
             return import_published(path)
-        try:
-            fields = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is not a vBPE vocabulary: no valid JSON ({error})") from error
-        return _from_fields(fields, str(path))
+        return _from_fields(read_json(path, "make it again"), str(path))
 
 
 AnyVBPE = VisualBPE | LegacyVisualBPE

@@ -15,6 +15,7 @@ from beingvl.artefact.manifest import (
 )
 from beingvl.artefact.parts import locked
 from beingvl.errors import InputError
+from tests.damage import change_manifest
 
 
 @pytest.fixture
@@ -69,24 +70,46 @@ def test_incomplete_wrong_kind_newer_and_damaged_manifests_are_refused(
         read_manifest(folder / "nothing", "shards")
     with pytest.raises(InputError, match="holds 'shards', expected 'model'"):
         read_manifest(folder, "model")
-    fields = json.loads((folder / MANIFEST_FILE).read_text())
-    (folder / MANIFEST_FILE).write_text(json.dumps({**fields, "format_version": 99}))
+    change_manifest(folder, format_version=99)
     with pytest.raises(InputError, match="update beingvl"):
         read_manifest(folder)
-    (folder / MANIFEST_FILE).write_text("{")
-    with pytest.raises(InputError, match="not a beingvl manifest"):
-        read_manifest(folder)
+    for text, message in [
+        ("{", "is not valid JSON"),
+        ("[]", "is not a beingvl manifest"),
+        ('{"format_version": "1"}', "is not a beingvl manifest"),
+    ]:
+        (folder / MANIFEST_FILE).write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_manifest(folder)
 
 
-@pytest.mark.parametrize("name", ["rows", "hash"])
-def test_a_manifest_that_lacks_something_is_named(folder, name) -> None:
-    path = folder / MANIFEST_FILE
-    path.write_text(path.read_text().replace(f'"{name}"', f'"{name[1:]}"'))
-    with pytest.raises(InputError, match=rf"{MANIFEST_FILE} .*{name[1:]}"):
-        manifest.verify_folder(folder).counts["rows"]
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": "1"'))
-    with pytest.raises(InputError, match=r"not a beingvl manifest"):
+def test_a_manifest_that_changed_or_has_no_hash_of_itself_is_refused(folder) -> None:
+    path, text = folder / MANIFEST_FILE, (folder / MANIFEST_FILE).read_text()
+    path.write_text(json.dumps(json.loads(text)))  # other spaces are the same content
+    assert read_manifest(folder).counts == {"samples": 3}
+    without = {name: value for name, value in json.loads(text).items() if name != "manifest_hash"}
+    for changed in (text.replace('"samples": 3', '"samples": 4'), json.dumps(without)):
+        path.write_text(changed)
+        with pytest.raises(InputError, match="changed after it was written, or has no manifest_h"):
+            read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"files": {"a.bin": {"bytes": 5}}}, "manifest.json has no 'hash' where one is expected"),
+        ({"files": {"a.bin": 5}}, "has files .*, which no step writes"),
+        ({"counts": {"samples": "3"}}, "has counts .*, which no step writes"),
+        ({"lineage": []}, r"has lineage '\[\]', which no step writes"),
+    ],
+)
+def test_a_manifest_that_lacks_something_is_named(folder, fields, message) -> None:
+    change_manifest(folder, **fields)
+    with pytest.raises(InputError, match=message):
         read_manifest(folder)
+    change_manifest(folder, files={}, counts={}, lineage={})
+    with pytest.raises(InputError, match=r"manifest\.json has no 'rows' where one is expected"):
+        print(read_manifest(folder).details["rows"])
 
 
 def test_a_started_folder_is_incomplete_and_empty(folder) -> None:

@@ -10,6 +10,7 @@ from beingvl.artefact.verify import verify
 from beingvl.commands import main as cli
 from beingvl.errors import InputError
 from beingvl.vbpe.visual_bpe import VisualBPE
+from tests.damage import flip_bit
 
 
 def write_artefact(folder: Path, kind: str = "model") -> Path:
@@ -55,6 +56,20 @@ def test_a_folder_without_a_manifest_is_incomplete_whatever_is_in_it(tmp_path) -
     write_artefact(tmp_path / "vqgan", "vqgan")
     with pytest.raises(InputError, match="so it is incomplete"):
         verify(tmp_path)
+
+
+def test_every_path_is_looked_at(tmp_path, capsys) -> None:
+    good, bad = write_artefact(tmp_path / "good"), write_artefact(tmp_path / "bad")
+    flip_bit(bad / "a.bin", 0)
+    (tmp_path / "none").mkdir()
+    paths = [tmp_path / "none", tmp_path / "gone", bad, good]
+    assert cli.main(["verify", *map(str, paths)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"{good}: model, 8 bytes") and shown.out.count("\n") == 1
+    first, second, third = shown.err.splitlines()
+    assert "none has no manifest.json" in first and "gone does not exist" in second
+    assert f"{bad / 'a.bin'} does not have the hash" in third
+    assert cli.main(["verify", str(good)]) == 0
 
 
 def test_one_file(tmp_path, capsys) -> None:

@@ -20,6 +20,7 @@ from beingvl.data.shard_writer import ShardWriter
 from beingvl.errors import InputError
 from beingvl.vocab import TOKEN_KINDS, VocabLayout
 from tests.command import beingvl
+from tests.damage import change_manifest
 from tests.tiny import LAYOUT, write_model, write_shards
 
 
@@ -121,9 +122,7 @@ def test_damaged_shards_are_refused(tmp_path) -> None:
 
 def test_fewer_samples_than_the_manifest_says(tmp_path) -> None:
     write_shards(tmp_path)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    manifest["counts"]["samples"] = 61
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    change_manifest(tmp_path, counts={"samples": 61})
     with pytest.raises(InputError, match="holds 60 samples, its manifest says 61"):
         ShardReader(tmp_path)
 

@@ -304,7 +304,7 @@ def edit_weights(folder, change):
 WRONG_FOLDERS = {
     "config.json: it is not": lambda folder: (folder / "config.json").unlink(),
     "not valid JSON": lambda folder: (folder / "config.json").write_text("{"),
-    "found list, expected an object": lambda folder: (folder / "config.json").write_text("[]"),
+    "holds list, expected a JSON object": lambda folder: (folder / "config.json").write_text("[]"),
     "model_type is 'llama'": lambda folder: edit(folder / "config.json", model_type="llama"),
     "config.json is not usable": lambda folder: edit(folder / "config.json", num_embeddings="many"),
     "has no model.safetensors": lambda folder: (folder / "model.safetensors").unlink(),

@@ -401,7 +401,7 @@ def test_missing_and_unreadable_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         VisualBPE.load(tmp_path)
     (tmp_path / "vbpe.json").write_text("{")
-    with pytest.raises(InputError, match="no valid JSON"):
+    with pytest.raises(InputError, match="is not valid JSON"):
         VisualBPE.load(tmp_path)
     (tmp_path / "vbpe.json").write_text("[]")
     with pytest.raises(InputError, match="is not a vBPE vocabulary"):

@@ -1,0 +1,66 @@
+"""The one way to read JSON that a file or a user gave us. It may be anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from beingvl.errors import InputError
+
+MAX_DEPTH = 64  # ours have at most 8; what is deeper ends in Python's stack, here or later
+
+
+def parse_json(
+    text: str | bytes,
+    source: Path | str,
+    remedy: str = "",
+    make_object: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Any:
+    """The value; `make_object` makes objects of their (key, value) pairs.
+
+    Raises InputError, with `source` and `remedy`, for what is not JSON in UTF-8 or too deep.
+    """
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        value = json.loads(text, object_pairs_hook=make_object)
+        if _is_deep(value):
+            raise RecursionError
+    except RecursionError as error:
+        raise _not_json(source, f"nested more than {MAX_DEPTH} deep", remedy) from error
+    except ValueError as error:
+        raise _not_json(source, str(error), remedy) from error
+    return value
+
+
+def read_json(path: Path, remedy: str = "") -> Any:
+    """The value in a file; raises InputError as `parse_json`."""
+    return parse_json(path.read_bytes(), path, remedy)
+
+
+def read_object(path: Path, remedy: str = "") -> dict[str, Any]:
+    """The object in a file; raises InputError for anything else."""
+    fields = read_json(path, remedy)
+    if not isinstance(fields, dict):
+        raise InputError(f"{path} holds {type(fields).__name__}, expected a JSON object")
+    return fields
+
+
+def _is_deep(value: Any) -> bool:
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            return True
+        level = [
+            child
+            for item in level
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+    return False
+
+
+def _not_json(source: Path | str, found: str, remedy: str) -> InputError:
+    return InputError(f"{source} is not valid JSON ({found}){remedy and f'; {remedy}'}")
