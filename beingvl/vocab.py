@@ -24,9 +24,11 @@ from typing import Any
 import numpy as np
 
 from beingvl.errors import InputError
-from beingvl.json_file import read_json
+from beingvl.json_file import read_json, read_object
 
 LAYOUT_FILE = "vocab_layout.json"
+PUBLISHED_MODEL_TYPE = "chameleon"
+"""`model_type` of the models that Being-VL-0.5 published, see model/published_names.py."""
 SPECIAL_TOKENS = ("<pad>", "<reserved08706>", "<eoss>", "<image>", "<racm3:break>")
 TOKEN_KINDS = ("text", "special", "vq", "vbpe")
 
@@ -137,9 +139,13 @@ class VocabLayout:
 
     def new_tokens(self) -> list[str]:
         """Texts of the `num_visual` new tokens in id order, for the base model's tokenizer."""
-        codes = [vq_token_text(code) for code in range(self.num_vq)]
+        codes = [image_token_text(code) for code in range(self.num_vq)]
         merges = [f"<vbpe{rank:05d}>" for rank in range(self.num_merges)]
         return [*SPECIAL_TOKENS, *codes, *merges]
+
+    def published_name(self, token_id: int) -> str | None:
+        """Published text of a merge's token, IMGIMGBDGEFDZ for 136453; None for other tokens."""
+        return image_token_text(token_id) if token_id >= self.first_vbpe_id else None
 
     # ---- on disk ----
     def fingerprint(self) -> str:
@@ -166,6 +172,7 @@ class VocabLayout:
         if not Path(model_folder).exists():
             made_by = "expected a Being-VL model folder, made with `beingvl convert`"
             raise InputError(f"{model_folder} does not exist; {made_by}")
+        refuse_published(model_folder)
         if not path.is_file():
             final = Path(model_folder) / "final"
             is_stage = (final / LAYOUT_FILE).is_file()
@@ -173,10 +180,40 @@ class VocabLayout:
             raise InputError(
                 f"{model_folder} has no {LAYOUT_FILE}: it is not a Being-VL model folder; {hint}"
             )
+        return cls.read(path)
+
+    @classmethod
+    def read(cls, path: Path) -> VocabLayout:
+        """The layout in a file that exists."""
         return cls.from_dict(read_json(path, "make the model folder again"), str(path))
 
 
-def vq_token_text(code: int) -> str:
-    """Published token text of a VQ code: six digits written A–J, e.g. 10 -> IMGIMGAAAABAZ."""
-    digits = "".join(chr(ord("A") + int(digit)) for digit in f"{code:06d}")
+def image_token_text(number: int) -> str:
+    """Published text of an image token: six digits written A–J, e.g. 10 -> IMGIMGAAAABAZ.
+
+    `number` is the code of a VQ token, the token id of a merge.
+    """
+    digits = "".join(chr(ord("A") + int(digit)) for digit in f"{number:06d}")
     return f"IMGIMG{digits}Z"
+
+
+def name_beside(token: str) -> str:
+    """Text of a new token whose own name is a token of the base model already."""
+    return f"<|being_{token.strip('<>')}|>"
+
+
+def is_published(folder: Path | str) -> bool:
+    """Whether a folder holds a model in the form that Being-VL-0.5 published: language model and
+    VQ-GAN in one.
+    """
+    path = Path(folder) / "config.json"
+    return path.is_file() and "vq_config" in read_object(path, "download it again")
+
+
+def refuse_published(folder: Path | str) -> None:
+    """Raises InputError that names the command which imports a published folder."""
+    if is_published(folder):
+        raise InputError(
+            f"{folder} is in the published form of Being-VL-0.5; import it with "
+            f"`beingvl export --model {folder} --output_path NEW_FOLDER` and give that"
+        )

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from beingvl.errors import InputError
-from beingvl.vocab import LAYOUT_FILE, VocabLayout, vq_token_text
+from beingvl.vocab import LAYOUT_FILE, VocabLayout, image_token_text
 
 LLAMA3 = VocabLayout(num_text=128256, num_vq=8192, num_merges=8192, bos_id=128000, eos_id=128001)
 
@@ -20,9 +20,9 @@ def test_llama3_ranges_are_the_published_ones() -> None:
 
 
 def test_token_texts() -> None:
-    assert vq_token_text(0) == "IMGIMGAAAAAAZ"
-    assert vq_token_text(10) == "IMGIMGAAAABAZ"
-    assert vq_token_text(8191) == "IMGIMGAAIBJBZ"
+    assert image_token_text(0) == "IMGIMGAAAAAAZ"
+    assert image_token_text(10) == "IMGIMGAAAABAZ"
+    assert image_token_text(8191) == "IMGIMGAAIBJBZ"
     tokens = LLAMA3.new_tokens()
     assert len(tokens) == len(set(tokens)) == 16389
     assert tokens[:5] == ["<pad>", "<reserved08706>", "<eoss>", "<image>", "<racm3:break>"]

@@ -75,11 +75,15 @@ def open_tokenizer(model_folder: Path | str) -> Tokenizer:
             f"{model_folder} has no tokenizer.json; make the model folder with `beingvl convert`"
         )
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
         raise InputError(
             f"{path} is damaged ({error}); copy or make the model folder again"
         ) from error
+    # A base model's settings for batches would cut or fill every text.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class TextEncoder:
@@ -103,6 +107,12 @@ class TextEncoder:
     def with_specials(self, text: str) -> list[int]:
         """Ids of `text`, which may spell special tokens (template `being-vl-0.5` only)."""
         return self._encode(text, with_specials=True)
+
+    def special_text(self, token_id: int) -> str:
+        """What spells a special token, `<eoss>` unless the base model had that name already."""
+        text = self._tokenizer.id_to_token(token_id)
+        assert text is not None, f"the tokenizer has no token {token_id}"
+        return text
 
     def _encode(self, text: str, with_specials: bool) -> list[int]:
         if printable(text) != text:
@@ -214,8 +224,9 @@ def _lay_out_published(
     if num_images > 1:
         raise InputError(f"template being-vl-0.5 takes at most one image, found {num_images}")
     text = ""
+    eoi, sep = encoder.special_text(layout.eoi_id), encoder.special_text(layout.sep_id)
     for number, (question, answer) in enumerate(turns):
-        prefix = "<reserved08706>" if number else "<eoss>" if num_images else ""
+        prefix = sep if number else eoi if num_images else ""
         text += prefix + question.replace(IMAGE_PLACEHOLDER, "").strip() + " "
         text += f"{answer}</s>" if answer is not None else ""
     start = (

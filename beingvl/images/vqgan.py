@@ -47,7 +47,8 @@ PREPROCESSING_FIELDS = (
     *("do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size"),
     *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
 )
-FILES = ("config.json", "model.safetensors", "preprocessor_config.json")  # of a stock folder
+PREPROCESSOR_FILE = "preprocessor_config.json"
+FILES = ("config.json", "model.safetensors", PREPROCESSOR_FILE)  # of a stock folder
 MAX_CODES = 1 << 16
 # Decoded at once: 150 MB, and a few copies of it while the image is resized.
 MAX_PIXELS = 50_000_000
@@ -97,8 +98,13 @@ class VQGAN:
         folder: Path | str,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        preprocessing: Path | None = None,
     ) -> VQGAN:
-        """Read a stock folder, made by `beingvl train-vq` or published."""
+        """Read a stock folder, made by `beingvl train-vq` or published.
+
+        `preprocessing` is a preprocessor_config.json from elsewhere, for a folder without one.
+        Raises InputError for a folder whose own is another, or which is not a VQ-GAN's.
+        """
         folder = Path(folder)
         fields = _read_json(folder / "config.json", "a VQ-GAN folder")
         config, found = folder / "config.json", fields.get("model_type")
@@ -112,7 +118,7 @@ class VQGAN:
             reason = " ".join(str(error).split())
             raise InputError(f"{config} is not usable ({reason})") from error
         _load_weights(model, folder)
-        processor = _load_processor(folder, model)
+        processor = _load_processor(folder, model, preprocessing)
         return cls(model, processor, device, dtype, str(folder))
 
     def save(
@@ -331,15 +337,38 @@ def _load_weights(model: ChameleonVQVAE | JanusVQVAE, folder: Path) -> None:
     model.load_state_dict({name: weights[name] for name in wanted})
 
 
-def _load_processor(folder: Path, model: ChameleonVQVAE | JanusVQVAE) -> ChameleonImageProcessorPil:
-    """The folder's preprocessing; a Chameleon folder without has the published one."""
-    path = folder / "preprocessor_config.json"
+def _load_processor(
+    folder: Path, model: ChameleonVQVAE | JanusVQVAE, given: Path | None
+) -> ChameleonImageProcessorPil:
+    """The folder's preprocessing, else the given one; a Chameleon folder without either has the
+    published one.
+    """
+    path = folder / PREPROCESSOR_FILE
+    if given and path.is_file():
+        _check_same_preprocessing(path, given)
+    elif given:
+        path = given
     if isinstance(model, ChameleonVQVAE) and not path.is_file():
         side = model.config.resolution
         crop = {"height": side, "width": side}
         return ChameleonImageProcessorPil(size={"shortest_edge": side}, crop_size=crop)
+    return _read_processor(path)
+
+
+def _read_processor(path: Path) -> ChameleonImageProcessorPil:
     fields = _read_json(path, "a VQ-GAN folder with its preprocessing")
     return ChameleonImageProcessorPil.from_dict(fields)
+
+
+def _check_same_preprocessing(own: Path, given: Path) -> None:
+    """Raises InputError that names the first field in which two preprocessings differ."""
+    ours, theirs = (_read_processor(path).to_dict() for path in (own, given))
+    for name in PREPROCESSING_FIELDS:
+        if ours.get(name) != theirs.get(name):
+            raise InputError(
+                f"{own} says {name} {ours.get(name)}, {given} says {theirs.get(name)}; remove the "
+                "one that the VQ-GAN was not trained with"
+            )
 
 
 def _image_size(processor: ChameleonImageProcessorPil, source: str) -> int:

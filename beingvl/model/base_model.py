@@ -23,6 +23,7 @@ from beingvl.artefact.manifest import MANIFEST_FILE
 from beingvl.errors import InputError
 from beingvl.json_file import read_object
 from beingvl.model.weight_files import WeightFolder
+from beingvl.vocab import PUBLISHED_MODEL_TYPE, refuse_published
 
 LICENSE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer*", "original/tokenizer.model")
@@ -57,7 +58,10 @@ class BaseModel:
         folder = Path(folder)
         config = read_json(folder / "config.json", "a Hugging Face model folder")
         weights = WeightFolder(folder)
+        refuse_chameleon(folder, config, weights)
+        refuse_published(folder)
         model = _empty_model(folder)
+        _refuse_quantised(folder, config, weights, set(model.state_dict()))
         input_name = _module_parameter(model, model.get_input_embeddings(), "weight")
         head = model.get_output_embeddings()
         output_name = _module_parameter(model, head, "weight")
@@ -108,10 +112,16 @@ class BaseModel:
             ids += value if isinstance(value, list) else [value]
         return {one for one in ids if isinstance(one, int)}
 
-    def extended_config(self, num_rows: int, dtype: torch.dtype | None) -> dict[str, Any]:
-        """config.json for `num_rows` rows and an untied head; every other key survives."""
+    def extended_config(
+        self, num_rows: int, pad_id: int, dtype: torch.dtype | None
+    ) -> dict[str, Any]:
+        """config.json for `num_rows` rows, a pad token of its own and an untied head; every other
+        key survives.
+        """
         config = copy.deepcopy(self.config)
         for fields in (config, _text_config(config)):
+            if fields is _text_config(config) or "pad_token_id" in fields:
+                fields["pad_token_id"] = pad_id
             if fields is _text_config(config) or "vocab_size" in fields:
                 fields["vocab_size"] = num_rows
             if fields is config or "tie_word_embeddings" in fields:
@@ -150,6 +160,39 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path.parent} has no {path.name}, so it is not {what}")
     return read_object(path, "download it again")
+
+
+def refuse_chameleon(folder: Path, config: dict[str, Any], weights: WeightFolder) -> None:
+    """Raises InputError for Chameleon itself, and for what was trained from it."""
+    if config.get("model_type") == PUBLISHED_MODEL_TYPE and any(".q_norm." in k for k in weights):
+        raise InputError(
+            f"{folder} is a Chameleon model: it normalises queries and keys, and its image codes "
+            "are ids inside the text vocabulary (4 … 8195), which no stock LLaMA with its image "
+            "ids behind the text can hold; start from a LLaMA"
+        )
+
+
+def _refuse_quantised(
+    folder: Path, config: dict[str, Any], weights: WeightFolder, known: set[str]
+) -> None:
+    """Raises InputError for weights that are numbers only together with their scales: these would
+    be ignored. `known` are the names of the model's own tensors.
+    """
+    found = ""
+    for fields in (config, _text_config(config)):
+        if quantisation := fields.get("quantization_config"):
+            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+            found = f"config.json has quantization_config ({method or quantisation})"
+    for name, stored in weights.tensors.items():
+        is_weight = name in known or name.endswith("weight")
+        if "_scale" in name and name not in known:
+            found = found or f"the weights have {name!r}"
+        elif is_weight and stored.dtype not in ("F64", "F32", "F16", "BF16"):
+            found = found or f"{name!r} is {stored.dtype}"
+    if found:
+        raise InputError(
+            f"{folder} is quantised: {found}; give the checkpoint in bfloat16, float16 or float32"
+        )
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from beingvl.artefact.manifest import (
     read_manifest,
 )
 from beingvl.errors import InputError
-from beingvl.images.vqgan import VQGAN
+from beingvl.images.vqgan import PREPROCESSOR_FILE, VQGAN
 from beingvl.model import tokenizer_files
 from beingvl.model.base_model import LICENSE_PATTERNS, BaseModel, read_json, small_files
 from beingvl.model.conversion_check import verify_conversion
@@ -95,10 +95,12 @@ def convert(
         llama_path: folder of any causal LM of transformers.
         being_vq_path: VQ-GAN folder, copied into the result; without it there are 8192 codes.
         vbpe: vbpe.json; decides the number of merges, is copied into the result.
-        being_tokenizer_config_path: a tokenizer with the visual tokens; None makes it.
+        being_tokenizer_config_path: a tokenizer with the visual tokens; None makes it. Its
+            folder's preprocessor_config.json is used for a VQ-GAN without one.
         num_merges: vBPE ids to make room for; None takes those of `vbpe`, else 8192.
         vocab_size: text ids the base model must have; only checked.
-        extended_vocab_size: ids in all; another way to say `num_merges`.
+        extended_vocab_size: ids in all, or new ids where it is less than the text ids; another
+            way to say `num_merges`.
         init: values of new rows, one of `new_rows.METHODS`, from `seed`.
         torch_dtype: of the weights; "auto" is the base model's.
         pad_vocab_multiple: rows are rounded up to a multiple of this with zero rows.
@@ -176,7 +178,9 @@ def plan_conversion(
         if value not in known:
             raise InputError(f"{option} is {value!r}, expected one of {', '.join(known)}")
     base = BaseModel.open(paths["--llama_path"])
-    vqgan = VQGAN.load(paths["--being_vq_path"]) if "--being_vq_path" in paths else None
+    vqgan = None
+    if "--being_vq_path" in paths:
+        vqgan = VQGAN.load(paths["--being_vq_path"], preprocessing=_preprocessing(paths))
     vbpe = VisualBPE.load(paths["--vbpe"]) if "--vbpe" in paths else None
     if vbpe and vqgan:
         _check_vbpe_belongs_to(vbpe, vqgan, paths)
@@ -227,6 +231,13 @@ def _tokenizer_folder(paths: Mapping[str, Path]) -> Path | None:
     return given if given is None or given.is_dir() else given.parent
 
 
+def _preprocessing(paths: Mapping[str, Path]) -> Path | None:
+    """The image processor's settings beside the given tokenizer, where Being-VL-0.5 has them."""
+    folder = _tokenizer_folder(paths)
+    path = folder / PREPROCESSOR_FILE if folder else None
+    return path if path and path.is_file() else None
+
+
 def _check_vbpe_belongs_to(vbpe: AnyVBPE, vqgan: VQGAN, paths: Mapping[str, Path]) -> None:
     vq_path, vbpe_path = paths["--being_vq_path"], paths["--vbpe"]
     join_lineages({str(vq_path): {"vqgan": vqgan.fingerprint()}, str(vbpe_path): vbpe.lineage})
@@ -240,10 +251,16 @@ def _check_vbpe_belongs_to(vbpe: AnyVBPE, vqgan: VQGAN, paths: Mapping[str, Path
 def _base_tokenizer(paths: Mapping[str, Path], base: BaseModel) -> PreTrainedTokenizerFast | None:
     """The base model's own tokenizer; None when there is none and a given one takes its place."""
     given = paths.get("--being_tokenizer_config_path")
+    if (base.folder / LAYOUT_FILE).is_file():
+        raise InputError(
+            f"{base.folder} is a Being-VL model folder already; give the model it was made from"
+        )
     if given and tokenizer_files.find_tokenizer_file(base.folder) is None:
         return None
     tokenizer = tokenizer_files.load_tokenizer(base.folder, base.num_text)
     tokenizer_files.check_belongs_to(tokenizer, base)
+    if tokenizer.chat_template:
+        print(f"{base.folder}: its chat template is left out, prompts are Being-VL's")
     return tokenizer
 
 
@@ -272,12 +289,14 @@ def _make_layout(
     if (num_merges := sizes["--num_merges"]) is not None:
         wanted["--num_merges"] = num_merges
     if (extended := sizes["--extended_vocab_size"]) is not None:
-        if extended < num_base:
+        # Being-VL-0.5's commands count new ids only.
+        all_ids = extended + num_text if extended < num_text else extended
+        if all_ids < num_base:
             raise InputError(
                 f"--extended_vocab_size is {extended}, but {num_text} text ids, 5 specials and "
-                f"{num_vq} codes already make {num_base}"
+                f"{num_vq} codes already make {num_base} ({num_base - num_text} new ones)"
             )
-        wanted["--extended_vocab_size"] = extended - num_base
+        wanted["--extended_vocab_size"] = all_ids - num_base
     if len(set(wanted.values())) > 1:
         found = ", ".join(f"{source} means {count}" for source, count in wanted.items())
         raise InputError(f"the number of merges is contradictory: {found}; give one of them")
@@ -296,24 +315,21 @@ def _make_tokenizer(
     if folder is None:
         assert own is not None
         tokenizer_files.extend_tokenizer(own, layout, str(base.folder))
+        tokenizer_files.clear_limits(own, str(base.folder))
         tokenizer_files.check_token_ids(own, layout, str(base.folder))
         return own
-    # The folder may carry the config and the layout it was made for.
-    config = read_json(folder / "config.json", "") if (folder / "config.json").is_file() else {}
-    if config.get("hidden_size") not in (None, base.hidden_size):
+    layout_file = folder / LAYOUT_FILE  # of the vocabulary it was made for
+    if layout_file.is_file() and (found := VocabLayout.read(layout_file)) != layout:
         raise InputError(
-            f"{folder / 'config.json'} has hidden_size {config['hidden_size']}, {base.folder} has "
-            f"{base.hidden_size}; give the tokenizer of this model, or none"
-        )
-    if (folder / LAYOUT_FILE).is_file() and (found := VocabLayout.load(folder)) != layout:
-        raise InputError(
-            f"{folder / LAYOUT_FILE} is {found.to_dict()}, this conversion makes "
+            f"{layout_file} is {found.to_dict()}, this conversion makes "
             f"{layout.to_dict()}; give the tokenizer made for this vocabulary, or none"
         )
     tokenizer = tokenizer_files.load_tokenizer(folder)
     tokenizer_files.add_missing_merges(tokenizer, layout)
     source = str(paths["--being_tokenizer_config_path"])
+    tokenizer_files.clear_limits(tokenizer, source)
     tokenizer_files.check_token_ids(tokenizer, layout, source)
+    tokenizer_files.check_vocabulary_map(tokenizer, folder / "config.json")
     if own is not None:
         tokenizer_files.check_same_text_tokens(tokenizer, own, source)
     return tokenizer
@@ -349,7 +365,7 @@ def write_base(conversion: Conversion, target: Path, link: bool) -> None:
     hashes = rewrite_weights(base.weights, target, replace, link)
 
     configs = {
-        "config.json": base.extended_config(conversion.num_rows, conversion.dtype),
+        "config.json": base.extended_config(conversion.num_rows, layout.pad_id, conversion.dtype),
         "generation_config.json": generation_config(base, layout),
         LAYOUT_FILE: layout.to_dict(),
     }
@@ -358,6 +374,9 @@ def write_base(conversion: Conversion, target: Path, link: bool) -> None:
     tokenizer_files.save_tokenizer(conversion.tokenizer, target)
     if vq_path:
         shutil.copytree(vq_path, target / VQGAN_FOLDER)
+        preprocessing = _preprocessing(conversion.paths)
+        if preprocessing and not (vq_path / PREPROCESSOR_FILE).is_file():
+            shutil.copyfile(preprocessing, target / VQGAN_FOLDER / PREPROCESSOR_FILE)
     if conversion.vbpe:
         conversion.vbpe.save(target / VBPE_FILE)
     for pattern in LICENSE_PATTERNS:

@@ -144,7 +144,8 @@ def _write_vqgan(
 
 def _layout_of(folder: Path, config: Mapping[str, Any]) -> VocabLayout:
     rows = config.get("vocab_size")
-    layout = VocabLayout.load(folder) if (folder / LAYOUT_FILE).is_file() else PUBLISHED_LAYOUT
+    path = folder / LAYOUT_FILE
+    layout = VocabLayout.read(path) if path.is_file() else PUBLISHED_LAYOUT
     if not isinstance(rows, int) or rows < layout.size:
         raise InputError(
             f"{folder / 'config.json'} has vocab_size {rows}, the layout has {layout.size} ids "

@@ -14,6 +14,7 @@ import binascii
 import errno
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from tokenizers import AddedToken, processors
@@ -22,8 +23,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from beingvl.artefact.files import to_json, write_atomically
 from beingvl.errors import InputError
-from beingvl.model.base_model import BaseModel
-from beingvl.vocab import SPECIAL_TOKENS, VocabLayout
+from beingvl.model.base_model import BaseModel, read_json
+from beingvl.vocab import SPECIAL_TOKENS, VocabLayout, name_beside
 
 # Llama 3.1's names for the 256 ids behind the byte-pair ranks; further ones are
 # <|reserved_special_token_N|>.
@@ -41,6 +42,11 @@ LLAMA3_PATTERN = (
 # share of rows without a token; models that round their rows up (Qwen2, Phi, DeepSeek) have up to
 # 0.03
 _LARGEST_GAP = 0.1
+# what transformers keeps of a tokenizer.json's truncation and padding
+_BATCH_SETTINGS = (
+    *("max_length", "stride", "truncation_side", "truncation_strategy"),
+    *("pad_to_multiple_of", "pad_token_type_id", "padding_side"),
+)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 
 
@@ -140,7 +146,12 @@ def check_belongs_to(tokenizer: PreTrainedTokenizerFast, base: BaseModel) -> Non
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write tokenizer.json and its configs, for transformers 4 too."""
+    """Write tokenizer.json and its configs, for transformers 4 too.
+
+    No chat template: prompts are built by data/conversation.py, and a base model's template would
+    make others that the model was never trained on.
+    """
+    tokenizer.chat_template = None
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # tokenizers raises a bare one
@@ -152,6 +163,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     # tokenizer.json alone decides, in every version.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.pop("chat_template", None)
     if isinstance(config.get("extra_special_tokens"), list):  # version 4 wants a mapping there
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     write_atomically(path, to_json(config))
@@ -164,26 +176,50 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, layout: VocabLayout, so
     gap.
     """
     gap = range(len(tokenizer), layout.num_text)
-    new_tokens = layout.new_tokens()
-    known = tokenizer.get_vocab()
-    for token_id, token in enumerate(new_tokens, start=layout.num_text):
-        if token in known:
-            raise InputError(
-                f"{source}: {token!r} is already token {known[token]} of the base model, expected "
-                f"it to become {token_id}; take another base model"
-            )
+    new_tokens = _free_names(layout.new_tokens(), tokenizer.get_vocab(), source)
     if len(tokenizer) > layout.num_text:
         raise InputError(
             f"{source} has {len(tokenizer)} tokens, but the embedding has {layout.num_text} rows; "
             "give the tokenizer that belongs to the weights"
         )
-    specials = [f"<|unused_{token_id}|>" for token_id in gap] + list(SPECIAL_TOKENS)
+    specials = new_tokens[: len(SPECIAL_TOKENS)]
     image_tokens = new_tokens[len(SPECIAL_TOKENS) :]
+    fillers = [f"<|unused_{token_id}|>" for token_id in gap]
     tokenizer.add_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in specials]
+        [AddedToken(token, special=True, normalized=False) for token in fillers + specials]
         + [AddedToken(token, normalized=False) for token in image_tokens]
     )
-    tokenizer.pad_token = SPECIAL_TOKENS[0]
+    tokenizer.pad_token = specials[0]
+
+
+def _free_names(tokens: list[str], known: Mapping[str, int], source: str) -> list[str]:
+    """`tokens` with another name for each that is a token of the base model already; says so."""
+    taken = {token: name_beside(token) for token in tokens if token in known}
+    if taken:
+        shown = ", ".join(f"{token} is now {name}" for token, name in list(taken.items())[:5])
+        print(f"{source} has {len(taken)} of the new tokens' names already: {shown}")
+    for token, name in taken.items():
+        if name in known:
+            raise InputError(
+                f"{source}: {token!r} and {name!r} are tokens of the base model already; "
+                "take another base model"
+            )
+    return [taken.get(token, token) for token in tokens]
+
+
+def clear_limits(tokenizer: PreTrainedTokenizerFast, source: str) -> None:
+    """Clear what tokenizer.json says of truncation and padding, and say so.
+
+    Left there by whoever encoded a batch last, it would cut or fill every text of the data.
+    """
+    backend = tokenizer.backend_tokenizer
+    settings = {"truncation": backend.truncation, "padding": backend.padding}
+    if found := [name for name, value in settings.items() if value]:
+        backend.no_truncation()
+        backend.no_padding()
+        for field in _BATCH_SETTINGS:
+            tokenizer.init_kwargs.pop(field, None)
+        print(f"{source}: {' and '.join(found)} in tokenizer.json would change texts: left out")
 
 
 def add_missing_merges(tokenizer: PreTrainedTokenizerFast, layout: VocabLayout) -> None:
@@ -198,11 +234,27 @@ def check_token_ids(tokenizer: PreTrainedTokenizerFast, layout: VocabLayout, sou
     num_tokens = len(tokenizer)  # counted anew at every call
     for token_id, token in enumerate(layout.new_tokens(), start=layout.num_text):
         found = tokenizer.convert_ids_to_tokens(token_id) if token_id < num_tokens else None
-        if found != token:
+        if found not in (token, layout.published_name(token_id), name_beside(token)):
             raise InputError(
                 f"{source}: token id {token_id} is {found!r}, the layout ({layout.num_text} text "
                 f"ids, {layout.num_vq} codes, {layout.num_merges} merges) expects {token!r}; give "
                 "the tokenizer made for this vocabulary, or none"
+            )
+
+
+def check_vocabulary_map(tokenizer: PreTrainedTokenizerFast, config_file: Path) -> None:
+    """Raises InputError that shows the first token whose id in `vocabulary_map` of a published
+    config.json is not the tokenizer's.
+    """
+    config = read_json(config_file, "a model folder") if config_file.is_file() else {}
+    vocabulary, listed = tokenizer.get_vocab(), config.get("vocabulary_map") or {}
+    if not isinstance(listed, dict):
+        raise InputError(f"{config_file}: vocabulary_map is not an object of token -> id")
+    for token, token_id in listed.items():
+        if vocabulary.get(token) != token_id:
+            raise InputError(
+                f"{config_file}: vocabulary_map gives {token!r} id {token_id}, the tokenizer "
+                f"beside it {vocabulary.get(token)}; take both from one folder"
             )
 
 
