@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from beingvl.artefact.files import give_usual_mode
 from beingvl.artefact.hashes import hash_file
 from beingvl.artefact.manifest import already_made, write_manifest
 from beingvl.errors import InputError
@@ -97,6 +98,7 @@ def run(args: argparse.Namespace) -> None:
         tokenizer.eos_token_id,
     )
     model.save_pretrained(args.output_path)
+    give_usual_mode(args.output_path / "model.safetensors")
     tokenizer.save_pretrained(args.output_path)
     write_manifest(
         args.output_path,

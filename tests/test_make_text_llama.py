@@ -41,6 +41,7 @@ def llama(tmp_path_factory):
 def test_it_is_a_stock_folder_that_has_learnt_something(llama):
     manifest = verify_folder(llama)
     assert manifest.kind == "model" and manifest.counts["loss"] < 3.0
+    assert len({path.stat().st_mode for path in llama.iterdir()}) == 1  # the umask's
     tokenizer = AutoTokenizer.from_pretrained(llama)
     model = AutoModelForCausalLM.from_pretrained(llama)
     assert model.config.vocab_size == len(tokenizer) == 300 and not model.config.tie_word_embeddings

@@ -10,13 +10,15 @@ from pathlib import Path
 from beingvl.errors import InputError
 
 
-def write_atomically(path: Path | str, data: bytes | str) -> None:
-    """Write to a temporary neighbour, flush it to disk, rename it: a reader never sees a part."""
+def write_atomically(path: Path | str, data: bytes | str, mode: int = 0o666) -> None:
+    """Write to a temporary neighbour, flush it to disk, rename it: a reader never sees a part.
+    `mode` is the file's, less the umask.
+    """
     path = Path(path)
     # a name of its own: another host may have a process of the same number
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -29,6 +31,16 @@ def sync(path: Path) -> None:
     """Flush a file that is written already to the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+def give_usual_mode(path: Path) -> None:
+    """The mode of a file that `open` makes: safetensors makes files that only their owner reads."""
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        new.touch(exist_ok=False)
+        path.chmod(new.stat().st_mode)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> Path:

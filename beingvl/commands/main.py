@@ -14,7 +14,6 @@ import errno
 import importlib
 import io
 import itertools
-import os
 import sys
 import tempfile
 import traceback
@@ -172,6 +171,8 @@ def _underscored(word: str) -> str:
 
 
 def _save_traceback(name: str) -> Path:
-    path = Path(tempfile.gettempdir()) / f"beingvl-{name}-{os.getpid()}.traceback.txt"
-    path.write_text(traceback.format_exc())
-    return path
+    # of a new name: in a folder that all share, somebody's link could have one that is foreseen
+    number, path = tempfile.mkstemp(".traceback.txt", f"beingvl-{name}-")
+    with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(traceback.format_exc())
+    return Path(path)

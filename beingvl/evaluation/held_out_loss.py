@@ -113,7 +113,7 @@ def load_packed(
     """A model folder as training sees it. Raises InputError for one that packing changes;
     `longest`: tokens of a sample.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     refuse_short_window(config, longest, "score it with --json_path")
     refuse_unlike_packed(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
     model = read_model(folder, dtype, attn_implementation=packed_attention.register())

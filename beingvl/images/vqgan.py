@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig, JanusVQVAE, JanusVQVAEConfig
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
 
-from beingvl.artefact.files import write_atomically
+from beingvl.artefact.files import give_usual_mode, write_atomically
 from beingvl.artefact.manifest import Manifest, start_folder, write_manifest
 from beingvl.errors import InputError
 from beingvl.json_file import read_object
@@ -132,6 +132,7 @@ class VQGAN:
         assert self._dtype == torch.float32, "another dtype has lost the bits it would save"
         folder = start_folder(folder, "vqgan")
         self.model.save_pretrained(folder)
+        give_usual_mode(folder / "model.safetensors")
         self.processor.save_pretrained(folder)
         for name, data in (files or {}).items():
             write_atomically(folder / name, data)

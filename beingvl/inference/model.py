@@ -106,7 +106,7 @@ class BeingVL:
     def context(self) -> int | None:
         """Tokens that prompt and answer may have together; None where config.json does not say."""
         try:
-            config = AutoConfig.from_pretrained(self.model_path)
+            config = AutoConfig.from_pretrained(self.model_path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise self._damage(error) from error
         return getattr(config, "max_position_embeddings", None)
@@ -447,7 +447,9 @@ def read_model(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedMo
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, **options
+        )
     finally:
         if was_enabled:
             logging.enable_progress_bar()

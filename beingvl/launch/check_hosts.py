@@ -20,7 +20,7 @@ from typing import Any
 
 from beingvl.artefact.manifest import is_complete, read_manifest
 from beingvl.errors import InputError
-from beingvl.launch.environment import remote_environment, users_files
+from beingvl.launch.environment import is_secret, remote_environment, users_files
 from beingvl.launch.host_probe import MARK, PACKAGES, count_devices, probe
 from beingvl.launch.hostfile import THIS_MACHINE, Host, is_this_machine_alone, read_hostfile
 from beingvl.stage.stage_config import load_stage_config
@@ -179,7 +179,11 @@ def _ask(host: Host, question: Mapping[str, Any]) -> dict[str, Any] | Finding:
     """
     passed = remote_environment(os.environ, users_files())
     passed["PYTHONPATH"] = f"{Path.cwd()}:{passed.get('PYTHONPATH', '')}"
-    words = ["env", *[f"{name}={value}" for name, value in passed.items()]]
+    # everybody on either machine sees a command line
+    words = [
+        "env",
+        *[f"{name}={value}" for name, value in passed.items() if not is_secret(name, value)],
+    ]
     words += [sys.executable, "-m", "beingvl.launch.host_probe", json.dumps(question)]
     asked = time.time()
     done = run_on(host.name, f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(words)}")

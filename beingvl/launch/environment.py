@@ -6,12 +6,16 @@ reader takes `KEY=VALUE` lines only (a comment or an empty line stops it) and pu
 double quotes without looking for more of them. The variable DS_ENV_FILE names another file; we give
 it one of our own, so that two runs started from one folder do not share it. A user's own files,
 which then go unread, are read here and their lines are passed on.
+
+What looks like a secret stays on this machine, unless the user's own file passes it; then only the
+ranks get it: it is in no command line and not shown.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +37,8 @@ PASSED_NAMES = [
     "TRITON_CACHE_DIR",
 ]
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+SECRET_NAME = re.compile(r"KEY|TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+SECRET_VALUE = re.compile(r"://[^/?#\s]*@")  # of a URL with a user's name or password
 
 
 def users_files() -> list[Path]:
@@ -44,19 +50,24 @@ def users_files() -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
+def is_secret(name: str, value: str) -> bool:
+    """Whether a variable looks like a key, a token or a password."""
+    return bool(SECRET_NAME.search(name) or SECRET_VALUE.search(value))
+
+
 def remote_environment(
     environment: Mapping[str, str], users_files: Sequence[Path]
 ) -> dict[str, str]:
     """The variables for every rank: this shell's, then those of the user's files, which win.
 
-    Proxies, keys, tokens and whatever else is not named above stay here. Raises InputError for what
+    Of this shell's, secrets and whatever is not named above stay here. Raises InputError for what
     cannot be passed.
     """
     passed = {
         name: value
         for name, value in environment.items()
         if value
-        and "KEY" not in name
+        and not is_secret(name, value)
         and (name in PASSED_NAMES or name.startswith(PASSED_PREFIXES))
     }
     for path in users_files:
@@ -90,14 +101,33 @@ def format_environment(variables: Mapping[str, str]) -> str:
     return "".join(f"{name}={value}\n" for name, value in escaped.items())
 
 
+def shown(variables: Mapping[str, str]) -> str:
+    """The file's text for a screen, without the values of secrets."""
+    hidden = {
+        name: "(not shown)" if is_secret(name, value) else value
+        for name, value in variables.items()
+    }
+    return format_environment(hidden)
+
+
 @contextmanager
 def environment_file(folder: Path, environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """`folder` holds a file of what remote ranks need of `environment`, as long as the launcher
-    runs. Gives the environment for the launcher, which names the file.
+    runs, which nobody else may read. Gives the environment for the launcher, which names the file.
     """
-    path = folder.absolute() / f"{USERS_FILE}.{os.getpid()}"
-    write_atomically(path, format_environment(remote_environment(environment, users_files())))
+    path = folder.absolute() / f"{USERS_FILE}.{socket.gethostname()}.{os.getpid()}"
+    _remove_stale(path)
+    text = format_environment(remote_environment(environment, users_files()))
+    write_atomically(path, text, mode=0o600)
     try:
         yield {**environment, "DS_ENV_FILE": str(path)}
     finally:
         path.unlink(missing_ok=True)
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the files that killed launchers of this machine left beside `path`."""
+    for other in path.parent.glob(f"{path.stem}.*"):
+        number = other.suffix[1:]
+        if number.isdecimal() and not Path("/proc", number).exists():
+            other.unlink(missing_ok=True)

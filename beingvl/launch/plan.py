@@ -84,7 +84,7 @@ def plan(
     config = load_stage_config(stage, overrides)
     folder = find_start_model(Path(model))
     read_manifest(folder, "model")
-    model_config = AutoConfig.from_pretrained(folder)
+    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     planned = plan_of(folder, model_config, config)
     epoch = ""
     if data:

@@ -27,8 +27,8 @@ from beingvl.errors import InputError
 from beingvl.launch.check_hosts import Wanted, check_hosts, hosts_of, run_on, ssh_options
 from beingvl.launch.environment import (
     environment_file,
-    format_environment,
     remote_environment,
+    shown,
     users_files,
 )
 from beingvl.launch.host_probe import count_devices
@@ -77,7 +77,7 @@ def launch(
         device = count_devices()["device"]
         print(f"this machine alone: {hosts[0].slots} ranks, each on a {device}", flush=True)
     if dry_run:
-        variables = format_environment(remote_environment(run.environment, users_files()))
+        variables = shown(remote_environment(run.environment, users_files()))
         print(f"# the ranks' variables\n{variables}# the command\n{shlex.join(run.command)}")
         return 0
     output = Path(trainer["output"])
@@ -175,6 +175,7 @@ class Run:
             # nothing of ssh options
             where = ["--hostfile", str(self.hostfile), "--force_multi", "--no_ssh_check"]
             where += ["--master_addr", self.address]
+            _refuse_words(Path.cwd(), Path(sys.executable))
             words = [for_remote_shell(word) for word in words]
         return [
             launcher, *where, "--master_port", str(self.port), "--module", self.module, *words
@@ -208,6 +209,18 @@ class Run:
             if is_found and name == "USR1":
                 break
         return is_found
+
+
+def _refuse_words(*paths: Path) -> None:
+    """Raises InputError for what the remote shell would not take as it is: DeepSpeed does not
+    quote the working folder and the interpreter.
+    """
+    for path in paths:
+        if found := re.search(r"[\s;&|<>()$`\\\"'*?\[\]{}#~!%]", str(path)):
+            raise InputError(
+                f"{str(path)!r} has the character {found[0]!r}, which the shells of the other "
+                "hosts would not take as part of a name; start from a link to it with a plain name"
+            )
 
 
 def rank_pattern(module: str, words: Sequence[str]) -> str:

@@ -150,7 +150,9 @@ def _check_logits(base: BaseModel, result: Path, tokenizer: PreTrainedTokenizerF
 def _text_logits(
     folder: Path, prompts: list[torch.Tensor], num_text: int, dtype: torch.dtype | None
 ) -> tuple[list[torch.Tensor], torch.dtype]:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or "auto", trust_remote_code=False
+    )
     cut_head(model, num_text)
     logits = [model(input_ids=prompt, use_cache=False).logits[0].float() for prompt in prompts]
     dtype = model.dtype

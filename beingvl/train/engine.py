@@ -128,7 +128,7 @@ def build_engine(
     zero = config.deepspeed["zero_optimization"]
     zero = {**zero, **swap_settings(config, weights, ranks.num_ranks)}
     deepspeed_config = {**config.deepspeed, **accumulation, "zero_optimization": zero}
-    model_config = AutoConfig.from_pretrained(model_folder)
+    model_config = AutoConfig.from_pretrained(model_folder, trust_remote_code=False)
     model = _empty_model(model_config, layout, config, deepspeed_config)
     parameters = dict(model.causal_lm.named_parameters())
     is_alone_on_cpu = ranks.num_ranks == 1 and ranks.device.type == "cpu"

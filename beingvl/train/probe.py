@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM
 
+from beingvl.artefact.files import write_atomically
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.errors import InputError
 
@@ -70,9 +71,7 @@ def save_probe(folder: Path, probe: Probe, logits: torch.Tensor) -> None:
         "positions": probe.positions,
         "logits": logits.float().cpu().contiguous(),
     }
-    temporary = folder / f"{PROBE_FILE}.tmp"
-    save_file(tensors, temporary)
-    temporary.replace(folder / PROBE_FILE)
+    write_atomically(folder / PROBE_FILE, save(tensors))
 
 
 def load_probe(folder: Path) -> tuple[Probe, torch.Tensor]:
@@ -103,7 +102,9 @@ def compare_logits(stored: torch.Tensor, found: torch.Tensor, dtype: torch.dtype
 def compare_probe(checkpoint: Path, folder: Path, trained_dtype: torch.dtype) -> Comparison:
     """Load `folder` with stock transformers and ask it the checkpoint's probe."""
     probe, stored = load_probe(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", trust_remote_code=False
+    ).eval()
     logits = model(input_ids=probe.input_ids[None], use_cache=False).logits
     found = logits[0, probe.positions].float()
     coarser = max(trained_dtype, model.dtype, key=TOLERANCE_NATS.__getitem__)

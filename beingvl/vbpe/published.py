@@ -21,6 +21,7 @@ import io
 import pickle
 import pickletools
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,8 @@ _HARMLESS_OPCODES = re.compile(
     "MEMOIZE|(LONG_)?BIN(PUT|GET)|PUT|GET"
 )
 
+MAX_PICKLE_BYTES = 1 << 26  # a thousand times the published one's
+
 
 class _Refusing(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
@@ -53,14 +56,19 @@ def read_published_pickle(path: Path | str) -> list[tuple[int, int, int]]:
     Raises InputError for anything but lists, tuples and integers, before any of it is executed.
     """
     path = Path(path)
+    if (size := path.stat().st_size) > MAX_PICKLE_BYTES:
+        raise InputError(f"{path} has {size:,} bytes, expected at most {MAX_PICKLE_BYTES:,}")
     data = path.read_bytes()
     try:
-        for opcode, _, _ in pickletools.genops(data):
+        for opcode, argument, _ in pickletools.genops(data):
             if not _HARMLESS_OPCODES.fullmatch(opcode.name):
                 raise InputError(
                     f"{path} holds more than lists, tuples and integers (pickle opcode "
                     f"{opcode.name}), so it is not a published vocabulary and was not opened"
                 )
+            # The unpickler would make room for as many objects as the largest number says.
+            if opcode.name.endswith("PUT") and (argument or 0) > size:
+                raise InputError(f"{path} is not a readable pickle (memo {argument})")
         content = _Refusing(io.BytesIO(data)).load()
     except InputError:
         raise
@@ -78,7 +86,7 @@ def read_published_pickle(path: Path | str) -> list[tuple[int, int, int]]:
             case ((int() as first, int() as second), int() as new):
                 merges.append((first, second, new))
             case _:
-                found = str(entry)[:60]
+                found = reprlib.repr(entry)[:60]  # which may be nested without end
                 raise InputError(f"{path}: entry {rank} is {found}, expected {expected}")
     return merges
 
