@@ -8,7 +8,7 @@ text and leaves holes, `fill` puts images into them. The default template is
 One image stands first whatever the position of its `<image>` placeholder; with several images each
 stands where its placeholder is. A text-only sample has no image part. Targets are the answers with
 their eos. A prompt for generation is the same sequence with the last answer missing: it ends behind
-`sep`.
+`sep`. An answer ends at eos, or at its template's stop text.
 
 Worked example (text ids 0 … 9, bos 0, eos 1, sep 11, eoi 12, boi 14, image tokens 15 …; "hi" = 5,
 "yes" = 7):
@@ -23,6 +23,7 @@ Template `being-vl-0.5` reproduces the published pipeline for files made with it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,15 +31,16 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from beingvl.artefact.files import printable
+from beingvl.data.template import DEFAULT, PUBLISHED, check_template
 from beingvl.errors import InputError
 from beingvl.vocab import VocabLayout
 
 IMAGE_PLACEHOLDER = "<image>"
-TEMPLATES = ("default", "being-vl-0.5")
 CUT_CHARACTER = (
     "holds what is not a character: bytes that are not UTF-8, or half of a surrogate pair, as a "
     "truncated emoji leaves it"
 )
+STOP_TEXTS = {DEFAULT: "", PUBLISHED: "</s>"}
 HUMAN_NAMES = ("human", "user")
 ASSISTANT_NAMES = ("gpt", "assistant")
 
@@ -158,7 +160,7 @@ def build_sequence(
     images: Sequence[np.ndarray],
     encoder: TextEncoder,
     layout: VocabLayout,
-    template: str = "default",
+    template: str = DEFAULT,
 ) -> TokenizedSample:
     """Turns and images (each a 1-D array of image *token* ids) to one sequence.
 
@@ -182,13 +184,11 @@ def lay_out(
     num_images: int,
     encoder: TextEncoder,
     layout: VocabLayout,
-    template: str = "default",
+    template: str = DEFAULT,
 ) -> list[Piece]:
     """The sequence, all text encoded, with `num_images` places for images."""
-    if template == "being-vl-0.5":
+    if check_template(template) == PUBLISHED:
         return _lay_out_published(turns, num_images, encoder, layout)
-    if template != "default":
-        raise InputError(f"template {template!r} is unknown, expected one of {list(TEMPLATES)}")
     image = [Piece([layout.boi_id]), IMAGE, Piece([layout.eoi_id])]
     num_placeholders = sum(question.count(IMAGE_PLACEHOLDER) for question, _ in turns)
     if num_placeholders > num_images:
@@ -219,20 +219,28 @@ def _lay_out_published(
     turns: Sequence[Turn], num_images: int, encoder: TextEncoder, layout: VocabLayout
 ) -> list[Piece]:
     """`bos boi IMAGE` + tokenizer(`<eoss>` question ` ` answer `</s>` …); `</s>` is plain text,
-    all of token_1 is target.
+    all of token_1 is target. Only the first question is stripped and loses its `<image>`.
     """
     if num_images > 1:
         raise InputError(f"template being-vl-0.5 takes at most one image, found {num_images}")
     text = ""
     eoi, sep = encoder.special_text(layout.eoi_id), encoder.special_text(layout.sep_id)
     for number, (question, answer) in enumerate(turns):
-        prefix = sep if number else eoi if num_images else ""
-        text += prefix + question.replace(IMAGE_PLACEHOLDER, "").strip() + " "
-        text += f"{answer}</s>" if answer is not None else ""
+        if number:
+            text += f"{sep}{question} "
+        else:
+            first = question.replace(IMAGE_PLACEHOLDER, "").strip()
+            text += f"{eoi if num_images else ''}{first} "
+        text += f"{answer}{STOP_TEXTS[PUBLISHED]}" if answer is not None else ""
     start = (
         [Piece([layout.bos_id, layout.boi_id]), IMAGE] if num_images else [Piece([layout.bos_id])]
     )
-    return [*start, Piece(encoder.with_specials(text), is_target=True)]
+    ids = encoder.with_specials(text)
+    if turns[-1][1] is None:
+        # A prompt ends where samples go on alike: a word takes the blank into its first token.
+        pairs = zip(ids, encoder.with_specials(f"{text}a"), strict=False)
+        ids = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    return [*start, Piece(ids, is_target=True)]
 
 
 def fill(pieces: Sequence[Piece], images: Sequence[np.ndarray]) -> TokenizedSample:

@@ -25,6 +25,7 @@ from beingvl.artefact.manifest import join_lineages
 from beingvl.artefact.request import Request
 from beingvl.data.conversation import IMAGE_PLACEHOLDER, parse_conversation
 from beingvl.data.llava_json import image_keys, stream_rows
+from beingvl.data.template import in_request
 from beingvl.errors import InputError
 from beingvl.evaluation.metrics import METRICS, Reference, Scores
 from beingvl.evaluation.results import (
@@ -174,7 +175,7 @@ class Answering(Evaluation):
         self.questions = read_questions(json_path, shared.limit, options.metric)
         self.num_rows = len(self.questions)
         self._image_keys = _keys_of(self.questions)
-        self._model = BeingVL(shared.model, options.vbpe_path)
+        self._model = BeingVL(shared.model, options.vbpe_path, template=shared.template)
         lineages = {str(shared.model): self._model.manifest.lineage}
         self._codes = CodeFolder(options.vq_codes) if options.vq_codes else None
         if self._codes:
@@ -196,6 +197,7 @@ class Answering(Evaluation):
             model=self._model.manifest.content_hash,
             vbpe=with_vbpe.fingerprint() if with_vbpe else None,
             raw=self._options.raw,
+            **in_request(self._model.template),
             limit=self.shared.limit,
             max_new_tokens=self._options.max_new_tokens,
             torch_dtype=self.shared.dtype_name,

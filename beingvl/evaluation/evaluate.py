@@ -19,7 +19,8 @@ from beingvl.evaluation.held_out_loss import HeldOutLoss
 from beingvl.evaluation.metrics import METRICS
 from beingvl.evaluation.results import Evaluation, SharedOptions, print_scores, read_summary
 from beingvl.evaluation.text_parity import TextParity
-from beingvl.inference.model import as_dtype, own_device
+from beingvl.inference.model import dtype_of, own_device
+from beingvl.model.start_model import find_start_model
 
 LOSS_ON = ("response", "text", "all")
 
@@ -36,12 +37,13 @@ def evaluate(
     vq_codes: Path | str | None = None,
     vbpe_path: Path | str | None = None,
     raw: bool = False,
+    template: str | None = None,
     max_new_tokens: int = 16,
     batch_size: int = 128,
     loss_on: str = "response",
     limit: int | None = None,
     rows_per_part: int = 512,
-    torch_dtype: str = "float32",
+    torch_dtype: str | None = None,
     device: str | None = None,
     name: str | None = None,
     rank: int = 0,
@@ -63,11 +65,18 @@ def evaluate(
     given = [name for name, path in inputs.items() if path]
     if len(given) != 1:
         raise InputError(f"give one of --json_path, --data and --text_parity, found {len(given)}")
-    _check_options(given[0], answers, loss_on, limit)
-    output, dtype = Path(output_path), as_dtype(torch_dtype)
+    _check_options(given[0], answers, loss_on, limit, template)
+    model, output = find_start_model(Path(model_path)), Path(output_path)
     place = own_device(device or ("cpu" if text_parity else None))
     shared = SharedOptions(
-        Path(model_path), output, name or output.name, dtype, place, limit, rows_per_part
+        model,
+        output,
+        name or output.name,
+        template,
+        dtype_of(model, torch_dtype, place),
+        place,
+        limit,
+        rows_per_part,
     )
     work: Evaluation
     if json_path:
@@ -85,7 +94,9 @@ def evaluate(
     return scores
 
 
-def _check_options(what: str, answers: AnswerOptions, loss_on: str, limit: int | None) -> None:
+def _check_options(
+    what: str, answers: AnswerOptions, loss_on: str, limit: int | None, template: str | None
+) -> None:
     """Raises InputError for an unknown choice, and for an option that has no effect on `what` is
     evaluated: it was meant for something else.
     """
@@ -99,7 +110,8 @@ def _check_options(what: str, answers: AnswerOptions, loss_on: str, limit: int |
         unused += [name for name, value in vars(answers).items() if value != defaults[name]]
     if what != "data" and loss_on != "response":
         unused.append("loss_on")
-    if what == "text_parity" and limit is not None:
-        unused.append("limit")
+    if what == "text_parity":
+        given = {"limit": limit, "template": template}
+        unused += [name for name, value in given.items() if value is not None]
     if unused:
         raise InputError(f"--{unused[0]} has no effect on --{what}; leave it out")

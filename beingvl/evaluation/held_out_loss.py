@@ -24,8 +24,14 @@ from beingvl.artefact.request import Request
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.held_out import held_out_batch, pack_in_order
 from beingvl.data.loader import IGNORED, MicroBatch
+from beingvl.data.template import DEFAULT, in_request, template_of
 from beingvl.errors import InputError
-from beingvl.evaluation.results import SAMPLES_FILE, Evaluation, SharedOptions, write_lines
+from beingvl.evaluation.results import (
+    SAMPLES_FILE,
+    Evaluation,
+    SharedOptions,
+    write_lines,
+)
 from beingvl.inference.model import read_model
 from beingvl.model import packed_attention
 from beingvl.model.extended_vocab import PackedCausalLM, pack_stock_model
@@ -48,6 +54,13 @@ class HeldOutLoss(Evaluation):
         layout = VocabLayout.load(shared.model)
         self._manifest = read_manifest(shared.model, "model")
         self._shards = ShardReader(data)
+        self._template = template_of(self._shards.manifest) or DEFAULT
+        asked = shared.template or template_of(self._manifest) or self._template
+        if asked != self._template:
+            raise InputError(
+                f"{data} has rows of template {self._template}, {shared.model} is asked in "
+                f"template {asked}; give other shards, or --template {self._template} for these"
+            )
         self.lineage = join_lineages(
             {
                 str(shared.model): self._manifest.lineage,
@@ -62,6 +75,7 @@ class HeldOutLoss(Evaluation):
             data=self._shards.manifest.content_hash,
             model=self._manifest.content_hash,
             limit=self.shared.limit,
+            **in_request(self._template),
             torch_dtype=self.shared.dtype_name,
             loss_on=self._loss_on,
         )

@@ -25,7 +25,9 @@ def manifest() -> ModelManifest:
 
 
 class LmmsEvalModel(lmms):
-    """`--model_args pretrained=FOLDER[,vbpe_path=FILE][,raw=True][,torch_dtype=float32]`."""
+    """`--model_args pretrained=FOLDER[,vbpe_path=FILE][,raw=True][,template=NAME]
+    [,torch_dtype=float32]`.
+    """
 
     is_simple = True
 
@@ -34,13 +36,14 @@ class LmmsEvalModel(lmms):
         pretrained: str,
         vbpe_path: str | None = None,
         raw: bool | str = False,
+        template: str | None = None,
         torch_dtype: str | None = None,
         device: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        self._model, self.device = open_model(pretrained, vbpe_path, torch_dtype, device)
+        self._model, self.device = open_model(pretrained, vbpe_path, torch_dtype, device, template)
         self._with_vbpe = not as_flag(raw)
         self._batch_size = int(batch_size)
 

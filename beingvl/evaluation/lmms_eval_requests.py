@@ -111,9 +111,13 @@ def as_flag(value: bool | str) -> bool:
 
 
 def open_model(
-    pretrained: str, vbpe_path: str | None, torch_dtype: str | None, device: str | None
+    pretrained: str,
+    vbpe_path: str | None,
+    torch_dtype: str | None,
+    device: str | None,
+    template: str | None = None,
 ) -> tuple[BeingVL, str]:
-    """The loaded model and its device; in bfloat16 on a GPU, in float32 on a CPU."""
+    """The loaded model and its device."""
     target = own_device(None if device == "cuda" else device)
-    dtype = torch_dtype or ("bfloat16" if target.type == "cuda" else "float32")
-    return BeingVL(pretrained, vbpe_path).load_model(dtype, target), str(target)
+    model = BeingVL(pretrained, vbpe_path, template=template)
+    return model.load_model(torch_dtype, target), str(target)

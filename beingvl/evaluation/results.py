@@ -34,11 +34,14 @@ _PART_FILE = "found.json"
 
 @dataclass(frozen=True)
 class SharedOptions:
-    """The options of `evaluate` that hold for whatever is evaluated."""
+    """The options of `evaluate` that hold for whatever is evaluated. `template` replaces the
+    model's.
+    """
 
     model: Path
     output: Path
     name: str
+    template: str | None
     dtype: torch.dtype
     device: torch.device
     limit: int | None

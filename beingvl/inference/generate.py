@@ -28,11 +28,12 @@ def generate(
     draw: Path | None = None,
     vbpe_path: Path | str | None = None,
     raw: bool = False,
+    template: str | None = None,
     max_new_tokens: int = 128,
     do_sample: bool = False,
     temperature: float = 1.0,
     seed: int = 0,
-    torch_dtype: str = "float32",
+    torch_dtype: str | None = None,
     device: str | None = None,
 ) -> str | None:
     """Print the answer to `prompt` about `images` while it is made, and return it.
@@ -43,7 +44,7 @@ def generate(
         _check_drawing(draw, chat)
     elif (prompt is not None) == chat:
         raise InputError("give either --prompt with a question, or --chat")
-    model = BeingVL(model_path, vbpe_path)
+    model = BeingVL(model_path, vbpe_path, template=template)
     if draw is not None and not model.vqgan.has_decoder:
         raise InputError(f"{model.vqgan.source} has no decoder, so it cannot show a drawing")
     # What is wrong with the images or the prompt is told before the weights are read.

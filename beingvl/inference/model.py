@@ -7,10 +7,10 @@
                         │           ──answer_token_sequences──> answers
                         └──tok2img──> pictures
 
-The chat template is `beingvl.data.conversation.build_sequence`, the one that training data is made
-with. Generation is transformers' own. Prompts of different lengths share a batch by padding on the
-left: the attention mask hides the padding and positions count from each prompt's own first token,
-so a batch gives the answers that its prompts give alone:
+The chat template is `beingvl.data.conversation.build_sequence`, in the form that the model was
+trained on: its manifest says which. Generation is transformers' own. Prompts of different lengths
+share a batch by padding on the left: the attention mask hides the padding and positions count from
+each prompt's own first token, so a batch gives the answers that its prompts give alone:
 
     <pad> <pad>  bos  hi  sep │ yes eos <pad>
       -     -     0    1   2  │  3   4
@@ -32,14 +32,28 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.utils import logging
 
 from beingvl.artefact.manifest import join_lineages, read_manifest
-from beingvl.data.conversation import IMAGE_PLACEHOLDER, TextEncoder, Turn, build_sequence
+from beingvl.data.conversation import (
+    IMAGE_PLACEHOLDER,
+    STOP_TEXTS,
+    TextEncoder,
+    Turn,
+    build_sequence,
+)
+from beingvl.data.template import DEFAULT, check_template, template_of
 from beingvl.errors import InputError
 from beingvl.images.vqgan import VQGAN, usable_device
 from beingvl.inference.draw import FittingTokens, only_whole_images
+from beingvl.model.start_model import context_of, find_start_model, read_config
 from beingvl.vbpe.published import LegacyVisualBPE
 from beingvl.vbpe.vbpe_file import VBPE_FILE
 from beingvl.vbpe.visual_bpe import VisualBPE, load_for_layout
@@ -61,12 +75,21 @@ class BeingVL:
     Raises InputError for a folder that is not a finished Being-VL model, or another model's vBPE.
     """
 
-    def __init__(self, model_path: Path | str, vbpe_path: Path | str | None = None) -> None:
-        """Without `vbpe_path` the vbpe.json inside the model folder is used, where there is one."""
-        self.model_path = Path(model_path)
-        self.layout = VocabLayout.load(model_path)
-        self.manifest = read_manifest(model_path, "model")
-        self.encoder = TextEncoder(model_path, self.layout)
+    def __init__(
+        self,
+        model_path: Path | str,
+        vbpe_path: Path | str | None = None,
+        *,
+        template: str | None = None,
+    ) -> None:
+        """A stage folder is taken for its `final/`. Without `vbpe_path` the vbpe.json inside the
+        model folder is used, where there is one. `template` replaces the one of the training.
+        """
+        self.model_path = find_start_model(Path(model_path))
+        self.layout = VocabLayout.load(self.model_path)
+        self.manifest = read_manifest(self.model_path, "model")
+        self.template = check_template(template or template_of(self.manifest) or DEFAULT)
+        self.encoder = TextEncoder(self.model_path, self.layout)
         own = self.model_path / VBPE_FILE
         path = vbpe_path or (own if own.is_file() else None)
         self.vbpe = self._load_vbpe(Path(path)) if path else None
@@ -76,14 +99,19 @@ class BeingVL:
     # ---- loading ----
 
     def load_model(
-        self, torch_dtype: str | torch.dtype = "float32", device: str | torch.device | None = None
+        self, torch_dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
     ) -> BeingVL:
-        """Read the weights as `torch_dtype` onto `own_device(device)`; returns self."""
-        dtype, target = as_dtype(torch_dtype), own_device(device)
+        """Read the weights as `dtype_of` says onto `own_device(device)`; returns self."""
+        target = own_device(device)
+        dtype = dtype_of(self.model_path, torch_dtype, target)
         try:
             model = read_model(self.model_path, dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise self._damage(error) from error
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{self.model_path} cannot be loaded ({reason}); `beingvl verify` tells which "
+                "file changed"
+            ) from error
         num_rows = model.get_input_embeddings().num_embeddings
         if num_rows < self.layout.size:
             raise InputError(
@@ -105,18 +133,7 @@ class BeingVL:
     @cached_property
     def context(self) -> int | None:
         """Tokens that prompt and answer may have together; None where config.json does not say."""
-        try:
-            config = AutoConfig.from_pretrained(self.model_path, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise self._damage(error) from error
-        return getattr(config, "max_position_embeddings", None)
-
-    def _damage(self, error: Exception) -> InputError:
-        reason = " ".join(str(error).split())[:200]
-        return InputError(
-            f"{self.model_path} cannot be loaded ({reason}); `beingvl verify` tells which "
-            "file changed"
-        )
+        return context_of(self.model_path)
 
     @cached_property
     def vqgan(self) -> VQGAN:
@@ -200,7 +217,7 @@ class BeingVL:
             raise InputError("a prompt is empty; ask something")
         if turns[-1][1] is not None or any(answer is None for _, answer in turns[:-1]):
             raise InputError("a chat must have an answer to every question but the last")
-        return build_sequence(turns, images, self.encoder, self.layout).input_ids
+        return build_sequence(turns, images, self.encoder, self.layout, self.template).input_ids
 
     # ---- answers ----
 
@@ -261,7 +278,7 @@ class BeingVL:
         """
         if on_text and len(sequences) != 1:
             raise InputError(f"on_text streams one answer, found {len(sequences)} prompts")
-        streamer = TextStreamer(self.decode_answer, on_text) if on_text else None
+        streamer = TextStreamer(self.decode_answer, on_text, self._stop_text) if on_text else None
         answers = self.continue_token_sequences(
             sequences, max_new_tokens, streamer=streamer, **options
         )
@@ -277,7 +294,8 @@ class BeingVL:
         on_batch: Callable[[list[int], list[list[int]]], None] | None = None,
         streamer: TextStreamer | None = None,
     ) -> list[list[int]]:
-        """New token ids of every prompt, up to its eos (left out) or `max_new_tokens`.
+        """New token ids of every prompt, up to its eos (left out), through the tokens that spell
+        the template's stop text, or `max_new_tokens`.
 
         Prompts of like length share a batch; a batch ends when all its answers have. `on_batch` is
         called after each with the indices of its prompts and their new token ids.
@@ -292,9 +310,12 @@ class BeingVL:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             prompts = [sequences[index] for index in batch]
+            if self._stop_text:
+                spells = _StopAtText(self._decode, self._stop_text, max(map(len, prompts)))
+                options["stopping_criteria"] = StoppingCriteriaList([spells])
             rows = self._continue_batch(prompts, max_new_tokens, self.layout.eos_id, options)
             for index, row in zip(batch, rows, strict=True):
-                answers[index] = _until(row, self.layout.eos_id)
+                answers[index] = self._without_end(row)
             if on_batch:
                 on_batch(batch, [answers[index] for index in batch])
         return answers
@@ -348,9 +369,26 @@ class BeingVL:
         return out[:, width:].tolist()
 
     def decode_answer(self, token_ids: Sequence[int]) -> str:
-        """The text of an answer's ids; image tokens and specials in it are left out."""
+        """The text of an answer's ids up to the template's stop text; image tokens and specials in
+        it are left out.
+        """
+        text = self._decode(token_ids)
+        return (text.split(self._stop_text)[0] if self._stop_text else text).strip()
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
         text_ids = [token for token in token_ids if token < self.layout.num_text]
-        return self._tokenizer.decode(text_ids).strip()
+        return self._tokenizer.decode(text_ids)
+
+    @property
+    def _stop_text(self) -> str:
+        return STOP_TEXTS[self.template]
+
+    def _without_end(self, token_ids: list[int]) -> list[int]:
+        """A row without its eos, and without the padding behind a stop text."""
+        ids = _until(token_ids, self.layout.eos_id)
+        while self._stop_text and ids and ids[-1] == self.layout.pad_id:
+            ids.pop()
+        return ids
 
     # ---- drawing ----
 
@@ -386,8 +424,10 @@ class BeingVL:
     def _before_drawing(self, prompt: str, image: Any, with_vbpe: bool) -> list[int]:
         if not prompt.strip() and image is None:
             return [self.layout.bos_id, self.layout.boi_id]
-        # The begin of an image stands in the place of the prompt's last token, sep.
-        return [*self.tokenize(prompt, image, with_vbpe)[:-1], self.layout.boi_id]
+        ids = self.tokenize(prompt, image, with_vbpe)
+        if ids[-1] == self.layout.sep_id:  # the begin of an image stands in its place
+            ids.pop()
+        return [*ids, self.layout.boi_id]
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -435,6 +475,16 @@ def as_dtype(torch_dtype: str | torch.dtype) -> torch.dtype:
     return getattr(torch, name)
 
 
+def dtype_of(
+    folder: Path, torch_dtype: str | torch.dtype | None, device: torch.device
+) -> torch.dtype:
+    """`torch_dtype`, else float32 on a CPU and the checkpoint's own type on an accelerator."""
+    if torch_dtype is None and device.type != "cpu":
+        config = read_config(folder)
+        torch_dtype = config.get("dtype") or config.get("torch_dtype")
+    return as_dtype(torch_dtype or "float32")
+
+
 def own_device(device: str | torch.device | None = None) -> torch.device:
     """`device`, else the accelerator that LOCAL_RANK numbers (launchers set it), else the CPU."""
     own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
@@ -460,10 +510,14 @@ class TextStreamer:
     """Hands on the text of one answer piece by piece, as transformers' `generate` makes it."""
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str], on_text: Callable[[str], None]
+        self,
+        decode: Callable[[Sequence[int]], str],
+        on_text: Callable[[str], None],
+        stop_text: str = "",
     ) -> None:
         self._decode = decode
         self._on_text = on_text
+        self._beginnings = tuple(stop_text[:length] for length in range(1, len(stop_text)))
         self._ids: list[int] | None = None
         self._num_shown = 0
 
@@ -473,7 +527,8 @@ class TextStreamer:
             return
         self._ids.extend(token_ids.flatten().tolist())
         text = self._decode(self._ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: the rest will come
+        # Half a character, or what may become the stop text: the rest will come.
+        if not text.endswith(("\N{REPLACEMENT CHARACTER}", *self._beginnings)):
             self._show(text)
 
     def end(self) -> None:
@@ -483,3 +538,19 @@ class TextStreamer:
         if len(text) > self._num_shown:
             self._on_text(text[self._num_shown :])
             self._num_shown = len(text)
+
+
+class _StopAtText(StoppingCriteria):
+    """Ends a row when its answer spells `text`, which tokens do in many ways (`.</` and `s>`)."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], text: str, width: int) -> None:
+        """`width`: tokens of the prompts, padding included."""
+        self._decode, self._text, self._width = decode, text, width
+
+    def __call__(
+        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any
+    ) -> torch.BoolTensor:
+        # Each token spells a byte or more, so no earlier one takes part.
+        last = input_ids[:, self._width :][:, -len(self._text) :].tolist()
+        spelt = [self._text in self._decode(row) for row in last]
+        return torch.tensor(spelt, device=input_ids.device)

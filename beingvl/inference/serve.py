@@ -29,11 +29,12 @@ def serve(
     *,
     vbpe_path: Path | str | None = None,
     raw: bool = False,
+    template: str | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
     max_upload_megabytes: int = 20,
     max_new_tokens: int = 128,
-    torch_dtype: str = "float32",
+    torch_dtype: str | None = None,
     device: str | None = None,
 ) -> None:
     """Serve a page on `host` until it is interrupted. Raises InputError where gradio, an optional
@@ -55,7 +56,7 @@ def serve(
         except ImportError as error:
             needed = "pip install '.[serve]', in an environment of its own"
             raise InputError(f"beingvl serve needs gradio ({error}): {needed}") from error
-        model = BeingVL(model_path, vbpe_path)
+        model = BeingVL(model_path, vbpe_path, template=template)
         model.img2codes([])  # refuses another model's VQ-GAN now, not at the first picture
         model.load_model(torch_dtype, device)
         folder = model.model_path.resolve()

@@ -1,10 +1,15 @@
-"""Which model folder a path means."""
+"""Which model folder a path means, and what its config.json says of samples. No torch, so that
+wrong input is told in a second.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from beingvl.artefact.manifest import is_complete
+from beingvl.errors import InputError
+from beingvl.json_file import read_object
 
 
 def find_start_model(path: Path) -> Path:
@@ -12,3 +17,32 @@ def find_start_model(path: Path) -> Path:
     if not is_complete(path) and (path / "final").is_dir():
         return path / "final"
     return path
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises InputError when it is damaged."""
+    return read_object(folder / "config.json", "copy the model folder again")
+
+
+def context_of(folder: Path) -> int | None:
+    """Tokens that the model has positions for; None where config.json does not say."""
+    config = read_config(folder)
+    return config.get("max_position_embeddings", config.get("n_positions"))
+
+
+def check_context(model: Path, sequence_length: int, longest_sample: int | None = None) -> str:
+    """What to know of a stage whose sequences exceed the model's context; "" when none do.
+
+    Positions restart with every sample, so a long sequence of short samples is sound. Raises
+    InputError when the longest sample of the shards, in tokens, exceeds the context.
+    """
+    context = context_of(model)
+    if context is None or max(sequence_length, longest_sample or 0) <= context:
+        return ""
+    found = f"the model's context is {context} tokens (max_position_embeddings of {model})"
+    if longest_sample and longest_sample > context:
+        raise InputError(
+            f"the longest sample of the shards has {longest_sample} tokens, {found}; leave such "
+            f"samples out with `beingvl tokenize --max_length {context}`, or use another base"
+        )
+    return f"beingvl.sequence_length is {sequence_length}, {found}: no sample may be longer"
