@@ -159,6 +159,27 @@ def write_vbpe(path: Path, vqgan_folder: Path) -> VisualBPE:
     return vbpe
 
 
+def write_sentencepiece_base(folder: Path) -> Path:
+    """A random model with a `tokenizer.model` alone, as Llama-2 comes; begin is 1, end 2."""
+    import sentencepiece
+
+    write_base_model(folder, "llama")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 20),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    path = folder / "config.json"
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    path.write_text(json.dumps(json.loads(path.read_text()) | ids))
+    return folder
+
+
 def llama3_tokenizer_file() -> Path:
     """The real Llama-3 `tokenizer.model`, from the package llama-models."""
     spec = importlib.util.find_spec("llama_models")

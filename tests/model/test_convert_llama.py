@@ -38,6 +38,7 @@ from tests.model.small_models import (
     make_tokenizer,
     write_base_model,
     write_llama3_base,
+    write_sentencepiece_base,
     write_vbpe,
     write_vqgan,
 )
@@ -354,25 +355,11 @@ def test_the_real_llama3_tokenizer(tmp_path, full_size):
 def test_a_sentencepiece_tokenizer(tmp_path, bare):
     import sentencepiece
 
-    base = write_base_model(tmp_path / "llama", "llama")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (base / name).unlink()
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("\n".join(TEXTS * 20))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus),
-        model_prefix=str(base / "tokenizer"),
-        vocab_size=300,
-        model_type="bpe",
-        byte_fallback=True,
-        minloglevel=2,
-    )
+    base = write_sentencepiece_base(tmp_path / "llama")
     if not bare:
         (base / "tokenizer_config.json").write_text(
             json.dumps({"tokenizer_class": "LlamaTokenizer", "add_bos_token": True})
         )
-    config = json.loads((base / "config.json").read_text()) | {"bos_token_id": 1, "eos_token_id": 2}
-    (base / "config.json").write_text(json.dumps(config))
     assert convert(base, tmp_path / "base", num_merges=4, verify_loading=True) == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     reference = sentencepiece.SentencePieceProcessor(str(base / "tokenizer.model"))
