@@ -145,8 +145,8 @@ def propose(
     per_rank, rest = divmod(config.sequences_per_step, num_ranks)
     if rest:
         return (
-            f"train_batch_size {config.sequences_per_step} does not divide by {num_ranks} "
-            "ranks: change it, or their number"
+            f"train_batch_size {config.sequences_per_step} does not divide by {num_ranks} ranks; "
+            f"{config.batches_beside(num_ranks)}"
         )
     usable = USABLE * capacity
     for size in range(per_rank, 0, -1):

@@ -10,6 +10,7 @@ made from the fields below.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -197,9 +198,22 @@ class StageConfig:
             raise InputError(
                 f"{self.source}: train_batch_size {self.sequences_per_step} is not a multiple of "
                 f"{self.micro_batch_size} (micro-batch) x {num_ranks} (ranks) = "
-                f"{per_micro_step}; change one of them"
+                f"{per_micro_step}; {self.batches_beside(per_micro_step)}"
             )
         return self.sequences_per_step // per_micro_step
+
+    def batches_beside(self, divisor: int) -> str:
+        """The nearest batches that divide, and Adam's learning rate for them: it goes with the
+        square root of the batch (Malladi et al. 2022, arXiv 2205.10287).
+        """
+        below = self.sequences_per_step // divisor * divisor
+        choices = " or ".join(
+            f"train_batch_size={batch} optimizer.params.lr="
+            f"{self.learning_rate * math.sqrt(batch / self.sequences_per_step):.3g}"
+            for batch in (below, below + divisor)
+            if batch
+        )
+        return f"the nearest that are: --set {choices} (Adam's rate goes with the batch's root)"
 
 
 def load_stage_config(path: Path | str, overrides: Sequence[str] = ()) -> StageConfig:

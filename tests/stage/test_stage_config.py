@@ -70,6 +70,31 @@ def test_the_published_recipe() -> None:
     ]
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_large_recipe_is_the_published_one_with_a_batch_for_8_to_64_gpus(stage: int) -> None:
+    published, large = (
+        load_stage_config(CONFIGS[0].with_name(f"{prefix}stage{stage}.json"))
+        for prefix in ("", "large-")
+    )
+    factor = large.sequences_per_step / published.sequences_per_step
+    rate = large.learning_rate
+    assert rate == pytest.approx(published.learning_rate * math.sqrt(factor), rel=0.02)
+    assert [large.accumulation_steps(num_ranks) for num_ranks in (8, 32, 64)] == [8, 2, 1]
+    deepspeed = copy.deepcopy(large.deepspeed) | {"train_batch_size": published.sequences_per_step}
+    deepspeed["optimizer"]["params"]["lr"] = published.learning_rate
+    assert (deepspeed, large.beingvl) == (published.deepspeed, published.beingvl)
+
+
+def test_a_batch_that_does_not_divide_is_answered_with_those_that_do() -> None:
+    stage1 = load_stage_config(CONFIGS[0].with_name("stage1.json"))
+    with pytest.raises(InputError) as answer:
+        stage1.accumulation_steps(12)
+    assert "12 (ranks) = 12; the nearest that are: --set train_batch_size=12" in str(answer.value)
+    assert "lr=0.000866 or train_batch_size=24 optimizer.params.lr=0.00122" in str(answer.value)
+    with pytest.raises(InputError, match=r"are: --set train_batch_size=32 optimizer.params.lr=0.0"):
+        stage1.accumulation_steps(32)
+
+
 def test_our_list_of_deepspeed_keys_is_deepspeeds() -> None:
     """Every key we let through is spelt somewhere in DeepSpeed's configuration code, which
     accepts a typo silently.
