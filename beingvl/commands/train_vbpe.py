@@ -7,6 +7,10 @@ vbpe.json alone.
 of [N, H, W] or [N, H * W] unsigned or signed integers; sizes may differ between files. The learnt
 vocabulary is a pure function of codes and options.
 
+With --held_out, or --num_merges auto, it says where more merges stop paying: how many tokens images
+take that it did not learn from, and the knee of that curve (beingvl/vbpe/compression.py). auto
+takes that many.
+
 `--import_pkl vbpe.pkl` converts a published pickled vocabulary instead of learning one.
 """
 
@@ -24,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data_path", nargs="+", type=Path, help="VQ codes to learn from")
     output = "folder to write vbpe.json in, or FILE.json without a manifest"
     add("--output_path", type=Path, required=True, help=output)
-    add("--num_merges", type=int, default=8192, help="merges to learn")
+    merges = "merges to learn; auto: as many, up to 8192, as pay on held-out images"
+    add("--num_merges", type=number_or_auto, default=8192, metavar="N|auto", help=merges)
+    held = "VQ codes of other images to measure on (auto without them: every 20th image)"
+    add("--held_out", nargs="+", type=Path, default=[], metavar="CODES", help=held)
     add(
         "--alpha", type=float, default=0.3, help="weight of spatial consistency; 0: frequency alone"
     )
@@ -47,6 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     published = "published vocabulary (pickle) to convert; nothing is learnt"
     add("--import_pkl", type=Path, help=published)
     add("--overwrite", action="store_true", help="replace a finished output of other inputs")
+
+
+def number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -22,11 +22,13 @@ from beingvl.report.kit import chart, chart_png, page, render
 from beingvl.report.vbpe_pictures import (
     Pictures,
     Sample,
+    curves_of,
     draw_charts,
     draw_pictures,
     join_tiles,
 )
 from beingvl.vbpe.code_files import open_codes, sample_images
+from beingvl.vbpe.compression import count_applied
 from beingvl.vbpe.train_vbpe import REPORT_FOLDER
 from beingvl.vbpe.visual_bpe import VisualBPE
 
@@ -110,18 +112,6 @@ def measure_grids(vbpe: VisualBPE, grids: np.ndarray) -> Sample:
     return Sample(grids, ids, offsets, used, count_applied(vbpe, used))
 
 
-def count_applied(vbpe: VisualBPE, used: np.ndarray) -> np.ndarray:
-    """How often every merge was applied, int64 [num_merges]: each token of the final streams
-    applied all merges it is made of.
-    """
-    total = used.copy()
-    for rank in range(vbpe.num_merges - 1, -1, -1):
-        a, b = vbpe.merges[rank, :2]
-        total[a] += total[vbpe.num_codes + rank]
-        total[b] += total[vbpe.num_codes + rank]
-    return total[vbpe.num_codes :]
-
-
 # ---- the page ----
 
 
@@ -134,8 +124,15 @@ def vbpe_section(
 ) -> Markup:
     """What the page says, with headings `level` deep."""
     drawn = {name: chart(figure, name) for name, figure in charts.items()}
+    curves = curves_of(vbpe, sample)
     return render(
-        "vbpe.html", level=level, vbpe=vbpe, sample=sample, pictures=pictures, charts=drawn
+        "vbpe.html",
+        level=level,
+        vbpe=vbpe,
+        sample=sample,
+        curves=curves,
+        pictures=pictures,
+        charts=drawn,
     )
 
 

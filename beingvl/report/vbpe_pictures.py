@@ -5,7 +5,7 @@ charts. Without a VQ-GAN every code has a colour of its own.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from beingvl.images.pictures import with_borders
 from beingvl.images.vqgan import VQGAN
 from beingvl.report.kit import GRID, SERIES_COLOURS
+from beingvl.vbpe.compression import Compression
 from beingvl.vbpe.reference import Cell
 from beingvl.vbpe.visual_bpe import VisualBPE, owners
 
@@ -52,10 +53,9 @@ class Sample:
     def num_unused_codes(self) -> int:
         return len(self.used) - len(self.applied) - len(np.unique(self.grids))
 
-    def tokens_by_merges(self) -> np.ndarray:
-        """Mean tokens per image after 0, 1, … merges, float64 [num_merges + 1]."""
-        merged = np.concatenate([[0], np.cumsum(self.applied)])
-        return (self.grids.size - merged) / len(self.grids)
+    @property
+    def compression(self) -> Compression:
+        return Compression.of(len(self.grids), self.grids.size, self.applied)
 
 
 # ---- what the page shows ----
@@ -211,9 +211,20 @@ def join_tiles(tiles: Sequence[np.ndarray]) -> np.ndarray:
 
 def draw_charts(vbpe: VisualBPE, sample: Sample | None) -> dict[str, Figure]:
     charts = {"sizes": draw_sizes(vbpe, sample)}
-    if sample is not None:
-        charts["compression"] = draw_compression(sample)
+    if curves := curves_of(vbpe, sample):
+        charts["compression"] = draw_compression(curves)
     return charts
+
+
+def curves_of(vbpe: VisualBPE, sample: Sample | None) -> dict[str, Compression]:
+    """Compression as it was measured when the vocabulary was learnt, and on the sample."""
+    curves = {}
+    if held_out := vbpe.parameters.get("held_out"):
+        at_training = Compression.from_dict(held_out)
+        curves[f"{at_training.num_images:,} images held out when it was learnt"] = at_training
+    if sample is not None:
+        curves[f"{len(sample.grids):,} images of --codes"] = sample.compression
+    return curves
 
 
 def draw_sizes(vbpe: VisualBPE, sample: Sample | None) -> Figure:
@@ -238,12 +249,18 @@ def draw_sizes(vbpe: VisualBPE, sample: Sample | None) -> Figure:
     return figure
 
 
-def draw_compression(sample: Sample) -> Figure:
+def draw_compression(curves: Mapping[str, Compression]) -> Figure:
+    """Tokens per image against merges, with the knee of every curve."""
     figure, axes = _new_chart()
-    axes.plot(sample.tokens_by_merges(), color=SERIES_COLOURS[0], linewidth=2)
+    for (name, curve), colour in zip(curves.items(), SERIES_COLOURS, strict=False):
+        axes.plot(curve.merges, curve.tokens, color=colour, linewidth=2, label=name)
+        knee, label = curve.knee, f"knee: {curve.knee:,} merges"
+        axes.plot([knee], [curve.at(knee)], "o", color=colour, label=label)
+    last = max(curve.merges[-1] for curve in curves.values())
     axes.set(xlabel="merges", ylabel="tokens per image (mean)")
-    axes.set(ylim=(0, None), xlim=(0, max(1, len(sample.applied))))
+    axes.set(ylim=(0, None), xlim=(0, max(1, last)))
     axes.grid(color=GRID)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return figure
 
 

@@ -17,6 +17,7 @@ from beingvl.images.vq_codes import CODES_FILE
 from beingvl.vbpe.grids import MAX_CODES, MAX_SIDE
 
 CHUNK = 4096  # images that are looked at at once
+HELD_OUT_EVERY = 20
 
 
 @dataclass
@@ -163,3 +164,22 @@ def sample_images(codes: Codes, max_images: int | None, seed: int) -> list[np.nd
             arrays.append(part - codes.pad if codes.pad else part)
         first = last
     return arrays
+
+
+def hold_out(arrays: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Every 20th image of all arrays together is held out: (the others, those). Raises InputError
+    when there are fewer images than that.
+    """
+    others, held = [], []
+    first = 0
+    for array in arrays:
+        is_held = (first + np.arange(len(array))) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        others.append(array[~is_held])
+        held.append(array[is_held])
+        first += len(array)
+    if first < HELD_OUT_EVERY:
+        raise InputError(
+            f"--num_merges auto holds out every {HELD_OUT_EVERY}th image, and there are {first}; "
+            "give codes of other images as --held_out"
+        )
+    return [array for array in others if len(array)], [array for array in held if len(array)]

@@ -4,6 +4,7 @@
     count_codes     how often each code occurs; every code is checked     int64 [num_codes]
     sample_images   all images, or --max_images of them
     Trainer.learn   the merges, in batches between which the bar moves    int32 [R, 4]
+    _judge          on held-out images: where more merges stop paying, which `auto` takes
     Output          vbpe.json, and its manifest when it has a folder of its own
 
 The vocabulary is a pure function of codes and options.
@@ -15,8 +16,9 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -26,19 +28,28 @@ from beingvl.artefact.manifest import (
     MANIFEST_FILE,
     already_made,
     is_complete,
+    join_lineages,
     start_folder,
     write_manifest,
 )
 from beingvl.artefact.progress import progress as show_progress
 from beingvl.artefact.request import Request
 from beingvl.errors import InputError
-from beingvl.vbpe.code_files import Codes, count_codes, open_codes, sample_images
+from beingvl.vbpe.code_files import (
+    Codes,
+    count_codes,
+    hold_out,
+    open_codes,
+    sample_images,
+)
+from beingvl.vbpe.compression import Compression, count_used
 from beingvl.vbpe.grids import MAX_IDS
 from beingvl.vbpe.published import LegacyVisualBPE, import_published
 from beingvl.vbpe.trainer import Trainer
 from beingvl.vbpe.vbpe_file import VBPE_FILE
 from beingvl.vbpe.visual_bpe import AnyVBPE, VisualBPE
 
+MOST_MERGES = 8192  # that `auto` learns, and the default
 REPORT_FOLDER = "vbpe_report"  # where `beingvl report vbpe` writes by default
 
 
@@ -46,7 +57,7 @@ def train_vbpe(
     data_path: Path | str | Sequence[Path | str],
     output_path: Path | str,
     *,
-    num_merges: int = 8192,
+    num_merges: int | Literal["auto"] = MOST_MERGES,
     alpha: float = 0.3,
     sigma: float = 1.0,
     min_count: int = 2,
@@ -56,6 +67,7 @@ def train_vbpe(
     grid: Sequence[int] | None = None,
     max_images: int | None = None,
     seed: int = 0,
+    held_out: Sequence[Path | str] = (),
     validate_data: bool = False,
     save_intermediate: int | None = None,
     overwrite: bool = False,
@@ -66,16 +78,20 @@ def train_vbpe(
     Args:
         data_path: folders written by `encode_images`, .npy files, or folders of .npy files.
         output_path: a folder for vbpe.json and its manifest, or FILE.json without a manifest.
-        num_merges: merges to learn; fewer when no pair occurs `min_count` times any more.
+        num_merges: merges to learn; fewer when no pair occurs `min_count` times any more. "auto":
+            up to 8192, of which those stay that pay on held-out images (compression.py).
         alpha: weight of spatial consistency against frequency; 0: frequency alone.
         sigma: how far apart, in cells, offsets of a pair may lie to count as alike.
         init_size: number of codes (None: as the folder says, else the largest code + 1).
         vocab_pad, vocab_end: files hold code + vocab_pad, below vocab_end.
         grid: (height, width) of files `[N, H * W]` (None: square).
         max_images, seed: learn from a sample.
+        held_out: codes of other images, to measure on. With "auto" and none given, every 20th image
+            is held out.
         save_intermediate: merges between two saves, from which the same call continues.
     """
-    _check_at_least(0, num_merges=num_merges, alpha=alpha, seed=seed, vocab_pad=vocab_pad)
+    most = MOST_MERGES if num_merges == "auto" else num_merges
+    _check_at_least(0, num_merges=most, alpha=alpha, seed=seed, vocab_pad=vocab_pad)
     _check_at_least(
         1, min_count=min_count, max_images=max_images, save_intermediate=save_intermediate
     )
@@ -83,25 +99,33 @@ def train_vbpe(
         raise InputError(f"--sigma is {sigma}, expected more than 0")
     paths = [data_path] if isinstance(data_path, Path | str) else data_path
     codes = open_codes([Path(path) for path in paths], init_size, vocab_pad, vocab_end, grid)
-    if codes.num_codes + num_merges > MAX_IDS:
-        found = f"--num_merges {num_merges} and {codes.num_codes} codes"
+    if codes.num_codes + most > MAX_IDS:
+        found = f"--num_merges {most} and {codes.num_codes} codes"
         raise InputError(f"{found}, expected at most {MAX_IDS} together")
     options: dict[str, Any] = {"alpha": float(alpha), "sigma": float(sigma), "min_count": min_count}
     options |= {"max_images": max_images, "seed": seed}
     request = Request(codes=codes.hashes, num_codes=codes.num_codes, vocab_pad=vocab_pad)
     request |= {"lineage": codes.lineage, "num_merges": num_merges, **options, "grid": grid}
+    others = _open_held_out(held_out, codes, grid)
+    if others:
+        request |= {"held_out": others.hashes}
     output = Output(Path(output_path), request)
     if output.is_made(overwrite):
         return cast(VisualBPE, VisualBPE.load(output.file))
     usage = count_codes(codes)
+    arrays, held = _choose_images(codes, others, options, holds_out=num_merges == "auto")
     output.prepare()
     if validate_data:
         _print_data(codes, usage)
-    vbpe = _learn(codes, output, num_merges, options, save_intermediate)
+    vbpe = _learn(arrays, codes, output, most, options, save_intermediate)
+    if vbpe.num_merges < most:
+        print(
+            f"Stopped before {most} merges: no pair is left that occurs {min_count} times "
+            "(--min_count)"
+        )
+    vbpe = _judge(vbpe, held, arrays, num_merges == "auto")
     output.write(vbpe)
-    _print_result(vbpe, usage, num_merges, output.file)
-    if output.folder and output.folder.suffix:
-        print(f"{output.folder} is a folder that holds {VBPE_FILE}: give it as --vbpe_path")
+    _print_result(vbpe, usage, output.file)
     return vbpe
 
 
@@ -183,10 +207,52 @@ class Output:
             write_manifest(self.folder, "vbpe", counts, vbpe.lineage, {"request": self._request})
 
 
+# ---- images ----
+
+
+def _open_held_out(
+    paths: Sequence[Path | str], codes: Codes, grid: Sequence[int] | None
+) -> Codes | None:
+    if not paths:
+        return None
+    files = [Path(path) for path in paths]
+    others = open_codes(files, codes.num_codes, codes.pad, grid=grid)
+    join_lineages({"--data_path": codes.lineage, "--held_out": others.lineage})
+    return others
+
+
+def _choose_images(
+    codes: Codes, others: Codes | None, options: Mapping[str, Any], holds_out: bool
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What to learn from, and what to measure on, if anything."""
+    arrays = sample_images(codes, options["max_images"], options["seed"])
+    if others:
+        count_codes(others)
+        return arrays, sample_images(others, None, 0)
+    return hold_out(arrays) if holds_out else (arrays, [])
+
+
+def _judge(
+    vbpe: VisualBPE, held: Sequence[np.ndarray], arrays: Sequence[np.ndarray], takes_knee: bool
+) -> VisualBPE:
+    """With what held-out images say of it; up to the knee alone, where that is wanted."""
+    if not held:
+        return vbpe
+    curve = Compression.measure(vbpe, held)
+    print(f"On {curve.num_images} held-out images {curve.describe()}")
+    parameters = vbpe.parameters | {"held_out": curve.to_dict()}
+    if not takes_knee:
+        return replace(vbpe, parameters=parameters)
+    shorter = replace(vbpe, merges=vbpe.merges[: curve.knee], parameters=parameters)
+    shorter.parameters["num_tokens"] = int(count_used(shorter, arrays).sum())
+    return shorter
+
+
 # ---- learning ----
 
 
 def _learn(
+    arrays: Sequence[np.ndarray],
     codes: Codes,
     output: Output,
     num_merges: int,
@@ -194,7 +260,6 @@ def _learn(
     save_intermediate: int | None,
 ) -> VisualBPE:
     """Learn `num_merges` merges, or as many as there are; continues from an intermediate file."""
-    arrays = sample_images(codes, options["max_images"], options["seed"])
     parameters = options | {"num_images": sum(map(len, arrays)), "codes": codes.hashes}
     learnt = None
     if save_intermediate and output.partial.exists():
@@ -273,16 +338,11 @@ def _print_data(codes: Codes, usage: np.ndarray) -> None:
     )
 
 
-def _print_result(vbpe: VisualBPE, usage: np.ndarray, requested: int, output: Path) -> None:
+def _print_result(vbpe: VisualBPE, usage: np.ndarray, output: Path) -> None:
     found = vbpe.parameters
     cells, tokens, images = found["num_cells"], found["num_tokens"], found["num_images"]
     alpha = found["alpha"]
     print(f"\n{output}: {vbpe.num_merges} merges over {vbpe.num_codes} codes, alpha {alpha}")
-    if vbpe.num_merges < requested:
-        print(
-            f"Stopped before {requested} merges: no pair is left that occurs {found['min_count']} "
-            "times (--min_count)"
-        )
     rows = {
         "images": images,
         "cells": cells,
