@@ -7,6 +7,7 @@ vbpe_parts      facts, compression, examples, most used and largest tokens, size
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,9 @@ def measure(vbpe: VisualBPE, paths: Sequence[Path], max_images: int, seed: int) 
         raise InputError(
             f"{names} hold grids of several sizes, expected one; report them one by one"
         )
-    return measure_grids(vbpe, np.concatenate(arrays))
+    sample = measure_grids(vbpe, np.concatenate(arrays))
+    is_learnt_from = not set(codes.hashes).isdisjoint(vbpe.parameters.get("codes", ()))
+    return replace(sample, is_learnt_from=is_learnt_from)
 
 
 def measure_grids(vbpe: VisualBPE, grids: np.ndarray) -> Sample:

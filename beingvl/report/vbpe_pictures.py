@@ -41,6 +41,7 @@ class Sample:
     offsets: np.ndarray  # int64 [N + 1]
     used: np.ndarray  # int64 [num_ids]
     applied: np.ndarray  # int64 [num_merges]
+    is_learnt_from: bool = False
 
     def stream(self, image: int) -> np.ndarray:
         return self.ids[self.offsets[image] : self.offsets[image + 1]]
@@ -217,13 +218,16 @@ def draw_charts(vbpe: VisualBPE, sample: Sample | None) -> dict[str, Figure]:
 
 
 def curves_of(vbpe: VisualBPE, sample: Sample | None) -> dict[str, Compression]:
-    """Compression as it was measured when the vocabulary was learnt, and on the sample."""
+    """Compression as it was measured when the vocabulary was learnt, and on the sample. The first
+    has the knee: `auto` has cut the vocabulary there, so another is that of a part.
+    """
     curves = {}
     if held_out := vbpe.parameters.get("held_out"):
         at_training = Compression.from_dict(held_out)
         curves[f"{at_training.num_images:,} images held out when it was learnt"] = at_training
     if sample is not None:
-        curves[f"{len(sample.grids):,} images of --codes"] = sample.compression
+        whose = "it learnt from" if sample.is_learnt_from else "measured"
+        curves[f"{len(sample.grids):,} images {whose}"] = sample.compression
     return curves
 
 
@@ -250,17 +254,18 @@ def draw_sizes(vbpe: VisualBPE, sample: Sample | None) -> Figure:
 
 
 def draw_compression(curves: Mapping[str, Compression]) -> Figure:
-    """Tokens per image against merges, with the knee of every curve."""
+    """Tokens per image against merges, with the knee of the first curve."""
     figure, axes = _new_chart()
     for (name, curve), colour in zip(curves.items(), SERIES_COLOURS, strict=False):
         axes.plot(curve.merges, curve.tokens, color=colour, linewidth=2, label=name)
-        knee, label = curve.knee, f"knee: {curve.knee:,} merges"
-        axes.plot([knee], [curve.at(knee)], "o", color=colour, label=label)
+    first = next(iter(curves.values()))
+    label = f"knee: {first.knee:,} merges"
+    axes.plot([first.knee], [first.at(first.knee)], "o", color=SERIES_COLOURS[0], label=label)
     last = max(curve.merges[-1] for curve in curves.values())
     axes.set(xlabel="merges", ylabel="tokens per image (mean)")
     axes.set(ylim=(0, None), xlim=(0, max(1, last)))
     axes.grid(color=GRID)
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     return figure
 
 

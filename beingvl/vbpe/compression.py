@@ -84,15 +84,15 @@ class Compression:
         last, knee = int(self.merges[-1]), self.knee
         saved = (self.tokens[0] - self.at(knee)) / max(self.tokens[0] - self.tokens[-1], 1e-9)
         return (
-            f"more stop paying after {knee:,} merges: {self.at(knee):.1f} tokens per image and "
+            f"merges stop paying after the first {knee:,}: {self.at(knee):.1f} tokens per image, "
             f"{saved:.0%} of what all {last:,} save ({self.tokens[-1]:.1f})"
         )
 
     # ---- in vbpe.json ----
 
     def to_dict(self) -> dict[str, object]:
-        """At most about `POINTS_KEPT` points, the knee among them."""
-        kept = np.linspace(0, len(self.merges) - 1, POINTS_KEPT).astype(int)
+        """About `POINTS_KEPT` points, closer where the curve is steep, and the knee."""
+        kept = (np.linspace(0, 1, POINTS_KEPT) ** 2 * (len(self.merges) - 1)).astype(int)
         kept = np.unique([*kept, np.searchsorted(self.merges, self.knee)])
         return {
             "num_images": self.num_images,

@@ -239,7 +239,7 @@ def _judge(
     if not held:
         return vbpe
     curve = Compression.measure(vbpe, held)
-    print(f"On {curve.num_images} held-out images {curve.describe()}")
+    print(f"On {curve.num_images} held-out images, {curve.describe()}")
     parameters = vbpe.parameters | {"held_out": curve.to_dict()}
     if not takes_knee:
         return replace(vbpe, parameters=parameters)

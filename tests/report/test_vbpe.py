@@ -18,6 +18,7 @@ from beingvl.report import vbpe_pictures
 from beingvl.report.vbpe import measure, report_vbpe
 from beingvl.vbpe.published import LegacyVisualBPE
 from beingvl.vbpe.reference import TokenGrid, train_reference
+from beingvl.vbpe.train_vbpe import train_vbpe
 from beingvl.vbpe.visual_bpe import VisualBPE, owners
 from tests.images.test_vqgan import SIZES, make_images, make_janus
 
@@ -169,3 +170,18 @@ def test_a_vqgan_without_decoder_is_refused(vbpe, tmp_path):
     )
     with pytest.raises(InputError, match="has no decoder, so it cannot show pixels"):
         report_vbpe(tmp_path / "vbpe.json", vq=tmp_path / "chameleon")
+
+
+def test_the_page_says_where_merges_stop_paying_and_on_which_images(tmp_path):
+    codes = np.random.default_rng(0).integers(0, 16, (80, 8, 8)).astype(np.uint16)
+    codes[:, 2:6, 2:7] = 3
+    np.save(tmp_path / "codes.npy", codes[:60])
+    np.save(tmp_path / "others.npy", codes[60:])
+    auto = train_vbpe(tmp_path / "codes.npy", tmp_path / "auto", num_merges="auto")
+    page = report_vbpe(tmp_path / "auto", codes=[tmp_path / "others.npy"]) / "report.html"
+    assert "On 3 images held out when it was learnt, merges stop paying" in page.read_text()
+    assert f"knee: {auto.num_merges} merges" in page.read_text()
+    assert "20 images measured" in page.read_text()
+    train_vbpe(tmp_path / "codes.npy", tmp_path / "all", num_merges=30)
+    page = report_vbpe(tmp_path / "all", codes=[tmp_path / "codes.npy"]) / "report.html"
+    assert "On 60 images it learnt from, merges stop paying after" in page.read_text()
