@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,14 +18,17 @@ def hash_bytes(data: bytes) -> str:
     return PREFIX + blake3(data).hexdigest()
 
 
-def hash_file(path: Path) -> str:
-    """Hash of a file's bytes. Read, not mapped: a disk that fails is an OSError, not a signal."""
+def hash_file(path: Path, watch: Callable[[memoryview], object] = lambda block: None) -> str:
+    """Hash of a file's bytes; `watch` is called with every block of them. Read, not mapped: a
+    disk that fails is an OSError, not a signal.
+    """
     digest = blake3(max_threads=blake3.AUTO)
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         block = memoryview(bytearray(min(max(size, 1), BLOCK_BYTES)))
         while count := file.readinto(block):
             digest.update(block[:count])
+            watch(block[:count])
     return PREFIX + digest.hexdigest()
 
 

@@ -3,7 +3,8 @@
     beingvl build-shards --jsonl_path rows/data_vbpe.jsonl --vbpe_path vbpe/ --output_path shards/
 
 The sequence of a row is token_0 + image + token_1, where image is token_image_new when the row has
-it, else token_image. A published file without target_spans is accepted: its targets are token_1. A
+it, else token_image. A published file is taken as it is: rows without target_spans are of the
+template being-vl-0.5 and their targets are token_1, rows without an id are named FILE-LINE. A
 file that `beingvl tokenize` wrote brings its vocabulary and lineage in the manifest beside it; for
 any other file --model_path says which vocabulary its ids belong to. Merged images are decoded, a
 row's first one is compared with its codes, when the vBPE is known: --vbpe_path, or the vbpe.json in
@@ -27,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model_path", type=Path, help=model)
     vbpe = "vbpe.json to decode and check merged images with; default: the one in --model_path"
     add("--vbpe_path", type=Path, help=vbpe)
+    template = "chat template of the rows; default: of the manifest beside a file, else by its rows"
+    add("--template", choices=["default", "being-vl-0.5"], help=template)
     part = "bytes of JSONL that become one shard"
     add("--part_bytes", type=int, default=64 << 20, help=part)
     workers = "processes that parse; default: one per CPU core; 0 parses in this one"

@@ -4,8 +4,9 @@
 
 Asks each host over ssh, all at once: is it there; do its versions, code, clock, model and data
 equal the first host's; has it the devices that its slots promise; is there disk space, also where
-the stage offloads to; is rank 0's port free. Then checks the stage's JSON, and measures an
-all-reduce through the real launcher. Prints a table; exit code 1 when a row is red.
+the stage offloads to; is rank 0's port free. Then checks the stage's JSON, that its mixture and
+the model's template fit the data, and measures an all-reduce through the real launcher. Prints a
+table; exit code 1 when a row is red.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from beingvl.commands.options import options_of
+from beingvl.commands.options import add_overrides, options_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hostfile", type=Path, required=True, help="NAME slots=NUMBER, one line per host")
     stage = "the stage's JSON (ds_configs/): it must be accepted, and equal on every host"
     add("--stage", "--deepspeed_config", help=stage)
+    add_overrides(parser)
     add("--model", help="start model; every host must see the same")
     add("--data", help="shard folder; every host must see the same")
     add("--output", help="stage folder that will be written; its disk must have room")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from beingvl.commands.options import options_of
+from beingvl.commands.options import add_overrides, options_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vq_path", type=Path, help="VQ-GAN folder with a decoder, to show the examples' images")
     stage = "a stage's JSON: shows what its mixture draws from the shards"
     add("--deepspeed_config", type=Path, help=stage)
+    add_overrides(parser)
     length = "tokens per sequence, for the packing efficiency without a stage"
     add("--sequence_length", type=int, default=4096, help=length)
     examples = "examples per folder, of every source in turn"

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vq_codes", type=Path, help=codes)
     add("--dataset_name", default="data", help="NAME in the output files' names")
     templates = ["default", "being-vl-0.5"]
-    add("--template", choices=templates, default="default", help="chat template")
+    add("--template", choices=templates, help="chat template; default: the model's")
     formats = "JSONL files, or folders of shards at once"
     add("--format", choices=["jsonl", "arrow"], default="jsonl", help=formats)
     length = "longest sample, in tokens; the longer one of a row's two variants counts"

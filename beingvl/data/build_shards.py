@@ -1,6 +1,7 @@
 """JSONL token rows (ours or the published files) -> memory-mapped Arrow shards.
 
-  1. contents_of   hashes of the files: of `beingvl tokenize` from its manifest, else computed
+  1. look_at       hash and template of every file, from the manifest beside it or computed
+                   (token_files.py)
   2. BuildShards   every file is cut at multiples of `part_bytes`; a part, the lines that start
                    inside one piece, is parsed and checked (token_rows.py) and becomes one shard
   3. join          all shards, the index files, and manifest.json last (shard_writer.py)
@@ -11,32 +12,28 @@ The result does not depend on workers, ranks or kills (artefact/work.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
-from beingvl.artefact.hashes import hash_file
-from beingvl.artefact.manifest import (
-    MANIFEST_FILE,
-    Manifest,
-    is_complete,
-    join_lineages,
-    read_manifest,
-)
+from beingvl.artefact.manifest import Manifest, is_complete, join_lineages, read_manifest
 from beingvl.artefact.parts import Parts
 from beingvl.artefact.ranks import RankOf
 from beingvl.artefact.request import Request
 from beingvl.artefact.work import Work, run_in_parts
+from beingvl.data.shard_columns import ShardFacts
 from beingvl.data.shard_writer import finish_shards, join_shards, write_shard_of_part
+from beingvl.data.template import check_template, in_request, join_templates, template_of
+from beingvl.data.token_files import Piece, TokenFile, look_at, manifest_beside
 from beingvl.data.token_rows import read_rows
 from beingvl.errors import InputError
+from beingvl.stage.mixture import NO_CATEGORY
 from beingvl.vbpe.visual_bpe import AnyVBPE, VisualBPE
 from beingvl.vocab import VocabLayout
 
 MAX_PART_BYTES = 1 << 30  # a shard's offsets are 32 bits
-PARTS_VERSION = 3  # of a part's files
+PARTS_VERSION = 4  # of a part's files
 
 
 def build_shards(
@@ -45,6 +42,7 @@ def build_shards(
     *,
     model_path: Path | str | None = None,
     vbpe_path: Path | str | None = None,
+    template: str | None = None,
     part_bytes: int = 64 << 20,
     num_workers: int | None = None,
     duplicate_ids: str = "refuse",
@@ -59,6 +57,8 @@ def build_shards(
         model_path: model folder whose vocabulary the ids belong to, for files without a manifest.
         vbpe_path: vbpe.json that merged images must decode with, a row's first to its own codes;
             None takes the one in `model_path`, if there is one.
+        template: that the rows are made with; None takes it from the manifest beside a file, and
+            without one from its rows: published ones, "being-vl-0.5", have no target_spans.
         part_bytes: bytes of JSONL that become one shard.
         num_workers: processes that parse; None takes one per CPU core, 0 parses in this one.
         duplicate_ids: "refuse" two rows with one id, or "keep" both.
@@ -73,16 +73,19 @@ def build_shards(
         num_workers = len(os.sched_getaffinity(0))
     if num_workers < 0:
         raise InputError(f"--num_workers is {num_workers}, expected at least 0")
+    if template is not None:
+        check_template(template)
     paths = [Path(path) for path in _listed(jsonl_path)]
     model = None if model_path is None else Path(model_path)
     vbpe = _open_vbpe(vbpe_path, model)
     layout, lineage = _layout_and_lineage(paths, model, vbpe)
     decoder = vbpe if isinstance(vbpe, VisualBPE) else None  # a published one cannot decode
-    pieces = cut(paths, part_bytes)
+    files = [look_at(path, part_bytes, template) for path in paths]
+    template = _template_of_all(files, model)
     work = BuildShards(
-        Path(output_path), pieces, part_bytes, layout, lineage, decoder, duplicate_ids
+        Path(output_path), files, part_bytes, layout, lineage, decoder, duplicate_ids, template
     )
-    workers = min(num_workers, len(pieces))
+    workers = min(num_workers, work.num_parts)
     run_in_parts(
         work, RankOf(rank, num_ranks), workers if workers > 1 else 0, overwrite, "build-shards"
     )
@@ -99,6 +102,14 @@ def _open_vbpe(vbpe_path: Path | str | None, model_path: Path | None) -> AnyVBPE
     return None if vbpe_path is None else VisualBPE.load(vbpe_path)
 
 
+def _template_of_all(files: Sequence[TokenFile], model_path: Path | None) -> str:
+    """Raises InputError for two; the model is the one that is to be trained on the rows."""
+    templates = {str(file.path): file.template for file in files}
+    if model_path:
+        templates = {str(model_path): template_of(read_manifest(model_path)), **templates}
+    return join_templates(templates)
+
+
 def _layout_and_lineage(
     paths: list[Path], model_path: Path | None, vbpe: AnyVBPE | None
 ) -> tuple[VocabLayout, dict[str, str]]:
@@ -111,7 +122,7 @@ def _layout_and_lineage(
         if not path.is_file():
             found = "is not a file" if path.exists() else "does not exist"
             raise InputError(f"{path} {found}; give a JSONL file, as `beingvl tokenize` makes it")
-        manifest = _manifest_beside(path)
+        manifest = manifest_beside(path)
         if manifest is not None:
             lineages[str(path.parent)] = manifest.lineage
             layout = layout or VocabLayout.from_dict(
@@ -128,51 +139,7 @@ def _layout_and_lineage(
     return layout, join_lineages(lineages)
 
 
-def _manifest_beside(path: Path) -> Manifest | None:
-    """The manifest of the folder that a JSONL file lies in, if it lists the file."""
-    if not is_complete(path.parent):
-        return None
-    manifest = read_manifest(path.parent, "jsonl")
-    return manifest if path.name in manifest.files else None
-
-
-def content_of(path: Path) -> str:
-    """Hash of a JSONL file. The manifest beside it knows the hash of a file that is not younger
-    than itself. Raises InputError when the file is not the one of its manifest.
-    """
-    manifest = _manifest_beside(path)
-    if manifest is None:
-        return hash_file(path)
-    entry = manifest.files[path.name]
-    changed = path.stat().st_size != entry["bytes"]
-    if not changed and path.stat().st_mtime_ns > (path.parent / MANIFEST_FILE).stat().st_mtime_ns:
-        changed = hash_file(path) != entry["hash"]
-    if changed:
-        raise InputError(
-            f"{path} changed after its manifest was written; make it again with `beingvl "
-            "tokenize --overwrite`"
-        )
-    return str(entry["hash"])
-
-
 # ---- the work ----
-
-
-class Piece(NamedTuple):
-    """The lines of `path` that start in bytes `start … stop - 1`."""
-
-    path: Path
-    start: int
-    stop: int
-
-
-def cut(paths: Sequence[Path], piece_bytes: int) -> list[Piece]:
-    return [
-        Piece(path, start, min(start + piece_bytes, size))
-        for path in paths
-        for size in [path.stat().st_size]
-        for start in range(0, size, piece_bytes)
-    ]
 
 
 @dataclass
@@ -180,14 +147,19 @@ class BuildShards(Work):
     """A part is the shard of one piece."""
 
     output: Path
-    pieces: list[Piece]
+    files: list[TokenFile]
     part_bytes: int
     layout: VocabLayout
     lineage: dict[str, str]
     decoder: VisualBPE | None
     duplicate_ids: str
+    template: str
     kind = "shards"
     unit = "B"
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        return [piece for file in self.files for piece in file.pieces()]
 
     @property
     def num_parts(self) -> int:
@@ -196,21 +168,23 @@ class BuildShards(Work):
     def size_of_part(self, number: int) -> int:
         return self.pieces[number].stop - self.pieces[number].start
 
-    @cached_property
+    @property
     def content(self) -> Request:
-        paths = dict.fromkeys(piece.path for piece in self.pieces)
-        contents = [content_of(path) for path in paths]
+        contents = [file.content for file in self.files]
         return Request(jsonl=contents, lineage=self.lineage, part_bytes=self.part_bytes)
 
     def request(self) -> Request:
-        return Request(**self.content, duplicate_ids=self.duplicate_ids)
+        its_template = in_request(self.template)
+        return Request(**self.content, duplicate_ids=self.duplicate_ids, **its_template)
 
     def request_of_parts(self) -> Request:
         is_decoded = self.decoder is not None
         return Request(parts_version=PARTS_VERSION, **self.content, decoded=is_decoded)
 
     def write_part(self, number: int, folder: Path, advance: Callable[[int], object]) -> None:
-        rows = read_rows(*self.pieces[number], self.layout, self.decoder, advance)
+        path, start, stop, lines_before, has_spans = self.pieces[number]
+        context = self.layout, self.decoder, advance
+        rows = read_rows(path, start, stop, *context, lines_before, has_spans)
         write_shard_of_part(folder, "shard", rows, self.layout)
 
     def join(self, parts: Parts) -> None:
@@ -221,11 +195,21 @@ class BuildShards(Work):
         merged = "not decoded" if largest_id >= self.layout.first_vbpe_id else "none"
         if self.decoder:
             merged = "decoded"
-        details = {"request": self.request(), "merged_images": merged}
+        details = {
+            "request": self.request(),
+            "merged_images": merged,
+            "template": self.template,
+            "names_categories": self._names_categories(shards.values()),
+        }
         manifest = finish_shards(self.output, shards, self.layout, self.lineage, details)
         counts = (f"{manifest.counts[name]:,}" for name in ("samples", "tokens", "target_tokens"))
         print("{}: {} samples, {} tokens, {} of them targets".format(self.output, *counts))
         warn_of_merged(manifest)
+
+    def _names_categories(self, shards: Iterable[ShardFacts]) -> bool:
+        """Whether a row names its source; else each has the one of its file's `--mode`, or none."""
+        defaults = {NO_CATEGORY, *(file.default_source for file in self.files)}
+        return any(not defaults.issuperset(shard.sources) for shard in shards)
 
     def check_finished(self) -> None:
         super().check_finished()

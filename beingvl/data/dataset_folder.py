@@ -11,6 +11,7 @@ manifest.json                       details.datasets: one entry per finished dat
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from beingvl.vocab import VocabLayout
 
 REJECTED_FILE = "rejected.jsonl"
 VARIANTS = ("base", "vbpe")
+DEFAULT_CATEGORY = {"pt": "foundation", "sft": "instruction"}  # by --mode
 
 
 class DatasetFolder:
@@ -65,13 +67,14 @@ class DatasetFolder:
 
     def check_finished(self, request: Request) -> None:
         """Raises InputError when another request made the finished dataset."""
-        manifest = read_manifest(self.folder, "jsonl")
-        if difference := request.difference(manifest.details["datasets"][self.name]["request"]):
+        entry = read_manifest(self.folder, "jsonl").details["datasets"][self.name]
+        if difference := request.difference(entry["request"]):
             raise InputError(
                 f"{self.folder} is finished, but {self.name} has {difference}; choose another "
                 "folder or add --overwrite"
             )
-        print(f"{self.folder}: {self.name} is finished already, with the same inputs: reused")
+        shown = f"{self.name}{with_images(entry['counts'])}"
+        print(f"{self.folder}: {shown} is finished already, with the same inputs: reused")
 
     def remove(self) -> None:
         """Take this dataset out of the folder; the others stay complete at every moment."""
@@ -132,11 +135,20 @@ class DatasetFolder:
         counts = add_counts([entry["counts"] for entry in datasets.values()])
         lineage = join_lineages({name: entry["lineage"] for name, entry in datasets.items()})
         details = {"layout": self.layout.to_dict(), "datasets": dict(sorted(datasets.items()))}
+        templates = {entry["request"]["template"] for entry in datasets.values()}
+        if len(templates) == 1:
+            details["template"] = templates.pop()
 
         def belongs(file: str) -> bool:
             return file == REJECTED_FILE or _is_file_of(datasets, file)
 
         write_manifest(self.folder, "jsonl", counts, lineage, details, known_hashes, belongs)
+
+
+def dataset_of(manifest: Manifest, file: str) -> dict[str, Any]:
+    """The entry of the dataset that a file of a folder belongs to; empty when it says none."""
+    datasets = manifest.details.get("datasets", {})
+    return next((entry for name, entry in datasets.items() if _is_file_of([name], file)), {})
 
 
 def _is_file_of(datasets: Iterable[str], file: str) -> bool:
@@ -151,9 +163,17 @@ def _is_file_of(datasets: Iterable[str], file: str) -> bool:
 def add_counts(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
     """Sums; of `longest_…` the largest."""
     return {
-        name: (max if name.startswith("longest") else sum)(part[name] for part in parts)
-        for name in parts[0]
+        name: (max if name.startswith("longest") else sum)(part.get(name, 0) for part in parts)
+        for name in dict.fromkeys(name for part in parts for name in part)
     }
+
+
+def with_images(counts: Mapping[str, int]) -> str:
+    """` (20 with 0 images, 400 with 1)`, of a dataset's counts; those of before hold none."""
+    found = [(re.fullmatch(r"rows_with_(\d+)_images", name), n) for name, n in counts.items()]
+    rows = sorted((int(match[1]), num_rows) for match, num_rows in found if match)
+    shown = [f"{num_rows} with {images}" for images, num_rows in rows]
+    return f" ({', '.join([f'{shown[0]} images', *shown[1:]])})" if shown else ""
 
 
 def _dataset_and_index(line: str) -> tuple[str, int]:

@@ -30,6 +30,11 @@ MAX_ROW_CHARS = 1 << 26  # in JSONL: bytes
 MAX_DEPTH = 64  # of a row, which other processes and files must take too
 # Not JSON, or a number of thousands of digits; nested too deeply.
 NOT_READABLE = (ValueError, RecursionError)
+MAX_KEY_CHARS = 1024  # of an image's path; a picture in base64 has more
+_PICTURES = re.compile(
+    r"(image|img|picture|photo|video|frame)s?(_?(path|file|filename|file_name|url|bytes|base64)s?)?",
+    re.IGNORECASE,
+)
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -94,7 +99,9 @@ def _rows(path: Path, start: Place) -> Iterator[tuple[Place, Row]]:
         is_empty = False
         if isinstance(value, dict) and _is_deep(value):
             yield place, BrokenRow(f"it is nested more than {MAX_DEPTH} deep")
-        elif isinstance(value, dict | BrokenRow):
+        elif isinstance(value, dict):
+            yield place, _of_original(value)
+        elif isinstance(value, BrokenRow):
             yield place, value
         else:
             yield place, BrokenRow(f"expected an object, found {type(value).__name__}")
@@ -102,6 +109,14 @@ def _rows(path: Path, start: Place) -> Iterator[tuple[Place, Row]]:
         raise InputError(
             f"{path} holds no row, expected a non-empty list of objects in LLaVA format"
         )
+
+
+def _of_original(row: dict[str, Any]) -> dict[str, Any]:
+    """The LLaVA row that a published token row was made of, which it holds; any other as it is."""
+    original = row.get("original")
+    if not isinstance(original, dict) or "conversations" in row:
+        return row
+    return original | {name: row[name] for name in ("id", "image", "category") if row.get(name)}
 
 
 def _is_deep(value: Any, left: int = MAX_DEPTH) -> bool:
@@ -122,7 +137,7 @@ def stream_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def image_keys(row: dict) -> list[str]:
     """The images of a row: `image` is a path, a list of paths, or absent. Raises InputError for
-    anything else.
+    anything else, and for pictures under another key.
     """
     image = row.get("image") or []
     keys = [image] if isinstance(image, str) else image
@@ -130,6 +145,17 @@ def image_keys(row: dict) -> list[str]:
         raise InputError(
             "expected an object whose `image` is a path or a list of paths, found "
             f"{str(image)[:60]!r}"
+        )
+    for key in keys:
+        if key.startswith("data:") or len(key) > MAX_KEY_CHARS:
+            raise InputError(
+                f"`image` holds {len(key):,} characters that begin with {key[:40]!r}, expected a "
+                "path: write the picture to a file and name that"
+            )
+    if not keys and (others := [key for key in row if row[key] and _PICTURES.fullmatch(key)]):
+        raise InputError(
+            f"the row has no `image`, but {others[0]!r}, which is not read: pictures stand under "
+            "`image`, a path or a list of paths (videos are not taken)"
         )
     return keys
 

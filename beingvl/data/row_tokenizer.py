@@ -103,8 +103,7 @@ class RowTokenizer:
         if type(row.get("id")) not in (str, int):  # True is an int
             raise InputError(f"id is {row['id']!r}, expected a text or a whole number")
         turns = parse_conversation(row.get("conversations"))
-        keys = image_keys(row) if self._codes else []
-        images = [self._image(key) for key in keys]
+        images = [self._image(key) for key in image_keys(row)]
         pieces = lay_out(turns, len(images), self._encoder, self._layout, self._template)
         base = fill(pieces, [image.codes for image in images])
         variants = {"base": base}

@@ -5,12 +5,13 @@ from __future__ import annotations
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import TrainingData, open_mixture
 from beingvl.data.mixture import Mixture
+from beingvl.stage.mixture import fit_mixture
 from beingvl.stage.stage_config import StageConfig
 
 
 def mixture_of(config: StageConfig, shards: ShardReader) -> Mixture:
     """The stage's mixture. Raises InputError when the shards have no such sources."""
-    block = config.beingvl
+    block = fit_mixture(config, shards.manifest)[0].beingvl
     return open_mixture(shards, block.mixture, block.mixture_by, block.seed)
 
 

@@ -7,7 +7,9 @@
       check_images  the readable twin, for one row; says what is wrong
 
 The sequence of a row is token_0 + image + token_1, where image is token_image_new when the row has
-it, else token_image; without target_spans its target is token_1.
+it, else token_image; without target_spans, as in a published row, its target is token_1. A row
+without an id is named after its file and line; a category may stand in its `original`, the row that
+it was made of.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import simdjson
 
 from beingvl.data.shard_columns import Row, ShardColumns, check_columns
 from beingvl.errors import InputError
+from beingvl.stage.mixture import NO_CATEGORY
 from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import VocabLayout
 
@@ -41,12 +44,14 @@ LISTS = ("token_0", "token_image", "token_image_new", "token_1", "target_spans")
 
 class TokenRow(NamedTuple):
     """One line. `row.ids` are token_0, the image's tokens, and token_1; all integers are int64.
+    Its id is empty when it has none.
 
     `codes` is token_image of a row that has token_image_new too, else None.
     """
 
     row: Row
     codes: np.ndarray | None
+    has_spans: bool = True
 
 
 def parse_row(parser: simdjson.Parser, line: bytes) -> TokenRow:
@@ -62,11 +67,12 @@ def parse_row(parser: simdjson.Parser, line: bytes) -> TokenRow:
     image = codes if merged is None else merged
     if image is None:
         image = NOTHING
+    has_spans = spans is not None
     if spans is None:
         start = len(before) + len(image)
         spans = np.array([start, start + len(after)])
     row = Row(*head_of(fields), (before, image, after), spans)
-    return TokenRow(row, None if merged is None else codes)
+    return TokenRow(row, None if merged is None else codes, has_spans)
 
 
 def parse_object(parser: simdjson.Parser, line: bytes) -> Any:
@@ -78,10 +84,14 @@ def parse_object(parser: simdjson.Parser, line: bytes) -> Any:
 
 
 def head_of(fields: Any) -> tuple[str, str, str]:
-    """(id, image, category) of a row. Raises ValueError when they are something else."""
+    """(id, image, category) of a row, the id empty when it has none. Raises ValueError when they
+    are something else.
+    """
     id_, image, category = fields.get("id"), fields.get("image"), fields.get("category")
     if id_ is None:
-        raise ValueError("missing field 'id'")
+        id_ = ""
+    if category is None and isinstance(original := fields.get("original"), simdjson.Object):
+        category = original.get("category")
     if not isinstance(id_, TEXT_OR_NUMBER):
         raise ValueError("id is neither a text nor a number")
     if isinstance(image, simdjson.Array):
@@ -90,7 +100,7 @@ def head_of(fields: Any) -> tuple[str, str, str]:
         raise ValueError("image is neither a path nor a list of paths")
     if not isinstance(category, TEXT_OR_NOTHING):
         raise ValueError("category is not a text")
-    return str(id_), image or "", category or "default"
+    return str(id_), image or "", category or NO_CATEGORY
 
 
 def _integers(fields: Any, name: str) -> np.ndarray | None:
@@ -114,27 +124,63 @@ def read_rows(
     layout: VocabLayout,
     vbpe: VisualBPE | None = None,
     advance: Callable[[int], object] = lambda num_bytes: None,
+    lines_before: int | None = None,
+    has_spans: bool | None = None,
 ) -> ShardColumns:
-    """The rows of the lines that start in bytes `start … stop - 1`. `advance` is called with the
-    number of bytes of every block of rows.
+    """The rows of the lines that start in bytes `start … stop - 1`.
+
+    Args:
+        vbpe: that merged images must decode with.
+        advance: called with the number of bytes of every block of rows.
+        lines_before: how many begin before `start`, where somebody has counted them: they give
+            rows without an id theirs.
+        has_spans: whether all rows must have target_spans; without, as published ones, they must
+            look like rows of this vocabulary.
 
     Raises InputError that names the file and the line or the sample.
     """
     parser = simdjson.Parser()
     blocks = []
     with open(path, "rb", buffering=READ_BYTES) as file:
-        lines = _lines(path, file, start, stop)
+        lines = _lines(path, file, start, stop, lines_before)
         while block := list(islice(lines, ROWS_PER_BLOCK)):
-            blocks.append(_checked(path, block, parser, layout, vbpe))
-            advance(sum(len(line) for _, line in block))
+            rows = [_parsed(path, line, parser) for line in block]
+            if has_spans is not None:
+                _check_template(path, block, rows, layout, has_spans)
+            blocks.append(_checked(path, block, rows, layout, vbpe))
+            advance(sum(len(line.text) for line in block))
     return ShardColumns.joined(blocks)
 
 
-def _lines(path: Path, file: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-    """(place, line) of every line that starts in bytes `start … stop - 1` and is not blank."""
+class Line(NamedTuple):
+    """A line that begins at byte `at`. `known_number` counts from 1."""
+
+    at: int
+    known_number: int | None
+    text: bytes
+
+    def number(self, path: Path) -> int:
+        """Counted now where nobody has."""
+        if self.known_number is not None:
+            return self.known_number
+        number, left = 1, self.at
+        with open(path, "rb") as file:
+            while left and (block := file.read(min(left, READ_BYTES))):
+                number, left = number + block.count(b"\n"), left - len(block)
+        return number
+
+    def place(self, path: Path) -> str:
+        return f"{path}, line {self.number(path)}"
+
+
+def _lines(
+    path: Path, file: BinaryIO, start: int, stop: int, lines_before: int | None
+) -> Iterator[Line]:
+    """Every line that starts in bytes `start … stop - 1` and is not blank."""
     if start:
         file.seek(start - 1)
         _read_line(path, file)
+    number = None if lines_before is None else lines_before + 1
     at = file.tell()
     while at < stop:
         line = _read_line(path, file)
@@ -143,8 +189,9 @@ def _lines(path: Path, file: BinaryIO, start: int, stop: int) -> Iterator[tuple[
                 f"{path} became shorter while it was read; start again when it is complete"
             )
         if not line.isspace():
-            yield at, line
+            yield Line(at, number, line)
         at += len(line)
+        number = None if number is None else number + 1
 
 
 def _read_line(path: Path, file: BinaryIO) -> bytes:
@@ -157,44 +204,74 @@ def _read_line(path: Path, file: BinaryIO) -> bytes:
     return line
 
 
+def _parsed(path: Path, line: Line, parser: simdjson.Parser) -> TokenRow:
+    try:
+        token_row = parse_row(parser, line.text)
+    except NOT_A_ROW as error:
+        raise _in_line(path, line, f"not a token row ({error})") from error
+    if token_row.row.id:
+        return token_row
+    return token_row._replace(row=token_row.row._replace(id=f"{path.name}-{line.number(path)}"))
+
+
+def _check_template(
+    path: Path,
+    block: Sequence[Line],
+    rows: Sequence[TokenRow],
+    layout: VocabLayout,
+    has_spans: bool,
+) -> None:
+    """Raises InputError for a row of another template than the file's first, or one that was
+    published and begins as none of this vocabulary does.
+    """
+    for line, (row, _, its_spans) in zip(block, rows, strict=True):
+        if its_spans != has_spans:
+            found = "has target_spans, the first row none"
+            if has_spans:
+                found = "has no target_spans, the first row has them"
+            raise InputError(
+                f"{line.place(path)} {found}: rows of two templates; put them into two files, or "
+                "say with --template which one it is"
+            )
+        first_ids = row.ids[0][:1].tolist()
+        if not its_spans and first_ids != [layout.bos_id]:
+            found = f"begins with {first_ids[0] if first_ids else 'nothing'}"
+        elif not its_spans and not layout.is_image_token(row.ids[1]).all():
+            found = "has an image of other ids than the vocabulary's"
+        else:
+            continue
+        raise InputError(
+            f"{line.place(path)}: the row {found}, but in this vocabulary {layout.bos_id} begins a "
+            f"row and images have the ids {layout.first_image_id} to {layout.size - 1}; give as "
+            "--model_path a model of the file's own vocabulary"
+        )
+
+
 def _checked(
     path: Path,
-    block: list[tuple[int, bytes]],
-    parser: simdjson.Parser,
+    block: Sequence[Line],
+    rows: Sequence[TokenRow],
     layout: VocabLayout,
     vbpe: VisualBPE | None,
 ) -> ShardColumns:
     """The rows of a block of lines."""
-    rows = []
-    for place, line in block:
-        try:
-            rows.append(parse_row(parser, line))
-        except NOT_A_ROW as error:
-            raise _in_line(path, place, f"not a token row ({error})") from error
-    columns = ShardColumns.of_rows([row for row, _ in rows])
+    columns = ShardColumns.of_rows([row.row for row in rows])
     try:
         check_columns(columns, layout)
         columns = columns.narrow()
     except InputError as error:
         raise InputError(f"{path}: {error}; make the file again with `beingvl tokenize`") from error
     if vbpe is not None and not are_fine(rows, layout, vbpe):
-        for (place, _), row in zip(block, rows, strict=True):
+        for line, row in zip(block, rows, strict=True):
             try:
                 check_images(row, layout, vbpe)
             except ValueError as error:
-                raise _in_line(path, place, f"sample {row.row.id!r}: {error}") from error
+                raise _in_line(path, line, f"sample {row.row.id!r}: {error}") from error
     return columns
 
 
-def _in_line(path: Path, place: int, found: str) -> InputError:
-    """An error in the line that starts at `place`; its number counts from 1."""
-    number, left = 1, place
-    with open(path, "rb") as file:
-        while left and (block := file.read(min(left, READ_BYTES))):
-            number, left = number + block.count(b"\n"), left - len(block)
-    return InputError(
-        f"{path}, line {number}: {found}; make the file again with `beingvl tokenize`"
-    )
+def _in_line(path: Path, line: Line, found: str) -> InputError:
+    return InputError(f"{line.place(path)}: {found}; make the file again with `beingvl tokenize`")
 
 
 # ---- merged images ----
@@ -205,7 +282,7 @@ def are_fine(rows: Sequence[TokenRow], layout: VocabLayout, vbpe: VisualBPE) -> 
 
     False says nothing yet: grids that are not square are left to `check_images`.
     """
-    images = [(row, codes, isqrt(len(codes))) for row, codes in rows if codes is not None]
+    images = [(row, codes, isqrt(len(codes))) for row, codes, _ in rows if codes is not None]
     if not images:
         return True
     if any(side * side != len(codes) for _, codes, side in images):
@@ -237,7 +314,7 @@ def further_images(row: Row, layout: VocabLayout) -> list[np.ndarray]:
 
 def check_images(token_row: TokenRow, layout: VocabLayout, vbpe: VisualBPE) -> None:
     """The readable twin of `are_fine`, for one row: raises ValueError that says what is wrong."""
-    row, token_image = token_row
+    row, token_image, _ = token_row
     if token_image is None:
         return
     merged, codes = layout.token_to_image_ids(row.ids[1]), layout.token_to_image_ids(token_image)

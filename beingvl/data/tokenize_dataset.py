@@ -14,7 +14,8 @@ Shards are written from the arrays; they are the shards that the JSONL would giv
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,18 +32,32 @@ from beingvl.artefact.request import Request
 from beingvl.artefact.work import Work, run_in_parts
 from beingvl.data.build_shards import PARTS_VERSION
 from beingvl.data.conversation import CUT_CHARACTER, TextEncoder
-from beingvl.data.dataset_folder import REJECTED_FILE, DatasetFolder, add_counts
-from beingvl.data.llava_json import BrokenRow, Survey, named_images, rows_of_part, survey
+from beingvl.data.dataset_folder import (
+    DEFAULT_CATEGORY,
+    REJECTED_FILE,
+    DatasetFolder,
+    add_counts,
+    with_images,
+)
+from beingvl.data.llava_json import (
+    BrokenRow,
+    Survey,
+    image_keys,
+    named_images,
+    rows_of_part,
+    survey,
+)
 from beingvl.data.row_tokenizer import RowTokenizer, TokenizedRow, fit
 from beingvl.data.shard_columns import Row, ShardColumns
 from beingvl.data.shard_writer import finish_shards, join_shards, write_shard_of_part
+from beingvl.data.template import DEFAULT, check_template, template_of
 from beingvl.data.token_rows import NOT_A_ROW, head_of, parse_object
 from beingvl.errors import InputError
 from beingvl.images.vq_codes import CodeFolder
 from beingvl.vbpe.visual_bpe import AnyVBPE, load_for_layout
 from beingvl.vocab import VocabLayout
 
-DEFAULT_CATEGORY = {"pt": "foundation", "sft": "instruction"}
+COUNTS = ("rows", "rejected", "truncated", "longest_sample_tokens", "rows_with_category")
 
 
 def tokenize(
@@ -58,7 +73,7 @@ def tokenize(
     vbpe_vocab_end: int | None = None,
     mode: str = "sft",
     dataset_name: str = "data",
-    template: str = "default",
+    template: str | None = None,
     format: str = "jsonl",
     max_length: int | None = None,
     too_long: str = "reject",
@@ -83,7 +98,7 @@ def tokenize(
         vbpe_path: vbpe.json; without it only the variant `base` is written.
         vbpe_init_size, vbpe_vocab_pad, vbpe_vocab_end: only checked, as `load_for_layout` says.
         mode: category of rows that name none, "pt" foundation, "sft" instruction.
-        template: chat template, "default" or "being-vl-0.5".
+        template: chat template, "default" or "being-vl-0.5"; None takes the model's.
         format: "jsonl", or "arrow" for folders of shards at once.
         max_length: longest sample, in tokens; the longer one of a row's two variants counts.
         too_long: "reject" or "truncate" longer samples.
@@ -110,6 +125,8 @@ def tokenize(
     layout = VocabLayout.load(model_path)
     sizes = vbpe_init_size, vbpe_vocab_pad, vbpe_vocab_end
     vbpe = load_for_layout(vbpe_path, layout, *sizes) if vbpe_path else None
+    its_own = template_of(read_manifest(model_path, "model"))
+    template = check_template(template or its_own or DEFAULT)
     rows = survey(json_path, rows_per_part)
     if rows.names_images and not vq_codes:
         if not image_path:
@@ -241,7 +258,7 @@ class Tokenize(Work):
 
     def write_part(self, number: int, folder: Path, advance: Callable[[int], object]) -> None:
         first, name = number * self.options.rows_per_part, self.options.dataset_name
-        counts = {"rows": 0, "rejected": 0, "truncated": 0, "longest_sample_tokens": 0}
+        counts = Counter(dict.fromkeys(COUNTS, 0))
         made: dict[str, list[Any]] = {variant: [] for variant in self.variants}
         rejected = []
         rows = rows_of_part(self.json_path, self.rows.starts[number], self.size_of_part(number))
@@ -251,7 +268,7 @@ class Tokenize(Work):
                 if isinstance(row, BrokenRow):
                     raise InputError(row.reason)
                 nameless = row.get("id") in (None, "")
-                named = {**row, "id": f"{name}-{index}"} if nameless else row
+                named = {**row, "id": f"{self.json_path.name}-{index + 1}"} if nameless else row
                 options = self.options
                 tokenized, truncated = fit(
                     self.tokenizer(named), options.max_length, options.too_long
@@ -265,6 +282,8 @@ class Tokenize(Work):
             else:
                 counts["rows"] += 1
                 counts["truncated"] += truncated
+                counts["rows_with_category"] += bool(row.get("category"))
+                counts[f"rows_with_{len(image_keys(row))}_images"] += 1
                 longest = max(counts["longest_sample_tokens"], tokenized.num_tokens)
                 counts["longest_sample_tokens"] = longest
                 for variant, value in written.items():
@@ -328,24 +347,28 @@ class Tokenize(Work):
         hashes: dict[str, str] = {}
         for variant in self.variants:
             if self.options.format == "arrow":
-                hashes |= self._join_shards(parts, variant)
+                hashes |= self._join_shards(parts, variant, counts)
             else:
                 file = self.dataset.file(variant)
                 hashes[file.name] = parts.join(self.num_parts, f"{variant}.jsonl", file)
         entry = {"request": self.request(), "counts": counts, "lineage": self.lineage}
         self.dataset.finish(entry, [f"{line}\n" for line in rejected], hashes)
         print(
-            f"{self.output}: {counts['rows']} rows of {self.options.dataset_name}, "
-            f"{counts['rejected']} rejected, {counts['truncated']} cut"
+            f"{self.output}: {counts['rows']} rows of {self.options.dataset_name}"
+            f"{with_images(counts)}, {counts['rejected']} rejected, {counts['truncated']} cut"
         )
 
-    def _join_shards(self, parts: Parts, variant: str) -> dict[str, str]:
+    def _join_shards(self, parts: Parts, variant: str, counts: Mapping[str, int]) -> dict[str, str]:
         """Returns the hashes of the files, by their paths in the output folder."""
         folder = start_folder(self.dataset.shards(variant), "shards")
         sources = [self.json_path] * self.num_parts
         refuse = self.duplicate_ids == "refuse"
         shards = join_shards(parts, sources, variant, folder, refuse_duplicates=refuse)
-        details = {"request": self.request()}
+        details = {
+            "request": self.request(),
+            "template": self.options.template,
+            "names_categories": counts["rows_with_category"] > 0,
+        }
         manifest = finish_shards(folder, shards, self.layout, self.lineage, details)
         return {
             f"{folder.name}/{name}": str(entry["hash"]) for name, entry in manifest.files.items()

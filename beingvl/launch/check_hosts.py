@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from beingvl.artefact.manifest import is_complete, read_manifest
+from beingvl.data.template import join_templates, template_of
 from beingvl.errors import InputError
 from beingvl.launch.environment import is_secret, remote_environment, users_files
 from beingvl.launch.host_probe import MARK, PACKAGES, count_devices, probe
 from beingvl.launch.hostfile import THIS_MACHINE, Host, is_this_machine_alone, read_hostfile
-from beingvl.stage.stage_config import load_stage_config
+from beingvl.stage.mixture import fit_mixture
+from beingvl.stage.stage_config import StageConfig, load_stage_config
 
 ANSWER_SECONDS = 60
 MAX_CLOCK_DIFFERENCE = 5.0  # seconds; more makes logs and build caches misleading
@@ -45,8 +47,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a run needs: rank 0's port, finished artefacts (folder -> kind), a place to write,
-    the stage's JSON, its overrides.
+    """What a run needs: rank 0's port, finished artefacts (folder -> kind; the first shards are
+    those it trains on), a place to write, the stage's JSON, its overrides.
     """
 
     port: int
@@ -293,4 +295,18 @@ def _check_stage(wanted: Wanted, num_ranks: int) -> tuple[list[str], list[Findin
         return [], [Finding("-", name, "refused", str(error))]
     seen = f"accepted, {accumulation} accumulation steps on {num_ranks} ranks"
     paths = {offload["nvme_path"] for offload in config.nvme_offloads.values()}
-    return sorted(paths), [Finding("-", name, seen)]
+    return sorted(paths), [Finding("-", name, seen), *_check_data(wanted, config)]
+
+
+def _check_data(wanted: Wanted, config: StageConfig) -> list[Finding]:
+    """Whether the stage can be trained on its data, as far as that is visible here."""
+    here = {name: kind for name, kind in wanted.folders.items() if is_complete(name)}
+    try:
+        seen = {name: read_manifest(name, kind) for name, kind in here.items()}
+        shards = [manifest for manifest in seen.values() if manifest.kind == "shards"]
+        template = join_templates({name: template_of(manifest) for name, manifest in seen.items()})
+        config, note = fit_mixture(config, shards[0]) if shards else (config, "")
+    except InputError as error:
+        return [Finding("-", "data", "refused", str(error))]
+    drawn = ", ".join(f"{name} {weight}" for name, weight in config.beingvl.mixture.items())
+    return [Finding("-", "data", f"template {template}; {note or drawn}")] if shards else []

@@ -26,6 +26,7 @@ from beingvl.model.extended_vocab import build_packed_model
 from beingvl.model.packed_check import refuse_short_window, refuse_unlike_packed
 from beingvl.model.param_groups import PlannedParameter, plan_parameters
 from beingvl.model.start_model import find_start_model
+from beingvl.stage.mixture import fit_mixture
 from beingvl.stage.stage_config import StageConfig, load_stage_config
 from beingvl.train.flops import ASSUMED_MFU, GPU_PEAKS, step_flops
 from beingvl.train.memory import device_bytes, predict_memory
@@ -90,13 +91,13 @@ def plan(
     if data:
         if gpu not in GPU_PEAKS:
             raise InputError(f"--gpu {gpu!r} is not known, known are {', '.join(GPU_PEAKS)}")
-        num_samples, num_tokens, flops = epoch_flops(
-            ShardReader(data), config, planned, model_config
-        )
+        shards = ShardReader(data)
+        note = fit_mixture(config, shards.manifest)[1]
+        num_samples, num_tokens, flops = epoch_flops(shards, config, planned, model_config)
         hours = flops / (GPU_PEAKS[gpu] * mfu * num_ranks) / 3600
         epoch = (
             f"one epoch: {num_samples:,} samples, {num_tokens:,} tokens, {flops:.3g} FLOPs, "
-            f"{hours:.2f} hours at an MFU of {mfu:g}"
+            f"{hours:.2f} hours at an MFU of {mfu:g}{note and f'; {note}'}"
         )
     return Prediction(
         num_ranks,

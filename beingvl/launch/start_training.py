@@ -60,9 +60,12 @@ def launch(
     """
     hosts = hosts_of(hostfile, num_ranks)
     model = find_start_model(Path(trainer["model"]))
+    folders = {str(model): "model", str(trainer["data"]): "shards"}
+    if trainer.get("validation_data"):
+        folders[str(trainer["validation_data"])] = "shards"
     wanted = Wanted(
         master_port,
-        {str(model): "model", str(trainer["data"]): "shards"},
+        folders,
         trainer["output"],
         trainer["deepspeed_config"],
         trainer.get("overrides", ()),

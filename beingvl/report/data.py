@@ -25,7 +25,8 @@ from beingvl.errors import InputError
 from beingvl.images.vqgan import VQGAN
 from beingvl.report.kit import page, render
 from beingvl.report.vbpe import load_decoder
-from beingvl.stage.stage_config import load_stage_config
+from beingvl.stage.mixture import fit_mixture
+from beingvl.stage.stage_config import StageConfig, load_stage_config
 from beingvl.vbpe.published import LegacyVisualBPE
 from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import TOKEN_KINDS
@@ -42,13 +43,13 @@ INSTEAD = {
 @dataclass(frozen=True)
 class DataOptions:
     """What a section about shards is made with. `vqgan` has a decoder; merged images need `vbpe`
-    too. The tokenizer of `model_path` shows text. `stage` is a stage's JSON.
+    too. The tokenizer of `model_path` shows text.
     """
 
     model_path: Path | None = None
     vqgan: VQGAN | None = None
     vbpe: VisualBPE | LegacyVisualBPE | None = None
-    stage: Path | None = None
+    stage: StageConfig | None = None
     sequence_length: int = 4096
     num_examples: int = 6
 
@@ -61,12 +62,14 @@ def report_data(
     vbpe_path: Path | str | None = None,
     vq_path: Path | str | None = None,
     deepspeed_config: Path | str | None = None,
+    overrides: Sequence[str] = (),
     sequence_length: int = 4096,
     num_examples: int = 6,
 ) -> Path:
     """Write a page about shard folders, or folders of them; returns its path.
 
-    deepspeed_config: a stage's JSON, to show what its mixture draws. sequence_length: for the
+    deepspeed_config: a stage's JSON, to show what its mixture draws; `overrides` (KEY=VALUE) change
+    its keys. sequence_length: for the
     packing without a stage. num_examples: of each folder. Raises InputError for what is not a
     folder of shards, and for a VQ-GAN or vBPE that the shards were not made with.
     """
@@ -77,7 +80,7 @@ def report_data(
         model_path=Path(model_path) if model_path else None,
         vqgan=load_decoder(vq_path) if vq_path else None,
         vbpe=VisualBPE.load(vbpe_path) if vbpe_path else None,
-        stage=Path(deepspeed_config) if deepspeed_config else None,
+        stage=load_stage_config(deepspeed_config, overrides) if deepspeed_config else None,
         sequence_length=sequence_length,
         num_examples=num_examples,
     )
@@ -154,16 +157,17 @@ def packing(lengths: np.ndarray, sequence_length: int) -> str:
     return f"{plan.num_sequences:,} sequences of {sequence_length}, {plan.efficiency:.2%} full"
 
 
-def drawn_by_stage(shards: ShardReader, config_path: Path) -> dict[str, Any]:
+def drawn_by_stage(shards: ShardReader, config: StageConfig) -> dict[str, Any]:
     """What the run of a stage draws, in as many optimizer steps as it takes. Raises InputError
-    when the file is not a stage's JSON, or does not fit the shards.
+    when it does not fit the shards.
     """
-    config = load_stage_config(config_path)
+    config, note = fit_mixture(config, shards.manifest)
     data = data_of(config, shards)
     steps = min(data.num_steps, config.beingvl.max_steps or data.num_steps)
     words = (
         f"{steps:,} steps of {config.sequences_per_step:,} sequences of "
         f"{config.beingvl.sequence_length:,} tokens, which are {data.plan.efficiency:.2%} full"
+        f"{note and f'; {note}'}"
     )
     return {"words": words, "block": config.beingvl, "shares": data.realised_shares(steps)}
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from beingvl.artefact.manifest import Manifest, read_manifest
+from beingvl.data.template import DEFAULT
 from beingvl.errors import InputError
 from beingvl.model.extended_vocab import stored_slice
 from beingvl.model.rewrite_weights import bytes_to_write, rewrite_weights
@@ -58,9 +59,9 @@ def write_hf_folder(
     if check:
         check(target)
     counts = {**manifest.counts, "step": state.step}
-    return finish_target(
-        target, "model", counts, state.identity["lineage"], {"identity": state.identity}, hashes
-    )
+    identity = state.identity
+    details = {"identity": identity, "template": identity.get("template", DEFAULT)}
+    return finish_target(target, "model", counts, identity["lineage"], details, hashes)
 
 
 def _trained_tensors(

@@ -13,8 +13,10 @@ from beingvl.artefact.manifest import Manifest, join_lineages, read_manifest
 from beingvl.artefact.request import Request
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import PLAN_VERSION
+from beingvl.data.template import in_request, join_templates, template_of
 from beingvl.errors import InputError
 from beingvl.model.start_model import find_start_model
+from beingvl.stage.mixture import fit_mixture
 from beingvl.stage.stage_config import StageConfig, load_stage_config
 from beingvl.train.checkpoint_folders import complete_checkpoints
 
@@ -25,6 +27,7 @@ IDENTITY_KEYS = ("train_batch_size", "optimizer", "gradient_clipping", "bf16")  
 class Stage:
     """`model`: the start model. `validation`: held-out shards. `moments`: the checkpoint whose
     optimizer moments it starts with. Only a run of equal `identity` resumes its checkpoints.
+    `note`: what the user should know before the start.
     """
 
     output: Path
@@ -35,6 +38,7 @@ class Stage:
     validation: ShardReader | None
     moments: Path | None
     identity: Request
+    note: str
 
     @property
     def inputs(self) -> Request:
@@ -64,15 +68,19 @@ def open_stage(
     moments = find_moments(model) if carry_moments else None
     model = find_start_model(model)
     start, shards = read_manifest(model, "model"), ShardReader(data)
-    lineages = {str(model): start.lineage, str(data): shards.manifest.lineage}
+    config, note = fit_mixture(config, shards.manifest)
+    inputs = {str(model): start, str(data): shards.manifest}
     validation = ShardReader(validation_data) if validation_data else None
     if validation:
-        lineages[str(validation_data)] = validation.manifest.lineage
-    identity = run_identity(config, start, shards.manifest, join_lineages(lineages))
+        inputs[str(validation_data)] = validation.manifest
+    lineage = join_lineages({name: manifest.lineage for name, manifest in inputs.items()})
+    template = join_templates({name: template_of(manifest) for name, manifest in inputs.items()})
+    identity = run_identity(config, start, shards.manifest, lineage)
+    identity |= in_request(template)
     if moments:
         identity["moments"] = read_manifest(moments, "checkpoint").content_hash
     log_folder = log_dir or output / "tensorboard"
-    return Stage(output, log_folder, config, model, shards, validation, moments, identity)
+    return Stage(output, log_folder, config, model, shards, validation, moments, identity, note)
 
 
 def find_moments(path: Path) -> Path:

@@ -73,6 +73,8 @@ def train(
         carry_moments,
     )
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if stage.note and rank == 0:
+        print(stage.note, flush=True)
     timeout = stage.config.beingvl.stall_timeout_seconds
     # the heartbeats of a run are not those of who looks at it
     phases = Phases(output, rank, num_ranks, timeout, RANKS if replay is None else REPLAY_RANKS)

@@ -150,18 +150,17 @@ def build_shards(tmp_path, rows, **options: object) -> int:
 
 def test_rows_with_and_without_target_spans_and_merged_image(tmp_path) -> None:
     rows = [ROW, {**ROW, "id": 8, "token_image_new": [279], "target_spans": [[7, 8]]}]
-    assert build_shards(tmp_path, rows, model_path=tmp_path / "base") == 0
+    options = {"model_path": tmp_path / "base", "template": "default"}
+    assert build_shards(tmp_path, rows, **options) == 0
     reader = ShardReader(tmp_path / "shards")
     assert reader[0].input_ids.tolist() == [256, 262, 263, 264, 260, 5, 259, 6, 257]
     assert reader[0].target_spans.tolist() == [[4, 9]]  # a published row: its targets are token_1
     assert reader[1].input_ids.tolist() == [256, 262, 279, 260, 5, 259, 6, 257]
     assert reader[1].target_spans.tolist() == [[7, 8]]
     assert reader[0].id == "7"
-    assert build_shards(tmp_path, rows, model_path=tmp_path / "base") == 0  # reused
-    assert (
-        build_shards(tmp_path, rows[:1], model_path=tmp_path / "base") == 2
-    )  # another input, no --overwrite
-    assert build_shards(tmp_path, rows[:1], model_path=tmp_path / "base", overwrite=True) == 0
+    assert build_shards(tmp_path, rows, **options) == 0  # reused
+    assert build_shards(tmp_path, rows[:1], **options) == 2  # another input, no --overwrite
+    assert build_shards(tmp_path, rows[:1], **options, overwrite=True) == 0
     assert len(ShardReader(tmp_path / "shards")) == 1
 
 
@@ -200,7 +199,7 @@ def test_parts_of_another_version_are_not_gone_on_with(tmp_path, capsys, monkeyp
         assert build_shards(tmp_path, rows, **options, rank=0, num_ranks=2) == 0
     assert build_shards(tmp_path, rows, **options) == 2
     assert (
-        "unfinished work of another parts_version (found 1, asked for 3)" in capsys.readouterr().err
+        "unfinished work of another parts_version (found 1, asked for 4)" in capsys.readouterr().err
     )
     assert build_shards(tmp_path, rows, **options, overwrite=True) == 0
 

@@ -79,7 +79,8 @@ def oracle(line: bytes) -> tuple:
     image = row.get("image") or ""
     if isinstance(row.get("image"), list):
         image = json.dumps(row["image"], separators=(",", ":"), ensure_ascii=False)
-    return str(row["id"]), image, row.get("category") or "default", ids, spans
+    category = row.get("category") or row.get("original", {}).get("category") or "default"
+    return str(row.get("id") or ""), image, category, ids, spans
 
 
 def text(row: dict, **options) -> bytes:
@@ -105,6 +106,8 @@ ROWS = [
     text({**ROW, "target_spans": [5, 7], "category": ""}, ensure_ascii=False),
     text({**ROW, "target_spans": []}, ensure_ascii=False),
     b'  {"id":1,"token_0":[ ],"token_1":[0, 10]}\t'[2:],
+    b'{"id":null,"token_0":[1],"token_1":[]}',
+    b'{"token_0":[1],"token_1":[2],"original":{"category":"reasoning"}}',
     b'{"id":2,"token_0":[123456,100000, '
     b'999999,12345,1234567,0,7],"token_1":[654321, 10, 314159,9999999]}',
     text({**ROW, "token_0": MANY}, ensure_ascii=False),
@@ -163,7 +166,6 @@ WRONG = [
     b'{"id":1,"token_0":[1.5],"token_1":[]}',
     b'{"id":1,"token_0":["1"],"token_1":[]}',
     b'{"id":1,"token_0":null,"token_1":[]}',
-    b'{"id":null,"token_0":[1],"token_1":[]}',
     b'{"id":[1],"token_0":[1],"token_1":[]}',
     b'{"id":1,"category":5,"token_0":[1],"token_1":[]}',
     b'{"id":1,"token_0":[1],"token_1":[],"x":"\\x"}',

@@ -257,11 +257,11 @@ def test_an_image_that_cannot_be_encoded_rejects_its_own_rows_alone(inputs) -> N
         assert made.read_bytes() == expected.read_bytes()
 
 
-def test_rows_without_an_id_are_named_by_their_index(inputs) -> None:
+def test_rows_without_an_id_are_named_after_their_file_and_row(inputs) -> None:
     nameless = row(1)
     del nameless["id"]
     assert tokenize(inputs, [row(0, id=7), nameless, row(2, id=None)]) == 0
-    assert [line["id"] for line in read(inputs, "base")] == ["7", "d-1", "d-2"]
+    assert [line["id"] for line in read(inputs, "base")] == ["7", "data.json-2", "data.json-3"]
 
 
 def test_a_run_over_the_limit_goes_on_with_a_higher_one(inputs, capsys) -> None:
