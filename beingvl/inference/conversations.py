@@ -5,9 +5,12 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from beingvl.errors import InputError
 from beingvl.images.pictures import with_borders
 from beingvl.images.vqgan import read_image
 from beingvl.inference.model import BeingVL
@@ -77,6 +80,20 @@ def pieces_of(work: Callable[[Callable[[str], None]], None]) -> Iterator[str]:
         if isinstance(piece, BaseException):
             raise piece
         yield piece
+
+
+def refuse_other_files(data: Any, uploads: Path) -> None:
+    """Raises InputError when a file that a request names (`{"path": …}`, at any depth) does not
+    lie in `uploads`, whether it exists or not.
+    """
+    if isinstance(data, dict):
+        if "path" in data:
+            path = Path(str(data["path"])).resolve()
+            if not path.is_relative_to(uploads.resolve()):
+                raise InputError("only files that were uploaded to this page can be opened")
+        data = list(data.values())
+    for value in data if isinstance(data, list) else []:
+        refuse_other_files(value, uploads)
 
 
 def shown(turns: Turns) -> list[dict[str, str]]:

@@ -11,11 +11,12 @@ from typing import Any
 import gradio as gr
 from fastapi import FastAPI, Request, Response
 from gradio.themes import Default
+from gradio.utils import get_upload_folder
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from beingvl.errors import InputError
 from beingvl.images.vq_codes import IMAGE_SUFFIXES
-from beingvl.inference.conversations import Conversations, Turns, shown
+from beingvl.inference.conversations import Conversations, Turns, refuse_other_files, shown
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SAME_ORIGIN = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
@@ -48,12 +49,31 @@ def protected_app(host: str) -> FastAPI:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
 
     async def add_policy(request: Request, call_next: Callable[[Request], Any]) -> Response:
+        if "file=http" in request.url.path:  # gradio would fetch it
+            return Response(status_code=403)
         response = await call_next(request)
         response.headers["Content-Security-Policy"] = SAME_ORIGIN
         return response
 
     app.middleware("http")(add_policy)
     return app
+
+
+class Page(gr.Blocks):
+    """A page that opens the files that were uploaded to it and no others.
+
+    gradio copies any file or address that a request names, in whatever field, to where its
+    visitors can read it: it checks names only of pages that it started itself.
+    """
+
+    async def preprocess_data(
+        self, block_fn: Any, inputs: list[Any], *more: Any, **options: Any
+    ) -> list[Any]:
+        try:
+            refuse_other_files(inputs, Path(get_upload_folder()))
+        except InputError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        return await super().preprocess_data(block_fn, inputs, *more, **options)
 
 
 def build_page(conversations: Conversations, title: str) -> gr.Blocks:
@@ -79,7 +99,7 @@ def build_page(conversations: Conversations, title: str) -> gr.Blocks:
         done = [*turns, (question, text)]
         yield "", done, shown(done)
 
-    with gr.Blocks(title="Being-VL", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with Page(title="Being-VL", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# Being-VL\n{title}")
         turns, image = gr.State([]), gr.State(None)
         with gr.Row():

@@ -16,6 +16,7 @@ from beingvl.errors import InputError
 from beingvl.inference.conversations import Conversations
 from beingvl.inference.model import BeingVL
 
+FOLDERS = ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE", "MPLCONFIGDIR")
 QUIET = {
     "GRADIO_ANALYTICS_ENABLED": "False",
     "HF_HUB_OFFLINE": "1",
@@ -91,7 +92,8 @@ def temporary_folder() -> Iterator[None]:
     """
     before, handler = tempfile.tempdir, signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="beingvl-serve-", ignore_cleanup_errors=True) as folder:
-        tempfile.tempdir = os.environ["GRADIO_TEMP_DIR"] = os.environ["MPLCONFIGDIR"] = folder
+        tempfile.tempdir = folder
+        os.environ.update(dict.fromkeys(FOLDERS, folder))
         try:
             yield
         finally:

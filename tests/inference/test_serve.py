@@ -12,10 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 import venv
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import numpy as np
 import psutil
@@ -24,9 +27,14 @@ import pytest
 from beingvl.commands.main import main
 from beingvl.errors import InputError
 from beingvl.images.pictures import BORDER, with_borders
-from beingvl.inference.conversations import Conversations, pieces_of, shown
+from beingvl.inference.conversations import (
+    Conversations,
+    pieces_of,
+    refuse_other_files,
+    shown,
+)
 from beingvl.inference.model import BeingVL
-from beingvl.inference.serve import listen, temporary_folder
+from beingvl.inference.serve import FOLDERS, listen, temporary_folder
 from beingvl.vbpe.published import LegacyVisualBPE
 from tests.inference.small_run import write_images
 
@@ -107,6 +115,25 @@ def test_a_failing_worker_fails_the_reader() -> None:
         next(pieces)
 
 
+def test_only_uploads_are_opened(tmp_path: Path) -> None:
+    """Whatever field names a file, and whether the file is there or not."""
+    uploads = tmp_path / "uploads"
+    uploads.mkdir()
+    (tmp_path / "secret.png").touch()
+    (uploads / "link.png").symlink_to(tmp_path / "secret.png")
+    refuse_other_files(
+        [{"path": str(uploads / "a.png")}, "/etc/passwd", None, [["hi", 1]]], uploads
+    )
+    for path in ("secret.png", "none.png", "uploads/../secret.png", "uploads/link.png"):
+        named = {"path": str(tmp_path / path), "meta": {}}
+        for data in ([named], ["hi", {"files": [[named]]}]):
+            with pytest.raises(InputError, match="only files that were uploaded"):
+                refuse_other_files(data, uploads)
+    for address in ("http://localhost/a.png", None, 3, ["a"]):
+        with pytest.raises(InputError, match="only files that were uploaded"):
+            refuse_other_files({"path": address}, uploads)
+
+
 def test_an_empty_answer_is_shown_as_such() -> None:
     assert [message["content"] for message in shown([("a", "b"), ("c", "")])] == [
         "a",
@@ -117,7 +144,7 @@ def test_an_empty_answer_is_shown_as_such() -> None:
 
 
 def test_the_temporary_folder_goes_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("GRADIO_TEMP_DIR", "MPLCONFIGDIR"):
+    for name in FOLDERS:
         monkeypatch.setenv(name, "")
     before = tempfile.gettempdir()
     with pytest.raises(ZeroDivisionError), temporary_folder():
@@ -133,8 +160,7 @@ def test_refusals(
 ) -> None:
     command = ["serve", f"--model={run_folder / 'stage-3' / 'final'}", "--port=0"]
     for name in (
-        "GRADIO_TEMP_DIR",
-        "MPLCONFIGDIR",
+        *FOLDERS,
         "GRADIO_ANALYTICS_ENABLED",
         "HF_HUB_DISABLE_TELEMETRY",
         "DO_NOT_TRACK",
@@ -174,6 +200,21 @@ def serve_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=environment,
     )
     return python
+
+
+LOOK, ASK = 0, 1  # the page's functions in the order of their events
+
+
+def requested(url: str, function: int, value: object) -> str:
+    """What the page says when a program calls one of its functions, as its own script does."""
+    body = {"data": [value, None, None][: 1 + 2 * function], "fn_index": function}
+    body["session_hash"] = uuid.uuid4().hex
+    head = {"Content-Type": "application/json"}
+    urlopen(Request(f"{url}/gradio_api/queue/join", json.dumps(body).encode(), head)).close()
+    with urlopen(f"{url}/gradio_api/queue/data?session_hash={body['session_hash']}") as lines:
+        messages = [json.loads(line[5:]) for line in lines if line.startswith(b"data:")]
+    [done] = [message for message in messages if message["msg"] == "process_completed"]
+    return done["output"]["error"]
 
 
 @pytest.mark.slow
@@ -230,6 +271,16 @@ def test_in_a_browser(serve_python: Path, model: BeingVL, run_folder: Path, tmp_
             timeout=240,
         )
         assert done.returncode == 0, done.stderr
+        secret = write_images(tmp_path / "secret", 1) and tmp_path / "secret/test/0000.png"
+        said = {
+            requested(url, function, {"path": path, "meta": {"_type": "gradio.FileData"}})
+            for function in (LOOK, ASK)
+            for path in (str(secret), str(tmp_path / "none.png"), f"{url}/none.png")
+        }
+        assert said == {"only files that were uploaded to this page can be opened"}
+        for path in (secret, tmp_path / "none.png", f"{url}/none.png"):
+            with pytest.raises(HTTPError, match="403"):
+                urlopen(f"{url}/gradio_api/file={path}")
         assert any(temporary.glob("beingvl-serve-*/**/0000.png"))
     finally:
         server.send_signal(signal.SIGTERM)
