@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 from beingvl.errors import InputError
@@ -71,6 +73,14 @@ def path_inside(folder: Path, name: str) -> Path:
             f"{path} leads out of {folder}, to {real}; put the file itself in the place of the link"
         )
     return path
+
+
+def copy_inside(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy files to the same places below another folder. Raises InputError as `path_inside`."""
+    for name in names:
+        copy = path_inside(target, name)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path_inside(source, name), copy)
 
 
 def refuse_outside(name: str, source: Path) -> None:

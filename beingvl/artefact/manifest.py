@@ -10,7 +10,7 @@ the same thing with different hashes contradict each other and are refused.
     write_manifest(folder, …)           the commit marker
     read_manifest(folder, kind)         refuses the incomplete, the wrong kind, the newer format
     already_made(folder, kind, request) a step started again reuses what it finished
-    verify_folder(folder)               re-hashes every file
+    verify_folder(folder)               re-hashes every file; `verify_file` one
     join_lineages({name: lineage, …})   refuses inputs that contradict each other
 """
 
@@ -272,26 +272,38 @@ def verify_folder(folder: Path | str) -> Manifest:
     """Re-hash every file of a finished folder. Raises InputError for the first one that changed."""
     folder = Path(folder)
     manifest = read_manifest(folder)
-    for name, entry in manifest.files.items():
-        verify_file(path_inside(folder, name), entry)
+    for name in manifest.files:
+        verify_file(folder, name, manifest)
     return manifest
 
 
-def verify_file(path: Path, entry: Mapping[str, int | str]) -> None:
-    """Re-hash a file that a manifest lists as `entry`. Raises InputError when it changed."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing although {MANIFEST_FILE} lists it; make it again")
-    size = path.stat().st_size
+def verify_file(
+    folder: Path,
+    name: str,
+    manifest: Manifest,
+    watch: Callable[[memoryview], object] = lambda block: None,
+) -> None:
+    """Re-hash one file that the folder's manifest lists; `watch` hears of every block.
+
+    Raises InputError when it changed, or is not listed.
+    """
+    if found := difference_of_file(folder, name, manifest, watch):
+        raise InputError(f"{folder / name} {found}; copy it again or make it again")
+
+
+def difference_of_file(
+    folder: Path, name: str, manifest: Manifest, watch: Callable[[memoryview], object]
+) -> str | None:
+    """How a file differs from what the manifest says, as the end of a sentence."""
+    path, entry = path_inside(folder, name), manifest.files[name]
+    size = path.stat().st_size if path.is_file() else None
+    if size is None:
+        return f"is missing although {MANIFEST_FILE} lists it"
     if size != entry["bytes"]:
-        raise InputError(
-            f"{path} has {size} bytes, {MANIFEST_FILE} says {entry['bytes']}; it changed or was "
-            "truncated"
-        )
-    if hash_file(path) != entry["hash"]:
-        raise InputError(
-            f"{path} does not have the hash that {MANIFEST_FILE} says; it changed after it was "
-            "written"
-        )
+        return f"has {size} bytes, {MANIFEST_FILE} says {entry['bytes']}"
+    if hash_file(path, watch) != entry["hash"]:
+        return f"does not have the hash that {MANIFEST_FILE} says: it changed after it was written"
+    return None
 
 
 # ---- lineage ----

@@ -35,7 +35,7 @@ def verify(path: Path | str) -> dict[Path, Manifest]:
     manifest = read_manifest(path.parent)
     if path.name not in manifest.files:
         raise InputError(f"{path} is not listed in the {MANIFEST_FILE} beside it")
-    verify_file(path, manifest.files[path.name])
+    verify_file(path.parent, path.name, manifest)
     return {path.parent: manifest}
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from beingvl.artefact.files import to_json, write_atomically
+from beingvl.artefact.files import copy_inside, to_json, write_atomically
 from beingvl.artefact.hashes import hash_files
 from beingvl.artefact.manifest import (
     MANIFEST_FILE,
@@ -373,16 +373,17 @@ def write_base(conversion: Conversion, target: Path, link: bool) -> None:
         write_atomically(target / name, to_json(fields))
     tokenizer_files.save_tokenizer(conversion.tokenizer, target)
     if vq_path:
-        shutil.copytree(vq_path, target / VQGAN_FOLDER)
+        names = [
+            path.relative_to(vq_path).as_posix() for path in vq_path.rglob("*") if path.is_file()
+        ]
+        copy_inside(vq_path, target / VQGAN_FOLDER, names)
         preprocessing = _preprocessing(conversion.paths)
         if preprocessing and not (vq_path / PREPROCESSOR_FILE).is_file():
             shutil.copyfile(preprocessing, target / VQGAN_FOLDER / PREPROCESSOR_FILE)
     if conversion.vbpe:
         conversion.vbpe.save(target / VBPE_FILE)
-    for pattern in LICENSE_PATTERNS:
-        for path in base.folder.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, target / path.name)
+    licences = [path for pattern in LICENSE_PATTERNS for path in base.folder.glob(pattern)]
+    copy_inside(base.folder, target, [path.name for path in licences if path.is_file()])
     counts = {"text_rows": layout.num_text, "new_rows": layout.num_visual}
     counts["rows"] = conversion.num_rows
     details = {"request": dict(conversion.request), "was_tied": base.is_tied}

@@ -13,12 +13,11 @@ Tensors keep their bytes and dtypes both ways; everything else in the folder is 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from beingvl.artefact.files import to_json, write_atomically
+from beingvl.artefact.files import copy_inside, to_json, write_atomically
 from beingvl.artefact.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -69,10 +68,12 @@ def write_published(model_folder: Path | str, target: Path | str, link: bool = T
     config = read_json(model_folder / "config.json", "a model folder")
     config[VQ_CONFIG_KEY] = read_json(vq_folder / "config.json", "a VQ-GAN folder")
     added = {PREFIX + name: _moved(vq_weights, name) for name in vq_weights}
-    others = [*_other_files(model_folder), *vq_folder.glob(PREPROCESSOR_FILE)]
-    num_bytes = bytes_to_write(weights, target, added, link) + _num_bytes(others)
+    others, preprocessing = _other_files(model_folder), [*vq_folder.glob(PREPROCESSOR_FILE)]
+    num_bytes = bytes_to_write(weights, target, added, link)
+    num_bytes += _num_bytes(others) + _num_bytes(preprocessing)
     start_target(target, PUBLISHED_KIND, num_bytes)
-    _copy(others, target)
+    copy_inside(model_folder, target, [path.name for path in others])
+    copy_inside(vq_folder, target, [path.name for path in preprocessing])
     write_atomically(target / "config.json", to_json(config))
     hashes = rewrite_weights(weights, target, added, link=link)
     said = (manifest.counts, manifest.lineage, manifest.details)
@@ -107,7 +108,8 @@ def read_published(folder: Path | str, target: Path | str, link: bool = True) ->
     num_bytes = sum(weights.tensors[name].num_bytes for name in vq_names) + _num_bytes(others)
     num_bytes += bytes_to_write(weights, target, {}, link, drop=vq_names)
     start_target(target, "model", num_bytes)
-    _copy([path for path in others if path.name != PREPROCESSOR_FILE], target)
+    names = [path.name for path in others if path.name != PREPROCESSOR_FILE]
+    copy_inside(folder, target, names)
     write_atomically(target / "config.json", to_json(config))
     write_atomically(target / LAYOUT_FILE, to_json(layout.to_dict()))
     vq_config = {"model_type": "chameleon_vqgan", **vq_config}
@@ -135,7 +137,7 @@ def _write_vqgan(
     start_folder(target, "vqgan")
     hashes = rewrite_weights(weights, target, named, link=False, drop=list(weights))
     write_atomically(target / "config.json", to_json(vq_config))
-    _copy(list(folder.glob(PREPROCESSOR_FILE)), target)
+    copy_inside(folder, target, [path.name for path in folder.glob(PREPROCESSOR_FILE)])
     vqgan = VQGAN.load(target)
     lineage = {"vqgan": vqgan.fingerprint()}
     write_manifest(target, "vqgan", {}, lineage, vqgan.sizes(), known_hashes=hashes)
@@ -166,11 +168,6 @@ def _other_files(source: Path) -> list[Path]:
 
 def _num_bytes(paths: list[Path]) -> int:
     return sum(path.stat().st_size for path in paths)
-
-
-def _copy(paths: list[Path], target: Path) -> None:
-    for path in paths:
-        shutil.copyfile(path, target / path.name)
 
 
 def _moved(weights: WeightFolder, name: str) -> NewTensor:

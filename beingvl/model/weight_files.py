@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from beingvl.artefact.files import path_inside
 from beingvl.errors import InputError
 from beingvl.json_file import parse_json, read_object
 
@@ -70,8 +71,9 @@ class WeightFolder(Mapping[str, torch.Tensor]):
         self._pickled: dict[Path, dict[str, torch.Tensor]] = {}
         index = self.folder / self.index_file
         indexed = _read_index(index) if index.suffix == ".json" else {}
-        for name in dict.fromkeys(indexed.values()) or [self.index_file]:
-            self.tensors.update(self._open_file(self.folder / name))
+        named = [path_inside(self.folder, name) for name in dict.fromkeys(indexed.values())]
+        for path in named or [index]:
+            self.tensors.update(self._open_file(path))
         for name, file_name in indexed.items():
             if name not in self.tensors or self.tensors[name].file.name != file_name:
                 raise InputError(

@@ -33,7 +33,12 @@ from safetensors import SafetensorError, safe_open
 
 from beingvl.artefact.files import to_json, write_atomically
 from beingvl.artefact.hashes import HashedFile
-from beingvl.artefact.manifest import MANIFEST_FILE, read_manifest, write_manifest
+from beingvl.artefact.manifest import (
+    MANIFEST_FILE,
+    difference_of_file,
+    read_manifest,
+    write_manifest,
+)
 from beingvl.errors import InputError
 from beingvl.json_file import read_object
 from beingvl.model.weight_files import make_header
@@ -58,6 +63,11 @@ class CheckpointState:
     num_ranks: int
     identity: dict[str, Any]
     parameters: dict[str, dict[str, Any]]
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the ranks' files."""
+        return [rank_file(rank, self.num_ranks) for rank in range(self.num_ranks)]
 
 
 def rank_file(rank: int, num_ranks: int) -> str:
@@ -198,11 +208,26 @@ def _start_empty(folder: Path) -> None:
 
 def read_state(folder: Path) -> CheckpointState:
     """`state.json` of a finished checkpoint."""
-    read_manifest(folder, "checkpoint")
+    refuse_damaged(folder, [STATE_FILE])
     try:
-        return CheckpointState(**read_object(folder / STATE_FILE))
-    except (OSError, ValueError, TypeError) as error:
+        state = CheckpointState(**read_object(folder / STATE_FILE))
+        if not 1 <= state.num_ranks <= len(read_manifest(folder).files):
+            raise ValueError(f"it names {state.num_ranks} ranks")
+    except (ValueError, TypeError) as error:
         raise _damaged(folder, STATE_FILE, str(error)) from error
+    return state
+
+
+def refuse_damaged(
+    folder: Path, names: Iterable[str], watch: Callable[[memoryview], object] = lambda block: None
+) -> None:
+    """Compare files of a checkpoint with its manifest. Raises InputError for the first that is
+    not as it was written; `watch` hears of every block.
+    """
+    manifest = read_manifest(folder, "checkpoint")
+    for name in names:
+        if found := difference_of_file(folder, name, manifest, watch):
+            raise _damaged(folder, name, f"it {found}")
 
 
 def _damaged(folder: Path, name: str, found: str) -> InputError:

@@ -8,21 +8,26 @@ rows become one matrix again. Tensors are streamed, so memory holds one of them.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from beingvl.artefact.manifest import Manifest, read_manifest
+from beingvl.artefact.files import copy_inside
+from beingvl.artefact.manifest import Manifest, read_manifest, verify_file
 from beingvl.data.template import DEFAULT
 from beingvl.errors import InputError
 from beingvl.model.extended_vocab import stored_slice
 from beingvl.model.rewrite_weights import bytes_to_write, rewrite_weights
 from beingvl.model.target_folder import finish_target, start_target
 from beingvl.model.weight_files import WeightFolder
-from beingvl.train.checkpoint import CheckpointState, StateReader, read_state
+from beingvl.train.checkpoint import (
+    CheckpointState,
+    StateReader,
+    read_state,
+    refuse_damaged,
+)
 from beingvl.vocab import VocabLayout
 
 
@@ -33,7 +38,8 @@ def write_hf_folder(
     link: bool = True,
     check: Callable[[Path], None] | None = None,
 ) -> Manifest:
-    """Raises InputError when the checkpoint was not trained from `start_model`, or is truncated.
+    """Raises InputError when the checkpoint was not trained from `start_model`, or when a file of
+    either is not as it was written.
 
     `check` is called with the folder before its manifest; what it raises leaves it incomplete.
     """
@@ -46,15 +52,16 @@ def write_hf_folder(
         )
     layout = VocabLayout.load(start_model)
     weights = WeightFolder(start_model)
+    refuse_damaged(checkpoint, state.files)
     trained = _trained_tensors(weights, checkpoint, state, layout)
     weight_files = {*weights.files, weights.index_file}
     others = [name for name in manifest.files if name not in weight_files]
     num_bytes = sum(int(manifest.files[name]["bytes"]) for name in others)
     num_bytes += bytes_to_write(weights, target, trained, link)
-    start_target(target, "model", num_bytes)
     for name in others:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(start_model / name, target / name)
+        verify_file(start_model, name, manifest)
+    start_target(target, "model", num_bytes)
+    copy_inside(start_model, target, others)
     hashes = rewrite_weights(weights, target, trained, link=link)
     if check:
         check(target)

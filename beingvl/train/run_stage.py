@@ -33,8 +33,9 @@ from beingvl.train.agreement import (
     newest_checkpoint,
     refuse_different_inputs,
 )
-from beingvl.train.checkpoint import StateReader
+from beingvl.train.checkpoint import StateReader, read_state
 from beingvl.train.checkpoint_folders import complete_checkpoints
+from beingvl.train.damage import compared_meanwhile
 from beingvl.train.engine import TrainingEngine, build_engine, start_distributed, stop_distributed
 from beingvl.train.failures import StallError, TrainingError
 from beingvl.train.flops import peak_flops
@@ -176,25 +177,24 @@ def _build_or_resume(
     """With the start model's weights, or those of a checkpoint. The third value says of every
     trained parameter how many updates its moments had behind them when the stage began.
     """
-    layout, progress = stage.shards.layout, loop.Progress()
-    build = partial(build_engine, stage.model, layout, stage.config, ranks, advance=phases.advance)
-    source = checkpoint or stage.moments
-    if source is None:
-        engine = build()
-        return engine, progress, dict.fromkeys(engine.trained_shapes, 0)
-    with StateReader(source) as reader:
-        state = reader.state
-        if checkpoint:
-            check_identity(source, state.identity, stage.identity)
-            progress = loop.Progress(state.step, state.num_applied_steps)
-        saved = {name: entry["adam_steps"] for name, entry in state.parameters.items()}
-        engine = build(saved)
+    progress, source = loop.Progress(), checkpoint or stage.moments
+    state = read_state(source) if source else None
+    saved = {name: entry["adam_steps"] for name, entry in state.parameters.items()} if state else {}
+    if checkpoint and state:
+        check_identity(checkpoint, state.identity, stage.identity)
+        progress = loop.Progress(state.step, state.num_applied_steps)
+    gather = partial(gather_objects, num_ranks=ranks.num_ranks)
+    with compared_meanwhile(stage.model, source, ranks, gather, phases.advance):
+        layout, config = stage.shards.layout, stage.config
+        engine = build_engine(stage.model, layout, config, ranks, saved, advance=phases.advance)
         adam_steps = {name: saved.get(name, 0) for name in engine.trained_shapes}
-        surviving = None if checkpoint else [name for name in adam_steps if name in saved]
-        engine.load_state(reader.fetch, adam_steps, only_moments_of=surviving)
+        if source:
+            surviving = None if checkpoint else [name for name in adam_steps if name in saved]
+            with StateReader(source, state) as reader:
+                engine.load_state(reader.fetch, adam_steps, only_moments_of=surviving)
     if checkpoint:
-        _check_probe(source, engine, probe)
-    if ranks.rank == 0:
+        _check_probe(checkpoint, engine, probe)
+    if source and ranks.rank == 0:
         what = "resumed" if checkpoint else "optimizer moments carried over"
         print(f"{what} from {source}", flush=True)
     before = {name: steps - progress.num_applied_steps for name, steps in adam_steps.items()}

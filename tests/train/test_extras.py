@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from beingvl.artefact.manifest import read_manifest, write_manifest
 from beingvl.commands.main import main
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.evaluation.results import read_summary
@@ -275,6 +276,7 @@ def test_moments_of_which_no_tensor_survives_leave_the_start_model_as_it_is(
     shutil.copytree(plain_run, before)
     state = complete_checkpoints(before)[-1] / "state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "parameters": {}}))
+    write_manifest(state.parent, "checkpoint", {}, read_manifest(state.parent).lineage)
     done = train(
         work, "from-nothing", "--carry_moments", "--set", "beingvl.max_steps=1", model=before
     )

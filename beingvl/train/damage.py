@@ -1,0 +1,57 @@
+"""Is what a start reads as it was written? Its files are compared with their manifests in a thread,
+while the engine is built from them.
+
+Each file is hashed by one rank: of a checkpoint by one of all, of the start model by one on every
+host, which may have a copy of its own.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from beingvl.artefact.manifest import read_manifest, verify_file
+from beingvl.errors import InputError
+from beingvl.model.weight_files import WeightFolder
+from beingvl.train.agreement import Gather
+from beingvl.train.checkpoint import read_state, refuse_damaged
+from beingvl.train.ranks import Ranks
+
+
+@contextmanager
+def compared_meanwhile(
+    model: Path,
+    checkpoint: Path | None,
+    ranks: Ranks,
+    gather: Gather,
+    advance: Callable[[], object],
+) -> Iterator[None]:
+    """Compare the weights of the start model, and a checkpoint, while the block reads them.
+
+    All ranks call together; `advance` hears of every block of bytes. Raises InputError at the end
+    of the block, on all ranks, for what is not as it was written.
+    """
+    hosts = gather(socket.gethostname())
+    here = [rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank]]
+    weights = list(WeightFolder(model).files)[here.index(ranks.rank) :: len(here)]
+
+    def hear(block: memoryview) -> None:
+        advance()
+
+    def compare() -> None:
+        manifest = read_manifest(model, "model")
+        for name in weights:
+            verify_file(model, name, manifest, hear)
+        if checkpoint:
+            mine = read_state(checkpoint).files[ranks.rank :: ranks.num_ranks]
+            refuse_damaged(checkpoint, mine, hear)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="compare") as pool:
+        compared = pool.submit(compare)
+        yield
+        problem = compared.exception()
+    if found := [other for other in gather(problem and str(problem)) if other]:
+        raise InputError(found[0])
