@@ -18,6 +18,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -162,8 +163,19 @@ def worker_processes(
     )
     try:
         yield pool
+    except BrokenProcessPool as error:
+        raise killed_worker("no word of it") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def killed_worker(found: str) -> InputError:
+    """For a worker process that ended without an exception; `found` is what is known."""
+    return InputError(
+        f"a worker process was killed ({found}), most likely by the kernel when memory ran out; "
+        "nothing finished is lost: start the same command again with fewer --num_workers, or with "
+        "more memory"
+    )
 
 
 def _start_process(prepare: Callable[..., None], arguments: Sequence[object]) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from beingvl.commands.options import add_rank_arguments, options_of
+from beingvl.commands.options import EXIF, add_rank_arguments, options_of, share
 from beingvl.errors import InputError
 
 
@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     part = "images that are finished, or lost by a kill, together"
     add("--images_per_part", type=int, default=4096, help=part)
     add("--num_workers", type=int, default=0, help="processes that read images; 0: this one")
-    add("--max_rejected", type=float, default=0.01, help="tolerated share of unreadable images")
+    add("--max_rejected", type=share, default=0.01, help="tolerated share of unreadable images")
+    add("--exif", choices=["apply", "ignore"], default="apply", help=EXIF)
     add("--device", default="auto", help="torch device; auto is this rank's GPU, else cpu")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     encoder = "of the encoder; auto is bfloat16 on a GPU, float32 on a CPU"

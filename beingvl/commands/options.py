@@ -8,6 +8,7 @@ from typing import Any
 
 from beingvl.artefact.ranks import rank_of
 
+EXIF = "orientation in images: turn them as viewers do, or leave them as the published data does"
 NOT_FOR_THE_STEP = ("debug", "kind", "local_rank")
 
 
@@ -20,6 +21,11 @@ def options_of(args: argparse.Namespace, *others: str) -> dict[str, Any]:
     if "rank" in options:
         options |= rank_of(args.rank, args.num_ranks)._asdict()
     return options
+
+
+def share(text: str) -> float:
+    """A share of all, written as 0.01 or 1%."""
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from beingvl.commands.options import add_rank_arguments, options_of
+from beingvl.commands.options import EXIF, add_rank_arguments, options_of, share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rows_per_part", type=int, default=4096, help=part)
     twice = "with --format arrow: two rows with one id are an error, or two samples"
     add("--duplicate_ids", choices=["refuse", "keep"], default="refuse", help=twice)
-    add("--max_rejected", type=float, default=0.01, help="tolerated share of rejected rows")
+    add("--max_rejected", type=share, default=0.01, help="tolerated share of rejected rows")
+    exif = f"{EXIF}; default: apply, but ignore for the template being-vl-0.5"
+    add("--exif", choices=["apply", "ignore"], help=exif)
     batch = "images per batch, when images are encoded now"
     add("--batch_size", type=int, default=16, help=batch)
     add("--num_workers", type=int, default=1, help="processes that tokenize, or decode images")

@@ -77,10 +77,13 @@ def finish_shards(
         SOURCE_OF_FILE: facts.source_of,
         MEMBERS_FILE: np.argsort(facts.source_of, kind="stable").astype(np.uint32),
     }
+    hashes = {name: shard.hash for name, shard in shards.items()}
     for name, array in index.items():
         temporary = folder / f"{name}.tmp"
         with open(temporary, "wb") as file:
-            np.save(file, array)
+            hashed = HashedFile(file)  # into a file itself numpy writes without saying what failed
+            np.save(hashed, array)
+        hashes[name] = hashed.hash
         temporary.replace(folder / name)
     details = {
         **details,
@@ -88,7 +91,6 @@ def finish_shards(
         "sources": facts.sources,
         "rows": {name: len(shard.lengths) for name, shard in shards.items()},
     }
-    hashes = {name: shard.hash for name, shard in shards.items()}
     own = {*shards, *index}  # somebody's files that lie there are never listed, nor removed
     return write_manifest(
         folder, "shards", facts.counts, lineage, details, hashes, own.__contains__

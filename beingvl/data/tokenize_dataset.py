@@ -80,6 +80,7 @@ def tokenize(
     rows_per_part: int = 4096,
     duplicate_ids: str = "refuse",
     max_rejected: float = 0.01,
+    exif: str | None = None,
     batch_size: int = 16,
     num_workers: int = 1,
     torch_dtype: str = "float32",
@@ -105,6 +106,8 @@ def tokenize(
         rows_per_part: rows that are finished, or lost by a kill, together.
         duplicate_ids: "refuse" two rows with one id in shards, or "keep" both.
         max_rejected: share of rejected rows, 0 … 1, that is tolerated.
+        exif: of images that are encoded now, as in `encode_images`; None applies it, but not for
+            the template "being-vl-0.5", whose data ignores it.
         batch_size, torch_dtype: of the VQ-GAN, when images are encoded now.
         num_workers: processes that tokenize, or decode images.
         rank, num_ranks: this process among those that share the work.
@@ -145,6 +148,7 @@ def tokenize(
             batch_size=batch_size,
             num_workers=num_workers,
             max_rejected=max_rejected,
+            exif=exif or ("ignore" if template == "being-vl-0.5" else "apply"),
             dtype=torch_dtype,
             rank=rank,
             num_ranks=num_ranks,

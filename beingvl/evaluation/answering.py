@@ -34,6 +34,7 @@ from beingvl.evaluation.results import (
     SharedOptions,
     write_lines,
 )
+from beingvl.images.image_source import FolderImages
 from beingvl.images.vq_codes import CodeFolder
 from beingvl.inference.model import BeingVL
 
@@ -134,14 +135,14 @@ def _given_answers(row: Mapping[str, Any]) -> list[str]:
 
 def check_images(keys: Sequence[str], folder: Path | None) -> None:
     """Raises InputError without --image_path, for a key that leaves it, or a missing file."""
-    if keys and folder is None:
+    if not keys:
+        return
+    if folder is None:
         raise InputError(
             "the questions name images: give --vq_codes, or --image_path to encode them now"
         )
     for key in keys:
-        if Path(key).is_absolute() or ".." in Path(key).parts:
-            raise InputError(f"image {key!r} leaves --image_path; expected a path below it")
-        if folder and not (folder / key).is_file():
+        if not FolderImages(folder).path(key).is_file():
             raise InputError(
                 f"the image {folder / key} does not exist; is --image_path the folder that the "
                 "rows' paths start from?"

@@ -2,7 +2,7 @@
 
     open_images        a folder or tar files; all keys, or those asked for      N sorted keys
     EncodeImages       the work: `images_per_part` images are a part
-      read_batches     read, hash and preprocess, in `num_workers` processes    [n, 3, H, W] float32
+      read_batches     read, hash and crop, in `num_workers` processes          [n, 3, H, W] uint8
       VQGAN.encode     the codes of a batch                                     [n, h, w] uint16
       join             codes.npy, keys.jsonl, key_offsets.npy, rejected.jsonl
 
@@ -14,10 +14,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -28,18 +29,14 @@ from beingvl.artefact.parts import Parts
 from beingvl.artefact.progress import progress as show_progress
 from beingvl.artefact.ranks import RankOf
 from beingvl.artefact.request import Request
-from beingvl.artefact.work import Work, run_in_parts
+from beingvl.artefact.work import Work, killed_worker, run_in_parts
 from beingvl.errors import InputError
 from beingvl.images import vq_codes
+from beingvl.images.decode import decode_image
 from beingvl.images.image_source import ImageSource, open_images
+from beingvl.images.preprocess import EXIF, Preprocess
 from beingvl.images.vq_codes import REJECTED_FILE, hash_line, key_line, rejected_line, stamp_line
-from beingvl.images.vqgan import (
-    VQGAN,
-    ChameleonImageProcessorPil,
-    decode_image,
-    to_pixels,
-    usable_device,
-)
+from beingvl.images.vqgan import VQGAN, usable_device
 
 PART_FILES = ("codes", "keys", "rejected", "hashes", "stamps")
 
@@ -54,6 +51,7 @@ def encode_images(
     images_per_part: int = 4096,
     num_workers: int = 0,
     max_rejected: float = 0.01,
+    exif: str = "apply",
     device: str = "auto",
     dtype: str = "auto",
     rank: int = 0,
@@ -69,6 +67,7 @@ def encode_images(
         images_per_part: images that are finished, or lost by a kill, together.
         num_workers: processes that read images; 0 reads in this one.
         max_rejected: share of unreadable images, 0 … 1, that is tolerated.
+        exif: "apply" turns images as their EXIF orientation says, "ignore" leaves them as stored.
         device, dtype: "auto" is this rank's GPU in bfloat16, else the CPU in float32.
         rank, num_ranks: this process among those that share the work.
 
@@ -83,6 +82,8 @@ def encode_images(
     ):
         if not value >= least:  # nor NaN
             raise InputError(f"--{name} is {value}, expected at least {least}")
+    if exif not in EXIF:
+        raise InputError(f"--exif is {exif!r}, expected one of {', '.join(EXIF)}")
     device, dtype = _device_and_dtype(device, dtype)
     paths = [image_path] if isinstance(image_path, Path | str) else image_path
     images = open_images([Path(path) for path in paths])
@@ -92,7 +93,7 @@ def encode_images(
     work = EncodeImages(
         images,
         chosen,
-        VQGAN.load(vq_path, device, getattr(torch, dtype)),
+        VQGAN.load(vq_path, device, getattr(torch, dtype), exif=exif),
         Path(output_path),
         batch_size,
         images_per_part,
@@ -155,7 +156,10 @@ class EncodeImages(Work):
         return Request(**self._encoder(), images=self._hash_images())
 
     def _encoder(self) -> dict[str, str]:
-        return {"vqgan": self.vqgan.fingerprint(), "dtype": self.vqgan.dtype}
+        """Images were read as "ignore" says before there was a choice."""
+        exif = self.vqgan.preprocessing.exif
+        named = {} if exif == "ignore" else {"exif": exif}
+        return {"vqgan": self.vqgan.fingerprint(), "dtype": self.vqgan.dtype, **named}
 
     def _hash_images(self) -> str:
         """One hash of the images' names and content; images whose names, sizes and times are
@@ -179,12 +183,13 @@ class EncodeImages(Work):
         keys, size = self.keys_of_part(number), self.batch_size
         batches = [keys[start : start + size] for start in range(0, len(keys), size)]
         counts = {"images": 0, "rejected": 0}
-        with ExitStack() as stack:
+        with naming_killed_workers(), ExitStack() as stack:
             files = {n: stack.enter_context(open(folder / n, "wb")) for n in PART_FILES}
             for batch in read_batches(self.images, batches, self.vqgan, self.num_workers):
                 rejected = [rejected_line(key, reason) for key, reason in batch.rejected]
                 if batch.keys:
-                    codes = self.vqgan.encode(batch.pixels)
+                    pixels = self.vqgan.preprocessing.to_pixels(batch.cropped)
+                    codes = self.vqgan.encode(pixels)
                     files["codes"].write(codes.astype("<u2").tobytes())
                 files["keys"].write("".join(map(key_line, batch.keys)).encode())
                 files["rejected"].write("".join(rejected).encode())
@@ -235,7 +240,8 @@ class EncodeImages(Work):
             "image_stamps": join("stamps", parts.folder / "stamps"),
             "request": Request(**self._encoder(), images=images),
         }
-        lineage = {"vqgan": self.vqgan.fingerprint()}
+        exif = self.vqgan.preprocessing.exif
+        lineage = {"vqgan": self.vqgan.fingerprint(), "exif": exif}
         vq_codes.finish_codes(output, counts, lineage, details, hashes)
         print(f"{output}: codes of {counts['images']} images, {counts['rejected']} rejected")
 
@@ -245,14 +251,14 @@ class EncodeImages(Work):
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive images: the readable ones as `pixels` `[len(keys), 3, H, W]`, the others as
-    (key, reason).
+    """Consecutive images: the readable ones `cropped`, each `[3, H, W]` uint8, the others as (key,
+    reason). No tensors: torch would send them through /dev/shm, which is small in containers.
 
     `hashes` and `stamps` have one line for each image, read or not, in key order.
     """
 
     keys: list[str]
-    pixels: torch.Tensor
+    cropped: list[np.ndarray]
     rejected: list[tuple[str, str]]
     hashes: list[str]
     stamps: list[str]
@@ -262,9 +268,9 @@ class ImageReader:
     """Random access to batches, for the worker processes of torch's DataLoader."""
 
     def __init__(
-        self, images: ImageSource, batches: list[list[str]], processor: ChameleonImageProcessorPil
+        self, images: ImageSource, batches: list[list[str]], preprocessing: Preprocess
     ) -> None:
-        self._images, self._batches, self._processor = images, batches, processor
+        self._images, self._batches, self._preprocessing = images, batches, preprocessing
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -277,28 +283,38 @@ class ImageReader:
             return error
 
     def _read(self, batch: list[str]) -> Batch:
-        keys, pixels, rejected, hashes, stamps = [], [], [], [], []
+        found = Batch([], [], [], [], [])
         for key in batch:
             data = None
             # The stamp comes first, so that a file that changes meanwhile is read again.
-            stamps.append(stamp_line(key, self._images.stamp(key)))
+            found.stamps.append(stamp_line(key, self._images.stamp(key)))
             try:
                 data = self._images.read(key)
-                pixels.append(to_pixels(self._processor, decode_image(data, key)))
-                keys.append(key)
+                found.cropped.append(self._preprocessing.crop(decode_image(data, key), key))
+                found.keys.append(key)
             except InputError as error:
-                rejected.append((key, str(error)))
-            hashes.append(hash_line(key, data))
-        stacked = torch.stack(pixels) if pixels else torch.empty(0)
-        return Batch(keys, stacked, rejected, hashes, stamps)
+                found.rejected.append((key, str(error)))
+            found.hashes.append(hash_line(key, data))
+        return found
 
 
 def read_batches(
     images: ImageSource, batches: list[list[str]], vqgan: VQGAN, num_workers: int
 ) -> Iterator[Batch]:
     """The batches in their order, read ahead. Raises OSError when the disk fails."""
-    reader = ImageReader(images, batches, vqgan.processor)
+    reader = ImageReader(images, batches, vqgan.preprocessing)
     for batch in DataLoader(reader, batch_size=None, num_workers=num_workers):
         if isinstance(batch, OSError):
             raise batch
         yield batch
+
+
+@contextmanager
+def naming_killed_workers() -> Iterator[None]:
+    """torch raises this wherever this process is when the signal comes."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise killed_worker(" ".join(str(error).split())) from error

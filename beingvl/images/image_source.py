@@ -1,39 +1,57 @@
 """Where images come from: a folder, or tar files (webdataset shards). An image's key is its path
 below the folder or in the tar.
 
-An image that is not there is rejected. A disk that fails is asked again, a few times, and then the
-step ends, so that no image is lost for it.
+An image that is not there, or is not a regular file, is rejected. A disk that fails is asked again,
+a few times, and then the step ends, so that no image is lost for it.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import stat
 import tarfile
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from beingvl.artefact.files import printable
 from beingvl.errors import InputError
-from beingvl.images.vq_codes import IMAGE_SUFFIXES, find_images, iterate_images
 
+IMAGE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+)
+MAX_FILE_BYTES = 1 << 30
 PAUSES_SECONDS = (0.5, 2, 8)  # between the tries of one read
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 NO_STAMP = "none"
+LINK_OUT = "a link out of the image folder"
 
 
 class ImageSource(Protocol):
     def keys(self) -> list[str]:
-        """Sorted keys of all images. Raises InputError when there are none."""
+        """Sorted keys of all images; prints what else is there. Raises InputError for none."""
 
     def read(self, key: str) -> bytes:
         """One file's bytes. Raises InputError when it is not there, OSError when the disk fails."""
 
     def stamp(self, key: str) -> str:
         """Size and time of the file that holds an image, or NO_STAMP: equal stamps, equal bytes."""
+
+
+def read_file(path: Path) -> bytes:
+    """A regular file's bytes. Raises InputError for another: a FIFO would wait for a writer, and
+    opening a device may do anything.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{path} is not a regular file; it was not opened")
+    if found.st_size > MAX_FILE_BYTES:
+        raise InputError(f"{path} has {found.st_size:,} bytes, expected at most {MAX_FILE_BYTES:,}")
+    return path.read_bytes()
 
 
 def read_patiently(path: Path, read: Callable[[], bytes]) -> bytes:
@@ -57,8 +75,8 @@ def _stamp_of(path: Path) -> str:
 def open_images(paths: Sequence[Path]) -> ImageSource:
     """One folder of image files, one folder of tar files, or tar files; nothing mixed."""
     if len(paths) == 1 and paths[0].is_dir():
-        tars = sorted(paths[0].glob("*.tar"))
-        if tars and (image := next(iterate_images(paths[0]), None)) is not None:
+        tars = sorted(path for path in paths[0].glob("*.tar") if path.is_file())
+        if tars and (image := FolderImages(paths[0]).any_key()) is not None:
             raise InputError(
                 f"--image_path {paths[0]} holds tar files ({tars[0].name}) and images ({image}): "
                 "name the tar files, or move them out of the folder"
@@ -80,36 +98,134 @@ def _refuse_names_without_text(key: str) -> None:
         raise InputError(f"{name}: the name is not UTF-8; rename the file")
 
 
+def _why_left_out(key: str) -> str | None:
+    """What the name says of a file that is not taken; None for an image."""
+    path = PurePosixPath(key)
+    if any(part.startswith(".") for part in path.parts):  # such as ._a.png of macOS
+        return "hidden"
+    suffix = path.suffix.lower()
+    return None if suffix in IMAGE_SUFFIXES else suffix or "without suffix"
+
+
+def _say_left_out(where: str, left_out: Counter[str]) -> None:
+    if left_out:
+        most = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))[:8]
+        shown = [f"{count} {what}" for what, count in most]
+        shown += ["others"] if len(left_out) > len(shown) else []
+        files = "file" if left_out.total() == 1 else "files"
+        print(f"{where}: {left_out.total()} {files} left out ({', '.join(shown)})")
+
+
+# ---- a folder ----
+
+
 class FolderImages:
+    """Images below a folder. Subfolders that are links are followed, each folder once; a file that
+    is a link out of the folder is never opened.
+    """
+
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
 
     def keys(self) -> list[str]:
-        return find_images(self._folder)
+        if not self.folder.is_dir():
+            raise InputError(
+                f"{self.folder} is not a folder; give the folder that holds the images"
+            )
+        left_out: Counter[str] = Counter()
+        keys = sorted(self._find(left_out))
+        if not keys:
+            looked_for = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise InputError(
+                f"{self.folder} has no images (looked for {looked_for}, also in subfolders)"
+            )
+        _say_left_out(str(self.folder), left_out)
+        return keys
+
+    def any_key(self) -> str | None:
+        return next(self._find(Counter()), None)
+
+    def _find(self, left_out: Counter[str]) -> Iterator[str]:
+        """Keys in any order."""
+        for key, entry in _files_below(str(self.folder), left_out):
+            reason = _why_left_out(key)
+            if reason is None and not entry.is_file(follow_symlinks=False):
+                path = Path(entry.path)
+                if self._leads_out(path):
+                    reason = LINK_OUT
+                elif not path.is_file():
+                    reason = "not a regular file"
+            if reason is None:
+                yield key
+            else:
+                left_out[reason] += 1
+
+    def _leads_out(self, path: Path) -> bool:
+        """Whether a file is a link to one neither in this folder nor beside the link."""
+        if not path.is_symlink():
+            return False
+        homes = map(os.path.realpath, (self.folder, path.parent))
+        return not any(Path(os.path.realpath(path)).is_relative_to(home) for home in homes)
+
+    def path(self, key: str) -> Path:
+        """Of an image, there or not. Raises InputError for what is never opened."""
+        _refuse_names_without_text(key)
+        path = self.folder / key
+        if PurePosixPath(key).is_absolute() or ".." in PurePosixPath(key).parts:
+            raise InputError(f"{key} leaves the image folder")
+        if self._leads_out(path):
+            raise InputError(f"{key} is {LINK_OUT}; it was not opened: put the image itself there")
+        return path
 
     def read(self, key: str) -> bytes:
-        _refuse_names_without_text(key)
-        if _leaves(key):
-            raise InputError(f"{key} leaves the image folder")
         try:
-            path = self._folder / key
-            return read_patiently(path, path.read_bytes)
+            return read_patiently(self.folder / key, lambda: read_file(self.path(key)))
         except OSError as error:
             if error.errno not in NOT_THERE:
                 raise
             raise InputError(f"{key}: {error.strerror}") from error
+        except InputError:
+            raise
         except ValueError as error:  # a name that no file system takes
             raise InputError(f"{key!r}: {error}") from error
 
     def stamp(self, key: str) -> str:
         try:
-            return NO_STAMP if _leaves(key) else _stamp_of(self._folder / key)
+            return _stamp_of(self.path(key))
         except (OSError, ValueError):
             return NO_STAMP
 
 
-def _leaves(key: str) -> bool:
-    return PurePosixPath(key).is_absolute() or ".." in PurePosixPath(key).parts
+def _files_below(folder: str, left_out: Counter[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """(key, entry) of all files. A folder that is reached twice, through links, is listed where it
+    really lies, else by the first link; a link to a folder around it is a loop.
+    """
+    waiting, links, seen = [(folder, "")], deque[tuple[str, str]](), set[str]()
+    while waiting or links:
+        where, prefix = waiting.pop() if waiting else links.popleft()
+        real = os.path.realpath(where)
+        if real in seen:
+            left_out["linked folders seen before"] += 1
+            continue
+        seen.add(real)
+        with os.scandir(where) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+        for entry in found:
+            key = prefix + entry.name
+            is_link = entry.is_symlink()
+            if not (os.path.isdir(entry.path) if is_link else entry.is_dir()):
+                yield key, entry
+            elif entry.name.startswith("."):
+                left_out["hidden"] += 1
+            elif not is_link:
+                waiting.append((entry.path, f"{key}/"))
+            elif f"{real}/".startswith(os.path.join(os.path.realpath(entry.path), "")):
+                left_out["linked folders around themselves"] += 1
+            else:
+                links.append((entry.path, f"{key}/"))
+
+
+# ---- tar files ----
 
 
 class _ForgetfulTarFile(tarfile.TarFile):
@@ -135,7 +251,9 @@ class TarImages:
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = list(paths)
         self._places: dict[str, tuple[int, int, int]] = {}  # key -> (tar, offset, size), in bytes
+        self._sparse: set[str] = set()  # keys
         self._stamps: list[str] = []  # of the tars, taken before they are read
+        self._left_out: Counter[str] = Counter()
         for number, path in enumerate(paths):
             self._stamps.append(_stamp_of(path))
             self._add(number, path)
@@ -148,8 +266,13 @@ class TarImages:
             with _ForgetfulTarFile.open(path, "r:") as tar:
                 while (member := tar.next()) is not None:
                     name = member.name.removeprefix("./")
-                    is_image = PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
-                    if not (is_image and member.isfile()):
+                    if member.isdir():
+                        continue
+                    reason = _why_left_out(name)
+                    if reason is None and not member.isfile():
+                        reason = "links, or other than a file"
+                    if reason:
+                        self._left_out[reason] += 1
                         continue
                     if name in self._places:
                         other = self._paths[self._places[name][0]]
@@ -157,6 +280,8 @@ class TarImages:
                             f"{path} and {other} both hold {name}: rename one or encode them apart"
                         )
                     self._places[name] = (number, member.offset_data, member.size)
+                    if member.issparse():  # its zeros are not in the tar
+                        self._sparse.add(name)
                 _refuse_lost_members(path, tar.offset)
         except (tarfile.TarError, OSError) as error:
             raise InputError(
@@ -164,6 +289,8 @@ class TarImages:
             ) from error
 
     def keys(self) -> list[str]:
+        where = str(self._paths[0]) if len(self._paths) == 1 else f"{len(self._paths)} tar files"
+        _say_left_out(where, self._left_out)
         return sorted(self._places)
 
     def read(self, key: str) -> bytes:
@@ -172,6 +299,8 @@ class TarImages:
             raise InputError(f"{key}: not in the tar files")
         number, offset, size = self._places[key]
         path = self._paths[number]
+        if key in self._sparse:
+            raise InputError(f"{key}: {path} holds it as a sparse file; make it without --sparse")
         data = read_patiently(path, partial(_read_piece, path, size, offset))
         if len(data) != size:
             raise InputError(f"{key}: {path} is truncated")

@@ -23,18 +23,15 @@ import torch
 from PIL import Image
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
+from beingvl.artefact.hashes import hash_bytes
 from beingvl.artefact.manifest import Manifest, already_made, read_manifest
 from beingvl.artefact.progress import progress as show_progress
 from beingvl.errors import InputError
-from beingvl.images.vq_codes import find_images, hash_images
-from beingvl.images.vqgan import (
-    MAX_CODES,
-    VQGAN,
-    make_processor,
-    read_image,
-    to_pixels,
-    usable_device,
-)
+from beingvl.images.decode import decode_image
+from beingvl.images.image_source import FolderImages
+from beingvl.images.preprocess import Preprocess
+from beingvl.images.vq_codes import hash_line
+from beingvl.images.vqgan import MAX_CODES, VQGAN, make_processor, usable_device
 
 # Weight of pulling latents to their code vector, against pulling the code vector to its latents
 # (van den Oord et al. 2017).
@@ -119,9 +116,10 @@ def train_vq(
     sizes = (image_size, grid, num_codes, embed_dim, base_channels, num_res_blocks)
     recipe = Recipe(*sizes, steps, batch_size, learning_rate, max_images, seed)
     usable_device(device)
-    output, folders = Path(output_path), [Path(image_path)]
-    folders += [Path(validation_path)] if validation_path else []
-    hashes = [hash_images(folder, find_images(folder)) for folder in folders]
+    paths = [Path(image_path)] + ([Path(validation_path)] if validation_path else [])
+    output, sources = Path(output_path), [FolderImages(path) for path in paths]
+    keys = [source.keys() for source in sources]
+    hashes = map(hash_images, sources, keys)
     images = {str(number): found for number, found in enumerate(hashes)}
     request = {**asdict(recipe), "images": images}
     if already_made(output, "vqgan", request, overwrite):
@@ -129,7 +127,7 @@ def train_vq(
     if num_threads:
         torch.set_num_threads(num_threads)
     processor = make_processor(image_size)
-    pixels, held_out = load_pixels(folders, recipe, processor)
+    pixels, held_out = load_pixels(sources, keys, recipe, Preprocess(processor))
     vqgan = VQGAN(train_model(pixels, recipe, device), processor, device, source=str(output))
     psnr, num_used = measure(vqgan, held_out)
     num_held_out = len(held_out)
@@ -159,26 +157,33 @@ def train_model(pixels: torch.Tensor, recipe: Recipe, device: str) -> JanusVQVAE
     return model
 
 
+def hash_images(images: FolderImages, keys: list[str]) -> str:
+    """One hash of the images' names and content."""
+    progress = show_progress(keys, name="hash images", unit="image", leave=False)
+    lines = [hash_line(key, images.read(key)) for key in progress]
+    return hash_bytes("".join(lines).encode())
+
+
 def load_pixels(
-    folders: list[Path], recipe: Recipe, processor: object
+    sources: list[FolderImages], keys: list[list[str]], recipe: Recipe, preprocessing: Preprocess
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Training and held-out pixels `[N, 3, H, W]` float32."""
 
-    def load(folder: Path, keys: list[str]) -> torch.Tensor:
-        progress = show_progress(keys, name=f"read {folder.name}", unit="image")
-        return torch.stack([to_pixels(processor, read_image(folder / key)) for key in progress])
+    def load(images: FolderImages, chosen: list[str]) -> torch.Tensor:
+        progress = show_progress(chosen, name=f"read {images.folder.name}", unit="image")
+        pictures = ((decode_image(images.read(key), key), key) for key in progress)
+        return preprocessing.to_pixels([preprocessing.crop(*picture) for picture in pictures])
 
-    keys = find_images(folders[0])
     generator = torch.Generator().manual_seed(recipe.seed)
-    drawn = torch.randperm(len(keys), generator=generator)[: recipe.max_images].tolist()
+    drawn = torch.randperm(len(keys[0]), generator=generator)[: recipe.max_images].tolist()
     if len(drawn) < 2:
-        raise InputError(f"{folders[0]} has one image, expected at least 2")
-    if len(folders) == 2:
-        held_out = load(folders[1], find_images(folders[1])[: recipe.max_images])
-        return load(folders[0], [keys[n] for n in drawn]), held_out
+        raise InputError(f"{sources[0].folder} has one image, expected at least 2")
+    if len(sources) == 2:
+        held_out = load(sources[1], keys[1][: recipe.max_images])
+        return load(sources[0], [keys[0][n] for n in drawn]), held_out
     num_held_out = max(1, len(drawn) // 10)
-    held_out = load(folders[0], sorted(keys[n] for n in drawn[:num_held_out]))
-    return load(folders[0], [keys[n] for n in drawn[num_held_out:]]), held_out
+    held_out = load(sources[0], sorted(keys[0][n] for n in drawn[:num_held_out]))
+    return load(sources[0], [keys[0][n] for n in drawn[num_held_out:]]), held_out
 
 
 def build_model(recipe: Recipe) -> JanusVQVAE:

@@ -1,4 +1,4 @@
-"""The folder of codes that `beingvl encode-images` writes, and the image files it is made from.
+"""The folder of codes that `beingvl encode-images` writes.
 
 codes.npy        [N, H, W] uint16, read through a memory map
 keys.jsonl       line n is the key of row n, a JSON string: the image's path below the image
@@ -16,7 +16,7 @@ import io
 import json
 import mmap
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from tokenize import TokenError
@@ -27,13 +27,9 @@ import numpy as np
 from beingvl.artefact.files import printable, write_atomically
 from beingvl.artefact.hashes import hash_bytes
 from beingvl.artefact.manifest import Manifest, read_manifest, write_manifest
-from beingvl.artefact.progress import progress as show_progress
 from beingvl.errors import InputError
 from beingvl.json_file import parse_json
 
-IMAGE_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-)
 CODES_FILE, KEYS_FILE = "codes.npy", "keys.jsonl"
 KEY_OFFSETS_FILE, REJECTED_FILE = "key_offsets.npy", "rejected.jsonl"
 REMEDY = "make it again with `beingvl encode-images`"
@@ -158,33 +154,6 @@ def finish_codes(
     # Images that lie there are never listed, nor removed.
     own = {CODES_FILE, KEYS_FILE, KEY_OFFSETS_FILE, REJECTED_FILE}
     write_manifest(folder, "vq_codes", counts, lineage, details, known_hashes, own.__contains__)
-
-
-def find_images(folder: Path) -> list[str]:
-    """Sorted keys of all image files below `folder`, hidden ones left out."""
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; give the folder that holds the images")
-    keys = sorted(iterate_images(folder))
-    if not keys:
-        looked_for = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise InputError(f"{folder} has no images (looked for {looked_for}, also in subfolders)")
-    return keys
-
-
-def iterate_images(folder: Path) -> Iterator[str]:
-    """Keys of all image files below `folder`, hidden ones left out, in any order."""
-    for path in folder.rglob("*"):
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-            key = path.relative_to(folder)
-            if not any(part.startswith(".") for part in key.parts):
-                yield key.as_posix()
-
-
-def hash_images(folder: Path, keys: list[str]) -> str:
-    """One hash of the images' names and content."""
-    progress = show_progress(keys, name="hash images", unit="image", leave=False)
-    lines = [hash_line(key, (folder / key).read_bytes()) for key in progress]
-    return hash_bytes("".join(lines).encode())
 
 
 def hash_line(key: str, data: bytes | None) -> str:

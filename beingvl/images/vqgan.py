@@ -16,10 +16,7 @@ image processor: shortest edge, centre crop, rescale, mean and standard deviatio
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import struct
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -28,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig, JanusVQVAE, JanusVQVAEConfig
@@ -37,6 +34,8 @@ from transformers.models.chameleon.image_processing_pil_chameleon import Chamele
 from beingvl.artefact.files import give_usual_mode, write_atomically
 from beingvl.artefact.manifest import Manifest, start_folder, write_manifest
 from beingvl.errors import InputError
+from beingvl.images.decode import read_image
+from beingvl.images.preprocess import Preprocess
 from beingvl.json_file import read_object
 
 CLASSES = {
@@ -50,19 +49,6 @@ PREPROCESSING_FIELDS = (
 PREPROCESSOR_FILE = "preprocessor_config.json"
 FILES = ("config.json", "model.safetensors", PREPROCESSOR_FILE)  # of a stock folder
 MAX_CODES = 1 << 16
-# Decoded at once: 150 MB, and a few copies of it while the image is resized.
-MAX_PIXELS = 50_000_000
-# A line one pixel high would become wider than any memory when its short edge is resized.
-MAX_ASPECT = 100
-# What Pillow raises for damaged files, depending on the format.
-UNREADABLE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
 
 
 class VQGAN:
@@ -75,9 +61,11 @@ class VQGAN:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         source: str = "VQ-GAN",
+        exif: str = "apply",
     ) -> None:
+        """`exif` "ignore" leaves images as they lie in their files (preprocess.py)."""
         self.source = source
-        self.processor = processor
+        self.processor, self.preprocessing = processor, Preprocess(processor, exif)
         self.image_size = _image_size(processor, source)
         self.grid = _grid(model, self.image_size, source)
         if model.config.num_embeddings > MAX_CODES:
@@ -99,6 +87,7 @@ class VQGAN:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         preprocessing: Path | None = None,
+        exif: str = "apply",
     ) -> VQGAN:
         """Read a stock folder, made by `beingvl train-vq` or published.
 
@@ -119,7 +108,7 @@ class VQGAN:
             raise InputError(f"{config} is not usable ({reason})") from error
         _load_weights(model, folder)
         processor = _load_processor(folder, model, preprocessing)
-        return cls(model, processor, device, dtype, str(folder))
+        return cls(model, processor, device, dtype, str(folder), exif)
 
     def save(
         self,
@@ -177,10 +166,14 @@ class VQGAN:
 
     def preprocess(self, images: Sequence[Image.Image | Path | str]) -> torch.Tensor:
         """Images to pixels `[N, 3, H, W]` float32; transparency becomes white."""
-        decoded = (one if isinstance(one, Image.Image) else read_image(one) for one in images)
-        pixels = [to_pixels(self.processor, image) for image in decoded]
+        cropped = [
+            self.preprocessing.crop(one, f"image {number}")
+            if isinstance(one, Image.Image)
+            else self.preprocessing.crop(read_image(one), one)
+            for number, one in enumerate(images)
+        ]
         empty = torch.empty(0, 3, self.image_size, self.image_size)
-        return torch.stack(pixels) if pixels else empty
+        return self.preprocessing.to_pixels(cropped) if cropped else empty
 
     @torch.inference_mode()
     def encode(self, pixel_values: torch.Tensor) -> np.ndarray:
@@ -227,72 +220,6 @@ class VQGAN:
         if self.processor.do_rescale:
             pixels = pixels / self.processor.rescale_factor
         return pixels.round().clamp(0, 255).to(torch.uint8).numpy()
-
-
-def read_image(path: Path | str) -> Image.Image:
-    """Open and decode an image file. Raises InputError as `decode_image`."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    return decode_image(data, path)
-
-
-def decode_image(data: bytes, name: Path | str) -> Image.Image:
-    """The bytes of an image file, decoded. Raises InputError when they are damaged, no image, or
-    too large.
-
-    A JPEG file of more than MAX_PIXELS is decoded at 1/2, 1/4 or 1/8 of its size, which never makes
-    it whole in memory.
-    """
-    try:
-        with warnings.catch_warnings():  # MAX_PIXELS says it better
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-        too_large = _bound_size(image)
-        if not too_large:
-            image.load()
-    except UNREADABLE as error:
-        reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, UnidentifiedImageError):
-            reason = "it is in no known format"
-        raise InputError(f"{name} cannot be read as an image ({reason})") from error
-    if too_large:
-        raise InputError(f"{name} has {image.width} x {image.height} pixels, {too_large}")
-    if image.mode[0] in "IF":  # in RGB 16 bits would become white, fractions of 1 black
-        extrema: Any = image.getextrema()  # of one band
-        low, high = extrema
-        if image.mode == "F" or low < 0 or high > 255:
-            raise InputError(
-                f"{name} has one value per pixel, from {low:g} to {high:g}, expected 8 bits; "
-                "convert it"
-            )
-    return image
-
-
-def as_array(image: Image.Image) -> np.ndarray:
-    """A picture `[H, W, 3]` uint8."""
-    return np.asarray(image.convert("RGB"))
-
-
-def _bound_size(image: Image.Image) -> str:
-    """Reduce a large JPEG before it is decoded; returns what is wrong with any other size."""
-    width, height = image.size
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        return f"expected one side at most {MAX_ASPECT} times the other; cut it"
-    if width * height <= MAX_PIXELS:
-        return ""
-    for factor in (2, 4, 8):
-        is_jpeg = image.format in ("JPEG", "MPO")  # MPO: JPEG files of some cameras
-        if is_jpeg and width * height / factor**2 <= MAX_PIXELS:
-            image.draft(None, (width // factor, height // factor))
-            return ""
-    return f"expected at most {MAX_PIXELS:,} in all (a JPEG file may have more); shrink it"
-
-
-def to_pixels(processor: ChameleonImageProcessorPil, image: Image.Image) -> torch.Tensor:
-    """One image to pixels `[3, H, W]` float32."""
-    return processor(image, return_tensors="pt")["pixel_values"][0].float()
 
 
 def make_processor(image_size: int) -> ChameleonImageProcessorPil:

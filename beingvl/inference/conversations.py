@@ -12,7 +12,6 @@ import numpy as np
 
 from beingvl.errors import InputError
 from beingvl.images.pictures import with_borders
-from beingvl.images.vqgan import read_image
 from beingvl.inference.model import BeingVL
 from beingvl.vbpe.visual_bpe import VisualBPE, owners
 
@@ -32,7 +31,7 @@ class Conversations:
         """
         vqgan = self._model.vqgan
         with self._lock:
-            pixels = vqgan.preprocess([read_image(path)])
+            pixels = vqgan.preprocess([path])
             codes = vqgan.encode(pixels)
             (token_ids,) = self._model.codes2tok(codes, self._with_vbpe)
             picture = vqgan.decode(codes)[0] if vqgan.has_decoder else vqgan.to_uint8(pixels)[0]

@@ -51,6 +51,7 @@ from beingvl.data.conversation import (
 )
 from beingvl.data.template import DEFAULT, check_template, template_of
 from beingvl.errors import InputError
+from beingvl.images.preprocess import exif_of
 from beingvl.images.vqgan import VQGAN, usable_device
 from beingvl.inference.draw import FittingTokens, only_whole_images
 from beingvl.model.start_model import context_of, find_start_model, read_config
@@ -147,7 +148,8 @@ class BeingVL:
                 f"{self.model_path} has no {VQGAN_FOLDER}/, so it reads no images; convert "
                 "with --being_vq_path"
             )
-        vqgan = VQGAN.load(folder, self._model.device if self._model is not None else "cpu")
+        device = self._model.device if self._model is not None else "cpu"
+        vqgan = VQGAN.load(folder, device, exif=exif_of(self.manifest.lineage))
         self._refuse_others(folder, {"vqgan": vqgan.fingerprint()})
         return vqgan
 

@@ -15,7 +15,7 @@ from gradio.utils import get_upload_folder
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from beingvl.errors import InputError
-from beingvl.images.vq_codes import IMAGE_SUFFIXES
+from beingvl.images.image_source import IMAGE_SUFFIXES
 from beingvl.inference.conversations import Conversations, Turns, refuse_other_files, shown
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -12,8 +12,10 @@ import numpy as np
 from beingvl.artefact.manifest import is_complete, read_manifest
 from beingvl.errors import InputError
 from beingvl.evaluation.results import KIND, read_predictions, read_summary
+from beingvl.images.decode import as_array, read_image
+from beingvl.images.preprocess import exif_of
 from beingvl.images.vq_codes import CodeFolder
-from beingvl.images.vqgan import VQGAN, as_array, read_image
+from beingvl.images.vqgan import VQGAN
 from beingvl.inference.model import VQGAN_FOLDER
 from beingvl.report.data import DataOptions
 from beingvl.report.frozen import GroupHashes, hash_groups
@@ -190,7 +192,9 @@ def _read_vqgan(models: Sequence[Path]) -> VQGAN | None:
     """The VQ-GAN inside the first model folder that has one."""
     folders = (model / VQGAN_FOLDER for model in models)
     folder = next((folder for folder in folders if folder.is_dir()), None)
-    return VQGAN.load(folder) if folder else None
+    if folder is None:
+        return None
+    return VQGAN.load(folder, exif=exif_of(read_manifest(folder.parent).lineage))
 
 
 def _data_options(
@@ -226,7 +230,8 @@ def _make_examples(pieces: Run, rows: list[dict[str, Any]]) -> list[Example]:
     """Images are encoded here; a VQ-GAN without decoder shows what it was given."""
     if not rows or pieces.vqgan is None or pieces.images is None:
         return []
-    images = [read_image(pieces.images / row["image"]) for row in rows]
+    oriented = pieces.vqgan.preprocessing.oriented
+    images = [oriented(read_image(pieces.images / row["image"])) for row in rows]
     pixels = pieces.vqgan.preprocess(images)
     grids = pieces.vqgan.encode(pixels)
     decoder = pieces.data_options.vqgan

@@ -58,7 +58,8 @@ def open_codes(
         if (path / CODES_FILE).exists() or (path / MANIFEST_FILE).exists():
             manifest = read_manifest(path, "vq_codes")
             hashes[path / CODES_FILE] = str(manifest.files[CODES_FILE]["hash"])
-            lineages[str(path)] = manifest.lineage
+            lineages[str(path)] = {**manifest.lineage}
+            lineages[str(path)].pop("exif", None)  # merges do not depend on which way is up
             sizes[str(path)] = int(manifest.details["num_codes"])
             continue
         found = sorted(path.glob("*.npy")) if path.is_dir() else [path]

@@ -22,11 +22,16 @@ cells that touch it, sorted.
 from __future__ import annotations
 
 import contextlib
+import os
+import stat
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numba
 import numpy as np
+
+from beingvl.version import __version__
 
 Ints = np.ndarray
 SPAN = 8192  # steps per row; |dx| <= MAX_SIDE + 1 stays below half of it
@@ -47,7 +52,26 @@ def _drop_stale_kernels() -> None:
                 index.unlink()
 
 
+def _cache_somewhere() -> None:
+    """numba keeps compiled kernels beside their source or below the user's home. Where it may write
+    in neither (a read-only installation, a container's user), they go to a temporary folder that is
+    only this user's: a kernel on disk is a pickle.
+    """
+    try:
+        numba.njit(cache=True)(_cache_somewhere)
+    except RuntimeError:
+        folder = Path(tempfile.gettempdir()) / f"beingvl-{__version__}-kernels-{os.getuid()}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(0o700)
+        found = folder.lstat()
+        is_ours = found.st_uid == os.getuid() and found.st_mode == stat.S_IFDIR | 0o700
+        # worker processes inherit it
+        os.environ["NUMBA_CACHE_DIR"] = str(folder) if is_ours else tempfile.mkdtemp()
+        numba.config.reload_config()
+
+
 _drop_stale_kernels()
+_cache_somewhere()
 kernel = numba.njit(cache=True, nogil=True)
 # For inner loops, where a call that hands over an array would count references, atomically.
 inlined = numba.njit(cache=True, nogil=True, inline="always")

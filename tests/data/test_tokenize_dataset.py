@@ -336,7 +336,7 @@ def test_the_join_hashes_no_shard_again(inputs, monkeypatch) -> None:
             lambda path: hashed.append(path.name) or hash_file(path),
         )
         assert tokenize(inputs, [row(0)], format="arrow") == 0
-    assert "lengths.npy" in hashed and not [name for name in hashed if name.endswith(".arrow")]
+    assert hashed and not [name for name in hashed if name.endswith((".arrow", ".npy"))]
     assert beingvl("verify", inputs / "out") == 0
 
 

@@ -405,7 +405,7 @@ def test_refusals(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         (
             {"conversations": turns, "image": "../a.png"},
             [f"--image_path={tmp_path}"],
-            "leaves --image_path",
+            "leaves the image folder",
         ),
         (
             {"conversations": turns, "image": "a.png"},

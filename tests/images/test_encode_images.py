@@ -80,10 +80,8 @@ def test_each_row_is_the_image_of_its_key(image_path, vq_path, tmp_path):
         expected = vqgan.encode(vqgan.preprocess([image_path / key]))[0]
         np.testing.assert_array_equal(folder.codes[folder.row(key)], expected)
     manifest = verify_folder(tmp_path / "codes")
-    assert manifest.lineage == {"vqgan": vqgan.fingerprint()} and manifest.counts == {
-        "images": 5,
-        "rejected": 0,
-    }
+    assert manifest.lineage == {"vqgan": vqgan.fingerprint(), "exif": "apply"}
+    assert manifest.counts == {"images": 5, "rejected": 0}
     assert (folder.num_codes, folder.grid) == (32, (8, 8))
 
 
@@ -206,7 +204,7 @@ def test_a_finished_output_is_reused_refused_or_replaced(image_path, vq_path, tm
     assert "with another images" in capsys.readouterr().err
     assert (output / MANIFEST_FILE).stat().st_mtime_ns == before
     assert encode(image_path, other_vq, output, overwrite=True) == 0
-    assert read_manifest(output).lineage == {"vqgan": VQGAN.load(other_vq).fingerprint()}
+    assert read_manifest(output).lineage["vqgan"] == VQGAN.load(other_vq).fingerprint()
 
 
 def test_a_finished_output_reads_no_image_again_that_looks_the_same(
@@ -245,28 +243,37 @@ def test_a_finished_output_reads_no_image_again_that_looks_the_same(
         )
 
 
-FAILING_DISK = "/proc/self/mem"  # a file whose first bytes the kernel answers with an I/O error
+FAILING_DISK = "/proc/self"  # the kernel answers reads of its file `mem` with an I/O error
+
+
+@pytest.fixture
+def failing_path(image_path, tmp_path):
+    """The folder of the image c/mem, a link to FAILING_DISK, and a list that names c/mem third."""
+    shutil.copytree(image_path, tmp_path / "whole")
+    (image_path / "c").symlink_to(FAILING_DISK)
+    (tmp_path / "whole/c").mkdir()
+    shutil.copy(image_path / "a.png", tmp_path / "whole/c/mem")
+    (tmp_path / "list.txt").write_text("a.png\nb/1.png\nc/mem\nz z/ü.png\n")
+    return image_path / "c"
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_disk_that_fails_ends_the_run_and_loses_no_image(
-    image_path, vq_path, tmp_path, capsys, monkeypatch, num_workers
+    image_path, failing_path, vq_path, tmp_path, capsys, monkeypatch, num_workers
 ):
-    assert encode(image_path, vq_path, tmp_path / "expected", images_per_part=2) == 0
+    options = {"images_per_part": 2, "list_path": tmp_path / "list.txt"}
+    assert encode(tmp_path / "whole", vq_path, tmp_path / "expected", **options) == 0
     monkeypatch.setattr(image_source, "PAUSES_SECONDS", (0.01,))
-    path = image_path / "b/2.png"  # the fourth of five, so in the second part of three
-    path.rename(tmp_path / "2.png")
-    path.symlink_to(FAILING_DISK)
-    options = {"images_per_part": 2, "num_workers": num_workers, "max_rejected": 1}
+    options |= {"num_workers": num_workers, "max_rejected": 1}
     assert encode(image_path, vq_path, tmp_path / "codes", **options) == 2
     message = capsys.readouterr().err
     assert (
-        f"Input/output error ({path}); nothing finished is lost: see to the disk and start the same"
-        in message
+        f"Input/output error ({failing_path}/mem); nothing finished is lost: see to the disk and "
+        "start the same" in message
     )
     assert [part.name for part in (tmp_path / "codes").glob("parts.tmp/0*")] == ["00000"]
-    path.unlink()
-    (tmp_path / "2.png").rename(path)
+    failing_path.unlink()
+    shutil.copytree(tmp_path / "whole/c", failing_path)
     assert encode(image_path, vq_path, tmp_path / "codes", **options) == 0
     assert (
         read_manifest(tmp_path / "codes").content_hash
@@ -274,22 +281,23 @@ def test_a_disk_that_fails_ends_the_run_and_loses_no_image(
     )
 
 
-def test_a_disk_that_fails_once_is_asked_again(image_path, vq_path, tmp_path, monkeypatch):
-    path, pauses = image_path / "a.png", []
+def test_a_disk_that_fails_once_is_asked_again(
+    image_path, failing_path, vq_path, tmp_path, monkeypatch
+):
+    pauses = []
 
     def recover(seconds):
         pauses.append(seconds)
         if len(pauses) == 2:
-            path.unlink()
-            (tmp_path / "a.png").rename(path)
+            failing_path.unlink()
+            shutil.copytree(tmp_path / "whole/c", failing_path)
 
-    path.rename(tmp_path / "a.png")
-    path.symlink_to(FAILING_DISK)
     monkeypatch.setattr("beingvl.images.image_source.time.sleep", recover)
-    assert encode(image_path, vq_path, tmp_path / "codes") == 0
-    assert CodeFolder(tmp_path / "codes").manifest.counts == {"images": 5, "rejected": 0}
+    options = {"list_path": tmp_path / "list.txt"}
+    assert encode(image_path, vq_path, tmp_path / "codes", **options) == 0
+    assert CodeFolder(tmp_path / "codes").manifest.counts == {"images": 4, "rejected": 0}
     assert pauses == list(image_source.PAUSES_SECONDS[:2])
-    path.unlink()  # what is not there is not waited for
+    (image_path / "a.png").unlink()  # what is not there is not waited for
     assert FolderImages(image_path).stamp("a.png") == NO_STAMP
     with pytest.raises(InputError, match="No such file"):
         FolderImages(image_path).read("a.png")
@@ -404,7 +412,7 @@ def test_keys_that_are_none_are_named(image_path, vq_path, tmp_path, start, foun
         b"".join(start.ljust(len(line) - 1) + b"\n" for line in path.read_bytes().splitlines(True))
     )
     for ask in (lambda folder: list(folder.keys), lambda folder: folder.row("a.png")):
-        with pytest.raises(InputError, match=f"keys.jsonl is damaged .*{found}.*encode-images"):
+        with pytest.raises(InputError, match=f"keys.jsonl is .*{found}.*encode-images"):
             ask(CodeFolder(tmp_path / "codes"))
 
 

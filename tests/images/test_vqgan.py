@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
@@ -20,8 +20,10 @@ from transformers import (
 
 from beingvl.artefact.manifest import read_manifest, verify_folder
 from beingvl.errors import InputError
-from beingvl.images import vqgan as vqgan_module
-from beingvl.images.vqgan import VQGAN, make_processor, read_image
+from beingvl.images import decode
+from beingvl.images.decode import read_image
+from beingvl.images.preprocess import Preprocess
+from beingvl.images.vqgan import VQGAN, make_processor
 from tests.programs import run_program
 
 SIZES = {
@@ -263,15 +265,23 @@ def test_every_kind_of_image_becomes_pixels(janus, mode, size):
     assert -1.001 <= pixels.min() <= pixels.max() <= 1.001
 
 
-def test_an_orientation_in_exif_is_not_applied(janus, tmp_path):
-    """As by transformers' processor of an opened file; a rotated image would have other codes
-    than the published ones.
-    """
-    exif, image = Image.Exif(), make_images(1)[0].resize((48, 16))
-    exif[0x112] = 6
-    image.save(tmp_path / "a.png", exif=exif)
-    assert Image.open(tmp_path / "a.png").getexif()[0x112] == 6
-    assert torch.equal(janus.preprocess([tmp_path / "a.png"]), janus.preprocess([image]))
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8, 9])
+def test_an_orientation_in_exif_is_applied_as_viewers_do_or_ignored(tmp_path, orientation):
+    note, image = Image.Exif(), make_images(1)[0].resize((48, 16))
+    note[0x112] = orientation
+    for suffix in ("png", "webp", "jpg"):
+        options = {"lossless": True} if suffix == "webp" else {}
+        image.save(tmp_path / f"a.{suffix}", exif=note, **options)
+        stored = Image.open(tmp_path / f"a.{suffix}")
+        viewed = decode.upright(read_image(tmp_path / f"a.{suffix}"))
+        assert viewed.tobytes() == ImageOps.exif_transpose(stored).tobytes()
+        assert decode.upright(viewed).tobytes() == viewed.tobytes()  # once
+    path = tmp_path / "a.png"
+    viewed = ImageOps.exif_transpose(Image.open(path))
+    for exif, expected in (("apply", viewed), ("ignore", image)):
+        cropped = Preprocess(make_processor(16), exif).crop
+        for picture in (Image.open(path), read_image(path)):
+            assert (cropped(picture, "a") == cropped(expected, "b")).all()
 
 
 def test_transparency_becomes_white(janus):
@@ -380,7 +390,7 @@ def save_ramp(path, side, **options):
 
 
 def test_a_large_jpeg_is_decoded_smaller_and_other_formats_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(vqgan_module, "MAX_PIXELS", 32 * 32)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 32 * 32)
     small = np.asarray(read_image(save_ramp(tmp_path / "a.jpg", 32)))
     for side in (64, 100, 128, 250):
         image = read_image(save_ramp(tmp_path / f"{side}.jpg", side))
@@ -410,7 +420,7 @@ def test_pixels_that_rgb_would_make_white_or_black_are_refused(tmp_path, pixels,
     with pytest.raises(InputError, match=f"one value per pixel, from {found}, expected 8 bits"):
         read_image(tmp_path / f"a.{suffix}")
     Image.fromarray(np.full((9, 9), 200, np.uint16)).save(tmp_path / "b.png")
-    assert vqgan_module.as_array(read_image(tmp_path / "b.png")).min() == 200
+    assert decode.as_array(read_image(tmp_path / "b.png")).min() == 200
 
 
 def test_a_line_is_refused(tmp_path):

@@ -7,7 +7,9 @@ import resource
 import sys
 
 from beingvl.errors import InputError
-from beingvl.images.vqgan import make_processor, read_image, to_pixels
+from beingvl.images.decode import read_image
+from beingvl.images.preprocess import Preprocess
+from beingvl.images.vqgan import make_processor
 
 
 def peak_megabytes() -> float:
@@ -16,7 +18,7 @@ def peak_megabytes() -> float:
 
 before = peak_megabytes()
 try:
-    print(tuple(to_pixels(make_processor(512), read_image(sys.argv[1])).shape))
+    print(Preprocess(make_processor(512)).crop(read_image(sys.argv[1]), "a").shape)
 except InputError as error:
     print(error)
 print(peak_megabytes() - before)

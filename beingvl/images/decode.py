@@ -1,0 +1,153 @@
+"""The bytes of an image file, decoded.
+
+    decode_image     bytes to a picture of 8-bit values, of one of FORMATS and at most MAX_PIXELS
+    upright          the picture as every viewer turns it
+    about_image      whatever a decoder says or raises is about one image, by name
+
+An image comes from anywhere, so it may do no more than be rejected. Pillow has plugins for formats
+that start other programs (EPS) or that nobody tries out; none of them is asked.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from beingvl.errors import InputError
+from beingvl.images.image_source import read_file
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # whatever the file's name
+# Decoded at once: 150 MB, and a few copies of it while the image is resized.
+MAX_PIXELS = 50_000_000
+# A line one pixel high would become wider than any memory when its short edge is resized.
+MAX_ASPECT = 100
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+UPRIGHT = {  # EXIF's orientation -> what turns the picture back
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+EXIF_FIELDS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+
+
+@contextmanager
+def about_image(name: Path | str) -> Iterator[None]:
+    """Warnings in here are printed with the image's name; any exception becomes an InputError:
+    what decoders raise for a damaged file depends on the format and on Pillow's version.
+    """
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS says it better
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            if isinstance(error, UnidentifiedImageError):
+                reason = f"it is in no known format: {', '.join(FORMATS)}"
+            raise InputError(f"{name} cannot be read as an image ({reason})") from error
+    for warning in found:
+        print(f"warning: {name}: {warning.message}", file=sys.stderr)
+
+
+def read_image(path: Path | str) -> Image.Image:
+    """Read and decode an image file. Raises InputError as `decode_image`."""
+    try:
+        data = read_file(Path(path))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    return decode_image(data, path)
+
+
+def decode_image(data: bytes, name: Path | str) -> Image.Image:
+    """The bytes of an image file, decoded. Raises InputError when they are damaged, not an image,
+    or too large.
+
+    A JPEG file of more than MAX_PIXELS is decoded at 1/2, 1/4 or 1/8 of its size.
+    """
+    with about_image(name):
+        try:
+            return _decode(data, name)
+        except ValueError as error:  # of a note beside the pixels, which nobody asked for
+            if not data.startswith(PNG_SIGNATURE) or isinstance(error, InputError):
+                raise
+            return _decode(_without_notes(data), name)
+
+
+def _decode(data: bytes, name: Path | str) -> Image.Image:
+    Image.init()  # else a format that this Pillow lacks would be a KeyError
+    image = Image.open(io.BytesIO(data), formats=[one for one in FORMATS if one in Image.OPEN])
+    if problem := _bound_size(image):
+        raise InputError(f"{name} has {image.width} x {image.height} pixels, {problem}")
+    image.load()
+    if image.mode[0] not in "IF":
+        return image
+    values = image.convert(image.mode[0])  # in RGB 16 bits would become white, fractions of 1 black
+    extrema: Any = values.getextrema()  # of one band
+    low, high = extrema
+    if values.mode == "F" or low < 0 or high > 255:
+        raise InputError(
+            f"{name} has one value per pixel, from {low:g} to {high:g}, expected 8 bits; convert it"
+        )
+    return values.convert("L")
+
+
+def _without_notes(data: bytes) -> bytes:
+    """A PNG file without texts and colour profile, which may be larger than Pillow allows."""
+    kept, place = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while place + 8 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, place)
+        end = place + size + 12
+        if kind not in PNG_NOTES:
+            kept.append(data[place:end])
+        place = end
+    return b"".join(kept)
+
+
+def _bound_size(image: Image.Image) -> str:
+    """Reduce a large JPEG before it is decoded; returns what is wrong with any other size."""
+    width, height = image.size
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        return f"expected one side at most {MAX_ASPECT} times the other; cut it"
+    if width * height <= MAX_PIXELS:
+        return ""
+    for factor in (2, 4, 8):
+        is_jpeg = image.format in ("JPEG", "MPO")  # MPO: JPEG files of some cameras
+        if is_jpeg and width * height / factor**2 <= MAX_PIXELS:
+            image.draft(None, (width // factor, height // factor))
+            return ""
+    return f"expected at most {MAX_PIXELS:,} in all (a JPEG file may have more); shrink it"
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned and mirrored as the camera's EXIF note says; the picture itself without one."""
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a damaged note says nothing about the pixels
+        return image
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    for field in EXIF_FIELDS:  # it would be turned again
+        turned.info.pop(field, None)
+    return turned
+
+
+def as_array(image: Image.Image) -> np.ndarray:
+    """A picture `[H, W, 3]` uint8."""
+    return np.asarray(image.convert("RGB"))
