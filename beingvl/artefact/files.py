@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import unicodedata
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -100,3 +101,11 @@ def to_json(value: object) -> str:
 def printable(text: str) -> str:
     """Replace what UTF-8 cannot write by escapes: names of files may be any bytes."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def spellings(name: str) -> list[str]:
+    """A file's name as it is given, then with its accents composed and decomposed (Unicode's NFC
+    and NFD): macOS and others write é differently.
+    """
+    forms = [unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)]
+    return list(dict.fromkeys([name, *forms]))

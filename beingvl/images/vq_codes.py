@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from beingvl.artefact.files import printable, write_atomically
+from beingvl.artefact.files import printable, spellings, write_atomically
 from beingvl.artefact.hashes import hash_bytes
 from beingvl.artefact.manifest import Manifest, read_manifest, write_manifest
 from beingvl.errors import InputError
@@ -72,9 +72,10 @@ class CodeFolder:
 
     def row(self, key: str) -> int:
         """Row of an image in `codes`. Raises InputError for a rejected or unknown image."""
-        row = bisect_left(self.keys, key)
-        if row < len(self.keys) and self.keys[row] == key:
-            return row
+        for spelling in spellings(key):
+            row = bisect_left(self.keys, spelling)
+            if row < len(self.keys) and self.keys[row] == spelling:
+                return row
         if (name := printable(key)) in self._reasons:
             raise InputError(
                 f"{name} was rejected when {self.path} was made: {self._reasons[name]}"
