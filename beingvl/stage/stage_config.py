@@ -70,7 +70,9 @@ class BeingVLBlock:
         whole(1, LONGEST_SEQUENCE), "tokens of a packed sequence; no sample may be longer"
     )
     mixture: dict[str, float] = key(  # noqa: RUF009  a field, not a dictionary
-        SHARES, "source -> share; a source is a sample's `category`"
+        SHARES,
+        "source -> share; a source is a sample's `category`. Where no row names one, all samples "
+        "are drawn instead",
     )
     trainable: tuple[Rule, ...] = key([schema_of(Rule)], "the freezer's rules, see below")
     mixture_by: str = key(
