@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from beingvl.artefact.files import printable
+from beingvl.artefact.files import printable, spellings
 from beingvl.errors import InputError
 
 IMAGE_SUFFIXES = frozenset(
@@ -170,7 +170,9 @@ class FolderImages:
     def path(self, key: str) -> Path:
         """Of an image, there or not. Raises InputError for what is never opened."""
         _refuse_names_without_text(key)
-        path = self.folder / key
+        path, *others = [self.folder / spelling for spelling in spellings(key)]
+        if others and not path.exists():
+            path = next((other for other in others if other.exists()), path)
         if PurePosixPath(key).is_absolute() or ".." in PurePosixPath(key).parts:
             raise InputError(f"{key} leaves the image folder")
         if self._leads_out(path):
@@ -293,13 +295,16 @@ class TarImages:
         _say_left_out(where, self._left_out)
         return sorted(self._places)
 
+    def _name(self, key: str) -> str | None:
+        return next((name for name in spellings(key) if name in self._places), None)
+
     def read(self, key: str) -> bytes:
         _refuse_names_without_text(key)
-        if key not in self._places:
+        if (name := self._name(key)) is None:
             raise InputError(f"{key}: not in the tar files")
-        number, offset, size = self._places[key]
+        number, offset, size = self._places[name]
         path = self._paths[number]
-        if key in self._sparse:
+        if name in self._sparse:
             raise InputError(f"{key}: {path} holds it as a sparse file; make it without --sparse")
         data = read_patiently(path, partial(_read_piece, path, size, offset))
         if len(data) != size:
@@ -307,9 +312,9 @@ class TarImages:
         return data
 
     def stamp(self, key: str) -> str:
-        if key not in self._places:
+        if (name := self._name(key)) is None:
             return NO_STAMP
-        number, offset, _ = self._places[key]
+        number, offset, _ = self._places[name]
         return f"{offset} {self._stamps[number]}"
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import tarfile
 import unicodedata
 
 import numpy as np
@@ -12,6 +13,7 @@ from beingvl.data.build_shards import build_shards
 from beingvl.data.llava_json import image_keys, named_images
 from beingvl.data.tokenize_dataset import tokenize
 from beingvl.errors import InputError
+from beingvl.images.image_source import NO_STAMP, open_images
 from beingvl.images.vq_codes import finish_codes, key_line
 from tests.tiny import LAYOUT, write_model
 
@@ -93,6 +95,21 @@ def test_a_picture_in_base64_is_refused_in_a_line(work) -> None:
 def test_names_in_another_unicode_form_are_found(work, form) -> None:
     manifest = tokenized(work, [row(image=unicodedata.normalize(form, "café.png"))])
     assert manifest is not None and manifest.counts["rows_with_1_images"] == 1
+
+
+def test_images_are_read_under_names_of_another_unicode_form(tmp_path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "é/ü.png") for form in ("NFC", "NFD"))
+    (tmp_path / "folder" / decomposed).parent.mkdir(parents=True)
+    (tmp_path / "folder" / decomposed).write_bytes(b"picture")
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(tmp_path / "folder" / decomposed, arcname=composed)
+    for name in ("folder", "images.tar"):
+        images = open_images([tmp_path / name])
+        for key in (composed, decomposed):
+            assert images.read(key) == b"picture" and images.stamp(key) != NO_STAMP
+        with pytest.raises(InputError, match="ö"):
+            images.read("ö.png")
+        assert images.stamp("ö.png") == NO_STAMP
 
 
 def test_rows_without_ids_keep_their_names_whatever_the_parts(work) -> None:

@@ -189,11 +189,13 @@ def llama3_tokenizer_file() -> Path:
     return Path(spec.origin).parent / "llama3" / "tokenizer.model"
 
 
-def write_llama3_base(folder: Path, hidden_size: int, dtype: torch.dtype = torch.float32) -> Path:
-    """Two tiny layers with the real Llama-3 tokenizer and its 128256 ids."""
+def write_llama3_base(
+    folder: Path, hidden_size: int, dtype: torch.dtype = torch.float32, num_layers: int = 2
+) -> Path:
+    """Tiny layers with the real Llama-3 tokenizer and its 128256 ids."""
     eos_ids = [128001, 128008, 128009]
     sizes = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 128256}
+    sizes |= {"num_hidden_layers": num_layers, "num_attention_heads": 2, "vocab_size": 128256}
     config = LlamaConfig(**sizes, bos_token_id=128000, eos_token_id=eos_ids)
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     shutil.copyfile(llama3_tokenizer_file(), folder / "tokenizer.model")

@@ -42,7 +42,7 @@ def work(tmp_path_factory) -> Path:
         pixels = random.integers(0, 256, (16, 16, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"images/{number}.png")
     write_vqgan(folder / "vq", num_codes=8192)
-    llama = write_llama3_base(folder / "llama", hidden_size=16)
+    llama = write_llama3_base(folder / "llama", hidden_size=16, num_layers=4)
     tokenizer = artefacts.write_tokenizer(folder / "being-tokenizer", artefacts.REAL)
     (tokenizer / "preprocessor_config.json").unlink()  # the VQ-GAN has its own
     options = {"being_tokenizer_config_path": tokenizer, "being_vq_path": folder / "vq"}
