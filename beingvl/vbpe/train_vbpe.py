@@ -205,6 +205,8 @@ class Output:
         if self.folder:
             counts = {"codes": vbpe.num_codes, "merges": vbpe.num_merges}
             write_manifest(self.folder, "vbpe", counts, vbpe.lineage, {"request": self._request})
+            if self.folder.suffix:
+                print(f"{self.folder} is a folder that holds {VBPE_FILE}: give it as --vbpe_path")
 
 
 # ---- images ----

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from beingvl.data.arrow_shards import ShardReader
 from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import VocabLayout
 from tests.upstream.artefacts import DECODER_TENSORS, MERGES, TINY, token_text
@@ -244,4 +245,34 @@ def pickled_vbpe(world: World) -> str:
     words = ("--import_pkl", world.pickle, *words, "--output_path", output)
     succeeded(world.beingvl("train-vbpe", *words))
     assert VisualBPE.load(output).merges.tolist() == [list(pair) for pair in MERGES]
+    return WORD_FOR_WORD
+
+
+def published_file(variant: int, world: World) -> str:
+    """Base or merged rows become shards, whose template they record."""
+    path = world.published_rows[variant]
+    output = world.folder / f"shards_{variant}"
+    words = ("--jsonl_path", path, "--model_path", world.base, "--output_path", output)
+    succeeded(world.beingvl("build-shards", *words, "--num_workers", 0))
+    shards = ShardReader(output)
+    fields = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(shards) == len(fields) and shards.manifest.details["template"] == "being-vl-0.5"
+    first, image = fields[0], ("token_image", "token_image_new")[variant]
+    assert shards[0].input_ids.tolist() == first["token_0"] + first[image] + first["token_1"]
+    return WORD_FOR_WORD
+
+
+CHECKS["NAME_base.jsonl"] = partial(published_file, 0)
+CHECKS["NAME_vbpe.jsonl"] = partial(published_file, 1)
+
+
+@row("multi-turn rows")
+def multi_turn(world: World) -> str:
+    more = "--template being-vl-0.5 --dataset_name data"
+    succeeded(world.tokenize("tokenized_published", more))
+    ours, theirs = (
+        [json.loads(line)["token_1"] for line in path.read_text().splitlines()]
+        for path in (world.folder / "tokenized_published/data_base.jsonl", world.published_rows[0])
+    )
+    assert ours == theirs and any(row.count(TINY.sep_id) for row in ours)
     return WORD_FOR_WORD

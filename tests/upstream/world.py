@@ -244,6 +244,13 @@ class World:
         )
         return self.tokenize("tokenized", sizes, vbpe=self.vbpe)
 
+    @cached_property
+    def imported(self) -> Path:
+        output = self.folder / "imported"
+        done = self.beingvl("export", "--model", self.published_model, "--output_path", output)
+        assert done.code == 0, done.said
+        return output
+
     def train(self, stage: int, *words: object, **variables: object) -> Done:
         """What a stage script would start."""
         paths = {
