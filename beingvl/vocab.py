@@ -24,11 +24,10 @@ from typing import Any
 import numpy as np
 
 from beingvl.errors import InputError
-from beingvl.json_file import read_json, read_object
+from beingvl.json_file import read_json
+from beingvl.published_form import refuse_published
 
 LAYOUT_FILE = "vocab_layout.json"
-PUBLISHED_MODEL_TYPE = "chameleon"
-"""`model_type` of the models that Being-VL-0.5 published, see model/published_names.py."""
 SPECIAL_TOKENS = ("<pad>", "<reserved08706>", "<eoss>", "<image>", "<racm3:break>")
 TOKEN_KINDS = ("text", "special", "vq", "vbpe")
 
@@ -60,6 +59,15 @@ class VocabLayout:
             if not 0 <= getattr(self, name) < self.num_text:
                 found, last = f"{name} {getattr(self, name)}", self.num_text - 1
                 raise InputError(f"vocabulary layout: {found} is not a text id (0 … {last})")
+
+    @classmethod
+    def around_codes(cls, codes: range, num_tokens: int, bos_id: int, eos_id: int) -> VocabLayout:
+        """The layout of `num_tokens` tokens, from the token ids of the VQ codes.
+
+        Raises InputError when the ids leave no room for text and specials in front of them.
+        """
+        num_text, num_merges = codes.start - len(SPECIAL_TOKENS), num_tokens - codes.stop
+        return cls(num_text, len(codes), num_merges, bos_id, eos_id)
 
     # ---- the five specials, in their fixed order ----
     @property
@@ -200,20 +208,3 @@ def image_token_text(number: int) -> str:
 def name_beside(token: str) -> str:
     """Text of a new token whose own name is a token of the base model already."""
     return f"<|being_{token.strip('<>')}|>"
-
-
-def is_published(folder: Path | str) -> bool:
-    """Whether a folder holds a model in the form that Being-VL-0.5 published: language model and
-    VQ-GAN in one.
-    """
-    path = Path(folder) / "config.json"
-    return path.is_file() and "vq_config" in read_object(path, "download it again")
-
-
-def refuse_published(folder: Path | str) -> None:
-    """Raises InputError that names the command which imports a published folder."""
-    if is_published(folder):
-        raise InputError(
-            f"{folder} is in the published form of Being-VL-0.5; import it with "
-            f"`beingvl export --model {folder} --output_path NEW_FOLDER` and give that"
-        )

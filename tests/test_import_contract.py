@@ -18,6 +18,7 @@ LAYERS = [
     "errors",
     "version",
     "json_file",
+    "published_form",
     "vocab",
     "artefact",
     "images",

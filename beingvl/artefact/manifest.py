@@ -37,6 +37,7 @@ from beingvl.artefact.hashes import hash_bytes, hash_file
 from beingvl.artefact.request import Request
 from beingvl.errors import InputError
 from beingvl.json_file import parse_json
+from beingvl.published_form import refuse_published
 from beingvl.version import __version__
 
 MANIFEST_FILE = "manifest.json"
@@ -52,6 +53,7 @@ MADE_BY = {
     "jsonl": "beingvl tokenize",
     "shards": "beingvl build-shards",
     "model": "beingvl convert` or `beingvl train",
+    "published_model": "beingvl export",
     "checkpoint": "beingvl train",
     "evaluation": "beingvl evaluate",
 }
@@ -185,6 +187,8 @@ def read_manifest(folder: Path | str, kind: str | Iterable[str] | None = None) -
     kinds = [kind] if isinstance(kind, str) else list(kind or [])
     if not Path(folder).is_dir():
         raise InputError(f"{folder} is not a folder{_hint(kinds)}")
+    if "model" in kinds:
+        refuse_published(folder)
     if not path.is_file():
         raise InputError(f"{folder} has no {MANIFEST_FILE}, so it is incomplete{_hint(kinds)}")
     manifest = _parse(path)

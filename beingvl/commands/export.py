@@ -4,7 +4,8 @@ published parameter names.
     beingvl export --model base/ --checkpoint stage-1/ --output_path out/
         the model as it is now, before its stage ends
     beingvl export --model stage-3/final --format being-vl-0.5 --output_path out/
-        VQ-GAN among the weights, as published
+        VQ-GAN among the weights, as published; a model with llama3 scaling of its rope needs
+        --rope_scaling none, which changes it
     beingvl export --model Being-VL-0.5/ --output_path base/
         a published folder back into ours
 
@@ -31,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     formats = ("hf", "being-vl-0.5")
     add("--format", choices=formats, default="hf", help="names and layout of the weights")
     add("--output_path", type=Path, required=True, help="folder to write")
+    rope = "none: leave out a scaling of the rope that being-vl-0.5 does not know"
+    add("--rope_scaling", choices=("none",), help=rope)
     no_link = "copy unchanged weight files instead of hard-linking them"
     add("--no_link", dest="link", action="store_false", help=no_link)
     no_probe = "do not load the result to compare the checkpoint's probe logits"

@@ -96,19 +96,35 @@ class VQGAN:
         """
         folder = Path(folder)
         fields = _read_json(folder / "config.json", "a VQ-GAN folder")
+        path = _preprocessor_file(folder, preprocessing)
+        options = {"device": device, "dtype": dtype, "exif": exif}
+        return cls.build(fields, _read_weights(folder), path, folder, **options)
+
+    @classmethod
+    def build(
+        cls,
+        fields: Mapping[str, Any],
+        weights: Mapping[str, torch.Tensor],
+        preprocessing: Path,
+        folder: Path,
+        **options: Any,
+    ) -> VQGAN:
+        """A VQ-GAN of its config, its tensors by name and its preprocessor_config.json, which need
+        not exist for Chameleon's. `folder` is where they come from; `options` as for the class.
+        """
         config, found = folder / "config.json", fields.get("model_type")
         if found not in CLASSES:
             expected = " or ".join(CLASSES)
             raise InputError(f"{config}: model_type is {found!r}, expected {expected}")
         model_class, config_class = CLASSES[found]
         try:
-            model = model_class(config_class.from_dict(fields))
+            model = model_class(config_class.from_dict(dict(fields)))
         except (TypeError, ValueError, StrictDataclassError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{config} is not usable ({reason})") from error
-        _load_weights(model, folder)
-        processor = _load_processor(folder, model, preprocessing)
-        return cls(model, processor, device, dtype, str(folder), exif)
+        _load_weights(model, weights, folder)
+        processor = _load_processor(preprocessing, model)
+        return cls(model, processor, source=str(folder), **options)
 
     def save(
         self,
@@ -242,15 +258,21 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
     return read_object(path, "copy or make it again")
 
 
-def _load_weights(model: ChameleonVQVAE | JanusVQVAE, folder: Path) -> None:
-    """Fill the model from model.safetensors; parts that the class lacks stay in the file."""
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     path = folder / "model.safetensors"
     if not path.is_file():
         raise InputError(f"{folder} has no model.safetensors (pickles are never loaded)")
     try:
-        weights = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise InputError(f"{path} is damaged ({error}); copy or make it again") from error
+
+
+def _load_weights(
+    model: ChameleonVQVAE | JanusVQVAE, weights: Mapping[str, torch.Tensor], folder: Path
+) -> None:
+    """Fill the model; tensors that the class lacks are left out."""
+    path = folder / "model.safetensors"
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in weights]
     if missing:
@@ -265,17 +287,16 @@ def _load_weights(model: ChameleonVQVAE | JanusVQVAE, folder: Path) -> None:
     model.load_state_dict({name: weights[name] for name in wanted})
 
 
-def _load_processor(
-    folder: Path, model: ChameleonVQVAE | JanusVQVAE, given: Path | None
-) -> ChameleonImageProcessorPil:
-    """The folder's preprocessing, else the given one; a Chameleon folder without either has the
-    published one.
-    """
+def _preprocessor_file(folder: Path, given: Path | None) -> Path:
+    """The folder's own, else the given one."""
     path = folder / PREPROCESSOR_FILE
     if given and path.is_file():
         _check_same_preprocessing(path, given)
-    elif given:
-        path = given
+    return given if given and not path.is_file() else path
+
+
+def _load_processor(path: Path, model: ChameleonVQVAE | JanusVQVAE) -> ChameleonImageProcessorPil:
+    """The preprocessing of a file; a Chameleon VQ-GAN without one has the published one."""
     if isinstance(model, ChameleonVQVAE) and not path.is_file():
         side = model.config.resolution
         crop = {"height": side, "width": side}

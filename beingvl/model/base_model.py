@@ -23,7 +23,7 @@ from beingvl.artefact.manifest import MANIFEST_FILE
 from beingvl.errors import InputError
 from beingvl.json_file import read_object
 from beingvl.model.weight_files import WeightFolder
-from beingvl.vocab import PUBLISHED_MODEL_TYPE, refuse_published
+from beingvl.published_form import PUBLISHED_MODEL_TYPE, refuse_published
 
 LICENSE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer*", "original/tokenizer.model")

@@ -3,23 +3,25 @@ model and VQ-GAN.
 
     Being-VL folder                                   published folder
     model.safetensors…   model.*, lm_head.*           model.safetensors…   model.*, lm_head.*,
-        model.vqmodel.*
+                                                          model.vqmodel.*
     vqgan/model.safetensors   encoder.*, quantize.*   (among the weights)
-    vqgan/config.json                                 config.json, key vq_config
-    vqgan/preprocessor_config.json                    preprocessor_config.json
+    config.json, vqgan/, tokenizer.json               see published_config.py
 
-Tensors keep their bytes and dtypes both ways; everything else in the folder is carried along.
+Tensors keep their bytes and dtypes both ways. Everything is checked before anything is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from beingvl.artefact.files import copy_inside, to_json, write_atomically
 from beingvl.artefact.manifest import (
-    MANIFEST_FILE,
     Manifest,
     is_complete,
     read_manifest,
@@ -27,147 +29,215 @@ from beingvl.artefact.manifest import (
     write_manifest,
 )
 from beingvl.errors import InputError
-from beingvl.images.vqgan import VQGAN
-from beingvl.model.base_model import read_json
+from beingvl.images.vqgan import PREPROCESSOR_FILE, VQGAN
+from beingvl.model import tokenizer_files
+from beingvl.model.base_model import LICENSE_PATTERNS, read_json, refuse_chameleon
+from beingvl.model.published_config import (
+    layout_of_tokens,
+    to_llama_config,
+    to_published_config,
+    write_processor,
+    write_published_tokenizer,
+)
 from beingvl.model.rewrite_weights import NewTensor, bytes_to_write, rewrite_weights
-from beingvl.model.target_folder import VQGAN_FOLDER, finish_target, start_target
-from beingvl.model.weight_files import WEIGHT_PATTERNS, WeightFolder
+from beingvl.model.target_folder import VBPE_FILE, VQGAN_FOLDER, finish_target, start_target
+from beingvl.model.weight_files import WeightFolder
+from beingvl.published_form import PUBLISHED_MODEL_TYPE, VQ_CONFIG_KEY
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 
 PREFIX = "model.vqmodel."
-VQ_CONFIG_KEY = "vq_config"
-PREPROCESSOR_FILE = "preprocessor_config.json"
 PUBLISHED_KIND = "published_model"
-# The vocabulary that Being-VL-0.5 was published with; folders from elsewhere carry no
-# vocab_layout.json.
-PUBLISHED_LAYOUT = VocabLayout(
-    num_text=128_256, num_vq=8192, num_merges=8192, bos_id=128_000, eos_id=128_001
-)
+PUBLISHED_TEMPLATE = "being-vl-0.5"
+# What is the same file in both forms.
+_SAME_FILES = ("generation_config.json", VBPE_FILE, *LICENSE_PATTERNS)
+_SMALL_BYTES = 64_000_000  # more than tokenizer and configs take
 
 
-def is_published(folder: Path | str) -> bool:
-    """True when the folder's config.json holds a VQ-GAN's, as in the published form."""
-    path = Path(folder) / "config.json"
-    return path.is_file() and VQ_CONFIG_KEY in read_json(path, "a model folder")
+# ---- ours to published ----
 
 
-def write_published(model_folder: Path | str, target: Path | str, link: bool = True) -> Manifest:
-    """Write the published form of a Being-VL model folder (a base or a stage's final/).
-
-    Raises InputError when the folder is incomplete or has no VQ-GAN inside.
+def write_published(
+    model_folder: Path | str,
+    target: Path | str,
+    config: Mapping[str, Any] | None = None,
+    link: bool = True,
+) -> Manifest:
+    """Write the published form of a Being-VL model folder (a base or a stage's final/), with the
+    `config` that `published_config` gives for it, which also says what is refused.
     """
     model_folder, target = Path(model_folder), Path(target)
-    manifest = read_manifest(model_folder, "model")
+    config = dict(config or published_config(model_folder))
+    manifest, layout = read_manifest(model_folder, "model"), VocabLayout.load(model_folder)
     vq_folder = model_folder / VQGAN_FOLDER
-    if not vq_folder.is_dir():
-        raise InputError(
-            f"{model_folder} has no {VQGAN_FOLDER}/, which the published form holds; "
-            "convert with --being_vq_path"
-        )
+    vqgan = VQGAN.load(vq_folder)
     weights, vq_weights = WeightFolder(model_folder), WeightFolder(vq_folder)
-    config = read_json(model_folder / "config.json", "a model folder")
-    config[VQ_CONFIG_KEY] = read_json(vq_folder / "config.json", "a VQ-GAN folder")
     added = {PREFIX + name: _moved(vq_weights, name) for name in vq_weights}
-    others, preprocessing = _other_files(model_folder), [*vq_folder.glob(PREPROCESSOR_FILE)]
-    num_bytes = bytes_to_write(weights, target, added, link)
-    num_bytes += _num_bytes(others) + _num_bytes(preprocessing)
-    start_target(target, PUBLISHED_KIND, num_bytes)
-    copy_inside(model_folder, target, [path.name for path in others])
-    copy_inside(vq_folder, target, [path.name for path in preprocessing])
+    start_target(
+        target, PUBLISHED_KIND, bytes_to_write(weights, target, added, link) + _SMALL_BYTES
+    )
+    _copy(model_folder, (*_SAME_FILES, LAYOUT_FILE), target)
+    vocabulary = write_published_tokenizer(model_folder, target, layout)
+    image_token = next(
+        token for token, number in vocabulary.items() if number == layout.image_placeholder_id
+    )
+    write_processor(vqgan, target, image_token)
+    config |= {
+        "boi_token_id": layout.boi_id,
+        "eoi_token_id": layout.eoi_id,
+        "image_token_id": layout.image_placeholder_id,
+        VQ_CONFIG_KEY: read_json(vq_folder / "config.json", "a VQ-GAN folder"),
+        "vocabulary_map": vocabulary,
+    }
     write_atomically(target / "config.json", to_json(config))
     hashes = rewrite_weights(weights, target, added, link=link)
     said = (manifest.counts, manifest.lineage, manifest.details)
     return finish_target(target, PUBLISHED_KIND, *said, hashes)
 
 
+def published_config(model_folder: Path, leave_rope_scaling_out: bool = False) -> dict[str, Any]:
+    """config.json of the published form, but for its vocabulary and VQ-GAN.
+
+    Raises InputError for a folder that is incomplete or has no VQ-GAN inside, and for a model that
+    the published class would compute otherwise.
+    """
+    read_manifest(model_folder, "model")
+    if not (model_folder / VQGAN_FOLDER).is_dir():
+        raise InputError(
+            f"{model_folder} has no {VQGAN_FOLDER}/, which the published form holds; "
+            "convert with --being_vq_path"
+        )
+    return to_published_config(model_folder, leave_rope_scaling_out)
+
+
+# ---- published to ours ----
+
+
+@dataclass(frozen=True)
+class _Published:
+    """A published folder, read and checked. `vq_config` has its `model_type`."""
+
+    folder: Path
+    weights: WeightFolder
+    vq_names: list[str]
+    config: dict[str, Any]
+    vq_config: dict[str, Any]
+    layout: VocabLayout
+    tokenizer: PreTrainedTokenizerFast
+    vqgan: VQGAN
+
+
 def read_published(folder: Path | str, target: Path | str, link: bool = True) -> Manifest:
     """Write the Being-VL model folder of a published one, ours or from elsewhere.
 
-    The layout is that of the folder's vocab_layout.json, else the published one. Raises InputError
-    for a folder without `model.vqmodel.*` weights or whose sizes contradict each other.
+    The layout follows from the tokenizer. A folder from elsewhere was trained on the published
+    template, which the manifest says in `details["template"]`. Raises InputError for a folder whose
+    parts are not of one model, before anything is written.
     """
-    folder, target = Path(folder), Path(target)
-    weights = WeightFolder(folder)
-    vq_names = [name for name in weights if name.startswith(PREFIX)]
-    config = read_json(folder / "config.json", "a model folder")
-    vq_config = config.pop(VQ_CONFIG_KEY, None)
-    if not vq_names or not isinstance(vq_config, dict):
-        missing = f"weights {PREFIX}*" if not vq_names else f"key {VQ_CONFIG_KEY!r} in config.json"
-        raise InputError(
-            f"{folder} has no {missing}: it is not a published Being-VL folder; for a stock LLaMA "
-            "use `beingvl convert`"
-        )
-    layout = _layout_of(folder, config)
-    if vq_config.get("num_embeddings", layout.num_vq) != layout.num_vq:
-        raise InputError(
-            f"{folder}: its VQ-GAN has {vq_config['num_embeddings']} codes, its vocabulary "
-            f"{layout.num_vq}; put the right {LAYOUT_FILE} into the folder"
-        )
-
-    others = _other_files(folder)
-    num_bytes = sum(weights.tensors[name].num_bytes for name in vq_names) + _num_bytes(others)
-    num_bytes += bytes_to_write(weights, target, {}, link, drop=vq_names)
-    start_target(target, "model", num_bytes)
-    names = [path.name for path in others if path.name != PREPROCESSOR_FILE]
-    copy_inside(folder, target, names)
-    write_atomically(target / "config.json", to_json(config))
+    published, target = _open_published(Path(folder)), Path(target)
+    folder, weights, vq_names = published.folder, published.weights, published.vq_names
+    layout = published.layout
+    num_bytes = sum(weights.tensors[name].num_bytes for name in vq_names) + _SMALL_BYTES
+    start_target(
+        target, "model", num_bytes + bytes_to_write(weights, target, {}, link, drop=vq_names)
+    )
+    _copy(folder, _SAME_FILES, target)
+    tokenizer_files.save_tokenizer(published.tokenizer, target)
+    write_atomically(target / "config.json", to_json(published.config))
     write_atomically(target / LAYOUT_FILE, to_json(layout.to_dict()))
-    vq_config = {"model_type": "chameleon_vqgan", **vq_config}
-    vqgan = _write_vqgan(folder, target / VQGAN_FOLDER, weights, vq_names, vq_config)
+    if not (target / "generation_config.json").is_file():
+        ids = {key: published.config[key] for key in ("bos_token_id", "eos_token_id")}
+        ids |= {"pad_token_id": layout.pad_id}
+        write_atomically(target / "generation_config.json", to_json(ids))
+    _write_vqgan(published, target / VQGAN_FOLDER)
     hashes = rewrite_weights(weights, target, {}, link=link, drop=vq_names)
     counts: dict[str, int | float] = {"text_rows": layout.num_text, "new_rows": layout.num_visual}
     lineage: dict[str, str] = {}
-    details: dict[str, Any] = {}
+    details: dict[str, Any] = {"template": PUBLISHED_TEMPLATE}
     if is_complete(folder):
         ours = read_manifest(folder)
         counts, lineage, details = ours.counts, ours.lineage, ours.details
-    lineage = {**lineage, "vocab": layout.fingerprint(), "vqgan": vqgan.fingerprint()}
+    lineage = {**lineage, "vocab": layout.fingerprint(), "vqgan": published.vqgan.fingerprint()}
     return finish_target(target, "model", counts, lineage, details, hashes)
 
 
-def _write_vqgan(
-    folder: Path,
-    target: Path,
-    weights: WeightFolder,
-    vq_names: list[str],
-    vq_config: Mapping[str, Any],
-) -> VQGAN:
-    """The VQ-GAN folder inside the model folder, finished with its own manifest."""
-    named = {name.removeprefix(PREFIX): _moved(weights, name) for name in vq_names}
-    start_folder(target, "vqgan")
-    hashes = rewrite_weights(weights, target, named, link=False, drop=list(weights))
-    write_atomically(target / "config.json", to_json(vq_config))
-    copy_inside(folder, target, [path.name for path in folder.glob(PREPROCESSOR_FILE)])
-    vqgan = VQGAN.load(target)
-    lineage = {"vqgan": vqgan.fingerprint()}
-    write_manifest(target, "vqgan", {}, lineage, vqgan.sizes(), known_hashes=hashes)
-    return vqgan
+def _open_published(folder: Path) -> _Published:
+    weights = WeightFolder(folder)
+    config = read_json(folder / "config.json", "a model folder")
+    refuse_chameleon(folder, config, weights)
+    vq_names = [name for name in weights if name.startswith(PREFIX)]
+    vq_config = config.pop(VQ_CONFIG_KEY, None)
+    if not vq_names or not isinstance(vq_config, dict):
+        missing = f"weights {PREFIX}*" if not vq_names else f"key {VQ_CONFIG_KEY!r} in config.json"
+        raise InputError(f"{folder} has no {missing}: it is not a published Being-VL folder")
+    vq_config = {"model_type": "chameleon_vqgan", **vq_config}
+    vq_tensors = {name.removeprefix(PREFIX): weights[name] for name in vq_names}
+    vqgan = VQGAN.build(vq_config, vq_tensors, folder / PREPROCESSOR_FILE, folder)
+    tokenizer = tokenizer_files.load_tokenizer(folder)
+    tokenizer_files.clear_limits(tokenizer, str(folder))
+    layout = _layout_of(folder, config, tokenizer, vqgan.num_codes)
+    if config.get("model_type") == PUBLISHED_MODEL_TYPE:
+        config = to_llama_config(config, layout)
+        _check_weights(folder, weights, config)
+    return _Published(folder, weights, vq_names, config, vq_config, layout, tokenizer, vqgan)
 
 
-def _layout_of(folder: Path, config: Mapping[str, Any]) -> VocabLayout:
-    rows = config.get("vocab_size")
+def _layout_of(
+    folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, num_vq: int
+) -> VocabLayout:
+    """The layout that the folder says, else that of its tokens; held to tokenizer and config."""
     path = folder / LAYOUT_FILE
-    layout = VocabLayout.read(path) if path.is_file() else PUBLISHED_LAYOUT
+    if path.is_file():
+        layout = VocabLayout.read(path)
+    else:
+        layout = layout_of_tokens(tokenizer.get_vocab(), config, num_vq, folder)
+    if num_vq != layout.num_vq:
+        raise InputError(
+            f"{folder}: its VQ-GAN has {num_vq} codes, its vocabulary {layout.num_vq}; put the "
+            f"right {LAYOUT_FILE} into the folder"
+        )
+    tokenizer_files.check_vocabulary_map(tokenizer, folder / "config.json")
+    tokenizer_files.check_token_ids(tokenizer, layout, str(folder))
+    rows = config.get("vocab_size")
     if not isinstance(rows, int) or rows < layout.size:
         raise InputError(
-            f"{folder / 'config.json'} has vocab_size {rows}, the layout has {layout.size} ids "
-            f"({layout.to_dict()}); put the {LAYOUT_FILE} of its training into the folder"
+            f"{folder / 'config.json'} has vocab_size {rows}, its tokenizer {layout.size} tokens; "
+            "take both from one folder"
         )
     return layout
 
 
-def _other_files(source: Path) -> list[Path]:
-    """Every file of the top folder that holds no weights; config and manifest are written anew."""
-    own = ("config.json", MANIFEST_FILE, "*.tmp", *WEIGHT_PATTERNS)
-    return [
-        path
-        for path in sorted(source.iterdir())
-        if path.is_file() and not any(path.match(pattern) for pattern in own)
-    ]
+def _check_weights(folder: Path, weights: WeightFolder, config: Mapping[str, Any]) -> None:
+    """Raises InputError when the language model's tensors are not those of its config."""
+    try:
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig.from_dict(dict(config)))
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{folder / 'config.json'} is not usable ({reason})") from error
+    for name, parameter in model.named_parameters():
+        found = list(weights.shape(name)) if name in weights else None
+        if found != list(parameter.shape):
+            raise InputError(
+                f"{folder}: {name!r} is {found}, config.json says {list(parameter.shape)}; the "
+                "config and the weights are not of the same model"
+            )
 
 
-def _num_bytes(paths: list[Path]) -> int:
-    return sum(path.stat().st_size for path in paths)
+def _write_vqgan(published: _Published, target: Path) -> None:
+    """The VQ-GAN folder inside the model folder, finished with its own manifest."""
+    weights = published.weights
+    named = {name.removeprefix(PREFIX): _moved(weights, name) for name in published.vq_names}
+    start_folder(target, "vqgan")
+    hashes = rewrite_weights(weights, target, named, link=False, drop=list(weights))
+    write_atomically(target / "config.json", to_json(published.vq_config))
+    _copy(published.folder, (PREPROCESSOR_FILE,), target)
+    lineage = {"vqgan": published.vqgan.fingerprint()}
+    write_manifest(target, "vqgan", {}, lineage, published.vqgan.sizes(), known_hashes=hashes)
+
+
+def _copy(source: Path, patterns: Iterable[str], target: Path) -> None:
+    paths = [path for pattern in patterns for path in source.glob(pattern) if path.is_file()]
+    copy_inside(source, target, [path.name for path in paths])
 
 
 def _moved(weights: WeightFolder, name: str) -> NewTensor:

@@ -9,19 +9,22 @@ from __future__ import annotations
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from beingvl.artefact.manifest import Manifest, is_complete
 from beingvl.errors import InputError
-from beingvl.model.published_names import is_published, read_published, write_published
+from beingvl.model.published_names import published_config, read_published, write_published
 from beingvl.model.start_model import find_start_model
 from beingvl.model.target_folder import check_target
+from beingvl.published_form import is_published
 from beingvl.train.checkpoint import read_state
 from beingvl.train.checkpoint_folders import CHECKPOINTS, complete_checkpoints
 from beingvl.train.failures import ProbeMismatchError
 from beingvl.train.hf_folder import write_hf_folder
 from beingvl.train.probe import compare_probe, load_probe
+from beingvl.vocab import VocabLayout
 
 HF, PUBLISHED = "hf", "being-vl-0.5"
 
@@ -32,6 +35,7 @@ def export(
     *,
     checkpoint: Path | str | None = None,
     format: str = HF,
+    rope_scaling: str | None = None,
     link: bool = True,
     probe: bool = True,
     overwrite: bool = False,
@@ -43,6 +47,7 @@ def export(
         output_path: folder to write.
         checkpoint: of a stage, or the stage for its newest one; without it `model` is renamed only.
         format: "hf", or "being-vl-0.5" for the published names and the VQ-GAN among the weights.
+        rope_scaling: "none" leaves it out of the published form, which knows no llama3 scaling.
         link: hard-link unchanged weight files instead of copying them.
         probe: load the result and compare the checkpoint's probe logits.
         overwrite: replace a finished folder.
@@ -58,30 +63,43 @@ def export(
         raise InputError(
             f"{output_path} is finished already; choose another folder or add --overwrite"
         )
+    if rope_scaling not in (None, "none"):
+        raise InputError(f"--rope_scaling is {rope_scaling!r}, expected none")
+    if rope_scaling and format != PUBLISHED:
+        raise InputError(f"--rope_scaling belongs to --format {PUBLISHED}; leave it out")
+    config = published_config(model, bool(rope_scaling)) if format == PUBLISHED else None
     if checkpoint:
-        return _export_checkpoint(model, checkpoint, output_path, format, link, probe)
-    if format == PUBLISHED:
-        return write_published(model, output_path, link)
+        return _export_checkpoint(model, checkpoint, output_path, config, link, probe)
+    if config:
+        return write_published(model, output_path, config, link)
     if is_published(model):
         return read_published(model, output_path, link=link)
+    VocabLayout.load(model)
     raise InputError(
         f"{model} is a Hugging Face folder already: give --checkpoint or --format {PUBLISHED}"
     )
 
 
 def _export_checkpoint(
-    model: Path, checkpoint: Path, target: Path, format: str, link: bool, probe: bool
+    model: Path,
+    checkpoint: Path,
+    target: Path,
+    published: dict[str, Any] | None,
+    link: bool,
+    probe: bool,
 ) -> Manifest:
-    """For the published format the Hugging Face folder is an intermediate one beside the target."""
+    """With a config of the `published` form the Hugging Face folder is an intermediate one beside
+    the target.
+    """
     if probe:
         load_probe(checkpoint)  # a missing one is told before anything is written
     check = partial(_check_probe, checkpoint) if probe else None
-    if format == HF:
+    if published is None:
         return write_hf_folder(model, checkpoint, target, link, check)
     folder = target.with_name(f".{target.name}.hf.tmp")
     try:
         write_hf_folder(model, checkpoint, folder, link, check)
-        return write_published(folder, target, link)
+        return write_published(folder, target, published, link)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
