@@ -28,6 +28,7 @@ from beingvl.artefact.manifest import (
     start_folder,
     write_manifest,
 )
+from beingvl.data.template import PUBLISHED
 from beingvl.errors import InputError
 from beingvl.images.vqgan import PREPROCESSOR_FILE, VQGAN
 from beingvl.model import tokenizer_files
@@ -47,7 +48,6 @@ from beingvl.vocab import LAYOUT_FILE, VocabLayout
 
 PREFIX = "model.vqmodel."
 PUBLISHED_KIND = "published_model"
-PUBLISHED_TEMPLATE = "being-vl-0.5"
 # What is the same file in both forms.
 _SAME_FILES = ("generation_config.json", VBPE_FILE, *LICENSE_PATTERNS)
 _SMALL_BYTES = 64_000_000  # more than tokenizer and configs take
@@ -152,7 +152,7 @@ def read_published(folder: Path | str, target: Path | str, link: bool = True) ->
     hashes = rewrite_weights(weights, target, {}, link=link, drop=vq_names)
     counts: dict[str, int | float] = {"text_rows": layout.num_text, "new_rows": layout.num_visual}
     lineage: dict[str, str] = {}
-    details: dict[str, Any] = {"template": PUBLISHED_TEMPLATE}
+    details: dict[str, Any] = {"template": PUBLISHED}
     if is_complete(folder):
         ours = read_manifest(folder)
         counts, lineage, details = ours.counts, ours.lineage, ours.details

@@ -89,7 +89,13 @@ def test_it_answers(imported, tmp_path):
 
 def test_train_export_import(tmp_path, imported):
     (tmp_path / "all.json").write_text(json.dumps(stage_fields(max_steps=1)))
-    shards = write_shards(tmp_path / "shards", layout=TINY)
+    turns = [("human", "<image>\nWhat is it?"), ("gpt", "seven")]
+    row = {"image": "a.png", "conversations": [{"from": who, "value": text} for who, text in turns]}
+    grids = np.random.default_rng(0).integers(0, TINY.num_vq, (8, *artefacts.GRID))
+    rows, _ = artefacts.write_rows(tmp_path, "rows", [row] * len(grids), list(grids))
+    shards = tmp_path / "shards"
+    made = beingvl("build-shards", jsonl_path=rows, model_path=imported, output_path=shards)
+    assert made == 0
     words = stage_words(tmp_path / "all.json", imported, shards, tmp_path / "stage")
     command = [*PYTHON, "-m", "beingvl", "train", *words]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
