@@ -296,7 +296,10 @@ def verify_file(
 
 
 def difference_of_file(
-    folder: Path, name: str, manifest: Manifest, watch: Callable[[memoryview], object]
+    folder: Path,
+    name: str,
+    manifest: Manifest,
+    watch: Callable[[memoryview], object] = lambda block: None,
 ) -> str | None:
     """How a file differs from what the manifest says, as the end of a sentence."""
     path, entry = path_inside(folder, name), manifest.files[name]

@@ -4,7 +4,7 @@ sequence per variant. Its text is encoded once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -79,21 +79,20 @@ class RowTokenizer:
                 keys = image_keys(row) if isinstance(row, dict) else []
                 places |= {key: self._codes.row(key) for key in keys}
         if places:
+            grids = self._codes.grids(places)
             with suppress(InputError):
-                self._ahead = self._encoded(places)
+                self._ahead = self._encoded(places, grids)
 
-    def _encoded(self, places: dict[str, int]) -> dict[str, Image]:
-        """`places`: row of every image in the folder of codes."""
-        grids = self._codes.codes[list(places.values())]
+    def _encoded(self, keys: Iterable[str], grids: np.ndarray) -> dict[str, Image]:
         codes = merged = list(self._layout.image_to_token_ids(grids.reshape(len(grids), -1)))
         if self._vbpe:
             ids, ends = self._vbpe.encode_batch(grids)
             merged = np.split(self._layout.image_to_token_ids(ids), ends[1:-1])
-        return dict(zip(places, map(Image, codes, merged), strict=True))
+        return dict(zip(keys, map(Image, codes, merged), strict=True))
 
     def _image(self, key: str) -> Image:
         if key not in self._ahead:
-            self._ahead |= self._encoded({key: self._codes.row(key)})
+            self._ahead |= self._encoded([key], self._codes.grids({key: self._codes.row(key)}))
         return self._ahead[key]
 
     def __call__(self, row: dict) -> TokenizedRow:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from beingvl.artefact.hashes import hash_file
-from beingvl.artefact.manifest import MANIFEST_FILE, Manifest, is_complete, read_manifest
+from beingvl.artefact.manifest import Manifest, difference_of_file, is_complete, read_manifest
 from beingvl.data.dataset_folder import DEFAULT_CATEGORY, dataset_of
 from beingvl.data.llava_json import NOT_READABLE
 from beingvl.data.template import DEFAULT, PUBLISHED
@@ -93,17 +93,10 @@ def manifest_beside(path: Path) -> Manifest | None:
 
 
 def _content_of(path: Path, manifest: Manifest) -> str:
-    """Hash of a file that is not younger than its manifest, which knows it."""
-    entry = manifest.files[path.name]
-    changed = path.stat().st_size != entry["bytes"]
-    if not changed and path.stat().st_mtime_ns > (path.parent / MANIFEST_FILE).stat().st_mtime_ns:
-        changed = hash_file(path) != entry["hash"]
-    if changed:
-        raise InputError(
-            f"{path} changed after its manifest was written; make it again with `beingvl "
-            "tokenize --overwrite`"
-        )
-    return str(entry["hash"])
+    """Hash of a file, which is compared with its manifest, as all of it will be read."""
+    if found := difference_of_file(path.parent, path.name, manifest):
+        raise InputError(f"{path} {found}; make it again with `beingvl tokenize --overwrite`")
+    return str(manifest.files[path.name]["hash"])
 
 
 def _first_row(path: Path) -> dict[str, Any]:

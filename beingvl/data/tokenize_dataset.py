@@ -53,7 +53,7 @@ from beingvl.data.shard_writer import finish_shards, join_shards, write_shard_of
 from beingvl.data.template import DEFAULT, check_template, template_of
 from beingvl.data.token_rows import NOT_A_ROW, head_of, parse_object
 from beingvl.errors import InputError
-from beingvl.images.vq_codes import CodeFolder
+from beingvl.images.vq_codes import CodeFolder, DamagedError
 from beingvl.vbpe.visual_bpe import AnyVBPE, load_for_layout
 from beingvl.vocab import VocabLayout
 
@@ -278,6 +278,8 @@ class Tokenize(Work):
                     self.tokenizer(named), options.max_length, options.too_long
                 )
                 written = self._written(tokenized)
+            except DamagedError:
+                raise
             except InputError as error:
                 id_ = None if isinstance(row, BrokenRow) else row.get("id")
                 shown = id_ if isinstance(id_, int | None) else printable(str(id_))

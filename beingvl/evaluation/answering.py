@@ -254,7 +254,7 @@ class Answering(Evaluation):
         if not keys:
             return {}
         if self._codes:
-            grids = self._codes.codes[[self._codes.row(key) for key in keys]]
+            grids = self._codes.grids({key: self._codes.row(key) for key in keys})
         else:
             folder = self._options.image_path or Path()
             grids = self._model.img2codes([folder / key for key in keys])

@@ -35,10 +35,17 @@ from beingvl.images import vq_codes
 from beingvl.images.decode import decode_image
 from beingvl.images.image_source import ImageSource, open_images
 from beingvl.images.preprocess import EXIF, Preprocess
-from beingvl.images.vq_codes import REJECTED_FILE, hash_line, key_line, rejected_line, stamp_line
+from beingvl.images.vq_codes import (
+    REJECTED_FILE,
+    code_hash,
+    hash_line,
+    key_line,
+    rejected_line,
+    stamp_line,
+)
 from beingvl.images.vqgan import VQGAN, usable_device
 
-PART_FILES = ("codes", "keys", "rejected", "hashes", "stamps")
+PART_FILES = ("codes", "code_hashes", "keys", "rejected", "hashes", "stamps")
 
 
 def encode_images(
@@ -191,6 +198,7 @@ class EncodeImages(Work):
                     pixels = self.vqgan.preprocessing.to_pixels(batch.cropped)
                     codes = self.vqgan.encode(pixels)
                     files["codes"].write(codes.astype("<u2").tobytes())
+                    files["code_hashes"].write(b"".join(map(code_hash, batch.keys, codes)))
                 files["keys"].write("".join(map(key_line, batch.keys)).encode())
                 files["rejected"].write("".join(rejected).encode())
                 files["hashes"].write("".join(batch.hashes).encode())
@@ -230,8 +238,12 @@ class EncodeImages(Work):
         if counts["rejected"] > self.max_rejected * len(self.keys):
             lines = (output / REJECTED_FILE).read_text(encoding="utf-8").split("\n")
             raise self._too_many(counts["rejected"], lines[-2])
-        header = vq_codes.codes_header(counts["images"], self.vqgan.grid)
-        hashes[vq_codes.CODES_FILE] = join("codes", output / vq_codes.CODES_FILE, header)
+        for name, file, dtype, shape in (
+            ("codes", vq_codes.CODES_FILE, "<u2", self.vqgan.grid),
+            ("code_hashes", vq_codes.CODE_HASHES_FILE, "<u8", ()),
+        ):
+            header = vq_codes.npy_header(dtype, counts["images"], *shape)
+            hashes[file] = join(name, output / file, header)
         hashes[vq_codes.KEYS_FILE] = join("keys", output / vq_codes.KEYS_FILE)
         images = join("hashes", parts.folder / "hashes")
         details = {

@@ -1,6 +1,7 @@
 """The folder of codes that `beingvl encode-images` writes.
 
 codes.npy        [N, H, W] uint16, read through a memory map
+code_hashes.npy  [N] uint64: of each row and its key, so that who reads a few rows compares them
 keys.jsonl       line n is the key of row n, a JSON string: the image's path below the image
                  folder; sorted
 key_offsets.npy  [N + 1] int64, bytes: where each line of keys.jsonl starts; a key is found by
@@ -23,16 +24,22 @@ from tokenize import TokenError
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
 from beingvl.artefact.files import printable, spellings, write_atomically
 from beingvl.artefact.hashes import hash_bytes
-from beingvl.artefact.manifest import Manifest, read_manifest, write_manifest
+from beingvl.artefact.manifest import Manifest, difference_of_file, read_manifest, write_manifest
 from beingvl.errors import InputError
 from beingvl.json_file import parse_json
 
 CODES_FILE, KEYS_FILE = "codes.npy", "keys.jsonl"
+CODE_HASHES_FILE = "code_hashes.npy"
 KEY_OFFSETS_FILE, REJECTED_FILE = "key_offsets.npy", "rejected.jsonl"
 REMEDY = "make it again with `beingvl encode-images`"
+
+
+class DamagedError(InputError):
+    """What a step reads is not as it was written: no reason to reject a row, and go on."""
 
 
 class CodeFolder:
@@ -41,12 +48,13 @@ class CodeFolder:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.manifest: Manifest = read_manifest(self.path, "vq_codes")
-        for name in (CODES_FILE, KEYS_FILE, KEY_OFFSETS_FILE):
+        for name in (CODES_FILE, CODE_HASHES_FILE, KEYS_FILE, KEY_OFFSETS_FILE):
             path, expected = self.path / name, self.manifest.files[name]["bytes"]
             found = path.stat().st_size if path.is_file() else 0
             if found != expected:
                 raise _damaged(path, f"it has {found} bytes, the manifest says {expected}")
         self.codes = load_mapped(self.path / CODES_FILE, REMEDY)
+        self._hashes = load_mapped(self.path / CODE_HASHES_FILE, REMEDY)
 
     @property
     def num_codes(self) -> int:
@@ -70,6 +78,26 @@ class CodeFolder:
             entries = [parse_json(line, file.name, REMEDY) for line in file]
         return {entry["key"]: entry["reason"] for entry in entries}
 
+    def grids(self, rows: Mapping[str, int]) -> np.ndarray:
+        """Codes `[len(rows), H, W]` of images, by their keys and rows.
+
+        Raises DamagedError when codes, or a key, are not as they were written.
+        """
+        grids = self.codes[list(rows.values())]
+        for (key, row), grid in zip(rows.items(), grids, strict=True):
+            if code_hash(self.keys[row], grid) != self._hashes[row].tobytes():
+                raise DamagedError(
+                    f"{self.path / CODES_FILE} is damaged (row {row} or its key, {key}, changed "
+                    f"after it was written); {REMEDY}"
+                )
+        return grids
+
+    @cached_property
+    def _damage_of_keys(self) -> list[str]:
+        names = (KEYS_FILE, KEY_OFFSETS_FILE)
+        found = {name: difference_of_file(self.path, name, self.manifest) for name in names}
+        return [f"{self.path / name} {damage}" for name, damage in found.items() if damage]
+
     def row(self, key: str) -> int:
         """Row of an image in `codes`. Raises InputError for a rejected or unknown image."""
         for spelling in spellings(key):
@@ -80,6 +108,8 @@ class CodeFolder:
             raise InputError(
                 f"{name} was rejected when {self.path} was made: {self._reasons[name]}"
             )
+        if damage := self._damage_of_keys:
+            raise DamagedError(f"{damage[0]}; {REMEDY}")
         # Most often the user's keys only begin elsewhere, so one is shown.
         example = printable(self.keys[0])
         raise InputError(
@@ -122,6 +152,12 @@ def _damaged(path: Path, found: str) -> InputError:
     return InputError(f"{path} is damaged ({found}); {REMEDY}")
 
 
+def code_hash(key: str, grid: np.ndarray) -> bytes:
+    """Eight bytes of `code_hashes.npy`, for one image's codes `[H, W]` uint16."""
+    content = key_line(key).encode() + grid.astype("<u2").tobytes()
+    return blake3(content).digest(length=8)
+
+
 def key_line(key: str) -> str:
     return json.dumps(key, ensure_ascii=False) + "\n"
 
@@ -131,10 +167,10 @@ def rejected_line(key: str, reason: str) -> str:
     return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
-def codes_header(num_rows: int, grid: tuple[int, int]) -> bytes:
-    """What stands before the rows in codes.npy."""
+def npy_header(dtype: str, *shape: int) -> bytes:
+    """What stands before the values in a .npy file."""
     buffer = io.BytesIO()
-    header = {"shape": (num_rows, *grid), "fortran_order": False, "descr": "<u2"}
+    header = {"shape": shape, "fortran_order": False, "descr": dtype}
     np.lib.format.write_array_header_1_0(buffer, header)
     return buffer.getvalue()
 
@@ -153,7 +189,7 @@ def finish_codes(
     np.save(offsets, np.concatenate([[0], np.cumsum(lengths)]).astype("<i8"))
     write_atomically(folder / KEY_OFFSETS_FILE, offsets.getvalue())
     # Images that lie there are never listed, nor removed.
-    own = {CODES_FILE, KEYS_FILE, KEY_OFFSETS_FILE, REJECTED_FILE}
+    own = {CODES_FILE, CODE_HASHES_FILE, KEYS_FILE, KEY_OFFSETS_FILE, REJECTED_FILE}
     write_manifest(folder, "vq_codes", counts, lineage, details, known_hashes, own.__contains__)
 
 

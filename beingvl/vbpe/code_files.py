@@ -121,7 +121,9 @@ def count_codes(codes: Codes) -> np.ndarray:
     """How often every code occurs, int64 `[num_codes]`. Raises InputError for unknown codes."""
     usage = np.zeros(codes.num_codes, np.int64)
     with show_progress(total=codes.num_images, name="check codes", unit="image") as progress:
-        for path, array in zip(codes.paths, codes.arrays, strict=True):
+        for path, array, expected in zip(codes.paths, codes.arrays, codes.hashes, strict=True):
+            if hash_file(path) != expected:
+                raise InputError(f"{path} changed after it was written; make it again")
             for start in range(0, len(array), CHUNK):
                 chunk = array[start : start + CHUNK]
                 _check_codes(path, start, chunk, codes)

@@ -33,11 +33,11 @@ from beingvl.data.mixture import Mixture
 from beingvl.data.packing import PackingPlan
 from beingvl.data.shard_columns import Sample
 from beingvl.data.shard_writer import ShardWriter
-from beingvl.images import vq_codes
 from beingvl.model.tokenizer_files import extend_tokenizer, load_tokenizer, save_tokenizer
 from beingvl.vbpe.train_vbpe import train_vbpe
 from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
+from tests.code_folder import write_codes
 from tests.model.small_models import llama3_tokenizer_file
 from tests.tiny import LAYOUT as TINY_LAYOUT
 from tests.tiny import write_tokenizer
@@ -388,14 +388,9 @@ def write_llava(folder: Path, count: int, tiny: bool) -> tuple[Path, Path, Path]
     (base / LAYOUT_FILE).write_text(to_json(LAYOUT.to_dict()))
     write_manifest(base, "model", {}, {"vocab": LAYOUT.fingerprint()})
     random = np.random.default_rng(0)
-    header = vq_codes.codes_header(count, (32, 32))
     grids = textured_grids(count, random)
-    (codes / vq_codes.CODES_FILE).write_bytes(header + grids.astype("<u2").tobytes())
     names = sorted(f"a/{number}.jpg" for number in range(count))
-    (codes / vq_codes.KEYS_FILE).write_text("".join(f"{json.dumps(name)}\n" for name in names))
-    (codes / vq_codes.REJECTED_FILE).write_text("")
-    details = {"num_codes": LAYOUT.num_vq, "grid": [32, 32]}
-    vq_codes.finish_codes(codes, {"images": count}, {}, details, {})
+    write_codes(codes, grids, LAYOUT.num_vq, {}, names)
 
     def say(most_words: int) -> str:
         return " ".join(

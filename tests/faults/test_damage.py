@@ -1,17 +1,22 @@
 """A flipped bit in what a step reads never reaches what it writes."""
 
+import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from beingvl.errors import InputError
 from beingvl.train.checkpoint import rank_file
 from beingvl.train.checkpoint_folders import complete_checkpoints
 from beingvl.train.hf_folder import write_hf_folder
+from beingvl.vbpe.train_vbpe import train_vbpe
+from tests.code_folder import write_codes
+from tests.command import beingvl
 from tests.damage import flip_bit
 from tests.launcher import log_of, run, run_alone
-from tests.tiny import stage_fields, write_inputs
+from tests.tiny import LAYOUT, stage_fields, write_inputs, write_model
 
 # ---- training ----
 
@@ -70,3 +75,69 @@ def test_a_start_model_that_was_damaged_during_the_run_does_not_reach_final(
     with pytest.raises(InputError, match=rf"{model / name} does not have the hash"):
         write_hf_folder(model, complete_checkpoints(stage)[-1], stage / "final")
     assert not (stage / "final" / "manifest.json").exists()
+
+
+# ---- codes, and token rows ----
+
+
+@pytest.fixture
+def codes(tmp_path) -> Path:
+    """Beside it `base/`, `rows.json` of its 200 images, and `vbpe.json`."""
+    write_model(tmp_path / "base")
+    rows = []
+    for number in range(200):
+        turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "That."}]
+        rows.append({"id": number, "image": f"{number:03}.png", "conversations": turns})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    grids = np.random.default_rng(0).integers(0, LAYOUT.num_vq, (200, 4, 4))
+    keys = [row["image"] for row in rows]
+    folder = write_codes(tmp_path / "codes", grids.astype(np.uint16), LAYOUT.num_vq, {}, keys)
+    train_vbpe(folder, tmp_path / "vbpe.json", num_merges=5)
+    return folder
+
+
+def tokenized(codes: Path) -> int:
+    where = {"model_path": codes.parent / "base", "output_dir": codes.parent / "out"}
+    rows = {"json_path": codes.parent / "rows.json", "vbpe_path": codes.parent / "vbpe.json"}
+    return beingvl("tokenize", **rows, **where, vq_codes=codes)
+
+
+@pytest.mark.parametrize("name", ["codes.npy", "code_hashes.npy"])
+def test_a_bit_of_one_image_ends_tokenize_and_names_the_folder(codes, capsys, name) -> None:
+    flip_bit(codes / name, -24)
+    assert tokenized(codes) == 2
+    said = capsys.readouterr().err
+    assert f"{codes / 'codes.npy'} is damaged (row 19" in said and "encode-images" in said
+    assert not (codes.parent / "out" / "manifest.json").exists()
+
+
+def test_a_key_that_became_another_ends_tokenize(codes, capsys) -> None:
+    flip_bit(codes / "keys.jsonl", -7)  # 199.png is 198.png now, which is there twice
+    assert tokenized(codes) == 2
+    found = "does not have the hash that manifest.json says"
+    assert f"{codes / 'keys.jsonl'} {found}" in capsys.readouterr().err
+
+
+def test_images_that_no_row_names_are_not_looked_at(codes) -> None:
+    rows = json.loads((codes.parent / "rows.json").read_text())[:50]
+    (codes.parent / "rows.json").write_text(json.dumps(rows))
+    flip_bit(codes / "codes.npy", -1)
+    assert tokenized(codes) == 0
+
+
+def test_no_vocabulary_is_learnt_from_damaged_codes(codes, capsys) -> None:
+    flip_bit(codes / "codes.npy", -1)
+    options = {"output_path": codes.parent / "other.json", "num_merges": 5}
+    assert beingvl("train-vbpe", data_path=codes, **options) == 2
+    assert f"{codes / 'codes.npy'} changed after it was written" in capsys.readouterr().err
+    assert not (codes.parent / "other.json").exists()
+
+
+def test_damaged_token_rows_do_not_become_shards(codes, capsys) -> None:
+    assert tokenized(codes) == 0
+    path = codes.parent / "out" / "data_base.jsonl"
+    at = path.read_bytes().index(b"[2") + 2
+    flip_bit(path, at)  # another id, which is as good as any
+    assert beingvl("build-shards", jsonl_path=path, output_path=codes.parent / "shards") == 2
+    assert f"{path} does not have the hash that manifest.json says" in capsys.readouterr().err
+    assert not (codes.parent / "shards").exists()

@@ -5,7 +5,6 @@ after an interruption.
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import re
 
@@ -13,9 +12,9 @@ import numpy as np
 import pytest
 
 from beingvl.commands.main import main
-from beingvl.images.vq_codes import finish_codes
 from beingvl.vbpe.reference import train_reference
 from beingvl.vbpe.visual_bpe import VisualBPE
+from tests.code_folder import write_codes
 
 
 @pytest.fixture
@@ -36,14 +35,7 @@ def train(*options: object) -> int:
 
 
 def write_codes_folder(folder, codes, num_codes=12, vqgan="sha256:a"):
-    folder.mkdir()
-    np.save(folder / "codes.npy", codes)
-    (folder / "keys.jsonl").write_text(
-        "".join(json.dumps(f"{n}.png") + "\n" for n in range(len(codes)))
-    )
-    details = {"num_codes": num_codes, "grid": list(codes.shape[1:])}
-    finish_codes(folder, {"images": len(codes)}, {"vqgan": vqgan}, details, {})
-    return folder
+    return write_codes(folder, codes, num_codes, {"vqgan": vqgan})
 
 
 def test_learns_from_a_codes_folder_what_the_reference_learns(tmp_path, codes, capsys):
