@@ -1,10 +1,12 @@
-"""Predict memory per rank and time per epoch of a stage, and propose a micro-batch and offload.
+"""Predict memory per rank and time per epoch of a stage, and propose what helps.
 
+  beingvl plan --model llama3.1-8b --gpus 80GB
   beingvl plan --model base --stage ds_configs/stage3.json --gpus 8x80GB --nodes 2 --data shards/
 
-Nothing is loaded and no GPU is needed: shapes come from the model's config. A run prints its own
-prediction beside what it really used. The time assumes that a GPU reaches --mfu of its peak, which
-is a guess until a run has shown it.
+Nothing is loaded and no GPU is needed: shapes come from the model's config, or from a name
+(llama3.1-8b, llama3.1-70b, llama3.2-1b, llama3.2-3b, llama2-7b, smollm2-135m, -360m, -1.7b). A run
+prints its own prediction beside what it really used. The time assumes that a GPU reaches --mfu of
+its peak, which is a guess until a run has shown it.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from beingvl.commands.options import add_overrides, options_of
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    model = "start model: base/, or the previous stage's folder"
-    add("--model", type=Path, required=True, help=model)
-    stage = "the stage's JSON (ds_configs/)"
-    add("--stage", "--deepspeed_config", type=Path, required=True, help=stage)
-    gpus = "GPUs of a node and the memory of each, for example 8x80GB"
-    add("--gpus", required=True, metavar="NxMGB", help=gpus)
+    model = "base/, the previous stage's folder, a base model's folder or config.json, or a name"
+    add("--model", required=True, help=model)
+    stage = "the stage's JSON, or several (default: ds_configs/stage1.json to stage3.json)"
+    add("--stage", "--deepspeed_config", nargs="+", type=Path, help=stage)
+    gpus = "GPUs of a node and the memory of each, for example 8x80GB; 80GB: a table"
+    add("--gpus", default="80GB", metavar="[Nx]MGB", help=gpus)
     add("--nodes", type=int, default=1, help="number of nodes")
     add("--data", type=Path, help="shard folder, for the time per epoch")
     add("--gpu", default="H100", help="kind of GPU, for its peak speed")
@@ -32,6 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     # torch is imported here, so that --help is instant.
-    from beingvl.launch.plan import plan
+    from beingvl.launch.plan import SHIPPED, plan
 
-    print(plan(**options_of(args)))
+    print(plan(stage=args.stage or SHIPPED, **options_of(args, "stage")))

@@ -1,176 +1,220 @@
-"""Predict memory per rank and time per epoch of a stage, and propose a micro-batch and offload.
+"""Predict memory per rank and time per epoch of a stage, and propose what helps.
 
-plan            from a model's config alone: nothing is loaded, and no GPU is needed
-plan_of         the freezer's plan, from shapes
-propose         the largest micro-batch that fits, or what to change
+plan            from a model's shape alone: nothing is loaded, and no GPU is needed
+find_shape      of a folder, a config.json or a name (model_shapes.py)
+Case            a stage on a number of GPUs; `propose` says how it fits
 epoch_flops     FLOPs of the samples that the mixture draws
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-from beingvl.artefact.manifest import read_manifest
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.stage_data import mixture_of
 from beingvl.errors import InputError
-from beingvl.model.extended_vocab import build_packed_model
+from beingvl.launch.model_shapes import ModelShape, find_shape
 from beingvl.model.packed_check import refuse_short_window, refuse_unlike_packed
 from beingvl.model.param_groups import PlannedParameter, plan_parameters
-from beingvl.model.start_model import find_start_model
 from beingvl.stage.mixture import fit_mixture
 from beingvl.stage.stage_config import StageConfig, load_stage_config
 from beingvl.train.flops import ASSUMED_MFU, GPU_PEAKS, step_flops
-from beingvl.train.memory import device_bytes, predict_memory
-from beingvl.vocab import VocabLayout
+from beingvl.train.memory import cpu_bytes, device_bytes, predict_memory
 
 USABLE = 0.92
 """Share of a device's memory that training may use; the rest is CUDA's, NCCL's and
 fragmentation.
 """
+SHIPPED = tuple(Path(__file__).parents[2] / f"ds_configs/stage{stage}.json" for stage in (1, 2, 3))
+NUMBERS_OF_GPUS = (1, 8, 32)  # of the table
+SMALL_UPDATES = ("zero_optimization.sub_group_size=100000000",)
+REMEDIES = (
+    SMALL_UPDATES,
+    ("train_micro_batch_size_per_gpu=1",),
+    ("beingvl.activation_checkpointing=true",),
+    ("beingvl.loss_chunk_tokens=256",),
+    ("zero_optimization.stage=3",),
+    ('zero_optimization.offload_optimizer={"device": "cpu"}',),
+    ("zero_optimization.stage=3", 'zero_optimization.offload_param={"device": "cpu"}'),
+)
+"""`--set` words that make a rank smaller, those first that cost least speed."""
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """`memory`: bytes of one rank by purpose, `cpu_…` what is offloaded; `capacity`: bytes of a
-    device; `epoch`: a sentence, empty without data.
-    """
+class Case:
+    """A stage on `num_ranks` GPUs of `capacity` bytes. `epoch`: a sentence, empty without data."""
 
+    model: ModelShape
+    stage: Path
+    overrides: tuple[str, ...]
     num_ranks: int
-    config: StageConfig
-    memory: dict[str, int]
     capacity: int
-    proposal: str
-    epoch: str
+    epoch: str = ""
+
+    def config(self, *more: str) -> StageConfig:
+        return load_stage_config(self.stage, [*self.overrides, *more])
+
+    def memory(self, *more: str) -> dict[str, int]:
+        """Bytes of one rank by purpose, `cpu_…` what is offloaded, with `more` overrides."""
+        config = self.config(*more)
+        planned = plan_parameters(self.model.parameters, config.beingvl.trainable)
+        return predict_memory(planned, self.model.config, config, self.num_ranks)
+
+    def fits(self, memory: dict[str, int]) -> bool:
+        return device_bytes(memory) <= USABLE * self.capacity
 
     def __str__(self) -> str:
+        config, memory = self.config(), self.memory()
         lines = [
-            f"{self.num_ranks} ranks, ZeRO-{self.config.zero_stage}, micro-batch "
-            f"{self.config.micro_batch_size}; predicted memory of one rank:"
+            f"{self.num_ranks} ranks, ZeRO-{config.zero_stage}, micro-batch "
+            f"{config.micro_batch_size}; predicted memory of one rank:"
         ]
-        for purpose, amount in self.memory.items():
+        for purpose, amount in memory.items():
             place = "  (in the memory of the CPU)" if purpose.startswith("cpu_") else ""
             lines.append(f"  {purpose:<14} {amount / 1e9:8.2f} GB{place}")
-        used = f"{device_bytes(self.memory) / 1e9:8.2f} GB of {self.capacity / 1e9:g} GB"
-        lines += [f"  {'on the device':<14} {used}", self.proposal, self.epoch]
+        used = f"{device_bytes(memory) / 1e9:8.2f} GB of {self.capacity / 1e9:g} GB"
+        lines += [f"  {'on the device':<14} {used}", propose(self), self.epoch]
         return "\n".join(lines).rstrip()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One case in detail, or a table: stages x numbers of GPUs."""
+
+    cases: tuple[Case, ...]
+
+    def __str__(self) -> str:
+        if len(self.cases) == 1:
+            return str(self.cases[0])
+        numbers = list(dict.fromkeys(case.num_ranks for case in self.cases))
+        rows: dict[str, str] = {}
+        notes = []
+        for case in self.cases:
+            memory, name = case.memory(), case.stage.name
+            mark = " " if case.fits(memory) else "*"
+            rows.setdefault(name, f"{name:<28}")
+            rows[name] += f"{device_bytes(memory) / 1e9:10.1f} {mark}"
+            note = "\n  ".join(filter(None, [propose(case), case.epoch]))
+            notes.append(f"{name} on {case.num_ranks}: {note}")
+        head = f"{'GB per GPU, GPUs:':<28}" + "".join(f"{number:>10}  " for number in numbers)
+        foot = f"* does not fit into {self.cases[0].capacity / 1e9:g} GB"
+        return "\n".join([head, *rows.values(), foot, "", *notes])
 
 
 def plan(
     model: Path | str,
-    stage: Path | str,
-    gpus: str,
+    stage: Path | str | Sequence[Path | str] = SHIPPED,
+    gpus: str = "80GB",
     *,
     nodes: int = 1,
     data: Path | str | None = None,
     gpu: str = "H100",
     mfu: float = ASSUMED_MFU,
     overrides: Sequence[str] = (),
-) -> Prediction:
-    """What a stage needs on `nodes` nodes with `gpus` each ("8x80GB").
+) -> Plan:
+    """What each stage needs on `nodes` nodes with `gpus` each ("8x80GB"), or on 1, 8 and 32 GPUs
+    ("80GB").
 
-    With `data`, a shard folder, also the time per epoch on GPUs of the kind `gpu`, when the model's
-    own FLOPs reach the share `mfu` of their peak.
+    `model` is a folder, a config.json or a name (`find_shape`). With `data`, a shard folder, also
+    the time per epoch on GPUs of the kind `gpu`, when the model's own FLOPs reach the share `mfu`
+    of their peak.
     """
-    per_node, capacity = parse_gpus(gpus)
-    num_ranks = per_node * nodes
-    config = load_stage_config(stage, overrides)
-    folder = find_start_model(Path(model))
-    read_manifest(folder, "model")
-    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    planned = plan_of(folder, model_config, config)
-    epoch = ""
-    if data:
-        if gpu not in GPU_PEAKS:
-            raise InputError(f"--gpu {gpu!r} is not known, known are {', '.join(GPU_PEAKS)}")
-        shards = ShardReader(data)
-        note = fit_mixture(config, shards.manifest)[1]
-        num_samples, num_tokens, flops = epoch_flops(shards, config, planned, model_config)
-        hours = flops / (GPU_PEAKS[gpu] * mfu * num_ranks) / 3600
-        epoch = (
-            f"one epoch: {num_samples:,} samples, {num_tokens:,} tokens, {flops:.3g} FLOPs, "
-            f"{hours:.2f} hours at an MFU of {mfu:g}{note and f'; {note}'}"
+    numbers, capacity = parse_gpus(gpus, nodes)
+    shape = find_shape(model)
+    refuse_unlike_packed(shape.model_class, shape.config)
+    cases = []
+    for path in [stage] if isinstance(stage, Path | str) else stage:
+        config = load_stage_config(path, overrides)
+        length = config.beingvl.sequence_length
+        refuse_short_window(shape.config, length, "lower beingvl.sequence_length to {window}")
+        for num_ranks in numbers:
+            epoch = _describe_epoch(Path(data), config, shape, gpu, mfu, num_ranks) if data else ""
+            cases.append(Case(shape, Path(path), tuple(overrides), num_ranks, capacity, epoch))
+    return Plan(tuple(cases))
+
+
+def parse_gpus(text: str, nodes: int = 1) -> tuple[tuple[int, ...], int]:
+    """`8x80GB` on 2 nodes -> ((16,), 80_000_000_000); `80GB` -> the numbers of the table. Raises
+    InputError for anything else.
+    """
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)GB", text, re.IGNORECASE)
+    if not found or nodes < 1 or (nodes > 1 and not found[1]):
+        raise InputError(
+            f"--gpus {text!r} --nodes {nodes}: expected NUMBERxMEMORY, for example 8x80GB, or the "
+            "memory alone for a table"
         )
-    return Prediction(
-        num_ranks,
-        config,
-        predict_memory(planned, model_config, config, num_ranks),
-        capacity,
-        propose(planned, model_config, config, num_ranks, capacity),
-        epoch,
-    )
+    numbers = (int(found[1]) * nodes,) if found[1] else NUMBERS_OF_GPUS
+    return numbers, int(found[2]) * 10**9
 
 
-def parse_gpus(text: str) -> tuple[int, int]:
-    """`8x80GB` -> (8, 80_000_000_000). Raises InputError for anything else."""
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)GB", text, re.IGNORECASE)
-    if not found:
-        raise InputError(f"--gpus {text!r}: expected NUMBERxMEMORY, for example 8x80GB")
-    return int(found[1]), int(found[2]) * 10**9
-
-
-def plan_of(model: Path, model_config: Any, config: StageConfig) -> list[PlannedParameter]:
-    """The freezer's plan for a model folder, from shapes alone."""
-    num_text = VocabLayout.load(model).num_text
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
-    refuse_short_window(
-        model_config, config.beingvl.sequence_length, "lower beingvl.sequence_length to {window}"
-    )
-    refuse_unlike_packed(model_class, model_config)
-    with torch.device("meta"):
-        built = build_packed_model(
-            model_class, model_config, num_text, model_config.vocab_size - num_text, 1, False
-        )
-    shapes = {
-        name: tuple(parameter.shape) for name, parameter in built.causal_lm.named_parameters()
-    }
-    return plan_parameters(shapes, config.beingvl.trainable)
-
-
-def propose(
-    planned: Sequence[PlannedParameter],
-    model_config: Any,
-    config: StageConfig,
-    num_ranks: int,
-    capacity: int,
-) -> str:
-    """The largest micro-batch that fits; when none does, what to change."""
-    per_rank, rest = divmod(config.sequences_per_step, num_ranks)
+def propose(case: Case) -> str:
+    """The largest micro-batch that fits; when none does, what to set and what that gives."""
+    config = case.config()
+    per_rank, rest = divmod(config.sequences_per_step, case.num_ranks)
     if rest:
         return (
-            f"train_batch_size {config.sequences_per_step} does not divide by {num_ranks} ranks; "
-            f"{config.batches_beside(num_ranks)}"
+            f"train_batch_size {config.sequences_per_step} does not divide by {case.num_ranks} "
+            f"ranks; {config.batches_beside(case.num_ranks)}"
         )
-    usable = USABLE * capacity
     for size in range(per_rank, 0, -1):
-        memory = predict_memory(planned, model_config, config, num_ranks, size)
-        if per_rank % size == 0 and device_bytes(memory) <= usable:
+        memory = case.memory(f"train_micro_batch_size_per_gpu={size}")
+        if per_rank % size == 0 and case.fits(memory):
             return (
                 f"proposal: train_micro_batch_size_per_gpu {size}, accumulation "
-                f"{per_rank // size}, no change of offload"
+                f"{per_rank // size}, no change of offload: {_total(memory)}{_small_updates(case)}"
             )
-    if config.zero_stage < 3:
-        return "proposal: it does not fit; use ZeRO stage 3"
-    memory = predict_memory(planned, model_config, config, num_ranks, 1)
-    kept = device_bytes(memory) - memory["optimizer"] - memory["gradients"] - memory["update"]
-    if kept <= usable:
-        return 'proposal: it does not fit; micro-batch 1 and "offload_optimizer": {"device": "cpu"}'
-    if kept - memory["weights"] <= usable:
-        return (
-            "proposal: it does not fit; micro-batch 1, offload_optimizer and offload_param "
-            "(ds_configs/stage3-offload.json)"
-        )
+    chosen: list[str] = []
+    memory = case.memory()
+    for words in REMEDIES:
+        smaller = case.memory(*chosen, *words)
+        if device_bytes(smaller) < 0.99 * device_bytes(memory):
+            chosen, memory = [*chosen, *words], smaller
+        if case.fits(memory):
+            return f"proposal: it does not fit; --set {shlex.join(chosen)}: {_total(memory)}"
     return (
-        "proposal: it does not fit, even with everything offloaded: more GPUs, a shorter sequence "
-        "or a smaller loss chunk"
+        f"proposal: it does not fit, even with --set {shlex.join(chosen)}: {_total(memory)}; take "
+        "more GPUs or a shorter sequence"
+    )
+
+
+def _small_updates(case: Case) -> str:
+    """What costs no speed, where it gives a gigabyte or more."""
+    before, after = case.memory(), case.memory(*SMALL_UPDATES)
+    freed = device_bytes(before) - device_bytes(after)
+    if freed < 1e9:
+        return ""
+    return (
+        f"; at micro-batch {case.config().micro_batch_size} --set {SMALL_UPDATES[0]} takes "
+        f"{freed / 1e9:.1f} GB off: {_total(after)}"
+    )
+
+
+def _total(memory: dict[str, int]) -> str:
+    on_cpu = cpu_bytes(memory)
+    beside = f" and {on_cpu / 1e9:.1f} GB of the CPU's memory" if on_cpu else ""
+    return f"{device_bytes(memory) / 1e9:.1f} GB{beside}"
+
+
+def _describe_epoch(
+    data: Path, config: StageConfig, shape: ModelShape, gpu: str, mfu: float, num_ranks: int
+) -> str:
+    if gpu not in GPU_PEAKS:
+        raise InputError(f"--gpu {gpu!r} is not known, known are {', '.join(GPU_PEAKS)}")
+    planned = plan_parameters(shape.parameters, config.beingvl.trainable)
+    shards = ShardReader(data)
+    note = fit_mixture(config, shards.manifest)[1]
+    num_samples, num_tokens, flops = epoch_flops(shards, config, planned, shape.config)
+    hours = flops / (GPU_PEAKS[gpu] * mfu * num_ranks) / 3600
+    return (
+        f"one epoch: {num_samples:,} samples, {num_tokens:,} tokens, {flops:.3g} FLOPs, "
+        f"{hours:.2f} hours at an MFU of {mfu:g}{note and f'; {note}'}"
     )
 
 

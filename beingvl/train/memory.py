@@ -3,16 +3,18 @@ measured. n weights, of which some are trained; b is 2 bytes in bf16, 4 in float
 
     weights       n * b, cut by the ranks under ZeRO-3; on the CPU with offload_param; on NVMe all
                   but its buffers and max_in_cpu
-    gathered      ZeRO-3 on several ranks: weights that DeepSpeed leaves whole between forward and
-                  backward, a billion by default; at least the largest twice (one computes while
-                  the next is fetched)
+    gathered      ZeRO-3 on several ranks, or with offloaded weights: those that are whole. From
+                  its second step on DeepSpeed fetches ahead, a bucket for every module, until
+                  max_live_parameters are whole (a billion by default), and the last may be the
+                  largest one; what a bucket brought lies there twice, in one flat buffer and as
+                  parameters, until all of them are used
     gradients     trained * b; cut under ZeRO-2 and 3
     optimizer     trained * 12 (float32 master and two moments), cut; on NVMe its buffers, each a
                   sub-group of float32
     update        while Adam runs: float32 gradients and two temporaries of what it updates at once,
                   a sub-group in stage 3, this rank's share in 1 and 2; fused, no temporaries. On
-                  the device it takes the place of activations and logits: only what it needs
-                  beyond them counts
+                  the device it takes the place of activations, logits and gathered weights: only
+                  what it needs beyond them counts
     activations   with checkpointing the input of every layer and one layer's inside, else every
                   layer's inside: 14 hidden sizes and 3 intermediate sizes per token
     logits        one chunk of target tokens: b, its float32 copy and that one's gradient
@@ -37,6 +39,7 @@ DEFAULT_BUCKET_ELEMENTS = 500_000_000
 DEFAULT_SUB_GROUP_ELEMENTS = 1_000_000_000
 DEFAULT_MAX_IN_CPU = 1_000_000_000
 DEFAULT_LEFT_WHOLE = 1_000_000_000
+DEFAULT_PREFETCH_ELEMENTS = 50_000_000
 # ours: with DeepSpeed's ten times as many the buffers would hold the whole optimizer
 NVME_SUB_GROUP_ELEMENTS = 100_000_000
 
@@ -65,11 +68,10 @@ def predict_memory(
     def cut(amount: int, first_stage: int) -> int:
         return -(-amount // num_ranks) if stage >= first_stage else amount
 
-    gathered = max(2 * largest, min(total, _left_whole(config))) * width
     num_buckets = 2 if num_ranks > 1 else 1 if stage == 3 else 0
     memory = {
         "weights": cut(total * width, 3),
-        "gathered": gathered if stage == 3 and num_ranks > 1 else 0,
+        "gathered": _gathered_elements(config, total, largest, num_ranks) * width,
         "gradients": cut(trained * width, 2),
         "optimizer": cut(trained * 12, 1),
         "activations": _activation_bytes(model_config, config, tokens, width),
@@ -96,16 +98,22 @@ def _activation_bytes(model_config: Any, config: StageConfig, tokens: int, width
     return num_layers * inside
 
 
-def _left_whole(config: StageConfig) -> int:
-    """How many gathered weights stay for their next use; on NVMe, where nothing may wait, none."""
-    if "offload_param" in config.nvme_offloads:
-        return 0
+def _gathered_elements(config: StageConfig, total: int, largest: int, num_ranks: int) -> int:
     zero = config.deepspeed["zero_optimization"]
-    limits = [
-        zero.get(f"stage3_{name}", zero.get(name, DEFAULT_LEFT_WHOLE))
-        for name in ("max_live_parameters", "max_reuse_distance")
-    ]
-    return min(map(int, limits))
+    is_offloaded = (zero.get("offload_param") or {}).get("device", "none") != "none"
+    if config.zero_stage < 3 or (num_ranks == 1 and not is_offloaded):
+        return 0
+
+    def limit(name: str, default: int) -> int:
+        return int(zero.get(f"stage3_{name}", zero.get(name, default)))
+
+    ahead = limit("prefetch_bucket_size", DEFAULT_PREFETCH_ELEMENTS)
+    whole = limit("max_reuse_distance", DEFAULT_LEFT_WHOLE)
+    if ahead:
+        whole = max(whole, limit("max_live_parameters", DEFAULT_LEFT_WHOLE))
+    if "offload_param" in config.nvme_offloads:  # where nothing may wait
+        ahead = whole = 0
+    return min(total, whole + largest) + min(total, ahead + largest)
 
 
 def _update_bytes(config: StageConfig, trained: int) -> int:
@@ -130,7 +138,7 @@ def _offloaded(memory: dict[str, int], config: StageConfig) -> dict[str, int]:
         if offload.get("device", "none") != "none":
             moved += purposes
     if "update" not in moved:
-        freed = memory["activations"] + memory["logits"]
+        freed = memory["activations"] + memory["logits"] + memory["gathered"]
         memory = {**memory, "update": max(0, memory["update"] - freed)}
     on_cpu = {f"cpu_{purpose}": memory[purpose] for purpose in moved}
     return memory | on_cpu | dict.fromkeys(moved, 0)
@@ -171,4 +179,9 @@ def swap_buffers(shapes: Mapping[str, Sequence[int]], num_ranks: int) -> tuple[i
 
 def device_bytes(memory: dict[str, int]) -> int:
     """Of a prediction, what lies on the device."""
-    return sum(amount for purpose, amount in memory.items() if not purpose.startswith("cpu_"))
+    return sum(memory.values()) - cpu_bytes(memory)
+
+
+def cpu_bytes(memory: dict[str, int]) -> int:
+    """Of a prediction, what is offloaded."""
+    return sum(amount for purpose, amount in memory.items() if purpose.startswith("cpu_"))

@@ -22,6 +22,7 @@ KEYS = {
     "gpu_train": {"cases"},
     "lmms_task": {"accuracy"},
     "loss": {"full", "ours"},
+    "plan": {"worst_error", "cases"},
     "train": {"overhead_fraction", "loss_ours"},
     "vbpe": {"train_ratio", "train_ratio_alpha", "encode_ratio", "growth_slope", "bytes_per_cell"},
 }

@@ -1,9 +1,16 @@
+import math
+import re
+import shlex
+
 import pytest
+from transformers import LlamaConfig
 
 from beingvl.commands import main as cli
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.errors import InputError
-from beingvl.launch.plan import parse_gpus
+from beingvl.launch.model_shapes import COLUMNS, NEW_ROWS, SHAPES, named_shape
+from beingvl.launch.plan import SHIPPED, parse_gpus
+from beingvl.launch.plan import plan as plan_stages
 from beingvl.stage.stage_config import parse_stage_config
 from beingvl.train.flops import ASSUMED_MFU
 from beingvl.train.memory import device_bytes, predict_memory
@@ -50,11 +57,79 @@ def test_an_epoch_is_what_the_mixture_draws(work, capsys) -> None:
     assert "names the source 'perception'" in capsys.readouterr().err
 
 
+def test_a_name_or_a_config_json_gives_the_table_of_all_stages(tmp_path, capsys) -> None:
+    assert cli.main(["plan", "--model", "llama3.1-8b"]) == 0
+    shown = capsys.readouterr().out
+    head, *rows = shown.splitlines()[:4]
+    assert head.split()[-3:] == ["1", "8", "32"]
+    assert [row.split()[0] for row in rows] == ["stage1.json", "stage2.json", "stage3.json"]
+    assert rows[2].split()[2] == "*" and "does not fit into 80 GB" in shown
+    assert "stage1.json on 32: train_batch_size 16 does not divide by 32 ranks; the nea" in shown
+    LlamaConfig(**dict(zip(COLUMNS, SHAPES["llama3.1-8b"], strict=True))).save_pretrained(tmp_path)
+    assert cli.main(["plan", "--model", str(tmp_path / "config.json")]) == 0
+    assert capsys.readouterr().out == shown
+    assert cli.main(["plan", "--model", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_a_shape_has_the_parameters_of_its_model() -> None:
+    """The makers say 8.03, 1.24, 3.21, 6.74 billion and 135 million; here embeddings are untied
+    and have 16,389 new rows.
+    """
+    for name, (published, is_tied) in {
+        "llama3.1-8b": (8.03e9, False),
+        "llama3.2-1b": (1.236e9, True),
+        "llama3.2-3b": (3.213e9, True),
+        "llama2-7b": (6.738e9, False),
+        "smollm2-135m": (134.5e6, True),
+    }.items():
+        shape = named_shape(name)
+        hidden = shape.config.hidden_size
+        added = 2 * NEW_ROWS * hidden + is_tied * shape.num_text * hidden
+        total = sum(map(math.prod, shape.parameters.values()))
+        assert total - added == pytest.approx(published, rel=1e-3), name
+
+
+def test_what_helps_is_proposed_with_its_new_total(capsys) -> None:
+    stage3 = str(SHIPPED[2])
+    words = ["plan", "--model", "llama3.2-1b", "--stage", stage3, "--gpus"]
+    assert cli.main([*words, "1x80GB"]) == 0
+    helps = re.search(
+        r"sub_group_size=100000000 takes (.*) GB off: (.*) GB", capsys.readouterr().out
+    )
+    assert helps and float(helps[1]) == pytest.approx(10.5, abs=1)
+    assert cli.main([*words, "1x24GB"]) == 0
+    shown = capsys.readouterr().out
+    proposed = re.search(r"it does not fit; --set (.*): (.*) GB and (.*) GB of the CPU's", shown)
+    assert proposed
+    assert cli.main([*words, "1x24GB", "--set", *shlex.split(proposed[1])]) == 0
+    shown = capsys.readouterr().out
+    on_device = re.search(r"on the device +(.*) GB of 24", shown)
+    assert on_device and float(on_device[1]) == pytest.approx(float(proposed[2]), abs=0.06)
+    assert cli.main([*words, "1x4GB"]) == 0
+    assert "does not fit, even with --set" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_small_recipe_fits_a_1b_base_on_one_gpu_of_24_gb(stage: int) -> None:
+    small = SHIPPED[0].with_name(f"small-stage{stage}.json")
+    [case] = plan_stages("llama3.2-1b", small, "1x24GB").cases
+    assert case.fits(case.memory())
+    assert list(case.config().beingvl.mixture) == ["foundation"]
+
+
 def test_mistakes_are_named(work, capsys) -> None:
     with pytest.raises(InputError, match="8x80GB"):
         parse_gpus("8")
     assert plan(work, "--gpus", "8x80GB", "--data", str(work / "shards"), "--gpu", "abacus") == 2
     assert "'abacus' is not known" in capsys.readouterr().err
+    with pytest.raises(InputError, match="--nodes 2: expected NUMBERxMEMORY"):
+        parse_gpus("80GB", nodes=2)
+    assert cli.main(["plan", "--model", "llama9"]) == 2
+    assert "no known shape: llama3.1-8b, " in capsys.readouterr().err
+    (work / "config.json").write_text('{"model_type": "abacus"}')
+    assert cli.main(["plan", "--model", str(work / "config.json")]) == 2
+    assert "is not the config.json of a language model" in capsys.readouterr().err
     assert plan(work, "--gpus", "3x80GB") == 0
     assert "does not divide by 3 ranks" in capsys.readouterr().out
 
@@ -109,18 +184,19 @@ def test_zero_cuts_and_offload_moves(work) -> None:
 def test_what_is_gathered_stays_as_long_as_deepspeed_is_allowed_to_keep_it(work) -> None:
     plan_8b, config = llama_plan([{"match": ".*"}])
     zero = config.deepspeed["zero_optimization"]
-    largest = 2 * 128256 * 4096  # twice the text rows, more than a billion
+    largest = 128256 * 4096  # the text rows
+    twice = largest + 50_000_000 + largest  # the last to be whole; and a bucket, flat
     assert predict_memory(plan_8b, Llama8B, config, 1)["gathered"] == 0
     for limits, expected in (
-        ({}, largest),
+        ({}, 1_000_000_000 + twice),
         (
             {
                 "stage3_max_live_parameters": 3_000_000_000,
                 "stage3_max_reuse_distance": 2_000_000_000,
             },
-            2_000_000_000,
+            3_000_000_000 + twice,
         ),
-        ({"max_live_parameters": 3_000_000_000, "max_reuse_distance": 0}, largest),
+        ({"prefetch_bucket_size": 0, "max_reuse_distance": 0}, 2 * largest),
     ):
         config.deepspeed["zero_optimization"] = {**zero, **limits}
         assert predict_memory(plan_8b, Llama8B, config, 8)["gathered"] == 2 * expected
