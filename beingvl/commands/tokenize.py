@@ -25,8 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     mode = "category of rows that name none: pt foundation, sft instruction"
     add("--mode", choices=["pt", "sft"], default="sft", help=mode)
-    add("--json_path", type=Path, required=True, help="LLaVA-format JSON array or JSONL")
-    add("--image_path", type=Path, help="folder that the rows' image paths start from")
+    rows = (
+        "rows: JSON, JSONL, CSV, TSV (also .gz, .zst), parquet, Arrow, tar; files, folders or URLs"
+    )
+    add("--json_path", nargs="+", required=True, help=rows)
+    dialects = ["llava", "sharegpt", "messages", "texts", "caption"]
+    add("--row_format", choices=dialects, help="form of the rows; default: seen in the first ones")
+    images = "folder that the rows' image paths start from, or tar files or tables that hold them"
+    add("--image_path", nargs="+", help=images)
     add("--output_path", "--output_dir", type=Path, required=True, help="folder to write")
     model = "Being-VL model folder: tokenizer, vocabulary layout, VQ-GAN"
     add("--model_path", type=Path, required=True, help=model)

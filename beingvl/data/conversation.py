@@ -125,11 +125,21 @@ class TextEncoder:
 
 
 def parse_conversation(conversations: Any) -> list[Turn]:
-    """LLaVA `conversations` to turns. Raises InputError that says what is malformed."""
+    """LLaVA `conversations` to turns. Raises InputError that says what is malformed.
+
+    A system turn, which may stand first, is the beginning of the first question: context, and
+    never a target.
+    """
     if not isinstance(conversations, list) or not conversations:
         raise InputError(
             "conversations is empty or not a list, expected alternating human and gpt turns"
         )
+    first = conversations[0]
+    if isinstance(first, dict) and first.get("from") == "system" and len(conversations) > 1:
+        system = _value_of(first, ("system",), 0)
+        question = _value_of(conversations[1], HUMAN_NAMES, 1)
+        first = {"from": HUMAN_NAMES[0], "value": f"{system}\n\n{question}"}
+        conversations = [first, *conversations[2:]]
     if len(conversations) % 2:
         raise InputError(
             f"conversations has {len(conversations)} entries, expected pairs of human and gpt"

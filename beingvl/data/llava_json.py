@@ -16,8 +16,9 @@ import codecs
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -46,6 +47,7 @@ class BrokenRow:
 
 
 Row = dict[str, Any] | BrokenRow
+Open = Callable[[], IO[bytes]]
 
 
 class Place(NamedTuple):
@@ -83,21 +85,26 @@ def rows_of_part(path: Path, start: Place, count: int) -> list[Row]:
     return [row for _, row in islice(_rows(path, start), count)]
 
 
-def stream_rows_and_broken(path: Path) -> Iterator[Row]:
+def stream_rows_and_broken(path: Path, open_file: Open | None = None) -> Iterator[Row]:
     """Rows of a LLaVA JSON array or JSONL file, and what stands in the place of one. Blank lines
     are not rows. Raises InputError as `survey` does.
+
+    `open_file`: opens it at its first byte, where it is no file here; it need not be seekable.
     """
-    return (row for _, row in _rows(path, Place()))
+    return (row for _, row in _rows(path, Place(), open_file))
 
 
-def _rows(path: Path, start: Place) -> Iterator[tuple[Place, Row]]:
+def _rows(path: Path, start: Place, opener: Open | None = None) -> Iterator[tuple[Place, Row]]:
     is_empty = True
-    with open(path, "rb") as file:
+    open_file = opener or partial(_plain, path)
+    with open_file() as file:
         first = file.read(BLOCK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     values = _array_values if first == b"[" else _line_values
-    for place, value in values(path, start):
+    for place, value in values(path, start, open_file):
         is_empty = False
-        if isinstance(value, dict) and _is_deep(value):
+        if isinstance(value, dict) and "unreadable" in value:  # of collect_rows.py
+            yield place, BrokenRow(str(value["unreadable"]))
+        elif isinstance(value, dict) and _is_deep(value):
             yield place, BrokenRow(f"it is nested more than {MAX_DEPTH} deep")
         elif isinstance(value, dict):
             yield place, _of_original(value)
@@ -109,6 +116,10 @@ def _rows(path: Path, start: Place) -> Iterator[tuple[Place, Row]]:
         raise InputError(
             f"{path} holds no row, expected a non-empty list of objects in LLaVA format"
         )
+
+
+def _plain(path: Path) -> IO[bytes]:
+    return open(path, "rb")
 
 
 def _of_original(row: dict[str, Any]) -> dict[str, Any]:
@@ -188,19 +199,22 @@ def _behind_space(text: str, at: int) -> int:
     return found.end()
 
 
-def _line_values(path: Path, start: Place) -> Iterator[tuple[Place, Any]]:
+def _line_values(path: Path, start: Place, open_file: Open) -> Iterator[tuple[Place, Any]]:
     at, number = start
-    with open(path, "rb") as file:
-        file.seek(at)
+    with open_file() as file:
+        if at:
+            file.seek(at)
         while line := file.readline(MAX_ROW_CHARS):
             place = Place(at, number)
+            at += len(line)
             if len(line) == MAX_ROW_CHARS and not line.endswith(b"\n"):
                 while (rest := file.readline(BLOCK_BYTES)) and not rest.endswith(b"\n"):
-                    pass
+                    at += len(rest)
+                at += len(rest)
                 yield place, BrokenRow(f"line {number} has {MAX_ROW_CHARS:,} bytes or more")
             elif text := (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip():
                 yield place, _value_of_line(text, number)
-            at, number = file.tell(), number + 1
+            number += 1
 
 
 def _value_of_line(text: bytes, number: int) -> Any:
@@ -215,11 +229,12 @@ def _value_of_line(text: bytes, number: int) -> Any:
     return BrokenRow(f"line {number} is not {found}")
 
 
-def _array_values(path: Path, start: Place) -> Iterator[tuple[Place, Any]]:
+def _array_values(path: Path, start: Place, open_file: Open) -> Iterator[tuple[Place, Any]]:
     """Elements of an array, which the file is, from the bracket or from an element on."""
-    with open(path, "rb") as file:
-        at_byte = start.offset or 3 * (file.read(3) == codecs.BOM_UTF8)
-        file.seek(at_byte)
+    with open_file() as file:
+        at_byte = start.offset
+        if at_byte:
+            file.seek(at_byte)
         text = io.TextIOWrapper(file, encoding="utf-8", newline="\n")
         try:
             yield from _elements(text, path, at_byte, is_inside=start.offset > 0)
@@ -235,7 +250,7 @@ def _elements(
     """Elements of an array, from byte `at_byte`: its bracket, or an element when it `is_inside`."""
     decode = json.JSONDecoder().raw_decode
     buffer = file.read(BLOCK_CHARS)
-    at = 0 if is_inside else _behind_space(buffer, 0) + 1
+    at = 0 if is_inside else buffer.index("[") + 1
     counted = 0  # characters of the buffer that `at_byte` is behind
     dropped = 0  # characters before the buffer
     count = 0

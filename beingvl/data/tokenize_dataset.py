@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from beingvl.artefact.ranks import RankOf
 from beingvl.artefact.request import Request
 from beingvl.artefact.work import Work, run_in_parts
 from beingvl.data.build_shards import PARTS_VERSION
+from beingvl.data.collect_rows import open_rows
 from beingvl.data.conversation import CUT_CHARACTER, TextEncoder
 from beingvl.data.dataset_folder import (
     DEFAULT_CATEGORY,
@@ -61,11 +62,12 @@ COUNTS = ("rows", "rejected", "truncated", "longest_sample_tokens", "rows_with_c
 
 
 def tokenize(
-    json_path: Path | str,
+    json_path: Path | str | Sequence[Path | str],
     model_path: Path | str,
     output_path: Path | str,
     *,
-    image_path: Path | str | None = None,
+    row_format: str | None = None,
+    image_path: Path | str | Sequence[Path | str] | None = None,
     vq_codes: Path | str | None = None,
     vbpe_path: Path | str | None = None,
     vbpe_init_size: int | None = None,
@@ -92,9 +94,12 @@ def tokenize(
     is reused.
 
     Args:
-        json_path: LLaVA-format JSON array or JSONL.
+        json_path: rows of any form that `collect_rows` reads: JSON, JSONL, CSV, parquet, Arrow, tar
+            of pairs; files, folders, patterns or addresses.
+        row_format: dialect of the rows; None looks at the first ones.
         model_path: Being-VL model folder: tokenizer, vocabulary layout, VQ-GAN.
-        image_path: folder that the rows' image paths start from, to encode them now.
+        image_path: folder that the rows' image paths start from, to encode them now; not needed for
+            pictures inside tables or tar files.
         vq_codes: folder of `encode_images`, instead.
         vbpe_path: vbpe.json; without it only the variant `base` is written.
         vbpe_init_size, vbpe_vocab_pad, vbpe_vocab_end: only checked, as `load_for_layout` says.
@@ -115,7 +120,7 @@ def tokenize(
     Returns the manifest, or None when other ranks have not finished their parts yet. Raises
     InputError that says what is wrong with the inputs.
     """
-    json_path, model_path, output = Path(json_path), Path(model_path), Path(output_path)
+    model_path, output = Path(model_path), Path(output_path)
     least = {"rows_per_part": 1, "num_workers": 0, "max_rejected": 0, "max_length": 1}
     values = (rows_per_part, num_workers, max_rejected, 1 if max_length is None else max_length)
     for (name, smallest), value in zip(least.items(), values, strict=True):
@@ -130,8 +135,17 @@ def tokenize(
     vbpe = load_for_layout(vbpe_path, layout, *sizes) if vbpe_path else None
     its_own = template_of(read_manifest(model_path, "model"))
     template = check_template(template or its_own or DEFAULT)
+    collected = open_rows(
+        json_path,
+        output.with_name(f"{output.name}_{dataset_name}_rows"),
+        row_format=row_format,
+        rank=RankOf(rank, num_ranks),
+        overwrite=overwrite,
+    )
+    json_path = collected.path
     rows = survey(json_path, rows_per_part)
     if rows.names_images and not vq_codes:
+        image_path = image_path or collected.containers
         if not image_path:
             raise InputError(
                 f"{json_path} names images: give --vq_codes, or --image_path to encode them now"

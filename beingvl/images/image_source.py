@@ -20,6 +20,9 @@ from typing import Protocol
 
 from beingvl.artefact.files import printable, spellings
 from beingvl.errors import InputError
+from beingvl.images.table_images import TableImages
+from beingvl.sources.places import as_place
+from beingvl.sources.tables import SUFFIXES as TABLES
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -73,7 +76,9 @@ def _stamp_of(path: Path) -> str:
 
 
 def open_images(paths: Sequence[Path]) -> ImageSource:
-    """One folder of image files, one folder of tar files, or tar files; nothing mixed."""
+    """One folder of image files, one folder of tar files, tar files, or tables; nothing mixed."""
+    if all(path.name.lower().endswith(TABLES) for path in paths):
+        return TableImages([as_place(path) for path in paths])
     if len(paths) == 1 and paths[0].is_dir():
         tars = sorted(path for path in paths[0].glob("*.tar") if path.is_file())
         if tars and (image := FolderImages(paths[0]).any_key()) is not None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from beingvl.artefact.manifest import write_manifest
 from beingvl.commands import main as cli
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 from tests.programs import run_program
@@ -61,6 +62,7 @@ def test_a_wrong_path_is_named_with_its_option(tmp_path, capsys) -> None:
     ]
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / LAYOUT_FILE).write_text(json.dumps(VocabLayout(100, 8, 4, 1, 2).to_dict()))
+    write_manifest(tmp_path / "base", "model", {}, {})
     assert cli.main([*words, f"--model_path={tmp_path / 'base'}"]) == 2
     assert (
         f"error: --json_path {tmp_path / 'none.json'}: No such file or directory"

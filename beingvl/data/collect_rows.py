@@ -1,0 +1,214 @@
+"""Rows as the world has them -> rows.jsonl, LLaVA rows in one file, which the next steps read.
+
+    open_rows      one JSON or JSONL file of LLaVA rows here is used as it is; all else goes through
+      CollectRows  the work: each file of the source is a part
+        records_of   JSON, JSONL, CSV, TSV (also .gz, .zst), parquet, Arrow, tar of pairs
+        a dialect    record -> LLaVA row (dialects/)
+
+Pictures inside a table or tar stay there; the rows hold their keys, and `containers` are what
+encode-images reads them from.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import pyarrow as pa
+
+from beingvl.artefact.manifest import write_manifest
+from beingvl.artefact.parts import Parts, wait_until_complete
+from beingvl.artefact.ranks import RankOf
+from beingvl.artefact.request import Request
+from beingvl.artefact.work import Work, run_in_parts
+from beingvl.data.dialects import DIALECTS, dialect_of
+from beingvl.data.llava_json import BrokenRow, Row, stream_rows_and_broken
+from beingvl.errors import InputError
+from beingvl.images.image_source import IMAGE_SUFFIXES
+from beingvl.sources.pairs import records_of_pairs
+from beingvl.sources.places import as_place, expand, is_address, opened, stamp
+from beingvl.sources.tables import SUFFIXES as TABLES
+from beingvl.sources.tables import Table
+from beingvl.sources.text_tables import DELIMITERS, records_of_table
+
+ROWS_FILE = "rows.jsonl"
+JSON = (".json", ".jsonl", ".ndjson")
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+TEXTS = (*JSON, *DELIMITERS)
+SUFFIXES = (*TEXTS, *(f"{text}{end}" for text in TEXTS for end in COMPRESSED), *TABLES, ".tar")
+DATASETS_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")  # of Hugging Face
+ROWS_TO_SEE = 100  # what tells the dialect
+
+
+class Rows(NamedTuple):
+    """LLaVA rows in one file, and the tables and tar files that hold their pictures."""
+
+    path: Path
+    containers: list[str]
+
+
+def open_rows(
+    sources: Path | str | Sequence[Path | str],
+    folder: Path,
+    *,
+    row_format: str | None = None,
+    rank: RankOf,
+    overwrite: bool = False,
+) -> Rows:
+    """The rows of files, folders, patterns and addresses, collected in `folder` if need be.
+
+    Args:
+        row_format: name of the dialect; None looks at the first rows and says what it found.
+
+    Raises InputError for what cannot be read, mixes dialects, or changed since an earlier start.
+    """
+    if row_format not in (None, *DIALECTS):
+        raise InputError(f"--row_format is {row_format!r}, expected one of {list(DIALECTS)}")
+    named = [sources] if isinstance(sources, str | Path) else list(sources)
+    files = expand(named, SUFFIXES)
+    if any(file.endswith(".arrow") for file in files):
+        files = [file for file in files if os.path.basename(file) not in DATASETS_FILES]
+    _refuse_mixed_kinds(files)
+    dialect = row_format or _seen_dialect(files)
+    containers = [file for file in files if _kind(file) in (*TABLES, ".tar")]
+    is_plain = len(files) == 1 and files[0].lower().endswith(JSON) and not is_address(files[0])
+    if is_plain and dialect == "llava":
+        return Rows(Path(files[0]), [])
+    print(f"{as_place(named[0])}: {len(files)} files, rows of the form {dialect!r}")
+    work = CollectRows(folder, files, dialect)
+    run_in_parts(work, rank, overwrite=overwrite, name="collect rows")
+    wait_until_complete(folder)
+    return Rows(folder / ROWS_FILE, containers)
+
+
+def _refuse_mixed_kinds(files: Sequence[str]) -> None:
+    first: dict[str, str] = {}
+    for file in files:
+        first.setdefault(_kind(file), file)
+    if len(first) > 1:
+        one, other = list(first.values())[:2]
+        raise InputError(f"{one} and {other} are files of two kinds: name those of one kind")
+    repeated, count = Counter(map(os.path.basename, files)).most_common(1)[0]
+    if count > 1 and _kind(repeated) in TABLES:
+        raise InputError(f"{count} files are called {repeated}: pictures' keys begin with the name")
+
+
+def _kind(file: str) -> str:
+    """Its suffix, less that of compression."""
+    stem, suffix = os.path.splitext(file.lower())
+    return os.path.splitext(stem)[1] if suffix in COMPRESSED else suffix
+
+
+def _seen_dialect(files: Sequence[str]) -> str:
+    for file in files:
+        seen = [row for row in islice(records_of(file), ROWS_TO_SEE) if isinstance(row, dict)]
+        seen = [row for row in seen if "unreadable" not in row]
+        if seen:
+            return dialect_of(seen, file)
+    raise InputError(f"{files[0]} holds no row")
+
+
+# ---- records ----
+
+
+def records_of(file: str) -> Iterator[Row]:
+    """The rows of a file as it has them, pictures inside replaced by their keys."""
+    kind = _kind(file)
+    if kind in TABLES:
+        return Table(file).records()
+    if kind == ".tar":
+        return records_of_pairs(file, IMAGE_SUFFIXES)
+    if kind in DELIMITERS:
+        return _undamaged(file, _records_of_text_table(file, kind))
+    if kind not in JSON:
+        raise InputError(f"{file}: expected a name that ends in {', '.join(SUFFIXES)}")
+    return _undamaged(file, stream_rows_and_broken(Path(file), partial(_decompressed, file)))
+
+
+def _undamaged(file: str, records: Iterator[Row]) -> Iterator[Row]:
+    """Raises InputError where a compressed file ends too early, or is not what its name says."""
+    try:
+        yield from records
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise InputError(f"{file} is truncated or damaged ({error}); copy it again") from error
+
+
+def _decompressed(file: str) -> IO[bytes]:
+    """The bytes of a text, from its first one on."""
+    opener = COMPRESSED.get(os.path.splitext(file.lower())[1])
+    plain = opened(file)
+    if opener is None:
+        return plain
+    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(plain, "r"), opener))
+
+
+def _records_of_text_table(file: str, kind: str) -> Iterator[Row]:
+    with io.TextIOWrapper(_decompressed(file), encoding="utf-8-sig", newline="") as text:
+        yield from records_of_table(text, file, kind)
+
+
+# ---- the work ----
+
+
+@dataclass
+class CollectRows(Work):
+    """A part is the rows of one file."""
+
+    output: Path
+    files: list[str]
+    dialect: str
+    kind = "rows"
+    unit = "row"
+
+    @property
+    def num_parts(self) -> int:
+        return len(self.files)
+
+    def size_of_part(self, number: int) -> int:
+        return 0  # nobody knows before it is read
+
+    def request(self) -> Request:
+        """What lies elsewhere is known by its size, and its time or the store's mark."""
+        stamps = [[file, stamp(file)] for file in self.files]
+        return Request(files=stamps, row_format=self.dialect)
+
+    request_of_parts = request
+
+    def write_part(self, number: int, folder: Path, advance: Callable[[int], object]) -> None:
+        file, convert = self.files[number], DIALECTS[self.dialect]
+        with open(folder / ROWS_FILE, "wb") as out:
+            for at, record in enumerate(records_of(file), 1):
+                try:
+                    row = _readable(record)
+                    row = convert(row)
+                    if row.get("id") in (None, ""):
+                        row["id"] = f"{os.path.basename(file)}-{at}"
+                    line = json.dumps(row, ensure_ascii=False, allow_nan=False, default=str)
+                except (InputError, ValueError) as error:
+                    line = json.dumps({"unreadable": f"{file}, row {at}: {error}"})
+                out.write(line.encode("utf-8", "surrogatepass") + b"\n")
+                advance(1)
+
+    def join(self, parts: Parts) -> None:
+        hashes = {ROWS_FILE: parts.join(self.num_parts, ROWS_FILE, self.output / ROWS_FILE)}
+        details = {"request": self.request()}
+        write_manifest(self.output, self.kind, {"files": len(self.files)}, {}, details, hashes)
+
+
+def _readable(record: Row) -> dict[str, Any]:
+    """Raises InputError in the place of a row that could not be read."""
+    if isinstance(record, BrokenRow):
+        raise InputError(record.reason)
+    if "unreadable" in record:
+        raise InputError(record["unreadable"])
+    return record

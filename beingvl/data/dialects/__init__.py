@@ -1,0 +1,72 @@
+"""How others write a dataset row: one file per dialect, each a function from a record to ours.
+
+    llava      {"id", "image", "conversations": [{"from", "value"}, …]}          ours
+    sharegpt   the same turns under other names; `images`, `system` beside them
+    messages   {"messages": [{"role", "content"}, …]}     content: text, or parts with images
+    texts      {"images", "texts": [{"user", "assistant"}, …]}
+    caption    {"image", "caption"}
+
+A function returns a row as LLaVA writes it (`id, image, category, conversations`) and raises
+InputError that says what is malformed. A system turn stays the first turn, from "system". Images
+are what the record holds: keys, or, in a container, whatever the container makes keys of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from beingvl.data.dialects.caption import from_caption
+from beingvl.data.dialects.llava import from_llava
+from beingvl.data.dialects.messages import from_messages
+from beingvl.data.dialects.sharegpt import from_sharegpt
+from beingvl.data.dialects.texts import from_texts
+from beingvl.errors import InputError
+
+Record = Mapping[str, Any]
+Dialect = Callable[[Record], dict[str, Any]]
+
+DIALECTS: dict[str, Dialect] = {
+    "llava": from_llava,
+    "sharegpt": from_sharegpt,
+    "messages": from_messages,
+    "texts": from_texts,
+    "caption": from_caption,
+}
+
+
+def dialect_of(records: Sequence[Record], source: str) -> str:
+    """Name of the dialect that `records`, the first of `source`, are written in.
+
+    Raises InputError when they are of none, or of several.
+    """
+    names = {name for record in records if (name := _name_of(record))}
+    if names == {"llava", "sharegpt"}:  # ours, but for some rows
+        return "sharegpt"
+    if len(names) > 1:
+        raise InputError(
+            f"{source} mixes rows of {' and '.join(sorted(names))}: put each into a file of its "
+            "own, or say with --row_format which to read (the others are rejected)"
+        )
+    if not names:
+        keys = sorted(records[0]) if records else []
+        raise InputError(
+            f"{source} has rows with the keys {keys}, expected conversations, messages, texts, or "
+            f"image and caption; say with --row_format which of {list(DIALECTS)} it is"
+        )
+    return names.pop()
+
+
+def _name_of(record: Record) -> str | None:
+    if isinstance(record.get("messages"), list):
+        return "messages"
+    if isinstance(record.get("texts"), list):
+        return "texts"
+    turns = record.get("conversations")
+    if isinstance(turns, list):
+        first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
+        if "role" in first:
+            return "messages"
+        is_plain = first.get("from") in (None, "human", "gpt")
+        return "llava" if is_plain and not {"images", "system"} & set(record) else "sharegpt"
+    return "caption" if any(name in record for name in ("caption", "text", "txt")) else None

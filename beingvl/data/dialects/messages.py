@@ -1,0 +1,67 @@
+"""`messages`, as OpenAI's API and Hugging Face's chat templates have them.
+
+    {"messages": [{"role": "user", "content": "<image>What is it?"}, …], "images": ["a.png"]}
+    {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": …}]}, …],
+     "images": ["a.png"]}
+    … {"type": "image", "image": "a.png"} or {"type": "image_url", "image_url": {"url": "a.png"}}
+
+A part without a picture of its own takes the next one of `images`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from beingvl.data.dialects.turns import images_of, row_of, turn
+from beingvl.errors import InputError
+
+IMAGE_KEYS = ("image", "image_url", "url", "path")
+
+
+def from_messages(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises InputError for a message without role or content, and for sound or video parts."""
+    entries = record.get("messages", record.get("conversations"))
+    if not isinstance(entries, list):
+        raise InputError("messages is not a list")
+    waiting = images_of(record)
+    images: list[Any] = []
+    turns = []
+    for number, entry in enumerate(entries):
+        where = f"messages[{number}]"
+        if not isinstance(entry, Mapping):
+            raise InputError(f"{where} is not an object")
+        content = entry.get("content")
+        if isinstance(content, list):
+            content = _text_of(content, where, waiting, images)
+        elif isinstance(content, str):
+            for _ in range(min(content.count("<image>"), len(waiting))):
+                images.append(waiting.pop(0))
+        turns.append(turn(entry.get("role"), content, where))
+    return row_of(record, turns, images + waiting)
+
+
+def _text_of(parts: list[Any], where: str, waiting: list[Any], images: list[Any]) -> str:
+    """The text of a message's parts, with a placeholder for each image, which goes to `images`."""
+    texts = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind in ("image", "image_url", "input_image"):
+            texts.append("<image>")
+            images.append(_image_of(part, where, waiting))
+        else:
+            raise InputError(f"{where} has a part of type {kind!r}, expected text or image")
+    return "".join(texts)
+
+
+def _image_of(part: Mapping[str, Any], where: str, waiting: list[Any]) -> Any:
+    found = next((part[name] for name in IMAGE_KEYS if part.get(name) is not None), None)
+    if isinstance(found, Mapping) and "url" in found:
+        found = found["url"]
+    if found is not None:
+        return found
+    if not waiting:
+        raise InputError(f"{where} has more images than the row's `images`")
+    return waiting.pop(0)

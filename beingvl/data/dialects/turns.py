@@ -1,0 +1,49 @@
+"""What the dialects share: roles, and rows in our own form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from beingvl.errors import InputError
+
+ROLES = {
+    "human": "human",
+    "user": "human",
+    "gpt": "gpt",
+    "assistant": "gpt",
+    "model": "gpt",
+    "chatgpt": "gpt",
+    "bot": "gpt",
+    "system": "system",
+}
+
+
+def turn(role: Any, text: Any, where: str) -> dict[str, str]:
+    """One entry of `conversations`. Raises InputError for another role, or no text."""
+    if role not in ROLES:
+        raise InputError(f"{where} is from {role!r}, expected one of {', '.join(ROLES)}")
+    if not isinstance(text, str):
+        raise InputError(f"{where} has no text")
+    return {"from": ROLES[role], "value": text}
+
+
+def row_of(
+    record: Mapping[str, Any], turns: Sequence[dict[str, str]], images: Any
+) -> dict[str, Any]:
+    """Our row: the turns and images beside what `record` says of id and category."""
+    images = [image for image in images if image is not None]
+    return {
+        "id": record.get("id"),
+        "image": images[0] if len(images) == 1 else images or None,
+        "category": record.get("category"),
+        "conversations": list(turns),
+    }
+
+
+def images_of(record: Mapping[str, Any]) -> list[Any]:
+    """What stands under `image` or `images`, as a list."""
+    found = record.get("images", record.get("image"))
+    if found is None or found == "":
+        return []
+    return list(found) if isinstance(found, list | tuple) else [found]

@@ -1,0 +1,188 @@
+"""Tables with pictures inside: parquet files, and the Arrow files of `datasets.save_to_disk`.
+
+    Table.records   rows without their pictures: each picture is its key, TABLE#ROW/N
+    Table.picture   one picture's bytes
+
+A column holds pictures when it is a struct with `bytes` (Hugging Face's `Image`), or bare bytes,
+or a list of either. Of parquet only what is asked for is read: rows without the bytes of their
+pictures, pictures without the rows. A batch of rows is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from beingvl.errors import InputError
+from beingvl.sources.places import is_address, opened
+
+SUFFIXES = (".parquet", ".arrow")
+ROWS_AT_ONCE = 16  # pictures of a megabyte and more
+NOT_A_TABLE = (pa.ArrowException, OSError, EOFError)
+
+
+def key_of(place: str, row: int, number: int) -> str:
+    """Keys of one table sort as its rows do."""
+    return f"{os.path.basename(place)}#{row:09d}/{number}"
+
+
+def numbers_of(place: str) -> tuple[int, int] | None:
+    """Row and number of a key's `ROW/N`; None for another text."""
+    row, slash, number = place.partition("/")
+    return (int(row), int(number)) if slash and row.isdecimal() and number.isdecimal() else None
+
+
+class Table:
+    """One file. Raises InputError when it cannot be read, here and later."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        try:
+            self._parquet = self._open_parquet() if self._is_parquet else None
+            self.schema = self._parquet.schema_arrow if self._parquet else self._reader().schema
+        except NOT_A_TABLE as error:
+            raise self._damage(error) from error
+        self.picture_columns = [field.name for field in self.schema if _holds_pictures(field.type)]
+        self._cursor: _Cursor | None = None
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.place)
+
+    def __reduce__(self) -> tuple[type[Table], tuple[str]]:
+        return Table, (self.place,)  # a process of its own opens the file again
+
+    @property
+    def _is_parquet(self) -> bool:
+        return self.place.lower().endswith(".parquet")
+
+    def _damage(self, error: Exception) -> InputError:
+        reason = " ".join(str(error).split())[:200]
+        kind = "parquet" if self._is_parquet else "Arrow"
+        return InputError(f"{self.place} is not a whole {kind} file ({reason}); copy it again")
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Rows in their order; where a column holds pictures stands the list of their keys."""
+        names = [name for name in self.schema.names if name not in self.picture_columns]
+        for first, batch in self._batches(self._leaves_without_bytes(names), 0):
+            rows = batch.select(names).to_pylist()
+            for row, keys in zip(rows, self._keys_of_rows(first, batch), strict=True):
+                yield row | keys
+
+    def picture_keys(self) -> Iterator[str]:
+        """Of all pictures."""
+        for first, batch in self._batches(self._leaves_without_bytes([]), 0):
+            for keys in self._keys_of_rows(first, batch):
+                yield from (key for column in keys.values() for key in column)
+
+    def _keys_of_rows(self, first: int, batch: pa.RecordBatch) -> Iterator[dict[str, list[str]]]:
+        """Of every row: column -> keys of its pictures, numbered through all columns."""
+        columns = [batch.column(name) for name in self.picture_columns]
+        for at in range(len(batch)):
+            keys, number = {}, 0
+            for name, column in zip(self.picture_columns, columns, strict=True):
+                end = number + _count(column[at])
+                keys[name] = [key_of(self.place, first + at, n) for n in range(number, end)]
+                number = end
+            yield keys
+
+    def picture(self, row: int, number: int) -> bytes:
+        """The N-th picture of a row. Quick when rows are asked for in their order."""
+        if self._cursor is None or row < self._cursor.first:
+            self._cursor = _Cursor(self._batches(self.picture_columns, row))
+        try:
+            batch, at = self._cursor.find(row)
+        except StopIteration as error:
+            raise InputError(f"{self.place} has no row {row}") from error
+        cells = [batch.column(name)[at].as_py() for name in self.picture_columns]
+        pictures = [picture for cell in cells for picture in _listed(cell)]
+        found = pictures[number] if number < len(pictures) else None
+        data = found["bytes"] if isinstance(found, dict) else found
+        if data is None:
+            raise InputError(f"{key_of(self.place, row, number)}: no picture is there")
+        return data
+
+    # ---- the two formats ----
+
+    def _open_parquet(self) -> pq.ParquetFile:
+        return pq.ParquetFile(opened(self.place), pre_buffer=False)
+
+    def _reader(self) -> pa.RecordBatchStreamReader:
+        source = opened(self.place) if is_address(self.place) else pa.memory_map(self.place)
+        return pa.ipc.open_stream(source)
+
+    def _leaves_without_bytes(self, names: list[str]) -> list[str]:
+        """What to read for rows: of pictures in structs everything but the bytes, which still
+        tells how many there are.
+        """
+        if self._parquet is None:
+            return self.schema.names
+        leaves = self._parquet.schema
+        paths = [leaves.column(number).path for number in range(len(leaves))]
+        wanted: list[str] = []
+        for name in [*names, *self.picture_columns]:
+            own = [path for path in paths if path == name or path.startswith(f"{name}.")]
+            others = [path for path in own if not path.endswith(".bytes")]
+            wanted += own if name in names else others or own
+        return wanted
+
+    def _batches(self, columns: list[str], start: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """(first row, rows) of every batch, from the one on that may hold row `start`."""
+        try:
+            if self._parquet is None:
+                first = 0
+                for batch in self._reader():
+                    yield first, batch
+                    first += len(batch)
+                return
+            sizes = [
+                self._parquet.metadata.row_group(group).num_rows
+                for group in range(self._parquet.num_row_groups)
+            ]
+            for group, (first, end) in enumerate(pairwise(accumulate(sizes, initial=0))):
+                if end <= start:
+                    continue
+                for batch in self._parquet.iter_batches(ROWS_AT_ONCE, [group], columns):
+                    yield first, batch
+                    first += len(batch)
+        except NOT_A_TABLE as error:
+            raise self._damage(error) from error
+
+
+class _Cursor:
+    """A position in the batches of a table, which only moves on."""
+
+    def __init__(self, batches: Iterator[tuple[int, pa.RecordBatch]]) -> None:
+        self._batches = batches
+        self.first, self._batch = next(batches)
+
+    def find(self, row: int) -> tuple[pa.RecordBatch, int]:
+        while row >= self.first + len(self._batch):
+            self.first, self._batch = next(self._batches)
+        return self._batch, row - self.first
+
+
+def _holds_pictures(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    return is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _count(value: pa.Scalar) -> int:
+    """How many pictures a cell holds."""
+    if not value.is_valid:
+        return 0
+    is_list = isinstance(value, pa.ListScalar | pa.LargeListScalar)
+    return len(value.values) if is_list and value.values is not None else int(not is_list)
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]

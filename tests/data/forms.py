@@ -1,0 +1,166 @@
+"""The same rows in every dialect and container, written as other people's tools write them."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+QUESTION = "Describe the image."
+
+
+class Fact(NamedTuple):
+    """One picture and one answer about it: what every form of a row says."""
+
+    number: int
+    png: bytes
+    answer: str
+
+    @property
+    def file(self) -> str:
+        return f"{self.number:06d}.png"
+
+
+# ---- dialects: a fact, and what stands for its picture ----
+
+
+def llava(fact: Fact, picture: Any) -> dict[str, Any]:
+    turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}]
+    turns.append({"from": "gpt", "value": fact.answer})
+    return {"id": str(fact.number), "image": picture, "conversations": turns}
+
+
+def sharegpt(fact: Fact, picture: Any) -> dict[str, Any]:
+    turns = [{"from": "user", "value": f"<image>{QUESTION}"}]
+    turns.append({"from": "assistant", "value": fact.answer})
+    return {"conversations": turns, "images": [picture]}
+
+
+def messages(fact: Fact, picture: Any) -> dict[str, Any]:
+    parts = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    told = [{"role": "user", "content": parts}, {"role": "assistant", "content": fact.answer}]
+    return {"messages": told, "images": [picture]}
+
+
+def messages_of_texts(fact: Fact, picture: Any) -> dict[str, Any]:
+    """In a table all messages have the same type."""
+    told = [{"role": "user", "content": f"<image>{QUESTION}"}]
+    return {"messages": [*told, {"role": "assistant", "content": fact.answer}], "images": [picture]}
+
+
+def texts(fact: Fact, picture: Any) -> dict[str, Any]:
+    return {"images": [picture], "texts": [{"user": QUESTION, "assistant": fact.answer}]}
+
+
+def caption(fact: Fact, picture: Any) -> dict[str, Any]:
+    return {"image": picture, "caption": fact.answer}
+
+
+DIALECTS = {"llava": llava, "sharegpt": sharegpt, "messages": messages, "texts": texts}
+DIALECTS["caption"] = caption
+
+
+# ---- containers ----
+
+
+def write_json(path: Path, records: Sequence[dict]) -> Path:
+    path = path.with_suffix(".json")
+    path.write_text(json.dumps(records))
+    return path
+
+
+def write_jsonl(path: Path, records: Sequence[dict]) -> Path:
+    path = path.with_suffix(".jsonl")
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def write_jsonl_gz(path: Path, records: Sequence[dict]) -> Path:
+    path = path.with_suffix(".jsonl.gz")
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    return path
+
+
+def write_json_zst(path: Path, records: Sequence[dict]) -> Path:
+    path = path.with_suffix(".json.zst")
+    with pa.CompressedOutputStream(str(path), "zstd") as file:
+        file.write(json.dumps(records).encode())
+    return path
+
+
+def write_csv(path: Path, records: Sequence[dict]) -> Path:
+    path = path.with_suffix(".csv")
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, list(records[0]))
+        table.writeheader()
+        table.writerows(records)
+    return path
+
+
+TEXT_CONTAINERS: dict[str, Callable[[Path, Sequence[dict]], Path]] = {
+    "json": write_json,
+    "jsonl": write_jsonl,
+    "jsonl.gz": write_jsonl_gz,
+    "json.zst": write_json_zst,
+}
+
+
+def write_parquet(path: Path, records: Sequence[dict]) -> Path:
+    path = path.with_suffix(".parquet")
+    pq.write_table(pa.Table.from_pylist(list(records)), path, row_group_size=100)
+    return path
+
+
+def write_arrow(path: Path, records: Sequence[dict]) -> Path:
+    """A folder as `datasets.save_to_disk` leaves it."""
+    path.mkdir()
+    table = pa.Table.from_pylist(list(records))
+    name = str(path / "data-00000-of-00001.arrow")
+    with pa.OSFile(name, "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table, max_chunksize=50)
+    (path / "state.json").write_text("{}")
+    (path / "dataset_info.json").write_text("{}")
+    return path
+
+
+TABLES = {"parquet": write_parquet, "arrow": write_arrow}
+
+
+def write_tar(path: Path, facts: Sequence[Fact], dialect: Callable | None) -> Path:
+    """Pairs: .png beside .json, or beside .txt without a dialect."""
+    path = path.with_suffix(".tar")
+    with tarfile.open(path, "w") as tar:
+        for fact in facts:
+            stem = fact.file.removesuffix(".png")
+            beside = (f"{stem}.txt", fact.answer)
+            if dialect:
+                beside = f"{stem}.json", json.dumps(dialect(fact, fact.file))
+            for name, data in ((fact.file, fact.png), (beside[0], beside[1].encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def every_form(folder: Path, facts: Sequence[Fact]) -> Iterator[tuple[str, Path]]:
+    """(name, path) of the facts in every dialect and container that can hold it."""
+    named = {name: [form(fact, fact.file) for fact in facts] for name, form in DIALECTS.items()}
+    for name, records in named.items():
+        for container, write in TEXT_CONTAINERS.items():
+            yield f"{name} {container}", write(folder / f"{name}-{container}", records)
+    yield "caption csv", write_csv(folder / "captions", named["caption"])
+    for name, form in {**DIALECTS, "messages": messages_of_texts}.items():
+        inside = [form(fact, {"bytes": fact.png, "path": fact.file}) for fact in facts]
+        for container, write in TABLES.items():
+            yield f"{name} {container}", write(folder / f"{name}-{container}", inside)
+        yield f"{name} tar", write_tar(folder / f"{name}-pairs", facts, form)
+    yield "caption tar of texts", write_tar(folder / "texts-pairs", facts, None)
