@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
 from blake3 import blake3
 
+from beingvl.artefact.progress import progress
+
 PREFIX = "blake3:"
 BLOCK_BYTES = 1 << 20  # fits a cache; larger ones were slower
+SHOWN_BYTES = 1 << 28  # less is soon hashed
 
 
 def hash_bytes(data: bytes) -> str:
@@ -26,9 +30,15 @@ def hash_file(path: Path, watch: Callable[[memoryview], object] = lambda block: 
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         block = memoryview(bytearray(min(max(size, 1), BLOCK_BYTES)))
-        while count := file.readinto(block):
-            digest.update(block[:count])
-            watch(block[:count])
+        bar = None
+        if size > SHOWN_BYTES:
+            bar = progress(name=f"hash {path.name}", unit="B", total=size, leave=False)
+        with bar or nullcontext():
+            while count := file.readinto(block):
+                digest.update(block[:count])
+                watch(block[:count])
+                if bar is not None:
+                    bar.update(count)
     return PREFIX + digest.hexdigest()
 
 

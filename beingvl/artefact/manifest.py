@@ -34,6 +34,7 @@ from beingvl.artefact.files import (
     write_atomically,
 )
 from beingvl.artefact.hashes import hash_bytes, hash_file
+from beingvl.artefact.progress import progress
 from beingvl.artefact.request import Request
 from beingvl.errors import InputError
 from beingvl.json_file import parse_json
@@ -276,7 +277,7 @@ def verify_folder(folder: Path | str) -> Manifest:
     """Re-hash every file of a finished folder. Raises InputError for the first one that changed."""
     folder = Path(folder)
     manifest = read_manifest(folder)
-    for name in manifest.files:
+    for name in progress(manifest.files, name=f"verify {folder}", unit="file", leave=False):
         verify_file(folder, name, manifest)
     return manifest
 

@@ -37,6 +37,7 @@ from typing import Any
 from beingvl.artefact.files import make_folder, sync, to_json, write_atomically
 from beingvl.artefact.hashes import HashedFile
 from beingvl.artefact.manifest import is_complete
+from beingvl.artefact.progress import progress
 from beingvl.artefact.request import Request
 from beingvl.errors import InputError
 
@@ -151,7 +152,7 @@ class Parts:
         with open(temporary, "wb") as out:
             hashed = HashedFile(out)
             hashed.write(head)
-            for number in range(num_parts):
+            for number in progress(range(num_parts), name=f"join {file}", unit="part", leave=False):
                 with open(self.path(number) / file, "rb") as part:
                     shutil.copyfileobj(part, hashed, 1 << 20)
         sync(temporary)
@@ -202,16 +203,17 @@ def wait_until_complete(
     folder.
     """
     seen, since = -1, time.monotonic()
-    while not is_complete(output):
-        try:
-            now = (output / FOLDER).stat().st_mtime_ns
-        except FileNotFoundError:
-            now = 0
-        if now != seen:
-            seen, since = now, time.monotonic()
-        if time.monotonic() - since > patience_seconds:
-            raise InputError(
-                f"{output} is still incomplete and no rank has worked on a part for "
-                f"{patience_seconds:g} s; start again"
-            )
-        time.sleep(poll_seconds)
+    with progress(name=f"wait for {output}", unit="folder", total=1, leave=False):
+        while not is_complete(output):
+            try:
+                now = (output / FOLDER).stat().st_mtime_ns
+            except FileNotFoundError:
+                now = 0
+            if now != seen:
+                seen, since = now, time.monotonic()
+            if time.monotonic() - since > patience_seconds:
+                raise InputError(
+                    f"{output} is still incomplete and no rank has worked on a part for "
+                    f"{patience_seconds:g} s; start again"
+                )
+            time.sleep(poll_seconds)

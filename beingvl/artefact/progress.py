@@ -2,36 +2,59 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tqdm import tqdm
 
-LOG_SECONDS = 30
+FIRST_SECONDS, LOG_SECONDS = 10, 30
 
 
 class _LogLines(tqdm):
-    """Whole lines instead of a bar that is drawn over itself; none for work that is soon done."""
+    """Whole lines instead of a bar that is drawn over itself; none for work that is soon done.
+
+    A thread writes them, so that they also come while one item takes long.
+    """
+
+    monitor_interval = 0  # tqdm's own thread
 
     def __init__(self, *args: Any, **options: Any) -> None:
         counted = "{desc}: {n_fmt} of {total_fmt}{unit} in {elapsed}, {remaining} left"
         super().__init__(
             *args,
             **options,
-            mininterval=LOG_SECONDS,
-            delay=LOG_SECONDS,
+            mininterval=math.inf,
+            delay=math.inf,
             bar_format=counted + ", {rate_fmt}{postfix}",
         )
+        self._is_closed = threading.Event()
+        threading.Thread(target=self._talk, daemon=True).start()
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        self.fp.write(f"{self}\n")
-        self.fp.flush()
+    def _talk(self) -> None:
+        pause = FIRST_SECONDS
+        while not self._is_closed.wait(pause):
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+            pause = LOG_SECONDS
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            for item in self.iterable:
+                yield item
+                self.n += 1
+        finally:
+            self.close()
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None: ...
 
     def set_postfix(self, *args: Any, refresh: bool = True, **values: Any) -> None:
         super().set_postfix(*args, refresh=False, **values)  # shown with the next line
 
     def close(self) -> None:
+        self._is_closed.set()
         self.disable = True
 
 

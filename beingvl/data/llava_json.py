@@ -23,6 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from beingvl.artefact.progress import progress
 from beingvl.errors import InputError
 
 BLOCK_CHARS = 1 << 20
@@ -72,11 +73,14 @@ def survey(path: Path, rows_per_part: int) -> Survey:
     """
     starts: list[Place] = []
     num_rows, names_images = 0, False
-    for place, row in _rows(path, Place()):
-        if num_rows % rows_per_part == 0:
-            starts.append(place)
-        num_rows += 1
-        names_images = names_images or (isinstance(row, dict) and bool(row.get("image")))
+    size = path.stat().st_size
+    with progress(name=f"look through {path.name}", unit="B", total=size, leave=False) as bar:
+        for place, row in _rows(path, Place()):
+            if num_rows % rows_per_part == 0:
+                starts.append(place)
+                bar.update(place.offset - bar.n)
+            num_rows += 1
+            names_images = names_images or (isinstance(row, dict) and bool(row.get("image")))
     return Survey(starts, num_rows, names_images)
 
 

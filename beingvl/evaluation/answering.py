@@ -22,6 +22,7 @@ import numpy as np
 
 from beingvl.artefact.hashes import hash_bytes, hash_file
 from beingvl.artefact.manifest import join_lineages
+from beingvl.artefact.progress import progress
 from beingvl.artefact.request import Request
 from beingvl.data.conversation import IMAGE_PLACEHOLDER, parse_conversation
 from beingvl.data.llava_json import image_keys, stream_rows
@@ -212,7 +213,8 @@ class Answering(Evaluation):
         if self._codes:
             return {}
         folder = self._options.image_path or Path()
-        return {key: hash_file(folder / key) for key in keys}
+        looked = progress(keys, name="hash images", unit="image", leave=False)
+        return {key: hash_file(folder / key) for key in looked}
 
     def _whole_request(self, hashes: Mapping[str, str]) -> Request:
         listing = "\n".join(f"{key} {hashes[key]}" for key in sorted(hashes))

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from beingvl.artefact.files import printable, spellings
+from beingvl.artefact.progress import progress
 from beingvl.errors import InputError
 from beingvl.images.table_images import TableImages
 from beingvl.sources.places import as_place
@@ -138,7 +139,8 @@ class FolderImages:
                 f"{self.folder} is not a folder; give the folder that holds the images"
             )
         left_out: Counter[str] = Counter()
-        keys = sorted(self._find(left_out))
+        looked = progress(self._find(left_out), name="find images", unit="image", leave=False)
+        keys = sorted(looked)
         if not keys:
             looked_for = ", ".join(sorted(IMAGE_SUFFIXES))
             raise InputError(
@@ -261,7 +263,8 @@ class TarImages:
         self._sparse: set[str] = set()  # keys
         self._stamps: list[str] = []  # of the tars, taken before they are read
         self._left_out: Counter[str] = Counter()
-        for number, path in enumerate(paths):
+        looked = progress(self._paths, name="look through tars", unit="tar", leave=False)
+        for number, path in enumerate(looked):
             self._stamps.append(_stamp_of(path))
             self._add(number, path)
         if not self._places:

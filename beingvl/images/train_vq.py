@@ -289,11 +289,11 @@ def cluster(points: torch.Tensor, num_clusters: int, generator: torch.Generator)
     """
     centres = points[torch.randint(len(points), (1,), generator=generator)]
     distance = 1 - points @ centres[0]
-    for _ in range(num_clusters - 1):
+    for _ in show_progress(range(num_clusters - 1), name="start clusters", unit="code"):
         chosen = points[torch.multinomial(distance.clamp_min(1e-9), 1, generator=generator)]
         centres = torch.cat([centres, chosen])
         distance = torch.minimum(distance, 1 - points @ chosen[0])
-    for _ in range(CLUSTER_ROUNDS):
+    for _ in show_progress(range(CLUSTER_ROUNDS), name="cluster", unit="round"):
         nearest = (points @ centres.T).argmax(1)
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)
         occupied = torch.bincount(nearest, minlength=num_clusters) > 0

@@ -42,6 +42,7 @@ from transformers import (
 from transformers.utils import logging
 
 from beingvl.artefact.manifest import join_lineages, read_manifest
+from beingvl.artefact.progress import progress
 from beingvl.data.conversation import (
     IMAGE_PLACEHOLDER,
     STOP_TEXTS,
@@ -499,9 +500,10 @@ def read_model(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedMo
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, **options
-        )
+        with progress(name=f"load {folder}", unit="model", total=1, leave=False):
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=False, **options
+            )
     finally:
         if was_enabled:
             logging.enable_progress_bar()

@@ -1,21 +1,32 @@
-import itertools
 import sys
+import time
 
+from beingvl.artefact import progress as module
 from beingvl.artefact.progress import progress
 
 
-def test_a_log_gets_a_line_every_half_minute_and_short_work_none(capsys, monkeypatch) -> None:
+def test_a_log_gets_lines_also_in_the_middle_of_an_item_and_short_work_none(
+    capfd, monkeypatch
+) -> None:
     assert list(progress([1, 2], name="short", unit="image")) == [1, 2]
-    assert capsys.readouterr().err == ""
-    seconds = itertools.count(step=20)
-    monkeypatch.setattr("tqdm.std.time", lambda: next(seconds))
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(module, "FIRST_SECONDS", 0.1)
+    monkeypatch.setattr(module, "LOG_SECONDS", 0.2)
     with progress(name="long", unit="image", total=100) as bar:
-        for _ in range(10):
-            bar.update(10)
-            bar.set_postfix(psnr=1)
-    lines = capsys.readouterr().err.splitlines()
-    assert 2 <= len(lines) <= 10
-    assert all(line.startswith("long: ") and " of 100 image in " in line for line in lines)
+        bar.update(10)
+        bar.set_postfix(psnr=1)
+        time.sleep(0.75)
+    lines = capfd.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 4
+    for line in lines:
+        assert line.startswith("long: 10 of 100 image in 00:0") and " left, " in line
+        assert "image/s, psnr=1" in line
+    for _ in progress(range(2), name="items", unit="image"):
+        time.sleep(0.25)
+    counted = capfd.readouterr().err
+    assert "items: 0 of 2 image" in counted and "items: 1 of 2 image" in counted
+    time.sleep(0.3)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_notebook_gets_a_bar(capsys, monkeypatch) -> None:

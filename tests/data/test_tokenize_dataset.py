@@ -394,12 +394,16 @@ def test_several_datasets_are_made_of_images(tmp_path) -> None:
         (tmp_path / f"{number}.png").write_bytes(png(number))
     (tmp_path / "3.png").write_bytes(b"damaged")
 
-    def of_images(name: str, *numbers: int, overwrite: bool = False) -> int:
+    def of_images(name: str, *numbers: int, **options: object) -> int:
         (tmp_path / f"{name}.json").write_text(json.dumps([row(number) for number in numbers]))
         where = {"json_path": tmp_path / f"{name}.json", "output_dir": tmp_path / "pt"}
-        options = {"dataset_name": name, "model_path": folder, "overwrite": overwrite}
-        return beingvl("tokenize", image_path=tmp_path, **where, **options)
+        where |= {"dataset_name": name, "model_path": folder, "image_path": tmp_path}
+        return beingvl("tokenize", **{**where, **options})
 
+    published = {"template": "being-vl-0.5", "output_dir": tmp_path / "published"}
+    assert of_images("one", 0, **published) == 0
+    assert read_manifest(tmp_path / "published").lineage["exif"] == "ignore"
+    assert of_images("one", 0, 1) == 0 and read_manifest(tmp_path / "pt").lineage["exif"] == "apply"
     assert of_images("one", 0, 1) == 0 and of_images("two", 2) == 0 and of_images("one", 0, 1) == 0
     assert [list(CodeFolder(tmp_path / f"pt_{name}_vq_codes").keys) for name in ("one", "two")] == [
         ["0.png", "1.png"],

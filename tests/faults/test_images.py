@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,10 +15,12 @@ import pytest
 from PIL import Image
 
 from beingvl.artefact.manifest import read_manifest
+from beingvl.artefact.work import worker_processes
 from beingvl.errors import InputError
 from beingvl.images.decode import read_image
 from beingvl.images.vq_codes import CodeFolder
 from beingvl.images.vqgan import VQGAN
+from beingvl.inference.model import BeingVL
 from tests.command import argv, beingvl
 from tests.images.test_encode_images import save_vqgan
 from tests.images.test_train_vq import SMALL
@@ -263,6 +266,14 @@ def test_pictures_are_turned_as_viewers_do_unless_exif_is_ignored(images, vq_pat
     assert beingvl("encode-images", **options) == 2
 
 
+def test_a_model_reads_images_as_its_data_was_read(run_folder):
+    model = BeingVL(run_folder / "stage-3" / "final")
+    assert model.vqgan.preprocessing.exif == "ignore"  # data of before the option
+    model.manifest.lineage["exif"] = "apply"
+    del model.vqgan
+    assert model.vqgan.preprocessing.exif == "apply"
+
+
 # ---- workers ----
 
 
@@ -279,6 +290,12 @@ def test_workers_need_no_room_in_dev_shm(images, vq_path, tmp_path):
     command = ["unshare", "-m", "sh", "-c", small, "sh", sys.executable, "-m", "beingvl", *words]
     subprocess.run(command, check=True, timeout=120)
     assert CodeFolder(tmp_path / "codes").manifest.counts == {"images": 1, "rejected": 0}
+
+
+def test_a_worker_of_any_step_that_the_kernel_kills_is_named():
+    killed = pytest.raises(InputError, match=r"a worker process was killed .*fewer --num_workers")
+    with killed, worker_processes(1, os.getpid) as pool:
+        pool.submit(signal.raise_signal, signal.SIGKILL).result()
 
 
 def test_a_worker_that_the_kernel_kills_is_named(images, vq_path, tmp_path):
