@@ -7,8 +7,8 @@ double quotes without looking for more of them. The variable DS_ENV_FILE names a
 it one of our own, so that two runs started from one folder do not share it. A user's own files,
 which then go unread, are read here and their lines are passed on.
 
-What looks like a secret stays on this machine, unless the user's own file passes it; then only the
-ranks get it: it is in no command line and not shown.
+What looks like a secret stays on this machine, unless the user's own file passes it to the ranks,
+through DeepSpeed; it is not shown even then.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ PASSED_NAMES = [
     "TORCH_EXTENSIONS_DIR",
     "TRITON_CACHE_DIR",
 ]
+# What DeepSpeed passes of the launcher's own environment.
+DEEPSPEEDS_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SECRET_NAME = re.compile(r"KEY|TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"://[^/?#\s]*@")  # of a URL with a user's name or password
@@ -48,6 +50,15 @@ def users_files() -> list[Path]:
     named = os.environ.get("DS_ENV_FILE")
     paths = [Path.home() / USERS_FILE, Path.cwd() / USERS_FILE, *([Path(named)] if named else [])]
     return [path for path in paths if path.is_file()]
+
+
+def without_passed_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """A launcher's environment, of which DeepSpeed passes no secret to other hosts."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not (name.startswith(DEEPSPEEDS_PREFIXES) and is_secret(name, value))
+    }
 
 
 def is_secret(name: str, value: str) -> bool:

@@ -30,6 +30,7 @@ from beingvl.launch.environment import (
     remote_environment,
     shown,
     users_files,
+    without_passed_secrets,
 )
 from beingvl.launch.host_probe import count_devices
 from beingvl.launch.hostfile import Host, is_this_machine_alone
@@ -151,7 +152,7 @@ class Run:
             environment["DS_ACCELERATOR"] = "cpu"
             threads = -(-found["num_devices"] // self.hosts[0].slots)
             environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(threads)
-        return environment
+        return environment if self.is_alone else without_passed_secrets(environment)
 
     @property
     def command(self) -> list[str]:

@@ -13,7 +13,12 @@ import torch
 from beingvl.commands import main as cli
 from beingvl.errors import InputError
 from beingvl.launch import check_hosts
-from beingvl.launch.environment import environment_file, remote_environment, shown
+from beingvl.launch.environment import (
+    DEEPSPEEDS_PREFIXES,
+    environment_file,
+    remote_environment,
+    shown,
+)
 from beingvl.launch.hostfile import Host
 from beingvl.launch.start_training import Run
 from beingvl.train.probe import PROBE_FILE, Probe, save_probe
@@ -37,6 +42,18 @@ OPEN = {
 
 def test_secrets_of_the_shell_do_not_travel() -> None:
     assert remote_environment(SECRETS | OPEN, ()) == OPEN
+
+
+def test_deepspeed_finds_no_secret_that_it_would_pass_by_itself(monkeypatch) -> None:
+    from deepspeed.launcher.runner import EXPORT_ENVS
+
+    assert set(EXPORT_ENVS) < set(DEEPSPEEDS_PREFIXES)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "s3cret")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:s3cret@host")
+    monkeypatch.setenv("MLFLOW_RUN", "1")
+    hosts = [Host("one", 1), Host("two", 1)]
+    passed = Run(Path("hostfile"), hosts, "m", [], "10.0.0.1", 29500).environment
+    assert "s3cret" not in str(passed.values()) and passed["MLFLOW_RUN"] == "1"
 
 
 def test_a_secret_that_the_users_file_passes_is_shown_nowhere(tmp_path, monkeypatch) -> None:

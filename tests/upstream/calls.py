@@ -12,10 +12,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from beingvl.data.arrow_shards import ShardReader
+from beingvl.model.weight_files import WeightFolder
 from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import VocabLayout
 from tests.upstream.artefacts import DECODER_TENSORS, MERGES, TINY, token_text
@@ -206,6 +207,19 @@ for base in ("llama3", "llama2"):
     CHECKS[f"{base}+vqgan"] = partial(model_type, base, 0)
 
 
+@row("chameleon+8k")
+def chameleon(world: World) -> str:
+    """Chameleon itself as a base, which normalises queries and keys."""
+    folder, output = world.folder / "chameleon-7b", world.folder / "never"
+    shutil.copytree(world.published_model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_norm.weight"] = torch.ones(8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    done = world.beingvl("convert", "--llama_path", folder, "--output_path", output)
+    assert not output.exists()
+    return refused(done, "is a Chameleon model", "start from a LLaMA")
+
+
 # ---- files ----
 
 
@@ -276,3 +290,40 @@ def multi_turn(world: World) -> str:
     )
     assert ours == theirs and any(row.count(TINY.sep_id) for row in ours)
     return WORD_FOR_WORD
+
+
+@row("a model folder")
+def model_folder(world: World) -> str:
+    """Its language model is a stock LLaMA, tensor by tensor; elsewhere one sentence imports it."""
+    imported, published = WeightFolder(world.imported), WeightFolder(world.published_model)
+    assert VocabLayout.load(world.imported) == TINY
+    config = json.loads((world.imported / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert all(torch.equal(imported[name], published[name]) for name in imported)
+    model, output = world.published_model, world.folder / "never"
+    hint = f"beingvl export --model {model}"
+    rows = ("--json_path", world.json, "--output_dir", output)
+    refused(world.beingvl("convert", "--llama_path", model, "--output_path", output), hint)
+    refused(world.beingvl("tokenize", "--model_path", model, *rows), hint)
+    refused(world.beingvl("generate", "--model", model, "--prompt", "What is it?"), hint)
+    done = world.train(1, model)
+    assert done.code == 2 and hint in done.said, done.said
+    assert not output.exists()
+    return ONE_SENTENCE
+
+
+@row("a model folder, written")
+def model_folder_written(world: World) -> str:
+    output = world.folder / "exported"
+    words = ("--model", world.imported, "--format", "being-vl-0.5", "--output_path", output)
+    succeeded(world.beingvl("export", *words))
+    ours, theirs = (
+        json.loads((folder / "config.json").read_text())
+        for folder in (output, world.published_model)
+    )
+    for name in ("architectures", "model_type", "vocabulary_map", "boi_token_id", "vq_config"):
+        assert ours[name] == theirs[name], name
+    exported, published = WeightFolder(output), WeightFolder(world.published_model)
+    assert set(exported) == set(published)
+    assert all(torch.equal(exported[name], published[name]) for name in published)
+    return ONE_SENTENCE

@@ -19,10 +19,10 @@ from tests.upstream.world import REPOSITORY, World
 PAGE = REPOSITORY / "docs" / "Coming-from-Being-VL-0.5.md"
 
 
-def rows_of_page() -> list[str]:
-    """First cells of the page's tables without backticks, and without the heads."""
-    cells = re.findall(r"^\| (.+?) \| .+ \|$", PAGE.read_text(), re.MULTILINE)
-    return [cell.replace("`", "") for cell in cells if cell != "Being-VL-0.5"]
+def rows_of_page() -> dict[str, str]:
+    """The page's tables without their heads: old, without backticks, -> new."""
+    cells = re.findall(r"^\| (.+?) \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
+    return {old.replace("`", ""): new for old, new in cells if old != "Being-VL-0.5"}
 
 
 def main() -> int:
