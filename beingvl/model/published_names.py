@@ -48,6 +48,7 @@ from beingvl.vocab import LAYOUT_FILE, VocabLayout
 
 PREFIX = "model.vqmodel."
 PUBLISHED_KIND = "published_model"
+VQ_MODEL_TYPE = "chameleon_vqgan"
 # What is the same file in both forms.
 _SAME_FILES = ("generation_config.json", VBPE_FILE, *LICENSE_PATTERNS)
 _SMALL_BYTES = 64_000_000  # more than tokenizer and configs take
@@ -70,6 +71,10 @@ def write_published(
     manifest, layout = read_manifest(model_folder, "model"), VocabLayout.load(model_folder)
     vq_folder = model_folder / VQGAN_FOLDER
     vqgan = VQGAN.load(vq_folder)
+    vq_config = read_json(vq_folder / "config.json", "a VQ-GAN folder")
+    if vq_config["model_type"] != VQ_MODEL_TYPE:
+        found = f"{vq_folder} is a {vq_config['model_type']}"
+        print(f"{found}; the published class reads {VQ_MODEL_TYPE} only")
     weights, vq_weights = WeightFolder(model_folder), WeightFolder(vq_folder)
     added = {PREFIX + name: _moved(vq_weights, name) for name in vq_weights}
     start_target(
@@ -85,7 +90,7 @@ def write_published(
         "boi_token_id": layout.boi_id,
         "eoi_token_id": layout.eoi_id,
         "image_token_id": layout.image_placeholder_id,
-        VQ_CONFIG_KEY: read_json(vq_folder / "config.json", "a VQ-GAN folder"),
+        VQ_CONFIG_KEY: vq_config,
         "vocabulary_map": vocabulary,
     }
     write_atomically(target / "config.json", to_json(config))
@@ -169,7 +174,7 @@ def _open_published(folder: Path) -> _Published:
     if not vq_names or not isinstance(vq_config, dict):
         missing = f"weights {PREFIX}*" if not vq_names else f"key {VQ_CONFIG_KEY!r} in config.json"
         raise InputError(f"{folder} has no {missing}: it is not a published Being-VL folder")
-    vq_config = {"model_type": "chameleon_vqgan", **vq_config}
+    vq_config = {"model_type": VQ_MODEL_TYPE, **vq_config}
     vq_tensors = {name.removeprefix(PREFIX): weights[name] for name in vq_names}
     vqgan = VQGAN.build(vq_config, vq_tensors, folder / PREPROCESSOR_FILE, folder)
     tokenizer = tokenizer_files.load_tokenizer(folder)

@@ -125,6 +125,8 @@ def test_the_command_goes_there_and_back(tmp_path, base, capsys):
     there, back = tmp_path / "published", tmp_path / "back"
     publish = {"model": base, "format": "being-vl-0.5"}
     assert beingvl("export", **publish, output_path=there) == 0
+    said = capsys.readouterr().out
+    assert "is a janus_vqgan; the published class reads chameleon_vqgan only" in said
     assert beingvl("export", model=there, output_path=back) == 0
     assert equal_tensors(back, base) and equal_tensors(back / "vqgan", base / "vqgan")
     assert beingvl("export", model=there, output_path=back) == 2  # finished already
