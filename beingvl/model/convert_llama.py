@@ -95,12 +95,10 @@ def convert(
         llama_path: folder of any causal LM of transformers.
         being_vq_path: VQ-GAN folder, copied into the result; without it there are 8192 codes.
         vbpe: vbpe.json; decides the number of merges, is copied into the result.
-        being_tokenizer_config_path: a tokenizer with the visual tokens; None makes it. Its
-            folder's preprocessor_config.json is used for a VQ-GAN without one.
+        being_tokenizer_config_path: a tokenizer with the visual tokens; None makes it.
         num_merges: vBPE ids to make room for; None takes those of `vbpe`, else 8192.
         vocab_size: text ids the base model must have; only checked.
-        extended_vocab_size: ids in all, or new ids where it is less than the text ids; another
-            way to say `num_merges`.
+        extended_vocab_size: all ids, or new ones if less than the text ids; sets `num_merges`.
         init: values of new rows, one of `new_rows.METHODS`, from `seed`.
         torch_dtype: of the weights; "auto" is the base model's.
         pad_vocab_multiple: rows are rounded up to a multiple of this with zero rows.
@@ -232,7 +230,9 @@ def _tokenizer_folder(paths: Mapping[str, Path]) -> Path | None:
 
 
 def _preprocessing(paths: Mapping[str, Path]) -> Path | None:
-    """The image processor's settings beside the given tokenizer, where Being-VL-0.5 has them."""
+    """The image processor's settings beside the given tokenizer, where Being-VL-0.5 has them; for
+    a VQ-GAN without its own.
+    """
     folder = _tokenizer_folder(paths)
     path = folder / PREPROCESSOR_FILE if folder else None
     return path if path and path.is_file() else None
