@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -42,7 +41,6 @@ from beingvl.artefact.request import Request
 from beingvl.errors import InputError
 
 FOLDER = "parts.tmp"  # manifests leave out what ends in .tmp
-LOCK = ".lock.tmp"
 GONE = (errno.ENOENT, errno.ESTALE)  # what a removed folder answers, the second on a network disk
 
 
@@ -65,16 +63,16 @@ class Parts:
             write_atomically(path, text)
         elif difference := Request(request).difference(json.loads(path.read_text())):
             raise InputError(
-                f"{output} holds unfinished work of {difference}; finish it with the same options, "
-                "choose another folder, or add --overwrite"
+                f"{output} holds unfinished work of {difference}; give the same inputs and options "
+                "to finish it, choose another folder, or add --overwrite to begin anew"
             )
 
     def path(self, number: int) -> Path:
         return self.folder / f"{number:05d}"
 
     def finished(self) -> set[int]:
-        """Raises InputError when the parts are gone: whoever has locked the output and found it
-        incomplete asks.
+        """Raises InputError when the parts are gone: who asks has found the output incomplete, in
+        its turn.
         """
         if not self._are_ours():
             raise self.removed()
@@ -97,18 +95,6 @@ class Parts:
     def missing(self, num_parts: int) -> list[int]:
         finished = self.finished()
         return [number for number in range(num_parts) if number not in finished]
-
-    def are_to_be_joined(self, num_parts: int, is_joined: bool, rank: int, num_ranks: int) -> bool:
-        """Whether all parts are there, so that the rank that asks, under the lock, joins them."""
-        if is_joined:
-            self.remove()  # what this rank may have added while another removed them
-            return False
-        if missing := self.missing(num_parts):
-            print(
-                f"rank {rank} of {num_ranks} has finished its parts; {len(missing)} of "
-                f"{num_parts} are still missing"
-            )
-        return not missing
 
     @contextlib.contextmanager
     def writing(self, number: int) -> Iterator[Path]:
@@ -184,15 +170,6 @@ def _rename_folder(source: Path, target: Path) -> None:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise FileExistsError(target) from error
         raise
-
-
-@contextlib.contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """One process at a time for this output folder; a killed process lets go by itself."""
-    make_folder(output)
-    with open(output / LOCK, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def wait_until_complete(

@@ -11,6 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from beingvl.artefact.hashes import PREFIX
+
 
 class Request(dict[str, Any]):
     """Names and values that JSON can hold."""
@@ -23,7 +25,13 @@ class Request(dict[str, Any]):
         """All that differs, each as above."""
         asked = json.loads(json.dumps(self))  # as it reads back from a file: tuples are lists
         return [
-            f"another {name} (found {found.get(name)!r}, asked for {asked.get(name)!r})"
+            f"another {name} ({_how(found.get(name), asked.get(name))})"
             for name in {**found, **asked}
             if found.get(name) != asked.get(name)
         ]
+
+
+def _how(found: Any, asked: Any) -> str:
+    if all(isinstance(value, str) and value.startswith(PREFIX) for value in (found, asked)):
+        return "its content differs"
+    return f"found {found!r}, asked for {asked!r}"

@@ -22,8 +22,11 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from beingvl.artefact.files import to_json
+from beingvl.artefact.hashes import PREFIX, hash_bytes
 from beingvl.artefact.manifest import already_made, is_complete, start_folder
-from beingvl.artefact.parts import FOLDER, OvertakenError, Parts, locked, remove_parts
+from beingvl.artefact.owner import OWNER, in_turn, owned
+from beingvl.artefact.parts import FOLDER, OvertakenError, Parts, remove_parts
 from beingvl.artefact.progress import progress
 from beingvl.artefact.ranks import RankOf
 from beingvl.artefact.request import Request
@@ -90,14 +93,25 @@ def run_in_parts(
     """Make this rank's share of `work` and, when it is the last one, the whole.
 
     With `num_workers` processes beside this one, or in this one when it is 0. `name` stands before
-    the progress bar. Raises InputError for an output of another request.
+    the progress bar. Raises InputError for an output of another request, OwnedError for one that
+    another process makes something else in.
     """
     if overwrite and rank.num_ranks > 1:  # a late rank would remove what another has made
         raise InputError(
             f"--overwrite is for one rank, found {rank.num_ranks}; remove {work.output} before "
             "you start them"
         )
-    with locked(work.output):
+    request = work.request_of_parts()
+    # who makes the same may join; who begins anew is alone
+    group = None if overwrite else hash_bytes(to_json(request).encode()).removeprefix(PREFIX)
+    with owned(work.output, group, f".{work.parts_folder.removesuffix(FOLDER)}{OWNER[1:]}"):
+        _make_together(work, request, rank, num_workers, overwrite, name)
+
+
+def _make_together(
+    work: Work, request: Request, rank: RankOf, num_workers: int, overwrite: bool, name: str
+) -> None:
+    with in_turn(work.output):
         if overwrite:
             work.start_over()
             remove_parts(work.output, work.parts_folder)
@@ -105,14 +119,14 @@ def run_in_parts(
         if is_finished:  # a kill may have come between the manifest and this
             remove_parts(work.output, work.parts_folder)
         else:
-            parts = Parts(work.output, work.request_of_parts(), work.parts_folder)
+            parts = Parts(work.output, request, work.parts_folder)
             mine = [n for n in parts.missing(work.num_parts) if n % rank.num_ranks == rank.rank]
-    if is_finished:  # without the lock: looking at all inputs may take long
+    if is_finished:  # out of turn: looking at all inputs may take long
         work.check_finished()
         return
     with suppress(OvertakenError):
         _make_parts(work, parts, mine, num_workers, name)
-    with locked(work.output):
+    with in_turn(work.output):
         if work.is_finished():
             parts.remove()  # what this rank may have added while another removed them
         elif missing := parts.missing(work.num_parts):

@@ -58,7 +58,17 @@ DISK_FAILS = (
     errno.EHOSTDOWN,
     errno.EREMOTEIO,
     errno.ENODEV,
+    errno.EROFS,
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
 )
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+REMEDIES = {
+    **dict.fromkeys(DISK_IS_FULL, "make room"),
+    **dict.fromkeys(DISK_FAILS, "see to the disk"),
+    **dict.fromkeys(TOO_MANY_FILES, "allow more open files (`ulimit -n 65536`)"),
+}
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -120,16 +130,13 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
     except Exception as error:
         if args.debug:
             raise
-        if not isinstance(error, OSError) or error.errno not in (*DISK_IS_FULL, *DISK_FAILS):
+        if not isinstance(error, OSError) or error.errno not in REMEDIES:
             return _report_defect(name, error)
         # A failing write does not say which file it was.
         output = getattr(args, "output_path", None) or getattr(args, "output", None)
         path = error.filename or output
         where = f" ({path})" if path else ""
-        remedy = (
-            f"{'make room' if error.errno in DISK_IS_FULL else 'see to the disk'} and "
-            "start the same command again"
-        )
+        remedy = f"{REMEDIES[error.errno]} and start the same command again"
         print(
             f"beingvl {name}: error: {error.strerror}{where}; nothing finished is lost: {remedy}",
             file=sys.stderr,

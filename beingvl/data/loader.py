@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,7 +93,9 @@ class TrainingData:
         sequences_per_step: int,
         loss_on: str = "response",
         packing: bool = True,
+        advance: Callable[[], object] = lambda: None,
     ) -> None:
+        """`advance` hears, from a thread, of every window that is planned."""
         if num_samples < 1:
             raise InputError(
                 f"the run draws none of the {mixture.num_samples} samples of its mixture; "
@@ -109,12 +111,13 @@ class TrainingData:
         )
         self._loss_on = loss_on
         self._windows: dict[int, list[np.ndarray]] = {}
+        self._advance = advance
         self._plan_path = self._path_of_plan()
         kept = self._kept_plan()
         self._tokens_of_source = np.array(
             kept["tokens_of_source"] if kept else [0] * len(shards.sources)
         )
-        self.plan = PackingPlan(self._lengths, num_samples, sequence_length, packing, kept)
+        self.plan = PackingPlan(self._lengths, num_samples, sequence_length, packing, kept, advance)
         if shards.manifest.counts["longest_sample_tokens"] > sequence_length:
             self.plan.num_sequences  # noqa: B018  an error now, not when the step of such a sample comes
 
@@ -269,6 +272,7 @@ class TrainingData:
         for start in range(0, window * WINDOW, WINDOW):
             _, lengths, sources = self._draw(start, start + WINDOW)
             counts += self._count(sources, lengths)
+            self._advance()
         for earlier in range(sequence - number, sequence):
             drawn = self.samples_of(earlier)
             counts += self._count(self.shards.source_of[drawn], self.shards.lengths[drawn])

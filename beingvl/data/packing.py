@@ -46,7 +46,8 @@ class PackingPlan:
 
     Args:
         lengths_of: (start, stop) -> tokens of these samples of the global order. Its errors reach
-        whoever asks. known: what an earlier plan was told by `counts`.
+        whoever asks. known: what an earlier plan was told by `counts`. advance: hears, from the
+        thread, of every window.
     """
 
     def __init__(
@@ -56,13 +57,14 @@ class PackingPlan:
         sequence_length: int,
         packing: bool = True,
         known: Mapping[str, Any] | None = None,
+        advance: Callable[[], object] = lambda: None,
     ) -> None:
         self._starts: list[int] = [0]
         self._num_tokens, self._sequence_length = 0, sequence_length
         self._is_finished = False
         self._error: Exception | None = None
         self._grown = Condition()  # or nobody is at work any more
-        self._num_at_work = 0
+        self._num_at_work, self._advance = 0, advance
         if known is not None:
             self._add(known["sequences"], known["tokens"])
             self._is_finished = True
@@ -86,6 +88,7 @@ class PackingPlan:
                         count_sequences(window, self._sequence_length) if packing else len(window)
                     )
                     self._add([count], int(window.sum(dtype=np.int64)))
+                    self._advance()
                 start, num_windows = stop, min(2 * num_windows, WINDOWS_AT_ONCE)
         except Exception as error:
             self._error = error

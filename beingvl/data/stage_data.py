@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import TrainingData, open_mixture
 from beingvl.data.mixture import Mixture
@@ -15,8 +17,12 @@ def mixture_of(config: StageConfig, shards: ShardReader) -> Mixture:
     return open_mixture(shards, block.mixture, block.mixture_by, block.seed)
 
 
-def data_of(config: StageConfig, shards: ShardReader) -> TrainingData:
-    """The stage's mixture, as often as its epochs say, packed and cut into steps."""
+def data_of(
+    config: StageConfig, shards: ShardReader, advance: Callable[[], object] = lambda: None
+) -> TrainingData:
+    """The stage's mixture, as often as its epochs say, packed and cut into steps. `advance` hears
+    of every part of a long plan.
+    """
     block, mixture = config.beingvl, mixture_of(config, shards)
     return TrainingData(
         shards,
@@ -26,4 +32,5 @@ def data_of(config: StageConfig, shards: ShardReader) -> TrainingData:
         config.sequences_per_step,
         block.loss_on,
         block.packing,
+        advance,
     )

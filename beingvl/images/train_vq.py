@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +26,8 @@ from PIL import Image
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
 from beingvl.artefact.hashes import hash_bytes
-from beingvl.artefact.manifest import Manifest, already_made, read_manifest
+from beingvl.artefact.manifest import Manifest, read_manifest
+from beingvl.artefact.owner import making
 from beingvl.artefact.progress import progress as show_progress
 from beingvl.errors import InputError
 from beingvl.images.decode import decode_image
@@ -122,12 +125,24 @@ def train_vq(
     hashes = map(hash_images, sources, keys)
     images = {str(number): found for number, found in enumerate(hashes)}
     request = {**asdict(recipe), "images": images}
-    if already_made(output, "vqgan", request, overwrite):
-        return read_manifest(output)
     if num_threads:
         torch.set_num_threads(num_threads)
-    processor = make_processor(image_size)
-    pixels, held_out = load_pixels(sources, keys, recipe, Preprocess(processor))
+    with making(output, "vqgan", request, overwrite) as is_new:
+        if not is_new:
+            return read_manifest(output)
+        pixels = load_pixels(sources, keys, recipe, Preprocess(make_processor(image_size)))
+        return _write_vqgan(output, *pixels, recipe, device, request)
+
+
+def _write_vqgan(
+    output: Path,
+    pixels: torch.Tensor,
+    held_out: torch.Tensor,
+    recipe: Recipe,
+    device: str,
+    request: Mapping[str, Any],
+) -> Manifest:
+    processor = make_processor(recipe.image_size)
     vqgan = VQGAN(train_model(pixels, recipe, device), processor, device, source=str(output))
     psnr, num_used = measure(vqgan, held_out)
     num_held_out = len(held_out)
@@ -139,8 +154,8 @@ def train_vq(
     details = {"held_out_psnr_decibels": round(psnr, 2), "request": request}
     manifest = vqgan.save(output, counts, details, {PICTURE_FILE: picture(vqgan, held_out)})
     print(
-        f"{output}: {psnr:.1f} dB PSNR, {num_used} of {num_codes} codes used on {num_held_out} "
-        f"held-out images; see {output / PICTURE_FILE}"
+        f"{output}: {psnr:.1f} dB PSNR, {num_used} of {recipe.num_codes} codes used on "
+        f"{num_held_out} held-out images; see {output / PICTURE_FILE}"
     )
     return manifest
 

@@ -233,13 +233,13 @@ def judge(
         ),
         *_same_files(answer, first, wanted),
     ]
-    if answer["port_free"] is not None:
-        busy = (
-            "another process listens there: stop it, or choose another --master_port than "
-            f"{wanted.port}"
+    if (user := answer["port_user"]) is not None:
+        remedy = (
+            "an older run may still be there: wait for its end, or end it; only a second run on "
+            "the same host needs another --master_port"
         )
-        is_free = answer["port_free"]
-        rows.append((f"port {wanted.port}", "free" if is_free else "busy", "" if is_free else busy))
+        seen, remedy = (f"busy: {user}", remedy) if user else ("free", "")
+        rows.append((f"port {wanted.port}", seen, remedy))
     for path, free in answer["nvme"].items():
         remedy = (
             f"offload goes there: mount a local disk at {path} that can be written, or "

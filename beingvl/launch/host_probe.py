@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from beingvl.artefact.manifest import read_manifest
+from beingvl.artefact.processes import listener_on
 from beingvl.errors import InputError
 from beingvl.version import __version__
 
 MARK = "beingvl-probe "
 READING = "beingvl-all-reduce "
+ENDING_SECONDS = 3.0  # the ranks of a killed launcher find that out twice a second
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 
 
@@ -36,7 +38,7 @@ def probe(
     stage: str | None = None,
     nvme: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """`port`: is it free here; `folders` (folder -> kind): their content hashes; `output`: free
+    """`port`: who uses it here; `folders` (folder -> kind): their content hashes; `output`: free
     bytes where it will lie; `stage`: the hash of its JSON file; `nvme`: free bytes of these
     folders, None for one that cannot be written.
     """
@@ -50,7 +52,7 @@ def probe(
         **{name: _version_of(name) for name in PACKAGES},
         "code": code_hash(),
         **count_devices(),
-        "port_free": None if port is None else is_port_free(port),
+        "port_user": None if port is None else port_user(port),
         "folders": {folder: _content_hash(folder, kind) for folder, kind in folders.items()},
         "free_bytes": _free_bytes(Path(output)) if output else None,
         "stage": _file_hash(Path(stage)) if stage else None,
@@ -89,7 +91,19 @@ def count_devices() -> dict[str, Any]:
     return {"device": "CPU core", "num_devices": len(os.sched_getaffinity(0))}
 
 
-def is_port_free(port: int) -> bool:
+def port_user(port: int, patience_seconds: float = ENDING_SECONDS) -> str:
+    """Who uses the port of this host, "" when it is free. A run that was killed a moment ago may
+    still be ending, and is waited for.
+    """
+    deadline = time.monotonic() + patience_seconds
+    while not _is_port_free(port):
+        if time.monotonic() > deadline:
+            return listener_on(port)
+        time.sleep(0.1)
+    return ""
+
+
+def _is_port_free(port: int) -> bool:
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -20,6 +20,7 @@ from beingvl.errors import InputError
 
 THIS_MACHINE = ("localhost", "127.0.0.1")
 LINE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)\s+slots=(?P<slots>[0-9]+)")
+MAX_SLOTS_DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ def read_hostfile(path: Path | str) -> list[Host]:
         place = f"{path}, line {number}: {text.strip()!r}"
         match = LINE.fullmatch(line)
         if not match:
-            raise InputError(
-                f"{place} is not a host; expected NAME slots=NUMBER, for example worker-1 slots=8"
-            )
+            raise InputError(f"{place} is not a host; {_remedy(line)}")
+        if len(match["slots"]) > MAX_SLOTS_DIGITS:
+            raise InputError(f"{place} has more slots than a host can have; write its GPUs")
         host = Host(match["name"], int(match["slots"]))
         if host.slots == 0:
             raise InputError(
@@ -67,6 +68,17 @@ def read_hostfile(path: Path | str) -> list[Host]:
                 "machine on each of them; write the name by which all hosts reach it"
             )
     return [host for _, host in hosts.values()]
+
+
+def _remedy(line: str) -> str:
+    if line.startswith("\N{BYTE ORDER MARK}"):
+        return (
+            "the file begins with a byte order mark, which DeepSpeed takes for a part of the name: "
+            "save it as UTF-8 without one"
+        )
+    if "@" in line.split()[0]:
+        return "write its name alone, and its user in ~/.ssh/config (Host NAME, User USER)"
+    return "expected NAME slots=NUMBER, for example worker-1 slots=8"
 
 
 def is_this_machine_alone(hosts: Sequence[Host]) -> bool:

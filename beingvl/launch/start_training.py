@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from beingvl.launch.host_probe import count_devices
 from beingvl.launch.hostfile import Host, is_this_machine_alone
 from beingvl.model.start_model import find_start_model
 from beingvl.train.failures import EXIT_REQUEUE
+from beingvl.train.launchers import RUN_VARIABLE
 
 TRAINER = "beingvl.train.train_stage"
 
@@ -86,7 +88,8 @@ def launch(
         return 0
     output = Path(trainer["output"])
     output.mkdir(parents=True, exist_ok=True)
-    with counted_signals() as signals, environment_file(output, run.environment) as environment:
+    named = {**run.environment, RUN_VARIABLE: uuid.uuid4().hex}
+    with counted_signals() as signals, environment_file(output, named) as environment:
         return run_ranks(run, environment, signals)
 
 
@@ -276,17 +279,44 @@ def run_ranks(run: Run, environment: Mapping[str, str], signals: list[int]) -> i
     the same.
     """
     launcher = subprocess.Popen(run.command, env=environment, start_new_session=True)
-    is_told = False
-    while launcher.poll() is None and len(signals) < 2:
-        if signals and not is_told:  # asked until there is a rank to ask
-            is_told = run.signal_ranks("USR1")
-        with suppress(subprocess.TimeoutExpired):
-            launcher.wait(timeout=0.5)
-    if len(signals) > 1:
-        run.signal_ranks("KILL")
-        with suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGKILL)
-    code = launcher.wait()
+    with _ended_with_this_process(launcher.pid):
+        is_told = False
+        while launcher.poll() is None and len(signals) < 2:
+            if signals and not is_told:  # asked until there is a rank to ask
+                is_told = run.signal_ranks("USR1")
+            with suppress(subprocess.TimeoutExpired):
+                launcher.wait(timeout=0.5)
+        if len(signals) > 1:
+            run.signal_ranks("KILL")
+        if len(signals) > 1 or launcher.poll() not in (None, 0):
+            # a launcher that was killed leaves pdsh, and with it the ranks of other hosts
+            with suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+        code = launcher.wait()
     if is_told and code and len(signals) == 1:
         return EXIT_REQUEUE
+    return exit_code_of(code)
+
+
+@contextmanager
+def _ended_with_this_process(group: int) -> Iterator[None]:
+    """While in the block, a process group is killed when this process is: a shell reads from a pipe
+    whose other end this process alone has.
+    """
+    words = ["sh", "-c", f"read _ || kill -KILL -- -{group}"]
+    guard = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        guard.communicate(b"\n")
+
+
+def exit_code_of(code: int) -> int:
+    """As a shell would tell it: 128 + the signal that ended a process.
+
+    `code` is Python's, negative for a signal; DeepSpeed's launcher passes that on, so that 256 -
+    the signal arrives. 255 is what ssh says of a connection.
+    """
+    if 256 - signal.NSIG < code < 255:
+        code -= 256
     return code if code >= 0 else 128 - code

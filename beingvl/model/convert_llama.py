@@ -25,13 +25,8 @@ from transformers import PreTrainedTokenizerFast
 
 from beingvl.artefact.files import copy_inside, to_json, write_atomically
 from beingvl.artefact.hashes import hash_files
-from beingvl.artefact.manifest import (
-    MANIFEST_FILE,
-    Manifest,
-    already_made,
-    join_lineages,
-    read_manifest,
-)
+from beingvl.artefact.manifest import MANIFEST_FILE, Manifest, join_lineages, read_manifest
+from beingvl.artefact.owner import making
 from beingvl.errors import InputError
 from beingvl.images.vqgan import PREPROCESSOR_FILE, VQGAN
 from beingvl.model import tokenizer_files
@@ -124,8 +119,9 @@ def convert(
         "--pad_vocab_multiple": pad_vocab_multiple,
     }
     conversion = plan_conversion(paths, sizes, NewRows(init, seed), torch_dtype)
-    if not already_made(output, "model", conversion.request, overwrite):
-        write_base(conversion, output, link)
+    with making(output, "model", conversion.request, overwrite) as is_new:
+        if is_new:
+            write_base(conversion, output, link)
     vq_path = paths.get("--being_vq_path")
     if verify_loading and not verify_conversion(conversion.base, output, vq_path):
         raise ConversionDiffersError(f"{output} differs from {llama_path}")
@@ -351,8 +347,7 @@ def write_base(conversion: Conversion, target: Path, link: bool) -> None:
     base, layout = conversion.base, conversion.layout
     vq_path = conversion.paths.get("--being_vq_path")
     replace = replaced_tensors(conversion)
-    # 64 MB are more than tokenizer and configs take.
-    beside = 64_000_000
+    beside = _bytes_beside_weights(conversion)
     if vq_path:
         beside += sum((vq_path / name).stat().st_size for name in _files_below(vq_path))
     start_target(target, "model", bytes_to_write(base.weights, target, replace, link) + beside)
@@ -388,6 +383,15 @@ def write_base(conversion: Conversion, target: Path, link: bool) -> None:
     counts["rows"] = conversion.num_rows
     details = {"request": dict(conversion.request), "was_tied": base.is_tied}
     finish_target(target, "model", counts, conversion.request["lineage"], details, hashes)
+
+
+def _bytes_beside_weights(conversion: Conversion) -> int:
+    """More than tokenizer and configs take: a tokenizer.model becomes JSON of eight times its size,
+    a new token takes 200 bytes.
+    """
+    known = small_files(conversion.base.folder)
+    num_bytes = sum((conversion.base.folder / name).stat().st_size for name in known)
+    return 1_000_000 + 10 * num_bytes + 400 * conversion.layout.num_visual
 
 
 def replaced_tensors(conversion: Conversion) -> dict[str, NewTensor]:

@@ -23,6 +23,7 @@ from beingvl.artefact.manifest import (
     start_folder,
     write_manifest,
 )
+from beingvl.artefact.owner import OWNER
 from beingvl.errors import InputError
 from beingvl.model.rewrite_weights import check_disk_space
 from beingvl.model.weight_files import WEIGHT_PATTERNS
@@ -89,10 +90,13 @@ def start_target(target: Path, kind: str, num_bytes: int) -> None:
     marker = target / UNFINISHED_FILE
     marker.touch()  # before the first deletion, so that a run killed in between is known
     start_folder(target, kind)
+    kept = (marker, target / OWNER)
     for path in [path for pattern in MODEL_PATTERNS for path in target.glob(pattern)]:
+        if path in kept:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path != marker:
+        else:
             path.unlink(missing_ok=True)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from beingvl.artefact.files import to_json, write_atomically
 from beingvl.artefact.manifest import start_folder, write_manifest
+from beingvl.artefact.owner import owned
 from beingvl.report.kit import chart_png
 from beingvl.report.run_charts import contact_sheet, training_curves
 from beingvl.report.run_page import run_page
@@ -48,13 +49,15 @@ def report_run(
     examples = choose_examples(pieces)
     charts = {"contact_sheet": contact_sheet(examples)} if examples else {}
     charts["training"] = training_curves(pieces.stages, summary)
-    folder = start_folder(Path(output_path or Path(stages_path or run_folder) / "report"), "report")
-    write_atomically(folder / "summary.json", to_json(summary))
-    for name, figure in charts.items():
-        write_atomically(folder / f"{name}.png", chart_png(figure))
-    name = Path(run_folder).resolve().name
-    write_atomically(folder / "index.html", run_page(name, pieces, summary, examples, charts))
-    write_manifest(folder, "report", {"examples": len(examples)}, {})
+    folder = Path(output_path or Path(stages_path or run_folder) / "report")
+    with owned(folder):
+        start_folder(folder, "report")
+        write_atomically(folder / "summary.json", to_json(summary))
+        for name, figure in charts.items():
+            write_atomically(folder / f"{name}.png", chart_png(figure))
+        name = Path(run_folder).resolve().name
+        write_atomically(folder / "index.html", run_page(name, pieces, summary, examples, charts))
+        write_manifest(folder, "report", {"examples": len(examples)}, {})
     print_summary(summary)
     print_examples(examples)
     for what in pieces.missing:

@@ -33,6 +33,7 @@ from blake3 import blake3
 from deepspeed.accelerator import get_accelerator
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+from beingvl.artefact.processes import listener_on
 from beingvl.data.loader import IGNORED, MicroBatch
 from beingvl.errors import InputError
 from beingvl.model.extended_vocab import PackedCausalLM, build_packed_model, stored_slice
@@ -92,10 +93,13 @@ def start_distributed(deterministic: bool = False) -> Ranks:
     except torch.distributed.DistNetworkError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"ranks cannot meet at {place}, rank 0's place: {reason}; give --master_port "
-            "(MASTER_PORT) another"
-        ) from error
+        if "EADDRINUSE" in str(error):
+            user = listener_on(int(os.environ["MASTER_PORT"]))
+            reason = (
+                f"{user} listens there. An older run may still be there: wait for its end, or end "
+                "it; only a second run on the same host needs another MASTER_PORT"
+            )
+        raise InputError(f"ranks cannot meet at {place}, rank 0's place: {reason}") from error
     is_cpu = accelerator.device_name() == "cpu"
     if is_cpu:
         _give_back_what_is_freed()

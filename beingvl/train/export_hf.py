@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from beingvl.artefact.manifest import Manifest, is_complete
+from beingvl.artefact.owner import owned
 from beingvl.errors import InputError
 from beingvl.model.published_names import published_config, read_published, write_published
 from beingvl.model.start_model import find_start_model
@@ -59,22 +60,23 @@ def export(
     if checkpoint:
         checkpoint = inputs["--checkpoint"] = _find_checkpoint(Path(checkpoint))
     check_target(output_path, inputs, overwrite)
-    if is_complete(output_path) and not overwrite:
-        raise InputError(
-            f"{output_path} is finished already; choose another folder or add --overwrite"
-        )
-    if rope_scaling not in (None, "none"):
-        raise InputError(f"--rope_scaling is {rope_scaling!r}, expected none")
-    if rope_scaling and format != PUBLISHED:
-        raise InputError(f"--rope_scaling belongs to --format {PUBLISHED}; leave it out")
-    config = published_config(model, bool(rope_scaling)) if format == PUBLISHED else None
-    if checkpoint:
-        return _export_checkpoint(model, checkpoint, output_path, config, link, probe)
-    if config:
-        return write_published(model, output_path, config, link)
-    if is_published(model):
-        return read_published(model, output_path, link=link)
-    VocabLayout.load(model)
+    with owned(output_path):
+        if is_complete(output_path) and not overwrite:
+            raise InputError(
+                f"{output_path} is finished already; choose another folder or add --overwrite"
+            )
+        if rope_scaling not in (None, "none"):
+            raise InputError(f"--rope_scaling is {rope_scaling!r}, expected none")
+        if rope_scaling and format != PUBLISHED:
+            raise InputError(f"--rope_scaling belongs to --format {PUBLISHED}; leave it out")
+        config = published_config(model, bool(rope_scaling)) if format == PUBLISHED else None
+        if checkpoint:
+            return _export_checkpoint(model, checkpoint, output_path, config, link, probe)
+        if config:
+            return write_published(model, output_path, config, link)
+        if is_published(model):
+            return read_published(model, output_path, link=link)
+        VocabLayout.load(model)
     raise InputError(
         f"{model} is a Hugging Face folder already: give --checkpoint or --format {PUBLISHED}"
     )

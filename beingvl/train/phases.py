@@ -40,7 +40,14 @@ RANKS, REPLAY_RANKS = "ranks", "replay-ranks"
 STEP_PHASES = ("data", "communication", "forward", "backward", "optimizer", "check", "log")
 BETWEEN_STEPS = ("start", "validation", "save")
 LONGEST_BEAT_SECONDS = 5.0
-NO_BEAT = {"step": 0, "phase": "start", "num_entered": 0, "beat": 0, "idle_seconds": math.inf}
+NO_BEAT = {
+    "step": 0,
+    "phase": "start",
+    "num_entered": 0,
+    "beat": 0,
+    "idle_seconds": math.inf,
+    "run": "",
+}
 
 
 class Phases:
@@ -53,10 +60,14 @@ class Phases:
         num_ranks: int,
         stall_timeout_seconds: float,
         folder: str = RANKS,
+        run: str = "",
     ) -> None:
+        """`run` is what the launcher gave to the ranks of this run alone: another's heartbeats
+        count for nothing.
+        """
         self._seconds: dict[str, float] = {}
         self.folder, self._rank, self._num_ranks = output / folder, rank, num_ranks
-        self.stall_timeout_seconds = stall_timeout_seconds
+        self.stall_timeout_seconds, self._run = stall_timeout_seconds, run
         self._beat_seconds = min(LONGEST_BEAT_SECONDS, stall_timeout_seconds / 10)
         self._place: tuple[int, str] = (0, "start")
         self._since = self._advanced_at = time.perf_counter()
@@ -151,6 +162,7 @@ class Phases:
             "idle_seconds": time.perf_counter() - self._advanced_at,
             "process": os.getpid(),
             "host": socket.gethostname(),
+            "run": self._run,
         }
 
     def _beat(self) -> dict[str, Any]:
@@ -176,8 +188,9 @@ class Phases:
                 continue
             try:
                 text = self._path_of(rank).read_text()
-                is_left_over = text == self._left_over.get(rank)
-                beats[rank] = NO_BEAT if is_left_over else {**NO_BEAT, **json.loads(text)}
+                beat = {**NO_BEAT, **json.loads(text)}
+                is_ours = text != self._left_over.get(rank) and beat["run"] == self._run
+                beats[rank] = beat if is_ours else NO_BEAT
             except (OSError, ValueError):  # a network disk may lose a file that is being replaced
                 beats[rank] = NO_BEAT
         return beats

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from blake3 import blake3
 
 from beingvl.artefact.manifest import is_complete
+from beingvl.artefact.owner import shared
 from beingvl.artefact.request import Request
 from beingvl.data.loader import TrainingData
 from beingvl.data.stage_data import data_of
@@ -34,7 +35,7 @@ from beingvl.train.agreement import (
     refuse_different_inputs,
 )
 from beingvl.train.checkpoint import StateReader, read_state
-from beingvl.train.checkpoint_folders import complete_checkpoints
+from beingvl.train.checkpoint_folders import CHECKPOINTS, complete_checkpoints
 from beingvl.train.damage import compared_meanwhile
 from beingvl.train.engine import TrainingEngine, build_engine, start_distributed, stop_distributed
 from beingvl.train.failures import StallError, TrainingError
@@ -61,11 +62,22 @@ __all__ = [
 
 
 def train_together(
-    stage: Stage, ranks: Ranks, phases: Phases, stop_requested: Callable[[], bool]
+    stage: Stage,
+    ranks: Ranks,
+    phases: Phases,
+    stop_requested: Callable[[], bool],
+    owner: str | None = None,
 ) -> bool:
-    """Build, resume, train, unless the stage is finished. False when it was stopped before."""
+    """Build, resume, train, unless the stage is finished. False when it was stopped before.
+
+    `owner`: rank 0's, of the output folder; from here on all ranks are it together.
+    """
     refuse_missing_wandb()
-    with _together(stage, ranks, phases) as (stage, gather):
+    with ExitStack() as stack:
+        stage, gather = stack.enter_context(_together(stage, ranks, phases))
+        owner = gather(owner)[0]
+        if owner and ranks.rank:
+            stack.enter_context(shared(stage.output, owner))
         if is_finished(stage, ranks.rank, gather):
             return True
         if any(gather(stop_requested())):
@@ -78,7 +90,7 @@ def train_together(
 def replay_together(stage: Stage, ranks: Ranks, phases: Phases, step: int) -> bool:
     """Show a step's samples and its loss with the nearest weights before it; finishes nothing."""
     with _together(stage, ranks, phases, replayed_step=step) as (stage, gather):
-        data = data_of(stage.config, stage.shards)
+        data = data_of(stage.config, stage.shards, phases.advance)
         num_steps = loop.num_steps_of(data, stage.config)
         if not 1 <= step <= num_steps:
             raise InputError(f"--replay {step}: this run has the steps 1 … {num_steps}")
@@ -94,7 +106,14 @@ def write_final(stage: Stage) -> None:
     final = stage.output / "final"
     if is_complete(final):
         return
-    write_hf_folder(stage.model, complete_checkpoints(stage.output)[-1], final)
+    checkpoints = complete_checkpoints(stage.output)
+    if not checkpoints:
+        raise InputError(
+            f"{stage.output / CHECKPOINTS} holds no finished checkpoint, so {final} cannot be "
+            "written; who removed it? start the same command again"
+        )
+    check_identity(checkpoints[-1], read_state(checkpoints[-1]).identity, stage.identity)
+    write_hf_folder(stage.model, checkpoints[-1], final)
     what = "a stock Hugging Face folder, the start model of the next stage"
     print(f"{final} is finished: {what}", flush=True)
 
@@ -141,7 +160,7 @@ def _train(
 ) -> bool:
     """From `checkpoint`, or from the start, to the end. False when it was stopped before."""
     config, output = stage.config, stage.output
-    data = data_of(config, stage.shards)
+    data = data_of(config, stage.shards, phases.advance)
     probe = Probe.of_shards(stage.shards)
     engine, progress, carried_steps = _build_or_resume(stage, ranks, phases, probe, checkpoint)
     if ranks.rank == 0:

@@ -3,6 +3,7 @@ beingvl.train.train_stage`.
 
     train            the step, as a function
         open_stage          light: wrong input is told at once         (stage_run.py)
+        owned               no other run writes here; rank 0 alone     (artefact/owner.py)
         Phases              from here on the others hear of this rank  (phases.py)
         train_together      torch, DeepSpeed, and all the work         (run_stage.py)
     as_a_rank        around it for a process: signals, error sentences, exit code
@@ -14,14 +15,18 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from beingvl.artefact.owner import owned, wait_for_owner
 from beingvl.errors import InputError
+from beingvl.train.agreement import LONGEST_PATIENCE_SECONDS
 from beingvl.train.failures import EXIT_REQUEUE, TrainingError
+from beingvl.train.launchers import end_with_launcher, run_name
 from beingvl.train.phases import RANKS, REPLAY_RANKS, Phases
-from beingvl.train.stage_run import open_stage
+from beingvl.train.stage_run import Stage, open_stage
 
 LONGEST_IMPORT_SECONDS = 600
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -75,9 +80,47 @@ def train(
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if stage.note and rank == 0:
         print(stage.note, flush=True)
-    timeout = stage.config.beingvl.stall_timeout_seconds
-    # the heartbeats of a run are not those of who looks at it
-    phases = Phases(output, rank, num_ranks, timeout, RANKS if replay is None else REPLAY_RANKS)
+    # before this run reads a checkpoint or removes an earlier run's heartbeats
+    with _owned(stage, rank) if replay is None else nullcontext() as owner:
+        is_finished = _take_part(stage, rank, num_ranks, owner, replay, stop_requested)
+        if is_finished and rank == 0:
+            # loaded already
+            from beingvl.train.run_stage import write_final
+
+            write_final(stage)
+    return output / "final" if is_finished else None
+
+
+@contextmanager
+def _owned(stage: Stage, rank: int) -> Iterator[str | None]:
+    """The output folder is this run's: rank 0 takes it and gives the group, others wait."""
+    run, timeout = run_name(), stage.config.beingvl.stall_timeout_seconds
+    if rank == 0:
+        with owned(stage.output, f"{run}-{uuid.uuid4().hex}") as group:
+            yield group
+    else:
+        wait_for_owner(stage.output, run, min(LONGEST_PATIENCE_SECONDS, timeout / 2))
+        yield None
+
+
+def _take_part(
+    stage: Stage,
+    rank: int,
+    num_ranks: int,
+    owner: str | None,
+    replay: int | None,
+    stop_requested: Callable[[], bool],
+) -> bool:
+    """All that ranks do together; whether the stage is finished."""
+    phases = Phases(
+        stage.output,
+        rank,
+        num_ranks,
+        stage.config.beingvl.stall_timeout_seconds,
+        # the heartbeats of a run are not those of who looks at it
+        folder=RANKS if replay is None else REPLAY_RANKS,
+        run=run_name(),
+    )
     with phases if replay is None or num_ranks > 1 else nullcontext():
         # Not before: this import takes seconds, on a cold disk minutes, in which no signal may be
         # lost and no rank counts as stalled.
@@ -88,13 +131,11 @@ def train(
         ranks = run_stage.start_distributed(stage.config.beingvl.deterministic)
         phases.advance()
         if replay is None:
-            is_finished = run_stage.train_together(stage, ranks, phases, stop_requested)
+            is_finished = run_stage.train_together(stage, ranks, phases, stop_requested, owner)
         else:
             is_finished = run_stage.replay_together(stage, ranks, phases, replay)
         run_stage.stop_distributed()
-    if is_finished and rank == 0:
-        run_stage.write_final(stage)
-    return output / "final" if is_finished else None
+    return is_finished
 
 
 def as_a_rank(step: Callable[[Callable[[], bool]], bool], debug: bool = False) -> int:
@@ -108,6 +149,7 @@ def as_a_rank(step: Callable[[Callable[[], bool]], bool], debug: bool = False) -
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: received.append(number))
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    end_with_launcher()
     try:
         exit_code = 0 if step(lambda: bool(received)) else EXIT_REQUEUE
     except (TrainingError, InputError) as error:

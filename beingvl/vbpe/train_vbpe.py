@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -32,6 +33,7 @@ from beingvl.artefact.manifest import (
     start_folder,
     write_manifest,
 )
+from beingvl.artefact.owner import OWNER, owned
 from beingvl.artefact.progress import progress as show_progress
 from beingvl.artefact.request import Request
 from beingvl.errors import InputError
@@ -110,21 +112,22 @@ def train_vbpe(
     if others:
         request |= {"held_out": others.hashes}
     output = Output(Path(output_path), request)
-    if output.is_made(overwrite):
-        return cast(VisualBPE, VisualBPE.load(output.file))
-    usage = count_codes(codes)
-    arrays, held = _choose_images(codes, others, options, holds_out=num_merges == "auto")
-    output.prepare()
-    if validate_data:
-        _print_data(codes, usage)
-    vbpe = _learn(arrays, codes, output, most, options, save_intermediate)
-    if vbpe.num_merges < most:
-        print(
-            f"Stopped before {most} merges: no pair is left that occurs {min_count} times "
-            "(--min_count)"
-        )
-    vbpe = _judge(vbpe, held, arrays, num_merges == "auto")
-    output.write(vbpe)
+    with output.making(overwrite) as is_new:
+        if not is_new:
+            return cast(VisualBPE, VisualBPE.load(output.file))
+        usage = count_codes(codes)
+        arrays, held = _choose_images(codes, others, options, holds_out=num_merges == "auto")
+        output.prepare()
+        if validate_data:
+            _print_data(codes, usage)
+        vbpe = _learn(arrays, codes, output, most, options, save_intermediate)
+        if vbpe.num_merges < most:
+            print(
+                f"Stopped before {most} merges: no pair is left that occurs {min_count} times "
+                "(--min_count)"
+            )
+        vbpe = _judge(vbpe, held, arrays, num_merges == "auto")
+        output.write(vbpe)
     _print_result(vbpe, usage, output.file)
     return vbpe
 
@@ -147,7 +150,9 @@ def import_vbpe(
     vbpe = import_published(pickle_path, init_size, vocab_pad)
     request = Request(import_pkl=hash_file(Path(pickle_path)), init_size=init_size)
     output = Output(Path(output_path), request | {"vocab_pad": vocab_pad})
-    if not output.is_made(overwrite):
+    with output.making(overwrite) as is_new:
+        if not is_new:
+            return vbpe
         output.prepare()
         output.write(vbpe)
         found = f"published vocabulary of {vbpe.num_codes} codes and {vbpe.num_merges} merges"
@@ -168,7 +173,17 @@ class Output:
         self.partial = self.file.with_suffix(".partial.json")
         self._request = request
 
-    def is_made(self, overwrite: bool) -> bool:
+    @contextmanager
+    def making(self, overwrite: bool) -> Iterator[bool]:
+        """Own the place and give True, or give False when there is nothing to do."""
+        if self._is_made(overwrite):
+            yield False
+            return
+        name = OWNER if self.folder else f".{self.file.name}{OWNER}"
+        with owned(self.folder or self.file.parent, name=name):
+            yield not self._is_made(overwrite)  # another process may have finished it just now
+
+    def _is_made(self, overwrite: bool) -> bool:
         """Whether there is nothing to do. Raises InputError where something would be lost."""
         if self.folder is None:
             if self.file.is_dir() or is_complete(self.file.parent):

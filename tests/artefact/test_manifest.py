@@ -13,7 +13,7 @@ from beingvl.artefact.manifest import (
     verify_folder,
     write_manifest,
 )
-from beingvl.artefact.parts import locked
+from beingvl.artefact.owner import owned
 from beingvl.errors import InputError
 from tests.damage import change_manifest
 
@@ -127,7 +127,7 @@ def test_a_file_in_the_way_of_a_folder_is_named(tmp_path) -> None:
     for path in (tmp_path / "file", tmp_path / "file" / "inside"):
         for make in (
             lambda path: start_folder(path, "shards"),
-            lambda path: locked(path).__enter__(),
+            lambda path: owned(path).__enter__(),
         ):
             with pytest.raises(InputError, match=f"{path} cannot be made, a file is in the way"):
                 make(path)

@@ -10,4 +10,6 @@ def test_a_request_says_how_another_differs() -> None:
     assert asked.difference({"seed": 1, "grid": [4, 4]}) == (
         "another name (found None, asked for 'a')"
     )
+    changed = Request(json="blake3:12").difference({"json": "blake3:34"})
+    assert changed == "another json (its content differs)"
     assert Request().difference({"more": 0}) == "another more (found 0, asked for None)"

@@ -53,7 +53,7 @@ class Squares(Work):
 
 def squares(folder: Path) -> str:
     verify_folder(folder)
-    assert {path.name for path in folder.iterdir()} <= {"squares", "manifest.json", ".lock.tmp"}
+    assert {path.name for path in folder.iterdir()} <= {"squares", "manifest.json"}
     return (folder / "squares").read_text()
 
 

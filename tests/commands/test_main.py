@@ -114,6 +114,11 @@ def test_a_failing_or_full_disk_is_a_sentence_and_any_other_error_of_the_system_
         (errno.EBADF, 1, "looks like a defect"),
         (errno.EIO, 2, "see to the disk"),
         (errno.ENOSPC, 2, "make room"),
+        (errno.EROFS, 2, "see to the disk"),
+        (errno.ENOLCK, 2, "see to the disk"),
+        (errno.ENOSYS, 2, "see to the disk"),
+        (errno.EOPNOTSUPP, 2, "see to the disk"),
+        (errno.EMFILE, 2, "allow more open files (`ulimit -n 65536`)"),
     ):
 
         def fail(path, number=number):

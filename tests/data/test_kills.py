@@ -15,11 +15,8 @@ from pathlib import Path
 import pytest
 
 from beingvl.artefact.manifest import is_complete, read_manifest, verify_folder
-from beingvl.artefact.parts import (
-    FOLDER,
-    LOCK,
-    Parts,
-)
+from beingvl.artefact.owner import TURN
+from beingvl.artefact.parts import FOLDER, Parts
 from beingvl.commands import main as cli
 from beingvl.data import tokenize_dataset
 from beingvl.data.llava_json import Survey, survey
@@ -49,18 +46,17 @@ def kill_while_working(
 
     None when it had ended before: that is no kill.
     """
-    lock = output / LOCK
-    lock.unlink(missing_ok=True)
+    turn = output / TURN
     before = len(finished_parts(output))
     process = subprocess.Popen(
         [sys.executable, "-m", "beingvl", *command],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_for(process, lock.exists)  # taken first to begin, then to join
+    wait_for(process, turn.exists)  # taken first to begin, then to join
     if new_parts == JOINING:
-        lock.unlink(missing_ok=True)
-        wait_for(process, lock.exists)
+        wait_for(process, lambda: not turn.exists())
+        wait_for(process, turn.exists)
     else:
         wait_for(process, lambda: len(finished_parts(output)) >= before + new_parts)
     time.sleep(delay)
@@ -275,6 +271,21 @@ def test_overwrite_is_for_one_rank(inputs, tmp_path, capsys) -> None:
     for command in commands(inputs, tmp_path).values():
         assert cli.main([*command, "--overwrite", "--rank=0", "--num_ranks=2"]) == 2
         assert "--overwrite is for one rank" in capsys.readouterr().err
+
+
+def test_unfinished_work_of_an_input_that_was_mended_is_refused_in_words(
+    inputs, tmp_path, capsys
+) -> None:
+    command = commands(inputs, tmp_path)["tokenize"]
+    rows = tmp_path / "rows.json"
+    rows.write_bytes((inputs / "rows.json").read_bytes())
+    command[command.index(f"--json_path={inputs}/rows.json")] = f"--json_path={rows}"
+    assert cli.main([*command, "--rank=0", "--num_ranks=2"]) == 0
+    rows.write_text(rows.read_text().replace('"r7"', '"seven"'))
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert "unfinished work of another json (its content differs)" in error, error
+    assert "or add --overwrite to begin anew" in error and "blake3" not in error, error
 
 
 def test_unfinished_work_of_other_options_is_refused(inputs, tmp_path, capsys) -> None:

@@ -18,6 +18,18 @@ def plan(lengths, sequence_length, packing=True):
     )
 
 
+def test_a_long_plan_shows_life_with_every_window() -> None:
+    life: list[None] = []
+    lengths = np.full(3 * WINDOW + 1, 5)
+    made = PackingPlan(
+        lambda start, stop: lengths[start:stop],
+        len(lengths),
+        64,
+        advance=lambda: life.append(None),
+    )
+    assert made.num_sequences and len(life) == 4
+
+
 def test_the_documented_example() -> None:
     assert pack_window(np.array([6, 3, 4, 5, 2]), 8) == [[0, 4], [2], [1, 3]]
 

@@ -42,6 +42,12 @@ def test_hosts_in_file_order_comments_and_blank_lines_are_skipped(tmp_path) -> N
         ("localhost slots=1\nb slots=1\n", "line 1: 'localhost' among other hosts"),
         ("# nobody\n", "hostfile-7 names no host"),
         ("\x00\xff slots=1\n", "line 1"),
+        (
+            "\N{BYTE ORDER MARK}a slots=1\n",
+            "line 1: '\\ufeffa slots=1' is not a host; the file begins",
+        ),
+        ("ubuntu@a slots=1\n", "write its name alone, and its user in ~/.ssh/config"),
+        (f"a slots={10**20}\n", "has more slots than a host can have"),
     ],
 )
 def test_every_complaint_names_file_line_and_text(tmp_path, text: str, message: str) -> None:

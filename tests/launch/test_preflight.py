@@ -66,7 +66,7 @@ def test_the_probe_prints_what_the_function_returns(work) -> None:
         "code",
         "num_devices",
         "folders",
-        "port_free",
+        "port_user",
         "stage",
     ):
         assert shown[name] == here[name], name
@@ -85,7 +85,7 @@ def red(**changes: object) -> dict[str, tuple[str, str]]:
         **probe(29500, {}, None),
         "host": "worker-1",
         "skew": 0.0,
-        "port_free": True,
+        "port_user": "",
         "num_devices": 2,
         "folders": {"base": "sha256:1"},
         "free_bytes": 10**12,
@@ -106,7 +106,7 @@ def red(**changes: object) -> dict[str, tuple[str, str]]:
         ({"stage": "2"}, "stage1.json", "2", "worker-1 has 1: copy it again"),
         ({"num_devices": 1}, "slots", "2 slots, 1 CPU core", "write slots=1 or fewer"),
         ({"skew": 60.0}, "clock", "60.0 s off", "NTP"),
-        ({"port_free": False}, "port 29500", "busy", "another --master_port"),
+        ({"port_user": "process 7"}, "port 29500", "busy: process 7", "older run may still be"),
         ({"folders": {"base": "sha256:2"}}, "base", "sha256:2…", "copy it again"),
         (
             {"folders": {"base": "error: base is not a folder"}},

@@ -673,9 +673,11 @@ def test_a_damaged_base_is_named_and_nothing_is_written(tmp_path, damage, messag
 def test_the_disk_is_checked_before_writing(tmp_path, llama, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    message = "65.1 MB are to be written, but the disk has 0.0 MB free"
+    message = "MB are to be written, but the disk has 0.0 MB free"
     refused(capsys, message, llama, tmp_path / "never")
     assert not (tmp_path / "never").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=12_000_000))
+    assert convert(llama, tmp_path / "small") == 0
 
 
 def test_a_conversion_leaves_the_collector_as_it_was(tmp_path, llama):

@@ -1,0 +1,104 @@
+"""Who a process is, for others that ask later whether it still runs.
+
+A process id alone says nothing: ids are given out again, and another host or container has its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from beingvl.artefact.files import printable
+
+LONGEST_COMMAND = 120  # letters that messages show of one
+
+
+@dataclass(frozen=True)
+class Process:
+    """`machine`: where `pid` means this process, "" where that is unknown. `started`: clock ticks
+    from boot to its start.
+    """
+
+    host: str
+    machine: str
+    pid: int
+    started: int
+    since: str
+    command: str
+
+    def is_dead(self) -> bool | None:
+        """Whether it has ended; None when that cannot be known here."""
+        if not self.machine or self.machine != this_machine():
+            return None
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # somebody else's
+            pass
+        found = _read_stat(self.pid)
+        if found is None:  # /proc may hide the processes of others
+            return False
+        state, num_threads, started = found
+        # a thread of a killed process may still hang in a write
+        return started != self.started or (state in "ZX" and num_threads <= 1)
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} (`{self.command}`, since {self.since})"
+
+
+def this_process() -> Process:
+    pid = os.getpid()
+    started = (_read_stat(pid) or ("", 0, 0))[2]
+    command = printable(shlex.join(sys.argv))
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return Process(socket.gethostname(), this_machine(), pid, started, since, shortened(command))
+
+
+def this_machine() -> str:
+    """Of one boot and one table of process ids; "" where the system does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        table = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return ""
+    return f"{socket.gethostname()}/{boot}/{table}"
+
+
+def _read_stat(pid: int) -> tuple[str, int, int] | None:
+    """(state, number of threads, clock ticks from boot to start), as proc(5) says."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()
+    return fields[0], int(fields[17]), int(fields[19])
+
+
+def shortened(command: str) -> str:
+    return command if len(command) <= LONGEST_COMMAND else f"{command[:LONGEST_COMMAND]}…"
+
+
+def listener_on(port: int) -> str:
+    """Which process of this machine listens on a port, as far as this user may know."""
+    try:
+        sockets = psutil.net_connections("tcp")
+    except (psutil.Error, OSError):
+        sockets = []
+    for found in sockets:
+        if found.status == psutil.CONN_LISTEN and found.laddr.port == port and found.pid:
+            try:
+                process = psutil.Process(found.pid)
+                command = shortened(printable(shlex.join(process.cmdline())))
+                since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(process.create_time()))
+            except psutil.Error:
+                break
+            return f"process {found.pid} (`{command}`, since {since})"
+    return "a process of another user or container"
