@@ -11,11 +11,12 @@ that start other programs (EPS) or that nobody tries out; none of them is asked.
 from __future__ import annotations
 
 import io
+import os
 import struct
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def _decode(data: bytes, name: Path | str) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=[one for one in FORMATS if one in Image.OPEN])
     if problem := _bound_size(image):
         raise InputError(f"{name} has {image.width} x {image.height} pixels, {problem}")
-    image.load()
+    with _heard() if image.format == "TIFF" else nullcontext():
+        image.load()
     if image.mode[0] not in "IF":
         return image
     values = image.convert(image.mode[0])  # in RGB 16 bits would become white, fractions of 1 black
@@ -105,6 +107,22 @@ def _decode(data: bytes, name: Path | str) -> Image.Image:
             f"{name} has one value per pixel, from {low:g} to {high:g}, expected 8 bits; convert it"
         )
     return values.convert("L")
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    """What libtiff writes to this process's stderr becomes warnings."""
+    with open(os.memfd_create("libtiff"), "rb") as said:
+        stderr = os.dup(2)
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        said.seek(0)
+        for line in said.read().decode(errors="replace").splitlines():
+            warnings.warn(line, stacklevel=2)
 
 
 def _without_notes(data: bytes) -> bytes:

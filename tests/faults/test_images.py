@@ -172,17 +172,19 @@ def test_a_png_with_a_huge_text_is_read(images, vq_path, tmp_path):
 
 
 def test_warnings_of_decoders_name_the_image(images, vq_path, tmp_path, capfd):
-    grey = Image.new("P", (9, 9))
-    grey.info["transparency"] = bytes(range(9))
-    grey.save(images / "palette.png")
-    data = (images / "ok.png").read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
-        image.save(
-            images / "exif.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x09"
-        )
-    encode(images, vq_path, tmp_path / "codes", num_workers=1)
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x09"
+    picture().save(images / "exif.jpg", exif=exif)
+    picture().save(images / "marker.tif", compression="jpeg")
+    data = bytearray((images / "marker.tif").read_bytes())
+    data[data.index(b"\xff\xda") + 20] = 0xFF
+    data[data.index(b"\xff\xda") + 21] = 0xFC
+    (images / "marker.tif").write_bytes(data)
+    found = encode(images, vq_path, tmp_path / "codes", num_workers=1)
     error = capfd.readouterr().err
-    assert "warning: exif.jpg: " in error and "UserWarning" not in error
+    assert len(found["exif.jpg"]) == len(found["marker.tif"]) == 8
+    for warning in ("exif.jpg: Corrupt EXIF data", "marker.tif: JPEGLib: "):
+        assert f"warning: {warning}" in error
+    assert "UserWarning" not in error and not error.startswith("JPEGLib")
 
 
 # ---- what lies in folders and tars ----
