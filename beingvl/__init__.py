@@ -49,11 +49,13 @@ _HOMES = {
     "tokenize": "beingvl.data.tokenize_dataset",
     "train_vbpe": "beingvl.vbpe.train_vbpe",
 }
+_PUBLISHED = {"vBPE": "VisualBPE"}  # as Being-VL-0.5 calls it
 
 
 def __getattr__(name: str) -> Any:
     if name == "train":  # the package, which has the name of its function and can be called
         return importlib.import_module("beingvl.train")
+    name = _PUBLISHED.get(name, name)
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

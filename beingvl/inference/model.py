@@ -26,7 +26,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ from beingvl.errors import InputError
 from beingvl.images.preprocess import exif_of
 from beingvl.images.vqgan import VQGAN, usable_device
 from beingvl.inference.draw import FittingTokens, only_whole_images
+from beingvl.inference.published_calls import device_of, missing
 from beingvl.model.start_model import context_of, find_start_model, read_config
 from beingvl.vbpe.published import LegacyVisualBPE
 from beingvl.vbpe.vbpe_file import VBPE_FILE
@@ -83,28 +84,39 @@ class BeingVL:
         vbpe_path: Path | str | None = None,
         *,
         template: str | None = None,
+        device_map: Any = None,
     ) -> None:
         """A stage folder is taken for its `final/`. Without `vbpe_path` the vbpe.json inside the
         model folder is used, where there is one. `template` replaces the one of the training.
+        `device_map`, one device, is where `load_model` puts the model unless told otherwise.
         """
+        self._device = device_of(device_map)
         self.model_path = find_start_model(Path(model_path))
         self.layout = VocabLayout.load(self.model_path)
         self.manifest = read_manifest(self.model_path, "model")
         self.template = check_template(template or template_of(self.manifest) or DEFAULT)
         self.encoder = TextEncoder(self.model_path, self.layout)
         own = self.model_path / VBPE_FILE
-        path = vbpe_path or (own if own.is_file() else None)
-        self.vbpe = self._load_vbpe(Path(path)) if path else None
+        self._vbpe_path = vbpe_path or (own if own.is_file() else None)
+        self.vbpe = self._load_vbpe(Path(self._vbpe_path)) if self._vbpe_path else None
         self._without_merges = VisualBPE(self.layout.num_vq, np.zeros((0, 4), np.int32))
         self._model: Any = None
 
     # ---- loading ----
 
     def load_model(
-        self, torch_dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
+        self,
+        torch_dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        **published: Any,
     ) -> BeingVL:
-        """Read the weights as `dtype_of` says onto `own_device(device)`; returns self."""
-        target = own_device(device)
+        """Read the weights as `dtype_of` says onto `own_device(device)`; returns self.
+
+        `published`: further arguments that Being-VL-0.5 takes here. A vBPE and its sizes are read
+        and checked as `load_for_layout` says; torch chooses the attention kernel.
+        """
+        self._take_published(**published)
+        target = own_device(device or self._device)
         dtype = dtype_of(self.model_path, torch_dtype, target)
         try:
             model = read_model(self.model_path, dtype)
@@ -124,6 +136,27 @@ class BeingVL:
         model.generation_config = GenerationConfig()
         self._model = model.to(target)
         return self
+
+    def _take_published(
+        self,
+        model_path: Path | str | None = None,
+        vbpe_path: Path | str | None = None,
+        vbpe_init_size: int | None = None,
+        vbpe_vocab_pad: int | None = None,
+        vbpe_vocab_end: int | None = None,
+        flash_attn: Any = None,
+    ) -> None:
+        if model_path and find_start_model(Path(model_path)) != self.model_path:
+            raise InputError(
+                f"load_model reads {self.model_path}; for {model_path} make another "
+                "BeingVL(model_path, vbpe_path)"
+            )
+        sizes = vbpe_init_size, vbpe_vocab_pad, vbpe_vocab_end
+        if path := vbpe_path or (self._vbpe_path if any(sizes) else None):
+            self.vbpe = self._load_vbpe(Path(path), *sizes)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise missing(name)
 
     @property
     def model(self) -> Any:
@@ -154,8 +187,8 @@ class BeingVL:
         self._refuse_others(folder, {"vqgan": vqgan.fingerprint()})
         return vqgan
 
-    def _load_vbpe(self, path: Path) -> VisualBPE | LegacyVisualBPE:
-        vbpe = load_for_layout(path, self.layout)
+    def _load_vbpe(self, path: Path, *sizes: int | None) -> VisualBPE | LegacyVisualBPE:
+        vbpe = load_for_layout(path, self.layout, *sizes)
         self._refuse_others(path, {**vbpe.lineage, "vbpe": vbpe.fingerprint()})
         return vbpe
 
@@ -237,6 +270,8 @@ class BeingVL:
         """
         ids = self._prompt_ids(prompts, images, with_vbpe=True)
         return self.answer_token_sequences(ids, max_new_tokens, do_sample=do_sample, **options)
+
+    generate_vq = generate_with_vbpe  # its name in the published code
 
     def generate(
         self,

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import tests.upstream.python_calls  # noqa: F401  (adds to CHECKS)
 from tests.upstream.calls import CHECKS, ONE_SENTENCE, WORD_FOR_WORD
 from tests.upstream.world import REPOSITORY, World
 

@@ -16,7 +16,7 @@ def test_the_page_has_every_row_once() -> None:
     assert set(rows_of_page()) == set(CHECKS)
 
 
-@pytest.mark.parametrize(("old", "new"), rows_of_page().items())
+@pytest.mark.parametrize(("old", "new"), rows_of_page().items(), ids=list(rows_of_page()))
 def test_row(world, old, new) -> None:
     is_same = new.startswith(("same", "as written"))
     assert CHECKS[old](world) in ([WORD_FOR_WORD] if is_same else [WORD_FOR_WORD, ONE_SENTENCE])

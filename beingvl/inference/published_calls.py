@@ -1,0 +1,42 @@
+"""How Being-VL-0.5 is called from Python, where `BeingVL` goes another way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from beingvl.errors import InputError
+
+TOKENIZE = "`beingvl.tokenize(json_path, model_path, output_path, …)` tokenizes a data set to files"
+REPLACED = {
+    "processor": "`tokenize(prompt, image)` makes token ids, `decode_answer(token_ids)` a text",
+    "load_data": TOKENIZE,
+    "batch_tokenize_": TOKENIZE,
+    "tokenize_result": TOKENIZE,
+    "save_tokenize_result": TOKENIZE,
+}
+
+
+def missing(name: str) -> AttributeError:
+    """What to say of an attribute that `BeingVL` does not have."""
+    said = f"BeingVL has no attribute {name!r}"
+    for published, instead in REPLACED.items():
+        if name == published or (published.endswith("_") and name.startswith(published)):
+            return AttributeError(f"{said}: {instead}")
+    return AttributeError(said)
+
+
+def device_of(device_map: Any) -> Any:
+    """transformers' `device_map` as one device; None, and "auto", for the one that is there.
+
+    Raises InputError for what spreads a model over several.
+    """
+    places = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+    if len(set(map(str, places))) != 1 or places[0] in ("balanced", "balanced_low_0", "sequential"):
+        raise InputError(
+            f"device_map is {device_map!r}, a BeingVL runs on one device; leave it out, or name one"
+        )
+    place = places[0]
+    if place in (None, "auto"):
+        return None
+    return f"cuda:{place}" if isinstance(place, int) else place
