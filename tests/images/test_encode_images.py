@@ -327,6 +327,7 @@ def test_an_overwrite_removes_no_images(image_path, vq_path, tmp_path):
     assert encode(folder, vq_path, folder) == 0
     assert set(read_manifest(folder).files) == {
         "codes.npy",
+        "code_hashes.npy",
         "keys.jsonl",
         "key_offsets.npy",
         "rejected.jsonl",
