@@ -56,6 +56,7 @@ setup(
             "sacrebleu>=2.4",
         ],
         "serve": ["gradio>=6.0"],
+        "remote": ["fsspec>=2024.6", "s3fs>=2024.6", "gcsfs>=2024.6", "huggingface-hub", "aiohttp"],
         "benchmark": ["scikit-learn>=1.4", "scikit-image>=0.22", "accelerate>=1.1"],
     },
     entry_points={

@@ -177,10 +177,15 @@ class CollectRows(Work):
     def size_of_part(self, number: int) -> int:
         return 0  # nobody knows before it is read
 
-    def request(self) -> Request:
+    def __post_init__(self) -> None:
+        self.stamps = self._stamps_now()  # before anything is read
+
+    def _stamps_now(self) -> list[list[str]]:
         """What lies elsewhere is known by its size, and its time or the store's mark."""
-        stamps = [[file, stamp(file)] for file in self.files]
-        return Request(files=stamps, row_format=self.dialect)
+        return [[file, stamp(file)] for file in self.files]
+
+    def request(self) -> Request:
+        return Request(files=self.stamps, row_format=self.dialect)
 
     request_of_parts = request
 
@@ -200,6 +205,13 @@ class CollectRows(Work):
                 advance(1)
 
     def join(self, parts: Parts) -> None:
+        """Raises InputError when a file changed while it was read."""
+        for (file, before), (_, now) in zip(self.stamps, self._stamps_now(), strict=True):
+            if now != before:
+                raise InputError(
+                    f"{file} changed while its rows were read ({before}, now {now}); start again "
+                    "with --overwrite when it is complete"
+                )
         hashes = {ROWS_FILE: parts.join(self.num_parts, ROWS_FILE, self.output / ROWS_FILE)}
         details = {"request": self.request()}
         write_manifest(self.output, self.kind, {"files": len(self.files)}, {}, details, hashes)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import tarfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from beingvl.errors import InputError
 from beingvl.images.table_images import TableImages
 from beingvl.sources.places import as_place
 from beingvl.sources.tables import SUFFIXES as TABLES
+from beingvl.sources.tars import members_of
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -237,23 +237,6 @@ def _files_below(folder: str, left_out: Counter[str]) -> Iterator[tuple[str, os.
 # ---- tar files ----
 
 
-class _ForgetfulTarFile(tarfile.TarFile):
-    """tarfile keeps every header it has seen; this one reads millions in the memory of one."""
-
-    def next(self) -> tarfile.TarInfo | None:
-        self.members: list[tarfile.TarInfo] = []
-        if self.offset == 0 and self.fileobj.tell():
-            return None  # an empty tar, seen when it was opened; Python 3.10 seeks before its start
-        return super().next()
-
-
-def _refuse_lost_members(path: Path, end: int) -> None:
-    """tarfile takes any header but the first that it cannot read for the end; there are zeros."""
-    with open(path, "rb") as file:
-        if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"neither a header nor the end of the tar at byte {end}")
-
-
 class TarImages:
     """Images in uncompressed tar files, found through their headers and read at their offsets."""
 
@@ -272,31 +255,24 @@ class TarImages:
             raise InputError(f"{named}: no images in there (looked for {looked_for})")
 
     def _add(self, number: int, path: Path) -> None:
-        try:
-            with _ForgetfulTarFile.open(path, "r:") as tar:
-                while (member := tar.next()) is not None:
-                    name = member.name.removeprefix("./")
-                    if member.isdir():
-                        continue
-                    reason = _why_left_out(name)
-                    if reason is None and not member.isfile():
-                        reason = "links, or other than a file"
-                    if reason:
-                        self._left_out[reason] += 1
-                        continue
-                    if name in self._places:
-                        other = self._paths[self._places[name][0]]
-                        raise InputError(
-                            f"{path} and {other} both hold {name}: rename one or encode them apart"
-                        )
-                    self._places[name] = (number, member.offset_data, member.size)
-                    if member.issparse():  # its zeros are not in the tar
-                        self._sparse.add(name)
-                _refuse_lost_members(path, tar.offset)
-        except (tarfile.TarError, OSError) as error:
-            raise InputError(
-                f"{path} is not a readable, uncompressed tar file ({error}); copy it again"
-            ) from error
+        for _, member in members_of(str(path)):
+            name = member.name.removeprefix("./")
+            if member.isdir():
+                continue
+            reason = _why_left_out(name)
+            if reason is None and not member.isfile():
+                reason = "links, or other than a file"
+            if reason:
+                self._left_out[reason] += 1
+                continue
+            if name in self._places:
+                other = self._paths[self._places[name][0]]
+                raise InputError(
+                    f"{path} and {other} both hold {name}: rename one or encode them apart"
+                )
+            self._places[name] = (number, member.offset_data, member.size)
+            if member.issparse():  # its zeros are not in the tar
+                self._sparse.add(name)
 
     def keys(self) -> list[str]:
         where = str(self._paths[0]) if len(self._paths) == 1 else f"{len(self._paths)} tar files"

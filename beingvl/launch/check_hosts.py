@@ -24,6 +24,7 @@ from beingvl.errors import InputError
 from beingvl.launch.environment import is_secret, remote_environment, users_files
 from beingvl.launch.host_probe import MARK, PACKAGES, count_devices, probe
 from beingvl.launch.hostfile import THIS_MACHINE, Host, is_this_machine_alone, read_hostfile
+from beingvl.model.start_model import check_context, context_of
 from beingvl.stage.mixture import fit_mixture
 from beingvl.stage.stage_config import StageConfig, load_stage_config
 
@@ -306,7 +307,21 @@ def _check_data(wanted: Wanted, config: StageConfig) -> list[Finding]:
         shards = [manifest for manifest in seen.values() if manifest.kind == "shards"]
         template = join_templates({name: template_of(manifest) for name, manifest in seen.items()})
         config, note = fit_mixture(config, shards[0]) if shards else (config, "")
+        models = [name for name, manifest in seen.items() if manifest.kind == "model"]
+        notes = [
+            check_context(context_of(Path(name)), config, shards[0]) for name in models if shards
+        ]
     except InputError as error:
         return [Finding("-", "data", "refused", str(error))]
     drawn = ", ".join(f"{name} {weight}" for name, weight in config.beingvl.mixture.items())
-    return [Finding("-", "data", f"template {template}; {note or drawn}")] if shards else []
+    return (
+        [
+            Finding(
+                "-",
+                "data",
+                f"template {template}; {'; '.join(filter(None, [note or drawn, *notes]))}",
+            )
+        ]
+        if shards
+        else []
+    )

@@ -23,6 +23,7 @@ from beingvl.errors import InputError
 from beingvl.launch.model_shapes import ModelShape, find_shape
 from beingvl.model.packed_check import refuse_short_window, refuse_unlike_packed
 from beingvl.model.param_groups import PlannedParameter, plan_parameters
+from beingvl.model.start_model import check_context
 from beingvl.stage.mixture import fit_mixture
 from beingvl.stage.stage_config import StageConfig, load_stage_config
 from beingvl.train.flops import ASSUMED_MFU, GPU_PEAKS, step_flops
@@ -134,8 +135,12 @@ def plan(
         config = load_stage_config(path, overrides)
         length = config.beingvl.sequence_length
         refuse_short_window(shape.config, length, "lower beingvl.sequence_length to {window}")
+        shards = ShardReader(data).manifest if data else None
+        context = getattr(shape.config, "max_position_embeddings", None)
+        note = check_context(context, config, shards)
         for num_ranks in numbers:
             epoch = _describe_epoch(Path(data), config, shape, gpu, mfu, num_ranks) if data else ""
+            epoch = "\n".join(filter(None, [epoch, note]))
             cases.append(Case(shape, Path(path), tuple(overrides), num_ranks, capacity, epoch))
     return Plan(tuple(cases))
 

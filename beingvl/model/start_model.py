@@ -7,9 +7,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from beingvl.artefact.manifest import is_complete
+from beingvl.artefact.manifest import Manifest, is_complete
 from beingvl.errors import InputError
 from beingvl.json_file import read_object
+from beingvl.stage.stage_config import StageConfig
 
 
 def find_start_model(path: Path) -> Path:
@@ -30,17 +31,18 @@ def context_of(folder: Path) -> int | None:
     return config.get("max_position_embeddings", config.get("n_positions"))
 
 
-def check_context(model: Path, sequence_length: int, longest_sample: int | None = None) -> str:
+def check_context(context: int | None, config: StageConfig, shards: Manifest | None) -> str:
     """What to know of a stage whose sequences exceed the model's context; "" when none do.
 
     Positions restart with every sample, so a long sequence of short samples is sound. Raises
     InputError when the longest sample of the shards, in tokens, exceeds the context.
     """
-    context = context_of(model)
-    if context is None or max(sequence_length, longest_sample or 0) <= context:
+    sequence_length = config.beingvl.sequence_length
+    longest_sample = int(shards.counts["longest_sample_tokens"]) if shards else 0
+    if context is None or max(sequence_length, longest_sample) <= context:
         return ""
-    found = f"the model's context is {context} tokens (max_position_embeddings of {model})"
-    if longest_sample and longest_sample > context:
+    found = f"the model has positions for {context} tokens (max_position_embeddings)"
+    if longest_sample > context:
         raise InputError(
             f"the longest sample of the shards has {longest_sample} tokens, {found}; leave such "
             f"samples out with `beingvl tokenize --max_length {context}`, or use another base"

@@ -15,7 +15,7 @@ from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import PLAN_VERSION
 from beingvl.data.template import in_request, join_templates, template_of
 from beingvl.errors import InputError
-from beingvl.model.start_model import find_start_model
+from beingvl.model.start_model import check_context, context_of, find_start_model
 from beingvl.stage.mixture import fit_mixture
 from beingvl.stage.stage_config import StageConfig, load_stage_config
 from beingvl.train.checkpoint_folders import complete_checkpoints
@@ -69,6 +69,9 @@ def open_stage(
     model = find_start_model(model)
     start, shards = read_manifest(model, "model"), ShardReader(data)
     config, note = fit_mixture(config, shards.manifest)
+    note = "\n".join(
+        filter(None, [note, check_context(context_of(model), config, shards.manifest)])
+    )
     inputs = {str(model): start, str(data): shards.manifest}
     validation = ShardReader(validation_data) if validation_data else None
     if validation:

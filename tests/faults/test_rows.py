@@ -14,7 +14,7 @@ from beingvl.data.llava_json import image_keys, named_images
 from beingvl.data.tokenize_dataset import tokenize
 from beingvl.errors import InputError
 from beingvl.images.image_source import NO_STAMP, open_images
-from beingvl.images.vq_codes import finish_codes, key_line
+from tests.code_folder import write_codes
 from tests.tiny import LAYOUT, write_model
 
 VQGAN = {"vqgan": "blake3:" + "1" * 64}
@@ -26,12 +26,8 @@ def work(tmp_path):
     """A model folder and the codes of three images, one of them named as macOS does."""
     lineage = {"vocab": LAYOUT.fingerprint(), **VQGAN}
     write_manifest(write_model(tmp_path / "base"), "model", {}, lineage)
-    folder = tmp_path / "vq_codes"
-    folder.mkdir()
-    np.save(folder / "codes.npy", np.zeros((3, 4, 4), np.uint16))
-    (folder / "keys.jsonl").write_text("".join(map(key_line, sorted(NAMES))))
-    (folder / "rejected.jsonl").write_text("")
-    finish_codes(folder, {"images": 3}, VQGAN, {"num_codes": 16, "grid": [4, 4]}, {})
+    codes = np.zeros((3, 4, 4), np.uint16)
+    write_codes(tmp_path / "vq_codes", codes, 16, VQGAN, sorted(NAMES))
     return tmp_path
 
 
@@ -47,7 +43,7 @@ def tokenized(work, rows: list[dict], **options: object):
     return tokenize(path, work / "base", work / "out", vq_codes=codes, **options)
 
 
-@pytest.mark.parametrize("key", ["images", "video", "videos", "image_path", "img", "Image"])
+@pytest.mark.parametrize("key", ["video", "videos", "image_path", "img", "Image"])
 def test_pictures_under_another_key_are_named(work, key) -> None:
     rows = [row(**{key: ["a.png"]}), *[row(image="a.png")] * 9]
     with pytest.raises(InputError, match=f"the row has no `image`, but '{key}'"):
