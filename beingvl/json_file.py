@@ -27,6 +27,8 @@ def parse_json(
         value = json.loads(text, object_pairs_hook=make_object)
         if _is_deep(value):
             raise RecursionError
+        if "\\ud" in text.lower():  # half a character, which no file could hold
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise _not_json(source, f"nested more than {MAX_DEPTH} deep", remedy) from error
     except ValueError as error:

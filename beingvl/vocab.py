@@ -171,6 +171,11 @@ class VocabLayout:
             found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
             keys = f"exactly the keys {sorted(expected)}"
             raise InputError(f"{source}: found {found}, expected {keys}")
+        for name, value in fields.items():
+            if type(value) is not int:
+                raise InputError(
+                    f"{source}: {name} is {str(value)[:60]!r}, expected a whole number"
+                )
         return cls(**fields)
 
     @classmethod

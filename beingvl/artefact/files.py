@@ -86,10 +86,12 @@ def copy_inside(source: Path, target: Path, names: Iterable[str]) -> None:
 
 def refuse_outside(name: str, source: Path) -> None:
     """Raises InputError, in the name of `source`, for what no file below a folder is called."""
+    parts = printable(name).split("/")
     is_name = printable(name) == name and "\0" not in name and name not in ("", ".")
-    if not is_name or name.startswith("/") or ".." in name.split("/"):
+    is_short = len(name) < 1000 and all(len(part.encode()) <= 255 for part in parts)
+    if not (is_name and is_short) or name.startswith("/") or ".." in parts:
         raise InputError(
-            f"{source} names the file {name[:200]!r}, which would lie outside of its folder; "
+            f"{source} names the file {name[:200]!r}, which cannot lie in its folder; "
             "do not use it, or get it again from a source that you trust"
         )
 

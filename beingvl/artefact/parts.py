@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import socket
@@ -39,6 +38,7 @@ from beingvl.artefact.manifest import is_complete
 from beingvl.artefact.progress import progress
 from beingvl.artefact.request import Request
 from beingvl.errors import InputError
+from beingvl.json_file import read_json, read_object
 
 FOLDER = "parts.tmp"  # manifests leave out what ends in .tmp
 GONE = (errno.ENOENT, errno.ESTALE)  # what a removed folder answers, the second on a network disk
@@ -61,7 +61,7 @@ class Parts:
         path = self.folder / "request.json"
         if not path.exists():
             write_atomically(path, text)
-        elif difference := Request(request).difference(json.loads(path.read_text())):
+        elif difference := Request(request).difference(read_object(path)):
             raise InputError(
                 f"{output} holds unfinished work of {difference}; give the same inputs and options "
                 "to finish it, choose another folder, or add --overwrite to begin anew"
@@ -130,7 +130,7 @@ class Parts:
 
     def read_json(self, num_parts: int, file: str) -> list[Any]:
         """One JSON file of every part, in order."""
-        return [json.loads((self.path(number) / file).read_text()) for number in range(num_parts)]
+        return [read_json(self.path(number) / file) for number in range(num_parts)]
 
     def join(self, num_parts: int, file: str, target: Path, head: bytes = b"") -> str:
         """Lay one file of every part end to end in `target`, behind `head`; returns its hash."""

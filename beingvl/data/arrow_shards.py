@@ -81,8 +81,17 @@ class ShardReader:
         self.layout = VocabLayout.from_dict(
             self.manifest.details["layout"], f"{folder}/manifest.json"
         )
-        self.sources: list[str] = list(self.manifest.details["sources"])
-        rows: dict[str, int] = self.manifest.details["rows"]
+        try:
+            sources: dict[str, dict[str, int]] = dict(self.manifest.details["sources"])
+            rows: dict[str, int] = dict(self.manifest.details["rows"])
+            self._source_sizes = [entry["samples"] for entry in sources.values()]
+            if not all(type(n) is int and n >= 0 for n in [*rows.values(), *self._source_sizes]):
+                raise TypeError("numbers of rows and samples are expected")
+            if sum(self._source_sizes) != sum(rows.values()):
+                raise ValueError("sources and shards have different numbers of samples")
+        except (TypeError, ValueError) as error:
+            raise _unfit(f"{folder}/manifest.json", f"is damaged ({error})") from error
+        self.sources = list(sources)
         self._names = list(rows)  # as written: by name, shard-100000 is before shard-99999
         for name in self._names:
             self._check_size(name)
@@ -121,8 +130,7 @@ class ShardReader:
     @cached_property
     def members(self) -> list[np.ndarray]:
         """Ascending sample numbers of every source, memory-mapped, in the order of `sources`."""
-        sizes = [entry["samples"] for entry in self.manifest.details["sources"].values()]
-        return np.split(self._members, np.cumsum(sizes)[:-1])
+        return np.split(self._members, np.cumsum(self._source_sizes, dtype=np.int64)[:-1])
 
     def _shard(self, number: int) -> _Shard:
         shard = self._open.get(number)

@@ -159,7 +159,7 @@ def _value_of(entry: Any, names: Sequence[str], position: int) -> str:
         raise InputError(f"conversations[{position}] is not an object with a text 'value'")
     if entry.get("from") not in names:
         raise InputError(
-            f"conversations[{position}] is from {entry.get('from')!r}, expected "
+            f"conversations[{position}] is from {str(entry.get('from'))[:60]!r}, expected "
             f"{' or '.join(map(repr, names))}"
         )
     return entry["value"]

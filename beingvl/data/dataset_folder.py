@@ -28,6 +28,7 @@ from beingvl.artefact.manifest import (
 )
 from beingvl.artefact.request import Request
 from beingvl.errors import InputError
+from beingvl.json_file import parse_json
 from beingvl.vocab import VocabLayout
 
 REJECTED_FILE = "rejected.jsonl"
@@ -102,7 +103,7 @@ class DatasetFolder:
         if self._manifest() is None or not path.is_file():
             return []
         with open(path, encoding="utf-8", newline="\n") as file:
-            return [line for line in file if json.loads(line)["dataset"] != self.name]
+            return [line for line in file if parse_json(line, path)["dataset"] != self.name]
 
     def _hashes_of_others(self, manifest: Manifest | None) -> dict[str, str]:
         if manifest is None:

@@ -271,13 +271,13 @@ def map_batch(path: Path) -> tuple[mmap.mmap, pa.RecordBatch]:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             batch = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapped))).get_batch(0)
             batch.validate()  # offsets and sizes of a damaged head would be read as addresses
+            names = batch.schema.names  # which may be any bytes
         except (pa.ArrowException, OSError, ValueError) as error:
             raise InputError(
                 f"{path} is not a readable Arrow file ({error}); build the shards again"
             ) from error
     if batch.schema != SCHEMA:
         raise InputError(
-            f"{path} has the columns {batch.schema.names}, expected {SCHEMA.names}; build the "
-            "shards again"
+            f"{path} has the columns {names}, expected {SCHEMA.names}; build the shards again"
         )
     return mapped, batch

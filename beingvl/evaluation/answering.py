@@ -76,7 +76,7 @@ def read_questions(path: Path, limit: int | None, metric: str) -> list[Question]
 
 
 def _place(path: Path, number: int, id_: Any) -> str:
-    return f"{path}, row {number} (id {id_!r})"
+    return f"{path}, row {number} (id {repr(id_)[:60]})"
 
 
 def _question(row: dict[str, Any], number: int) -> Question:

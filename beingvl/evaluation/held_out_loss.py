@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from beingvl.artefact.manifest import join_lineages, read_manifest
 from beingvl.artefact.request import Request
@@ -34,6 +34,7 @@ from beingvl.evaluation.results import (
 )
 from beingvl.inference.model import read_model
 from beingvl.model import packed_attention
+from beingvl.model.base_model import open_config
 from beingvl.model.extended_vocab import PackedCausalLM, pack_stock_model
 from beingvl.model.packed_check import refuse_short_window, refuse_unlike_packed
 from beingvl.train.loss import LossSums
@@ -127,7 +128,7 @@ def load_packed(
     """A model folder as training sees it. Raises InputError for one that packing changes;
     `longest`: tokens of a sample.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = open_config(folder)
     refuse_short_window(config, longest, "score it with --json_path")
     refuse_unlike_packed(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
     model = read_model(folder, dtype, attn_implementation=packed_attention.register())

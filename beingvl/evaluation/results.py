@@ -23,6 +23,7 @@ from beingvl.artefact.manifest import read_manifest, write_manifest
 from beingvl.artefact.parts import Parts
 from beingvl.artefact.request import Request
 from beingvl.artefact.work import Work
+from beingvl.json_file import parse_json, read_json
 
 KIND = "evaluation"
 SCORES_FILE = "scores.json"
@@ -124,7 +125,7 @@ def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def read_summary(folder: Path) -> dict[str, Any]:
     """scores.json of a finished evaluation. Raises InputError when the folder is not one."""
     read_manifest(folder, KIND)
-    return json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
+    return read_json(folder / SCORES_FILE)
 
 
 def read_predictions(folder: Path) -> list[dict[str, Any]]:
@@ -132,7 +133,7 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
     read_manifest(folder, KIND)
     # An answer may hold U+2028, at which str.splitlines would break.
     with open(folder / PREDICTIONS_FILE, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        return [parse_json(line, file.name) for line in file]
 
 
 def print_scores(scores: Mapping[str, Any]) -> None:

@@ -55,6 +55,15 @@ class CodeFolder:
                 raise _damaged(path, f"it has {found} bytes, the manifest says {expected}")
         self.codes = load_mapped(self.path / CODES_FILE, REMEDY)
         self._hashes = load_mapped(self.path / CODE_HASHES_FILE, REMEDY)
+        details, shape = self.manifest.details, self.codes.shape
+        if [*shape[1:]] != details["grid"] or type(details["num_codes"]) is not int:
+            said = {name: details[name] for name in ("grid", "num_codes")}
+            raise _damaged(
+                self.path / CODES_FILE, f"its shape is {shape}, the manifest says {said}"
+            )
+        if self.codes.dtype != np.uint16 or self._hashes.shape != shape[:1]:
+            held = f"{self.codes.dtype}, and {len(self._hashes)} hashes of {len(self.codes)} rows"
+            raise _damaged(self.path / CODES_FILE, f"it holds {held}")
 
     @property
     def num_codes(self) -> int:
@@ -124,8 +133,11 @@ class MappedKeys:
     def __init__(self, folder: Path) -> None:
         self._offsets = load_mapped(folder / KEY_OFFSETS_FILE, REMEDY)
         self._path = folder / KEYS_FILE
-        with open(self._path, "rb") as file:
-            self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            with open(self._path, "rb") as file:
+                self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError as error:  # it is empty
+            raise _damaged(self._path, str(error)) from error
 
     def __len__(self) -> int:
         return len(self._offsets) - 1

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, LlamaConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlamaConfig
 
 from beingvl.artefact.manifest import read_manifest
 from beingvl.errors import InputError
+from beingvl.model.base_model import open_config
 from beingvl.model.extended_vocab import build_packed_model
 from beingvl.model.start_model import find_start_model
+from beingvl.published_form import refuse_published
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 
 NEW_ROWS = VocabLayout(1, 8192, 8192, bos_id=0, eos_id=0).num_visual
@@ -74,10 +76,11 @@ def find_shape(model: Path | str) -> ModelShape:
     if str(model) in SHAPES and not Path(model).exists():
         return named_shape(str(model))
     path = find_start_model(Path(model))
+    refuse_published(path)
     if (path / LAYOUT_FILE).exists():
         read_manifest(path, "model")
         return ModelShape(
-            AutoConfig.from_pretrained(path, trust_remote_code=False),
+            open_config(path),
             VocabLayout.load(path).num_text,
         )
     if not (path.is_file() or (path / "config.json").is_file()):
@@ -85,10 +88,10 @@ def find_shape(model: Path | str) -> ModelShape:
             f"--model {model} is neither a model folder nor a config.json, and no known shape: "
             f"{', '.join(SHAPES)}"
         )
+    config = open_config(path)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         return _with_new_rows(config, config.vocab_size)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except AttributeError as error:
         raise InputError(f"{path} is not the config.json of a language model: {error}") from error
 
 

@@ -60,7 +60,7 @@ class BaseModel:
         weights = WeightFolder(folder)
         refuse_chameleon(folder, config, weights)
         refuse_published(folder)
-        model = _empty_model(folder)
+        model = _empty_model(folder, len(weights))
         _refuse_quantised(folder, config, weights, set(model.state_dict()))
         input_name = _module_parameter(model, model.get_input_embeddings(), "weight")
         head = model.get_output_embeddings()
@@ -201,17 +201,40 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
     return text_config if isinstance(text_config, dict) and "vocab_size" not in config else config
 
 
-def _empty_model(folder: Path) -> Any:
-    """The model without weights, on the meta device."""
+def _empty_model(folder: Path, num_tensors: int) -> Any:
+    """The model without weights, on the meta device. Raises InputError for a configuration of more
+    layers than there are tensors, which could take for ever.
+    """
+    config = open_config(folder)
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if num_layers > num_tensors:
+        raise InputError(
+            f"{folder / 'config.json'} says {num_layers} layers, the weights are {num_tensors} "
+            "tensors; download the folder again"
+        )
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        path = folder / "config.json"
-        raise InputError(
-            f"{path} is not a causal language model that transformers knows ({error})"
-        ) from error
+    except Exception as error:  # sizes that do not fit each other fail anywhere in its code
+        raise _not_a_model(folder, error) from error
+
+
+def open_config(path: Path) -> Any:
+    """The transformers configuration of a model folder, or of its config.json.
+
+    Raises InputError for a damaged one.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    read_json(file, "a Hugging Face model folder")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # every configuration class checks its fields in its own way
+        raise _not_a_model(file.parent, error) from error
+
+
+def _not_a_model(folder: Path, error: Exception) -> InputError:
+    path, reason = folder / "config.json", " ".join(str(error).split())[:300]
+    return InputError(f"{path} is not a causal language model that transformers knows ({reason})")
 
 
 def _module_parameter(model: Any, module: Any, attribute: str) -> str | None:

@@ -179,10 +179,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         fields = parse_json(text, f"{path}: its header", _AGAIN)
         fields.pop("__metadata__", None)
         entries = sorted(
-            (entry["data_offsets"], name, entry["dtype"], tuple(entry["shape"]))
+            (tuple(entry["data_offsets"]), name, entry["dtype"], tuple(entry["shape"]))
             for name, entry in fields.items()
         )
-    except (KeyError, TypeError, AttributeError) as error:
+        if any(type(n) is not int for ends, _, _, shape in entries for n in (*ends, *shape)):
+            raise TypeError("sizes are whole numbers")
+        entries = [((start, stop), *rest) for (start, stop), *rest in entries]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} has a damaged safetensors header ({error}); {_AGAIN}") from error
     tensors, end = {}, 0
     for (start, stop), name, dtype, shape in entries:

@@ -110,13 +110,13 @@ def required_keys(block: type) -> list[str]:
 
 def check(value: Any, schema: Schema, source: str, name: str = "") -> None:
     """Raises InputError for the first value that is not allowed: `source` and its place."""
-    shown = name or "the file"
+    found = f"{source}: {name or 'the file'} is {repr(value)[:200]}"
     if isinstance(schema, Allowed):
         if not schema.holds(value):
-            raise InputError(f"{source}: {shown} is {value!r}, expected {schema.expected}")
+            raise InputError(f"{found}, expected {schema.expected}")
     elif isinstance(schema, Mapping):
         if not isinstance(value, Mapping):
-            raise InputError(f"{source}: {shown} is {value!r}, expected an object")
+            raise InputError(f"{found}, expected an object")
         for word, inside in value.items():
             inner = f"{name}.{word}" if name else word
             if word not in schema:
@@ -125,7 +125,7 @@ def check(value: Any, schema: Schema, source: str, name: str = "") -> None:
             check(inside, schema[word], source, inner)
     else:
         if not isinstance(value, list):
-            raise InputError(f"{source}: {shown} is {value!r}, expected a list")
+            raise InputError(f"{found}, expected a list")
         for at, inside in enumerate(value):
             check(inside, schema[0], source, f"{name}[{at}]")
 

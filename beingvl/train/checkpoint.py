@@ -19,6 +19,7 @@ another ZeRO stage, reads other ranges of the same files.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -211,11 +212,30 @@ def read_state(folder: Path) -> CheckpointState:
     refuse_damaged(folder, [STATE_FILE])
     try:
         state = CheckpointState(**read_object(folder / STATE_FILE))
-        if not 1 <= state.num_ranks <= len(read_manifest(folder).files):
+        listed = read_manifest(folder).files
+        if not 1 <= state.num_ranks <= len(listed):
             raise ValueError(f"it names {state.num_ranks} ranks")
-    except (ValueError, TypeError) as error:
+        if not all(isinstance(state.identity[key], kind) for key, kind in _IDENTITY):
+            raise ValueError("its identity is not that of a run")
+        for name, parameter in state.parameters.items():
+            _check_parameter(name, parameter, state.num_ranks)
+        num_bytes = sum(4 * math.prod(one["shape"]) for one in state.parameters.values())
+        if num_bytes > sum(int(entry["bytes"]) for entry in listed.values()):
+            raise ValueError(f"its parameters take {num_bytes} bytes, more than all files")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(folder, STATE_FILE, str(error)) from error
     return state
+
+
+_IDENTITY = (("start_model", str), ("lineage", dict))
+
+
+def _check_parameter(name: str, parameter: dict[str, Any], num_ranks: int) -> None:
+    """Raises ValueError, TypeError or KeyError unless it is as `CheckpointState` says."""
+    sizes = [*parameter["shape"], parameter["adam_steps"]]
+    sizes += [edge for start, stop in parameter["spans"] for edge in (start, stop)]
+    if len(parameter["spans"]) != num_ranks or not all(type(n) is int and n >= 0 for n in sizes):
+        raise ValueError(f"its entry {name!r} is impossible")
 
 
 def refuse_damaged(
@@ -271,12 +291,14 @@ class StateReader:
         """Elements start … stop of a flattened parameter, float32; `key`: one of STATE_KEYS."""
         flat, reached = torch.empty(stop - start), start
         spans = self.state.parameters[name]["spans"]
-        for file, (first, last) in zip(self._files, spans, strict=True):
+        for rank, (first, last) in enumerate(spans):
             high = min(stop, last)
             if first <= reached < high:
-                flat[reached - start : high - start] = file.get_slice(f"{name}.{key}")[
-                    reached - first : high - first
-                ]
+                try:
+                    piece = self._files[rank].get_slice(f"{name}.{key}")
+                    flat[reached - start : high - start] = piece[reached - first : high - first]
+                except (SafetensorError, RuntimeError, TypeError) as error:
+                    raise _damaged(self._folder, rank_file(rank, len(spans)), str(error)) from error
                 reached = high
         if reached < stop:
             what = f"its spans {spans} of {name} do not give the elements {start} … {stop}"

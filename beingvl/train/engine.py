@@ -31,11 +31,12 @@ import numpy as np
 import torch
 from blake3 import blake3
 from deepspeed.accelerator import get_accelerator
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from beingvl.artefact.processes import listener_on
 from beingvl.data.loader import IGNORED, MicroBatch
 from beingvl.errors import InputError
+from beingvl.model.base_model import open_config
 from beingvl.model.extended_vocab import PackedCausalLM, build_packed_model, stored_slice
 from beingvl.model.packed_check import refuse_short_window, refuse_unlike_packed
 from beingvl.model.param_groups import PlannedParameter, plan_parameters
@@ -146,7 +147,7 @@ def build_engine(
     zero = config.deepspeed["zero_optimization"]
     zero = {**zero, **swap_settings(config, weights, ranks.num_ranks)}
     deepspeed_config = {**config.deepspeed, **accumulation, "zero_optimization": zero}
-    model_config = AutoConfig.from_pretrained(model_folder, trust_remote_code=False)
+    model_config = open_config(model_folder)
     model = _empty_model(model_config, layout, config, deepspeed_config)
     parameters = dict(model.causal_lm.named_parameters())
     is_alone_on_cpu = ranks.num_ranks == 1 and ranks.device.type == "cpu"

@@ -77,8 +77,13 @@ def _trained_tensors(
     """Stored tensor name -> function that gives the tensor with its trained rows in place."""
     StateReader(checkpoint, state).__exit__()
     trained_parts: dict[str, list[str]] = {}
-    for name in state.parameters:
-        trained_parts.setdefault(stored_slice(name, layout.num_text)[0], []).append(name)
+    for name, parameter in state.parameters.items():
+        stored_name, rows = stored_slice(name, layout.num_text)
+        shape = list(weights[stored_name][rows].shape) if stored_name in weights else None
+        if shape != parameter["shape"]:
+            found = f"{name} of the shape {parameter['shape']}"
+            raise InputError(f"{checkpoint} has trained {found}, {weights.folder} has {shape}")
+        trained_parts.setdefault(stored_name, []).append(name)
 
     def assemble(stored_name: str) -> torch.Tensor:
         tensor = weights[stored_name].clone()

@@ -203,7 +203,9 @@ def _from_fields(fields: Any, source: str) -> AnyVBPE:
             tuple(fields["grid"]) if fields["grid"] else None,
             source,
         )
-    except (KeyError, TypeError) as error:
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{source} is damaged: {error!r}; make it again") from error
     if vbpe.fingerprint() != fields.get("fingerprint"):
         raise InputError(

@@ -129,7 +129,10 @@ def test_mistakes_are_named(work, capsys) -> None:
     assert "no known shape: llama3.1-8b, " in capsys.readouterr().err
     (work / "config.json").write_text('{"model_type": "abacus"}')
     assert cli.main(["plan", "--model", str(work / "config.json")]) == 2
-    assert "is not the config.json of a language model" in capsys.readouterr().err
+    assert (
+        "config.json is not a causal language model that transformers knows"
+        in capsys.readouterr().err
+    )
     assert plan(work, "--gpus", "3x80GB") == 0
     assert "does not divide by 3 ranks" in capsys.readouterr().out
 

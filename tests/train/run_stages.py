@@ -40,9 +40,8 @@ def main() -> None:
         before = restart_peak()
         with Phases(output, ranks.rank, ranks.num_ranks, 120) as phases:
             moments = Path(job["moments"]) if "moments" in job else None
-            stage = Stage(
-                output, output / "tensorboard", config, model, shards, None, moments, identity
-            )
+            logs = output / "tensorboard"
+            stage = Stage(output, logs, config, model, shards, None, moments, identity, note="")
             assert train_together(stage, ranks, phases, lambda: False)
         if ranks.rank == 0:
             write_final(stage)

@@ -21,8 +21,8 @@ ROLES = {
 
 def turn(role: Any, text: Any, where: str) -> dict[str, str]:
     """One entry of `conversations`. Raises InputError for another role, or no text."""
-    if role not in ROLES:
-        raise InputError(f"{where} is from {role!r}, expected one of {', '.join(ROLES)}")
+    if not isinstance(role, str) or role not in ROLES:
+        raise InputError(f"{where} is from {str(role)[:60]!r}, expected one of {', '.join(ROLES)}")
     if not isinstance(text, str):
         raise InputError(f"{where} has no text")
     return {"from": ROLES[role], "value": text}
