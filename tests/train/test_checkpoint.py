@@ -70,7 +70,8 @@ def write(output, step: int, cuts: list[float]):
         for name, shape in SHAPES.items()
     }
     num_ranks = len(cuts) + 1
-    state = CheckpointState(step, step, num_ranks, {"seed": 0, "lineage": {}}, parameters)
+    identity = {"seed": 0, "lineage": {}, "start_model": ""}
+    state = CheckpointState(step, step, num_ranks, identity, parameters)
     folder = checkpoint_folder(output, step)
 
     def save(rank, gather):
@@ -173,7 +174,7 @@ def test_a_slice_is_written_in_pieces_that_are_waited_for_and_tell_of_themselves
 def test_damage_and_other_runs_are_named(tmp_path) -> None:
     folder, state = write(tmp_path, 1, [0.5])
     with pytest.raises(InputError, match=r"another run: another seed \(found 0, asked for 1\)"):
-        check_identity(folder, state.identity, Request({"seed": 1, "lineage": {}}))
+        check_identity(folder, state.identity, Request({**state.identity, "seed": 1}))
     path = folder / "rank-00001-of-00002.safetensors"
     whole = path.read_bytes()
     path.write_bytes(b"\xff" * len(whole))
