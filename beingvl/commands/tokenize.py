@@ -25,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     mode = "category of rows that name none: pt foundation, sft instruction"
     add("--mode", choices=["pt", "sft"], default="sft", help=mode)
-    rows = (
-        "rows: JSON, JSONL, CSV, TSV (also .gz, .zst), parquet, Arrow, tar; files, folders or URLs"
-    )
+    rows = "rows: JSON, JSONL, CSV, TSV (also .gz, .zst), parquet, Arrow, tar; files or folders"
     add("--json_path", nargs="+", required=True, help=rows)
     dialects = ["llava", "sharegpt", "messages", "texts", "caption"]
     add("--row_format", choices=dialects, help="form of the rows; default: seen in the first ones")

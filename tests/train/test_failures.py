@@ -7,16 +7,15 @@ import resource
 import shutil
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from beingvl.artefact.manifest import read_manifest, verify_folder
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.stage_data import data_of
-from beingvl.model.weight_files import WeightFolder
 from beingvl.stage.stage_config import load_stage_config
 from beingvl.train.checkpoint_folders import complete_checkpoints, step_of
 from beingvl.train.metrics import SpikeDetector, read_metrics
@@ -33,12 +32,7 @@ from tests.launcher import (
 from tests.train.conftest import STALL_SECONDS
 from tests.train.planted import poison
 from tests.train.programs import program, run_program
-
-
-def assert_same_weights(found: Path, expected: Path) -> None:
-    theirs = dict(WeightFolder(expected / "final"))
-    for name, tensor in dict(WeightFolder(found / "final")).items():
-        assert torch.equal(tensor, theirs[name]), name
+from tests.train.storm import FAULTS, Disk, Storm, assert_same_weights, kill, stop
 
 
 def token_that_comes_thrice_in_a_row(work: Path) -> tuple[int, list[int]]:
@@ -277,64 +271,22 @@ def test_spikes_are_told_from_noise() -> None:
     assert not detector.add(2.0)
 
 
-def storm(
-    work: Path, whole_run: Path, output: Path, num_moments: int, seed: int, *settings: str
-) -> int:
-    """Kill or stop all ranks at random moments, start-up and saves included; each start goes on
-    where the last one was.
-
-    Every step saves, every second start in the background. Returns how many starts were really
-    interrupted.
-    """
-    moments, num_interrupted = random.Random(seed), 0
-    arguments = (
-        work / "all.json",
-        work / "base",
-        work / "shards",
-        output,
-        "beingvl.checkpoint_every_steps=1",
-        *settings,
-    )
-    for number in range(num_moments):
-        launcher = start(
-            2, *arguments, f"beingvl.background_save={'true' if number % 2 else 'false'}"
-        )
-        while launcher.poll() is None and not rank_processes(launcher):
-            time.sleep(0.05)
-        if moments.random() < 0.8:  # most moments lie in the loop
-            done = len(read_metrics(output)) if (output / "metrics.jsonl").is_file() else 0
-            while launcher.poll() is None and not _has_more_steps(output, done):
-                time.sleep(0.005)
-            time.sleep(moments.random() * 0.5)
-        else:
-            time.sleep(moments.random() * 8)
-        what = moments.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
-        if launcher.poll() is None:
-            for process in rank_processes(launcher).values():
-                process.send_signal(what)
-        num_interrupted += launcher.wait(timeout=120) != 0
-    assert run(2, *arguments) == 0, log_of(output)
-    assert_same_weights(output, whole_run)
-    assert [row["loss"] for row in read_metrics(output)] == [
-        row["loss"] for row in read_metrics(whole_run)
-    ]
-    return num_interrupted
-
-
-def _has_more_steps(output: Path, done: int) -> bool:
-    path = output / "metrics.jsonl"
-    return path.is_file() and path.read_text().count("\n") > done
-
-
 def test_a_small_resume_storm(work, whole_run) -> None:
-    assert storm(work, whole_run, work / "storm-3", 3, seed=0) >= 2
+    storm = Storm(work, whole_run, work / "storm", seed=0)
+    storm.run([kill, stop, kill])
+    assert storm.num_interrupted >= 2
 
 
 @pytest.mark.slow
-def test_a_resume_storm(work) -> None:
-    longer = "beingvl.epochs=60"  # or it would be over before the last moments
-    output = work / "longer"
-    assert run(2, work / "all.json", work / "base", work / "shards", output, longer) == 0, log_of(
-        output
-    )
-    assert storm(work, output, work / "storm-40", 40, 1, longer) >= 38
+@pytest.mark.parametrize("seed", range(3))
+def test_ten_runs_in_a_storm(work, whole_run, tmp_path, seed: int) -> None:
+    """Kills, stops, second starts, and disks that are full or fail, at random moments."""
+    counts: Counter[str] = Counter()
+    for number in range(10):
+        with Disk(tmp_path / f"run-{number}") as disk:
+            storm = Storm(work, whole_run, disk.folder, 10 * seed + number, disk)
+            faults = storm.moments.choices(FAULTS, k=storm.moments.randint(1, 4))
+            storm.run(faults)
+            counts += Counter(fault.__name__ for fault in faults)
+            counts["interrupted"] += storm.num_interrupted
+    print(f"seed {seed}: {dict(counts)}")
