@@ -233,6 +233,7 @@ ROWS_PER_FILE = 50
 
 
 @pytest.mark.slow
+@pytest.mark.slow  # open: it reads the folder of collected rows as a folder of token rows
 @pytest.mark.parametrize("how", ["values", "bytes"])
 def test_rows_to_tokenize(good, tmp_path, how) -> None:
     """In files of many: a bad row is rejected, the others are not."""
