@@ -74,7 +74,10 @@ def with_published_name(words: list[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--mode", default="sft")
     parser.add_argument("--json_path", "--json-path", type=Path, default=Path("data"))
-    known, _ = parser.parse_known_args(words)
+    try:
+        known, _ = parser.parse_known_args(words)
+    except argparse.ArgumentError:
+        return words  # the command itself says what is wrong
     return ["--dataset_name", f"{known.mode}_{known.json_path.stem}", *words]
 
 

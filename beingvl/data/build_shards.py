@@ -58,7 +58,7 @@ def build_shards(
         vbpe_path: vbpe.json that merged images must decode with, a row's first to its own codes;
             None takes the one in `model_path`, if there is one.
         template: that the rows are made with; None takes it from the manifest beside a file, and
-            without one from its rows: published ones, "being-vl-0.5", have no target_spans.
+            without one from its first row: "being-vl-0.5" when all of token_1 is the target.
         part_bytes: bytes of JSONL that become one shard.
         num_workers: processes that parse; None takes one per CPU core, 0 parses in this one.
         duplicate_ids: "refuse" two rows with one id, or "keep" both.
@@ -77,8 +77,11 @@ def build_shards(
         check_template(template)
     paths = [Path(path) for path in _listed(jsonl_path)]
     model = None if model_path is None else Path(model_path)
-    vbpe = _open_vbpe(vbpe_path, model)
-    layout, lineage = _layout_and_lineage(paths, model, vbpe)
+    layout, lineages = _layout_and_lineages(paths, model)
+    vbpe = _open_vbpe(vbpe_path, model, layout)
+    if vbpe:
+        lineages[vbpe.source] = {**vbpe.lineage, "vbpe": vbpe.fingerprint()}
+    lineage = join_lineages(lineages)
     decoder = vbpe if isinstance(vbpe, VisualBPE) else None  # a published one cannot decode
     files = [look_at(path, part_bytes, template) for path in paths]
     template = _template_of_all(files, model)
@@ -96,10 +99,12 @@ def _listed(paths: Path | str | Sequence[Path | str]) -> Sequence[Path | str]:
     return [paths] if isinstance(paths, Path | str) else paths
 
 
-def _open_vbpe(vbpe_path: Path | str | None, model_path: Path | None) -> AnyVBPE | None:
+def _open_vbpe(
+    vbpe_path: Path | str | None, model_path: Path | None, layout: VocabLayout
+) -> AnyVBPE | None:
     if vbpe_path is None and model_path and (model_path / "vbpe.json").is_file():
         vbpe_path = model_path
-    return None if vbpe_path is None else VisualBPE.load(vbpe_path)
+    return None if vbpe_path is None else VisualBPE.load(vbpe_path, layout.num_vq)
 
 
 def _template_of_all(files: Sequence[TokenFile], model_path: Path | None) -> str:
@@ -110,11 +115,11 @@ def _template_of_all(files: Sequence[TokenFile], model_path: Path | None) -> str
     return join_templates(templates)
 
 
-def _layout_and_lineage(
-    paths: list[Path], model_path: Path | None, vbpe: AnyVBPE | None
-) -> tuple[VocabLayout, dict[str, str]]:
-    """Of the model folder, or of the manifest beside the files. Raises InputError when nothing
-    says which vocabulary the ids belong to, or inputs contradict each other.
+def _layout_and_lineages(
+    paths: list[Path], model_path: Path | None
+) -> tuple[VocabLayout, dict[str, dict[str, str]]]:
+    """The layout of the model folder, or of the manifest beside the files, and the lineage of each
+    input. Raises InputError when nothing says which vocabulary the ids belong to.
     """
     layout = VocabLayout.load(model_path) if model_path else None
     lineages = {str(model_path): read_manifest(model_path, "model").lineage} if model_path else {}
@@ -133,10 +138,8 @@ def _layout_and_lineage(
             f"{paths[0]} is in no manifest beside it: say with --model_path which "
             "vocabulary its ids belong to"
         )
-    if vbpe:
-        lineages[vbpe.source] = {**vbpe.lineage, "vbpe": vbpe.fingerprint()}
     lineages["the vocabulary layout"] = {"vocab": layout.fingerprint()}
-    return layout, join_lineages(lineages)
+    return layout, lineages
 
 
 # ---- the work ----

@@ -7,6 +7,7 @@ TokenFile  its content's hash, its template, the pieces that become parts
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,7 +81,7 @@ def look_at(path: Path, piece_bytes: int, template: str | None) -> TokenFile:
         content = f"{path.name} {content}"
     if first and template is None:
         has_spans = first.get("target_spans") is not None
-        template = DEFAULT if has_spans else PUBLISHED
+        template = PUBLISHED if _is_published(first) else DEFAULT
     return TokenFile(path, content, template, has_spans, default_source, lines_before, piece_bytes)
 
 
@@ -109,6 +110,17 @@ def _first_row(path: Path) -> dict[str, Any]:
     except NOT_READABLE:
         return {}
     return row if isinstance(row, dict) else {}
+
+
+def _is_published(row: Mapping[str, Any]) -> bool:
+    """Whether all of token_1 is the target; by default its end of image or sep never is."""
+    spans = row.get("target_spans")
+    before, after = row.get("token_0"), row.get("token_1")
+    image = row.get("token_image_new") or row.get("token_image") or []
+    if spans is None or not all(isinstance(ids, list) for ids in (before, image, after)):
+        return spans is None
+    start = len(before) + len(image)
+    return bool(spans == [[start, start + len(after)]])
 
 
 class _LineCounter:

@@ -222,7 +222,7 @@ def _check_template(
     has_spans: bool,
 ) -> None:
     """Raises InputError for a row of another template than the file's first, or one that was
-    published and begins as none of this vocabulary does.
+    published with ids that are not this vocabulary's.
     """
     for line, (row, _, its_spans) in zip(block, rows, strict=True):
         if its_spans != has_spans:
@@ -238,12 +238,14 @@ def _check_template(
             found = f"begins with {first_ids[0] if first_ids else 'nothing'}"
         elif not its_spans and not layout.is_image_token(row.ids[1]).all():
             found = "has an image of other ids than the vocabulary's"
+        elif not its_spans and len(row.ids[1]) and row.ids[0][-1] != layout.boi_id:
+            found = f"has {row.ids[0][-1]} before its image"
         else:
             continue
         raise InputError(
             f"{line.place(path)}: the row {found}, but in this vocabulary {layout.bos_id} begins a "
-            f"row and images have the ids {layout.first_image_id} to {layout.size - 1}; give as "
-            "--model_path a model of the file's own vocabulary"
+            f"row, {layout.boi_id} an image, and images have the ids {layout.first_image_id} to "
+            f"{layout.size - 1}; give as --model_path a model of the file's own vocabulary"
         )
 
 

@@ -55,7 +55,7 @@ from beingvl.errors import InputError
 from beingvl.images.preprocess import exif_of
 from beingvl.images.vqgan import VQGAN, usable_device
 from beingvl.inference.draw import FittingTokens, only_whole_images
-from beingvl.inference.published_calls import device_of, missing
+from beingvl.inference.published_calls import device_of, missing, positional
 from beingvl.model.start_model import context_of, find_start_model, read_config
 from beingvl.vbpe.published import LegacyVisualBPE
 from beingvl.vbpe.vbpe_file import VBPE_FILE
@@ -108,13 +108,16 @@ class BeingVL:
         self,
         torch_dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
+        *more: Any,
         **published: Any,
     ) -> BeingVL:
         """Read the weights as `dtype_of` says onto `own_device(device)`; returns self.
 
         `published`: further arguments that Being-VL-0.5 takes here. A vBPE and its sizes are read
-        and checked as `load_for_layout` says; torch chooses the attention kernel.
+        and checked as `load_for_layout` says; torch chooses the attention kernel. They go by name.
         """
+        if more or str(torch_dtype or DTYPES[0]).removeprefix("torch.") not in DTYPES:
+            raise positional(torch_dtype)
         self._take_published(**published)
         target = own_device(device or self._device)
         dtype = dtype_of(self.model_path, torch_dtype, target)

@@ -26,6 +26,14 @@ def missing(name: str) -> AttributeError:
     return AttributeError(said)
 
 
+def positional(first: Any) -> InputError:
+    """What to say of `load_model`'s arguments in their published order."""
+    return InputError(
+        f"load_model({first!r}, …): expected a dtype and a device; give Being-VL-0.5's arguments "
+        "by name: load_model(model_path=…, vbpe_path=…, torch_dtype=…)"
+    )
+
+
 def device_of(device_map: Any) -> Any:
     """transformers' `device_map` as one device; None, and "auto", for the one that is there.
 

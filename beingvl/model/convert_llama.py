@@ -175,7 +175,8 @@ def plan_conversion(
     vqgan = None
     if "--being_vq_path" in paths:
         vqgan = VQGAN.load(paths["--being_vq_path"], preprocessing=_preprocessing(paths))
-    vbpe = VisualBPE.load(paths["--vbpe"]) if "--vbpe" in paths else None
+    num_codes = vqgan.num_codes if vqgan else None
+    vbpe = VisualBPE.load(paths["--vbpe"], num_codes) if "--vbpe" in paths else None
     if vbpe and vqgan:
         _check_vbpe_belongs_to(vbpe, vqgan, paths)
     own_tokenizer = _base_tokenizer(paths, base)

@@ -34,7 +34,10 @@ _SAME_KEYS = (
     *("initializer_range", "rms_norm_eps", "use_cache", "tie_word_embeddings"),
     *("attention_bias", "attention_dropout", "mlp_bias"),
 )
-_KEPT_KEYS = ("bos_token_id", "eos_token_id", "rope_theta", "rope_scaling", "torch_dtype")
+_KEPT_KEYS = (
+    *("bos_token_id", "eos_token_id", "rope_theta", "rope_scaling", "torch_dtype"),
+    *("rope_parameters", "dtype"),  # in place of the last three where transformers 5 saved them
+)
 _PLAIN = ("default", "linear", "dynamic")
 
 

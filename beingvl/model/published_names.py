@@ -216,8 +216,8 @@ def _check_weights(folder: Path, weights: WeightFolder, config: Mapping[str, Any
     try:
         with torch.device("meta"):
             model = LlamaForCausalLM(LlamaConfig.from_dict(dict(config)))
-    except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # sizes and ropes that do not exist fail anywhere in its code
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{folder / 'config.json'} is not usable ({reason})") from error
     for name, parameter in model.named_parameters():
         found = list(weights.shape(name)) if name in weights else None

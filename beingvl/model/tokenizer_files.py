@@ -77,8 +77,9 @@ def load_tokenizer(folder: Path | str, num_text: int | None = None) -> PreTraine
         else:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise bare ones for damaged files
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
-            f"{path} cannot be read as a tokenizer ({type(error).__name__}: {error}); download it "
+            f"{path} cannot be read as a tokenizer ({reason}); download it "
             "again (a sentencepiece file needs `pip install sentencepiece protobuf`)"
         ) from error
     if not tokenizer.is_fast:

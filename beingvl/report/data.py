@@ -76,15 +76,15 @@ def report_data(
     for name, value in (("sequence_length", sequence_length), ("num_examples", num_examples)):
         if value < 1:
             raise InputError(f"--{name} is {value}, expected at least 1")
+    folders = [folder for path in shards for folder in shard_folders(Path(path))]
     options = DataOptions(
         model_path=Path(model_path) if model_path else None,
         vqgan=load_decoder(vq_path) if vq_path else None,
-        vbpe=VisualBPE.load(vbpe_path) if vbpe_path else None,
+        vbpe=VisualBPE.load(vbpe_path, _num_codes(folders)) if vbpe_path else None,
         stage=load_stage_config(deepspeed_config, overrides) if deepspeed_config else None,
         sequence_length=sequence_length,
         num_examples=num_examples,
     )
-    folders = [folder for path in shards for folder in shard_folders(Path(path))]
     body = Markup("").join(
         Markup("<h2>{}</h2>{}").format(folder, data_section(ShardReader(folder), options))
         for folder in folders
@@ -93,6 +93,10 @@ def report_data(
     write_atomically(target, page("Being-VL: data", body))
     print(target)
     return target
+
+
+def _num_codes(folders: Sequence[Path]) -> int | None:
+    return ShardReader(folders[0]).layout.num_vq if folders else None
 
 
 def shard_folders(path: Path) -> list[Path]:

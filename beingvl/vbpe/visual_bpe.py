@@ -120,9 +120,9 @@ class VisualBPE(Vocabulary):
     # ---- on disk ----
 
     @staticmethod
-    def load(path: Path | str) -> AnyVBPE:
-        """Read a `vbpe.json`, the folder it lies in, or a published `.pkl`. Raises InputError
-        for anything else or a damaged one.
+    def load(path: Path | str, num_codes: int | None = None) -> AnyVBPE:
+        """Read a `vbpe.json`, the folder it lies in, or a published `.pkl`, whose codes begin at 0
+        unless their number says otherwise. Raises InputError for anything else or a damaged one.
 
         Published vocabularies, pickled or imported, come back as `LegacyVisualBPE`: it encodes, but
         cannot decode.
@@ -133,7 +133,7 @@ class VisualBPE(Vocabulary):
         if not path.is_file():
             raise InputError(f"{path} does not exist; make it with `beingvl train-vbpe`")
         if path.suffix == ".pkl":
-            return import_published(path)
+            return import_published(path, num_codes, 0 if num_codes is None else None)
         return _from_fields(read_json(path, "make it again"), str(path))
 
 

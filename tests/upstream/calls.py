@@ -254,6 +254,15 @@ def vqgan(world: World) -> str:
 def pickled_vbpe(world: World) -> str:
     done = world.tokenize("tokenized_pickle", "--vbpe_path {pickle}", pickle=world.pickle)
     succeeded(done)
+    rows = world.folder / "tokenized_pickle" / "pt_train_vbpe.jsonl"
+    words = ("--jsonl_path", rows, "--vbpe_path", world.pickle, "--model_path", world.base)
+    output = world.folder / "shards_of_pickle"
+    succeeded(world.beingvl("build-shards", *words, "--output_path", output, "--num_workers", 0))
+    words = ("--llama_path", world.llama3, "--being_vq_path", world.base / "vqgan")
+    output = world.folder / "base_of_pickle"
+    words += ("--vbpe", world.pickle, "--output_path", output)
+    succeeded(world.beingvl("convert", *words))
+    assert VocabLayout.load(output).num_vq == TINY.num_vq
     words = ("--init_size", TINY.num_vq, "--vocab_pad", SIZES["vocab_pad"])
     output = world.folder / "imported_vbpe"
     words = ("--import_pkl", world.pickle, *words, "--output_path", output)

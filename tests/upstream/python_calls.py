@@ -71,6 +71,8 @@ def load_model(world: World) -> str:
     ):
         with pytest.raises(InputError, match=sentence):
             model.load_model(**wrong)
+    with pytest.raises(InputError, match="arguments by name"):
+        model.load_model(str(world.base), str(world.pickle))
     return WORD_FOR_WORD
 
 

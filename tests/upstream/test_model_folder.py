@@ -174,7 +174,9 @@ def test_other_tokenizers_and_contradictions(copy, capsys):
     vq_config = artefacts.vq_fields() | {"num_embeddings": 17}
     change(copy / "config.json", vq_config=vq_config, hidden_size=32)
     refused(copy, "quantize.embedding.weight has shape (16, 8), config.json says (17, 8)", capsys)
-    change(copy / "config.json", vq_config=artefacts.vq_fields())
+    change(copy / "config.json", vq_config=artefacts.vq_fields(), rope_scaling={"type": "none"})
+    refused(copy, "config.json is not usable (", capsys)
+    change(copy / "config.json", rope_scaling=None)
     make_tokenizer().save_pretrained(copy)
     refused(copy, "its tokenizer has no 'IMGIMGAAAAAAZ', so it is not Being-VL's", capsys)
     (copy / "tokenizer.json").unlink()

@@ -112,14 +112,27 @@ def test_rows_of_two_templates_are_one_sentence(work, tmp_path) -> None:
     assert manifest is not None and manifest.details["template"] == "default"
 
 
+def test_our_rows_of_the_published_template_away_from_their_manifest(work, tmp_path) -> None:
+    row = json.loads((work / "data_base.jsonl").read_text().splitlines()[0])
+    start = len(row["token_0"]) + len(row["token_image"])
+    for template, first in (("being-vl-0.5", start), ("default", start + 3)):
+        path = tmp_path / f"{template}.jsonl"
+        spans = [[first, start + len(row["token_1"])]]
+        path.write_text(json.dumps({**row, "id": "ours", "target_spans": spans}))
+        manifest = build_shards(path, tmp_path / template, model_path=work / "base", num_workers=0)
+        assert manifest is not None and manifest.details["template"] == template
+
+
 def test_ids_of_another_layout_are_one_sentence(work, tmp_path) -> None:
     write_model(tmp_path / "other", LAYOUT)  # 258 text ids, not 300
     write_model(tmp_path / "larger", replace(TINY, num_text=400))
     write_model(tmp_path / "fewer", replace(TINY, num_merges=1))
+    write_model(tmp_path / "shifted", replace(TINY, num_text=299, num_merges=9, eos_id=297))
     for name, found in (
         ("other", "line 1: the row begins with 298, but in this vocabulary 256 begins a row"),
         ("larger", "line 1: the row has an image of other ids than the vocabulary's"),
         ("fewer", "line 13: the row has an image of other ids than the vocabulary's"),
+        ("shifted", "line 1: the row has 304 before its image, .* 303 an image"),
     ):
         shards, options = tmp_path / f"shards-{name}", {"model_path": tmp_path / name}
         with pytest.raises(InputError, match=found):
