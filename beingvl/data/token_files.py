@@ -117,8 +117,10 @@ def _is_published(row: Mapping[str, Any]) -> bool:
     spans = row.get("target_spans")
     before, after = row.get("token_0"), row.get("token_1")
     image = row.get("token_image_new") or row.get("token_image") or []
-    if spans is None or not all(isinstance(ids, list) for ids in (before, image, after)):
-        return spans is None
+    if spans is None:
+        return True
+    if not (isinstance(before, list) and isinstance(image, list) and isinstance(after, list)):
+        return False  # what is wrong with the row is said where it is read
     start = len(before) + len(image)
     return bool(spans == [[start, start + len(after)]])
 

@@ -116,7 +116,7 @@ class BeingVL:
         `published`: further arguments that Being-VL-0.5 takes here. A vBPE and its sizes are read
         and checked as `load_for_layout` says; torch chooses the attention kernel. They go by name.
         """
-        if more or str(torch_dtype or DTYPES[0]).removeprefix("torch.") not in DTYPES:
+        if more or (torch_dtype and Path(str(torch_dtype)).exists()):
             raise positional(torch_dtype)
         self._take_published(**published)
         target = own_device(device or self._device)
