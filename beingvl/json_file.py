@@ -25,7 +25,7 @@ def parse_json(
     try:
         text = text.decode() if isinstance(text, bytes) else text
         value = json.loads(text, object_pairs_hook=make_object)
-        if _is_deep(value):
+        if is_deep(value):
             raise RecursionError
         if "\\ud" in text.lower():  # half a character, which no file could hold
             json.dumps(value, ensure_ascii=False).encode()
@@ -49,7 +49,8 @@ def read_object(path: Path, remedy: str = "") -> dict[str, Any]:
     return fields
 
 
-def _is_deep(value: Any) -> bool:
+def is_deep(value: Any) -> bool:
+    """Whether lists and objects lie more than MAX_DEPTH deep."""
     level, depth = [value], 0
     while level:
         depth += 1

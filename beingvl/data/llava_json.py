@@ -25,11 +25,11 @@ from typing import IO, Any, NamedTuple
 
 from beingvl.artefact.progress import progress
 from beingvl.errors import InputError
+from beingvl.json_file import MAX_DEPTH, is_deep
 
 BLOCK_CHARS = 1 << 20
 BLOCK_BYTES = 1 << 20  # more than any space before the first row
 MAX_ROW_CHARS = 1 << 26  # in JSONL: bytes
-MAX_DEPTH = 64  # of a row, which other processes and files must take too
 # Not JSON, or a number of thousands of digits; nested too deeply.
 NOT_READABLE = (ValueError, RecursionError)
 MAX_KEY_CHARS = 1024  # of an image's path; a picture in base64 has more
@@ -108,7 +108,7 @@ def _rows(path: Path, start: Place, opener: Open | None = None) -> Iterator[tupl
         is_empty = False
         if isinstance(value, dict) and "unreadable" in value:  # of collect_rows.py
             yield place, BrokenRow(str(value["unreadable"]))
-        elif isinstance(value, dict) and _is_deep(value):
+        elif isinstance(value, dict) and is_deep(value):
             yield place, BrokenRow(f"it is nested more than {MAX_DEPTH} deep")
         elif isinstance(value, dict):
             yield place, _of_original(value)
@@ -132,11 +132,6 @@ def _of_original(row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(original, dict) or "conversations" in row:
         return row
     return original | {name: row[name] for name in ("id", "image", "category") if row.get(name)}
-
-
-def _is_deep(value: Any, left: int = MAX_DEPTH) -> bool:
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return bool(inside) and (left == 0 or any(_is_deep(child, left - 1) for child in inside))
 
 
 def stream_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -95,7 +95,7 @@ def tokenize(
 
     Args:
         json_path: rows of any form that `collect_rows` reads: JSON, JSONL, CSV, parquet, Arrow, tar
-            of pairs; files, folders, patterns or addresses.
+            of pairs; files, folders or patterns.
         row_format: dialect of the rows; None looks at the first ones.
         model_path: Being-VL model folder: tokenizer, vocabulary layout, VQ-GAN.
         image_path: folder that the rows' image paths start from, to encode them now; not needed for

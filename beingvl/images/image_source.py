@@ -20,8 +20,8 @@ from typing import Protocol
 from beingvl.artefact.files import printable, spellings
 from beingvl.artefact.progress import progress
 from beingvl.errors import InputError
-from beingvl.images.table_images import TableImages
-from beingvl.sources.places import as_place
+from beingvl.images.table_images import NO_STAMP, TableImages
+from beingvl.sources.places import as_place, is_address
 from beingvl.sources.tables import SUFFIXES as TABLES
 from beingvl.sources.tars import members_of
 
@@ -31,7 +31,6 @@ IMAGE_SUFFIXES = frozenset(
 MAX_FILE_BYTES = 1 << 30
 PAUSES_SECONDS = (0.5, 2, 8)  # between the tries of one read
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
-NO_STAMP = "none"
 LINK_OUT = "a link out of the image folder"
 
 
@@ -80,6 +79,12 @@ def open_images(paths: Sequence[Path]) -> ImageSource:
     """One folder of image files, one folder of tar files, tar files, or tables; nothing mixed."""
     if all(path.name.lower().endswith(TABLES) for path in paths):
         return TableImages([as_place(path) for path in paths])
+    for place in map(as_place, paths):
+        if is_address(place):
+            raise InputError(
+                f"--image_path {place} is an address, from which only parquet and Arrow files are "
+                "read; copy the folder or tar file here"
+            )
     if len(paths) == 1 and paths[0].is_dir():
         tars = sorted(path for path in paths[0].glob("*.tar") if path.is_file())
         if tars and (image := FolderImages(paths[0]).any_key()) is not None:

@@ -116,6 +116,7 @@ class _RemoteFile(io.RawIOBase):
 
     def __init__(self, place: str) -> None:
         self._place = place
+        self._pid = os.getpid()
         self._files, self._path = file_system(place)
         self._size = int(asked(place, lambda: self._files.info(self._path))["size"])
         self._at = 0
@@ -143,6 +144,9 @@ class _RemoteFile(io.RawIOBase):
         return len(data)
 
     def _range(self, start: int, end: int) -> bytes:
+        if self._pid != os.getpid():  # fsspec's connections do not survive a fork
+            self._pid = os.getpid()
+            self._files, self._path = file_system(self._place)
         for pause in (*PAUSES_SECONDS, None):
             problem = "it came truncated"
             try:

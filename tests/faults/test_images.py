@@ -96,28 +96,10 @@ def test_what_a_decoder_raises_rejects_that_image_by_name(images, vq_path, tmp_p
     assert "avif.jpg cannot be read as an image (RuntimeError" in found["avif.jpg"]
     assert "grey.tif has one value per pixel, from 40000 to 40000" in found["grey.tif"]
     assert (found["dark.tif"] == found["dark.png"]).all()  # 16 bits, but 8 of them used
-    assert (
-        beingvl(
-            "encode-images",
-            image_path=images,
-            vq_path=vq_path,
-            output_path=tmp_path / "few",
-            max_rejected="40%",
-            batch_size=1,
-        )
-        == 0
-    )
-    assert (
-        beingvl(
-            "encode-images",
-            image_path=images,
-            vq_path=vq_path,
-            output_path=tmp_path / "none",
-            max_rejected="39%",
-            batch_size=1,
-        )
-        == 2
-    )
+    given = {"image_path": images, "vq_path": vq_path, "batch_size": 1}
+    for share, exit_code in (("40%", 0), ("39%", 2)):
+        options = {**given, "output_path": tmp_path / share, "max_rejected": share}
+        assert beingvl("encode-images", **options) == exit_code
     assert "2 of 5 images rejected so far, --max_rejected is 0.39" in capsys.readouterr().err
     command = ["train-vq", f"--image_path={images}", f"--output_path={tmp_path}/vq", *SMALL]
     assert beingvl(*command) == 2
