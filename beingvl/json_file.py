@@ -51,7 +51,7 @@ def read_object(path: Path, remedy: str = "") -> dict[str, Any]:
 
 def is_deep(value: Any) -> bool:
     """Whether lists and objects lie more than MAX_DEPTH deep."""
-    level, depth = [value], 0
+    level, depth = [value] if isinstance(value, dict | list) else [], 0
     while level:
         depth += 1
         if depth > MAX_DEPTH:
@@ -59,8 +59,8 @@ def is_deep(value: Any) -> bool:
         level = [
             child
             for item in level
-            if isinstance(item, dict | list)
             for child in (item.values() if isinstance(item, dict) else item)
+            if isinstance(child, dict | list)
         ]
     return False
 
