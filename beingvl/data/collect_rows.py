@@ -82,7 +82,8 @@ def open_rows(
     is_plain = len(files) == 1 and files[0].lower().endswith(JSON) and not is_address(files[0])
     if is_plain and dialect == "llava":
         return Rows(Path(files[0]), [])
-    print(f"{as_place(named[0])}: {len(files)} files, rows of the form {dialect!r}")
+    number = "1 file" if len(files) == 1 else f"{len(files)} files"
+    print(f"{as_place(named[0])}: {number}, rows of the form {dialect!r}")
     work = CollectRows(folder, files, dialect)
     run_in_parts(work, rank, overwrite=overwrite, name="collect rows")
     wait_until_complete(folder)
