@@ -1,5 +1,16 @@
 """The exception for what a user gave us: one sentence with cause and remedy, exit code 2."""
 
+import math
+
 
 class InputError(ValueError):
     """Wrong input. The message names the file, what was found, what was expected and what to do."""
+
+
+def check_at_least(least: int, **options: float | None) -> None:
+    """Raises InputError for the first option, named as on the command line, that is smaller, NaN or
+    infinite. None stands for one that is not given.
+    """
+    for name, value in options.items():
+        if value is not None and not least <= value < math.inf:
+            raise InputError(f"--{name} is {value}, expected at least {least}")

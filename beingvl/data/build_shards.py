@@ -27,7 +27,7 @@ from beingvl.data.shard_writer import finish_shards, join_shards, write_shard_of
 from beingvl.data.template import check_template, in_request, join_templates, template_of
 from beingvl.data.token_files import Piece, TokenFile, look_at, manifest_beside
 from beingvl.data.token_rows import read_rows
-from beingvl.errors import InputError
+from beingvl.errors import InputError, check_at_least
 from beingvl.stage.mixture import NO_CATEGORY
 from beingvl.vbpe.visual_bpe import AnyVBPE, VisualBPE
 from beingvl.vocab import VocabLayout
@@ -71,8 +71,7 @@ def build_shards(
         raise InputError(f"--part_bytes is {part_bytes}, expected 1 … {MAX_PART_BYTES}")
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0))
-    if num_workers < 0:
-        raise InputError(f"--num_workers is {num_workers}, expected at least 0")
+    check_at_least(0, num_workers=num_workers)
     if template is not None:
         check_template(template)
     paths = [Path(path) for path in _listed(jsonl_path)]

@@ -53,7 +53,7 @@ from beingvl.data.shard_columns import Row, ShardColumns
 from beingvl.data.shard_writer import finish_shards, join_shards, write_shard_of_part
 from beingvl.data.template import DEFAULT, check_template, template_of
 from beingvl.data.token_rows import NOT_A_ROW, head_of, parse_object
-from beingvl.errors import InputError
+from beingvl.errors import InputError, check_at_least
 from beingvl.images.vq_codes import CodeFolder, DamagedError
 from beingvl.vbpe.visual_bpe import AnyVBPE, load_for_layout
 from beingvl.vocab import VocabLayout
@@ -121,11 +121,8 @@ def tokenize(
     InputError that says what is wrong with the inputs.
     """
     model_path, output = Path(model_path), Path(output_path)
-    least = {"rows_per_part": 1, "num_workers": 0, "max_rejected": 0, "max_length": 1}
-    values = (rows_per_part, num_workers, max_rejected, 1 if max_length is None else max_length)
-    for (name, smallest), value in zip(least.items(), values, strict=True):
-        if not value >= smallest:  # nor NaN
-            raise InputError(f"--{name} is {value}, expected at least {smallest}")
+    check_at_least(1, rows_per_part=rows_per_part, max_length=max_length)
+    check_at_least(0, num_workers=num_workers, max_rejected=max_rejected)
     if not dataset_name or Path(dataset_name).name != dataset_name:
         raise InputError(
             f"--dataset_name is {dataset_name!r}, expected a file name without folders"
@@ -145,20 +142,12 @@ def tokenize(
     json_path = collected.path
     rows = survey(json_path, rows_per_part)
     if rows.names_images and not vq_codes:
-        image_path = image_path or collected.containers
-        if not image_path:
-            raise InputError(
-                f"{json_path} names images: give --vq_codes, or --image_path to encode them now"
-            )
-        # torch, which takes a second to import, is needed by this alone.
-        from beingvl.images.encode_images import encode_images
-
         vq_codes = output.with_name(f"{output.name}_{dataset_name}_vq_codes")
-        encode_images(
-            image_path,
+        _encode_now(
+            json_path,
+            image_path or collected.containers,
             model_path / "vqgan",
             vq_codes,
-            keys=named_images(json_path),
             batch_size=batch_size,
             num_workers=num_workers,
             max_rejected=max_rejected,
@@ -168,7 +157,6 @@ def tokenize(
             num_ranks=num_ranks,
             overwrite=overwrite,
         )
-        wait_until_complete(vq_codes)
     work = Tokenize(
         json_path,
         rows,
@@ -185,6 +173,21 @@ def tokenize(
         work, RankOf(rank, num_ranks), workers if workers > 1 else 0, overwrite, "tokenize"
     )
     return read_manifest(output) if work.is_finished() else None
+
+
+def _encode_now(
+    json_path: Path, images: Any, vq_path: Path, vq_codes: Path, **options: Any
+) -> None:
+    """Encode the images that rows name, and wait for the other ranks' parts."""
+    if not images:
+        raise InputError(
+            f"{json_path} names images: give --vq_codes, or --image_path to encode them now"
+        )
+    # torch, which takes a second to import, is needed by this alone.
+    from beingvl.images.encode_images import encode_images
+
+    encode_images(images, vq_path, vq_codes, keys=named_images(json_path), **options)
+    wait_until_complete(vq_codes)
 
 
 # ---- the work ----

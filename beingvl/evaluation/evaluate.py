@@ -13,7 +13,7 @@ from typing import Any
 from beingvl.artefact.manifest import is_complete
 from beingvl.artefact.ranks import rank_of
 from beingvl.artefact.work import run_in_parts
-from beingvl.errors import InputError
+from beingvl.errors import InputError, check_at_least
 from beingvl.evaluation.answering import Answering, AnswerOptions
 from beingvl.evaluation.held_out_loss import HeldOutLoss
 from beingvl.evaluation.metrics import METRICS
@@ -56,9 +56,7 @@ def evaluate(
     Returns what scores.json holds, or None while other ranks still work. A finished evaluation of
     the same request is reused. Raises InputError for wrong input, before any model runs.
     """
-    for option, size in {"limit": limit, "rows_per_part": rows_per_part}.items():
-        if size is not None and size < 1:
-            raise InputError(f"--{option} is {size}, expected 1 or more")
+    check_at_least(1, limit=limit, rows_per_part=rows_per_part)
     images = Path(image_path) if image_path else None
     answers = AnswerOptions(metric, images, vq_codes, vbpe_path, raw, max_new_tokens, batch_size)
     inputs = {"json_path": json_path, "data": data, "text_parity": text_parity}

@@ -30,7 +30,7 @@ from beingvl.artefact.progress import progress as show_progress
 from beingvl.artefact.ranks import RankOf
 from beingvl.artefact.request import Request
 from beingvl.artefact.work import Work, killed_worker, run_in_parts
-from beingvl.errors import InputError
+from beingvl.errors import InputError, check_at_least
 from beingvl.images import vq_codes
 from beingvl.images.decode import decode_image
 from beingvl.images.image_source import ImageSource, open_images
@@ -81,14 +81,8 @@ def encode_images(
     Returns the manifest, or None when other ranks have not finished their parts yet. Raises
     InputError for what is wrong with the inputs, and OSError when the disk fails.
     """
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("images_per_part", images_per_part, 1),
-        ("num_workers", num_workers, 0),
-        ("max_rejected", max_rejected, 0),
-    ):
-        if not value >= least:  # nor NaN
-            raise InputError(f"--{name} is {value}, expected at least {least}")
+    check_at_least(1, batch_size=batch_size, images_per_part=images_per_part)
+    check_at_least(0, num_workers=num_workers, max_rejected=max_rejected)
     if exif not in EXIF:
         raise InputError(f"--exif is {exif!r}, expected one of {', '.join(EXIF)}")
     device, dtype = _device_and_dtype(device, dtype)

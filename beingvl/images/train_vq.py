@@ -29,7 +29,7 @@ from beingvl.artefact.hashes import hash_bytes
 from beingvl.artefact.manifest import Manifest, read_manifest
 from beingvl.artefact.owner import making
 from beingvl.artefact.progress import progress as show_progress
-from beingvl.errors import InputError
+from beingvl.errors import InputError, check_at_least
 from beingvl.images.decode import decode_image
 from beingvl.images.image_source import FolderImages
 from beingvl.images.preprocess import Preprocess
@@ -74,15 +74,9 @@ class Recipe:
             )
         if not 2 <= self.num_codes <= MAX_CODES:
             raise InputError(f"--num_codes is {self.num_codes}, expected 2 … {MAX_CODES}")
-        for name, least in (
-            ("embed_dim", 2),
-            ("num_res_blocks", 0),
-            ("steps", 2),
-            ("batch_size", 1),
-            ("max_images", 2),
-        ):
-            if getattr(self, name) < least:
-                raise InputError(f"--{name} is {getattr(self, name)}, expected at least {least}")
+        check_at_least(2, embed_dim=self.embed_dim, steps=self.steps, max_images=self.max_images)
+        check_at_least(1, batch_size=self.batch_size)
+        check_at_least(0, num_res_blocks=self.num_res_blocks)
 
 
 def train_vq(

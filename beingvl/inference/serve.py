@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from beingvl.errors import InputError
+from beingvl.errors import InputError, check_at_least
 from beingvl.inference.conversations import Conversations
 from beingvl.inference.model import BeingVL
 
@@ -41,12 +41,7 @@ def serve(
     """Serve a page on `host` until it is interrupted. Raises InputError where gradio, an optional
     extra, is not installed.
     """
-    for name, value in (
-        ("max_upload_megabytes", max_upload_megabytes),
-        ("max_new_tokens", max_new_tokens),
-    ):
-        if value < 1:
-            raise InputError(f"--{name} is {value}, expected at least 1")
+    check_at_least(1, max_upload_megabytes=max_upload_megabytes, max_new_tokens=max_new_tokens)
     listener = listen(host, port)
     with listener, temporary_folder():
         os.environ.update(QUIET)

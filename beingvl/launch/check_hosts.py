@@ -20,7 +20,7 @@ from typing import Any
 
 from beingvl.artefact.manifest import is_complete, read_manifest
 from beingvl.data.template import join_templates, template_of
-from beingvl.errors import InputError
+from beingvl.errors import InputError, check_at_least
 from beingvl.launch.environment import is_secret, remote_environment, users_files
 from beingvl.launch.host_probe import MARK, PACKAGES, count_devices, probe
 from beingvl.launch.hostfile import THIS_MACHINE, Host, is_this_machine_alone, read_hostfile
@@ -90,8 +90,7 @@ def ranks_here(host: Host, num_ranks: int | None, found: Mapping[str, Any]) -> i
     ranks.
     """
     number = found["num_devices"]
-    if num_ranks is not None and num_ranks < 1:
-        raise InputError(f"--num_ranks is {num_ranks}, expected 1 or more")
+    check_at_least(1, num_ranks=num_ranks)
     if found["device"] != "GPU":
         ranks = num_ranks or host.slots
         if ranks > MAX_RANKS_PER_CORE * number:

@@ -27,7 +27,7 @@ from beingvl.artefact.files import copy_inside, to_json, write_atomically
 from beingvl.artefact.hashes import hash_files
 from beingvl.artefact.manifest import MANIFEST_FILE, Manifest, join_lineages, read_manifest
 from beingvl.artefact.owner import making
-from beingvl.errors import InputError
+from beingvl.errors import InputError, check_at_least
 from beingvl.images.vqgan import PREPROCESSOR_FILE, VQGAN
 from beingvl.model import tokenizer_files
 from beingvl.model.base_model import LICENSE_PATTERNS, BaseModel, read_json, small_files
@@ -161,10 +161,8 @@ def plan_conversion(
 ) -> Conversion:
     """Read all inputs but weights. Raises InputError for what does not fit together."""
     multiple = sizes["--pad_vocab_multiple"] or 0
-    if multiple < 1:
-        raise InputError(f"--pad_vocab_multiple is {multiple}, expected 1 or more")
-    if new_rows.seed < 0:
-        raise InputError(f"--seed is {new_rows.seed}, expected 0 or more")
+    check_at_least(1, pad_vocab_multiple=multiple)
+    check_at_least(0, seed=new_rows.seed)
     for option, value, known in [
         ("--init", new_rows.method, METHODS),
         ("--torch_dtype", torch_dtype, DTYPES),

@@ -21,7 +21,7 @@ from beingvl.data.conversation import open_tokenizer
 from beingvl.data.packing import PackingPlan
 from beingvl.data.shard_columns import Sample
 from beingvl.data.stage_data import data_of
-from beingvl.errors import InputError
+from beingvl.errors import InputError, check_at_least
 from beingvl.images.vqgan import VQGAN
 from beingvl.report.kit import page, render
 from beingvl.report.vbpe import load_decoder
@@ -73,9 +73,7 @@ def report_data(
     packing without a stage. num_examples: of each folder. Raises InputError for what is not a
     folder of shards, and for a VQ-GAN or vBPE that the shards were not made with.
     """
-    for name, value in (("sequence_length", sequence_length), ("num_examples", num_examples)):
-        if value < 1:
-            raise InputError(f"--{name} is {value}, expected at least 1")
+    check_at_least(1, sequence_length=sequence_length, num_examples=num_examples)
     folders = [folder for path in shards for folder in shard_folders(Path(path))]
     options = DataOptions(
         model_path=Path(model_path) if model_path else None,

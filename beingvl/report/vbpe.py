@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from beingvl.artefact.files import write_atomically
 from beingvl.artefact.manifest import join_lineages
-from beingvl.errors import InputError
+from beingvl.errors import InputError, check_at_least
 from beingvl.images.pictures import to_png
 from beingvl.images.vqgan import VQGAN
 from beingvl.report.kit import chart, chart_png, page, render
@@ -94,8 +94,7 @@ def load_decoder(path: Path | str) -> VQGAN:
 
 def measure(vbpe: VisualBPE, paths: Sequence[Path], max_images: int, seed: int) -> Sample:
     """Encode a sample of images of one grid size. Raises InputError for codes of another VQ-GAN."""
-    if max_images < 1:
-        raise InputError(f"--max_images is {max_images}, expected at least 1")
+    check_at_least(1, max_images=max_images)
     codes, names = open_codes(paths, vbpe.num_codes), " and ".join(map(str, paths))
     join_lineages({vbpe.source: vbpe.lineage, names: codes.lineage})
     arrays = sample_images(codes, max_images, seed)

@@ -36,7 +36,7 @@ from beingvl.artefact.manifest import (
 from beingvl.artefact.owner import OWNER, owned
 from beingvl.artefact.progress import progress as show_progress
 from beingvl.artefact.request import Request
-from beingvl.errors import InputError
+from beingvl.errors import InputError, check_at_least
 from beingvl.vbpe.code_files import (
     Codes,
     count_codes,
@@ -93,8 +93,8 @@ def train_vbpe(
         save_intermediate: merges between two saves, from which the same call continues.
     """
     most = MOST_MERGES if num_merges == "auto" else num_merges
-    _check_at_least(0, num_merges=most, alpha=alpha, seed=seed, vocab_pad=vocab_pad)
-    _check_at_least(
+    check_at_least(0, num_merges=most, alpha=alpha, seed=seed, vocab_pad=vocab_pad)
+    check_at_least(
         1, min_count=min_count, max_images=max_images, save_intermediate=save_intermediate
     )
     if not 0 < sigma < math.inf:
@@ -130,12 +130,6 @@ def train_vbpe(
         output.write(vbpe)
     _print_result(vbpe, usage, output.file)
     return vbpe
-
-
-def _check_at_least(least: int, **options: float | None) -> None:
-    for name, value in options.items():
-        if value is not None and not least <= value < math.inf:
-            raise InputError(f"--{name} is {value}, expected at least {least}")
 
 
 def import_vbpe(
