@@ -18,6 +18,7 @@ from pathlib import Path
 
 from beingvl.commands import train
 from beingvl.commands.options import options_of
+from beingvl.commands.parser import Parser
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from beingvl.launch.start_training import launch
 
     words = args.trainer[1:] if args.trainer[:1] == ["--"] else args.trainer
-    parser = argparse.ArgumentParser(prog="beingvl launch … --")
+    parser = Parser(prog="beingvl train")
     train.add_arguments(parser)
     trainer = options_of(parser.parse_args(words))
     return launch(trainer=trainer, **options_of(args, "trainer"))

@@ -8,7 +8,6 @@ names accept `--like_this` and `--like-this`. A wrong input ends in one sentence
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import errno
 import importlib
@@ -20,6 +19,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from beingvl.commands.parser import Parser
 from beingvl.errors import InputError
 from beingvl.version import __version__
 
@@ -41,7 +41,6 @@ COMMANDS = {
     "plan": "predict memory and time of a stage before it runs",
     "verify": "re-hash an artefact of any step against its manifest",
 }
-NO_DEFAULT = (None, True, False, argparse.SUPPRESS)
 WRONG_PATH = (
     FileNotFoundError,
     FileExistsError,
@@ -71,23 +70,17 @@ REMEDIES = {
 }
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults where there are any, and keeps the description's line breaks."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_none = action.default == [] or any(action.default is none for none in NO_DEFAULT)
-        return action.help if has_none else super()._get_help_string(action)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `beingvl ARGV…`; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].startswith("--local_rank="):
         argv = argv[1:]  # put there by the deepspeed launcher, which also sets LOCAL_RANK
+    if argv and argv[0] == "help":  # `beingvl help train` is `beingvl train --help`
+        argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
         return 0
-    if argv[0] == "--version":
+    if argv[0] in ("-V", "--version"):
         print(f"beingvl {__version__}")
         return 0
     if argv[0] not in COMMANDS:
@@ -103,14 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _overview() -> str:
     rows = "\n".join(f"  {name:<14} {description}" for name, description in COMMANDS.items())
-    return f"usage: beingvl COMMAND [options]   (each has --help)\n\n{rows}\n\n  --version, --help"
+    usage = "usage: beingvl COMMAND [options]   (`beingvl help COMMAND` lists them)"
+    return f"{usage}\n\n{rows}\n\n  -V, --version; -h, --help"
 
 
 def _run_command(name: str, argv: Sequence[str]) -> int:
     module = importlib.import_module(f"beingvl.commands.{name.replace('-', '_')}")
-    parser = argparse.ArgumentParser(
-        prog=f"beingvl {name}", description=module.__doc__, formatter_class=_Formatter
-    )
+    parser = Parser(prog=f"beingvl {name}", description=module.__doc__)
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args([_underscored(word) for word in argv])

@@ -24,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     for name, (kind, description) in KINDS.items():
         sub = kinds.add_parser(name, help=description, description=kind.__doc__)
-        sub.formatter_class = parser.formatter_class
         kind.add_arguments(sub)
         # The command's own --debug is known before KIND only; SUPPRESS keeps its value.
         debug = "show the traceback of an error"

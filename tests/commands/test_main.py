@@ -30,7 +30,29 @@ def test_overview_and_version(capsys) -> None:
     assert cli.main([]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in cli.COMMANDS)
-    assert cli.main(["--version"]) == 0
+    assert cli.main(["help"]) == 0
+    assert capsys.readouterr().out == shown
+    assert cli.main(["-V"]) == cli.main(["--version"]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["help", "report", "vbpe"])
+    assert "usage: beingvl report vbpe" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("train --modle base", "beingvl train: error: no option --modle; did you mean --model?"),
+        ("report data --exmples=3", "beingvl report data: error: no option --exmples; did you"),
+        ("train --mod base", "beingvl train: error: no option --mod;"),  # no abbreviations
+        ("launch --hostfile h -- --dta d", "beingvl train: error: no option --dta; did you mean"),
+        ("verify", "beingvl verify: error: the following arguments are required: paths"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(words: str, found: str, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words.split())
+    error = capsys.readouterr().err
+    assert error.startswith(found) and error.count("\n") == 1, error
 
 
 def test_unknown_command_suggests_the_near_one(capsys) -> None:
