@@ -19,7 +19,7 @@ from beingvl.evaluation.held_out_loss import HeldOutLoss
 from beingvl.evaluation.metrics import METRICS
 from beingvl.evaluation.results import Evaluation, SharedOptions, print_scores, read_summary
 from beingvl.evaluation.text_parity import TextParity
-from beingvl.inference.model import dtype_of, own_device
+from beingvl.inference.reading import dtype_of, own_device
 from beingvl.model.start_model import find_start_model
 
 LOSS_ON = ("response", "text", "all")

@@ -32,7 +32,7 @@ from beingvl.evaluation.results import (
     SharedOptions,
     write_lines,
 )
-from beingvl.inference.model import read_model
+from beingvl.inference.reading import read_model
 from beingvl.model import packed_attention
 from beingvl.model.base_model import open_config
 from beingvl.model.extended_vocab import PackedCausalLM, pack_stock_model

@@ -11,7 +11,8 @@ from typing import Any
 
 from beingvl.data.conversation import IMAGE_PLACEHOLDER
 from beingvl.errors import InputError
-from beingvl.inference.model import BeingVL, own_device
+from beingvl.inference.model import BeingVL
+from beingvl.inference.reading import own_device
 
 MAX_NEW_TOKENS = 128  # of tasks that say nothing
 OPTIONS = {"max_new_tokens", "temperature", "do_sample", "until", "num_beams"}

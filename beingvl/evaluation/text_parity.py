@@ -25,7 +25,7 @@ from beingvl.data.conversation import TextEncoder
 from beingvl.errors import InputError
 from beingvl.evaluation.metrics import mean_and_error
 from beingvl.evaluation.results import Evaluation, SharedOptions
-from beingvl.inference.model import read_model
+from beingvl.inference.reading import read_model
 from beingvl.model.base_model import BaseModel
 from beingvl.model.conversion_check import cut_head
 from beingvl.model.extended_vocab import TEXT_ROWS, VISUAL_ROWS

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -32,17 +31,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
-from transformers.utils import logging
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from beingvl.artefact.manifest import join_lineages, read_manifest
-from beingvl.artefact.progress import progress
 from beingvl.data.conversation import (
     IMAGE_PLACEHOLDER,
     STOP_TEXTS,
@@ -53,16 +44,17 @@ from beingvl.data.conversation import (
 from beingvl.data.template import DEFAULT, check_template, template_of
 from beingvl.errors import InputError
 from beingvl.images.preprocess import exif_of
-from beingvl.images.vqgan import VQGAN, usable_device
+from beingvl.images.vqgan import VQGAN
 from beingvl.inference.draw import FittingTokens, only_whole_images
 from beingvl.inference.published_calls import device_of, missing, positional
-from beingvl.model.start_model import context_of, find_start_model, read_config
+from beingvl.inference.reading import dtype_of, own_device, read_model
+from beingvl.inference.streaming import StopAtText, TextStreamer
+from beingvl.model.start_model import context_of, find_start_model
 from beingvl.vbpe.published import LegacyVisualBPE
 from beingvl.vbpe.vbpe_file import VBPE_FILE
 from beingvl.vbpe.visual_bpe import VisualBPE, load_for_layout
 from beingvl.vocab import VocabLayout
 
-DTYPES = ("float32", "bfloat16", "float16")
 VQGAN_FOLDER = "vqgan"
 
 Prompt = str | Sequence[Turn]
@@ -352,7 +344,7 @@ class BeingVL:
             batch = order[start : start + batch_size]
             prompts = [sequences[index] for index in batch]
             if self._stop_text:
-                spells = _StopAtText(self._decode, self._stop_text, max(map(len, prompts)))
+                spells = StopAtText(self._decode, self._stop_text, max(map(len, prompts)))
                 options["stopping_criteria"] = StoppingCriteriaList([spells])
             rows = self._continue_batch(prompts, max_new_tokens, self.layout.eos_id, options)
             for index, row in zip(batch, rows, strict=True):
@@ -507,92 +499,3 @@ def _sampling(temperature: float) -> dict[str, Any]:
 
 def _until(token_ids: list[int], stop_id: int) -> list[int]:
     return token_ids[: token_ids.index(stop_id)] if stop_id in token_ids else token_ids
-
-
-def as_dtype(torch_dtype: str | torch.dtype) -> torch.dtype:
-    name = str(torch_dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise InputError(f"torch_dtype is {name!r}, expected one of {list(DTYPES)}")
-    return getattr(torch, name)
-
-
-def dtype_of(
-    folder: Path, torch_dtype: str | torch.dtype | None, device: torch.device
-) -> torch.dtype:
-    """`torch_dtype`, else float32 on a CPU and the checkpoint's own type on an accelerator."""
-    if torch_dtype is None and device.type != "cpu":
-        config = read_config(folder)
-        torch_dtype = config.get("dtype") or config.get("torch_dtype")
-    return as_dtype(torch_dtype or "float32")
-
-
-def own_device(device: str | torch.device | None = None) -> torch.device:
-    """`device`, else the accelerator that LOCAL_RANK numbers (launchers set it), else the CPU."""
-    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    return usable_device(device or own)
-
-
-def read_model(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """A stock model, frozen and in evaluation mode; without a progress bar in log files."""
-    was_enabled = logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        with progress(name=f"load {folder}", unit="model", total=1, leave=False):
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False, **options
-            )
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
-    return model.eval().requires_grad_(False)
-
-
-class TextStreamer:
-    """Hands on the text of one answer piece by piece, as transformers' `generate` makes it."""
-
-    def __init__(
-        self,
-        decode: Callable[[Sequence[int]], str],
-        on_text: Callable[[str], None],
-        stop_text: str = "",
-    ) -> None:
-        self._decode = decode
-        self._on_text = on_text
-        self._beginnings = tuple(stop_text[:length] for length in range(1, len(stop_text)))
-        self._ids: list[int] | None = None
-        self._num_shown = 0
-
-    def put(self, token_ids: torch.Tensor) -> None:
-        if self._ids is None:  # the prompt comes first
-            self._ids = []
-            return
-        self._ids.extend(token_ids.flatten().tolist())
-        text = self._decode(self._ids)
-        # Half a character, or what may become the stop text: the rest will come.
-        if not text.endswith(("\N{REPLACEMENT CHARACTER}", *self._beginnings)):
-            self._show(text)
-
-    def end(self) -> None:
-        self._show(self._decode(self._ids or []))
-
-    def _show(self, text: str) -> None:
-        if len(text) > self._num_shown:
-            self._on_text(text[self._num_shown :])
-            self._num_shown = len(text)
-
-
-class _StopAtText(StoppingCriteria):
-    """Ends a row when its answer spells `text`, which tokens do in many ways (`.</` and `s>`)."""
-
-    def __init__(self, decode: Callable[[Sequence[int]], str], text: str, width: int) -> None:
-        """`width`: tokens of the prompts, padding included."""
-        self._decode, self._text, self._width = decode, text, width
-
-    def __call__(
-        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any
-    ) -> torch.BoolTensor:
-        # Each token spells a byte or more, so no earlier one takes part.
-        last = input_ids[:, self._width :][:, -len(self._text) :].tolist()
-        spelt = [self._text in self._decode(row) for row in last]
-        return torch.tensor(spelt, device=input_ids.device)

@@ -175,7 +175,7 @@ def test_streamed_pieces_make_up_the_answer(model: BeingVL) -> None:
 
 
 def test_streaming_waits_for_the_second_half_of_a_character(model: BeingVL) -> None:
-    from beingvl.inference.model import TextStreamer
+    from beingvl.inference.streaming import TextStreamer
 
     pieces: list[str] = []
     streamer = TextStreamer(model.decode_answer, pieces.append)

@@ -152,7 +152,7 @@ def test_held_out_shards_of_another_template_are_refused(
 def test_the_default_type_is_the_checkpoints_on_an_accelerator(
     run_folder: Path, tmp_path: Path
 ) -> None:
-    from beingvl.inference.model import dtype_of
+    from beingvl.inference.reading import dtype_of
 
     folder = run_folder / "stage-3" / "final"
     for name in ("dtype", "torch_dtype"):

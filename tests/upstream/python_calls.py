@@ -127,7 +127,7 @@ def tokenizing(world: World) -> str:
 @row("torch_dtype of load_model")
 def default_type(world: World) -> str:
     """Of the checkpoint on an accelerator, float32 on a CPU."""
-    from beingvl.inference.model import dtype_of
+    from beingvl.inference.reading import dtype_of
 
     folder = world.folder / "of-bfloat16"
     folder.mkdir()

@@ -1,0 +1,58 @@
+"""A stock model's weights: of which type, onto which device, read without noise in log files."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from beingvl.artefact.progress import progress
+from beingvl.errors import InputError
+from beingvl.images.vqgan import usable_device
+from beingvl.model.start_model import read_config
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def as_dtype(torch_dtype: str | torch.dtype) -> torch.dtype:
+    name = str(torch_dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise InputError(f"torch_dtype is {name!r}, expected one of {list(DTYPES)}")
+    return getattr(torch, name)
+
+
+def dtype_of(
+    folder: Path, torch_dtype: str | torch.dtype | None, device: torch.device
+) -> torch.dtype:
+    """`torch_dtype`, else float32 on a CPU and the checkpoint's own type on an accelerator."""
+    if torch_dtype is None and device.type != "cpu":
+        config = read_config(folder)
+        torch_dtype = config.get("dtype") or config.get("torch_dtype")
+    return as_dtype(torch_dtype or "float32")
+
+
+def own_device(device: str | torch.device | None = None) -> torch.device:
+    """`device`, else the accelerator that LOCAL_RANK numbers (launchers set it), else the CPU."""
+    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return usable_device(device or own)
+
+
+def read_model(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """A stock model, frozen and in evaluation mode; without a progress bar in log files."""
+    was_enabled = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        with progress(name=f"load {folder}", unit="model", total=1, leave=False):
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=False, **options
+            )
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
+    return model.eval().requires_grad_(False)
