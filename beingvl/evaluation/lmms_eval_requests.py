@@ -5,7 +5,7 @@ lmms_eval_model.py is the class that it loads.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from beingvl.data.conversation import IMAGE_PLACEHOLDER
 from beingvl.errors import InputError
 from beingvl.inference.model import BeingVL
 from beingvl.inference.reading import own_device
+from beingvl.inference.streaming import cut_at
 
 MAX_NEW_TOKENS = 128  # of tasks that say nothing
 OPTIONS = {"max_new_tokens", "temperature", "do_sample", "until", "num_beams"}
@@ -97,13 +98,6 @@ def _images(question: Question) -> list[Any] | None:
                 "no audio)"
             )
     return list(question.images) or None
-
-
-def cut_at(answer: str, until: str | Iterable[str] | None) -> str:
-    """The answer up to the first of the task's stop strings."""
-    for stop in [until] if isinstance(until, str) else until or []:
-        answer = answer.split(stop)[0] if stop else answer
-    return answer.strip()
 
 
 def as_flag(value: bool | str) -> bool:

@@ -48,7 +48,7 @@ from beingvl.images.vqgan import VQGAN
 from beingvl.inference.draw import FittingTokens, only_whole_images
 from beingvl.inference.published_calls import device_of, missing, positional
 from beingvl.inference.reading import dtype_of, own_device, read_model
-from beingvl.inference.streaming import StopAtText, TextStreamer
+from beingvl.inference.streaming import StopAtText, TextPieces, TextStreamer, cut_at
 from beingvl.model.start_model import context_of, find_start_model
 from beingvl.vbpe.published import LegacyVisualBPE
 from beingvl.vbpe.vbpe_file import VBPE_FILE
@@ -311,7 +311,8 @@ class BeingVL:
         """
         if on_text and len(sequences) != 1:
             raise InputError(f"on_text streams one answer, found {len(sequences)} prompts")
-        streamer = TextStreamer(self.decode_answer, on_text, self._stop_text) if on_text else None
+        pieces = TextPieces(self.decode_answer, self.stop_texts)
+        streamer = TextStreamer(pieces, on_text) if on_text else None
         answers = self.continue_token_sequences(
             sequences, max_new_tokens, streamer=streamer, **options
         )
@@ -343,10 +344,10 @@ class BeingVL:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             prompts = [sequences[index] for index in batch]
-            if self._stop_text:
-                spells = StopAtText(self._decode, self._stop_text, max(map(len, prompts)))
-                options["stopping_criteria"] = StoppingCriteriaList([spells])
-            rows = self._continue_batch(prompts, max_new_tokens, self.layout.eos_id, options)
+            width = max(map(len, prompts))
+            spells = [StopAtText(self._decode, text, width) for text in self.stop_texts]
+            options["stopping_criteria"] = StoppingCriteriaList(spells)
+            rows = self.continue_batch(prompts, max_new_tokens, self.layout.eos_id, options)
             for index, row in zip(batch, rows, strict=True):
                 answers[index] = self._without_end(row)
             if on_batch:
@@ -371,7 +372,7 @@ class BeingVL:
             )
 
     @torch.inference_mode()
-    def _continue_batch(
+    def continue_batch(
         self,
         sequences: Sequence[Sequence[int]],
         max_new_tokens: int,
@@ -401,25 +402,26 @@ class BeingVL:
         )
         return out[:, width:].tolist()
 
-    def decode_answer(self, token_ids: Sequence[int]) -> str:
-        """The text of an answer's ids up to the template's stop text; image tokens and specials in
-        it are left out.
+    def decode_answer(self, token_ids: Sequence[int], stops: Sequence[str] = ()) -> str:
+        """The text of an answer's ids up to the template's stop text, or any of `stops`; image
+        tokens and specials in it are left out.
         """
-        text = self._decode(token_ids)
-        return (text.split(self._stop_text)[0] if self._stop_text else text).strip()
+        return cut_at(self._decode(token_ids), (*self.stop_texts, *stops))
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         text_ids = [token for token in token_ids if token < self.layout.num_text]
         return self._tokenizer.decode(text_ids)
 
     @property
-    def _stop_text(self) -> str:
-        return STOP_TEXTS[self.template]
+    def stop_texts(self) -> tuple[str, ...]:
+        """What ends an answer of the model's template beside eos."""
+        text = STOP_TEXTS[self.template]
+        return (text,) if text else ()
 
     def _without_end(self, token_ids: list[int]) -> list[int]:
         """A row without its eos, and without the padding behind a stop text."""
         ids = _until(token_ids, self.layout.eos_id)
-        while self._stop_text and ids and ids[-1] == self.layout.pad_id:
+        while self.stop_texts and ids and ids[-1] == self.layout.pad_id:
             ids.pop()
         return ids
 
@@ -451,7 +453,7 @@ class BeingVL:
         tokens = FittingTokens(vbpe, self.vqgan.grid)
         rule = only_whole_images(tokens, self.layout, len(sequences))
         options = {"prefix_allowed_tokens_fn": rule, **_sampling(temperature)}
-        rows = self._continue_batch(sequences, max_new_tokens, self.layout.eoi_id, options)
+        rows = self.continue_batch(sequences, max_new_tokens, self.layout.eoi_id, options)
         return [np.array(_until(row, self.layout.eoi_id), np.int32) for row in rows]
 
     def _before_drawing(self, prompt: str, image: Any, with_vbpe: bool) -> list[int]:

@@ -2,45 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from transformers import StoppingCriteria
 
 
-class TextStreamer:
-    """Hands on the text of one answer piece by piece, as transformers' `generate` makes it."""
+def cut_at(answer: str, until: str | Iterable[str] | None) -> str:
+    """The answer up to the first of the stop strings."""
+    for stop in [until] if isinstance(until, str) else until or []:
+        answer = answer.split(stop)[0] if stop else answer
+    return answer.strip()
 
-    def __init__(
-        self,
-        decode: Callable[[Sequence[int]], str],
-        on_text: Callable[[str], None],
-        stop_text: str = "",
-    ) -> None:
+
+class TextPieces:
+    """Token ids in, new text out; all pieces together are what `decode` makes of all ids."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
+        """`decode` cuts its text at `stops` and strips it."""
         self._decode = decode
-        self._on_text = on_text
-        self._beginnings = tuple(stop_text[:length] for length in range(1, len(stop_text)))
-        self._ids: list[int] | None = None
+        self._beginnings = tuple(stop[:end] for stop in stops for end in range(1, len(stop)))
+        self._ids: list[int] = []
         self._num_shown = 0
 
-    def put(self, token_ids: torch.Tensor) -> None:
-        if self._ids is None:  # the prompt comes first
-            self._ids = []
-            return
-        self._ids.extend(token_ids.flatten().tolist())
+    def add(self, token_ids: Iterable[int]) -> str:
+        """What can be shown now. Half a character, and what may become a stop text, waits."""
+        self._ids.extend(token_ids)
         text = self._decode(self._ids)
-        # Half a character, or what may become the stop text: the rest will come.
-        if not text.endswith(("\N{REPLACEMENT CHARACTER}", *self._beginnings)):
-            self._show(text)
+        waits = text.endswith(("\N{REPLACEMENT CHARACTER}", *self._beginnings))
+        return "" if waits else self._new(text)
+
+    def rest(self) -> str:
+        """What waited, when no more ids come."""
+        return self._new(self._decode(self._ids))
+
+    def _new(self, text: str) -> str:
+        piece = text[self._num_shown :]
+        self._num_shown += len(piece)
+        return piece
+
+
+class TextStreamer:
+    """`TextPieces` of one answer as a streamer of transformers' `generate`."""
+
+    def __init__(self, pieces: TextPieces, on_text: Callable[[str], None]) -> None:
+        self._pieces, self._on_text = pieces, on_text
+        self._has_prompt = False
+
+    def put(self, token_ids: torch.Tensor) -> None:
+        if self._has_prompt:
+            self._say(self._pieces.add(token_ids.flatten().tolist()))
+        self._has_prompt = True  # it comes first
 
     def end(self) -> None:
-        self._show(self._decode(self._ids or []))
+        self._say(self._pieces.rest())
 
-    def _show(self, text: str) -> None:
-        if len(text) > self._num_shown:
-            self._on_text(text[self._num_shown :])
-            self._num_shown = len(text)
+    def _say(self, piece: str) -> None:
+        if piece:
+            self._on_text(piece)
 
 
 class StopAtText(StoppingCriteria):

@@ -223,7 +223,7 @@ def test_an_interrupted_evaluation_is_continued_on_other_ranks(
     nothing twice, the same bytes.
     """
     arguments = command(run_folder, tmp_path / "eval", codes(run_folder), "--rows_per_part=5")
-    answer_batch = BeingVL._continue_batch
+    answer_batch = BeingVL.continue_batch
     sizes: list[int] = []
 
     def interrupted(self: BeingVL, sequences: list[list[int]], *more: Any) -> list[list[int]]:
@@ -232,7 +232,7 @@ def test_an_interrupted_evaluation_is_continued_on_other_ranks(
         sizes.append(len(sequences))
         return answer_batch(self, sequences, *more)
 
-    monkeypatch.setattr(BeingVL, "_continue_batch", interrupted)
+    monkeypatch.setattr(BeingVL, "continue_batch", interrupted)
     assert main(arguments) == 130
     assert not (tmp_path / "eval" / "manifest.json").exists()
     assert (
@@ -242,7 +242,7 @@ def test_an_interrupted_evaluation_is_continued_on_other_ranks(
     counted: list[int] = []
     monkeypatch.setattr(
         BeingVL,
-        "_continue_batch",
+        "continue_batch",
         lambda self, s, *more: (counted.append(len(s)), answer_batch(self, s, *more))[1],
     )
     assert main([*arguments, "--rank=1", "--num_ranks=2"]) == 0

@@ -18,10 +18,10 @@ from beingvl.evaluation.lmms_eval_requests import (
     Question,
     answer_questions,
     as_flag,
-    cut_at,
     open_model,
 )
 from beingvl.inference.model import BeingVL
+from beingvl.inference.streaming import cut_at
 
 GREEDY = {"max_new_tokens": 6, "temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False}
 

@@ -16,6 +16,7 @@ from beingvl.commands.main import main
 from beingvl.data.conversation import TextEncoder, build_sequence
 from beingvl.errors import InputError
 from beingvl.inference.model import BeingVL
+from beingvl.inference.streaming import TextPieces, TextStreamer
 from beingvl.vbpe.visual_bpe import VisualBPE
 from tests.model.small_models import NUM_CODES, write_vqgan
 from tests.tiny import LAYOUT
@@ -175,10 +176,8 @@ def test_streamed_pieces_make_up_the_answer(model: BeingVL) -> None:
 
 
 def test_streaming_waits_for_the_second_half_of_a_character(model: BeingVL) -> None:
-    from beingvl.inference.streaming import TextStreamer
-
     pieces: list[str] = []
-    streamer = TextStreamer(model.decode_answer, pieces.append)
+    streamer = TextStreamer(TextPieces(model.decode_answer), pieces.append)
     first, second = model.encoder.plain(PHI)
     streamer.put(torch.tensor([[1, 2, 3]]))
     for token in (first, second):
