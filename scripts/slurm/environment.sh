@@ -1,7 +1,7 @@
 # Sourced by every job script: the paths of the pipeline, overridable from the environment (sbatch exports it), and the program.
 # Slurm runs a copy of the job script, so the repository is the folder that `sbatch` was called in, or REPOSITORY.
 REPOSITORY="${REPOSITORY:-${SLURM_SUBMIT_DIR:-$PWD}}"
-for name in WORKSPACE IMAGE_PATH JSON_PATH LLAMA_PATH VQ_PATH VQ_CODES VBPE_PATH BASE_PATH TOKENIZED SHARDS STAGES; do
+for name in WORKSPACE IMAGE_PATH JSON_PATH JSON_PATH_1 JSON_PATH_2 JSON_PATH_3 LLAMA_PATH VQ_PATH VQ_CODES VBPE_PATH BASE_PATH TOKENIZED SHARDS STAGES; do
     [ -z "${!name:-}" ] || printf -v "$name" %s "$(realpath -m "${!name}")" # relative to where the user is
 done
 cd "$REPOSITORY"

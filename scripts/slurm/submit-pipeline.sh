@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# The whole line as Slurm jobs, each waiting for those it needs; prints the job ids.
+# The whole pipeline as Slurm jobs, each waiting for those it needs; prints the job ids. Nothing is submitted before programs and
+# inputs are found to be there.
 #   WORKSPACE=… bash scripts/slurm/submit-pipeline.sh [sbatch options for the three training stages]
 # Called again it submits only what is neither finished (the file it writes last is there) nor in the queue. Paths: scripts/slurm/environment.sh.
+# JSON_PATH holds the rows of all three stages; JSON_PATH_1, _2 and _3 instead those of each, as the training guide has them.
 # TRAINER_OPTIONS goes to the trainer of each stage, DS_CONFIG_PREFIX (ds_configs/stage) selects the JSON files.
 # ENCODE_TASKS and TOKENIZE_TASKS are the array sizes; SBATCH_OPTIONS goes to every sbatch, DATA_OPTIONS to those of the data steps,
 # ENCODE_OPTIONS to encode-images (--num_workers 8, say), BUILD_OPTIONS to build-shards (--duplicate_ids keep).
@@ -11,6 +13,27 @@ source "$REPOSITORY/scripts/slurm/environment.sh"
 unset OUTPUT_DIR DATA_PATH DS_CONFIG MODEL_PATH # one value for three stages would be wrong for two
 export PYTHON PYTHONPATH WORKSPACE IMAGE_PATH JSON_PATH LLAMA_PATH VQ_PATH VQ_CODES VBPE_PATH BASE_PATH TOKENIZED SHARDS STAGES NUM_MERGES
 JOBS="$WORKSPACE/slurm"
+
+refuse() { echo "error: $1" >&2; exit 2; }
+needs() { # folder or file, the variable that names it, and the manifest after which it is no longer needed
+    [ -e "$1" ] || [ -f "$3" ] || refuse "$2 is $1, which does not exist; set $2, or WORKSPACE"
+}
+case "$WORKSPACE" in /path/to/*) refuse "WORKSPACE is $WORKSPACE, the example; set WORKSPACE to the folder that holds images, data and models" ;; esac
+for program in sbatch squeue; do
+    command -v "$program" > /dev/null || refuse "no program $program; start this on a host of the cluster that submits jobs"
+done
+"$PYTHON" -c 'import beingvl.version' 2> /dev/null || refuse "$PYTHON cannot import beingvl; set PYTHON to the interpreter that has it"
+ROWS=("$JSON_PATH") SETS=('') # one data set for all stages, or one for each
+if [ -n "${JSON_PATH_1:-}${JSON_PATH_2:-}${JSON_PATH_3:-}" ]; then
+    ROWS=("${JSON_PATH_1:-}" "${JSON_PATH_2:-}" "${JSON_PATH_3:-}") SETS=(-1 -2 -3)
+fi
+needs "$IMAGE_PATH" IMAGE_PATH "$VQ_CODES/manifest.json"
+for i in "${!SETS[@]}"; do needs "${ROWS[i]:-not set}" "JSON_PATH${SETS[i]/-/_}" "$SHARDS${SETS[i]}/manifest.json"; done
+needs "$LLAMA_PATH" LLAMA_PATH "$BASE_PATH/manifest.json"
+needs "$VQ_PATH" VQ_PATH "$BASE_PATH/manifest.json"
+for stage in 1 2 3; do
+    needs "${DS_CONFIG_PREFIX:-ds_configs/stage}$stage.json" DS_CONFIG_PREFIX "$STAGES/stage-$stage/final/manifest.json"
+done
 mkdir -p "$JOBS"
 
 submit() { # name, file that says it is finished, names it waits for (spaces), then sbatch words; the job's id goes to $JOBS/name.job
@@ -36,14 +59,23 @@ in_queue() { squeue --noheader --jobs="$1" --states=all --format=%T 2> /dev/null
 
 D="${DATA_OPTIONS:-}"
 S="$REPOSITORY/scripts/slurm"
-submit encode-images "$VQ_CODES/manifest.json" '' $D --array="0-$((${ENCODE_TASKS:-1} - 1))" "$S/encode-images.sbatch" ${ENCODE_OPTIONS:-}
+# encode-images takes the images of all rows
+JSON_PATH="${ROWS[*]}" submit encode-images "$VQ_CODES/manifest.json" '' $D --array="0-$((${ENCODE_TASKS:-1} - 1))" "$S/encode-images.sbatch" ${ENCODE_OPTIONS:-}
 case "$VBPE_PATH" in *.json) VBPE_MARKER="$VBPE_PATH" ;; *) VBPE_MARKER="$VBPE_PATH/manifest.json" ;; esac # a file has no manifest
 submit train-vbpe "$VBPE_MARKER" 'encode-images' $D "$S/train-vbpe.sbatch"
 submit convert "$BASE_PATH/manifest.json" 'train-vbpe' $D "$S/convert.sbatch"
-# a folder of token rows may hold several datasets; the manifest must list this one
-grep -qsF "\"${DATASET_NAME:-data}_vbpe.jsonl\"" "$TOKENIZED/manifest.json" && TOKENIZED_MARKER="$TOKENIZED/manifest.json" || TOKENIZED_MARKER=''
-submit tokenize "$TOKENIZED_MARKER" 'encode-images train-vbpe convert' $D --array="0-$((${TOKENIZE_TASKS:-1} - 1))" "$S/tokenize.sbatch"
-submit build-shards "$SHARDS/manifest.json" 'tokenize' $D "$S/build-shards.sbatch" ${BUILD_OPTIONS:-}
-submit train-1 "$STAGES/stage-1/final/manifest.json" 'convert build-shards' "$@" "$S/train.sbatch" 1
-submit train-2 "$STAGES/stage-2/final/manifest.json" 'build-shards train-1' "$@" "$S/train.sbatch" 2
-submit train-3 "$STAGES/stage-3/final/manifest.json" 'build-shards train-2' "$@" "$S/train.sbatch" 3
+for i in "${!SETS[@]}"; do
+    set_="${SETS[i]}"
+    rows="$TOKENIZED$set_" shards="$SHARDS$set_" marker=''
+    # a folder of token rows may hold several datasets; the manifest must list this one
+    ! grep -qsF "\"${DATASET_NAME:-data}_vbpe.jsonl\"" "$rows/manifest.json" || marker="$rows/manifest.json"
+    [ "$set_" = -1 ] && mode=pt || mode=sft # foundation data first, as the guide has it
+    MODE="${MODE:-$mode}" JSON_PATH="${ROWS[i]}" TOKENIZED="$rows" submit "tokenize$set_" "$marker" 'encode-images train-vbpe convert' $D \
+        --array="0-$((${TOKENIZE_TASKS:-1} - 1))" "$S/tokenize.sbatch"
+    TOKENIZED="$rows" SHARDS="$shards" submit "build-shards$set_" "$shards/manifest.json" "tokenize$set_" $D "$S/build-shards.sbatch" ${BUILD_OPTIONS:-}
+done
+for stage in 1 2 3; do
+    [ ${#SETS[@]} = 1 ] && set_='' || set_="-$stage"
+    [ $stage = 1 ] && before=convert || before="train-$((stage - 1))"
+    SHARDS="$SHARDS$set_" submit "train-$stage" "$STAGES/stage-$stage/final/manifest.json" "build-shards$set_ $before" "$@" "$S/train.sbatch" $stage
+done
