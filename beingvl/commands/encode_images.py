@@ -15,18 +15,27 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from beingvl.commands.options import EXIF, add_rank_arguments, options_of, share
+from beingvl.artefact.ranks import RankOf
+from beingvl.commands.options import (
+    EXIF,
+    ROW_FORMAT,
+    ROW_FORMATS,
+    add_rank_arguments,
+    options_of,
+    share,
+)
 from beingvl.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    images = "folder of images, searched recursively; or tar files"
-    add("--image_path", type=Path, nargs="+", required=True, help=images)
+    images = "folder of images, searched recursively; or tar files or tables that hold them"
+    add("--image_path", type=Path, nargs="+", help=images)
     add("--vq_path", type=Path, required=True, help="VQ-GAN folder")
     add("--output_path", type=Path, required=True, help="folder to write")
-    named = "LLaVA JSON or JSONL: encode only the images it names"
-    add("--json_path", type=Path, help=named)
+    named = "rows, in any form that tokenize reads: encode only the images they name"
+    add("--json_path", nargs="+", help=named)
+    add("--row_format", choices=ROW_FORMATS, help=ROW_FORMAT)
     add("--list_path", type=Path, help="text file, one image per line: encode only these")
     add("--batch_size", type=int, default=64, help="images per forward pass")
     part = "images that are finished, or lost by a kill, together"
@@ -45,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     # torch is imported here, so that --help is instant.
+    from beingvl.data.collect_rows import open_rows
     from beingvl.data.llava_json import named_images
     from beingvl.images.encode_images import encode_images
     from beingvl.images.image_source import listed_images
@@ -53,6 +63,18 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(
             "--json_path and --list_path both say which images to encode: give one of them"
         )
-    keys = named_images(args.json_path) if args.json_path else None
-    keys = listed_images(args.list_path) if args.list_path else keys
-    encode_images(keys=keys, **options_of(args, "json_path", "list_path"))
+    keys = listed_images(args.list_path) if args.list_path else None
+    options = options_of(args, "json_path", "row_format", "list_path")
+    if args.json_path:
+        rows = open_rows(
+            args.json_path,
+            args.output_path.with_name(f"{args.output_path.name}_rows"),
+            row_format=args.row_format,
+            rank=RankOf(options["rank"], options["num_ranks"]),
+            overwrite=args.overwrite,
+        )
+        keys = named_images(rows.path)
+        options["image_path"] = args.image_path or rows.containers
+    if not options["image_path"]:
+        raise InputError("give --image_path: a folder of images, tar files, or tables with images")
+    encode_images(keys=keys, **options)

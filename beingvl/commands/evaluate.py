@@ -10,7 +10,7 @@ One of three, each into a folder of its own:
                         are bit-identical to the base model's (a difference is exit code 1); after
                         stages 2 and 3 the KL divergence is printed; on the cpu by default
 
-Rows of --json_path: LLaVA format, one question per row. Its reference answer is `answers` (a list
+Rows of --json_path: one question per row. Its reference answer is `answers` (a list
 of texts, or of objects with `answer`), else `answer` (a text, or a number into the list `choices`),
 else the gpt turn. `category` groups scores.
   exact_match    equal to a reference after stripping and lower-casing
@@ -34,7 +34,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from beingvl.commands.options import add_model_arguments, add_rank_arguments, options_of
+from beingvl.commands.options import (
+    ROW_FORMAT,
+    ROW_FORMATS,
+    add_model_arguments,
+    add_rank_arguments,
+    options_of,
+)
 from beingvl.evaluation.metrics import METRICS
 
 
@@ -42,15 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    rows = "LLaVA-format JSON or JSONL, one question and its reference answer per row"
-    what.add_argument("--json_path", type=Path, help=rows)
+    rows = "one question and its reference answer per row, in any form that tokenize reads"
+    what.add_argument("--json_path", nargs="+", help=rows)
     shards = "shard folder of build-shards that was not trained on"
     what.add_argument("--data", type=Path, help=shards)
     base = "the model that training started from, converted or not"
     what.add_argument("--text_parity", type=Path, metavar="BASE", help=base)
     add("--output_path", type=Path, required=True, help="folder to write")
     add("--metric", default="exact_match", choices=list(METRICS), help="of --json_path")
-    add("--image_path", type=Path, help="folder that the rows' image paths start from")
+    add("--row_format", choices=ROW_FORMATS, help=ROW_FORMAT)
+    images = "folder that the rows' image paths start from, or tar files or tables that hold them"
+    add("--image_path", nargs="+", help=images)
     codes = "folder of encode-images; without it the images are encoded now"
     add("--vq_codes", type=Path, help=codes)
     add("--max_new_tokens", type=int, default=16, help="longest answer, in tokens")

@@ -9,6 +9,8 @@ from typing import Any
 from beingvl.artefact.ranks import rank_of
 
 EXIF = "orientation in images: turn them as viewers do, or leave them as the published data does"
+ROW_FORMATS = ("llava", "sharegpt", "messages", "texts", "caption")
+ROW_FORMAT = "form of the rows; default: seen in the first ones"
 NOT_FOR_THE_STEP = ("debug", "kind", "local_rank")
 
 

@@ -18,7 +18,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from beingvl.commands.options import EXIF, add_rank_arguments, options_of, share
+from beingvl.commands.options import (
+    EXIF,
+    ROW_FORMAT,
+    ROW_FORMATS,
+    add_rank_arguments,
+    options_of,
+    share,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=["pt", "sft"], default="sft", help=mode)
     rows = "rows: JSON, JSONL, CSV, TSV (also .gz, .zst), parquet, Arrow, tar; files or folders"
     add("--json_path", nargs="+", required=True, help=rows)
-    dialects = ["llava", "sharegpt", "messages", "texts", "caption"]
-    add("--row_format", choices=dialects, help="form of the rows; default: seen in the first ones")
+    add("--row_format", choices=ROW_FORMATS, help=ROW_FORMAT)
     images = "folder that the rows' image paths start from, or tar files or tables that hold them"
     add("--image_path", nargs="+", help=images)
     add("--output_path", "--output_dir", type=Path, required=True, help="folder to write")

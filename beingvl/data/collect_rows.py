@@ -29,8 +29,8 @@ from beingvl.artefact.parts import Parts, wait_until_complete
 from beingvl.artefact.ranks import RankOf
 from beingvl.artefact.request import Request
 from beingvl.artefact.work import Work, run_in_parts
-from beingvl.data.dialects import DIALECTS, dialect_of
-from beingvl.data.llava_json import BrokenRow, Row, stream_rows_and_broken
+from beingvl.data.dialects import DIALECTS, Dialect, Record, dialect_of
+from beingvl.data.llava_json import BrokenRow, Row, image_keys, stream_rows_and_broken
 from beingvl.errors import InputError
 from beingvl.images.image_source import IMAGE_SUFFIXES
 from beingvl.sources.pairs import records_of_pairs
@@ -43,7 +43,8 @@ ROWS_FILE = "rows.jsonl"
 JSON = (".json", ".jsonl", ".ndjson")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 TEXTS = (*JSON, *DELIMITERS)
-SUFFIXES = (*TEXTS, *(f"{text}{end}" for text in TEXTS for end in COMPRESSED), *TABLES, ".tar")
+PLAIN = (*TEXTS, *TABLES, ".tar")
+SUFFIXES = (*PLAIN, *(f"{text}{end}" for text in TEXTS for end in COMPRESSED))
 DATASETS_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")  # of Hugging Face
 ROWS_TO_SEE = 100  # what tells the dialect
 
@@ -77,7 +78,7 @@ def open_rows(
     if any(file.endswith(".arrow") for file in files):
         files = [file for file in files if os.path.basename(file) not in DATASETS_FILES]
     _refuse_mixed_kinds(files)
-    dialect = row_format or _seen_dialect(files)
+    dialect = _seen_dialect(files, row_format)
     containers = [file for file in files if _kind(file) in (*TABLES, ".tar")]
     is_plain = len(files) == 1 and files[0].lower().endswith(JSON) and not is_address(files[0])
     if is_plain and dialect == "llava":
@@ -108,13 +109,41 @@ def _kind(file: str) -> str:
     return os.path.splitext(stem)[1] if suffix in COMPRESSED else suffix
 
 
-def _seen_dialect(files: Sequence[str]) -> str:
+def _seen_dialect(files: Sequence[str], named: str | None) -> str:
+    """What the first readable rows are written in, if it is not `named`."""
+    problem = ""
     for file in files:
-        seen = [row for row in islice(records_of(file), ROWS_TO_SEE) if isinstance(row, dict)]
-        seen = [row for row in seen if "unreadable" not in row]
+        seen = []
+        for number, record in enumerate(islice(records_of(file), ROWS_TO_SEE), 1):
+            try:
+                seen.append(_readable(record))
+            except InputError as error:
+                problem = problem or f"{file}, row {number}: {error}"
         if seen:
-            return dialect_of(seen, file)
-    raise InputError(f"{files[0]} holds no row")
+            dialect = named or dialect_of(seen, file)
+            _refuse_addresses(file, seen, DIALECTS[dialect])
+            return dialect
+    if named is None:
+        raise InputError(problem or f"{files[0]} holds no row")
+    return named
+
+
+def _refuse_addresses(file: str, records: Sequence[Record], convert: Dialect) -> None:
+    """Raises InputError when the first image that `records` name is an address."""
+    for record in records:
+        try:
+            keys = image_keys(convert(record))
+        except InputError:
+            continue  # it is rejected later
+        if keys and is_address(keys[0]):
+            column = next((name for name in record if keys[0] in str(record[name])), "image")
+            raise InputError(
+                f"{file}: {column!r} holds addresses of images, such as {keys[0][:80]!r}, and none "
+                "is fetched: download them (img2dataset writes tar files that are read as they "
+                "are), or write paths of local files there"
+            )
+        if keys:
+            return
 
 
 # ---- records ----
@@ -130,7 +159,7 @@ def records_of(file: str) -> Iterator[Row]:
     if kind in DELIMITERS:
         return _undamaged(file, _records_of_text_table(file, kind))
     if kind not in JSON:
-        raise InputError(f"{file}: expected a name that ends in {', '.join(SUFFIXES)}")
+        raise InputError(f"{file}: expected a name that ends in {', '.join(PLAIN)}")
     return _undamaged(file, stream_rows_and_broken(Path(file), partial(_decompressed, file)))
 
 

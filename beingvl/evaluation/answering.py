@@ -1,4 +1,4 @@
-"""Questions of a LLaVA JSON, a model's greedy answers, and their scores: `--json_path`.
+"""Questions of rows in any form, a model's greedy answers, and their scores: `--json_path`.
 
     read_questions             rows -> questions with reference answers, checked for the metric
     Answering.evaluate_rows    image tokens, prompts by the chat template, answers in batches
@@ -24,6 +24,7 @@ from beingvl.artefact.hashes import hash_bytes, hash_file
 from beingvl.artefact.manifest import join_lineages
 from beingvl.artefact.progress import progress
 from beingvl.artefact.request import Request
+from beingvl.data.collect_rows import Rows
 from beingvl.data.conversation import IMAGE_PLACEHOLDER, parse_conversation
 from beingvl.data.llava_json import image_keys, stream_rows
 from beingvl.data.template import in_request
@@ -35,9 +36,13 @@ from beingvl.evaluation.results import (
     SharedOptions,
     write_lines,
 )
-from beingvl.images.image_source import FolderImages
+from beingvl.images.decode import decode_image
+from beingvl.images.image_source import ImageSource, open_images
+from beingvl.images.table_images import NO_STAMP
 from beingvl.images.vq_codes import CodeFolder
 from beingvl.inference.model import BeingVL
+
+IMAGES_AT_ONCE = 64  # encoded together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,20 +139,25 @@ def _given_answers(row: Mapping[str, Any]) -> list[str]:
     return [str(answer)]
 
 
-def check_images(keys: Sequence[str], folder: Path | None) -> None:
-    """Raises InputError without --image_path, for a key that leaves it, or a missing file."""
+def open_named(keys: Sequence[str], places: Sequence[Path | str]) -> ImageSource | None:
+    """What holds the images; None when there are none. Raises InputError without --image_path, for
+    a key that leaves it, or a missing image.
+    """
     if not keys:
-        return
-    if folder is None:
+        return None
+    if not places:
         raise InputError(
             "the questions name images: give --vq_codes, or --image_path to encode them now"
         )
+    images = open_images([Path(place) for place in places])
     for key in keys:
-        if not FolderImages(folder).path(key).is_file():
-            raise InputError(
-                f"the image {folder / key} does not exist; is --image_path the folder that the "
-                "rows' paths start from?"
-            )
+        if images.stamp(key) != NO_STAMP:
+            continue
+        try:
+            images.read(key)
+        except InputError as error:
+            raise InputError(f"{error}; do the rows' paths start from --image_path?") from error
+    return images
 
 
 # ---- answering ----
@@ -158,7 +168,7 @@ class AnswerOptions:
     """The options of `evaluate` that only questions have."""
 
     metric: str = "exact_match"
-    image_path: Path | None = None
+    image_path: Path | str | Sequence[Path | str] | None = None
     vq_codes: Path | str | None = None
     vbpe_path: Path | str | None = None
     raw: bool = False
@@ -171,21 +181,24 @@ class Answering(Evaluation):
 
     unit = "question"
 
-    def __init__(self, shared: SharedOptions, json_path: Path, options: AnswerOptions) -> None:
+    def __init__(self, shared: SharedOptions, collected: Rows, options: AnswerOptions) -> None:
         super().__init__(shared)
-        self._json_path, self._options = json_path, options
-        self.questions = read_questions(json_path, shared.limit, options.metric)
+        self._json_path, self._options = collected.path, options
+        self.questions = read_questions(self._json_path, shared.limit, options.metric)
         self.num_rows = len(self.questions)
         self._image_keys = _keys_of(self.questions)
         self._model = BeingVL(shared.model, options.vbpe_path, template=shared.template)
         lineages = {str(shared.model): self._model.manifest.lineage}
         self._codes = CodeFolder(options.vq_codes) if options.vq_codes else None
+        self._images = None
         if self._codes:
             lineages[str(options.vq_codes)] = self._codes.manifest.lineage
             for key in self._image_keys:
                 self._codes.row(key)  # refuses an image that has no codes
         else:
-            check_images(self._image_keys, options.image_path)
+            named = options.image_path or collected.containers
+            places = [named] if isinstance(named, Path | str) else named
+            self._images = open_named(self._image_keys, places)
         self.lineage = join_lineages(lineages)
         # What is wrong with a text is told before anything is answered.
         no_tokens = np.empty(0, np.int32)
@@ -210,11 +223,10 @@ class Answering(Evaluation):
 
     def _hash_images(self, keys: Sequence[str]) -> dict[str, str]:
         """Hashes of image files; codes have one hash in their manifest."""
-        if self._codes:
+        if self._images is None:
             return {}
-        folder = self._options.image_path or Path()
         looked = progress(keys, name="hash images", unit="image", leave=False)
-        return {key: hash_file(folder / key) for key in looked}
+        return {key: hash_bytes(self._images.read(key)) for key in looked}
 
     def _whole_request(self, hashes: Mapping[str, str]) -> Request:
         listing = "\n".join(f"{key} {hashes[key]}" for key in sorted(hashes))
@@ -255,12 +267,21 @@ class Answering(Evaluation):
         """Image key -> token ids `[n]` int32; each image of the part is encoded once."""
         if not keys:
             return {}
-        if self._codes:
+        if self._images is None:
+            assert self._codes
             grids = self._codes.grids({key: self._codes.row(key) for key in keys})
         else:
-            folder = self._options.image_path or Path()
-            grids = self._model.img2codes([folder / key for key in keys])
+            starts = range(0, len(keys), IMAGES_AT_ONCE)
+            batches = [keys[start : start + IMAGES_AT_ONCE] for start in starts]
+            grids = np.concatenate([self._encoded(self._images, batch) for batch in batches])
         return dict(zip(keys, self._model.codes2tok(grids, not self._options.raw), strict=True))
+
+    def _encoded(self, images: ImageSource, keys: Sequence[str]) -> np.ndarray:
+        """VQ codes `[N, h, w]`."""
+        vqgan = self._model.vqgan
+        crop = vqgan.preprocessing.crop
+        cropped = [crop(decode_image(images.read(key), key), key) for key in keys]
+        return vqgan.encode(vqgan.preprocessing.to_pixels(cropped))
 
     def combine(self, found: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Request]:
         predictions = [answer for part in found for answer in part["answers"]]

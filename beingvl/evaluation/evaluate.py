@@ -7,12 +7,14 @@ text_parity   text_parity.TextParity        text logits against those of the bas
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from beingvl.artefact.manifest import is_complete
 from beingvl.artefact.ranks import rank_of
 from beingvl.artefact.work import run_in_parts
+from beingvl.data.collect_rows import open_rows
 from beingvl.errors import InputError, check_at_least
 from beingvl.evaluation.answering import Answering, AnswerOptions
 from beingvl.evaluation.held_out_loss import HeldOutLoss
@@ -29,11 +31,12 @@ def evaluate(
     model_path: Path | str,
     output_path: Path | str,
     *,
-    json_path: Path | str | None = None,
+    json_path: Path | str | Sequence[Path | str] | None = None,
+    row_format: str | None = None,
     data: Path | str | None = None,
     text_parity: Path | str | None = None,
     metric: str = "exact_match",
-    image_path: Path | str | None = None,
+    image_path: Path | str | Sequence[Path | str] | None = None,
     vq_codes: Path | str | None = None,
     vbpe_path: Path | str | None = None,
     raw: bool = False,
@@ -57,12 +60,15 @@ def evaluate(
     the same request is reused. Raises InputError for wrong input, before any model runs.
     """
     check_at_least(1, limit=limit, rows_per_part=rows_per_part)
-    images = Path(image_path) if image_path else None
-    answers = AnswerOptions(metric, images, vq_codes, vbpe_path, raw, max_new_tokens, batch_size)
+    answers = AnswerOptions(
+        metric, image_path, vq_codes, vbpe_path, raw, max_new_tokens, batch_size
+    )
     inputs = {"json_path": json_path, "data": data, "text_parity": text_parity}
     given = [name for name, path in inputs.items() if path]
     if len(given) != 1:
         raise InputError(f"give one of --json_path, --data and --text_parity, found {len(given)}")
+    if row_format and not json_path:
+        raise InputError(f"--row_format has no effect on --{given[0]}; leave it out")
     _check_options(given[0], answers, loss_on, limit, template)
     model, output = find_start_model(Path(model_path)), Path(output_path)
     place = own_device(device or ("cpu" if text_parity else None))
@@ -76,15 +82,20 @@ def evaluate(
         limit,
         rows_per_part,
     )
+    here = rank_of(rank, num_ranks)
     work: Evaluation
     if json_path:
-        work = Answering(shared, Path(json_path), answers)
+        folder = output.with_name(f"{output.name}_rows")
+        collected = open_rows(
+            json_path, folder, row_format=row_format, rank=here, overwrite=overwrite
+        )
+        work = Answering(shared, collected, answers)
     elif data:
         work = HeldOutLoss(shared, Path(data), loss_on)
     else:
         assert text_parity
         work = TextParity(shared, Path(text_parity))
-    run_in_parts(work, rank_of(rank, num_ranks), overwrite=overwrite, name="evaluate")
+    run_in_parts(work, here, overwrite=overwrite, name="evaluate")
     if not is_complete(output):
         return None
     scores = read_summary(output)

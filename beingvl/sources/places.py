@@ -57,8 +57,9 @@ def expand(paths: Sequence[Path | str], suffixes: Sequence[str]) -> list[str]:
             if not matched and not glob.has_magic(place):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), place)
         if not matched:
+            plain = [suffix for suffix in suffixes if suffix.count(".") == 1]  # not .json.gz
             raise InputError(
-                f"{place} is not there, or holds no file that ends in {', '.join(suffixes)}"
+                f"{place} is not there, or holds no file that ends in {', '.join(plain)}"
             )
         found += sorted(matched)
     return list(dict.fromkeys(found))

@@ -155,6 +155,11 @@ def two_kinds(folder: Path) -> Path:
     return folder
 
 
+def addresses(folder: Path) -> Path:
+    at = "https://example.org/a.png"
+    return write_csv(folder / "at", [{"url": at, "caption": "hi"}, {"url": at, "caption": "ok"}])
+
+
 def nothing(folder: Path) -> Path:
     return folder
 
@@ -166,7 +171,9 @@ WRONG = {
     a_cut_gzip: "cut.jsonl.gz .*truncated",
     csv_with_semicolons: "separated by ','; it seems to be separated by ';'",
     two_kinds: "are files of two kinds",
-    nothing: "holds no file that ends in",
+    addresses: "'url' holds addresses of images, such as 'https://example.org/a.png', and none",
+    nothing: r"holds no file that ends in \.json, \.jsonl, \.ndjson, \.csv, \.tsv, \.parquet, "
+    r"\.arrow, \.tar$",
 }
 
 

@@ -23,6 +23,7 @@ from beingvl.evaluation.metrics import METRICS, Reference
 from beingvl.evaluation.results import read_predictions, read_summary, write_lines
 from beingvl.inference.model import BeingVL
 from beingvl.vbpe.visual_bpe import VisualBPE
+from tests.data.forms import write_parquet
 from tests.data.test_kills import when_it_writes
 from tests.inference.small_run import QUESTIONS, evaluate
 from tests.model.small_models import NUM_CODES
@@ -170,6 +171,29 @@ def test_images_encoded_now_give_the_same_predictions(run_folder: Path, tmp_path
     )
     assert read_predictions(tmp_path / "eval") == read_predictions(run_folder / "eval" / "stage-1")
     assert main(command(run_folder, tmp_path / "eval", image_path)) == 0, "the same images: reused"
+
+
+def test_rows_of_another_form_give_the_same_predictions(run_folder: Path, tmp_path: Path) -> None:
+    """Parquet with the images inside, turns as messages, the answer beside them."""
+    rows = json.loads((run_folder / "data/test.json").read_text())
+    told = []
+    for row in rows:
+        image = (run_folder / "data/images" / row["image"]).read_bytes()
+        question, answer = (turn["value"] for turn in row["conversations"])
+        messages = [{"role": "user", "content": question}]
+        told.append({"images": [{"bytes": image}], "messages": messages, "answer": answer})
+    table = write_parquet(tmp_path / "questions", told)
+    words = command(run_folder, tmp_path / "eval", "--batch_size=5")
+    words = [word for word in words if not word.startswith("--json_path")]
+    assert main([*words, f"--json_path={table}"]) == 0
+    found, expected = (
+        [
+            (line["question"], line["answer"], line["prediction"])
+            for line in read_predictions(folder)
+        ]
+        for folder in (tmp_path / "eval", run_folder / "eval" / "stage-1")
+    )
+    assert found == expected
 
 
 def test_raw_codes_name_and_limit(run_folder: Path, tmp_path: Path) -> None:
@@ -379,7 +403,7 @@ def test_refusals(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
             [],
             "row 0 (id 'a'): there is no reference answer; give `answer`, `answers`",
         ),
-        ({"id": "a", "answer": "yes"}, [], "row 0 (id 'a'): conversations is empty or not a list"),
+        ({"id": "a", "answer": "yes"}, [], "has rows with the keys"),
         (
             {"conversations": asked(), "answers": []},
             [],
@@ -410,7 +434,7 @@ def test_refusals(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         (
             {"conversations": turns, "image": "a.png"},
             [f"--image_path={tmp_path}"],
-            "a.png does not exist",
+            "a.png: No such file or directory; do the rows' paths",
         ),
         ({"conversations": turns, "image": "a.png"}, [codes(run_folder)], "no codes of a.png"),
         (

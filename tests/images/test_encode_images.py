@@ -21,6 +21,8 @@ from beingvl.images import image_source
 from beingvl.images.image_source import NO_STAMP, FolderImages, TarImages
 from beingvl.images.vq_codes import CODES_FILE, REJECTED_FILE, CodeFolder
 from beingvl.images.vqgan import VQGAN, make_processor
+from beingvl.sources.tables import key_of
+from tests.data.forms import write_parquet
 from tests.launcher import ENVIRONMENT, free_port
 
 KEYS = ["b/2.png", "a.png", "b/10.JPG", "z z/ü.png", "b/1.png"]
@@ -105,6 +107,15 @@ def test_only_the_images_that_a_json_names(image_path, vq_path, tmp_path, lines)
     (tmp_path / "rows.json").write_text(text)
     assert encode(image_path, vq_path, tmp_path / "codes", json_path=tmp_path / "rows.json") == 0
     assert list(CodeFolder(tmp_path / "codes").keys) == ["a.png", "b/2.png"]
+
+
+def test_the_images_inside_a_table_of_rows(image_path, vq_path, tmp_path):
+    pictures = {"bytes": (image_path / "a.png").read_bytes()}
+    table = write_parquet(tmp_path / "captions", [{"image": pictures, "caption": "a"}])
+    to = ["encode-images", f"--vq_path={vq_path}", f"--output_path={tmp_path / 'codes'}"]
+    assert main(to) == 2, "neither images nor rows"
+    assert main([*to, f"--json_path={table}"]) == 0
+    assert list(CodeFolder(tmp_path / "codes").keys) == [key_of(table, 0, 0)]
 
 
 def test_unreadable_images_are_rejected_with_reasons(image_path, vq_path, tmp_path):

@@ -69,4 +69,7 @@ def _name_of(record: Record) -> str | None:
             return "messages"
         is_plain = first.get("from") in (None, "human", "gpt")
         return "llava" if is_plain and not {"images", "system"} & set(record) else "sharegpt"
-    return "caption" if any(name in record for name in ("caption", "text", "txt")) else None
+    if any(name in record for name in ("caption", "text", "txt")):
+        return "caption"
+    only_names_images = "image" in record and set(record) <= {"id", "image", "category"}
+    return "llava" if only_names_images else None  # enough for encode-images

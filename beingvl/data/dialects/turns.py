@@ -17,6 +17,7 @@ ROLES = {
     "bot": "gpt",
     "system": "system",
 }
+ANSWER_NAMES = ("answer", "answers", "choices")  # of evaluation
 
 
 def turn(role: Any, text: Any, where: str) -> dict[str, str]:
@@ -31,9 +32,12 @@ def turn(role: Any, text: Any, where: str) -> dict[str, str]:
 def row_of(
     record: Mapping[str, Any], turns: Sequence[dict[str, str]], images: Any
 ) -> dict[str, Any]:
-    """Our row: the turns and images beside what `record` says of id and category."""
+    """Our row: the turns and images beside what `record` says of id, category and the right
+    answer.
+    """
     images = [image for image in images if image is not None]
-    return {
+    answers = {name: record[name] for name in ANSWER_NAMES if record.get(name) is not None}
+    return answers | {
         "id": record.get("id"),
         "image": images[0] if len(images) == 1 else images or None,
         "category": record.get("category"),
