@@ -20,7 +20,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["beingvl", "beingvl.*"]),
-    package_data={"beingvl.report": ["*.html", "*.css"]},
+    package_data={
+        "beingvl.report": ["*.html", "*.css"],
+        "beingvl.data": ["chat_templates/*.jinja"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

@@ -27,6 +27,7 @@ from beingvl.artefact.files import copy_inside, to_json, write_atomically
 from beingvl.artefact.hashes import hash_files
 from beingvl.artefact.manifest import MANIFEST_FILE, Manifest, join_lineages, read_manifest
 from beingvl.artefact.owner import making
+from beingvl.data.chat_template import BASE_TEMPLATE
 from beingvl.errors import InputError, check_at_least
 from beingvl.images.vqgan import PREPROCESSOR_FILE, VQGAN
 from beingvl.model import tokenizer_files
@@ -147,6 +148,7 @@ class Conversion:
     base: BaseModel
     layout: VocabLayout
     tokenizer: PreTrainedTokenizerFast
+    base_template: str | None
     paths: Mapping[str, Path]
     vbpe: AnyVBPE | None
     visual: VisualVocabulary | None
@@ -192,6 +194,7 @@ def plan_conversion(
         base,
         layout,
         tokenizer,
+        own_tokenizer.chat_template if own_tokenizer else None,
         paths,
         vbpe,
         visual,
@@ -254,8 +257,11 @@ def _base_tokenizer(paths: Mapping[str, Path], base: BaseModel) -> PreTrainedTok
         return None
     tokenizer = tokenizer_files.load_tokenizer(base.folder, base.num_text)
     tokenizer_files.check_belongs_to(tokenizer, base)
+    if isinstance(tokenizer.chat_template, dict):  # several: the one for plain conversations
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     if tokenizer.chat_template:
-        print(f"{base.folder}: its chat template is left out, prompts are Being-VL's")
+        kept = f"its own chat template is kept as {BASE_TEMPLATE!r}"
+        print(f"{base.folder}: prompts are Being-VL's, {kept}")
     return tokenizer
 
 
@@ -365,7 +371,7 @@ def write_base(conversion: Conversion, target: Path, link: bool) -> None:
     }
     for name, fields in configs.items():
         write_atomically(target / name, to_json(fields))
-    tokenizer_files.save_tokenizer(conversion.tokenizer, target)
+    tokenizer_files.save_tokenizer(conversion.tokenizer, target, conversion.base_template)
     if vq_path:
         names = [
             path.relative_to(vq_path).as_posix() for path in vq_path.rglob("*") if path.is_file()

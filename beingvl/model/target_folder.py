@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from beingvl.artefact.files import write_atomically
 from beingvl.artefact.manifest import (
     Manifest,
     is_complete,
@@ -24,10 +25,12 @@ from beingvl.artefact.manifest import (
     write_manifest,
 )
 from beingvl.artefact.owner import OWNER
+from beingvl.data.chat_template import BASE_TEMPLATES, CHAT_TEMPLATE_FILE, chat_template
+from beingvl.data.template import DEFAULT
 from beingvl.errors import InputError
 from beingvl.model.rewrite_weights import check_disk_space
 from beingvl.model.weight_files import WEIGHT_PATTERNS
-from beingvl.vocab import LAYOUT_FILE
+from beingvl.vocab import LAYOUT_FILE, VocabLayout
 
 VQGAN_FOLDER = "vqgan"
 VBPE_FILE = "vbpe.json"
@@ -40,6 +43,7 @@ MODEL_PATTERNS = (
     "tokenizer*",
     "special_tokens_map.json",
     "chat_template*",
+    BASE_TEMPLATES,
     LAYOUT_FILE,
     VQGAN_FOLDER,
     VBPE_FILE,
@@ -108,7 +112,20 @@ def finish_target(
     details: Mapping[str, Any],
     known_hashes: Mapping[str, str],
 ) -> Manifest:
-    """Write the manifest (see `write_manifest`), then remove the marker."""
+    """Write a model's chat template and the manifest (see `write_manifest`), then remove the
+    marker.
+    """
+    if kind == "model":
+        _write_chat_template(target, details.get("template", DEFAULT))
     manifest = write_manifest(target, kind, counts, lineage, details, known_hashes)
     (target / UNFINISHED_FILE).unlink(missing_ok=True)
     return manifest
+
+
+def _write_chat_template(target: Path, template: str) -> None:
+    path = target / CHAT_TEMPLATE_FILE
+    if text := chat_template(target, VocabLayout.load(target), template):
+        write_atomically(path, text)
+        return
+    path.unlink(missing_ok=True)  # of the stage before
+    print(f"{target}: its tokenizer has no exact chat template, so none is written")

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from beingvl.artefact.files import to_json, write_atomically
+from beingvl.data.chat_template import BASE_TEMPLATE
 from beingvl.errors import InputError
 from beingvl.model.base_model import BaseModel, read_json
 from beingvl.vocab import SPECIAL_TOKENS, VocabLayout, name_beside
@@ -146,13 +147,15 @@ def check_belongs_to(tokenizer: PreTrainedTokenizerFast, base: BaseModel) -> Non
         )
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, folder: Path, base_template: str | None = None
+) -> None:
     """Write tokenizer.json and its configs, for transformers 4 too.
 
-    No chat template: prompts are built by data/conversation.py, and a base model's template would
-    make others that the model was never trained on.
+    No chat template but a base model's, under another name than the default one: its prompts are
+    others than the model is trained on.
     """
-    tokenizer.chat_template = None
+    tokenizer.chat_template = {BASE_TEMPLATE: base_template} if base_template else None
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # tokenizers raises a bare one

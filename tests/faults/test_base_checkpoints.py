@@ -136,14 +136,19 @@ def sequence(base: Path, template: str) -> list[int]:
     return build_sequence(turns, [image], TextEncoder(base, layout), layout, template).input_ids
 
 
-def test_a_chat_template_is_not_inherited(tmp_path, vq, capsys):
+def test_a_chat_template_is_kept_under_another_name_than_ours(tmp_path, vq, capsys):
     llama, base = write_base_model(tmp_path / "llama"), tmp_path / "base"
-    (llama / "chat_template.jinja").write_text("{{ messages }}")
+    (llama / "chat_template.jinja").write_text("own: {{ messages[0].content }}")
     assert convert(llama, base, vq) == 0
-    assert f"{llama}: its chat template is left out" in capsys.readouterr().out
-    assert not list(base.glob("chat_template*"))
-    assert AutoTokenizer.from_pretrained(base).chat_template is None
+    assert "its own chat template is kept as 'base'" in capsys.readouterr().out
     assert "chat_template" not in (base / "tokenizer_config.json").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    asked = [{"role": "user", "content": "hi"}]
+    own, ours = (
+        tokenizer.apply_chat_template(asked, chat_template=name, tokenize=False)
+        for name in ("base", None)
+    )
+    assert own == "own: hi" and ours == "<|begin|>hi<reserved08706>"
 
 
 def test_the_pad_token_is_the_new_one_everywhere(tmp_path, vq):

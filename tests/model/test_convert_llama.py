@@ -726,11 +726,11 @@ def test_an_interrupted_run_is_not_mixed_with_another_request(
     assert not target.exists()
     visual = {"being_vq_path": vq, "vbpe": vbpe_file}
     interrupt(monkeypatch, target_folder, "write_manifest", **request, **visual)
-    (target / "chat_template.jinja").write_text("of another model")
+    (target / "chat_template.old.jinja").write_text("of another model")
     assert convert(**request, num_merges=0) == 0
     verify_folder(target)
     left = {path.name for path in target.iterdir()}
-    assert not left & {"vqgan", "vbpe.json", "chat_template.jinja", ".unfinished.tmp"}
+    assert not left & {"vqgan", "vbpe.json", "chat_template.old.jinja", ".unfinished.tmp"}
 
 
 def test_overwriting_leaves_nothing_of_the_older_base(tmp_path, llama, vq):

@@ -90,6 +90,7 @@ def test_a_checkpoint_becomes_a_finished_folder(tmp_path, base, checkpoint, caps
     verify_folder(tmp_path / "out")
     assert torch.equal(WeightFolder(tmp_path / "out")[TRAINED], WeightFolder(base)[TRAINED] * 2)
     assert not list((tmp_path / "out").glob("*.tmp"))
+    assert "question sep answer eos" in (tmp_path / "out" / "chat_template.jinja").read_text()
 
 
 @pytest.mark.parametrize("output_format", ["hf", "being-vl-0.5"])
