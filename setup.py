@@ -27,7 +27,7 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
-        "deepspeed>=0.17",
+        "deepspeed>=0.17.6",
         "transformers>=5.0",
         "tokenizers>=0.22",
         "safetensors>=0.5",

@@ -184,9 +184,8 @@ class Run:
             where += ["--master_addr", self.address]
             _refuse_words(Path.cwd(), Path(sys.executable))
             words = [for_remote_shell(word) for word in words]
-        return [
-            launcher, *where, "--master_port", str(self.port), "--module", self.module, *words
-        ]  # fmt: skip
+        where += ["--master_port", str(self.port)]
+        return [launcher, "--quiet", *where, "--module", self.module, *words]
 
     def _devices_here(self) -> list[str]:
         """With --num_gpus DeepSpeed ignores CUDA_VISIBLE_DEVICES, and would take others' GPUs."""

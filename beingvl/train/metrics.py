@@ -125,13 +125,10 @@ class MetricsWriter:
         )
 
     def describe_time(self) -> str:
-        """Time of the steps written so far beside what `beingvl plan` predicts for them."""
+        """Time of the steps written so far; on a GPU beside what `beingvl plan` predicts."""
         real = f"{self._seconds:.1f} s"
         if not self._peak_flops:
-            return (
-                f"time of the logged steps: {real}; the device's peak is not known, so nothing "
-                "was predicted"
-            )
+            return f"time of the logged steps: {real}"
         predicted = f"{self._flops / self._peak_flops / ASSUMED_MFU:.1f} s"
         return (
             f"time of the logged steps: predicted {predicted} at an MFU of {ASSUMED_MFU:.0%}, "

@@ -160,6 +160,7 @@ def _train(
 ) -> bool:
     """From `checkpoint`, or from the start, to the end. False when it was stopped before."""
     config, output = stage.config, stage.output
+    before = peak_memory_bytes(ranks.device)
     data = data_of(config, stage.shards, phases.advance)
     probe = Probe.of_shards(stage.shards)
     engine, progress, carried_steps = _build_or_resume(stage, ranks, phases, probe, checkpoint)
@@ -179,7 +180,7 @@ def _train(
             engine, data, config, progress, metrics, phases, saver, validate, stop_requested
         )
     if ranks.rank == 0:
-        print(f"{_memory_report(engine)}\n{writer.describe_time()}", flush=True)
+        print(f"{_memory_report(engine, before)}\n{writer.describe_time()}", flush=True)
     if not finished:
         _say(ranks, f"stopped by a signal after step {progress.step}; start the same command")
     return finished
@@ -247,12 +248,12 @@ def _describe(data: TrainingData, engine: TrainingEngine) -> str:
     )
 
 
-def _memory_report(engine: TrainingEngine) -> str:
-    """What was predicted (as `beingvl plan` does) beside what this rank really used."""
+def _memory_report(engine: TrainingEngine, before: int) -> str:
+    """What was predicted (as `beingvl plan` does) beside what this rank used; on a CPU above the
+    `before` bytes of the libraries alone.
+    """
     predicted, device = engine.predicted_memory(), engine.ranks.device
-    peak = f"peak {peak_memory_bytes(device) / 1e9:.2f} GB"
-    if device.type == "cpu":
-        amount, peak = sum(predicted.values()), f"{peak} of the whole process, libraries included"
-    else:
-        amount = device_bytes(predicted)
-    return f"memory of rank 0: predicted {amount / 1e9:.2f} GB, {peak}"
+    is_cpu, used = device.type == "cpu", peak_memory_bytes(device) - before
+    amount = sum(predicted.values()) if is_cpu else device_bytes(predicted)
+    libraries = f", beside {before / 1e9:.2f} GB of libraries" if is_cpu else ""
+    return f"memory of rank 0: predicted {amount / 1e9:.2f} GB, used {used / 1e9:.2f} GB{libraries}"

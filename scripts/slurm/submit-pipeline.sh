@@ -59,8 +59,7 @@ in_queue() { squeue --noheader --jobs="$1" --states=all --format=%T 2> /dev/null
 
 D="${DATA_OPTIONS:-}"
 S="$REPOSITORY/scripts/slurm"
-# encode-images takes the images of all rows
-JSON_PATH="${ROWS[*]}" submit encode-images "$VQ_CODES/manifest.json" '' $D --array="0-$((${ENCODE_TASKS:-1} - 1))" "$S/encode-images.sbatch" ${ENCODE_OPTIONS:-}
+JSON_PATH="$(IFS=: && echo "${ROWS[*]}")" submit encode-images "$VQ_CODES/manifest.json" '' $D --array="0-$((${ENCODE_TASKS:-1} - 1))" "$S/encode-images.sbatch" ${ENCODE_OPTIONS:-}
 case "$VBPE_PATH" in *.json) VBPE_MARKER="$VBPE_PATH" ;; *) VBPE_MARKER="$VBPE_PATH/manifest.json" ;; esac # a file has no manifest
 submit train-vbpe "$VBPE_MARKER" 'encode-images' $D "$S/train-vbpe.sbatch"
 submit convert "$BASE_PATH/manifest.json" 'train-vbpe' $D "$S/convert.sbatch"

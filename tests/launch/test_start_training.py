@@ -63,7 +63,7 @@ def test_dry_run_shows_command_and_variables_and_starts_nothing(work, tmp_path) 
     assert done.returncode == 0, done.stderr
     assert "NCCL_DEBUG=INFO\n" in done.stdout and "proxy" not in done.stdout
     assert (
-        "deepspeed --hostfile /dev/null --num_gpus 2 " in done.stdout
+        "deepspeed --quiet --hostfile /dev/null --num_gpus 2 " in done.stdout
         and "--module beingvl.train.train_stage" in done.stdout
     )
     assert not (tmp_path / "x").exists()

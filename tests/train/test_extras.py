@@ -3,6 +3,7 @@ rank without a launcher.
 """
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -50,10 +51,8 @@ def plain_run(work) -> Path:
     done = train(work, "plain", TORCH_EXTENSIONS_DIR=str(extensions))
     assert done.returncode == 0, done.stderr
     assert not extensions.exists()  # nothing is compiled on CPU ranks
-    assert (
-        "memory of rank 0: predicted" in done.stdout
-        and "time of the logged steps: predicted" in done.stdout
-    )
+    assert re.search(r"memory of rank 0: predicted .* used .* of libraries", done.stdout)
+    assert re.search(r"time of the logged steps: \d", done.stdout)
     return work / "plain"
 
 
@@ -446,7 +445,7 @@ def test_metrics_say_where_the_time_of_a_step_goes(plain_run) -> None:
         assert all(seconds >= 0 for seconds in phases.values())
         assert sum(phases.values()) <= row["seconds"] * 1.0001
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
-        assert 0 < row["mfu"] < 1 and row["target_tokens"] <= row["tokens"]
+        assert row["mfu"] is None and row["target_tokens"] <= row["tokens"]
 
 
 def test_plain_torch_agrees_with_the_run_that_the_others_are_held_to(work, plain_run) -> None:

@@ -40,9 +40,8 @@ def test_below_everything_trained_only_forward_is_counted() -> None:
     assert found == layer + attention + 3 * layer + 3 * attention + 2 * head
 
 
-def test_a_cpus_peak_is_measured() -> None:
-    assert peak_flops(torch.device("cpu")) > 1e8
-    assert peak_flops(torch.device("meta")) is None
+def test_a_cpu_has_no_peak_and_so_no_mfu() -> None:
+    assert peak_flops(torch.device("cpu")) is None
 
 
 def test_the_whole_head_counts_for_targets_only() -> None:
