@@ -57,6 +57,7 @@ setup(
             "sentencepiece",
             "pycocoevalcap>=1.2",
             "sacrebleu>=2.4",
+            "peft>=0.18",
         ],
         "serve": ["gradio>=6.0"],
         "remote": ["fsspec>=2024.6", "s3fs>=2024.6", "gcsfs>=2024.6", "huggingface-hub", "aiohttp"],

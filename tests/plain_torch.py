@@ -8,6 +8,7 @@ computes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,19 +21,26 @@ from beingvl.stage.stage_config import StageConfig
 
 
 def train_plain(
-    model_folder: Path, shards_folder: Path, config: StageConfig, trained_rows: slice | None = None
+    model_folder: Path,
+    shards_folder: Path,
+    config: StageConfig,
+    trained_rows: slice | None = None,
+    adapt: Callable[[torch.nn.Module], object] = lambda model: None,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of all steps and the final weights. `trained_rows` trains only those rows of
-    embedding and head.
+    embedding and head; `adapt` may change the model first, and what it freezes stays.
     """
     model = AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=torch.float32, attn_implementation="eager"
     )
+    adapt(model)
     shards = ShardReader(shards_folder)
     data = data_of(config, shards)
     by_id = {shards[index].id: shards[index] for index in range(len(shards))}
-    matrices = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-    trained = list(model.parameters()) if trained_rows is None else matrices
+    matrices = []
+    if trained_rows is not None:
+        matrices = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    trained = matrices or [weights for weights in model.parameters() if weights.requires_grad]
     start = [matrix.detach().clone() for matrix in matrices]
     settings = config.deepspeed["optimizer"]["params"]
     optimizer = torch.optim.AdamW(

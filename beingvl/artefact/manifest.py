@@ -55,6 +55,7 @@ MADE_BY = {
     "shards": "beingvl build-shards",
     "model": "beingvl convert` or `beingvl train",
     "published_model": "beingvl export",
+    "adapter": "beingvl train",
     "checkpoint": "beingvl train",
     "evaluation": "beingvl evaluate",
 }

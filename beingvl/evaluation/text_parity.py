@@ -29,7 +29,8 @@ from beingvl.inference.reading import read_model
 from beingvl.model.base_model import BaseModel
 from beingvl.model.conversion_check import cut_head
 from beingvl.model.extended_vocab import TEXT_ROWS, VISUAL_ROWS
-from beingvl.model.param_groups import Rule, plan_parameters
+from beingvl.model.param_groups import plan_parameters
+from beingvl.stage.stage_config import rules_of
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 
 # Changing a text changes every number that was ever printed: add at the end, or leave it.
@@ -152,8 +153,8 @@ def expects_equal(model: Path, base: Path) -> bool:
         stem = name.rpartition(".")[0]
         for part in (f"{stem}.{TEXT_ROWS}", f"{stem}.{VISUAL_ROWS}") if split else (name,):
             shapes[part] = tuple(opened.weights.shape(name))
-    plan = plan_parameters(shapes, [Rule(**rule) for rule in identity["trainable"]])
-    return all(planned.name.endswith(f".{VISUAL_ROWS}") for planned in plan if planned.rule.train)
+    plan = plan_parameters(shapes, rules_of(identity["trainable"]))
+    return all(planned.name.endswith(f".{VISUAL_ROWS}") for planned in plan if planned.is_trained)
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ autograd would make a gradient of the whole head for every chunk and add them up
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from torch.nn import functional as F
 from transformers.initialization import no_init_weights
 
 from beingvl.model import packed_attention
+from beingvl.model.adapters import attach_adapters
+from beingvl.model.param_groups import A, B, is_adapter
+from beingvl.stage.stage_config import Rule
 
 ROW_ALIGNMENT = 64  # elements
 TEXT_ROWS = "text_rows"
@@ -193,8 +197,10 @@ def build_packed_model(
     num_visual: int,
     loss_chunk_tokens: int,
     activation_checkpointing: bool,
+    rules: Sequence[Rule] = (),
 ) -> PackedCausalLM:
-    """Construct `model_class` (a causal LM of transformers) with split rows and no weights yet.
+    """Construct `model_class` (a causal LM of transformers) with split rows, the adapters that the
+    freezer's `rules` ask for, and no weights yet.
 
     Works inside `deepspeed.zero.Init`, which rewrites torch's constructors: import the class
     before.
@@ -211,6 +217,7 @@ def build_packed_model(
     causal_lm.set_output_embeddings(
         ExtendedHead(num_text, num_visual, config.hidden_size, loss_chunk_tokens)
     )
+    attach_adapters(causal_lm, rules)
     if activation_checkpointing:
         # transformers gave it this name in 2026; its old one is gone from version 6 on.
         enable = getattr(causal_lm, "activation_checkpointing_enable", None)
@@ -232,9 +239,11 @@ def pack_stock_model(causal_lm: Any, num_text: int, loss_chunk_tokens: int) -> P
 def stored_slice(name: str, num_text: int) -> tuple[str, slice]:
     """Where a parameter lies on disk, as (tensor name, rows).
 
-    `model.embed_tokens.visual_rows` -> `model.embed_tokens.weight`, rows num_text … ; other names
-    are their own, all rows.
+    `model.embed_tokens.visual_rows` -> `model.embed_tokens.weight`, rows num_text … ; adapters lie
+    in the weight beside them; other names are their own, all rows.
     """
+    if is_adapter(name):
+        return f"{name.removesuffix(A).removesuffix(B)}.weight", slice(None)
     stem, _, last = name.rpartition(".")
     if last == TEXT_ROWS:
         return f"{stem}.weight", slice(0, num_text)

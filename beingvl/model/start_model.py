@@ -12,11 +12,19 @@ from beingvl.errors import InputError
 from beingvl.json_file import read_object
 from beingvl.stage.stage_config import StageConfig
 
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
+
 
 def find_start_model(path: Path) -> Path:
-    """A model folder, or the `final/` inside a stage folder."""
+    """A model folder, or the `final/` inside a stage folder. Raises InputError for adapters."""
     if not is_complete(path) and (path / "final").is_dir():
-        return path / "final"
+        path = path / "final"
+    if (path / ADAPTER_CONFIG).is_file():
+        base = read_object(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+        raise InputError(
+            f"{path} holds PEFT adapters on {base}, not a whole model; give a merged one, for "
+            "example by `beingvl export --model START_MODEL --checkpoint STAGE`"
+        )
     return path
 
 

@@ -17,8 +17,9 @@ from blake3 import blake3
 from beingvl.artefact.manifest import read_manifest
 from beingvl.artefact.progress import progress
 from beingvl.model.extended_vocab import TEXT_ROWS, VISUAL_ROWS, stored_slice
-from beingvl.model.param_groups import Rule, plan_parameters
+from beingvl.model.param_groups import plan_parameters
 from beingvl.model.weight_files import WeightFolder
+from beingvl.stage.stage_config import rules_of
 from beingvl.vocab import VocabLayout
 
 
@@ -53,13 +54,18 @@ def hash_groups(stages: Mapping[str, Path], base: Path | None) -> list[GroupHash
     groups = []
     for stage, final in stages.items():
         identity = read_manifest(final).details.get("identity", {})
-        rules = [Rule(**fields) for fields in identity.get("trainable", [])]
+        rules = rules_of(identity.get("trainable", []))
         if not rules:  # not made by a stage
             continue
         start = folder_of_content.get(identity.get("start_model", ""))
         plan = plan_parameters({name: shape for name, (shape, _) in hashes[final].items()}, rules)
         for rule in rules:
-            members = [planned for planned in plan if planned.rule is rule]
+            # adapters are merged into the weights beside them
+            members = [
+                planned
+                for planned in plan
+                if planned.rule is rule and planned.name in hashes[final]
+            ]
             names = sorted(planned.name for planned in members)
             groups.append(
                 GroupHashes(

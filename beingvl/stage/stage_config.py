@@ -49,6 +49,18 @@ SHARES = Allowed("an object of source -> share", OBJECT.holds)
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Adapters beside frozen linear layers (model/adapters.py)."""
+
+    rank: int = key(whole(1, 1 << 16), "of the product that is added to a weight")
+    alpha: float = key(POSITIVE, "the product is multiplied by alpha / rank")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
 class Rule:
     """One rule of the freezer (model/param_groups.py)."""
 
@@ -56,6 +68,17 @@ class Rule:
     train: bool = key(SWITCH, "false: frozen", True)
     lr_multiplier: float = key(FACTOR, "of the learning rate", 1.0)
     weight_decay: float | None = key(maybe(FACTOR), "null: the optimizer's own", None)
+    lora: Lora | None = key(  # noqa: RUF009  a field, not an object
+        schema_of(Lora), "train adapters of this rank beside the linear layers, which stay", None
+    )
+
+
+def rules_of(trainable: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
+    """The rules as objects, from a stage's JSON or a run's identity."""
+    return tuple(
+        Rule(**{**rule, "lora": Lora(**rule["lora"]) if rule.get("lora") else None})
+        for rule in trainable
+    )
 
 
 same_result = partial(key, changes_result=False)
@@ -89,7 +112,7 @@ class BeingVLBlock:
         "response",
     )
     packing: bool = key(SWITCH, "false: one sample per sequence", True)
-    seed: int = key(whole(0), "of the data order", 0)
+    seed: int = key(whole(0), "of the data order, and of new adapters", 0)
     schedule: str = key(
         one_of("cosine", "constant"),
         "learning rate after the warm-up, a pure function of the step",
@@ -112,6 +135,12 @@ class BeingVLBlock:
         "a thread writes the checkpoint from a copy in host memory (12 bytes per trained "
         "parameter, cut by the ranks) while training goes on",
         False,
+    )
+    final: str = same_result(
+        one_of("merged", "adapter"),
+        "of a stage with `lora`: `merged`, a whole model, with PEFT's form of the adapters in "
+        "`adapter/` beside it; `adapter`: that form alone",
+        "merged",
     )
     keep_last: int = same_result(whole(1), "how many of the newest checkpoints stay", 2)
     keep_every: int = same_result(
@@ -259,7 +288,16 @@ def parse_stage_config(fields: Mapping[str, Any], source: str) -> StageConfig:
     check_offload(fields["zero_optimization"], source)
     block = fields["beingvl"]
     for at, rule in enumerate(block["trainable"]):
-        check_present(rule, required_keys(Rule), f"{source}: beingvl.trainable[{at}]")
-    rules = tuple(Rule(**rule) for rule in block["trainable"])
+        place = f"{source}: beingvl.trainable[{at}]"
+        check_present(rule, required_keys(Rule), place)
+        if "lora" in rule:
+            check_present(rule["lora"], required_keys(Lora), f"{place}.lora")
+            if not rule.get("train", True):
+                raise InputError(f"{place} has lora and train false; leave one of them out")
+    rules = rules_of(block["trainable"])
+    if block.get("final") == "adapter" and not any(rule.lora for rule in rules):
+        raise InputError(
+            f"{source}: beingvl.final is 'adapter', and no rule has lora; leave it out"
+        )
     deepspeed = {name: value for name, value in fields.items() if name != "beingvl"}
     return StageConfig(deepspeed, BeingVLBlock(**{**block, "trainable": rules}), source)

@@ -40,7 +40,9 @@ def is_finished(stage: Stage, rank: int, gather: Gather) -> bool:
     """Whether rank 0 sees `final/`. Raises InputError, on all ranks, when it is another run's."""
     final = stage.output / "final"
     sees_it = rank == 0 and is_complete(final)
-    identity = read_manifest(final, "model").details.get("identity", {}) if sees_it else None
+    identity = (
+        read_manifest(final, ("model", "adapter")).details.get("identity", {}) if sees_it else None
+    )
     found = gather(identity)[0]
     if found is None:
         return False

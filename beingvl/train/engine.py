@@ -36,10 +36,17 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from beingvl.artefact.processes import listener_on
 from beingvl.data.loader import IGNORED, MicroBatch
 from beingvl.errors import InputError
+from beingvl.model.adapters import initial_adapter
 from beingvl.model.base_model import open_config
 from beingvl.model.extended_vocab import PackedCausalLM, build_packed_model, stored_slice
 from beingvl.model.packed_check import refuse_short_window, refuse_unlike_packed
-from beingvl.model.param_groups import PlannedParameter, plan_parameters
+from beingvl.model.param_groups import (
+    A,
+    PlannedParameter,
+    is_adapter,
+    plan_parameters,
+    whole_shape,
+)
 from beingvl.model.weight_files import WeightFolder
 from beingvl.stage.stage_config import StageConfig
 from beingvl.train.failures import FreezerError
@@ -157,15 +164,19 @@ def build_engine(
     if "offload_param" in config.nvme_offloads and is_alone_on_cpu:
         fetch_copies(parameters.values())
     shapes = {
-        name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+        name: whole_shape(parameter)
         for name, parameter in parameters.items()
+        if not is_adapter(name)
     }
     plan = plan_parameters(shapes, config.beingvl.trainable)
     for name, stored in _stored_weights(model_folder, weights, shapes, layout):
         advance()
         _copy_in(parameters[name], stored, config, ranks)
     for planned in plan:
-        parameters[planned.name].requires_grad_(planned.rule.train)
+        if is_adapter(planned.name):
+            start = initial_adapter(planned.name, planned.shape, config.beingvl.seed)
+            _copy_in(parameters[planned.name], start, config, ranks)
+        parameters[planned.name].requires_grad_(planned.is_trained)
     zero["reduce_bucket_size"] = reduce_bucket_elements(plan, config)
     groups = _optimizer_groups(plan, config, adam_steps or {})
     settings = [
@@ -206,6 +217,7 @@ def _empty_model(
             num_visual,
             block.loss_chunk_tokens,
             block.activation_checkpointing,
+            block.trainable,
         )
 
 
@@ -267,7 +279,7 @@ def _optimizer_groups(
     groups: Groups = {}
     for planned in plan:
         rule = planned.rule
-        if rule.train:
+        if planned.is_trained:
             decay = config.weight_decay if rule.weight_decay is None else rule.weight_decay
             key = (rule.lr_multiplier, decay, adam_steps.get(planned.name, 0))
             groups.setdefault(key, []).append(planned.name)
@@ -409,7 +421,7 @@ class TrainingEngine:
         only_moments_of: Collection[str] | None = None,
     ) -> None:
         """Put back masters and moments before the first step, or only the moments of some
-        parameters.
+        parameters, with adapters A.
 
         `fetch(name, key, start, stop)` gives a flat range; `adam_steps`: updates behind the
         moments.
@@ -425,10 +437,14 @@ class TrainingEngine:
             self._partitions.write([*self.trained_shapes], fetch_next, STATE_KEYS)
         else:
             self._partitions.write([*only_moments_of], fetch_next, MOMENTS)
+            # B starts at zero as what it was is merged. Its gradient depends on A, so its moments
+            # are those of the A that they were made with.
+            carried_a = [name for name in only_moments_of if name.endswith(A)]
+            self._partitions.write(carried_a, fetch_next, [MASTER])
 
     # ---- the freezer's checks ----
     def _hash_frozen(self) -> dict[str, str]:
-        names = [planned.name for planned in self.plan if not planned.rule.train]
+        names = [planned.name for planned in self.plan if not planned.is_trained]
         # hashing gives the interpreter's lock back
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             hashes = pool.map(lambda name: self._hash(self._partitions.held_weights(name)), names)
@@ -469,7 +485,8 @@ class TrainingEngine:
         """Raises FreezerError when a trained parameter got no gradient in the first update, or
         stayed.
 
-        Rows of the input embedding are excused when no token of the step looked them up.
+        Rows of the input embedding are excused when no token of the step looked them up, adapters A
+        as their gradient is B's product with something, and B starts at zero.
         """
         embedding = self.model.causal_lm.get_input_embeddings()
         unseen = [] if saw_text else [embedding.text_rows]
@@ -487,6 +504,7 @@ class TrainingEngine:
         sums = sum_over_ranks(flags, self.ranks.device)
         for name, (moved, got_gradient) in zip(before, sums, strict=True):
             is_excused = any(self._parameters[name] is rows for rows in unseen)
+            is_excused |= name.endswith(A)
             if not ((moved and got_gradient) or is_excused):
                 what = "did not move" if got_gradient else "got no gradient"
                 raise FreezerError(

@@ -55,15 +55,15 @@ def step_flops(
         elif len(planned.shape) > 1:
             is_embedding = "embed" in planned.name or ".wte." in planned.name
             (embedding if is_embedding else head).append(planned)
-    something_trained_below = any(planned.rule.train for planned in embedding)
+    something_trained_below = any(planned.is_trained for planned in embedding)
     flops = 0.0
     for _, members in sorted(layers.items()):
-        something_trained_below |= any(planned.rule.train for planned in members)
+        something_trained_below |= any(planned.is_trained for planned in members)
         matrices = [planned for planned in members if len(planned.shape) > 1]
         flops += _matrix_flops(matrices, num_tokens, something_trained_below)
         flops += 2 * attention_width * num_pairs * (3 if something_trained_below else 1)
     something_trained_below |= any(
-        planned.rule.train and len(planned.shape) == 1 for planned in plan
+        planned.is_trained and len(planned.shape) == 1 for planned in plan
     )
     return flops + _matrix_flops(head, num_target_tokens, something_trained_below)
 
@@ -72,7 +72,7 @@ def _matrix_flops(
     matrices: Sequence[PlannedParameter], num_tokens: int, input_gradient: bool
 ) -> float:
     products = sum(
-        planned.num_elements * (1 + input_gradient + planned.rule.train) for planned in matrices
+        planned.num_elements * (1 + input_gradient + planned.is_trained) for planned in matrices
     )
     return 2.0 * products * num_tokens
 

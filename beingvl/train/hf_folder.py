@@ -3,7 +3,8 @@ trained tensors in place.
 
 Frozen tensors come from the start model byte for byte (whole files are hard-linked where they can
 be); trained ones are the checkpoint's float32 weights in the start model's dtype. Text and visual
-rows become one matrix again. Tensors are streamed, so memory holds one of them.
+rows become one matrix again, adapters are merged into their weights. Tensors are streamed, so
+memory holds one of them.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from beingvl.artefact.files import copy_inside
 from beingvl.artefact.manifest import Manifest, read_manifest, verify_file
 from beingvl.data.template import DEFAULT
 from beingvl.errors import InputError
+from beingvl.model.adapters import merge
 from beingvl.model.extended_vocab import stored_slice
+from beingvl.model.param_groups import A, B, adapters_by_weight
 from beingvl.model.rewrite_weights import bytes_to_write, rewrite_weights
 from beingvl.model.target_folder import finish_target, start_target
 from beingvl.model.weight_files import WeightFolder
+from beingvl.stage.stage_config import Lora, rules_of
 from beingvl.train.checkpoint import (
     CheckpointState,
     StateReader,
@@ -53,7 +57,7 @@ def write_hf_folder(
     layout = VocabLayout.load(start_model)
     weights = WeightFolder(start_model)
     refuse_damaged(checkpoint, state.files)
-    trained = _trained_tensors(weights, checkpoint, state, layout)
+    trained = trained_tensors(weights, checkpoint, state, layout)
     weight_files = {*weights.files, weights.index_file}
     others = [name for name in manifest.files if name not in weight_files]
     num_bytes = sum(int(manifest.files[name]["bytes"]) for name in others)
@@ -71,15 +75,29 @@ def write_hf_folder(
     return finish_target(target, "model", counts, identity["lineage"], details, hashes)
 
 
-def _trained_tensors(
+def trained_adapters(weights: WeightFolder, state: CheckpointState) -> dict[str, Lora]:
+    """Stored tensor name -> the adapters that a stage trained beside it."""
+    shapes = {name: weights.shape(name) for name in weights}
+    adapters = adapters_by_weight(shapes, rules_of(state.identity.get("trainable", [])))
+    return {
+        name: lora
+        for name, lora in adapters.items()
+        if name.removesuffix(".weight") + A in state.parameters
+    }
+
+
+def trained_tensors(
     weights: WeightFolder, checkpoint: Path, state: CheckpointState, layout: VocabLayout
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """Stored tensor name -> function that gives the tensor with its trained rows in place."""
     StateReader(checkpoint, state).__exit__()
+    adapters = trained_adapters(weights, state)
     trained_parts: dict[str, list[str]] = {}
     for name, parameter in state.parameters.items():
         stored_name, rows = stored_slice(name, layout.num_text)
         shape = list(weights[stored_name][rows].shape) if stored_name in weights else None
+        if shape and stored_name in adapters:
+            shape[name.endswith(B)] = adapters[stored_name].rank
         if shape != parameter["shape"]:
             found = f"{name} of the shape {parameter['shape']}"
             raise InputError(f"{checkpoint} has trained {found}, {weights.folder} has {shape}")
@@ -88,6 +106,9 @@ def _trained_tensors(
     def assemble(stored_name: str) -> torch.Tensor:
         tensor = weights[stored_name].clone()
         with StateReader(checkpoint, state) as reader:
+            if stored_name in adapters:
+                a, b = map(reader.master, trained_parts[stored_name])
+                return merge(tensor, a, b, adapters[stored_name].scale)
             for name in trained_parts[stored_name]:
                 tensor[stored_slice(name, layout.num_text)[1]] = reader.master(name).to(
                     tensor.dtype

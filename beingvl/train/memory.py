@@ -86,7 +86,7 @@ def predict_memory(
 
 
 def _num_trained(plan: Sequence[PlannedParameter]) -> int:
-    return sum(planned.num_elements for planned in plan if planned.rule.train)
+    return sum(planned.num_elements for planned in plan if planned.is_trained)
 
 
 def _activation_bytes(model_config: Any, config: StageConfig, tokens: int, width: int) -> int:

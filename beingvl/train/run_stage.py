@@ -27,6 +27,7 @@ from beingvl.data.stage_data import data_of
 from beingvl.errors import InputError
 from beingvl.model.param_groups import format_plan
 from beingvl.train import loop
+from beingvl.train.adapter_folder import write_adapter_folder
 from beingvl.train.agreement import (
     Gather,
     check_identity,
@@ -34,7 +35,7 @@ from beingvl.train.agreement import (
     newest_checkpoint,
     refuse_different_inputs,
 )
-from beingvl.train.checkpoint import StateReader, read_state
+from beingvl.train.checkpoint import CheckpointState, StateReader, read_state
 from beingvl.train.checkpoint_folders import CHECKPOINTS, complete_checkpoints
 from beingvl.train.damage import compared_meanwhile
 from beingvl.train.engine import TrainingEngine, build_engine, start_distributed, stop_distributed
@@ -113,8 +114,15 @@ def write_final(stage: Stage) -> None:
             "written; who removed it? start the same command again"
         )
     check_identity(checkpoints[-1], read_state(checkpoints[-1]).identity, stage.identity)
-    write_hf_folder(stage.model, checkpoints[-1], final)
     what = "a stock Hugging Face folder, the start model of the next stage"
+    if any(rule.lora for rule in stage.config.beingvl.trainable):
+        is_alone = stage.config.beingvl.final == "adapter"
+        adapter = final if is_alone else stage.output / "adapter"
+        write_adapter_folder(stage.model, checkpoints[-1], adapter)
+        print(f"{adapter} is finished: adapters for PEFT, on {stage.model}", flush=True)
+        if is_alone:
+            return
+    write_hf_folder(stage.model, checkpoints[-1], final)
     print(f"{final} is finished: {what}", flush=True)
 
 
@@ -208,8 +216,8 @@ def _build_or_resume(
         layout, config = stage.shards.layout, stage.config
         engine = build_engine(stage.model, layout, config, ranks, saved, advance=phases.advance)
         adam_steps = {name: saved.get(name, 0) for name in engine.trained_shapes}
-        if source:
-            surviving = None if checkpoint else [name for name in adam_steps if name in saved]
+        if source and state:
+            surviving = None if checkpoint else _surviving(engine, state)
             with StateReader(source, state) as reader:
                 engine.load_state(reader.fetch, adam_steps, only_moments_of=surviving)
     if checkpoint:
@@ -219,6 +227,21 @@ def _build_or_resume(
         print(f"{what} from {source}", flush=True)
     before = {name: steps - progress.num_applied_steps for name, steps in adam_steps.items()}
     return engine, progress, before
+
+
+def _surviving(engine: TrainingEngine, state: CheckpointState) -> list[str]:
+    """Trained parameters whose moments an earlier stage made. Raises InputError for adapters that
+    had another rank there.
+    """
+    names = [name for name in engine.trained_shapes if name in state.parameters]
+    for name in names:
+        before, now = state.parameters[name]["shape"], list(engine.trained_shapes[name])
+        if before != now:
+            raise InputError(
+                f"--carry_moments: {name} was {before} in the stage before and is {now} here; "
+                "give both stages adapters of one rank"
+            )
+    return names
 
 
 def _check_probe(checkpoint: Path, engine: TrainingEngine, probe: Probe) -> None:

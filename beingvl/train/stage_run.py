@@ -106,6 +106,11 @@ def run_identity(
         for field in fields(config.beingvl)
         if field.metadata["changes_result"]
     }
+    # without adapters the rules read as before there were any, and so do older checkpoints
+    block["trainable"] = [
+        {name: value for name, value in rule.items() if name != "lora" or value}
+        for rule in block["trainable"]
+    ]
     block["mixture"] = list(config.beingvl.mixture.items())  # its order decides that of samples
     hashes = {"start_model": model.content_hash, "shards": shards.content_hash}
     decides = {"plan_version": PLAN_VERSION, "lineage": lineage}

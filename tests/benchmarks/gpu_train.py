@@ -467,7 +467,7 @@ def summarize(
         "needed_flops_per_step": needed / len(rows),
         "executed_flops_per_step": (needed + recomputed) / len(rows),
         "seconds_per_step": total / len(rows),
-        "num_trained": sum(planned.num_elements for planned in engine.plan if planned.rule.train),
+        "num_trained": sum(planned.num_elements for planned in engine.plan if planned.is_trained),
         "num_parameters": sum(planned.num_elements for planned in engine.plan),
         "offload": is_offloaded(config),
         "peak_memory_bytes": rows[-1]["peak_memory_bytes"],

@@ -1,7 +1,7 @@
 import pytest
 
 from beingvl.errors import InputError
-from beingvl.model.param_groups import Rule, format_plan, plan_parameters
+from beingvl.model.param_groups import Lora, Rule, format_plan, plan_parameters
 
 SHAPES = {
     "model.embed_tokens.text_rows": (10, 4),
@@ -20,7 +20,7 @@ REST = Rule(".*", train=False)
 
 def trained(*rules: Rule) -> list[str]:
     return [
-        planned.name for planned in plan_parameters(SHAPES, [*rules, REST]) if planned.rule.train
+        planned.name for planned in plan_parameters(SHAPES, [*rules, REST]) if planned.is_trained
     ]
 
 
@@ -70,6 +70,40 @@ def test_mistakes_are_errors() -> None:
         plan_parameters(SHAPES, [REST])
     with pytest.raises(InputError, match="neither a group nor a regular expression"):
         plan_parameters(SHAPES, [Rule("(")])
+
+
+ADAPTERS = Lora(rank=2, alpha=4)
+
+
+def test_adapters_are_planned_beside_what_stays_frozen() -> None:
+    names = ["model.layers.0.mlp.lora_A.weight", "model.layers.0.mlp.lora_B.weight"]
+    shapes = {**SHAPES, "model.layers.0.input_layernorm.weight": (4,)}
+    for match in ("layers[:1]", r"layers\.0\.mlp", r"mod.*\.0\.mlp.weight"):
+        rules = [Rule(match, lora=ADAPTERS), REST]
+        plan = plan_parameters(shapes, rules)
+        assert [planned.name for planned in plan if planned.is_trained] == names
+        assert [planned.shape for planned in plan if planned.is_trained] == [(2, 4), (4, 2)]
+        assert "rank 2   2        16" in format_plan(plan, rules)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([Rule(".*", lora=ADAPTERS)], "'model.embed_tokens.text_rows', which is not the weight of"),
+        (
+            [Rule(".*_rows"), Rule("layers.*", lora=ADAPTERS), REST],
+            "input_layernorm.weight', which is not the weight of a linear layer",
+        ),
+        (
+            [Rule("layers[:25%]"), Rule("layers.*mlp", lora=ADAPTERS), REST],
+            r"'layers\[:25%\]' of beingvl.trainable trains 'model.layers.0.mlp.weight' as a whole",
+        ),
+    ],
+)
+def test_where_adapters_cannot_be(rules: list[Rule], message: str) -> None:
+    shapes = {n: (4,) if "norm" in n else shape for n, shape in SHAPES.items()}
+    with pytest.raises(InputError, match=message):
+        plan_parameters(shapes, rules)
 
 
 def test_plan_table() -> None:

@@ -26,6 +26,7 @@ SAME_RESULT = {
     "checkpoint_every_steps",
     "checkpoint_every_minutes",
     "background_save",
+    "final",
     "keep_last",
     "keep_every",
     "validation_every_steps",
@@ -292,6 +293,23 @@ def broken(path: str, value: object) -> dict:
         ),
         (
             "beingvl.trainable",
+            [{"match": "x", "lora": {"rank": 0, "alpha": 1}}],
+            r"\[0\].lora.rank is 0, expected a whole number, at least 1",
+        ),
+        (
+            "beingvl.trainable",
+            [{"match": "x", "lora": {"rank": 8}}],
+            r"trainable\[0\].lora: 'alpha' is missing",
+        ),
+        (
+            "beingvl.trainable",
+            [{"match": "x", "lora": {"rank": 8, "alpha": 8}, "train": False}],
+            r"trainable\[0\] has lora and train false",
+        ),
+        ("beingvl.final", "both", 'expected one of "merged", "adapter"'),
+        ("beingvl.final", "adapter", "no rule has lora"),
+        (
+            "beingvl.trainable",
             [{"match": "x", "lr_multiplier": "2"}],
             r"\[0\].lr_multiplier is '2', expected a number",
         ),
@@ -448,6 +466,7 @@ def test_what_may_change_a_sample_or_an_update_makes_another_run(monkeypatch) ->
         "activation_checkpointing": False,
     }
     other |= {
+        "final": "adapter",
         "tensorboard": True,
         "background_save": True,
         "deterministic": True,
@@ -459,13 +478,15 @@ def test_what_may_change_a_sample_or_an_update_makes_another_run(monkeypatch) ->
         nothing = Manifest("model", "", {}, {}, {})
         return run_identity(parse_stage_config(fields, "stage.json"), nothing, nothing, {})
 
+    adapted = {"trainable": [{"match": "layers[:]", "lora": {"rank": 2, "alpha": 2}}]}
+    before = identity(stage_fields(**adapted))
     for entry in dataclasses.fields(BeingVLBlock):
         value = (
             other[entry.name]
             if entry.name in other
             else stage_fields()["beingvl"].get(entry.name, entry.default) + 1
         )
-        changed = identity(stage_fields(**{entry.name: value})) != identity(stage_fields())
+        changed = identity(stage_fields(**{**adapted, entry.name: value})) != before
         assert changed == (entry.name not in SAME_RESULT) == entry.metadata["changes_result"]
     for key in ("train_batch_size", "gradient_clipping"):
         assert identity(stage_fields() | {key: 8}) != identity(stage_fields())

@@ -28,7 +28,7 @@ def main() -> None:
     assert len(advanced) == len(engine.plan) + num_frozen  # loaded; hashed
     engine.check_frozen()
     assert len(advanced) == len(engine.plan) + 2 * num_frozen
-    frozen = [planned.name for planned in engine.plan if not planned.rule.train]
+    frozen = [planned.name for planned in engine.plan if not planned.is_trained]
     assert not any(engine._parameters[name].requires_grad for name in frozen)
     before = engine.hash_trained()
     batch = data_of(config, shards).micro_batch(0, 0, 0, 1, 4)
