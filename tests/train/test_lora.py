@@ -177,6 +177,7 @@ def test_other_trained_parts_go_with_the_adapters(work) -> None:
     run_stages(1, places, work)  # nothing to do
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_goes_on_with_three_and_then_with_one(trained) -> None:
     output, every = trained / "resumed", ["beingvl.checkpoint_every_steps=2", "beingvl.keep_last=9"]
     for num_ranks, last_step in ((2, 2), (3, 4), (1, NUM_STEPS)):
