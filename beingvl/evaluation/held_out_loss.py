@@ -131,8 +131,8 @@ def load_packed(
     config = open_config(folder)
     refuse_short_window(config, longest, "score it with --json_path")
     refuse_unlike_packed(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
-    model = read_model(folder, dtype, attn_implementation=packed_attention.register())
-    return pack_stock_model(model.to(device), VocabLayout.load(folder).num_text, _LOSS_CHUNK_TOKENS)
+    model = read_model(folder, dtype, device, attn_implementation=packed_attention.register())
+    return pack_stock_model(model, VocabLayout.load(folder).num_text, _LOSS_CHUNK_TOKENS)
 
 
 @torch.no_grad()

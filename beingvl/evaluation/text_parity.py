@@ -168,7 +168,7 @@ def probe_logits(
     """Logits of the old ids `[tokens, num_text]` of every text, and at every position the
     probability of all other ids.
     """
-    model: Any = read_model(folder, dtype).to(device)
+    model: Any = read_model(folder, dtype, device)
     new_probability: list[float] = []
     for text in texts:
         logits = model(input_ids=text.to(device), use_cache=False).logits[0].double()

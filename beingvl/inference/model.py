@@ -114,7 +114,9 @@ class BeingVL:
         target = own_device(device or self._device)
         dtype = dtype_of(self.model_path, torch_dtype, target)
         try:
-            model = read_model(self.model_path, dtype)
+            model = read_model(self.model_path, dtype, target)
+        except InputError:
+            raise
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(
@@ -129,7 +131,7 @@ class BeingVL:
             )
         # The base model's generation defaults (another stop token, sampling) must not be ours.
         model.generation_config = GenerationConfig()
-        self._model = model.to(target)
+        self._model = model
         return self
 
     def _take_published(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from beingvl.artefact.progress import progress
 from beingvl.errors import InputError
 from beingvl.images.vqgan import usable_device
 from beingvl.model.start_model import read_config
+from beingvl.model.weight_files import WeightFolder, verify_weights
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -42,16 +44,28 @@ def own_device(device: str | torch.device | None = None) -> torch.device:
     return usable_device(device or own)
 
 
-def read_model(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """A stock model, frozen and in evaluation mode; without a progress bar in log files."""
+def read_model(
+    folder: Path, dtype: torch.dtype, device: torch.device, **options: Any
+) -> PreTrainedModel:
+    """A stock model, frozen and in evaluation mode; without a progress bar in log files.
+
+    Raises InputError when weights are not as the folder's manifest says, where it has one: they
+    are compared in a thread meanwhile.
+    """
+    weights = WeightFolder(folder)  # knows that an index names no file outside
     was_enabled = logging.is_progress_bar_enabled()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        with progress(name=f"load {folder}", unit="model", total=1, leave=False):
+        with (
+            progress(name=f"load {folder}", unit="model", total=1, leave=False),
+            ThreadPoolExecutor(1, thread_name_prefix="compare") as pool,
+        ):
+            compared = pool.submit(verify_weights, weights, weights.files)
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, trust_remote_code=False, **options
-            )
+            ).to(device)
+            compared.result()
     finally:
         if was_enabled:
             logging.enable_progress_bar()

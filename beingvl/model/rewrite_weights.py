@@ -31,7 +31,7 @@ from blake3 import blake3
 
 from beingvl.artefact.files import to_json, write_atomically
 from beingvl.artefact.hashes import PREFIX, hash_bytes, hash_file
-from beingvl.artefact.manifest import is_complete, read_manifest, verify_file
+from beingvl.artefact.manifest import is_complete, read_manifest
 from beingvl.artefact.progress import progress as show_progress
 from beingvl.errors import InputError
 from beingvl.model.weight_files import (
@@ -42,6 +42,7 @@ from beingvl.model.weight_files import (
     StoredTensor,
     WeightFolder,
     make_header,
+    verify_weights,
 )
 
 # Larger blocks fall out of the processor's caches: 16 MB took six times as long to write.
@@ -249,7 +250,9 @@ def _write_file(plan: _FilePlan, target: Path, link: bool, report: Callable[[int
             os.replace(temporary, path)
             report(plan.num_bytes)
             return _hash_of_source(plan.weights.folder, path)
-        _refuse_damaged(plan)
+        stored = plan.weights.tensors
+        read = {stored[tensor].file.name for tensor in plan.tensors if tensor in stored}
+        verify_weights(plan.weights, read)
         with open(temporary, "wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
             output = _HashedOutput(file, pool, report)
             if plan.unchanged:
@@ -278,17 +281,6 @@ def _hash_of_source(folder: Path, path: Path) -> str:
     if listed and listed["bytes"] == path.stat().st_size:
         return str(listed["hash"])
     return hash_file(path)
-
-
-def _refuse_damaged(plan: _FilePlan) -> None:
-    """What is read to be written anew must be what the source folder's manifest says."""
-    folder = plan.weights.folder
-    if not is_complete(folder):
-        return
-    manifest, stored = read_manifest(folder), plan.weights.tensors
-    for name in {stored[tensor].file.name for tensor in plan.tensors if tensor in stored}:
-        if name in manifest.files:
-            verify_file(folder, name, manifest)
 
 
 class _HashedOutput:

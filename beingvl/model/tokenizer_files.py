@@ -21,9 +21,10 @@ from tokenizers import AddedToken, processors
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from beingvl.artefact.files import to_json, write_atomically
+from beingvl.artefact.files import path_inside, to_json, write_atomically
 from beingvl.data.chat_template import BASE_TEMPLATE
 from beingvl.errors import InputError
+from beingvl.json_file import read_object
 from beingvl.model.base_model import BaseModel, read_json
 from beingvl.vocab import SPECIAL_TOKENS, VocabLayout, name_beside
 
@@ -48,6 +49,7 @@ _BATCH_SETTINGS = (
     *("max_length", "stride", "truncation_side", "truncation_strategy"),
     *("pad_to_multiple_of", "pad_token_type_id", "padding_side"),
 )
+CONFIG_FILE = "tokenizer_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 
 
@@ -70,7 +72,8 @@ def load_tokenizer(folder: Path | str, num_text: int | None = None) -> PreTraine
             )
         return _from_tiktoken(ranks)
     is_alone = path.name == "tokenizer.model"
-    is_alone = is_alone and not (path.parent / "tokenizer_config.json").is_file()
+    is_alone = is_alone and not (path.parent / CONFIG_FILE).is_file()
+    _refuse_files_outside(path.parent)
     try:
         if is_alone:
             # The file does not say how text is prepared, and AutoTokenizer would guess otherwise.
@@ -87,6 +90,18 @@ def load_tokenizer(folder: Path | str, num_text: int | None = None) -> PreTraine
         name = type(tokenizer).__name__
         raise InputError(f"{path} gives a slow tokenizer ({name}), expected a tokenizer.json")
     return tokenizer
+
+
+def _refuse_files_outside(folder: Path) -> None:
+    """transformers reads some files that tokenizer_config.json names wherever they are. Names of
+    nothing are common there: they are of the machine that wrote it.
+    """
+    path = folder / CONFIG_FILE
+    config = read_object(path, "download it again") if path.is_file() else {}
+    for key, value in config.items():
+        for name in value if isinstance(value, list) else [value]:
+            if key.endswith(("_file", "_files")) and os.path.isfile(folder / str(name)):
+                path_inside(folder, str(name))
 
 
 def read_tiktoken_ranks(path: Path) -> dict[bytes, int]:
@@ -163,7 +178,7 @@ def save_tokenizer(
             full = errno.ENOSPC
             raise OSError(full, os.strerror(full), str(folder / "tokenizer.json")) from error
         raise
-    path = folder / "tokenizer_config.json"
+    path = folder / CONFIG_FILE
     config = json.loads(path.read_text(encoding="utf-8"))
     # tokenizer.json alone decides, in every version.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -14,7 +14,7 @@ import math
 import mmap
 import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from beingvl.artefact.files import path_inside
+from beingvl.artefact.manifest import is_complete, read_manifest, verify_file
 from beingvl.errors import InputError
 from beingvl.json_file import parse_json, read_object
 
@@ -145,10 +146,32 @@ class WeightFolder(Mapping[str, torch.Tensor]):
         return sum(stored.num_bytes for stored in self.tensors.values())
 
 
+def verify_weights(
+    weights: WeightFolder,
+    names: Iterable[str],
+    watch: Callable[[memoryview], object] = lambda block: None,
+) -> None:
+    """Compare files of weights with the manifest beside them, where there is one; `watch` hears of
+    every block of bytes.
+
+    Raises InputError for the first that is not as it was written.
+    """
+    if is_complete(weights.folder):
+        manifest = read_manifest(weights.folder)
+        for name in names:
+            verify_file(weights.folder, name, manifest, watch)
+
+
 def _find_layout(folder: Path) -> str:
     """Name of the index, or of the only weight file."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; expected a Hugging Face model folder")
+    config = folder / "config.json"
+    if config.is_file() and (named := read_object(config, _AGAIN).get("transformers_weights")):
+        raise InputError(
+            f"{config} says that the weights are in {str(named)[:200]!r} (transformers_weights); "
+            f"call that file {SINGLE_FILE} and remove the key"
+        )
     for name in _LAYOUTS:
         if (folder / name).is_file():
             return name

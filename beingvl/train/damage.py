@@ -13,9 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from beingvl.artefact.manifest import read_manifest, verify_file
 from beingvl.errors import InputError
-from beingvl.model.weight_files import WeightFolder
+from beingvl.model.weight_files import WeightFolder, verify_weights
 from beingvl.train.agreement import Gather
 from beingvl.train.checkpoint import read_state, refuse_damaged
 from beingvl.train.ranks import Ranks
@@ -36,15 +35,13 @@ def compared_meanwhile(
     """
     hosts = gather(socket.gethostname())
     here = [rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank]]
-    weights = list(WeightFolder(model).files)[here.index(ranks.rank) :: len(here)]
+    weights = WeightFolder(model)
 
     def hear(block: memoryview) -> None:
         advance()
 
     def compare() -> None:
-        manifest = read_manifest(model, "model")
-        for name in weights:
-            verify_file(model, name, manifest, hear)
+        verify_weights(weights, list(weights.files)[here.index(ranks.rank) :: len(here)], hear)
         if checkpoint:
             mine = read_state(checkpoint).files[ranks.rank :: ranks.num_ranks]
             refuse_damaged(checkpoint, mine, hear)

@@ -77,6 +77,31 @@ def test_a_start_model_that_was_damaged_during_the_run_does_not_reach_final(
     assert not (stage / "final" / "manifest.json").exists()
 
 
+# ---- answers and scores ----
+
+
+@pytest.mark.parametrize(
+    "command, options",
+    [
+        ("generate", {"prompt": "Which?"}),
+        ("evaluate", {"data": "shards", "output_path": "scores"}),
+        ("evaluate", {"text_parity": "base", "output_path": "scores"}),
+    ],
+)
+def test_damaged_weights_neither_answer_nor_are_scored(
+    work, tmp_path, monkeypatch, capsys, command, options
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "shards"):
+        (tmp_path / name).symlink_to(work / name)
+    model = Path(shutil.copytree(work / "base", tmp_path / "model"))
+    flip_bit(model / "model.safetensors", -1)
+    assert beingvl(command, model=model, **options) == 2
+    said = capsys.readouterr().err
+    assert f"{model / 'model.safetensors'} does not have the hash that manifest.json says" in said
+    assert not (tmp_path / "scores" / "manifest.json").exists()
+
+
 # ---- codes, and token rows ----
 
 

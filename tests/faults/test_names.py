@@ -5,13 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from beingvl.artefact.manifest import MANIFEST_FILE, read_manifest, start_folder, write_manifest
 from beingvl.errors import InputError
+from beingvl.inference.reading import read_model
+from beingvl.model.tokenizer_files import load_tokenizer
 from beingvl.model.weight_files import WeightFolder
 from tests.command import beingvl
 from tests.damage import change_manifest
-from tests.model.small_models import write_base_model, write_vqgan
+from tests.model.small_models import make_tokenizer, write_base_model, write_vqgan
 from tests.tiny import stage_fields, write_inputs
 
 PAYLOAD = "../payload"
@@ -27,6 +30,10 @@ def work(tmp_path) -> Path:
 def list_payload(folder: Path, name: str = PAYLOAD) -> None:
     files = json.loads((folder / MANIFEST_FILE).read_text())["files"]
     change_manifest(folder, files={**files, name: next(iter(files.values()))})
+
+
+def set_fields(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def test_a_downloaded_model_makes_training_write_nothing_beside_final(work, capsys) -> None:
@@ -71,6 +78,47 @@ def test_an_index_of_weights_reads_no_file_beside_its_folder(work, name) -> None
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match=r"names the file|leads out of"):
         WeightFolder(folder)
+
+
+@pytest.mark.parametrize(
+    "key, name",
+    [
+        ("fast_tokenizer_files", ["../tokenizer.4.0.0.json"]),
+        ("gguf_file", "../tokenizer.4.0.0.json"),
+        ("vocab_file", "{}/tokenizer.4.0.0.json"),
+        ("tokenizer_file", "link"),
+    ],
+)
+def test_the_config_of_a_tokenizer_reads_no_file_beside_its_folder(tmp_path, key, name) -> None:
+    folder = write_base_model(tmp_path / "llama")
+    set_fields(folder / "tokenizer_config.json", vocab_file="/of/another/machine/vocab.json")
+    assert len(load_tokenizer(folder)) == 300
+    make_tokenizer(290).backend_tokenizer.save(str(tmp_path / "tokenizer.4.0.0.json"))
+    (folder / "link").symlink_to(tmp_path / "tokenizer.4.0.0.json")
+    value = name.format(tmp_path) if isinstance(name, str) else name
+    set_fields(folder / "tokenizer_config.json", **{key: value})
+    with pytest.raises(InputError, match=r"names the file|leads out of"):
+        load_tokenizer(folder)
+
+
+def test_weights_of_a_name_that_only_transformers_knows_are_refused(tmp_path) -> None:
+    folder = write_base_model(tmp_path / "llama")
+    set_fields(folder / "config.json", transformers_weights="../payload.safetensors")
+    with pytest.raises(InputError, match=r"call that file model.safetensors and remove the key"):
+        WeightFolder(folder)
+
+
+def test_code_that_a_config_names_is_not_run(tmp_path) -> None:
+    """Its classes are ones that transformers knows, so it has its own."""
+    folder = write_base_model(tmp_path / "llama")
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    classes = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+    for file in ("config.json", "tokenizer_config.json"):
+        set_fields(folder / file, auto_map=dict.fromkeys(classes, "code.Anything"))
+    set_fields(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.A", "code.B"]})
+    assert len(load_tokenizer(folder)) == 300
+    assert read_model(folder, torch.float32, torch.device("cpu")).config.model_type == "llama"
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_file_of_a_vqgan_that_is_a_link_to_a_secret_is_not_copied(tmp_path, capsys) -> None:
