@@ -56,6 +56,8 @@ HOMES = {
     "jinja2": ("report/",),
     "matplotlib": ("report/",),
     "gradio": ("inference/page.py",),
+    "starlette": ("inference/",),
+    "uvicorn": ("inference/serve.py",),
 }
 
 

@@ -32,7 +32,7 @@ COMMANDS = {
     "build-shards": "[5] token rows -> memory-mapped Arrow shards/",
     "train": "[6] base/ + shards/ + stage JSON -> checkpoints and final/",
     "generate": "[7] answer a prompt about images",
-    "serve": "[7] a page on this machine to try a model in the browser",
+    "serve": "[7] a page on this machine to try a model in the browser, or an API",
     "evaluate": "[7] score a model: answers, held-out loss, text against its base",
     "report": "[7] pictures and summary of a run",
     "export": "[7] start model + training checkpoint -> stock Hugging Face folder",

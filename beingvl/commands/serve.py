@@ -1,17 +1,21 @@
 """A page to try a model: upload a picture, ask, watch the answer appear, see the borders of the
-picture's tokens.
+picture's tokens. Or, with --api, chat completions as OpenAI's clients ask for them.
 
     pip install '.[serve]'
     beingvl serve --model stage-3/final --vbpe_path vbpe.json     then open http://127.0.0.1:7860
 
-For one person at this machine: it listens on the loopback address, answers one question at a time,
-and asks nothing of any other machine; its pages tell the browser to do the same. Uploads lie in a
-temporary folder until it ends. Ctrl-C ends it. docs/Inference.md says how to serve many.
+    pip install '.[api]'
+    beingvl serve --model stage-3/final --vbpe_path vbpe.json --api     http://127.0.0.1:7860/v1
+
+Both listen on the loopback address and ask nothing of any other machine; pages tell the browser to
+do the same. Uploads lie in a temporary folder until it ends. Ctrl-C ends it. docs/Inference.md says
+how to ask the API, and how to serve many.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from beingvl.commands.options import add_model_arguments, options_of
 
@@ -19,11 +23,17 @@ from beingvl.commands.options import add_model_arguments, options_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_model_arguments(parser)
+    add("--api", action="store_true", help="serve OpenAI's chat completions instead of the page")
+    key = "file that holds the key of --api; default: the variable BEINGVL_API_KEY, else no key"
+    add("--api_key", type=Path, metavar="FILE", help=key)
     host = "address to listen on; any other than this machine's own lets others use the model"
     add("--host", default="127.0.0.1", help=host)
     add("--port", type=int, default=7860, help="port to listen on; 0 takes a free one")
-    add("--max_upload_megabytes", type=int, default=20, help="largest picture file, in MB")
+    upload = "largest picture file, or request to --api, in MB"
+    add("--max_upload_megabytes", type=int, default=20, help=upload)
+    add("--max_images", type=int, default=8, help="pictures in one request to --api")
     add("--max_new_tokens", type=int, default=128, help="longest answer, in tokens")
+    add("--max_seconds", type=int, default=300, help="longest time of one request to --api")
 
 
 def run(args: argparse.Namespace) -> None:

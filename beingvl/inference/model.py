@@ -313,7 +313,7 @@ class BeingVL:
         """
         if on_text and len(sequences) != 1:
             raise InputError(f"on_text streams one answer, found {len(sequences)} prompts")
-        pieces = TextPieces(self.decode_answer, self.stop_texts)
+        pieces = TextPieces(self.decode_text, self.stop_texts)
         streamer = TextStreamer(pieces, on_text) if on_text else None
         answers = self.continue_token_sequences(
             sequences, max_new_tokens, streamer=streamer, **options
@@ -347,7 +347,7 @@ class BeingVL:
             batch = order[start : start + batch_size]
             prompts = [sequences[index] for index in batch]
             width = max(map(len, prompts))
-            spells = [StopAtText(self._decode, text, width) for text in self.stop_texts]
+            spells = [StopAtText(self.decode_text, text, width) for text in self.stop_texts]
             options["stopping_criteria"] = StoppingCriteriaList(spells)
             rows = self.continue_batch(prompts, max_new_tokens, self.layout.eos_id, options)
             for index, row in zip(batch, rows, strict=True):
@@ -404,13 +404,14 @@ class BeingVL:
         )
         return out[:, width:].tolist()
 
-    def decode_answer(self, token_ids: Sequence[int], stops: Sequence[str] = ()) -> str:
-        """The text of an answer's ids up to the template's stop text, or any of `stops`; image
-        tokens and specials in it are left out.
+    def decode_answer(self, token_ids: Sequence[int]) -> str:
+        """The text of an answer's ids up to the template's stop text; image tokens and specials in
+        it are left out.
         """
-        return cut_at(self._decode(token_ids), (*self.stop_texts, *stops))
+        return cut_at(self.decode_text(token_ids), self.stop_texts)
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
+    def decode_text(self, token_ids: Sequence[int]) -> str:
+        """The same with what a stop text leaves out."""
         text_ids = [token for token in token_ids if token < self.layout.num_text]
         return self._tokenizer.decode(text_ids)
 

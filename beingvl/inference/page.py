@@ -12,13 +12,11 @@ import gradio as gr
 from fastapi import FastAPI, Request, Response
 from gradio.themes import Default
 from gradio.utils import get_upload_folder
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from beingvl.errors import InputError
 from beingvl.images.image_source import IMAGE_SUFFIXES
 from beingvl.inference.conversations import Conversations, Turns, refuse_other_files, shown
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SAME_ORIGIN = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 """Content-Security-Policy: gradio's page names fonts and a script of other hosts; the browser
 leaves them out.
@@ -26,12 +24,10 @@ leaves them out.
 MAX_WAITING = 16
 
 
-def build_app(
-    conversations: Conversations, title: str, host: str, max_upload_bytes: int
-) -> FastAPI:
+def build_app(conversations: Conversations, title: str, max_upload_bytes: int) -> FastAPI:
     """The page as a web application."""
     return gr.mount_gradio_app(
-        protected_app(host),
+        protected_app(),
         build_page(conversations, title),
         path="/",
         max_file_size=max_upload_bytes,
@@ -42,11 +38,9 @@ def build_app(
     )
 
 
-def protected_app(host: str) -> FastAPI:
-    """Pages load nothing from elsewhere; those for this machine only answer to its name only."""
+def protected_app() -> FastAPI:
+    """Pages load nothing from elsewhere."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    if host in LOOPBACK:  # else a foreign page could reach it through the browser by another name
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
 
     async def add_policy(request: Request, call_next: Callable[[Request], Any]) -> Response:
         if "file=http" in request.url.path:  # gradio would fetch it

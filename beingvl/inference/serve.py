@@ -1,9 +1,10 @@
-"""What stands around the page of `beingvl serve`: the address, a temporary folder, the web server.
-The model behind it is in conversations.py, the page itself in page.py.
+"""What stands around the page and the API of `beingvl serve`: the address, the key, a temporary
+folder, the web server. The page is in page.py and conversations.py, the API in api.py.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
@@ -11,11 +12,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from beingvl.errors import InputError, check_at_least
+from beingvl.inference.back_end import TransformersBackEnd
 from beingvl.inference.conversations import Conversations
 from beingvl.inference.model import BeingVL
 
+KEY = "BEINGVL_API_KEY"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+OWN_NAMES = ["127.0.0.1", "localhost", "[::1]"]  # as a request's Host header has them
 FOLDERS = ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE", "MPLCONFIGDIR")
 QUIET = {
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -31,40 +37,93 @@ def serve(
     vbpe_path: Path | str | None = None,
     raw: bool = False,
     template: str | None = None,
+    api: bool = False,
+    api_key: Path | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
     max_upload_megabytes: int = 20,
+    max_images: int = 8,
     max_new_tokens: int = 128,
+    max_seconds: int = 300,
     torch_dtype: str | None = None,
     device: str | None = None,
 ) -> None:
-    """Serve a page on `host` until it is interrupted. Raises InputError where gradio, an optional
-    extra, is not installed.
+    """Serve a page on `host`, or with `api` OpenAI's chat completions, until it is interrupted.
+
+    `api_key` is a file that holds the key; without it the variable BEINGVL_API_KEY is asked.
+    Raises InputError where an optional extra, gradio or Starlette, is not installed.
     """
-    check_at_least(1, max_upload_megabytes=max_upload_megabytes, max_new_tokens=max_new_tokens)
+    limits = {"images": max_images, "new_tokens": max_new_tokens, "seconds": max_seconds}
+    check_at_least(
+        1,
+        max_upload_megabytes=max_upload_megabytes,
+        **{f"max_{name}": value for name, value in limits.items()},
+    )
+    key = read_key(api_key) if api else None
+    if api and key is None and host not in LOOPBACK:
+        raise InputError(f"--host {host} lets others use the model: give --api_key, or {KEY}")
+    max_bytes = max_upload_megabytes * 1_000_000
     listener = listen(host, port)
     with listener, temporary_folder():
         os.environ.update(QUIET)
-        try:  # here, because gradio is an optional extra and reads the environment when imported
-            import uvicorn
-
-            from beingvl.inference.page import build_app
-        except ImportError as error:
-            needed = "pip install '.[serve]', in an environment of its own"
-            raise InputError(f"beingvl serve needs gradio ({error}): {needed}") from error
+        application = import_application(api)
         model = BeingVL(model_path, vbpe_path, template=template)
         model.img2codes([])  # refuses another model's VQ-GAN now, not at the first picture
         model.load_model(torch_dtype, device)
         folder = model.model_path.resolve()
-        app = build_app(
-            Conversations(model, not raw, max_new_tokens),
-            f"{folder.parent.name}/{folder.name}",
-            host,
-            max_upload_megabytes * 1_000_000,
-        )
-        print(f"http://{host}:{listener.getsockname()[1]}   (Ctrl-C ends it)", flush=True)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
-        uvicorn.Server(config).run(sockets=[listener])
+        name = f"{folder.parent.name}/{folder.name}"
+        if api:
+            back_end = TransformersBackEnd(model)
+            bounds = application.Limits(max_bytes, **limits)
+            service = application.Service(model, back_end, not raw, name, bounds)
+            app = application.build_api(service, key)
+        else:
+            conversations = Conversations(model, not raw, max_new_tokens)
+            app = application.build_app(conversations, name, max_bytes)
+        path = "/v1" if api else ""
+        print(f"http://{host}:{listener.getsockname()[1]}{path}   (Ctrl-C ends it)", flush=True)
+        run_server(app, host, listener)
+
+
+def import_application(api: bool) -> Any:
+    """The module of the API or of the page. They are optional extras, and gradio reads the
+    environment when it is imported.
+    """
+    try:
+        return importlib.import_module(f"beingvl.inference.{'api' if api else 'page'}")
+    except ImportError as error:
+        needed = "pip install '.[api]'" if api else "pip install '.[serve]'"
+        what = "--api needs starlette and uvicorn" if api else "needs gradio"
+        place = "" if api else ", in an environment of its own"
+        raise InputError(f"beingvl serve {what} ({error}): {needed}{place}") from error
+
+
+def run_server(app: Any, host: str, listener: socket.socket) -> None:
+    """Serve until a signal. Called by another name than this machine's own, an application on its
+    own address does not answer: a foreign page could reach it through the browser.
+    """
+    import uvicorn  # an optional extra
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    names = OWN_NAMES if host in LOOPBACK else ["*"]
+    guarded = TrustedHostMiddleware(app, allowed_hosts=names)
+    config = uvicorn.Config(guarded, log_level="warning", timeout_graceful_shutdown=2)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def read_key(path: Path | None) -> str | None:
+    """The key that requests must hold, from a file or the variable BEINGVL_API_KEY; it is never
+    shown. Raises InputError for one that cannot be a key.
+    """
+    try:
+        key = os.environ.get(KEY) if path is None else path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as error:  # a key that stands there itself must not be repeated
+        raise InputError("--api_key is not a readable file of ASCII; put the key in one") from error
+    if path is None and not key:
+        return None
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise InputError("the API key is empty, or not printable ASCII without blanks")
+    return key
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -17,28 +17,30 @@ def cut_at(answer: str, until: str | Iterable[str] | None) -> str:
 
 
 class TextPieces:
-    """Token ids in, new text out; all pieces together are what `decode` makes of all ids."""
+    """Token ids in, new text out; all pieces together are the text up to the first of `stops`."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
-        """`decode` cuts its text at `stops` and strips it."""
-        self._decode = decode
+        """`decode` makes text of token ids."""
+        self._decode, self._stops = decode, stops
         self._beginnings = tuple(stop[:end] for stop in stops for end in range(1, len(stop)))
         self._ids: list[int] = []
         self._num_shown = 0
+        self.is_stopped = False
 
     def add(self, token_ids: Iterable[int]) -> str:
         """What can be shown now. Half a character, and what may become a stop text, waits."""
         self._ids.extend(token_ids)
         text = self._decode(self._ids)
+        self.is_stopped = any(stop in text for stop in self._stops)
         waits = text.endswith(("\N{REPLACEMENT CHARACTER}", *self._beginnings))
-        return "" if waits else self._new(text)
+        return "" if waits and not self.is_stopped else self._new(text)
 
     def rest(self) -> str:
         """What waited, when no more ids come."""
         return self._new(self._decode(self._ids))
 
     def _new(self, text: str) -> str:
-        piece = text[self._num_shown :]
+        piece = cut_at(text, self._stops)[self._num_shown :]
         self._num_shown += len(piece)
         return piece
 

@@ -177,7 +177,7 @@ def test_streamed_pieces_make_up_the_answer(model: BeingVL) -> None:
 
 def test_streaming_waits_for_the_second_half_of_a_character(model: BeingVL) -> None:
     pieces: list[str] = []
-    streamer = TextStreamer(TextPieces(model.decode_answer), pieces.append)
+    streamer = TextStreamer(TextPieces(model.decode_text), pieces.append)
     first, second = model.encoder.plain(PHI)
     streamer.put(torch.tensor([[1, 2, 3]]))
     for token in (first, second):

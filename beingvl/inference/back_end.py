@@ -1,0 +1,222 @@
+"""Token ids in, token ids out: what answers the questions of the page and of the API.
+
+    prompt ids ──BackEnd.answer──> new ids as they are made ──Answer.pieces──> text, up to its stop
+
+Questions that wait at the same time share a batch, when they are sampled alike. Whoever stops
+reading ends the work on that answer; the batch goes on for the others.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from beingvl.inference.model import BeingVL
+from beingvl.inference.streaming import TextPieces
+
+MAX_BATCH = 16
+GATHER_SECONDS = 0.01  # what arrives in this time starts together
+TICK_SECONDS = 0.25  # how often one who waits hears that nothing came
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen. A temperature of 0 takes the likeliest one."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """As transformers' `generate` takes it."""
+        if not self.temperature:
+            return {"do_sample": False}
+        return {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": 0,
+        }
+
+
+class BackEnd(Protocol):
+    def answer(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling
+    ) -> Generator[list[int] | int, None, None]:
+        """New token ids up to eos, which is left out, in the pieces that they are made in; while
+        none come, now and then how many questions are answered first. Closing ends the work.
+        """
+
+
+class Answer:
+    """One answer: its text while it is made, and then why it ended."""
+
+    def __init__(self, model: BeingVL, max_new_tokens: int, stops: Sequence[str] = ()) -> None:
+        self._model, self._max_new_tokens = model, max_new_tokens
+        self._pieces = TextPieces(model.decode_text, (*model.stop_texts, *stops))
+        self.num_tokens = 0
+
+    @property
+    def finish_reason(self) -> str:
+        """ "stop" at eos or a stop text, else "length"."""
+        has_room = self.num_tokens < self._max_new_tokens
+        return "stop" if has_room or self._pieces.is_stopped else "length"
+
+    def pieces(
+        self, back_end: BackEnd, prompt_ids: Sequence[int], sampling: Sampling
+    ) -> Generator[str | int, None, None]:
+        """New text; while none comes, now and then how many questions are answered first."""
+        new_ids = back_end.answer(prompt_ids, self._max_new_tokens, sampling)
+        with closing(new_ids):
+            for new in new_ids:
+                if isinstance(new, int):
+                    yield new
+                    continue
+                self.num_tokens += len(new)
+                yield self._pieces.add(new)
+                if self._pieces.is_stopped:
+                    break
+        yield self._pieces.rest()
+
+
+class Row:
+    """A question of one reader: what it asks, and the way back for its tokens."""
+
+    def __init__(self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling) -> None:
+        self.prompt_ids, self.max_new_tokens = prompt_ids, max_new_tokens
+        self.sampling = sampling if sampling.temperature else Sampling()
+        self.new: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+        self.is_over = False
+
+    def end(self, error: BaseException | None = None) -> None:
+        if not self.is_over:
+            self.is_over = True
+            self.new.put(error)
+
+
+class TransformersBackEnd:
+    """The model of this process. One thread works, so that questions meet in batches."""
+
+    def __init__(self, model: BeingVL) -> None:
+        self._model = model
+        self._waiting: list[Row] = []
+        self._num_answering = 0
+        self._arrived = threading.Condition()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def answer(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling
+    ) -> Generator[list[int] | int, None, None]:
+        """As `BackEnd.answer`. Raises what the model's own code raises."""
+        row = Row(prompt_ids, max_new_tokens, sampling)
+        with self._arrived:
+            self._waiting.append(row)
+            self._arrived.notify()
+        try:
+            while True:
+                try:
+                    token = row.new.get(timeout=TICK_SECONDS)
+                except queue.Empty:
+                    yield self._num_before(row)
+                    continue
+                if token is None:
+                    return
+                if isinstance(token, BaseException):
+                    raise token
+                yield [token]
+        finally:
+            row.is_over = True
+            with self._arrived:
+                if row in self._waiting:
+                    self._waiting.remove(row)
+
+    def _num_before(self, row: Row) -> int:
+        with self._arrived:
+            if row not in self._waiting:
+                return 0
+            return self._num_answering + self._waiting.index(row)
+
+    def _work(self) -> None:
+        while True:
+            rows = self._next_rows()
+            try:
+                if rows:
+                    self._answer(rows)
+            except Exception as error:  # the readers get it; the next batch may be fine
+                for row in rows:
+                    row.end(error)
+
+    def _next_rows(self) -> list[Row]:
+        """Waits for questions; the first one and those like it. One with a seed stands alone,
+        because its answer must not depend on others.
+        """
+        with self._arrived:
+            self._num_answering = 0
+            self._arrived.wait_for(lambda: self._waiting)
+        time.sleep(GATHER_SECONDS)
+        with self._arrived:
+            rows = self._waiting[:1]  # or none, when its reader has left
+            sampling = rows[0].sampling if rows else Sampling()
+            if sampling.seed is None:
+                rows = [row for row in self._waiting if row.sampling == sampling][:MAX_BATCH]
+            self._waiting = [row for row in self._waiting if row not in rows]
+            self._num_answering = len(rows)
+        return rows
+
+    def _answer(self, rows: Sequence[Row]) -> None:
+        eos_id, sampling = self._model.layout.eos_id, rows[0].sampling
+        prompts = [row.prompt_ids for row in rows]
+        hands_out = _HandsOut(rows, max(map(len, prompts)), eos_id)
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        options = {
+            "streamer": hands_out,
+            "stopping_criteria": StoppingCriteriaList([hands_out]),
+            **sampling.options(),
+        }
+        longest = max(row.max_new_tokens for row in rows)
+        self._model.continue_batch(prompts, longest, eos_id, options)
+
+
+class _HandsOut(StoppingCriteria):
+    """Gives each row its tokens, as a streamer of transformers' `generate`, and ends the rows that
+    have theirs, or whose reader has left.
+    """
+
+    def __init__(self, rows: Sequence[Row], width: int, eos_id: int) -> None:
+        """`width`: tokens of the prompts, padding included."""
+        self._rows, self._width, self._eos_id = rows, width, eos_id
+        self._num_new = -1  # the prompts come first
+
+    def put(self, token_ids: torch.Tensor) -> None:
+        self._num_new += 1
+        if not self._num_new:
+            return
+        for row, token in zip(self._rows, token_ids.tolist(), strict=True):
+            if row.is_over:
+                continue
+            if token == self._eos_id:
+                row.end()
+                continue
+            row.new.put(token)
+            if self._num_new == row.max_new_tokens:
+                row.end()
+
+    def end(self) -> None:
+        for row in self._rows:
+            row.end()
+
+    def __call__(
+        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any
+    ) -> torch.BoolTensor:
+        num_new = input_ids.shape[1] - self._width
+        over = [row.is_over or num_new >= row.max_new_tokens for row in self._rows]
+        return torch.tensor(over, device=input_ids.device)
