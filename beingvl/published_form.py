@@ -24,5 +24,5 @@ def refuse_published(folder: Path | str) -> None:
     if is_published(folder):
         raise InputError(
             f"{folder} is in the published form of Being-VL-0.5; import it with "
-            f"`beingvl export --model {folder} --output_path NEW_FOLDER` and give that"
+            f"`beingvl export --model {folder} --output NEW_FOLDER` and give that"
         )

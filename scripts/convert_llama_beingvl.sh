@@ -15,4 +15,4 @@ REPOSITORY="$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)"
 [ ! -x "$REPOSITORY/.venv/bin/python" ] || PYTHON="${PYTHON:-$REPOSITORY/.venv/bin/python}"
 exec "${PYTHON:-python3}" "$REPOSITORY/beingvl/utils/convert_llama_beingvl.py" \
     --llama_path "$LLAMA_PATH" --being_tokenizer_config_path "$TOKENIZER_PATH" --being_vq_path "$VQ_PATH" \
-    --output_path "$OUTPUT_PATH" --verify_loading "$@"
+    --output "$OUTPUT_PATH" --verify_loading "$@"

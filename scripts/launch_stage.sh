@@ -33,7 +33,7 @@ export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
 case "$MASTER_NODE_ID" in '' | *[!0-9]*) fail "<master_node_id> is '$MASTER_NODE_ID'; usage: bash scripts/train-stage-$STAGE.sh <master_node_id> [model] [more arguments for the trainer] (0 is this machine alone)" ;; esac
 # MODEL_PATH may be a stage folder too
 [ -f "$MODEL_PATH/manifest.json" ] || [ ! -f "$MODEL_PATH/final/manifest.json" ] || MODEL_PATH="$MODEL_PATH/final"
-! grep -qs '"vq_config"' "$MODEL_PATH/config.json" || fail "$MODEL_PATH is in the published form of Being-VL-0.5; import it with \`beingvl export --model $MODEL_PATH --output_path NEW_FOLDER\` and give that"
+! grep -qs '"vq_config"' "$MODEL_PATH/config.json" || fail "$MODEL_PATH is in the published form of Being-VL-0.5; import it with \`beingvl export --model $MODEL_PATH --output NEW_FOLDER\` and give that"
 [ -f "$MODEL_PATH/manifest.json" ] || fail "$MODEL_PATH is missing or incomplete; ${MODEL_HINT:-give a finished model folder}"
 [ -e "$DATA_PATH" ] || fail "$DATA_PATH does not exist; make it with \`beingvl tokenize\`, or set DATA_PATH"
 HOSTFILE="${HOSTFILE:-$REPOSITORY/hostfiles/hostfile-$MASTER_NODE_ID}"
@@ -43,7 +43,7 @@ echo "stage $STAGE: start model $MODEL_PATH"
 
 if [ -f "$DATA_PATH" ]; then # a JSONL file, as in the training guide: its shards lie beside it and are made once
     SHARDS="${DATA_PATH%.jsonl}_shards"
-    [ -n "${DRY_RUN:-}" ] || "$PYTHON" -m beingvl build-shards --jsonl_path "$DATA_PATH" --model_path "$MODEL_PATH" ${VBPE_PATH:+--vbpe_path "$VBPE_PATH"} --output_path "$SHARDS" ${BUILD_OPTIONS:-}
+    [ -n "${DRY_RUN:-}" ] || "$PYTHON" -m beingvl build-shards --jsonl_path "$DATA_PATH" --model "$MODEL_PATH" ${VBPE_PATH:+--vbpe "$VBPE_PATH"} --output "$SHARDS" ${BUILD_OPTIONS:-}
     DATA_PATH="$SHARDS"
 fi
 
@@ -54,4 +54,4 @@ fi
 
 exec "$PYTHON" -m beingvl launch --hostfile "$HOSTFILE" ${NUM_RANKS:+--num_ranks "$NUM_RANKS"} --master_port "${MASTER_PORT:-29500}" \
     ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} ${DRY_RUN:+--dry_run} -- \
-    --deepspeed_config "$DS_CONFIG" --model "$MODEL_PATH" --data "$DATA_PATH" --output "$OUTPUT_DIR" --log_dir "$LOG_DIR" "$@"
+    --config "$DS_CONFIG" --model "$MODEL_PATH" --data "$DATA_PATH" --output "$OUTPUT_DIR" --log_dir "$LOG_DIR" "$@"

@@ -30,38 +30,38 @@ trap 'wall_seconds > "$STAGES/wall-seconds"' EXIT
 say() { printf '\n== %3d s  %s\n' "$(($(date +%s) - STARTED))" "$*"; }
 
 say "real images: handwritten digits as PNG files and LLaVA JSON"
-python scripts/make_digits_dataset.py --output_dir "$RUN/data" --image_size 12 --seed "$SEED"
+python scripts/make_digits_dataset.py --output_path "$RUN/data" --image_size 12 --seed "$SEED"
 
 say "VQ-GAN: images to 6 x 6 codes out of 64, and back"
-beingvl train-vq --image_path "$RUN/data/images/train" --validation_path "$RUN/data/images/validation" --output_path "$RUN/vqgan" \
+beingvl train-vq --image_path "$RUN/data/images/train" --validation_path "$RUN/data/images/validation" --output "$RUN/vqgan" \
     --image_size 12 --grid 6 --seed "$SEED"
 
 for SPLIT in train test; do
     say "[1] encode-images: $SPLIT"
-    beingvl encode-images --image_path "$RUN/data/images" --json_path "$RUN/data/$SPLIT.json" --vq_path "$RUN/vqgan" \
-        --output_path "$RUN/vq_codes/$SPLIT"
+    beingvl encode-images --image_path "$RUN/data/images" --json_path "$RUN/data/$SPLIT.json" --vqgan "$RUN/vqgan" \
+        --output "$RUN/vq_codes/$SPLIT"
 done
 
 say "[2] train-vbpe: 16 merges"
-beingvl train-vbpe --data_path "$RUN/vq_codes/train" --output_path "$RUN/vbpe" --num_merges 16
+beingvl train-vbpe --codes "$RUN/vq_codes/train" --output "$RUN/vbpe" --num_merges 16
 
 say "a small text LLaMA stands in for Llama-3.1-8B"
 python scripts/make_text_llama.py --texts "$RUN/data/texts.txt" --output_path "$RUN/llama" --vocab_size 448 --steps 60 --seed "$SEED"
 
 say "[3] convert: LLaMA + VQ-GAN + vBPE -> Being-VL base"
-beingvl convert --llama_path "$RUN/llama" --being_vq_path "$RUN/vqgan" --vbpe "$RUN/vbpe" --output_path "$RUN/base" \
+beingvl convert --llama_path "$RUN/llama" --vqgan "$RUN/vqgan" --vbpe "$RUN/vbpe" --output "$RUN/base" \
     --init codebook --seed "$SEED" --verify_loading
 
 say "[4] tokenize"
-beingvl tokenize --mode sft --json_path "$RUN/data/train.json" --vq_codes "$RUN/vq_codes/train" --vbpe_path "$RUN/vbpe" \
-    --model_path "$RUN/base" --output_dir "$RUN/tokenized" --dataset_name digits
+beingvl tokenize --mode sft --json_path "$RUN/data/train.json" --codes "$RUN/vq_codes/train" --vbpe "$RUN/vbpe" \
+    --model "$RUN/base" --output "$RUN/tokenized" --dataset_name digits
 
 say "[5] build-shards"
-beingvl build-shards --jsonl_path "$RUN/tokenized/digits_$VARIANT.jsonl" --vbpe_path "$RUN/vbpe" --output_path "$RUN/shards-$VARIANT"
+beingvl build-shards --jsonl_path "$RUN/tokenized/digits_$VARIANT.jsonl" --vbpe "$RUN/vbpe" --output "$RUN/shards-$VARIANT"
 
 evaluate() { # model folder, output folder
-    beingvl evaluate --model "$1" --vbpe_path "$RUN/vbpe" --json_path "$RUN/data/test.json" --vq_codes "$RUN/vq_codes/test" \
-        --output_path "$2" $([ "$VARIANT" = base ] && echo --raw)
+    beingvl evaluate --model "$1" --vbpe "$RUN/vbpe" --json_path "$RUN/data/test.json" --codes "$RUN/vq_codes/test" \
+        --output "$2" $([ "$VARIANT" = base ] && echo --raw)
 }
 
 for STAGE in 1 2 3; do
@@ -74,7 +74,7 @@ for STAGE in 1 2 3; do
 done
 
 say "report"
-beingvl report run "$RUN" --stages_path "$STAGES" --output_path "$STAGES/report" --wall_seconds "$(wall_seconds)"
+beingvl report run "$RUN" --stages_path "$STAGES" --output "$STAGES/report" --wall_seconds "$(wall_seconds)"
 say "ask it yourself"
 echo "source .venv/bin/activate
-beingvl generate --model $STAGES/stage-3/final --vbpe_path $RUN/vbpe --image $RUN/data/images/test/0002-0.png --prompt 'Which digit is this?'$([ "$VARIANT" = base ] && echo ' --raw')"
+beingvl generate --model $STAGES/stage-3/final --vbpe $RUN/vbpe --image $RUN/data/images/test/0002-0.png --prompt 'Which digit is this?'$([ "$VARIANT" = base ] && echo ' --raw')"

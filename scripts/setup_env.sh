@@ -9,7 +9,7 @@ compile_kernels() { # the first call of the vBPE kernels takes half a minute; nu
     local folder
     folder="$(mktemp -d)"
     .venv/bin/python -c "import numpy; numpy.save('$folder/codes.npy', numpy.arange(512).reshape(8, 8, 8).astype('uint16') % 5)"
-    .venv/bin/beingvl train-vbpe --data_path "$folder/codes.npy" --output_path "$folder/vbpe.json" --num_merges 4
+    .venv/bin/beingvl train-vbpe --codes "$folder/codes.npy" --output "$folder/vbpe.json" --num_merges 4
     .venv/bin/python -c "
 import numpy
 from beingvl.vbpe.visual_bpe import VisualBPE

@@ -1,14 +1,14 @@
 """[5] JSONL token rows (ours or the published files) -> memory-mapped Arrow shards.
 
-    beingvl build-shards --jsonl_path rows/data_vbpe.jsonl --vbpe_path vbpe/ --output_path shards/
+    beingvl build-shards --jsonl_path rows/data_vbpe.jsonl --vbpe vbpe/ --output shards/
 
 The sequence of a row is token_0 + image + token_1, where image is token_image_new when the row has
 it, else token_image. A published file is taken as it is: rows without target_spans are of the
 template being-vl-0.5 and their targets are token_1, rows without an id are named FILE-LINE. A
 file that `beingvl tokenize` wrote brings its vocabulary and lineage in the manifest beside it; for
-any other file --model_path says which vocabulary its ids belong to. Merged images are decoded, a
-row's first one is compared with its codes, when the vBPE is known: --vbpe_path, or the vbpe.json in
---model_path. The result does not depend on workers, ranks or kills.
+any other file --model says which vocabulary its ids belong to. Merged images are decoded, a
+row's first one is compared with its codes, when the vBPE is known: --vbpe, or the vbpe.json in
+--model. The result does not depend on workers, ranks or kills.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     files = "JSONL files of token rows"
     add("--jsonl_path", type=Path, nargs="+", required=True, help=files)
-    add("--output_path", type=Path, required=True, help="shard folder to write")
+    add("--output", dest="output_path", type=Path, required=True, help="shard folder to write")
     model = "model folder whose vocabulary the ids belong to, for files without a manifest"
-    add("--model_path", type=Path, help=model)
-    vbpe = "vbpe.json to decode and check merged images with; default: the one in --model_path"
-    add("--vbpe_path", type=Path, help=vbpe)
+    add("--model", dest="model_path", type=Path, help=model)
+    vbpe = "vbpe.json to decode and check merged images with; default: the one in --model"
+    add("--vbpe", dest="vbpe_path", type=Path, help=vbpe)
     template = "chat template of the rows; default: of the manifest beside a file, else by its rows"
     add("--template", choices=["default", "being-vl-0.5"], help=template)
     part = "bytes of JSONL that become one shard"

@@ -1,7 +1,7 @@
 """[3] Any LLaMA + vocabulary -> Being-VL base/: longer embedding and head, longer tokenizer, the
 VQ-GAN inside.
 
-    beingvl convert --llama_path llama/ --being_vq_path vqgan/ --vbpe vbpe.json --output_path base/
+    beingvl convert --llama_path llama/ --vqgan vqgan/ --vbpe vbpe.json --output base/
     --verify_loading
 
 The checkpoint is never loaded as a model. Weight files without embedding or head are hard-linked
@@ -33,32 +33,31 @@ HELP = {
     "seed": "of the new rows",
     "torch_dtype": "dtype of the weights; auto: the base model's",
     "pad_vocab_multiple": "rows are rounded up to a multiple of this with zero rows",
-    "overwrite": "replace what another conversion wrote into --output_path",
+    "overwrite": "replace what another conversion wrote into --output",
     "verify_loading": "load the result and compare it with the base; exit code 1 if it differs",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    for name in ("llama_path", "output_path"):
-        parser.add_argument(f"--{name}", type=Path, required=True, help=HELP[name])
-    for name, *other in (
-        ["being_vq_path"],
-        ["vbpe", "--vbpe_path"],
-        ["being_tokenizer_config_path"],
-    ):
-        parser.add_argument(f"--{name}", *other, type=Path, help=HELP[name])
+    add = parser.add_argument
+    add("--llama_path", type=Path, required=True, help=HELP["llama_path"])
+    add("--output", dest="output_path", type=Path, required=True, help=HELP["output_path"])
+    add("--vqgan", dest="being_vq_path", type=Path, help=HELP["being_vq_path"])
+    for name in ("vbpe", "being_tokenizer_config_path"):
+        add(f"--{name}", type=Path, help=HELP[name])
     for name in ("num_merges", "vocab_size", "extended_vocab_size"):
-        parser.add_argument(f"--{name}", type=int, help=HELP[name])
+        add(f"--{name}", type=int, help=HELP[name])
     for name, default in (("seed", 0), ("pad_vocab_multiple", 1)):
-        parser.add_argument(f"--{name}", type=int, default=default, help=HELP[name])
-    parser.add_argument("--init", choices=INIT_METHODS, default="he", help=HELP["init"])
-    parser.add_argument("--torch_dtype", choices=DTYPES, default="auto", help=HELP["torch_dtype"])
+        add(f"--{name}", type=int, default=default, help=HELP[name])
+    add("--init", choices=INIT_METHODS, default="he", help=HELP["init"])
+    dtype = HELP["torch_dtype"]
+    add("--dtype", dest="torch_dtype", choices=DTYPES, default="auto", help=dtype)
     link = parser.add_mutually_exclusive_group()
     linked = "hard-link unchanged files where the file system can; the default"
     link.add_argument("--link", action="store_true", default=True, help=linked)
     link.add_argument("--no_link", dest="link", action="store_false", help="copy unchanged files")
     for name in ("overwrite", "verify_loading"):
-        parser.add_argument(f"--{name}", action="store_true", help=HELP[name])
+        add(f"--{name}", action="store_true", help=HELP[name])
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """[1] Images -> vq_codes/: every image once through the VQ-GAN, one row of codes each.
 
-    beingvl encode-images --image_path images/ --vq_path vqgan/ --output_path vq_codes/
+    beingvl encode-images --image_path images/ --vqgan vqgan/ --output vq_codes/
 
 Started by a launcher (`deepspeed --module beingvl encode-images …`, `torchrun -m beingvl
 encode-images …`) or as a Slurm array, every rank makes its share of the parts; killed, it is
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     images = "folder of images, searched recursively; or tar files or tables that hold them"
     add("--image_path", type=Path, nargs="+", help=images)
-    add("--vq_path", type=Path, required=True, help="VQ-GAN folder")
-    add("--output_path", type=Path, required=True, help="folder to write")
+    add("--vqgan", dest="vq_path", type=Path, required=True, help="VQ-GAN folder")
+    add("--output", dest="output_path", type=Path, required=True, help="folder to write")
     named = "rows, in any form that tokenize reads: encode only the images they name"
     add("--json_path", nargs="+", help=named)
     add("--row_format", choices=ROW_FORMATS, help=ROW_FORMAT)

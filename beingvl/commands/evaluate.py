@@ -1,7 +1,7 @@
 """[7] Score a model: answers to held-out questions, loss on held-out shards, or its text logits
 against the base model's.
 
-    beingvl evaluate --model stage-3/final --json_path test.json --output_path eval/
+    beingvl evaluate --model stage-3/final --json_path test.json --output eval/
 
 One of three, each into a folder of its own:
   --json_path FILE      answer every row's question greedily and score the answers by --metric
@@ -54,13 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--data", type=Path, help=shards)
     base = "the model that training started from, converted or not"
     what.add_argument("--text_parity", type=Path, metavar="BASE", help=base)
-    add("--output_path", type=Path, required=True, help="folder to write")
+    add("--output", dest="output_path", type=Path, required=True, help="folder to write")
     add("--metric", default="exact_match", choices=list(METRICS), help="of --json_path")
     add("--row_format", choices=ROW_FORMATS, help=ROW_FORMAT)
     images = "folder that the rows' image paths start from, or tar files or tables that hold them"
     add("--image_path", nargs="+", help=images)
     codes = "folder of encode-images; without it the images are encoded now"
-    add("--vq_codes", type=Path, help=codes)
+    add("--codes", dest="vq_codes", type=Path, help=codes)
     add("--max_new_tokens", type=int, default=16, help="longest answer, in tokens")
     add("--batch_size", type=int, default=128, help="prompts per batch; fewer for a large model")
     targets = "of --data: which tokens are targets"

@@ -1,12 +1,12 @@
 """[7] Start model + training checkpoint -> stock Hugging Face folder; also to and from the
 published parameter names.
 
-    beingvl export --model base/ --checkpoint stage-1/ --output_path out/
+    beingvl export --model base/ --checkpoint stage-1/ --output out/
         the model as it is now, before its stage ends
-    beingvl export --model stage-3/final --format being-vl-0.5 --output_path out/
+    beingvl export --model stage-3/final --format being-vl-0.5 --output out/
         VQ-GAN among the weights, as published; a model with llama3 scaling of its rope needs
         --rope_scaling none, which changes it
-    beingvl export --model Being-VL-0.5/ --output_path base/
+    beingvl export --model Being-VL-0.5/ --output base/
         a published folder back into ours
 
 A finished stage already has its `final/`. The result loads with unmodified transformers and is a
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", type=Path, help="STAGE/checkpoints/step-…, or STAGE for its newest one")
     formats = ("hf", "being-vl-0.5")
     add("--format", choices=formats, default="hf", help="names and layout of the weights")
-    add("--output_path", type=Path, required=True, help="folder to write")
+    add("--output", dest="output_path", type=Path, required=True, help="folder to write")
     rope = "none: leave out a scaling of the rope that being-vl-0.5 does not know"
     add("--rope_scaling", choices=("none",), help=rope)
     no_link = "copy unchanged weight files instead of hard-linking them"

@@ -1,7 +1,7 @@
 """Start a training stage on the hosts of a hostfile, through DeepSpeed's launcher.
 
     beingvl launch --hostfile hostfiles/hostfile-1 [--dry_run] -- \\
-        --deepspeed_config ds_configs/stage1.json --model base/ --data shards/ --output stage-1/
+        --config ds_configs/stage1.json --model base/ --data shards/ --output stage-1/
 
 What follows `--` goes to the trainer (`beingvl train --help`). Every host is asked first what
 `beingvl preflight` asks, all but the all-reduce. A hostfile whose only host is localhost needs no

@@ -35,14 +35,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     model = "Being-VL model folder, or a stage folder, whose final/ is taken"
     add("--model", dest="model_path", metavar="MODEL", type=Path, required=True, help=model)
-    add("--vbpe_path", type=Path, help="vbpe.json; default: the one inside the model folder")
+    vbpe = "vbpe.json; default: the one inside the model folder"
+    add("--vbpe", dest="vbpe_path", type=Path, help=vbpe)
     raw = "plain VQ codes without vBPE, for a model trained on them"
     add("--raw", action="store_true", help=raw)
     template = "chat template, default or being-vl-0.5; default: the one of the model's training"
     add("--template", help=template)
     dtypes = ["float32", "bfloat16", "float16"]
     dtype = "of the language model; default: the checkpoint's, on a CPU float32"
-    add("--torch_dtype", choices=dtypes, help=dtype)
+    add("--dtype", dest="torch_dtype", choices=dtypes, help=dtype)
     add("--device", help="torch device; default: this rank's accelerator, if there is one")
 
 

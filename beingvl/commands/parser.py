@@ -18,6 +18,23 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
         return action.help if has_none else super()._get_help_string(action)
 
 
+# Each thing has one name in every command; its names in Being-VL-0.5 and DeepSpeed are accepted.
+OTHER_NAMES = {
+    "--model_path": "--model",
+    "--output_path": "--output",
+    "--output_dir": "--output",
+    "--vbpe_path": "--vbpe",
+    "--vq_codes": "--codes",
+    "--data_path": "--codes",
+    "--vq_path": "--vqgan",
+    "--vq": "--vqgan",
+    "--being_vq_path": "--vqgan",
+    "--deepspeed_config": "--config",
+    "--stage": "--config",
+    "--torch_dtype": "--dtype",
+}
+
+
 class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "formatter_class": _Formatter, **options})
@@ -27,16 +44,21 @@ class Parser(argparse.ArgumentParser):
     ) -> tuple[argparse.Namespace, list[str]]:
         """A misspelt option is named before the required one that is missing because of it."""
         if not self._subparsers:  # which do the same for theirs
-            known = self._option_string_actions
-            own = args[: args.index("--")] if "--" in args else args
-            for word in own:
-                option = word.partition("=")[0]
-                if option.startswith("--") and option not in known:
-                    near = difflib.get_close_matches(option, known, n=1)
-                    self.error(
-                        f"no option {option}" + (f"; did you mean {near[0]}?" if near else "")
-                    )
+            end = args.index("--") if "--" in args else len(args)
+            args = [*map(self._known, args[:end]), *args[end:]]
         return super().parse_known_args(args, namespace)
+
+    def _known(self, word: str) -> str:
+        """The word with its option's name in this command."""
+        known = self._option_string_actions
+        option, equals, value = word.partition("=")
+        if not option.startswith("--") or option in known:
+            return word
+        if OTHER_NAMES.get(option) in known:
+            return OTHER_NAMES[option] + equals + value
+        near = difflib.get_close_matches(option, [*known, *OTHER_NAMES], n=1)
+        hint = f"; did you mean {OTHER_NAMES.get(near[0], near[0])}?" if near else ""
+        self.error(f"no option {option}{hint}")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (`{self.prog} --help` lists the options)\n")

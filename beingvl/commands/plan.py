@@ -1,7 +1,7 @@
 """Predict memory per rank and time per epoch of a stage, and propose what helps.
 
   beingvl plan --model llama3.1-8b --gpus 80GB
-  beingvl plan --model base --stage ds_configs/stage3.json --gpus 8x80GB --nodes 2 --data shards/
+  beingvl plan --model base --config ds_configs/stage3.json --gpus 8x80GB --nodes 2 --data shards/
 
 Nothing is loaded and no GPU is needed: shapes come from the model's config, or from a name
 (llama3.1-8b, llama3.1-70b, llama3.2-1b, llama3.2-3b, llama2-7b, smollm2-135m, -360m, -1.7b). A run
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = "base/, the previous stage's folder, a base model's folder or config.json, or a name"
     add("--model", required=True, help=model)
     stage = "the stage's JSON, or several (default: ds_configs/stage1.json to stage3.json)"
-    add("--stage", "--deepspeed_config", nargs="+", type=Path, help=stage)
+    add("--config", dest="stage", nargs="+", type=Path, help=stage)
     gpus = "GPUs of a node and the memory of each, for example 8x80GB; 80GB: a table"
     add("--gpus", default="80GB", metavar="[Nx]MGB", help=gpus)
     add("--nodes", type=int, default=1, help="number of nodes")

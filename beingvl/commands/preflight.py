@@ -1,6 +1,6 @@
 """Ask every host of a hostfile whether a run can start there, before it starts.
 
-    beingvl preflight --hostfile hostfiles/hostfile-1 --stage ds_configs/stage1.json --model base/
+    beingvl preflight --hostfile hostfiles/hostfile-1 --config ds_configs/stage1.json --model base/
 
 Asks each host over ssh, all at once: is it there; do its versions, code, clock, model and data
 equal the first host's; has it the devices that its slots promise; is there disk space, also where
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--hostfile", type=Path, required=True, help="NAME slots=NUMBER, one line per host")
     stage = "the stage's JSON (ds_configs/): it must be accepted, and equal on every host"
-    add("--stage", "--deepspeed_config", help=stage)
+    add("--config", dest="stage", help=stage)
     add_overrides(parser)
     add("--model", help="start model; every host must see the same")
     add("--data", help="shard folder; every host must see the same")

@@ -1,6 +1,6 @@
 """What shards hold, as one self-contained HTML page.
 
-    beingvl report data shards/… [--deepspeed_config stage1.json] [--vq_path vqgan --vbpe_path vbpe]
+    beingvl report data shards/… [--config stage1.json] [--vqgan vqgan --vbpe vbpe]
 
 Counts, lengths, packing efficiency, kinds of tokens, new rows that never occur, and examples. With
 a stage's JSON: what its mixture draws. With a VQ-GAN that has a decoder, and the shards' vBPE: the
@@ -20,12 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("shards", nargs="+", type=Path, help="shard folders, or folders of them")
     page = "HTML file to write"
-    add("--output_path", type=Path, default=Path("data_report.html"), help=page)
-    add("--model_path", type=Path, help="model folder whose tokenizer shows the examples' text")
-    add("--vbpe_path", type=Path, help="vbpe.json, to turn merged images into codes")
-    add("--vq_path", type=Path, help="VQ-GAN folder with a decoder, to show the examples' images")
+    add("--output", dest="output_path", type=Path, default=Path("data_report.html"), help=page)
+    model = "model folder whose tokenizer shows the examples' text"
+    add("--model", dest="model_path", type=Path, help=model)
+    add("--vbpe", dest="vbpe_path", type=Path, help="vbpe.json, to turn merged images into codes")
+    vq = "VQ-GAN folder with a decoder, to show the examples' images"
+    add("--vqgan", dest="vq_path", type=Path, help=vq)
     stage = "a stage's JSON: shows what its mixture draws from the shards"
-    add("--deepspeed_config", type=Path, help=stage)
+    add("--config", dest="deepspeed_config", type=Path, help=stage)
     add_overrides(parser)
     length = "tokens per sequence, for the packing efficiency without a stage"
     add("--sequence_length", type=int, default=4096, help=length)

@@ -38,12 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--base_path", type=Path, help="model that stage 1 started from; default: RUN_FOLDER/base")
     shards = "shard folders; default: RUN_FOLDER/shards*"
     add("--data", nargs="+", type=Path, default=[], help=shards)
-    add("--vbpe_path", type=Path, help="vBPE; default: RUN_FOLDER/vbpe")
+    add("--vbpe", dest="vbpe_path", type=Path, help="vBPE; default: RUN_FOLDER/vbpe")
     codes = "codes to measure the vBPE on; default: RUN_FOLDER/vq_codes/test"
-    add("--vq_codes", type=Path, help=codes)
+    add("--codes", dest="vq_codes", type=Path, help=codes)
     images = "folder that images of the evaluations start from; default: RUN_FOLDER/data/images"
     add("--image_path", type=Path, help=images)
-    add("--output_path", type=Path, help="folder to write; default: report/ beside the stages")
+    folder = "folder to write; default: report/ beside the stages"
+    add("--output", dest="output_path", type=Path, help=folder)
     add("--wall_seconds", type=float, help="seconds the whole run took, for the summary")
     memory = "of the whole run; default: the largest in the stages' metrics, which are rank 0's"
     add("--peak_memory_bytes", type=int, help=memory)

@@ -18,7 +18,8 @@ from beingvl.commands.options import options_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("stage_folder", type=Path, help="output folder of `beingvl train`")
-    add("--output_path", type=Path, help="page to write; default: STAGE_FOLDER/report.html")
+    page = "page to write; default: STAGE_FOLDER/report.html"
+    add("--output", dest="output_path", type=Path, help=page)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,9 +1,9 @@
 """What a vBPE vocabulary learnt, as one self-contained HTML page and the PNG files in it.
 
-    beingvl report vbpe vbpe.json [--codes vq_codes/] [--vq vq/]
+    beingvl report vbpe vbpe.json [--codes vq_codes/] [--vqgan vqgan/]
 
 With --codes: compression against number of merges, most used tokens, example images with their
-tokens' borders. With --vq as well, tokens and examples are shown as pixels; otherwise every code
+tokens' borders. With --vqgan as well, tokens and examples are shown as pixels; otherwise every code
 has a colour of its own.
 """
 
@@ -19,13 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("vbpe", type=Path, help="vbpe.json, or the folder it lies in")
     codes = "VQ codes (folder or .npy) to measure on; best not those it learnt from"
-    add("--codes", "--vq_codes", nargs="+", type=Path, default=[], help=codes)
+    add("--codes", dest="vq_codes", nargs="+", type=Path, default=[], help=codes)
     vq = "VQ-GAN folder with a decoder, to show pixels instead of colours"
-    add("--vq", "--vq_path", type=Path, help=vq)
+    add("--vqgan", dest="vq_path", type=Path, help=vq)
     add("--max_images", type=int, default=2000, help="measure on a sample of this many images")
     add("--seed", type=int, default=0, help="of the sample")
     folder = "folder for report.html and the PNG files (default: vbpe_report beside vbpe.json)"
-    add("--output_path", type=Path, help=folder)
+    add("--output", dest="output_path", type=Path, help=folder)
 
 
 def run(args: argparse.Namespace) -> None:

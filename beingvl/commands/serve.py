@@ -2,7 +2,7 @@
 picture's tokens. Or, with --api, chat completions as OpenAI's clients ask for them.
 
     pip install '.[serve]'
-    beingvl serve --model stage-3/final --vbpe_path vbpe.json     then open http://127.0.0.1:7860
+    beingvl serve --model stage-3/final --vbpe vbpe.json     then open http://127.0.0.1:7860
 
     pip install '.[api]'
     beingvl serve --model stage-3/final --vbpe_path vbpe.json --api     http://127.0.0.1:7860/v1

@@ -1,11 +1,11 @@
 """[4] LLaVA JSON + images (or vq_codes/) + vbpe.json -> token rows in JSONL, or Arrow shards.
 
-    beingvl tokenize --json_path train.json --vq_codes vq_codes/ --vbpe_path vbpe/ \\
-        --model_path base/ --output_dir tokenized/
+    beingvl tokenize --json_path train.json --codes vq_codes/ --vbpe vbpe/ \\
+        --model base/ --output tokenized/
 
 Writes NAME_base.jsonl (VQ codes) and NAME_vbpe.jsonl (merged), one row per sample; --format arrow
 writes folders of shards instead, without a detour. A broken line or malformed row goes to
-rejected.jsonl with index and reason. Several datasets may share --output_dir: each is added to the
+rejected.jsonl with index and reason. Several datasets may share --output: each is added to the
 manifest when it is finished.
 
 A row: id, image, category, conversations, token_0, token_image (codes), token_image_new (merged),
@@ -37,18 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--row_format", choices=ROW_FORMATS, help=ROW_FORMAT)
     images = "folder that the rows' image paths start from, or tar files or tables that hold them"
     add("--image_path", nargs="+", help=images)
-    add("--output_path", "--output_dir", type=Path, required=True, help="folder to write")
+    add("--output", dest="output_path", type=Path, required=True, help="folder to write")
     model = "Being-VL model folder: tokenizer, vocabulary layout, VQ-GAN"
-    add("--model_path", type=Path, required=True, help=model)
-    add("--vbpe_path", type=Path, help="vbpe.json; without it only NAME_base.jsonl is written")
+    add("--model", dest="model_path", type=Path, required=True, help=model)
+    vbpe = "vbpe.json; without it only NAME_base.jsonl is written"
+    add("--vbpe", dest="vbpe_path", type=Path, help=vbpe)
     for name, meaning in (
         ("init_size", "codes of the vBPE"),
         ("vocab_pad", "what a published vBPE adds to each code"),
         ("vocab_end", "its first merge's token"),
     ):
         add(f"--vbpe_{name}", type=int, help=f"{meaning}; only checked against the layout")
-    codes = "folder of encode-images; without it the images are encoded now, beside --output_dir"
-    add("--vq_codes", type=Path, help=codes)
+    codes = "folder of encode-images; without it the images are encoded now, beside --output"
+    add("--codes", dest="vq_codes", type=Path, help=codes)
     add("--dataset_name", default="data", help="NAME in the output files' names")
     templates = ["default", "being-vl-0.5"]
     add("--template", choices=templates, help="chat template; default: the model's")
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, default=16, help=batch)
     add("--num_workers", type=int, default=1, help="processes that tokenize, or decode images")
     dtype, dtypes = "of the VQ-GAN, when images are encoded now", ["float32", "bfloat16"]
-    add("--torch_dtype", default="float32", choices=dtypes, help=dtype)
+    add("--dtype", dest="torch_dtype", default="float32", choices=dtypes, help=dtype)
     add_rank_arguments(parser)
     other = "replace this dataset, finished or not, and codes made for it"
     add("--overwrite", action="store_true", help=other)

@@ -1,6 +1,6 @@
 """[6] Train one stage: start model + shards + stage JSON -> checkpoints and final/.
 
-    deepspeed --num_gpus 2 --module beingvl.train.train_stage --deepspeed_config \\
+    deepspeed --num_gpus 2 --module beingvl.train.train_stage --config \\
         ds_configs/stage1.json --model base/ --data shards/ --output stage-1/
 
 on every rank, by a launcher, or alone, as a world of one rank, with `beingvl train`.
@@ -26,7 +26,8 @@ from beingvl.commands.options import add_overrides, options_of
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--deepspeed_config", type=Path, required=True, help="the stage's JSON (ds_configs/)")
+    config = "the stage's JSON (ds_configs/)"
+    add("--config", dest="deepspeed_config", type=Path, required=True, help=config)
     add("--model", type=Path, required=True, help="base/, or the previous stage's folder")
     add("--data", type=Path, required=True, help="shard folder of build-shards")
     add("--output", type=Path, required=True, help="stage folder: checkpoints/, …, final/")

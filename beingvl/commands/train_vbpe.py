@@ -1,9 +1,9 @@
 """[2] Learn a vBPE vocabulary: vq_codes/ (or .npy files) -> vbpe/ (vbpe.json and a manifest), or
 vbpe.json alone.
 
-    beingvl train-vbpe --data_path vq_codes/ --output_path vbpe/ --num_merges 8192
+    beingvl train-vbpe --codes vq_codes/ --output vbpe/ --num_merges 8192
 
---data_path takes folders written by `beingvl encode-images`, .npy files, or folders of .npy files,
+--codes takes folders written by `beingvl encode-images`, .npy files, or folders of .npy files,
 of [N, H, W] or [N, H * W] unsigned or signed integers; sizes may differ between files. The learnt
 vocabulary is a pure function of codes and options.
 
@@ -25,9 +25,9 @@ from beingvl.errors import InputError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--data_path", nargs="+", type=Path, help="VQ codes to learn from")
+    add("--codes", dest="data_path", nargs="+", type=Path, help="VQ codes to learn from")
     output = "folder to write vbpe.json in, or FILE.json without a manifest"
-    add("--output_path", type=Path, required=True, help=output)
+    add("--output", dest="output_path", type=Path, required=True, help=output)
     merges = "merges to learn; auto: as many, up to 8192, as pay on held-out images"
     add("--num_merges", type=number_or_auto, default=8192, metavar="N|auto", help=merges)
     held = "VQ codes of other images to measure on (auto without them: every 20th image)"
@@ -72,6 +72,6 @@ def run(args: argparse.Namespace) -> None:
         train_vbpe(**options_of(args, "import_pkl"))
     else:
         raise InputError(
-            "--data_path is missing: give VQ codes to learn from (or --import_pkl to convert a "
+            "--codes is missing: give VQ codes to learn from (or --import_pkl to convert a "
             "published vocabulary)"
         )

@@ -1,6 +1,6 @@
 """Train a small VQ-GAN on a folder of images, so that trying beingvl needs no download.
 
-    beingvl train-vq --image_path images/ --output_path vqgan/
+    beingvl train-vq --image_path images/ --output vqgan/
 
 An auto-encoder, k-means of its latents, then training with that code book. This is for small images
 and demonstrations (reconstruction loss only). For photographs bring a published VQ-GAN.
@@ -33,7 +33,8 @@ OPTIONS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     images = "folder of images to train on, searched recursively"
     parser.add_argument("--image_path", type=Path, required=True, help=images)
-    parser.add_argument("--output_path", type=Path, required=True, help="VQ-GAN folder to write")
+    folder = "VQ-GAN folder to write"
+    parser.add_argument("--output", dest="output_path", type=Path, required=True, help=folder)
     held_out = "folder of held-out images; without it one in ten of IMAGE_PATH"
     parser.add_argument("--validation_path", type=Path, help=held_out)
     for name, (default, help_text) in OPTIONS.items():

@@ -134,7 +134,7 @@ def _layout_and_lineages(
             )
     if layout is None:
         raise InputError(
-            f"{paths[0]} is in no manifest beside it: say with --model_path which "
+            f"{paths[0]} is in no manifest beside it: say with --model which "
             "vocabulary its ids belong to"
         )
     lineages["the vocabulary layout"] = {"vocab": layout.fingerprint()}
@@ -222,6 +222,6 @@ def warn_of_merged(manifest: Manifest) -> None:
     if manifest.details.get("merged_images") == "not decoded":
         print(
             "warning: the merged images in these shards were never decoded and compared with "
-            "their codes; build them again with --vbpe_path and --overwrite (a published vBPE "
+            "their codes; build them again with --vbpe and --overwrite (a published vBPE "
             "cannot decode)"
         )

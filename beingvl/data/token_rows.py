@@ -245,7 +245,7 @@ def _check_template(
         raise InputError(
             f"{line.place(path)}: the row {found}, but in this vocabulary {layout.bos_id} begins a "
             f"row, {layout.boi_id} an image, and images have the ids {layout.first_image_id} to "
-            f"{layout.size - 1}; give as --model_path a model of the file's own vocabulary"
+            f"{layout.size - 1}; give as --model a model of the file's own vocabulary"
         )
 
 

@@ -181,7 +181,7 @@ def _encode_now(
     """Encode the images that rows name, and wait for the other ranks' parts."""
     if not images:
         raise InputError(
-            f"{json_path} names images: give --vq_codes, or --image_path to encode them now"
+            f"{json_path} names images: give --codes, or --image_path to encode them now"
         )
     # torch, which takes a second to import, is needed by this alone.
     from beingvl.images.encode_images import encode_images

@@ -147,7 +147,7 @@ def open_named(keys: Sequence[str], places: Sequence[Path | str]) -> ImageSource
         return None
     if not places:
         raise InputError(
-            "the questions name images: give --vq_codes, or --image_path to encode them now"
+            "the questions name images: give --codes, or --image_path to encode them now"
         )
     images = open_images([Path(place) for place in places])
     for key in keys:

@@ -177,7 +177,7 @@ class BeingVL:
         if not folder.is_dir():
             raise InputError(
                 f"{self.model_path} has no {VQGAN_FOLDER}/, so it reads no images; convert "
-                "with --being_vq_path"
+                "with --vqgan"
             )
         device = self._model.device if self._model is not None else "cpu"
         vqgan = VQGAN.load(folder, device, exif=exif_of(self.manifest.lineage))

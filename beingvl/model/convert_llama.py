@@ -107,7 +107,7 @@ def convert(
     inputs = {
         "--llama_path": llama_path,
         "--being_tokenizer_config_path": being_tokenizer_config_path,
-        "--being_vq_path": being_vq_path,
+        "--vqgan": being_vq_path,
         "--vbpe": vbpe,
     }
     paths = {option: Path(path) for option, path in inputs.items() if path is not None}
@@ -123,7 +123,7 @@ def convert(
     with making(output, "model", conversion.request, overwrite) as is_new:
         if is_new:
             write_base(conversion, output, link)
-    vq_path = paths.get("--being_vq_path")
+    vq_path = paths.get("--vqgan")
     if verify_loading and not verify_conversion(conversion.base, output, vq_path):
         raise ConversionDiffersError(f"{output} differs from {llama_path}")
     return read_manifest(output)
@@ -167,14 +167,14 @@ def plan_conversion(
     check_at_least(0, seed=new_rows.seed)
     for option, value, known in [
         ("--init", new_rows.method, METHODS),
-        ("--torch_dtype", torch_dtype, DTYPES),
+        ("--dtype", torch_dtype, DTYPES),
     ]:
         if value not in known:
             raise InputError(f"{option} is {value!r}, expected one of {', '.join(known)}")
     base = BaseModel.open(paths["--llama_path"])
     vqgan = None
-    if "--being_vq_path" in paths:
-        vqgan = VQGAN.load(paths["--being_vq_path"], preprocessing=_preprocessing(paths))
+    if "--vqgan" in paths:
+        vqgan = VQGAN.load(paths["--vqgan"], preprocessing=_preprocessing(paths))
     num_codes = vqgan.num_codes if vqgan else None
     vbpe = VisualBPE.load(paths["--vbpe"], num_codes) if "--vbpe" in paths else None
     if vbpe and vqgan:
@@ -213,7 +213,7 @@ def plan_conversion(
 
 
 def _input_hashes(paths: Mapping[str, Path], base: BaseModel) -> dict[str, str | None]:
-    tokenizer, vqgan = _tokenizer_folder(paths), paths.get("--being_vq_path")
+    tokenizer, vqgan = _tokenizer_folder(paths), paths.get("--vqgan")
     return {
         "llama": base.fingerprint(),
         "tokenizer": hash_files(tokenizer, small_files(tokenizer)) if tokenizer else None,
@@ -237,7 +237,7 @@ def _preprocessing(paths: Mapping[str, Path]) -> Path | None:
 
 
 def _check_vbpe_belongs_to(vbpe: AnyVBPE, vqgan: VQGAN, paths: Mapping[str, Path]) -> None:
-    vq_path, vbpe_path = paths["--being_vq_path"], paths["--vbpe"]
+    vq_path, vbpe_path = paths["--vqgan"], paths["--vbpe"]
     join_lineages({str(vq_path): {"vqgan": vqgan.fingerprint()}, str(vbpe_path): vbpe.lineage})
     if vbpe.num_codes != vqgan.num_codes:
         raise InputError(
@@ -350,7 +350,7 @@ def _codes_of_merges(vbpe: AnyVBPE) -> list[np.ndarray]:
 def write_base(conversion: Conversion, target: Path, link: bool) -> None:
     """Write the whole folder, manifest last."""
     base, layout = conversion.base, conversion.layout
-    vq_path = conversion.paths.get("--being_vq_path")
+    vq_path = conversion.paths.get("--vqgan")
     replace = replaced_tensors(conversion)
     beside = _bytes_beside_weights(conversion)
     if vq_path:

@@ -85,7 +85,7 @@ def make_rows(
 def check_visual_vocabulary(visual: VisualVocabulary | None, layout: VocabLayout) -> None:
     """Raises InputError when `codebook` rows cannot be made for this layout."""
     if visual is None:
-        raise InputError("--init codebook needs --being_vq_path: rows come from its code vectors")
+        raise InputError("--init codebook needs --vqgan: rows come from its code vectors")
     if len(visual.merge_codes) != layout.num_merges:
         raise InputError("--init codebook needs --vbpe: a merge's row comes from the codes in it")
 

@@ -109,7 +109,7 @@ def published_config(model_folder: Path, leave_rope_scaling_out: bool = False) -
     if not (model_folder / VQGAN_FOLDER).is_dir():
         raise InputError(
             f"{model_folder} has no {VQGAN_FOLDER}/, which the published form holds; "
-            "convert with --being_vq_path"
+            "convert with --vqgan"
         )
     return to_published_config(model_folder, leave_rope_scaling_out)
 

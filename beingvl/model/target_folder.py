@@ -67,17 +67,16 @@ def check_target(target: Path, inputs: Mapping[str, Path], overwrite: bool) -> N
         holds_one = any(resolved in [source, *source.parents] for source in sources)
         if holds_one or sources[0] in resolved.parents:
             raise InputError(
-                f"--output_path {target} and {option} {path} lie in each other; choose another "
+                f"--output {target} and {option} {path} lie in each other; choose another "
                 "folder to write in"
             )
     if target.exists() and not target.is_dir():
-        raise InputError(f"--output_path {target} is a file, expected a folder")
+        raise InputError(f"--output {target} is a file, expected a folder")
     if overwrite or is_complete(target) or (target / UNFINISHED_FILE).is_file():
         return
     if target.is_dir() and any(not path.name.endswith(".tmp") for path in target.iterdir()):
         raise InputError(
-            f"--output_path {target} exists and holds files; choose another folder or add "
-            "--overwrite"
+            f"--output {target} exists and holds files; choose another folder or add --overwrite"
         )
 
 

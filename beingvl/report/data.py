@@ -36,7 +36,7 @@ INSTEAD = {
     "vq_codes": "give shards of samples that were tokenized with it; `beingvl report vbpe "
     "--codes` shows codes",
     "stage": "give the shards that it was trained on; `beingvl report train` shows a stage",
-    "config": "give shards, and this file with --deepspeed_config",
+    "config": "give shards, and this file with --config",
 }
 
 

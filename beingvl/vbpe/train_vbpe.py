@@ -191,7 +191,7 @@ class Output:
             if path.name not in ours and path.suffix != ".tmp":
                 raise InputError(
                     f"{self.folder} holds {path.name!r} too; give vBPE a folder of its own, or a "
-                    "file: --output_path FILE.json"
+                    "file: --output FILE.json"
                 )
         if self.file.exists() and not is_complete(self.folder) and not overwrite:
             raise InputError(
@@ -215,7 +215,7 @@ class Output:
             counts = {"codes": vbpe.num_codes, "merges": vbpe.num_merges}
             write_manifest(self.folder, "vbpe", counts, vbpe.lineage, {"request": self._request})
             if self.folder.suffix:
-                print(f"{self.folder} is a folder that holds {VBPE_FILE}: give it as --vbpe_path")
+                print(f"{self.folder} is a folder that holds {VBPE_FILE}: give it as --vbpe")
 
 
 # ---- images ----
@@ -228,7 +228,7 @@ def _open_held_out(
         return None
     files = [Path(path) for path in paths]
     others = open_codes(files, codes.num_codes, codes.pad, grid=grid)
-    join_lineages({"--data_path": codes.lineage, "--held_out": others.lineage})
+    join_lineages({"--codes": codes.lineage, "--held_out": others.lineage})
     return others
 
 

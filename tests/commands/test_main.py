@@ -7,6 +7,8 @@ import pytest
 
 from beingvl.artefact.manifest import write_manifest
 from beingvl.commands import main as cli
+from beingvl.commands import tokenize
+from beingvl.commands.parser import OTHER_NAMES, Parser
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 from tests.programs import run_program
 
@@ -64,6 +66,17 @@ def test_dashes_and_underscores_are_the_same() -> None:
     assert cli._underscored("--like-this=a-b") == "--like_this=a-b"
     assert cli._underscored("--like-this") == "--like_this"
     assert cli._underscored("a-b") == "a-b"
+
+
+def test_each_thing_has_one_name_and_others_are_known() -> None:
+    """Names of Being-VL-0.5 and of earlier versions; help shows the one name alone."""
+    parser = Parser(prog="beingvl tokenize")
+    tokenize.add_arguments(parser)
+    old = "--json_path r --output_dir o --model_path m --vbpe_path=v --vq_codes c --torch_dtype"
+    new = "--json_path r --output o --model m --vbpe=v --codes c --dtype"
+    found = [vars(parser.parse_args([*words.split(), "bfloat16"])) for words in (old, new)]
+    assert found[0] == found[1] and found[0]["model_path"] == Path("m")
+    assert not any(name in parser.format_help() for name in OTHER_NAMES)
 
 
 def test_wrong_input_is_one_sentence_and_exit_code_2(tmp_path, capsys) -> None:

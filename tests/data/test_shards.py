@@ -234,7 +234,7 @@ def test_an_overwrite_removes_shards_only(tmp_path, capsys) -> None:
 
 def test_unknown_vocabulary_and_missing_file(tmp_path, capsys) -> None:
     assert build_shards(tmp_path, [ROW]) == 2
-    assert "--model_path" in capsys.readouterr().err
+    assert "--model" in capsys.readouterr().err
     paths = {"jsonl_path": tmp_path / "none.jsonl", "output_path": tmp_path / "x"}
     assert beingvl("build-shards", **paths, model_path=tmp_path / "base") == 2
     assert "does not exist" in capsys.readouterr().err
@@ -354,9 +354,7 @@ def test_a_file_that_the_manifest_beside_it_does_not_list_is_not_of_its_vocabula
     stranger.write_text(json.dumps({**ROW, "id": 8}) + "\n")
     command = ["build-shards", f"--jsonl_path={stranger}", f"--output_path={tmp_path}/shards"]
     assert cli.main(command) == 2
-    assert (
-        "mine.jsonl is in no manifest beside it: say with --model_path" in capsys.readouterr().err
-    )
+    assert "mine.jsonl is in no manifest beside it: say with --model" in capsys.readouterr().err
     assert cli.main([*command, f"--model_path={write_model(tmp_path / 'base')}"]) == 0
     assert read_manifest(tmp_path / "shards").lineage == {"vocab": LAYOUT.fingerprint()}
 

@@ -515,9 +515,7 @@ def test_shards_say_whether_their_merged_images_were_decoded(inputs, capsys) -> 
         return read_manifest(output).details["merged_images"], capsys.readouterr().out
 
     merged, shown = merged_images("unknown", "vbpe")
-    assert (
-        merged == "not decoded" and "warning: the merged images" in shown and "--vbpe_path" in shown
-    )
+    assert merged == "not decoded" and "warning: the merged images" in shown and "--vbpe" in shown
     assert "warning: the merged images" in merged_images("unknown", "vbpe")[1]  # when it is reused
     decoded, _ = merged_images("unknown", "vbpe", vbpe_path=inputs / "vbpe.json", overwrite=True)
     assert decoded == "decoded"

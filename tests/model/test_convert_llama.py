@@ -438,7 +438,7 @@ def test_refusals_leave_no_target(tmp_path, llama, vq, vbpe_file, capsys):
     refused(capsys, "contradictory", llama, target, vbpe=vbpe_file, num_merges=8)
     refused(capsys, "--pad_vocab_multiple is 0", llama, target, pad_vocab_multiple=0)
     refused(capsys, "--seed is -1", llama, target, seed=-1)
-    refused(capsys, "needs --being_vq_path", llama, target, init="codebook")
+    refused(capsys, "needs --vqgan", llama, target, init="codebook")
     refused(capsys, "needs --vbpe", llama, target, being_vq_path=vq, init="codebook")
     other = write_vqgan(tmp_path / "other_vq", seed=1)
     refused(capsys, "different vqgan", llama, target, being_vq_path=other, vbpe=vbpe_file)
@@ -834,4 +834,4 @@ def test_the_guides_script_needs_no_installation():
     command = [sys.executable, "-S", "beingvl/utils/convert_llama_to_being.py", "--help"]
     environment = {"PYTHONPATH": str(Path(np.__file__).parents[1]), "PATH": os.environ["PATH"]}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "--being_vq_path" in done.stdout, done.stderr
+    assert done.returncode == 0 and "--vqgan" in done.stdout, done.stderr

@@ -106,7 +106,7 @@ def test_codebook_rows_look_alike_where_codes_do(text_rows, visual):
 
 
 def test_codebook_needs_code_vectors_and_merges(visual):
-    with pytest.raises(InputError, match="needs --being_vq_path"):
+    with pytest.raises(InputError, match="needs --vqgan"):
         check_visual_vocabulary(None, LAYOUT)
     with pytest.raises(InputError, match="needs --vbpe"):
         check_visual_vocabulary(VisualVocabulary(visual.codebook), LAYOUT)

@@ -144,7 +144,7 @@ def test_what_is_no_shard_folder_says_what_to_give(inputs, tmp_path, capsys) -> 
         (inputs / "tokenize" / "data_vbpe.jsonl", "build shards of its files"),
         (inputs / "encode-images", "give shards of samples that were tokenized with it"),
         (inputs / "vqgan", "holds 'vqgan', expected 'shards'"),
-        (tmp_path / "stage.json", "this file with --deepspeed_config"),
+        (tmp_path / "stage.json", "this file with --config"),
         (tmp_path / "stage-1", "`beingvl report train` shows a stage"),
         (
             tmp_path / "empty",

@@ -141,7 +141,7 @@ def test_commands_that_are_given_it_name_the_import(tmp_path, published, capsys)
         },
     }.items():
         assert beingvl(command, **options) == 2, command
-        expected = f"import it with `beingvl export --model {published} --output_path NEW_FOLDER`"
+        expected = f"import it with `beingvl export --model {published} --output NEW_FOLDER`"
         assert expected in capsys.readouterr().err, command
 
     script = ["bash", str(REPOSITORY / "scripts" / "train-stage-1.sh"), "0", str(published)]

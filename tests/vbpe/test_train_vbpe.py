@@ -423,4 +423,4 @@ def test_wrong_folders(tmp_path, codes, capsys):
         assert train("--output_path", tmp_path / "v.json", "--data_path", *paths) == 2
         assert message in capsys.readouterr().err
     assert train("--output_path", tmp_path / "v.json") == 2
-    assert "--data_path is missing" in capsys.readouterr().err
+    assert "--codes is missing" in capsys.readouterr().err
