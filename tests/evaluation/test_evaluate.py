@@ -425,7 +425,7 @@ def test_refusals(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
             ["--metric=pope"],
             "row 0 (id None) has the answer 'ho', expected yes or no; correct it",
         ),
-        ({"conversations": turns, "image": "a.png"}, [], "give --vq_codes, or --image_path"),
+        ({"conversations": turns, "image": "a.png"}, [], "give --codes, or --image_path"),
         (
             {"conversations": turns, "image": "../a.png"},
             [f"--image_path={tmp_path}"],
