@@ -47,11 +47,6 @@ if [ -f "$DATA_PATH" ]; then # a JSONL file, as in the training guide: its shard
     DATA_PATH="$SHARDS"
 fi
 
-if [ -z "${DRY_RUN:-}" ]; then # a record of what was run, not to be run from there
-    mkdir -p "$OUTPUT_DIR" "$LOG_DIR"
-    cp "$0" "$DS_CONFIG" "$OUTPUT_DIR/"
-fi
-
 exec "$PYTHON" -m beingvl launch --hostfile "$HOSTFILE" ${NUM_RANKS:+--num_ranks "$NUM_RANKS"} --master_port "${MASTER_PORT:-29500}" \
     ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} ${DRY_RUN:+--dry_run} -- \
     --config "$DS_CONFIG" --model "$MODEL_PATH" --data "$DATA_PATH" --output "$OUTPUT_DIR" --log_dir "$LOG_DIR" "$@"

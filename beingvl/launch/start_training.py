@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from beingvl.artefact.files import make_folder
 from beingvl.errors import InputError
 from beingvl.launch.check_hosts import Wanted, check_hosts, hosts_of, run_on, ssh_options
 from beingvl.launch.environment import (
@@ -87,10 +88,16 @@ def launch(
         print(f"# the ranks' variables\n{variables}# the command\n{shlex.join(run.command)}")
         return 0
     output = Path(trainer["output"])
-    output.mkdir(parents=True, exist_ok=True)
+    is_new = not output.exists()
+    make_folder(output)
     named = {**run.environment, RUN_VARIABLE: uuid.uuid4().hex}
-    with counted_signals() as signals, environment_file(output, named) as environment:
-        return run_ranks(run, environment, signals)
+    try:
+        with counted_signals() as signals, environment_file(output, named) as environment:
+            return run_ranks(run, environment, signals)
+    finally:
+        if is_new:  # and still empty, when the ranks refused to start
+            with suppress(OSError):
+                output.rmdir()
 
 
 def trainer_words(trainer: Mapping[str, Any]) -> list[str]:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from blake3 import blake3
 
+from beingvl.artefact.files import to_json, write_atomically
 from beingvl.artefact.manifest import is_complete
 from beingvl.artefact.owner import shared
 from beingvl.artefact.request import Request
@@ -175,6 +176,8 @@ def _train(
     if ranks.rank == 0:
         plan = format_plan(engine.plan, config.beingvl.trainable)
         (output / "plan.txt").write_text(plan + "\n")
+        as_run = config.deepspeed | {"beingvl": asdict(config.beingvl)}
+        write_atomically(output / "stage.json", to_json(as_run))
         print(f"{plan}\n{_describe(data, engine)}", flush=True)
     saver = Saver(stage, engine, probe, carried_steps)
     num_steps, peak = loop.num_steps_of(data, config), peak_flops(ranks.device)

@@ -222,3 +222,10 @@ def test_a_stage_script_takes_a_model_and_a_stage_folder(work, tmp_path) -> None
         **{**variables, "NUM_RANKS": 1},
     )
     assert "--num_gpus 1" in done.stdout
+    del variables["DRY_RUN"]
+    done = run(
+        ["bash", "scripts/train-stage-1.sh", "0", str(work / "base"), "--set", "beingvl.epoch=1"],
+        **variables,
+    )
+    assert done.returncode == 2 and "did you mean beingvl.epochs?" in done.stderr
+    assert not list(tmp_path.iterdir())  # a refused start leaves nothing
