@@ -25,9 +25,8 @@ import numpy as np
 
 from beingvl.errors import InputError
 from beingvl.json_file import read_json
-from beingvl.published_form import refuse_published
+from beingvl.published_form import LAYOUT_FILE, refuse_published
 
-LAYOUT_FILE = "vocab_layout.json"
 SPECIAL_TOKENS = ("<pad>", "<reserved08706>", "<eoss>", "<image>", "<racm3:break>")
 TOKEN_KINDS = ("text", "special", "vq", "vbpe")
 

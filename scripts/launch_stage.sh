@@ -33,8 +33,8 @@ export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
 case "$MASTER_NODE_ID" in '' | *[!0-9]*) fail "<master_node_id> is '$MASTER_NODE_ID'; usage: bash scripts/train-stage-$STAGE.sh <master_node_id> [model] [more arguments for the trainer] (0 is this machine alone)" ;; esac
 # MODEL_PATH may be a stage folder too
 [ -f "$MODEL_PATH/manifest.json" ] || [ ! -f "$MODEL_PATH/final/manifest.json" ] || MODEL_PATH="$MODEL_PATH/final"
-! grep -qs '"vq_config"' "$MODEL_PATH/config.json" || fail "$MODEL_PATH is in the published form of Being-VL-0.5; import it with \`beingvl export --model $MODEL_PATH --output NEW_FOLDER\` and give that"
-[ -f "$MODEL_PATH/manifest.json" ] || fail "$MODEL_PATH is missing or incomplete; ${MODEL_HINT:-give a finished model folder}"
+# a folder of Being-VL-0.5 is answered by what reads it
+[ -f "$MODEL_PATH/manifest.json" ] || grep -qs '"vq_config"' "$MODEL_PATH/config.json" || fail "$MODEL_PATH is missing or incomplete; ${MODEL_HINT:-give a finished model folder}"
 [ -e "$DATA_PATH" ] || fail "$DATA_PATH does not exist; make it with \`beingvl tokenize\`, or set DATA_PATH"
 HOSTFILE="${HOSTFILE:-$REPOSITORY/hostfiles/hostfile-$MASTER_NODE_ID}"
 [ -f "$HOSTFILE" ] || fail "$HOSTFILE does not exist; write one line per host: NAME slots=GPUS"

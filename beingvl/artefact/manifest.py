@@ -189,7 +189,7 @@ def read_manifest(folder: Path | str, kind: str | Iterable[str] | None = None) -
     kinds = [kind] if isinstance(kind, str) else list(kind or [])
     if not Path(folder).is_dir():
         raise InputError(f"{folder} is not a folder{_hint(kinds)}")
-    if "model" in kinds:
+    if "model" in kinds or not path.is_file():
         refuse_published(folder)
     if not path.is_file():
         raise InputError(f"{folder} has no {MANIFEST_FILE}, so it is incomplete{_hint(kinds)}")

@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", dest="output_path", type=Path, required=True, help="folder to write")
     rope = "none: leave out a scaling of the rope that being-vl-0.5 does not know"
     add("--rope_scaling", choices=("none",), help=rope)
+    templates = "what a published folder was trained on; default: as its manifest says"
+    add("--template", choices=("default", "being-vl-0.5"), help=templates)
     no_link = "copy unchanged weight files instead of hard-linking them"
     add("--no_link", dest="link", action="store_false", help=no_link)
     no_probe = "do not load the result to compare the checkpoint's probe logits"

@@ -37,6 +37,7 @@ from beingvl.errors import InputError
 from beingvl.images.decode import read_image
 from beingvl.images.preprocess import Preprocess
 from beingvl.json_file import read_object
+from beingvl.published_form import refuse_published
 
 CLASSES = {
     "chameleon_vqgan": (ChameleonVQVAE, ChameleonVQVAEConfig),
@@ -95,6 +96,7 @@ class VQGAN:
         Raises InputError for a folder whose own is another, or which is not a VQ-GAN's.
         """
         folder = Path(folder)
+        refuse_published(folder, "/vqgan")
         fields = _read_json(folder / "config.json", "a VQ-GAN folder")
         path = _preprocessor_file(folder, preprocessing)
         options = {"device": device, "dtype": dtype, "exif": exif}

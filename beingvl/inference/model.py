@@ -46,7 +46,7 @@ from beingvl.errors import InputError
 from beingvl.images.preprocess import exif_of
 from beingvl.images.vqgan import VQGAN
 from beingvl.inference.draw import FittingTokens, only_whole_images
-from beingvl.inference.published_calls import device_of, missing, positional
+from beingvl.inference.published_calls import SaysWhatReplaces, device_of, missing, positional
 from beingvl.inference.reading import dtype_of, own_device, read_model
 from beingvl.inference.streaming import StopAtText, TextPieces, TextStreamer, cut_at
 from beingvl.model.start_model import context_of, find_start_model
@@ -63,7 +63,7 @@ Images = Sequence[Any] | None
 """A question, or a chat: (question, answer) pairs whose last answer is None."""
 
 
-class BeingVL:
+class BeingVL(metaclass=SaysWhatReplaces):
     """A model folder and a vBPE vocabulary. Text and image tokens work at once; weights are read
     by `load_model`.
 

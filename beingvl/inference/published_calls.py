@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from beingvl.errors import InputError
 
@@ -24,6 +24,13 @@ def missing(name: str) -> AttributeError:
         if name == published or (published.endswith("_") and name.startswith(published)):
             return AttributeError(f"{said}: {instead}")
     return AttributeError(said)
+
+
+class SaysWhatReplaces(type):
+    """A class of which a published method that is not there is answered as of its objects."""
+
+    def __getattr__(cls, name: str) -> NoReturn:
+        raise missing(name)
 
 
 def positional(first: Any) -> InputError:

@@ -37,6 +37,7 @@ from beingvl.launch.environment import (
 from beingvl.launch.host_probe import count_devices
 from beingvl.launch.hostfile import Host, is_this_machine_alone
 from beingvl.model.start_model import find_start_model
+from beingvl.published_form import refuse_published
 from beingvl.train.failures import EXIT_REQUEUE
 from beingvl.train.launchers import RUN_VARIABLE
 
@@ -64,6 +65,7 @@ def launch(
     """
     hosts = hosts_of(hostfile, num_ranks)
     model = find_start_model(Path(trainer["model"]))
+    refuse_published(model)
     folders = {str(model): "model", str(trainer["data"]): "shards"}
     if trainer.get("validation_data"):
         folders[str(trainer["validation_data"])] = "shards"

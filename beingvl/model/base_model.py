@@ -23,7 +23,7 @@ from beingvl.artefact.manifest import MANIFEST_FILE
 from beingvl.errors import InputError
 from beingvl.json_file import read_object
 from beingvl.model.weight_files import WeightFolder
-from beingvl.published_form import PUBLISHED_MODEL_TYPE, refuse_published
+from beingvl.published_form import PUBLISHED_MODEL_TYPE, chameleon_error, refuse_published
 
 LICENSE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer*", "original/tokenizer.model")
@@ -163,13 +163,9 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def refuse_chameleon(folder: Path, config: dict[str, Any], weights: WeightFolder) -> None:
-    """Raises InputError for Chameleon itself, and for what was trained from it."""
+    """Raises InputError for a published form with the weights of Chameleon."""
     if config.get("model_type") == PUBLISHED_MODEL_TYPE and any(".q_norm." in k for k in weights):
-        raise InputError(
-            f"{folder} is a Chameleon model: it normalises queries and keys, and its image codes "
-            "are ids inside the text vocabulary (4 … 8195), which no stock LLaMA with its image "
-            "ids behind the text can hold; start from a LLaMA"
-        )
+        raise chameleon_error(folder)
 
 
 def _refuse_quantised(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import ChameleonConfig, LlamaConfig
+from transformers import ChameleonConfig, LlamaConfig, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from beingvl.artefact.files import to_json, write_atomically
@@ -44,8 +44,23 @@ _PLAIN = ("default", "linear", "dynamic")
 # ---- config ----
 
 
-def to_llama_config(config: Mapping[str, Any], layout: VocabLayout) -> dict[str, Any]:
-    """config.json of the stock LLaMA that a published model's language model is."""
+def to_llama_config(config: Mapping[str, Any], layout: VocabLayout, source: Path) -> dict[str, Any]:
+    """config.json of the stock LLaMA that a published model's language model is.
+
+    Raises InputError for what a LLaMA does not compute, or the published class does not know.
+    """
+    if config.get("swin_norm"):
+        raise InputError(
+            f"{source} has swin_norm {config['swin_norm']}: it normalises behind attention and "
+            "MLP, which no stock LLaMA does; only false can be imported"
+        )
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else rope
+    if kind not in (None, *_PLAIN):
+        raise InputError(
+            f"{source} scales its rope by {kind!r}, which the published class does not know, so "
+            'the model was trained without it; write "rope_scaling": null'
+        )
     defaults = ChameleonConfig().to_dict()  # what a key means that is not there
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -142,21 +157,42 @@ def write_processor(vqgan: VQGAN, target: Path, image_token: str) -> None:
     write_atomically(target / "processor_config.json", to_json(own))
 
 
+def check_ids(config: Mapping[str, Any], expected: Mapping[str, int | None], source: Path) -> None:
+    """Raises InputError that names the first id of config.json, where it has one, that is not as
+    the tokenizer has it.
+    """
+    for name, token_id in expected.items():
+        found = config.get(name)
+        if None not in (found, token_id) and token_id not in _as_list(found):
+            raise InputError(
+                f"{source} has {name} {found}, the tokenizer beside it {token_id}; take both from "
+                "one folder"
+            )
+
+
+def _as_list(ids: Any) -> list[Any]:
+    return ids if isinstance(ids, list) else [ids]
+
+
 def layout_of_tokens(
-    vocabulary: Mapping[str, int], config: Mapping[str, Any], num_vq: int, source: Path
+    tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any], num_vq: int, source: Path
 ) -> VocabLayout:
     """The layout of a published folder, from where its image tokens are.
 
-    Raises InputError for a tokenizer without them, or with them inside the text.
+    Raises InputError for a tokenizer without them, with them inside the text, or of another begin
+    or end than the config.
     """
+    vocabulary = tokenizer.get_vocab()
     first = vocabulary.get(image_token_text(0))
     if first is None:
         raise InputError(
             f"{source}: its tokenizer has no {image_token_text(0)!r}, so it is not Being-VL's; "
             "copy the published tokenizer's files into the folder"
         )
-    ids = [config.get(name) for name in ("bos_token_id", "eos_token_id")]
-    bos_id, eos_id = (one[0] if isinstance(one, list) and one else one for one in ids)
+    specials = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    check_ids(config, specials, source / "config.json")
+    ids = [config.get(name) for name in specials]
+    bos_id, eos_id = (next(iter(_as_list(one)), None) for one in ids)
     if not isinstance(bos_id, int) or not isinstance(eos_id, int):
         raise InputError(f"{source / 'config.json'} has no bos_token_id or no eos_token_id; add it")
     return VocabLayout.around_codes(range(first, first + num_vq), len(vocabulary), bos_id, eos_id)

@@ -22,18 +22,20 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from beingvl.artefact.files import copy_inside, to_json, write_atomically
 from beingvl.artefact.manifest import (
+    MANIFEST_FILE,
     Manifest,
     is_complete,
     read_manifest,
     start_folder,
     write_manifest,
 )
-from beingvl.data.template import PUBLISHED
+from beingvl.data.template import DEFAULT, PUBLISHED
 from beingvl.errors import InputError
 from beingvl.images.vqgan import PREPROCESSOR_FILE, VQGAN
 from beingvl.model import tokenizer_files
 from beingvl.model.base_model import LICENSE_PATTERNS, read_json, refuse_chameleon
 from beingvl.model.published_config import (
+    check_ids,
     layout_of_tokens,
     to_llama_config,
     to_published_config,
@@ -131,12 +133,14 @@ class _Published:
     vqgan: VQGAN
 
 
-def read_published(folder: Path | str, target: Path | str, link: bool = True) -> Manifest:
+def read_published(
+    folder: Path | str, target: Path | str, link: bool = True, template: str | None = None
+) -> Manifest:
     """Write the Being-VL model folder of a published one, ours or from elsewhere.
 
-    The layout follows from the tokenizer. A folder from elsewhere was trained on the published
-    template, which the manifest says in `details["template"]`. Raises InputError for a folder whose
-    parts are not of one model, before anything is written.
+    The layout follows from the tokenizer. `template` is what it was trained on; None for what its
+    manifest says, which a folder from elsewhere does not have: that is of the published one. Raises
+    InputError for a folder whose parts are not of one model, before anything is written.
     """
     published, target = _open_published(Path(folder)), Path(target)
     folder, weights, vq_names = published.folder, published.weights, published.vq_names
@@ -157,10 +161,17 @@ def read_published(folder: Path | str, target: Path | str, link: bool = True) ->
     hashes = rewrite_weights(weights, target, {}, link=link, drop=vq_names)
     counts: dict[str, int | float] = {"text_rows": layout.num_text, "new_rows": layout.num_visual}
     lineage: dict[str, str] = {}
-    details: dict[str, Any] = {"template": PUBLISHED}
+    details: dict[str, Any] = {}
     if is_complete(folder):
         ours = read_manifest(folder)
         counts, lineage, details = ours.counts, ours.lineage, ours.details
+    elif template is None:
+        template = PUBLISHED
+        print(
+            f"{folder} has no {MANIFEST_FILE}, so it is taken to be trained on the template "
+            f"{PUBLISHED!r}; --template {DEFAULT} says otherwise"
+        )
+    details = details | ({"template": template} if template else {})
     lineage = {**lineage, "vocab": layout.fingerprint(), "vqgan": published.vqgan.fingerprint()}
     return finish_target(target, "model", counts, lineage, details, hashes)
 
@@ -181,7 +192,7 @@ def _open_published(folder: Path) -> _Published:
     tokenizer_files.clear_limits(tokenizer, str(folder))
     layout = _layout_of(folder, config, tokenizer, vqgan.num_codes)
     if config.get("model_type") == PUBLISHED_MODEL_TYPE:
-        config = to_llama_config(config, layout)
+        config = to_llama_config(config, layout, folder / "config.json")
         _check_weights(folder, weights, config)
     return _Published(folder, weights, vq_names, config, vq_config, layout, tokenizer, vqgan)
 
@@ -194,7 +205,7 @@ def _layout_of(
     if path.is_file():
         layout = VocabLayout.read(path)
     else:
-        layout = layout_of_tokens(tokenizer.get_vocab(), config, num_vq, folder)
+        layout = layout_of_tokens(tokenizer, config, num_vq, folder)
     if num_vq != layout.num_vq:
         raise InputError(
             f"{folder}: its VQ-GAN has {num_vq} codes, its vocabulary {layout.num_vq}; put the "
@@ -202,6 +213,9 @@ def _layout_of(
         )
     tokenizer_files.check_vocabulary_map(tokenizer, folder / "config.json")
     tokenizer_files.check_token_ids(tokenizer, layout, str(folder))
+    specials = {"boi_token_id": layout.boi_id, "eoi_token_id": layout.eoi_id}
+    specials |= {"image_token_id": layout.image_placeholder_id}
+    check_ids(config, specials, folder / "config.json")
     rows = config.get("vocab_size")
     if not isinstance(rows, int) or rows < layout.size:
         raise InputError(
@@ -219,11 +233,13 @@ def _check_weights(folder: Path, weights: WeightFolder, config: Mapping[str, Any
     except Exception as error:  # sizes and ropes that do not exist fail anywhere in its code
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{folder / 'config.json'} is not usable ({reason})") from error
-    for name, parameter in model.named_parameters():
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    others = [name for name in weights if not name.startswith(PREFIX) and "inv_freq" not in name]
+    for name in [*shapes, *others]:
         found = list(weights.shape(name)) if name in weights else None
-        if found != list(parameter.shape):
+        if found != (expected := shapes.get(name)):
             raise InputError(
-                f"{folder}: {name!r} is {found}, config.json says {list(parameter.shape)}; the "
+                f"{folder}: {name!r} is {found}, config.json says {expected}; the "
                 "config and the weights are not of the same model"
             )
 

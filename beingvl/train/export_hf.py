@@ -37,6 +37,7 @@ def export(
     checkpoint: Path | str | None = None,
     format: str = HF,
     rope_scaling: str | None = None,
+    template: str | None = None,
     link: bool = True,
     probe: bool = True,
     overwrite: bool = False,
@@ -49,6 +50,8 @@ def export(
         checkpoint: of a stage, or the stage for its newest one; without it `model` is renamed only.
         format: "hf", or "being-vl-0.5" for the published names and the VQ-GAN among the weights.
         rope_scaling: "none" leaves it out of the published form, which knows no llama3 scaling.
+        template: what a published folder was trained on; None: what its manifest says, else the
+            published one.
         link: hard-link unchanged weight files instead of copying them.
         probe: load the result and compare the checkpoint's probe logits.
         overwrite: replace a finished folder.
@@ -69,13 +72,15 @@ def export(
             raise InputError(f"--rope_scaling is {rope_scaling!r}, expected none")
         if rope_scaling and format != PUBLISHED:
             raise InputError(f"--rope_scaling belongs to --format {PUBLISHED}; leave it out")
+        if template and (checkpoint or format == PUBLISHED):
+            raise InputError("--template belongs to the import of a published folder; leave it out")
         config = published_config(model, bool(rope_scaling)) if format == PUBLISHED else None
         if checkpoint:
             return _export_checkpoint(model, checkpoint, output_path, config, link, probe)
         if config:
             return write_published(model, output_path, config, link)
         if is_published(model):
-            return read_published(model, output_path, link=link)
+            return read_published(model, output_path, link, template)
         VocabLayout.load(model)
     raise InputError(
         f"{model} is a Hugging Face folder already: give --checkpoint or --format {PUBLISHED}"

@@ -42,6 +42,9 @@ _HARMLESS_OPCODES = re.compile(
     "MEMOIZE|(LONG_)?BIN(PUT|GET)|PUT|GET"
 )
 
+PUBLISHED_CODES, PUBLISHED_PAD = 8192, 128256  # --init_size and --vocab_pad of its documents
+NUM_BYTES = 256  # a text vocabulary has no fewer tokens
+
 MAX_PICKLE_BYTES = 1 << 26  # a thousand times the published one's
 
 
@@ -118,22 +121,14 @@ class LegacyVisualBPE(Vocabulary):
 
 
 def import_published(
-    path: Path | str, num_codes: int | None = None, vocab_pad: int | None = 0
+    path: Path | str, num_codes: int | None = None, vocab_pad: int | None = None
 ) -> LegacyVisualBPE:
-    """Read a published pickle. Codes are `token - vocab_pad` and end where the first new token
-    begins, which gives `num_codes` or `vocab_pad` where one of them is None.
+    """Read a published pickle. Codes are `token - vocab_pad`; see `_sizes` for what is None.
 
     Raises InputError for tokens that are neither codes nor made by an earlier merge.
     """
     entries = read_published_pickle(path)
-    if vocab_pad is None and num_codes is not None:
-        vocab_pad = entries[0][2] - num_codes if entries else 0
-    vocab_pad = vocab_pad or 0
-    if num_codes is None:
-        if not entries:
-            unknown = "so the number of codes is unknown: give --init_size"
-            raise InputError(f"{path} holds no merges, {unknown}")
-        num_codes = entries[0][2] - vocab_pad
+    num_codes, vocab_pad = _sizes(path, entries, num_codes, vocab_pad)
     image_ids = {new: num_codes + rank for rank, (_, _, new) in enumerate(entries)}
     if len(image_ids) != len(entries):
         raise InputError(
@@ -159,6 +154,43 @@ def import_published(
     return LegacyVisualBPE(
         num_codes, np.array(merges).reshape(-1, 2), {}, parameters, None, str(path)
     )
+
+
+def _sizes(
+    path: Path | str,
+    entries: Sequence[tuple[int, int, int]],
+    num_codes: int | None,
+    vocab_pad: int | None,
+) -> tuple[int, int]:
+    """`num_codes` and `vocab_pad`: the first new token stands right behind the codes, so one of
+    them gives the other. Without both, tokens are codes when one is so small that no text stands in
+    front of them, or they are where the published commands put them.
+
+    Raises InputError where neither is so.
+    """
+    if not entries:
+        if num_codes is None:
+            raise InputError(
+                f"{path} holds no merges, so the number of codes is unknown: give --init_size"
+            )
+        return num_codes, vocab_pad or 0
+    first_new = entries[0][2]
+    if num_codes is None and vocab_pad is None:
+        if min(map(min, entries)) < NUM_BYTES:
+            vocab_pad = 0
+        elif first_new == PUBLISHED_PAD + PUBLISHED_CODES:
+            vocab_pad = PUBLISHED_PAD
+        else:
+            raise InputError(
+                f"{path} does not say how many codes stand before its first new token {first_new}; "
+                f"import it with `beingvl train-vbpe --import_pkl {path} --init_size CODES`"
+            )
+    if vocab_pad is None:
+        vocab_pad = first_new - (num_codes or 0)
+        if vocab_pad < 0:
+            found = f"{path}: its first new token is {first_new}"
+            raise InputError(f"{found}, so it is not for {num_codes} codes")
+    return num_codes or first_new - vocab_pad, vocab_pad
 
 
 # ---- the readable twin ----

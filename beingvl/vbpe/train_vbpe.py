@@ -141,9 +141,9 @@ def import_vbpe(
     overwrite: bool = False,
 ) -> LegacyVisualBPE:
     """Convert a published pickled vocabulary to vbpe.json; see `train_vbpe` for the arguments."""
-    vbpe = import_published(pickle_path, init_size, vocab_pad)
+    vbpe = import_published(pickle_path, init_size, vocab_pad or None)
     request = Request(import_pkl=hash_file(Path(pickle_path)), init_size=init_size)
-    output = Output(Path(output_path), request | {"vocab_pad": vocab_pad})
+    output = Output(Path(output_path), request | {"vocab_pad": vbpe.parameters["vocab_pad"]})
     with output.making(overwrite) as is_new:
         if not is_new:
             return vbpe

@@ -121,8 +121,8 @@ class VisualBPE(Vocabulary):
 
     @staticmethod
     def load(path: Path | str, num_codes: int | None = None) -> AnyVBPE:
-        """Read a `vbpe.json`, the folder it lies in, or a published `.pkl`, whose codes begin at 0
-        unless their number says otherwise. Raises InputError for anything else or a damaged one.
+        """Read a `vbpe.json`, the folder it lies in, or a published `.pkl`, whose codes
+        `import_published` finds. Raises InputError for anything else or a damaged one.
 
         Published vocabularies, pickled or imported, come back as `LegacyVisualBPE`: it encodes, but
         cannot decode.
@@ -133,7 +133,7 @@ class VisualBPE(Vocabulary):
         if not path.is_file():
             raise InputError(f"{path} does not exist; make it with `beingvl train-vbpe`")
         if path.suffix == ".pkl":
-            return import_published(path, num_codes, 0 if num_codes is None else None)
+            return import_published(path, num_codes)
         return _from_fields(read_json(path, "make it again"), str(path))
 
 

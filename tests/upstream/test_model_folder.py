@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -18,7 +19,7 @@ from beingvl.model.weight_files import WeightFolder
 from beingvl.vocab import VocabLayout
 from tests.command import beingvl
 from tests.launcher import ENVIRONMENT, PYTHON, stage_words
-from tests.model.small_models import make_tokenizer, write_base_model
+from tests.model.small_models import LLAMA3_ROPE, make_tokenizer, write_base_model
 from tests.tiny import stage_fields, write_shards
 from tests.upstream import artefacts
 from tests.upstream.artefacts import PREFIX, TINY
@@ -79,8 +80,6 @@ def test_the_import_is_a_stock_folder(published, imported):
 
 
 def test_it_answers(imported, tmp_path):
-    from PIL import Image
-
     pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     options = {"model": imported, "prompt": "What?", "image": tmp_path / "a.png", "raw": True}
@@ -124,6 +123,7 @@ def test_train_export_import(tmp_path, imported):
 def test_commands_that_are_given_it_name_the_import(tmp_path, published, capsys):
     (tmp_path / "rows.json").write_text("[]")
     (tmp_path / "all.json").write_text(json.dumps(stage_fields()))
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     shards = write_shards(tmp_path / "shards", layout=TINY)
     never = {"output_path": tmp_path / "never"}
     rows = {"json_path": tmp_path / "rows.json", "output_dir": tmp_path / "never"}
@@ -133,6 +133,7 @@ def test_commands_that_are_given_it_name_the_import(tmp_path, published, capsys)
         "tokenize": {"model_path": published, **rows},
         "generate": {"model": published, "prompt": "What?"},
         "plan": stage,
+        "encode-images": {"image_path": tmp_path, "vq_path": published, **never},
         "train": {
             "deepspeed_config": tmp_path / "all.json",
             "model": published,
@@ -143,6 +144,9 @@ def test_commands_that_are_given_it_name_the_import(tmp_path, published, capsys)
         assert beingvl(command, **options) == 2, command
         expected = f"import it with `beingvl export --model {published} --output NEW_FOLDER`"
         assert expected in capsys.readouterr().err, command
+
+    assert beingvl("verify", published) == 2
+    assert expected in capsys.readouterr().err
 
     script = ["bash", str(REPOSITORY / "scripts" / "train-stage-1.sh"), "0", str(published)]
     paths = {"DATA_PATH": str(shards), "OUTPUT_DIR": str(tmp_path / "never")}
@@ -174,9 +178,22 @@ def test_other_tokenizers_and_contradictions(copy, capsys):
     vq_config = artefacts.vq_fields() | {"num_embeddings": 17}
     change(copy / "config.json", vq_config=vq_config, hidden_size=32)
     refused(copy, "quantize.embedding.weight has shape (16, 8), config.json says (17, 8)", capsys)
-    change(copy / "config.json", vq_config=artefacts.vq_fields(), rope_scaling={"type": "none"})
+    change(copy / "config.json", vq_config=artefacts.vq_fields(), rope_scaling=LLAMA3_ROPE)
+    refused(copy, "scales its rope by 'llama3', which the published class does not know", capsys)
+    change(copy / "config.json", rope_scaling=None, hidden_act="none")
     refused(copy, "config.json is not usable (", capsys)
-    change(copy / "config.json", rope_scaling=None)
+    change(copy / "config.json", hidden_act="silu", swin_norm=True)
+    refused(copy, "has swin_norm True: it normalises behind attention and MLP", capsys)
+    change(copy / "config.json", swin_norm=False, boi_token_id=7)
+    refused(copy, "has boi_token_id 7, the tokenizer beside it 304; take both from one", capsys)
+    change(copy / "config.json", boi_token_id=TINY.boi_id, eos_token_id=[7, 8])
+    refused(copy, "has eos_token_id [7, 8], the tokenizer beside it 299; take both", capsys)
+    change(copy / "config.json", eos_token_id=[7, 299])
+    tensors = load_file(copy / "model.safetensors")
+    more = tensors | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}
+    save_file(more, copy / "model.safetensors", {"format": "pt"})
+    refused(copy, "'model.layers.0.self_attn.q_proj.bias' is [32], config.json says None", capsys)
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     make_tokenizer().save_pretrained(copy)
     refused(copy, "its tokenizer has no 'IMGIMGAAAAAAZ', so it is not Being-VL's", capsys)
     (copy / "tokenizer.json").unlink()
@@ -189,6 +206,37 @@ def test_a_model_without_merges(tmp_path):
     published = artefacts.write_model(tmp_path / "model", layout)
     assert beingvl("export", model=published, output_path=tmp_path / "base") == 0
     assert VocabLayout.load(tmp_path / "base") == layout
+
+
+def test_a_folder_without_a_manifest_is_of_the_published_template(published, imported, capsys):
+    """Also an export of ours that lost it; a model that was trained otherwise says so."""
+    folder = published.parent
+    assert beingvl("export", model=published, output_path=folder / "told", template="default") == 0
+    assert "trained on the template" not in capsys.readouterr().out
+    assert read_manifest(folder / "told").details == {"template": "default"}
+    there = {"model": folder / "told", "format": "being-vl-0.5", "output_path": folder / "there"}
+    assert beingvl("export", **there) == 0
+    assert beingvl("export", **there, template="default") == 2  # of an import only
+    (folder / "there" / "manifest.json").unlink()
+    assert beingvl("export", model=folder / "there", output_path=folder / "back") == 0
+    assert "has no manifest.json, so it is taken to be trained on" in capsys.readouterr().out
+    assert read_manifest(folder / "back").details == {"template": "being-vl-0.5"}
+
+
+def test_other_folders_with_a_vqgan_are_not_published(copy, tmp_path, capsys):
+    """Chameleon itself, whose image tokens stand in front of its text, and other architectures."""
+    vocabulary = {"IMGIMGAAAAAAZ": 4, "IMGIMGAAAAABZ": 5, "text": 6}
+    change(copy / "config.json", vocabulary_map=vocabulary)
+    for command, options in {
+        "generate": {"prompt": "What?"},
+        "export": {"output_path": tmp_path / "never"},
+    }.items():
+        assert beingvl(command, model=copy, **options) == 2
+        error = capsys.readouterr().err
+        assert "is a Chameleon model: it normalises" in error and "import it" not in error
+    change(copy / "config.json", model_type="janus")
+    assert beingvl("generate", model=copy, prompt="What?") == 2
+    assert "has no vocab_layout.json: it is not a Being-VL model folder" in capsys.readouterr().err
 
 
 def test_chameleon_is_refused(copy, tmp_path, capsys):

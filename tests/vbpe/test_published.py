@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from beingvl.errors import InputError
 from beingvl.vbpe.published import LegacyVisualBPE, encode_legacy_reference, import_published
+from beingvl.vbpe.train_vbpe import import_vbpe
 from beingvl.vbpe.visual_bpe import VisualBPE, load_for_layout
 from beingvl.vocab import VocabLayout
 
@@ -83,12 +84,15 @@ def test_published_pickles_of_every_protocol(tmp_path, protocol):
 def test_offsets_and_sizes(tmp_path):
     path = write_pickle(tmp_path / "vbpe.pkl", [((103, 104), 500), ((500, 105), 501)])
     assert import_published(path, 10, 100).merges.tolist() == [[3, 4], [10, 5]]
+    assert import_published(path, 400).merges.tolist() == [[3, 4], [400, 5]]  # the first new says
     with pytest.raises(
         InputError,
-        match=r"merge 0 uses token 103, expected a code 0 … 9 .* --init_size and --vocab_pad "
+        match=r"merge 0 uses token 103, expected a code 490 … 499 .* --init_size and --vocab_pad "
         r"right\?",
     ):
         import_published(path, 10)
+    with pytest.raises(InputError, match="its first new token is 500, so it is not for 501 codes"):
+        import_published(path, 501)
     with pytest.raises(InputError, match="merge 0 uses token 501"):
         import_published(write_pickle(path, [((501, 3), 500), ((1, 2), 501)]))
     with pytest.raises(InputError, match="2 merges make only 1 different"):
@@ -96,6 +100,17 @@ def test_offsets_and_sizes(tmp_path):
     with pytest.raises(InputError, match="the number of codes is unknown: give --init_size"):
         import_published(write_pickle(path, []))
     assert import_published(path, 5).num_merges == 0
+
+
+def test_where_codes_begin_when_nobody_says_it(tmp_path):
+    path = write_pickle(tmp_path / "x.pkl", [((3, 400), 500), ((500, 401), 501)])
+    assert VisualBPE.load(path).num_codes == 500
+    path = write_pickle(path, [((128300, 128400), 136448)])  # as its documents make it
+    assert VisualBPE.load(path).merges.tolist() == [[44, 144]]
+    path = write_pickle(path, [((301, 302), 316)])  # behind a text of any size
+    with pytest.raises(InputError, match=r"not say how many codes .* --import_pkl .* --init_size"):
+        VisualBPE.load(path)
+    assert import_vbpe(path, tmp_path / "vbpe", init_size=16).merges.tolist() == [[1, 2]]
 
 
 class Bomb:
