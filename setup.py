@@ -48,6 +48,7 @@ setup(
         "evaluation": ["sacrebleu>=2.4"],
         "dev": [
             "pytest>=8",
+            "argcomplete>=3",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.9",
@@ -62,6 +63,7 @@ setup(
             "uvicorn>=0.30",
             "openai>=1.50",
         ],
+        "completion": ["argcomplete>=3"],
         "serve": ["gradio>=6.0"],
         "api": ["starlette>=0.40", "uvicorn>=0.30"],
         "remote": ["fsspec>=2024.6", "s3fs>=2024.6", "gcsfs>=2024.6", "huggingface-hub", "aiohttp"],

@@ -13,11 +13,13 @@ import errno
 import importlib
 import io
 import itertools
+import os
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from beingvl.commands.parser import Parser
 from beingvl.errors import InputError
@@ -72,6 +74,8 @@ REMEDIES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `beingvl ARGV…`; returns the exit code."""
+    if "_ARGCOMPLETE" in os.environ:
+        _complete(os.environ["COMP_LINE"].split()[1:2])
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].startswith("--local_rank="):
         argv = argv[1:]  # put there by the deepspeed launcher, which also sets LOCAL_RANK
@@ -94,6 +98,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run_command(argv[0], argv[1:])
 
 
+def _complete(command: Sequence[str]) -> None:
+    """Answer the shell, which `register-python-argcomplete` has told to ask, and exit."""
+    import argcomplete  # an optional extra
+
+    parser = Parser(prog="beingvl")
+    commands = parser.add_subparsers()
+    for name in COMMANDS:
+        options = commands.add_parser(name)
+        if name in command:
+            _module_of(name).add_arguments(options)
+    argcomplete.autocomplete(parser)
+
+
+def _module_of(command: str) -> ModuleType:
+    return importlib.import_module(f"beingvl.commands.{command.replace('-', '_')}")
+
+
 def _overview() -> str:
     rows = "\n".join(f"  {name:<14} {description}" for name, description in COMMANDS.items())
     usage = "usage: beingvl COMMAND [options]   (`beingvl help COMMAND` lists them)"
@@ -101,7 +122,7 @@ def _overview() -> str:
 
 
 def _run_command(name: str, argv: Sequence[str]) -> int:
-    module = importlib.import_module(f"beingvl.commands.{name.replace('-', '_')}")
+    module = _module_of(name)
     parser = Parser(prog=f"beingvl {name}", description=module.__doc__)
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -1,6 +1,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,23 @@ def test_each_thing_has_one_name_and_others_are_known() -> None:
     found = [vars(parser.parse_args([*words.split(), "bfloat16"])) for words in (old, new)]
     assert found[0] == found[1] and found[0]["model_path"] == Path("m")
     assert not any(name in parser.format_help() for name in OTHER_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("beingvl tr", ["train", "train-vbpe", "train-vq"]),
+        ("beingvl train --carry", ["--carry_moments"]),
+        ("beingvl report data --vq", ["--vqgan"]),
+    ],
+)
+def test_the_shell_completes_commands_and_options(line: str, found: list[str], tmp_path) -> None:
+    answer = tmp_path / "answer"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    asked |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(answer), "_ARGCOMPLETE_IFS": "\n"}
+    command = [sys.executable, "-m", "beingvl"]
+    subprocess.run(command, env={**os.environ, **asked}, check=True)
+    assert sorted(word.strip() for word in answer.read_text().split("\n")) == found
 
 
 def test_wrong_input_is_one_sentence_and_exit_code_2(tmp_path, capsys) -> None:
