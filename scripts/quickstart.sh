@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a trained Being-VL on this machine, no GPU needed: installs into .venv, runs the whole line on real images
+# From nothing to a trained Being-VL on this machine, no GPU needed: installs into .venv, runs the whole pipeline on real images
 # (scikit-learn's handwritten digits), and shows answers about images the model has never seen.
 #   bash scripts/quickstart.sh [--install_only | --raw]     --raw feeds VQ codes without vBPE, for comparison
 # Started again it reuses every finished step. RUN chooses the folder, SEED the seed, NUM_RANKS the number of CPU ranks (1 or 2),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set-up and all tests: format, lint, types, unit tests, a tiny run of the whole line on two ranks, two hosts, a Slurm cluster.
+# Set-up and all tests: format, lint, types, unit tests, a tiny run of the whole pipeline on two ranks, two hosts, a Slurm cluster.
 #   bash scripts/test.sh [--install_only | --full | --quickstart]
 # --full adds the long storms, the full grids and the quickstart; --quickstart runs that one alone, the learning gate.
 # Root and a Debian are needed for two hosts and Slurm (network namespaces, sshd, slurmd): their programs are installed, or

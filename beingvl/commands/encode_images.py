@@ -18,9 +18,8 @@ from pathlib import Path
 from beingvl.artefact.ranks import RankOf
 from beingvl.commands.options import (
     EXIF,
-    ROW_FORMAT,
-    ROW_FORMATS,
     add_rank_arguments,
+    add_row_format,
     options_of,
     share,
 )
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", dest="output_path", type=Path, required=True, help="folder to write")
     named = "rows, in any form that tokenize reads: encode only the images they name"
     add("--json_path", nargs="+", help=named)
-    add("--row_format", choices=ROW_FORMATS, help=ROW_FORMAT)
+    add_row_format(parser)
     add("--list_path", type=Path, help="text file, one image per line: encode only these")
     add("--batch_size", type=int, default=64, help="images per forward pass")
     part = "images that are finished, or lost by a kill, together"

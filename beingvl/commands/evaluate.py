@@ -35,10 +35,9 @@ import argparse
 from pathlib import Path
 
 from beingvl.commands.options import (
-    ROW_FORMAT,
-    ROW_FORMATS,
     add_model_arguments,
     add_rank_arguments,
+    add_row_format,
     options_of,
 )
 from beingvl.evaluation.metrics import METRICS
@@ -56,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--text_parity", type=Path, metavar="BASE", help=base)
     add("--output", dest="output_path", type=Path, required=True, help="folder to write")
     add("--metric", default="exact_match", choices=list(METRICS), help="of --json_path")
-    add("--row_format", choices=ROW_FORMATS, help=ROW_FORMAT)
+    add_row_format(parser)
     images = "folder that the rows' image paths start from, or tar files or tables that hold them"
     add("--image_path", nargs="+", help=images)
     codes = "folder of encode-images; without it the images are encoded now"

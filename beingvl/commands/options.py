@@ -9,8 +9,6 @@ from typing import Any
 from beingvl.artefact.ranks import rank_of
 
 EXIF = "orientation in images: turn them as viewers do, or leave them as the published data does"
-ROW_FORMATS = ("llava", "sharegpt", "messages", "texts", "caption")
-ROW_FORMAT = "form of the rows; default: seen in the first ones"
 NOT_FOR_THE_STEP = ("debug", "kind", "local_rank")
 
 
@@ -45,6 +43,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     dtype = "of the language model; default: the checkpoint's, on a CPU float32"
     add("--dtype", dest="torch_dtype", choices=dtypes, help=dtype)
     add("--device", help="torch device; default: this rank's accelerator, if there is one")
+
+
+def add_row_format(parser: argparse.ArgumentParser) -> None:
+    """For every command that reads rows."""
+    dialects = ["llava", "sharegpt", "messages", "texts", "caption"]
+    of_rows = "form of the rows; default: seen in the first ones"
+    parser.add_argument("--row_format", choices=dialects, help=of_rows)
 
 
 def add_rank_arguments(parser: argparse.ArgumentParser) -> None:

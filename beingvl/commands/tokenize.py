@@ -20,9 +20,8 @@ from pathlib import Path
 
 from beingvl.commands.options import (
     EXIF,
-    ROW_FORMAT,
-    ROW_FORMATS,
     add_rank_arguments,
+    add_row_format,
     options_of,
     share,
 )
@@ -34,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=["pt", "sft"], default="sft", help=mode)
     rows = "rows: JSON, JSONL, CSV, TSV (also .gz, .zst), parquet, Arrow, tar; files or folders"
     add("--json_path", nargs="+", required=True, help=rows)
-    add("--row_format", choices=ROW_FORMATS, help=ROW_FORMAT)
+    add_row_format(parser)
     images = "folder that the rows' image paths start from, or tar files or tables that hold them"
     add("--image_path", nargs="+", help=images)
     add("--output", dest="output_path", type=Path, required=True, help="folder to write")
