@@ -46,6 +46,7 @@ TEXTS = (*JSON, *DELIMITERS)
 PLAIN = (*TEXTS, *TABLES, ".tar")
 SUFFIXES = (*PLAIN, *(f"{text}{end}" for text in TEXTS for end in COMPRESSED))
 DATASETS_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")  # of Hugging Face
+BOMB_BYTES, MAX_EXPANSION = 1 << 30, 200  # what is less, or expands less, is read
 ROWS_TO_SEE = 100  # what tells the dialect
 
 
@@ -179,7 +180,28 @@ def _decompressed(file: str) -> IO[bytes]:
     plain = opened(file)
     if opener is None:
         return plain
-    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(plain, "r"), opener))
+    return io.BufferedReader(_Expanded(file, plain, opener))
+
+
+class _Expanded(io.RawIOBase):
+    """What a compressed file expands to. Raises InputError for a bomb, while it is read."""
+
+    def __init__(self, name: str, file: IO[bytes], opener: str) -> None:
+        self._name, self._file, self._count = name, file, 0
+        self._stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), opener)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._stream.readinto(buffer)
+        self._count += count
+        if self._count > max(MAX_EXPANSION * self._file.tell(), BOMB_BYTES):
+            raise InputError(
+                f"{self._name} expands to more than {MAX_EXPANSION} times its size, as a bomb "
+                "does; expand it yourself if it is none"
+            )
+        return count
 
 
 def _records_of_text_table(file: str, kind: str) -> Iterator[Row]:

@@ -295,6 +295,8 @@ class TarImages:
         path = self._paths[number]
         if name in self._sparse:
             raise InputError(f"{key}: {path} holds it as a sparse file; make it without --sparse")
+        if size > MAX_FILE_BYTES:
+            raise InputError(f"{key} has {size:,} bytes, expected at most {MAX_FILE_BYTES:,}")
         data = read_patiently(path, partial(_read_piece, path, size, offset))
         if len(data) != size:
             raise InputError(f"{key}: {path} is truncated")

@@ -5,13 +5,16 @@
 
 A column holds pictures when it is a struct with `bytes` (Hugging Face's `Image`), or bare bytes,
 or a list of either. Of parquet only what is asked for is read: rows without the bytes of their
-pictures, pictures without the rows. A batch of rows is in memory at a time.
+pictures, pictures without the rows. A batch of rows is in memory at a time, and one that expands to
+gigabytes ends in a sentence.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import resource
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -22,7 +25,11 @@ from beingvl.errors import InputError
 from beingvl.sources.places import is_address, opened
 
 SUFFIXES = (".parquet", ".arrow")
-ROWS_AT_ONCE = 16  # pictures of a megabyte and more
+BATCH_BYTES = 1 << 24  # of mean rows
+MAX_ROWS_AT_ONCE = 1000
+READ_BYTES = 1 << 20  # of a column at once; else all of a row group's
+MAX_ROW_BYTES = 1 << 28
+MAX_GROWTH = 2 << 30  # of this process while it reads a batch; pyarrow's allocator takes 1 << 30
 NOT_A_TABLE = (pa.ArrowException, OSError, EOFError)
 
 
@@ -62,6 +69,11 @@ class Table:
         return self.place.lower().endswith(".parquet")
 
     def _damage(self, error: Exception) -> InputError:
+        if isinstance(error, MemoryError):
+            return InputError(
+                f"{self.place} has rows that expand to gigabytes, as a bomb does: leave them out, "
+                "or write fewer rows per batch"
+            )
         reason = " ".join(str(error).split())[:200]
         kind = "parquet" if self._is_parquet else "Arrow"
         return InputError(f"{self.place} is not a whole {kind} file ({reason}); copy it again")
@@ -99,7 +111,16 @@ class Table:
             batch, at = self._cursor.find(row)
         except StopIteration as error:
             raise InputError(f"{self.place} has no row {row}") from error
-        cells = [batch.column(name)[at].as_py() for name in self.picture_columns]
+        except InputError:
+            self._cursor = None  # another row may be readable
+            raise
+        columns = [batch.column(name).slice(at, 1) for name in self.picture_columns]
+        if (size := sum(column.nbytes for column in columns)) > MAX_ROW_BYTES:
+            raise InputError(
+                f"{key_of(self.place, row, number)}: pictures of {size:,} bytes in a row, expected "
+                f"at most {MAX_ROW_BYTES:,}"
+            )
+        cells = [column[0].as_py() for column in columns]
         pictures = [picture for cell in cells for picture in _listed(cell)]
         found = pictures[number] if number < len(pictures) else None
         data = found["bytes"] if isinstance(found, dict) else found
@@ -110,11 +131,11 @@ class Table:
     # ---- the two formats ----
 
     def _open_parquet(self) -> pq.ParquetFile:
-        return pq.ParquetFile(opened(self.place), pre_buffer=False)
+        return pq.ParquetFile(opened(self.place), pre_buffer=False, buffer_size=READ_BYTES)
 
     def _reader(self) -> pa.RecordBatchStreamReader:
         source = opened(self.place) if is_address(self.place) else pa.memory_map(self.place)
-        return pa.ipc.open_stream(source)
+        return pa.ipc.open_stream(source, options=pa.ipc.IpcReadOptions(use_threads=False))
 
     def _leaves_without_bytes(self, names: list[str]) -> list[str]:
         """What to read for rows: of pictures in structs everything but the bytes, which still
@@ -136,7 +157,7 @@ class Table:
         try:
             if self._parquet is None:
                 first = 0
-                for batch in self._reader():
+                for batch in _bounded(self._reader()):
                     yield first, batch
                     first += len(batch)
                 return
@@ -147,11 +168,54 @@ class Table:
             for group, (first, end) in enumerate(pairwise(accumulate(sizes, initial=0))):
                 if end <= start:
                     continue
-                for batch in self._parquet.iter_batches(ROWS_AT_ONCE, [group], columns):
+                rows, growth = self._limits(group)
+                batches = self._parquet.iter_batches(rows, [group], columns, use_threads=False)
+                for batch in _bounded(batches, growth):
                     yield first, batch
                     first += len(batch)
         except NOT_A_TABLE as error:
             raise self._damage(error) from error
+
+    def _limits(self, group: int) -> tuple[int, int]:
+        """Rows to read at once, and by how many bytes this process may grow meanwhile: a page, as
+        large as the group, is there as it lies in the file, expanded, and as an array.
+        """
+        assert self._parquet
+        found = self._parquet.metadata.row_group(group)
+        columns = map(found.column, range(found.num_columns))
+        compressed = sum(column.total_compressed_size for column in columns)
+        rows = BATCH_BYTES * found.num_rows // max(found.total_byte_size, 1)
+        return min(max(rows, 1), MAX_ROWS_AT_ONCE), MAX_GROWTH + 3 * compressed
+
+
+@contextmanager
+def _memory_bound(growth: int) -> Iterator[None]:
+    """What would let this process grow by more bytes raises MemoryError; sizes that a file says
+    may be wrong.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    with open("/proc/self/statm") as file:
+        bound = int(file.read().split()[5]) * resource.getpagesize() + growth
+    if soft != resource.RLIM_INFINITY:
+        bound = min(bound, soft)
+    resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _bounded(
+    batches: Iterable[pa.RecordBatch], growth: int = MAX_GROWTH
+) -> Iterator[pa.RecordBatch]:
+    """Raises MemoryError instead of a batch that is a bomb."""
+    waiting = iter(batches)
+    while True:
+        with _memory_bound(growth):
+            batch = next(waiting, None)
+        if batch is None:
+            return
+        yield batch
 
 
 class _Cursor:

@@ -4,9 +4,28 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
+from typing import Any
 
 from beingvl.errors import InputError
 from beingvl.sources.places import opened
+
+MAX_NOTE_BYTES = 1 << 20
+NOTES = (  # beside a member: long names and other facts, which tarfile reads into memory
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+class _ShortNotes(tarfile.TarInfo):
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> Any:
+        found = super().frombuf(buf, encoding, errors)
+        if found.type in NOTES and found.size > MAX_NOTE_BYTES:
+            raise tarfile.ReadError(f"a note of {found.size:,} bytes beside a member")
+        return found
 
 
 class _ForgetfulTarFile(tarfile.TarFile):
@@ -22,7 +41,10 @@ class _ForgetfulTarFile(tarfile.TarFile):
 def members_of(place: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """Every member, with the open tar. Raises InputError for a tar that is damaged or cut off."""
     try:
-        with opened(place) as file, _ForgetfulTarFile.open(fileobj=file, mode="r:") as tar:
+        with (
+            opened(place) as file,
+            _ForgetfulTarFile.open(fileobj=file, mode="r:", tarinfo=_ShortNotes) as tar,
+        ):
             while (member := tar.next()) is not None:
                 yield tar, member
             # tarfile takes any later header that it cannot read for the end, which is zeros

@@ -21,7 +21,7 @@ def records_of_table(file: IO[str], place: str, suffix: str) -> Iterator[dict[st
     """
     delimiter = DELIMITERS[suffix]
     csv.field_size_limit(MAX_FIELD_CHARS)
-    lines = csv.reader(file, delimiter=delimiter, strict=True)
+    lines = csv.reader(_lines(file, place), delimiter=delimiter, strict=True)
     header = _next(lines, place) or []
     if len(header) < 2:
         shown = header[0] if header else ""
@@ -41,6 +41,13 @@ def records_of_table(file: IO[str], place: str, suffix: str) -> Iterator[dict[st
             yield {"unreadable": found}
         else:
             yield {name: cell for name, cell in zip(header, line, strict=True) if cell}
+
+
+def _lines(file: IO[str], place: str) -> Iterator[str]:
+    while line := file.readline(MAX_FIELD_CHARS):
+        if len(line) == MAX_FIELD_CHARS:
+            raise InputError(f"{place} has a line of {MAX_FIELD_CHARS:,} characters or more")
+        yield line
 
 
 def _next(lines: Any, place: str) -> list[str] | None:

@@ -17,6 +17,7 @@ TINY = [
 KEYS = {
     "convert": {"time_ratio_copy", "link_seconds", "peak_private_bytes", "max_abs_diff"},
     "data": {"build_ratio_vs_orjson", "tokenize_direct_ratio", "tokens_per_second"},
+    "formats": {"rate_ratio", "private_bytes", "equal"},
     "generate": {"generation_ratio", "generation_ratio_sorted", "batch_equal"},
     "gpu_encode": {"reading_per_second", "vbpe_per_second", "gap_to_floor"},
     "gpu_train": {"cases"},
@@ -55,4 +56,5 @@ def test_it_ends_with_its_json_line(name: str, tmp_path: Path) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.keys() >= KEYS.get(name, set())
     assert found.get("max_abs_diff", 0) == 0
+    assert found.get("equal", True)
     assert not any("error" in case for case in found.get("cases", {}).values()), found["cases"]

@@ -77,7 +77,7 @@ def test_a_system_turn_is_context_and_several_images_stand_where_they_are_named(
         {"role": "user", "content": [{"type": "image", "image": FACTS[0].file}, text("yes")]},
         {"role": "assistant", "content": "ok"},
         {"role": "user", "content": [text("or"), image_url(FACTS[1].file), text("no")]},
-        {"role": "assistant", "content": "hi"},
+        {"role": "assistant", "content": [{"type": "text", "value": "hi"}]},
     ]
     rows = write_json(tmp_path / "chat", [{"messages": told}])
     (sample,) = content(to_shards(work, rows, "chat", work / "images"))
@@ -107,7 +107,7 @@ MALFORMED = {
         "is from 'tool'",
     ),
     "messages": ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "'audio'"),
-    "texts": ({"texts": [{"user": "hi"}]}, "no text"),
+    "texts": ({"texts": [{"user": "hi", "assistant": "ok"}], "videos": ["a.mp4"]}, "has videos"),
     "caption": ({"caption": "no picture"}, "expected image and caption"),
 }
 

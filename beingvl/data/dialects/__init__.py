@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from beingvl.data.dialects.caption import from_caption
+from beingvl.data.dialects.caption import CAPTION_NAMES, IMAGE_NAMES, from_caption
 from beingvl.data.dialects.llava import from_llava
 from beingvl.data.dialects.messages import from_messages
 from beingvl.data.dialects.sharegpt import from_sharegpt
@@ -69,7 +69,8 @@ def _name_of(record: Record) -> str | None:
             return "messages"
         is_plain = first.get("from") in (None, "human", "gpt")
         return "llava" if is_plain and not {"images", "system"} & set(record) else "sharegpt"
-    if any(name in record for name in ("caption", "text", "txt")):
+    names = set(record)
+    if names & set(CAPTION_NAMES) and names & set(IMAGE_NAMES):
         return "caption"
-    only_names_images = "image" in record and set(record) <= {"id", "image", "category"}
+    only_names_images = "image" in names and names <= {"id", "image", "category"}
     return "llava" if only_names_images else None  # enough for encode-images

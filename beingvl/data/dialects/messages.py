@@ -5,18 +5,20 @@
      "images": ["a.png"]}
     … {"type": "image", "image": "a.png"} or {"type": "image_url", "image_url": {"url": "a.png"}}
 
-A part without a picture of its own takes the next one of `images`.
+A part without a picture of its own takes the next one of `images`. Others call what a part holds
+`content` or `value`, whatever its type.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from beingvl.data.dialects.turns import images_of, row_of, turn
 from beingvl.errors import InputError
 
-IMAGE_KEYS = ("image", "image_url", "url", "path")
+TEXT_KEYS = ("text", "content", "value")
+IMAGE_KEYS = ("image", "image_url", "url", "path", "content", "value")
 
 
 def from_messages(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,9 +47,11 @@ def _text_of(parts: list[Any], where: str, waiting: list[Any], images: list[Any]
     """The text of a message's parts, with a placeholder for each image, which goes to `images`."""
     texts = []
     for part in parts:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
+        if not isinstance(part, Mapping):
+            raise InputError(f"{where} has a part that is not an object")
+        kind, text = part.get("type"), _first_of(part, TEXT_KEYS)
+        if kind == "text" and isinstance(text, str):
+            texts.append(text)
         elif kind in ("image", "image_url", "input_image"):
             texts.append("<image>")
             images.append(_image_of(part, where, waiting))
@@ -57,7 +61,7 @@ def _text_of(parts: list[Any], where: str, waiting: list[Any], images: list[Any]
 
 
 def _image_of(part: Mapping[str, Any], where: str, waiting: list[Any]) -> Any:
-    found = next((part[name] for name in IMAGE_KEYS if part.get(name) is not None), None)
+    found = _first_of(part, IMAGE_KEYS)
     if isinstance(found, Mapping) and "url" in found:
         found = found["url"]
     if found is not None:
@@ -65,3 +69,7 @@ def _image_of(part: Mapping[str, Any], where: str, waiting: list[Any]) -> Any:
     if not waiting:
         raise InputError(f"{where} has more images than the row's `images`")
     return waiting.pop(0)
+
+
+def _first_of(part: Mapping[str, Any], names: Sequence[str]) -> Any:
+    return next((part[name] for name in names if part.get(name) is not None), None)

@@ -18,6 +18,7 @@ ROLES = {
     "system": "system",
 }
 ANSWER_NAMES = ("answer", "answers", "choices")  # of evaluation
+NOT_TAKEN = ("video", "videos", "audio", "audios")
 
 
 def turn(role: Any, text: Any, where: str) -> dict[str, str]:
@@ -33,8 +34,10 @@ def row_of(
     record: Mapping[str, Any], turns: Sequence[dict[str, str]], images: Any
 ) -> dict[str, Any]:
     """Our row: the turns and images beside what `record` says of id, category and the right
-    answer.
+    answer. Raises InputError for a record with sound or videos.
     """
+    if others := [name for name in NOT_TAKEN if record.get(name)]:
+        raise InputError(f"the row has {others[0]}, which are not taken")
     images = [image for image in images if image is not None]
     answers = {name: record[name] for name in ANSWER_NAMES if record.get(name) is not None}
     return answers | {

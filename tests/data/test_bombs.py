@@ -1,0 +1,90 @@
+"""What is small in a file and expands to more than memory or patience: a sentence, or a rejection
+beside rows that stay.
+"""
+
+import io
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from beingvl import InputError
+from beingvl.data import collect_rows
+from beingvl.images.encode_images import encode_images
+from beingvl.images.image_source import MAX_FILE_BYTES, TarImages
+from beingvl.images.vq_codes import REJECTED_FILE
+from beingvl.sources import tables, text_tables
+from beingvl.sources.tables import Table, key_of
+from tests.data.forms import write_parquet
+from tests.images.test_encode_images import save_vqgan
+
+
+def png(side: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("1", (side, side)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_picture_of_too_many_pixels_in_a_table_is_rejected(tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": png(side)}, "caption": "hi"} for side in (8, 20_000, 16)]
+    table = write_parquet(tmp_path / "pictures", rows)
+    assert table.stat().st_size < 200_000
+    save_vqgan(tmp_path / "vqgan", seed=0)
+    manifest = encode_images(table, tmp_path / "vqgan", tmp_path / "codes", max_rejected=0.5)
+    assert manifest is not None and manifest.counts == {"images": 2, "rejected": 1}
+    (line,) = (tmp_path / "codes" / REJECTED_FILE).read_text().splitlines()
+    assert key_of(str(table), 1, 0) in line and "400000000 pixels" in line
+
+
+def test_a_cell_that_many_rows_share_is_not_expanded(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(tables, "MAX_GROWTH", 1 << 27)
+    large = pa.array([bytes(1 << 24)])
+    cells = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), large)
+    path = tmp_path / "shared.parquet"
+    options = {"compression": "zstd", "store_schema": False, "dictionary_pagesize_limit": 1 << 30}
+    pq.write_table(pa.table({"image": cells}), path, **options)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(InputError, match=r"shared\.parquet has rows that expand to gigabytes"):
+        list(Table(str(path)).records())
+
+
+def test_a_text_that_expands_without_end(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(collect_rows, "BOMB_BYTES", 1 << 20)
+    path = tmp_path / "rows.jsonl.zst"
+    with pa.CompressedOutputStream(str(path), "zstd") as file:
+        for _ in range(32):
+            file.write(bytes(1 << 20))
+    with pytest.raises(
+        InputError, match=r"rows\.jsonl\.zst expands to more than 200 times its size"
+    ):
+        list(collect_rows.records_of(str(path)))
+
+
+def test_a_table_of_one_endless_line(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(text_tables, "MAX_FIELD_CHARS", 1 << 16)
+    path = tmp_path / "rows.csv"
+    path.write_text("image,caption\na.png," + "hi " * (1 << 15))
+    with pytest.raises(InputError, match="has a line of 65,536 characters or more"):
+        list(collect_rows.records_of(str(path)))
+
+
+def write_header(path: Path, kind: bytes, size: int) -> Path:
+    """A tar of one member whose content is a hole."""
+    member = tarfile.TarInfo("a.png")
+    member.type, member.size = kind, size
+    path.write_bytes(member.tobuf())
+    with open(path, "r+b") as file:
+        file.truncate(512 + (size + 1023) // 512 * 512)
+    return path
+
+
+def test_members_of_tars_that_are_too_large(tmp_path: Path) -> None:
+    tar = write_header(tmp_path / "large.tar", tarfile.REGTYPE, MAX_FILE_BYTES + 1)
+    with pytest.raises(InputError, match=r"a.png has 1,073,741,825 bytes, expected at most"):
+        TarImages([tar]).read("a.png")
+    tar = write_header(tmp_path / "note.tar", tarfile.XHDTYPE, 1 << 31)
+    with pytest.raises(InputError, match="a note of 2,147,483,648 bytes"):
+        TarImages([tar])
