@@ -135,6 +135,10 @@ class VocabLayout:
             raise InputError(f"{found} are not all image tokens ({first} … {end - 1})")
         return (token_ids - first).astype(np.int32)
 
+    def image_ids_in_row(self, token_ids: np.ndarray) -> np.ndarray:
+        """Image ids `[n]` int32 of a row of any tokens; -1 for those that are not of an image."""
+        return np.maximum(token_ids - self.first_image_id, -1).astype(np.int32)
+
     def is_image_token(self, token_ids: np.ndarray) -> np.ndarray:
         """Boolean mask of the VQ and vBPE tokens."""
         return (token_ids >= self.first_image_id) & (token_ids < self.size)

@@ -30,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vbpe", dest="vbpe_path", type=Path, help=vbpe)
     template = "chat template of the rows; default: of the manifest beside a file, else by its rows"
     add("--template", choices=["default", "being-vl-0.5"], help=template)
+    positions = "where image tokens stand; default: of the manifest beside a file, or the model's"
+    add("--image_positions", choices=["running", "anchor"], help=positions)
     part = "bytes of JSONL that become one shard"
     add("--part_bytes", type=int, default=64 << 20, help=part)
     workers = "processes that parse; default: one per CPU core; 0 parses in this one"

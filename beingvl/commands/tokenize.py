@@ -52,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset_name", default="data", help="NAME in the output files' names")
     templates = ["default", "being-vl-0.5"]
     add("--template", choices=templates, help="chat template; default: the model's")
+    positions = "where image tokens stand; default: the model's, docs/Training.md says more"
+    add("--image_positions", choices=["running", "anchor"], help=positions)
     formats = "JSONL files, or folders of shards at once"
     add("--format", choices=["jsonl", "arrow"], default="jsonl", help=formats)
     length = "longest sample, in tokens; the longer one of a row's two variants counts"

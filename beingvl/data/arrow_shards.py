@@ -19,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 
 from beingvl.artefact.manifest import read_manifest
+from beingvl.data.made_with import IMAGE_POSITIONS
+from beingvl.data.positions import PositionIds, vbpe_inside
 from beingvl.data.shard_columns import Sample, largest_id, map_batch
 from beingvl.data.shard_writer import LENGTHS_FILE, MEMBERS_FILE, SOURCE_OF_FILE
 from beingvl.errors import InputError
@@ -72,10 +74,17 @@ class ShardReader:
     map, and counts as this process's own memory, until it is given back: that happens when the
     pages that were mapped since the last time exceed `bytes_mapped_at_most`. They are measured,
     because the kernel maps more than was asked for: 64 KiB around each of the eight places of a
-    sample.
+    sample. `positions` gives the position ids of a sample's tokens; with anchors it needs the
+    vBPE in the folder `model`.
     """
 
-    def __init__(self, folder: Path | str, bytes_mapped_at_most: int = 32 << 20) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        model: Path | None = None,
+        *,
+        bytes_mapped_at_most: int = 32 << 20,
+    ) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(folder, "shards")
         self.layout = VocabLayout.from_dict(
@@ -92,6 +101,8 @@ class ShardReader:
         except (TypeError, ValueError) as error:
             raise _unfit(f"{folder}/manifest.json", f"is damaged ({error})") from error
         self.sources = list(sources)
+        kind = IMAGE_POSITIONS.check(IMAGE_POSITIONS.of(self.manifest))
+        self.positions = PositionIds(kind, self.layout, vbpe_inside(model))
         self._names = list(rows)  # as written: by name, shard-100000 is before shard-99999
         for name in self._names:
             self._check_size(name)

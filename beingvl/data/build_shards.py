@@ -1,6 +1,6 @@
 """JSONL token rows (ours or the published files) -> memory-mapped Arrow shards.
 
-  1. look_at       hash and template of every file, from the manifest beside it or computed
+  1. look_at       hash and kind of every file, from the manifest beside it or computed
                    (token_files.py)
   2. BuildShards   every file is cut at multiples of `part_bytes`; a part, the lines that start
                    inside one piece, is parsed and checked (token_rows.py) and becomes one shard
@@ -22,9 +22,10 @@ from beingvl.artefact.parts import Parts
 from beingvl.artefact.ranks import RankOf
 from beingvl.artefact.request import Request
 from beingvl.artefact.work import Work, run_in_parts
+from beingvl.data.made_with import FACTS, IMAGE_POSITIONS, TEMPLATE
+from beingvl.data.positions import usual_positions
 from beingvl.data.shard_columns import ShardFacts
 from beingvl.data.shard_writer import finish_shards, join_shards, write_shard_of_part
-from beingvl.data.template import check_template, in_request, join_templates, template_of
 from beingvl.data.token_files import Piece, TokenFile, look_at, manifest_beside
 from beingvl.data.token_rows import read_rows
 from beingvl.errors import InputError, check_at_least
@@ -43,6 +44,7 @@ def build_shards(
     model_path: Path | str | None = None,
     vbpe_path: Path | str | None = None,
     template: str | None = None,
+    image_positions: str | None = None,
     part_bytes: int = 64 << 20,
     num_workers: int | None = None,
     duplicate_ids: str = "refuse",
@@ -59,6 +61,8 @@ def build_shards(
             None takes the one in `model_path`, if there is one.
         template: that the rows are made with; None takes it from the manifest beside a file, and
             without one from its first row: "being-vl-0.5" when all of token_1 is the target.
+        image_positions: where image tokens stand, "running" or "anchor" (positions.py); None takes
+            it from the manifests beside the files, else from the model, else the usual one.
         part_bytes: bytes of JSONL that become one shard.
         num_workers: processes that parse; None takes one per CPU core, 0 parses in this one.
         duplicate_ids: "refuse" two rows with one id, or "keep" both.
@@ -73,7 +77,7 @@ def build_shards(
         num_workers = len(os.sched_getaffinity(0))
     check_at_least(0, num_workers=num_workers)
     if template is not None:
-        check_template(template)
+        TEMPLATE.check(template)
     paths = [Path(path) for path in _listed(jsonl_path)]
     model = None if model_path is None else Path(model_path)
     layout, lineages = _layout_and_lineages(paths, model)
@@ -83,9 +87,9 @@ def build_shards(
     lineage = join_lineages(lineages)
     decoder = vbpe if isinstance(vbpe, VisualBPE) else None  # a published one cannot decode
     files = [look_at(path, part_bytes, template) for path in paths]
-    template = _template_of_all(files, model)
+    made_with = _made_with(files, image_positions, model)
     work = BuildShards(
-        Path(output_path), files, part_bytes, layout, lineage, decoder, duplicate_ids, template
+        Path(output_path), files, part_bytes, layout, lineage, decoder, duplicate_ids, made_with
     )
     workers = min(num_workers, work.num_parts)
     run_in_parts(
@@ -106,12 +110,24 @@ def _open_vbpe(
     return None if vbpe_path is None else VisualBPE.load(vbpe_path, layout.num_vq)
 
 
-def _template_of_all(files: Sequence[TokenFile], model_path: Path | None) -> str:
-    """Raises InputError for two; the model is the one that is to be trained on the rows."""
-    templates = {str(file.path): file.template for file in files}
-    if model_path:
-        templates = {str(model_path): template_of(read_manifest(model_path)), **templates}
-    return join_templates(templates)
+def _made_with(
+    files: Sequence[TokenFile], image_positions: str | None, model_path: Path | None
+) -> dict[str, str]:
+    """Each fact of all files and of the model that is to be trained on them, by name. Raises
+    InputError for two.
+    """
+    model = {str(model_path): read_manifest(model_path)} if model_path else {}
+    its_own = {name: TEMPLATE.of(manifest) for name, manifest in model.items()}
+    template = TEMPLATE.join({**its_own, **{str(file.path): file.template for file in files}})
+    its_own = {name: IMAGE_POSITIONS.of(manifest) for name, manifest in model.items()}
+    positions = {str(file.path): image_positions or file.image_positions for file in files}
+    usual = usual_positions(template, model_path)
+    return {
+        TEMPLATE.name: template,
+        IMAGE_POSITIONS.name: IMAGE_POSITIONS.check(
+            IMAGE_POSITIONS.join({**its_own, **positions}, usual)
+        ),
+    }
 
 
 def _layout_and_lineages(
@@ -155,7 +171,7 @@ class BuildShards(Work):
     lineage: dict[str, str]
     decoder: VisualBPE | None
     duplicate_ids: str
-    template: str
+    made_with: dict[str, str]
     kind = "shards"
     unit = "B"
 
@@ -176,8 +192,10 @@ class BuildShards(Work):
         return Request(jsonl=contents, lineage=self.lineage, part_bytes=self.part_bytes)
 
     def request(self) -> Request:
-        its_template = in_request(self.template)
-        return Request(**self.content, duplicate_ids=self.duplicate_ids, **its_template)
+        request = Request(**self.content, duplicate_ids=self.duplicate_ids)
+        for fact in FACTS:
+            request |= fact.in_request(self.made_with[fact.name])
+        return request
 
     def request_of_parts(self) -> Request:
         is_decoded = self.decoder is not None
@@ -200,7 +218,7 @@ class BuildShards(Work):
         details = {
             "request": self.request(),
             "merged_images": merged,
-            "template": self.template,
+            **self.made_with,
             "names_categories": self._names_categories(shards.values()),
         }
         manifest = finish_shards(self.output, shards, self.layout, self.lineage, details)

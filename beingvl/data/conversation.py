@@ -31,7 +31,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from beingvl.artefact.files import printable
-from beingvl.data.template import DEFAULT, PUBLISHED, check_template
+from beingvl.data.made_with import DEFAULT, PUBLISHED, TEMPLATE
 from beingvl.errors import InputError
 from beingvl.vocab import VocabLayout
 
@@ -197,7 +197,7 @@ def lay_out(
     template: str = DEFAULT,
 ) -> list[Piece]:
     """The sequence, all text encoded, with `num_images` places for images."""
-    if check_template(template) == PUBLISHED:
+    if TEMPLATE.check(template) == PUBLISHED:
         return _lay_out_published(turns, num_images, encoder, layout)
     image = [Piece([layout.boi_id]), IMAGE, Piece([layout.eoi_id])]
     num_placeholders = sum(question.count(IMAGE_PLACEHOLDER) for question, _ in turns)

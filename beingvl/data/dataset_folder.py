@@ -27,6 +27,7 @@ from beingvl.artefact.manifest import (
     write_manifest,
 )
 from beingvl.artefact.request import Request
+from beingvl.data.made_with import FACTS
 from beingvl.errors import InputError
 from beingvl.json_file import parse_json
 from beingvl.vocab import VocabLayout
@@ -136,9 +137,10 @@ class DatasetFolder:
         counts = add_counts([entry["counts"] for entry in datasets.values()])
         lineage = join_lineages({name: entry["lineage"] for name, entry in datasets.items()})
         details = {"layout": self.layout.to_dict(), "datasets": dict(sorted(datasets.items()))}
-        templates = {entry["request"]["template"] for entry in datasets.values()}
-        if len(templates) == 1:
-            details["template"] = templates.pop()
+        for fact in FACTS:
+            values = {e["request"].get(fact.name, fact.choices[0]) for e in datasets.values()}
+            if len(values) == 1:
+                details[fact.name] = values.pop()
 
         def belongs(file: str) -> bool:
             return file == REJECTED_FILE or _is_file_of(datasets, file)

@@ -28,4 +28,5 @@ def pack_in_order(lengths: np.ndarray, sequence_length: int) -> list[list[int]]:
 def held_out_batch(shards: ShardReader, indices: Sequence[int], loss_on: str) -> MicroBatch:
     """The samples `indices` end to end; none at all gives a batch without targets."""
     sources = [int(shards.source_of[index]) for index in indices]
-    return collate([shards[index] for index in indices], sources, shards.layout, loss_on)
+    samples = [shards[index] for index in indices]
+    return collate(samples, sources, shards.layout, loss_on, shards.positions)

@@ -28,6 +28,7 @@ from beingvl.artefact.hashes import hash_bytes
 from beingvl.data.arrow_shards import ShardReader, damaged
 from beingvl.data.mixture import Mixture, check_weights
 from beingvl.data.packing import WINDOW, PackingPlan, pack_window
+from beingvl.data.positions import running
 from beingvl.data.shard_columns import Sample
 from beingvl.data.shard_writer import LENGTHS_FILE, MEMBERS_FILE, SOURCE_OF_FILE
 from beingvl.errors import InputError
@@ -243,6 +244,7 @@ class TrainingData:
                 sources,
                 self.shards.layout,
                 self._loss_on,
+                self.shards.positions,
             )
 
     def realised_shares(self, num_steps: int) -> dict[str, Share]:
@@ -300,10 +302,14 @@ def open_mixture(shards: ShardReader, weights: Mapping[str, float], by: str, see
 
 
 def collate(
-    samples: list[Sample], sources: list[int], layout: VocabLayout, loss_on: str = "response"
+    samples: list[Sample],
+    sources: list[int],
+    layout: VocabLayout,
+    loss_on: str = "response",
+    positions: Callable[[np.ndarray], np.ndarray] = running,
 ) -> MicroBatch:
-    """Lay samples end to end. No sample at all becomes one padding token without a target, so
-    that every rank takes part.
+    """Lay samples end to end; `positions` gives the position ids of each (positions.py). No sample
+    at all becomes one padding token without a target, so that every rank takes part.
     """
     if not samples:
         padding = np.array([layout.pad_id])
@@ -321,7 +327,7 @@ def collate(
     return MicroBatch(
         input_ids=input_ids,
         target_ids=np.concatenate([shifted_targets(sample, layout, loss_on) for sample in samples]),
-        position_ids=np.concatenate([np.arange(length) for length in lengths]),
+        position_ids=np.concatenate([positions(sample.input_ids) for sample in samples]),
         cu_seqlens=np.cumsum([0, *lengths], dtype=np.int32),
         token_kinds=layout.token_kinds(input_ids),
         source_of_token=np.repeat(np.array(sources, np.uint8), lengths),

@@ -1,7 +1,7 @@
 """The JSONL files that build-shards reads: what is known of a file before its rows are read.
 
 look_at    the manifest beside a file (of `beingvl tokenize`), or one pass over the file
-TokenFile  its content's hash, its template, the pieces that become parts
+TokenFile  its content's hash, what it is made with, the pieces that become parts
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from beingvl.artefact.hashes import hash_file
 from beingvl.artefact.manifest import Manifest, difference_of_file, is_complete, read_manifest
 from beingvl.data.dataset_folder import DEFAULT_CATEGORY, dataset_of
 from beingvl.data.llava_json import NOT_READABLE
-from beingvl.data.template import DEFAULT, PUBLISHED
+from beingvl.data.made_with import DEFAULT, IMAGE_POSITIONS, PUBLISHED, RUNNING
 from beingvl.data.token_rows import MAX_LINE_BYTES
 from beingvl.errors import InputError
 
@@ -34,13 +34,15 @@ class Piece(NamedTuple):
 @dataclass(frozen=True)
 class TokenFile:
     """`content` is the file's hash, with its name where rows are named after it. `template` is
-    None of a file without rows. `has_spans`: whether all rows must have target_spans, None when
-    it does not matter. `default_source`: of all rows, when it is known that none names a category.
+    None of a file without rows, `image_positions` of one without a manifest. `has_spans`: whether
+    all rows must have target_spans, None when it does not matter. `default_source`: of all rows,
+    when it is known that none names a category.
     """
 
     path: Path
     content: str
     template: str | None
+    image_positions: str | None
     has_spans: bool | None
     default_source: str | None
     lines_before: list[int] | None
@@ -66,11 +68,12 @@ def look_at(path: Path, piece_bytes: int, template: str | None) -> TokenFile:
     of its manifest.
     """
     manifest = manifest_beside(path)
-    lines_before = has_spans = default_source = None
+    lines_before = has_spans = default_source = image_positions = None
     if manifest is not None:
         content, entry = _content_of(path, manifest), dataset_of(manifest, path.name)
         asked = entry.get("request", {})
         template = template or asked.get("template")
+        image_positions = asked.get(IMAGE_POSITIONS.name, RUNNING)
         if entry.get("counts", {}).get("rows_with_category") == 0:
             default_source = DEFAULT_CATEGORY[asked["mode"]]
     else:
@@ -82,7 +85,16 @@ def look_at(path: Path, piece_bytes: int, template: str | None) -> TokenFile:
     if first and template is None:
         has_spans = first.get("target_spans") is not None
         template = PUBLISHED if _is_published(first) else DEFAULT
-    return TokenFile(path, content, template, has_spans, default_source, lines_before, piece_bytes)
+    return TokenFile(
+        path,
+        content,
+        template,
+        image_positions,
+        has_spans,
+        default_source,
+        lines_before,
+        piece_bytes,
+    )
 
 
 def manifest_beside(path: Path) -> Manifest | None:

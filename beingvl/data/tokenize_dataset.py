@@ -48,10 +48,11 @@ from beingvl.data.llava_json import (
     rows_of_part,
     survey,
 )
+from beingvl.data.made_with import DEFAULT, IMAGE_POSITIONS, TEMPLATE
+from beingvl.data.positions import usual_positions
 from beingvl.data.row_tokenizer import RowTokenizer, TokenizedRow, fit
 from beingvl.data.shard_columns import Row, ShardColumns
 from beingvl.data.shard_writer import finish_shards, join_shards, write_shard_of_part
-from beingvl.data.template import DEFAULT, check_template, template_of
 from beingvl.data.token_rows import NOT_A_ROW, head_of, parse_object
 from beingvl.errors import InputError, check_at_least
 from beingvl.images.vq_codes import CodeFolder, DamagedError
@@ -76,6 +77,7 @@ def tokenize(
     mode: str = "sft",
     dataset_name: str = "data",
     template: str | None = None,
+    image_positions: str | None = None,
     format: str = "jsonl",
     max_length: int | None = None,
     too_long: str = "reject",
@@ -105,6 +107,8 @@ def tokenize(
         vbpe_init_size, vbpe_vocab_pad, vbpe_vocab_end: only checked, as `load_for_layout` says.
         mode: category of rows that name none, "pt" foundation, "sft" instruction.
         template: chat template, "default" or "being-vl-0.5"; None takes the model's.
+        image_positions: where image tokens stand, "running" or "anchor" (positions.py); None takes
+            the model's, for a base model the usual one.
         format: "jsonl", or "arrow" for folders of shards at once.
         max_length: longest sample, in tokens; the longer one of a row's two variants counts.
         too_long: "reject" or "truncate" longer samples.
@@ -130,8 +134,11 @@ def tokenize(
     layout = VocabLayout.load(model_path)
     sizes = vbpe_init_size, vbpe_vocab_pad, vbpe_vocab_end
     vbpe = load_for_layout(vbpe_path, layout, *sizes) if vbpe_path else None
-    its_own = template_of(read_manifest(model_path, "model"))
-    template = check_template(template or its_own or DEFAULT)
+    model = read_manifest(model_path, "model")
+    template = TEMPLATE.check(template or TEMPLATE.of(model) or DEFAULT)
+    image_positions = IMAGE_POSITIONS.check(
+        image_positions or IMAGE_POSITIONS.of(model) or usual_positions(template, model_path)
+    )
     collected = open_rows(
         json_path,
         output.with_name(f"{output.name}_{dataset_name}_rows"),
@@ -165,6 +172,7 @@ def tokenize(
         vbpe,
         output,
         Options(mode, dataset_name, template, max_length, too_long, format, rows_per_part),
+        image_positions,
         max_rejected,
         duplicate_ids,
     )
@@ -216,6 +224,7 @@ class Tokenize(Work):
     vbpe: AnyVBPE | None
     output: Path
     options: Options
+    image_positions: str
     max_rejected: float
     duplicate_ids: str
     kind = "jsonl"
@@ -250,7 +259,8 @@ class Tokenize(Work):
 
     def request(self) -> Request:
         inputs = {"json": self.content, "codes": self.codes_hash, "lineage": self.lineage}
-        return Request(**inputs, **self.options._asdict())
+        positions = IMAGE_POSITIONS.in_request(self.image_positions)
+        return Request(**inputs, **self.options._asdict(), **positions)
 
     def request_of_parts(self) -> Request:
         return Request(parts_version=PARTS_VERSION, **self.request())
@@ -389,7 +399,8 @@ class Tokenize(Work):
         shards = join_shards(parts, sources, variant, folder, refuse_duplicates=refuse)
         details = {
             "request": self.request(),
-            "template": self.options.template,
+            TEMPLATE.name: self.options.template,
+            IMAGE_POSITIONS.name: self.image_positions,
             "names_categories": counts["rows_with_category"] > 0,
         }
         manifest = finish_shards(folder, shards, self.layout, self.lineage, details)

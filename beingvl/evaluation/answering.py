@@ -27,7 +27,7 @@ from beingvl.artefact.request import Request
 from beingvl.data.collect_rows import Rows
 from beingvl.data.conversation import IMAGE_PLACEHOLDER, parse_conversation
 from beingvl.data.llava_json import image_keys, stream_rows
-from beingvl.data.template import in_request
+from beingvl.data.made_with import TEMPLATE
 from beingvl.errors import InputError
 from beingvl.evaluation.metrics import METRICS, Reference, Scores
 from beingvl.evaluation.results import (
@@ -212,7 +212,7 @@ class Answering(Evaluation):
             model=self._model.manifest.content_hash,
             vbpe=with_vbpe.fingerprint() if with_vbpe else None,
             raw=self._options.raw,
-            **in_request(self._model.template),
+            **TEMPLATE.in_request(self._model.template),
             limit=self.shared.limit,
             max_new_tokens=self._options.max_new_tokens,
             torch_dtype=self.shared.dtype_name,

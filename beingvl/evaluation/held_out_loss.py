@@ -24,7 +24,7 @@ from beingvl.artefact.request import Request
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.held_out import held_out_batch, pack_in_order
 from beingvl.data.loader import IGNORED, MicroBatch
-from beingvl.data.template import DEFAULT, in_request, template_of
+from beingvl.data.made_with import DEFAULT, IMAGE_POSITIONS, TEMPLATE
 from beingvl.errors import InputError
 from beingvl.evaluation.results import (
     SAMPLES_FILE,
@@ -54,14 +54,16 @@ class HeldOutLoss(Evaluation):
         self._data, self._loss_on = data, loss_on
         layout = VocabLayout.load(shared.model)
         self._manifest = read_manifest(shared.model, "model")
-        self._shards = ShardReader(data)
-        self._template = template_of(self._shards.manifest) or DEFAULT
-        asked = shared.template or template_of(self._manifest) or self._template
+        self._shards = ShardReader(data, shared.model)
+        self._template = TEMPLATE.of(self._shards.manifest) or DEFAULT
+        asked = shared.template or TEMPLATE.of(self._manifest) or self._template
         if asked != self._template:
             raise InputError(
                 f"{data} has rows of template {self._template}, {shared.model} is asked in "
                 f"template {asked}; give other shards, or --template {self._template} for these"
             )
+        made = {str(shared.model): self._manifest, str(data): self._shards.manifest}
+        IMAGE_POSITIONS.join({name: IMAGE_POSITIONS.of(found) for name, found in made.items()})
         self.lineage = join_lineages(
             {
                 str(shared.model): self._manifest.lineage,
@@ -76,7 +78,7 @@ class HeldOutLoss(Evaluation):
             data=self._shards.manifest.content_hash,
             model=self._manifest.content_hash,
             limit=self.shared.limit,
-            **in_request(self._template),
+            **TEMPLATE.in_request(self._template),
             torch_dtype=self.shared.dtype_name,
             loss_on=self._loss_on,
         )

@@ -41,7 +41,8 @@ from beingvl.data.conversation import (
     Turn,
     build_sequence,
 )
-from beingvl.data.template import DEFAULT, check_template, template_of
+from beingvl.data.made_with import DEFAULT, IMAGE_POSITIONS, RUNNING, TEMPLATE
+from beingvl.data.positions import PositionIds
 from beingvl.errors import InputError
 from beingvl.images.preprocess import exif_of
 from beingvl.images.vqgan import VQGAN
@@ -86,12 +87,13 @@ class BeingVL(metaclass=SaysWhatReplaces):
         self.model_path = find_start_model(Path(model_path))
         self.layout = VocabLayout.load(self.model_path)
         self.manifest = read_manifest(self.model_path, "model")
-        self.template = check_template(template or template_of(self.manifest) or DEFAULT)
+        self.template = TEMPLATE.check(template or TEMPLATE.of(self.manifest) or DEFAULT)
         self.encoder = TextEncoder(self.model_path, self.layout)
         own = self.model_path / VBPE_FILE
         self._vbpe_path = vbpe_path or (own if own.is_file() else None)
         self.vbpe = self._load_vbpe(Path(self._vbpe_path)) if self._vbpe_path else None
         self._without_merges = VisualBPE(self.layout.num_vq, np.zeros((0, 4), np.int32))
+        self.image_positions = IMAGE_POSITIONS.check(IMAGE_POSITIONS.of(self.manifest) or RUNNING)
         self._model: Any = None
 
     # ---- loading ----
@@ -387,15 +389,19 @@ class BeingVL(metaclass=SaysWhatReplaces):
         width = max(map(len, sequences))
         input_ids = torch.full((len(sequences), width), self.layout.pad_id)
         attention_mask = torch.zeros((len(sequences), width), dtype=torch.long)
+        position_ids = torch.zeros((len(sequences), width), dtype=torch.long)
+        positions_of = PositionIds(self.image_positions, self.layout, self.vbpe)
         for row, ids in enumerate(sequences):
             input_ids[row, width - len(ids) :] = torch.tensor(ids)
             attention_mask[row, width - len(ids) :] = 1
+            position_ids[row, width - len(ids) :] = torch.from_numpy(positions_of(np.array(ids)))
         # A vocabulary that was rounded up has rows without a token.
         num_rows = self.model.get_input_embeddings().num_embeddings
         padding_rows = list(range(self.layout.size, num_rows))
         out = self.model.generate(
             input_ids=input_ids.to(self.model.device),
             attention_mask=attention_mask.to(self.model.device),
+            position_ids=position_ids.to(self.model.device),
             max_new_tokens=max_new_tokens,
             eos_token_id=stop_id,
             pad_token_id=self.layout.pad_id,

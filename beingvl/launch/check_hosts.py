@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from beingvl.artefact.manifest import is_complete, read_manifest
-from beingvl.data.template import join_templates, template_of
+from beingvl.data.made_with import FACTS
 from beingvl.errors import InputError, check_at_least
 from beingvl.launch.environment import is_secret, remote_environment, users_files
 from beingvl.launch.host_probe import MARK, PACKAGES, count_devices, probe
@@ -304,7 +304,10 @@ def _check_data(wanted: Wanted, config: StageConfig) -> list[Finding]:
     try:
         seen = {name: read_manifest(name, kind) for name, kind in here.items()}
         shards = [manifest for manifest in seen.values() if manifest.kind == "shards"]
-        template = join_templates({name: template_of(manifest) for name, manifest in seen.items()})
+        made_with = [
+            f"{fact.words} {fact.join({name: fact.of(found) for name, found in seen.items()})}"
+            for fact in FACTS
+        ]
         config, note = fit_mixture(config, shards[0]) if shards else (config, "")
         models = [name for name, manifest in seen.items() if manifest.kind == "model"]
         notes = [
@@ -318,7 +321,7 @@ def _check_data(wanted: Wanted, config: StageConfig) -> list[Finding]:
             Finding(
                 "-",
                 "data",
-                f"template {template}; {'; '.join(filter(None, [note or drawn, *notes]))}",
+                "; ".join(filter(None, [*made_with, note or drawn, *notes])),
             )
         ]
         if shards

@@ -29,7 +29,7 @@ from beingvl.artefact.manifest import (
     start_folder,
     write_manifest,
 )
-from beingvl.data.template import DEFAULT, PUBLISHED
+from beingvl.data.made_with import DEFAULT, PUBLISHED
 from beingvl.errors import InputError
 from beingvl.images.vqgan import PREPROCESSOR_FILE, VQGAN
 from beingvl.model import tokenizer_files

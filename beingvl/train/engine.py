@@ -54,6 +54,7 @@ from beingvl.train.flops import step_flops
 from beingvl.train.memory import predict_memory, reduce_bucket_elements
 from beingvl.train.nvme import fetch_copies, swap_settings
 from beingvl.train.partitions import MASTER, MOMENTS, STATE_KEYS, partition_in_memory, partitions_of
+from beingvl.train.probe import Probe
 from beingvl.train.ranks import Ranks, sum_over_ranks
 from beingvl.vocab import VocabLayout
 
@@ -336,16 +337,16 @@ class TrainingEngine:
         return losses
 
     @torch.no_grad()
-    def logits(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits `[p, vocabulary]` float32 of one sample `[n]` at some positions, on every rank."""
+    def logits(self, probe: Probe) -> torch.Tensor:
+        """Logits `[p, vocabulary]` float32 of the probe's sample, on every rank."""
         device = self.ranks.device
         self._engine.eval()
         logits = self._engine(
-            input_ids=input_ids.to(device)[None],
-            position_ids=torch.arange(len(input_ids), device=device)[None],
-            cu_seqlens=torch.tensor([0, len(input_ids)], dtype=torch.int32, device=device),
-            target_positions=positions.to(device),
-            longest=len(input_ids),
+            input_ids=probe.input_ids.to(device)[None],
+            position_ids=probe.position_ids.to(device)[None],
+            cu_seqlens=torch.tensor([0, len(probe.input_ids)], dtype=torch.int32, device=device),
+            target_positions=probe.positions.to(device),
+            longest=len(probe.input_ids),
         )
         self._engine.train()
         return logits.float()

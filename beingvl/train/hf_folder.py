@@ -17,7 +17,7 @@ import torch
 
 from beingvl.artefact.files import copy_inside
 from beingvl.artefact.manifest import Manifest, read_manifest, verify_file
-from beingvl.data.template import DEFAULT
+from beingvl.data.made_with import FACTS
 from beingvl.errors import InputError
 from beingvl.model.adapters import merge
 from beingvl.model.extended_vocab import stored_slice
@@ -71,7 +71,8 @@ def write_hf_folder(
         check(target)
     counts = {**manifest.counts, "step": state.step}
     identity = state.identity
-    details = {"identity": identity, "template": identity.get("template", DEFAULT)}
+    made_with = {fact.name: identity.get(fact.name, fact.choices[0]) for fact in FACTS}
+    details = {"identity": identity, **made_with}
     return finish_target(target, "model", counts, identity["lineage"], details, hashes)
 
 

@@ -1,6 +1,6 @@
 """Probe logits: what the model says about one fixed sample, stored in every checkpoint.
 
-    probe.safetensors    input_ids [n], positions [p], logits [p, vocabulary] float32
+    probe.safetensors    input_ids, position_ids [n], positions [p], logits [p, vocabulary] float32
 
 Whoever reads the checkpoint asks the same question again: a resumed run before its first step,
 `beingvl export` after it has written a Hugging Face folder. A wrong tensor, a lost row or another
@@ -31,17 +31,34 @@ TOLERANCE_NATS = {torch.float32: 1e-9, torch.bfloat16: 1e-2, torch.float16: 1e-3
 
 @dataclass(frozen=True)
 class Probe:
-    """`input_ids` `[n]` of one sample and the `positions` `[p]` whose logits are kept."""
+    """`input_ids` `[n]` of one sample, where its tokens stand, `position_ids` `[n]`, and the
+    `positions` `[p]` in it whose logits are kept.
+    """
 
     input_ids: torch.Tensor
+    position_ids: torch.Tensor
     positions: torch.Tensor
+
+    def as_stock_arguments(self) -> dict[str, torch.Tensor]:
+        """Of a transformers model. Without the mask it takes a gap between position ids for the
+        border of another sample.
+        """
+        ids = self.input_ids[None]
+        position_ids = self.position_ids[None]
+        return {
+            "input_ids": ids,
+            "position_ids": position_ids,
+            "attention_mask": torch.ones_like(ids),
+        }
 
     @classmethod
     def of_shards(cls, shards: ShardReader) -> Probe:
         """The first sample of the shards, at most 512 tokens of it, at 16 positions."""
-        ids = torch.from_numpy(shards[0].input_ids[:MAX_TOKENS].astype(np.int64))
+        row = shards[0].input_ids
+        ids = torch.from_numpy(row[:MAX_TOKENS].astype(np.int64))
+        position_ids = torch.from_numpy(shards.positions(row)[:MAX_TOKENS].copy())
         positions = torch.linspace(0, len(ids) - 1, min(MAX_POSITIONS, len(ids)))
-        return cls(ids, positions.long().unique())
+        return cls(ids, position_ids, positions.long().unique())
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,7 @@ def save_probe(folder: Path, probe: Probe, logits: torch.Tensor) -> None:
     """Write `probe.safetensors`; the checkpoint's manifest, written later, lists it."""
     tensors = {
         "input_ids": probe.input_ids,
+        "position_ids": probe.position_ids,
         "positions": probe.positions,
         "logits": logits.float().cpu().contiguous(),
     }
@@ -83,7 +101,9 @@ def load_probe(folder: Path) -> tuple[Probe, torch.Tensor]:
         raise InputError(
             f"{path} is missing or damaged ({error}), so the model cannot be compared with it"
         ) from error
-    return Probe(tensors["input_ids"], tensors["positions"]), tensors["logits"]
+    ids = tensors["input_ids"]
+    position_ids = tensors.get("position_ids", torch.arange(len(ids)))  # not in those of before
+    return Probe(ids, position_ids, tensors["positions"]), tensors["logits"]
 
 
 def compare_logits(stored: torch.Tensor, found: torch.Tensor, dtype: torch.dtype) -> Comparison:
@@ -105,7 +125,7 @@ def compare_probe(checkpoint: Path, folder: Path, trained_dtype: torch.dtype) ->
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", trust_remote_code=False
     ).eval()
-    logits = model(input_ids=probe.input_ids[None], use_cache=False).logits
+    logits = model(**probe.as_stock_arguments(), use_cache=False).logits
     found = logits[0, probe.positions].float()
     coarser = max(trained_dtype, model.dtype, key=TOLERANCE_NATS.__getitem__)
     return compare_logits(stored, found, coarser)

@@ -250,7 +250,7 @@ def _surviving(engine: TrainingEngine, state: CheckpointState) -> list[str]:
 def _check_probe(checkpoint: Path, engine: TrainingEngine, probe: Probe) -> None:
     """Raises TrainingError when the restored model does not give the checkpoint's logits."""
     _, stored = load_probe(checkpoint)
-    found = engine.logits(probe.input_ids, probe.positions)
+    found = engine.logits(probe)
     comparison = compare_logits(stored, found, engine.dtype)
     if not comparison.matches:
         raise TrainingError(

@@ -39,7 +39,7 @@ class Saver:
         engine, probe, in_background = self._engine, self._probe, self._block.background_save
         self.commit()
         engine.check_frozen()
-        logits = engine.logits(probe.input_ids, probe.positions)
+        logits = engine.logits(probe)
         self._writer.begin(
             checkpoint_folder(self._output, progress.step),
             self._describe(progress),

@@ -13,7 +13,7 @@ from beingvl.artefact.manifest import Manifest, join_lineages, read_manifest
 from beingvl.artefact.request import Request
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import PLAN_VERSION
-from beingvl.data.template import in_request, join_templates, template_of
+from beingvl.data.made_with import FACTS
 from beingvl.errors import InputError
 from beingvl.model.start_model import check_context, context_of, find_start_model
 from beingvl.stage.mixture import fit_mixture
@@ -67,19 +67,20 @@ def open_stage(
         )
     moments = find_moments(model) if carry_moments else None
     model = find_start_model(model)
-    start, shards = read_manifest(model, "model"), ShardReader(data)
+    start, shards = read_manifest(model, "model"), ShardReader(data, model)
     config, note = fit_mixture(config, shards.manifest)
     note = "\n".join(
         filter(None, [note, check_context(context_of(model), config, shards.manifest)])
     )
     inputs = {str(model): start, str(data): shards.manifest}
-    validation = ShardReader(validation_data) if validation_data else None
+    validation = ShardReader(validation_data, model) if validation_data else None
     if validation:
         inputs[str(validation_data)] = validation.manifest
     lineage = join_lineages({name: manifest.lineage for name, manifest in inputs.items()})
-    template = join_templates({name: template_of(manifest) for name, manifest in inputs.items()})
     identity = run_identity(config, start, shards.manifest, lineage)
-    identity |= in_request(template)
+    for fact in FACTS:
+        value = fact.join({name: fact.of(manifest) for name, manifest in inputs.items()})
+        identity |= fact.in_request(value)
     if moments:
         identity["moments"] = read_manifest(moments, "checkpoint").content_hash
     log_folder = log_dir or output / "tensorboard"

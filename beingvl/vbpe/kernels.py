@@ -425,8 +425,10 @@ STREAM_OVERLAP, STREAM_TOO_LONG, STREAM_TOO_SHORT = 3, 4, 5
 
 
 @kernel
-def decode_stream(ids: Ints, tables: Tables, grid: Ints) -> tuple[int, int]:
-    """Fill `grid` [H, W] int32, which comes in as all -1. Returns (status, position in `ids`)."""
+def decode_stream(ids: Ints, tables: Tables, grid: Ints, anchors: Ints) -> tuple[int, int]:
+    """Fill `grid` [H, W] int32, which comes in as all -1, and the cell of every id's anchor,
+    `anchors` int64 [one per cell at most]. Returns (status, position in `ids`).
+    """
     height, width = grid.shape
     flat = grid.ravel()
     cell = 0
@@ -439,6 +441,7 @@ def decode_stream(ids: Ints, tables: Tables, grid: Ints) -> tuple[int, int]:
         token = ids[position]
         if token < 0 or token >= num_ids:
             return STREAM_UNKNOWN_ID, position
+        anchors[position] = cell
         if token < tables.num_codes:  # as most are
             flat[cell] = token
             cell += 1
@@ -467,12 +470,14 @@ def streams_decode_to(ids: Ints, offsets: Ints, sides: Ints, codes: Ints, tables
     for side in sides:
         largest = max(largest, side)
     room = np.empty(largest * largest, np.int32)
+    anchors = np.empty(largest * largest, np.int64)
     at = 0
     for n in range(len(sides)):
         grid = room[: sides[n] * sides[n]]
         grid[:] = -1
         stream = ids[offsets[n] : offsets[n + 1]]
-        if decode_stream(stream, tables, grid.reshape(sides[n], sides[n]))[0] != STREAM_FINE:
+        square = grid.reshape(sides[n], sides[n])
+        if decode_stream(stream, tables, square, anchors)[0] != STREAM_FINE:
             return False
         if at < len(codes):
             if at + len(grid) > len(codes):
@@ -482,3 +487,37 @@ def streams_decode_to(ids: Ints, offsets: Ints, sides: Ints, codes: Ints, tables
                     return False
             at += len(grid)
     return at == len(codes)
+
+
+@kernel
+def anchor_positions(image_ids: Ints, tables: Tables, positions: Ints) -> int:
+    """Fill `positions` int64 [n] of a row: an image token has that of its anchor's cell, and what
+    stands behind an image goes on behind its last cell. `image_ids` int32 [n] is -1 for any other
+    token. Returns where an image begins that fills no square grid, -1 when there is none. An image
+    that the end of the row cuts off has no known width: its tokens are counted one by one.
+    """
+    at, next_position = 0, 0
+    while at < len(image_ids):
+        end, num_cells = at, 0
+        while end < len(image_ids) and image_ids[end] >= 0:
+            if image_ids[end] >= len(tables.cell_start) - 1:
+                return at
+            num_cells += tables.cell_start[image_ids[end] + 1] - tables.cell_start[image_ids[end]]
+            end += 1
+        if end == at:  # no image
+            end, num_cells = at + 1, 1
+        is_placed = False
+        if num_cells > end - at:  # some are merged; else the grid may have any shape
+            side = int(np.sqrt(num_cells))
+            grid = np.full((side, side), -1, np.int32)
+            status, _ = decode_stream(image_ids[at:end], tables, grid, positions[at:end])
+            is_placed = status == STREAM_FINE
+            if not is_placed and end < len(image_ids):
+                return at
+        if not is_placed:
+            for i in range(at, end):
+                positions[i] = i - at
+        positions[at:end] += next_position
+        next_position += num_cells
+        at = end
+    return -1

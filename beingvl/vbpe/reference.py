@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import numpy as np
 
@@ -149,3 +150,23 @@ def decode_reference(
             grid[y + dy, x + dx] = code
     assert (grid >= 0).all()
     return grid
+
+
+def positions_reference(
+    image_ids: Sequence[int], num_codes: int, merges: Sequence[Merge]
+) -> list[int]:
+    """The position of every token of a row, when image tokens stand at their anchors' cells;
+    -1 is any token that is not of an image.
+    """
+    positions: list[int] = []
+    next_position = 0
+    for is_image, run in groupby(image_ids, key=lambda image_id: image_id >= 0):
+        shapes = [cells_reference(i, num_codes, merges) if is_image else {(0, 0): i} for i in run]
+        num_cells = sum(map(len, shapes))
+        side, covered = math.isqrt(num_cells), set()
+        for cells in shapes:
+            anchor = next(cell for cell in range(num_cells) if cell not in covered)
+            positions.append(next_position + anchor)
+            covered |= {anchor + dy * side + dx for dy, dx in cells}
+        next_position += num_cells
+    return positions

@@ -67,7 +67,8 @@ class VisualBPE(Vocabulary):
         grid = np.full((height, width), -1, np.int32)
         # Ids beyond int32 become -1, which is as unknown as they are.
         known = np.where((ids >= 0) & (ids < self.num_ids), ids, -1).astype(np.int32)
-        status, position = fast.decode_stream(known, self.tables, grid)
+        anchors = np.empty(height * width, np.int64)
+        status, position = fast.decode_stream(known, self.tables, grid, anchors)
         if status != fast.STREAM_FINE:
             found = int(ids[position]) if position < len(ids) else None
             token, whole = f"the token of id {found}", f"the {height} x {width} grid"
@@ -92,6 +93,24 @@ class VisualBPE(Vocabulary):
         only be filled exactly.
         """
         return bool(fast.streams_decode_to(ids, offsets, sides, codes, self.tables))
+
+    def positions(self, image_ids: np.ndarray) -> np.ndarray:
+        """Positions `[n]` int64 of a row whose image tokens stand at their anchors' cells, so that
+        merging moves nothing. `image_ids` int32 `[n]` is -1 for every other token.
+
+            grid 7 8      row         bos  boi  10   5  eoi
+                 7 5      positions    0    1    2   5   6
+
+        Raises InputError for an image that fills no square grid.
+        """
+        positions = np.empty(len(image_ids), np.int64)
+        wrong = fast.anchor_positions(image_ids, self.tables, positions)
+        if wrong >= 0:
+            raise InputError(
+                f"the image that begins at token {wrong} fills no square grid, so its tokens have "
+                "no cells to stand at; was it made with another vBPE?"
+            )
+        return positions
 
     def cells(self, image_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The polyomino of an id in raster order: (dy, dx, code) from the anchor, int32 `[n]`."""

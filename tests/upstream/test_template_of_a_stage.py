@@ -6,8 +6,8 @@ import pytest
 
 from beingvl.artefact.manifest import read_manifest, write_manifest
 from beingvl.commands.main import main
+from beingvl.data.made_with import DEFAULT, PUBLISHED, TEMPLATE
 from beingvl.data.shard_writer import ShardWriter
-from beingvl.data.template import DEFAULT, PUBLISHED, template_of
 from beingvl.data.tokenize_dataset import tokenize
 from beingvl.train.export_hf import export
 from tests import launcher
@@ -34,7 +34,7 @@ def test_a_model_is_of_the_template_of_its_rows(tmp_path, capsys) -> None:
     fields = stage_fields(mixture={"a": 1}, max_steps=2)
     (tmp_path / "all.json").write_text(json.dumps(fields))
     write_shards(tmp_path / "shards", template=PUBLISHED)
-    assert template_of(read_manifest(base)) is None
+    assert TEMPLATE.of(read_manifest(base)) is None
     done = launcher.run_alone(tmp_path, tmp_path / "stage-1")
     assert done.returncode == 0, done.stderr
     final = tmp_path / "stage-1/final"

@@ -21,6 +21,7 @@ from beingvl.vbpe.reference import (
     cells_reference,
     decode_reference,
     encode_reference,
+    positions_reference,
     spatial_consistency,
     train_reference,
 )
@@ -192,6 +193,46 @@ def test_decode_accepts_exactly_the_streams_that_tile_the_grid(corpus, data):
             vbpe.decode(ids, height, width)
 
 
+@settings(max_examples=150, deadline=None)
+@given(corpora(), st.data())
+def test_merging_moves_no_token_from_its_cell(corpus, data):
+    """Rows of text and square images, some of them raw: the twin gives the same positions, those
+    that the tokens' anchors had before they were merged.
+    """
+    num_codes, grids = corpus
+    merges, _ = train_reference(grids, num_codes, 20, 0.0)
+    vbpe = VisualBPE(num_codes, merges)
+    row, expected, raw = [-1], [0], [-1]
+    for side in data.draw(st.lists(st.integers(1, 6), max_size=3)):
+        codes = st.lists(st.integers(0, num_codes - 1), min_size=side**2, max_size=side**2)
+        grid = np.reshape(data.draw(codes), (side, side))
+        tokens = TokenGrid(grid)
+        for rank, merge in enumerate(merges if data.draw(st.booleans()) else []):
+            tokens.apply(merge, num_codes + rank)
+        begin = len(raw)
+        row += [*tokens.stream(), -1, -1]
+        expected += [begin + y * side + x for y, x in sorted(tokens.ids)]
+        raw += [*grid.ravel().tolist(), -1, -1]
+        expected += [len(raw) - 2, len(raw) - 1]
+    assert vbpe.positions(np.array(row, np.int32)).tolist() == expected
+    assert positions_reference(row, num_codes, merges) == expected
+    assert vbpe.positions(np.array(raw, np.int32)).tolist() == list(range(len(raw)))
+
+
+@pytest.mark.parametrize("image", [[9, 5], [7, 9, 5], [9, 7, 11]])
+def test_an_image_of_no_square_grid_has_no_positions(image):
+    """Three cells; a token that reaches outside; an unknown id."""
+    with pytest.raises(InputError, match="begins at token 2 fills no square grid"):
+        EXAMPLE.positions(np.array([-1, -1, *image, -1], np.int32))
+
+
+def test_an_image_that_the_row_cuts_off_is_counted_token_by_token():
+    grid = np.array([[7, 8, 7], [7, 5, 8], [1, 2, 3]])
+    row = [-1, *EXAMPLE.encode(grid), -1, *EXAMPLE.encode(grid)[:3]]
+    positions = EXAMPLE.positions(np.array(row, np.int32)).tolist()
+    assert positions == [0, 1, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13]
+
+
 def test_larger_grids_with_big_tokens_and_compaction():
     """Enough rounds on structured images that the trainer runs out of room and closes its gaps,
     with tokens of many cells.
@@ -259,6 +300,9 @@ def test_module_docstring_example():
     stream = EXAMPLE.encode(np.array([[7, 8, 7], [7, 5, 8]]))
     assert stream.tolist() == [10, 7, 5, 8]
     assert EXAMPLE.decode(stream, 2, 3).tolist() == [[7, 8, 7], [7, 5, 8]]
+    grid = np.array([[7, 8, 7], [7, 5, 8], [1, 2, 3]])
+    row = [-1, -1, *EXAMPLE.encode(grid), -1]
+    assert EXAMPLE.positions(np.array(row, np.int32)).tolist() == [0, 1, 2, 4, 6, 7, 8, 9, 10, 11]
 
 
 def test_overlapping_repeats_merge_from_the_left():

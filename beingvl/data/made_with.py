@@ -1,0 +1,64 @@
+"""What rows, shards and models are made with, beside their vocabulary: the chat template
+(conversation.py lays it out) and where image tokens stand (positions.py).
+
+Their manifests say it in `details`; a stage has one of each. What was made before a fact was
+recorded says nothing of it and has its first choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from beingvl.artefact.manifest import Manifest
+from beingvl.errors import InputError
+
+
+@dataclass(frozen=True)
+class Fact:
+    """`name` in a manifest's details, `words` in a sentence; the first of `choices` is that of
+    before.
+    """
+
+    name: str
+    words: str
+    choices: tuple[str, ...]
+
+    def of(self, manifest: Manifest) -> str | None:
+        """Of shards or a model; None for a base model, which no rows have taught one."""
+        is_base = manifest.kind == "model" and "identity" not in manifest.details
+        return manifest.details.get(self.name, None if is_base else self.choices[0])
+
+    def check(self, value: Any) -> str:
+        if value not in self.choices:
+            expected = f"expected one of {list(self.choices)}"
+            raise InputError(f"{self.words} {value!r} is unknown, {expected}")
+        return str(value)
+
+    def join(self, values: Mapping[str, str | None], otherwise: str | None = None) -> str:
+        """The one value of several inputs (name -> value), `otherwise` when none has one. Raises
+        InputError that names two with different ones.
+        """
+        known = [(name, value) for name, value in values.items() if value]
+        for name, value in known:
+            if value != known[0][1]:
+                raise InputError(
+                    f"{known[0][0]} is of the {self.words} {known[0][1]!r}, {name} of {value!r}; a "
+                    f"stage has one {self.words}: tokenize the rows again with --{self.name}, or "
+                    "train on each apart"
+                )
+        return known[0][1] if known else otherwise or self.choices[0]
+
+    def in_request(self, value: str) -> dict[str, str]:
+        """What requests and identities say of it: nothing of the first choice, as those of
+        before.
+        """
+        return {} if value == self.choices[0] else {self.name: value}
+
+
+DEFAULT, PUBLISHED = "default", "being-vl-0.5"
+RUNNING, ANCHOR = "running", "anchor"
+TEMPLATE = Fact("template", "template", (DEFAULT, PUBLISHED))
+IMAGE_POSITIONS = Fact("image_positions", "kind of image positions", (RUNNING, ANCHOR))
+FACTS = (TEMPLATE, IMAGE_POSITIONS)
