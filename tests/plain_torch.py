@@ -16,8 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import shifted_targets
+from beingvl.data.shard_columns import Sample
 from beingvl.data.stage_data import data_of
 from beingvl.stage.stage_config import StageConfig
+from beingvl.vbpe.reference import positions_reference
+from beingvl.vbpe.visual_bpe import VisualBPE
 
 
 def train_plain(
@@ -34,7 +37,7 @@ def train_plain(
         model_folder, dtype=torch.float32, attn_implementation="eager"
     )
     adapt(model)
-    shards = ShardReader(shards_folder)
+    shards = ShardReader(shards_folder, model_folder)
     data = data_of(config, shards)
     by_id = {shards[index].id: shards[index] for index in range(len(shards))}
     matrices = []
@@ -57,7 +60,10 @@ def train_plain(
         samples = [by_id[name] for name in batch.sample_ids]  # a step may hold a sample twice
         loss_sum, count = torch.zeros(()), 0
         for sample in samples:
-            logits = model(torch.from_numpy(sample.input_ids.astype("int64"))[None]).logits[0]
+            ids = torch.from_numpy(sample.input_ids.astype("int64"))[None]
+            position_ids = torch.tensor(plain_positions(sample, shards, model_folder))[None]
+            everything = torch.ones_like(ids)
+            logits = model(ids, everything, position_ids).logits[0]
             targets = torch.from_numpy(shifted_targets(sample, shards.layout))
             loss_sum = loss_sum + torch.nn.functional.cross_entropy(
                 logits, targets, reduction="sum"
@@ -77,6 +83,16 @@ def train_plain(
                     matrix[: trained_rows.start] = original[: trained_rows.start]
         losses.append(float(loss_sum.detach() / count))
     return losses, {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def plain_positions(sample: Sample, shards: ShardReader, model_folder: Path) -> list[int]:
+    """By the readable twin."""
+    if shards.manifest.details.get("image_positions") != "anchor":
+        return list(range(len(sample.input_ids)))
+    vbpe = VisualBPE.load(model_folder)
+    first = shards.layout.first_image_id
+    image_ids = [max(-1, token - first) for token in sample.input_ids.tolist()]
+    return positions_reference(image_ids, vbpe.num_codes, vbpe.merges.tolist())
 
 
 def plain_learning_rate(step: int, num_steps: int, config: StageConfig) -> float:

@@ -14,9 +14,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from beingvl.artefact.files import to_json
-from beingvl.artefact.manifest import write_manifest
+from beingvl.artefact.manifest import MANIFEST_FILE, read_manifest, write_manifest
 from beingvl.data.shard_columns import Sample
 from beingvl.data.shard_writer import ShardWriter
+from beingvl.vbpe.vbpe_file import VBPE_FILE
+from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import LAYOUT_FILE, SPECIAL_TOKENS, VocabLayout
 
 LAYOUT = VocabLayout(num_text=258, num_vq=16, num_merges=8, bos_id=256, eos_id=257)
@@ -91,6 +93,44 @@ def write_shards(
             )
         )
     writer.finish({"vocab": layout.fingerprint()}, {})
+    return folder
+
+
+def write_vbpe_inside(folder: Path, layout: VocabLayout = LAYOUT) -> VisualBPE:
+    """A finished model folder gets a vBPE of three merges, the last one of three cells."""
+    merges = [(0, 1, 0, 1), (2, 0, 1, 0), (layout.num_vq, 2, 1, 0)]
+    vbpe = VisualBPE(layout.num_vq, merges)
+    manifest = read_manifest(folder)
+    (folder / MANIFEST_FILE).unlink()
+    vbpe.save(folder / VBPE_FILE)
+    lineage = {**manifest.lineage, "vbpe": vbpe.fingerprint()}
+    write_manifest(folder, "model", manifest.counts, lineage, manifest.details)
+    return vbpe
+
+
+def image_row(layout: VocabLayout, vbpe: VisualBPE, random: np.random.Generator) -> np.ndarray:
+    """`bos boi IMAGE eoi` and some text, int32 `[n]`; the image has 16 cells, some of them
+    merged.
+    """
+    image = layout.image_to_token_ids(vbpe.encode(random.integers(0, 3, (4, 4))))
+    text = random.integers(0, layout.num_text, random.integers(4, 9))
+    return np.concatenate([[layout.bos_id, layout.boi_id], image, [layout.eoi_id], text]).astype(
+        np.int32
+    )
+
+
+def write_image_shards(folder: Path, vbpe: VisualBPE, **details: str) -> Path:
+    """Rows of one merged image, or of two, with text behind them; the last two tokens are
+    targets.
+    """
+    random, writer = np.random.default_rng(0), ShardWriter(folder, LAYOUT)
+    for number in range(60):
+        rows = [image_row(LAYOUT, vbpe, random) for _ in range(1 + number % 2)]
+        ids = np.concatenate(rows)
+        spans = np.array([[len(ids) - 2, len(ids)]], np.int32)
+        category = ("foundation", "reasoning")[number % 3 == 0]
+        writer.add(Sample(f"sample-{number}", "", category, ids, spans))
+    writer.finish({"vocab": LAYOUT.fingerprint(), "vbpe": vbpe.fingerprint()}, details)
     return folder
 
 

@@ -258,7 +258,7 @@ class Answering(Evaluation):
         question = self.questions[row]
         try:
             token_ids = self._model.tokenize_with_tokens(question.prompt, images)
-            self._model.check_length(len(token_ids), self._options.max_new_tokens)
+            self._model.check_length(token_ids, self._options.max_new_tokens)
         except InputError as error:
             raise InputError(f"{_place(self._json_path, row, question.id)}: {error}") from error
         return token_ids

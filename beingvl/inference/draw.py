@@ -16,7 +16,7 @@ that `encode` gives for the same grid: two codes may be drawn where a merge of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,20 +64,35 @@ class FittingTokens:
         return cells[..., 0] + top, cells[..., 1] + left
 
 
-def only_whole_images(
-    tokens: FittingTokens, layout: VocabLayout, num_rows: int
-) -> Callable[[int, torch.Tensor], list[int]]:
+class OnlyWholeImages:
     """transformers' `prefix_allowed_tokens_fn`, called with (row, ids so far) before each token:
     behind the prompt every row draws one image, then ends it.
     """
-    covered = [tokens.empty() for _ in range(num_rows)]
-    has_begun = [False] * num_rows
 
-    def allowed(row: int, ids: torch.Tensor) -> list[int]:
-        if has_begun[row] and not covered[row].all():  # a finished row goes on with padding
-            tokens.place(covered[row], int(ids[-1]) - layout.first_image_id)
-        has_begun[row] = True
-        fitting = np.flatnonzero(tokens.fitting(covered[row])) + layout.first_image_id
-        return fitting.tolist() or [layout.eoi_id]
+    def __init__(self, tokens: FittingTokens, layout: VocabLayout, num_rows: int) -> None:
+        self._tokens, self._layout = tokens, layout
+        self._covered = [tokens.empty() for _ in range(num_rows)]
+        self._has_begun = [False] * num_rows
+        self._first_position = torch.zeros(num_rows, 1)
 
-    return allowed
+    def __call__(self, row: int, ids: torch.Tensor) -> list[int]:
+        covered, first_id = self._covered[row], self._layout.first_image_id
+        if self._has_begun[row] and not covered.all():  # a finished row goes on with padding
+            self._tokens.place(covered, int(ids[-1]) - first_id)
+        self._has_begun[row] = True
+        fitting = np.flatnonzero(self._tokens.fitting(covered)) + first_id
+        return fitting.tolist() or [self._layout.eoi_id]
+
+    def put_at_anchors(
+        self, model: torch.nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """A forward pre-hook: the token that is read stands at its anchor's cell, which is the
+        first one that is not covered yet, instead of behind the one before.
+        """
+        position_ids = kwargs["position_ids"]
+        if position_ids.shape[1] > 1:  # the prompt
+            self._first_position = position_ids[:, -1:] + 1
+        else:
+            cells = [int(np.argmin(np.append(grid, False))) for grid in self._covered]
+            kwargs["position_ids"] = self._first_position + position_ids.new_tensor(cells)[:, None]
+        return args, kwargs

@@ -10,7 +10,8 @@
 The chat template is `beingvl.data.conversation.build_sequence`, in the form that the model was
 trained on: its manifest says which. Generation is transformers' own. Prompts of different lengths
 share a batch by padding on the left: the attention mask hides the padding and positions count from
-each prompt's own first token, so a batch gives the answers that its prompts give alone:
+each prompt's own first token, so a batch gives the answers that its prompts give alone. (Image
+tokens stand where they stood in training, perhaps at their anchors: `beingvl.data.positions`.)
 
     <pad> <pad>  bos  hi  sep │ yes eos <pad>
       -     -     0    1   2  │  3   4
@@ -23,6 +24,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -41,12 +43,12 @@ from beingvl.data.conversation import (
     Turn,
     build_sequence,
 )
-from beingvl.data.made_with import DEFAULT, IMAGE_POSITIONS, RUNNING, TEMPLATE
+from beingvl.data.made_with import ANCHOR, DEFAULT, IMAGE_POSITIONS, RUNNING, TEMPLATE
 from beingvl.data.positions import PositionIds
 from beingvl.errors import InputError
 from beingvl.images.preprocess import exif_of
 from beingvl.images.vqgan import VQGAN
-from beingvl.inference.draw import FittingTokens, only_whole_images
+from beingvl.inference.draw import FittingTokens, OnlyWholeImages
 from beingvl.inference.published_calls import SaysWhatReplaces, device_of, missing, positional
 from beingvl.inference.reading import dtype_of, own_device, read_model
 from beingvl.inference.streaming import StopAtText, TextPieces, TextStreamer, cut_at
@@ -254,6 +256,11 @@ class BeingVL(metaclass=SaysWhatReplaces):
             raise InputError("a chat must have an answer to every question but the last")
         return build_sequence(turns, images, self.encoder, self.layout, self.template).input_ids
 
+    def position_ids(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Where the tokens of a prompt stand, int64 `[n]`, as the model was trained."""
+        vbpe = self.vbpe or self._without_merges
+        return PositionIds(self.image_positions, self.layout, vbpe)(np.array(token_ids))
+
     # ---- answers ----
 
     def generate_with_vbpe(
@@ -364,13 +371,15 @@ class BeingVL(metaclass=SaysWhatReplaces):
         for name, value in {"max_new_tokens": max_new_tokens, **sizes}.items():
             if not value > 0:
                 raise InputError(f"{name} is {value}, expected more than 0")
-        self.check_length(max(map(len, sequences), default=0), max_new_tokens)
+        for sequence in sequences:
+            self.check_length(sequence, max_new_tokens)
 
-    def check_length(self, num_tokens: int, max_new_tokens: int) -> None:
-        """Raises InputError when a prompt of `num_tokens` and its answer do not fit the context."""
+    def check_length(self, token_ids: Sequence[int], max_new_tokens: int) -> None:
+        """Raises InputError when a prompt and its answer do not fit the context."""
+        num_tokens = int(self.position_ids(token_ids)[-1]) + 1
         if self.context and num_tokens + max_new_tokens > self.context:
             raise InputError(
-                f"a prompt of {num_tokens} tokens and {max_new_tokens} new ones do not fit the "
+                f"a prompt of {num_tokens} positions and {max_new_tokens} new ones do not fit the "
                 f"model's context of {self.context}; shorten the prompt, use fewer images or "
                 "lower max_new_tokens"
             )
@@ -390,11 +399,10 @@ class BeingVL(metaclass=SaysWhatReplaces):
         input_ids = torch.full((len(sequences), width), self.layout.pad_id)
         attention_mask = torch.zeros((len(sequences), width), dtype=torch.long)
         position_ids = torch.zeros((len(sequences), width), dtype=torch.long)
-        positions_of = PositionIds(self.image_positions, self.layout, self.vbpe)
         for row, ids in enumerate(sequences):
             input_ids[row, width - len(ids) :] = torch.tensor(ids)
             attention_mask[row, width - len(ids) :] = 1
-            position_ids[row, width - len(ids) :] = torch.from_numpy(positions_of(np.array(ids)))
+            position_ids[row, width - len(ids) :] = torch.from_numpy(self.position_ids(ids))
         # A vocabulary that was rounded up has rows without a token.
         num_rows = self.model.get_input_embeddings().num_embeddings
         padding_rows = list(range(self.layout.size, num_rows))
@@ -460,9 +468,13 @@ class BeingVL(metaclass=SaysWhatReplaces):
         max_new_tokens = height * width + 1  # one token per cell, and the end
         self._check_request(sequences, max_new_tokens, temperature=temperature)
         tokens = FittingTokens(vbpe, self.vqgan.grid)
-        rule = only_whole_images(tokens, self.layout, len(sequences))
+        rule = OnlyWholeImages(tokens, self.layout, len(sequences))
         options = {"prefix_allowed_tokens_fn": rule, **_sampling(temperature)}
-        rows = self.continue_batch(sequences, max_new_tokens, self.layout.eoi_id, options)
+        placed: Any = nullcontext()
+        if self.image_positions == ANCHOR:
+            placed = self.model.register_forward_pre_hook(rule.put_at_anchors, with_kwargs=True)
+        with placed:
+            rows = self.continue_batch(sequences, max_new_tokens, self.layout.eoi_id, options)
         return [np.array(_until(row, self.layout.eoi_id), np.int32) for row in rows]
 
     def _before_drawing(self, prompt: str, image: Any, with_vbpe: bool) -> list[int]:

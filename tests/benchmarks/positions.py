@@ -11,7 +11,7 @@ of plain torch, steps of 8 x 512 tokens, and is scored on 200 validation images,
 
 `--folder` keeps inputs and finished runs, so that the same command goes on where it was ended. The
 last line is one JSON object: name -> {"mean", "spread" (largest - smallest), "tokens_per_image",
-"seeds"}.
+"cpu_seconds" (of training, mean), "seeds"}.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -76,12 +77,12 @@ def main() -> int:
 
 def summary(runs: list[dict[str, float]]) -> dict[str, float]:
     scores = [run["exact_match"] for run in runs]
-    return {
-        "mean": round(float(np.mean(scores)), 4),
-        "spread": round(max(scores) - min(scores), 4),
-        "tokens_per_image": round(float(np.mean([run["tokens_per_image"] for run in runs])), 1),
-        "seeds": len(runs),
+    means = {
+        name: round(float(np.mean([run[name] for run in runs])), 1)
+        for name in ("tokens_per_image", "cpu_seconds")
     }
+    spread = round(max(scores) - min(scores), 4)
+    return {"mean": round(float(np.mean(scores)), 4), "spread": spread, **means, "seeds": len(runs)}
 
 
 def make_inputs(folder: Path, seed: int, tiny: bool) -> None:
@@ -91,7 +92,8 @@ def make_inputs(folder: Path, seed: int, tiny: bool) -> None:
     data, codes = folder / "data", folder / "codes"
     text = ["--vocab_size=448", f"--steps={1 if tiny else 60}", f"--seed={seed}"]
     vq = [f"--steps={2 if tiny else 600}", "--image_size=16", "--grid=8", f"--seed={seed}"]
-    assert make_digits([f"--output_dir={data}", "--image_size=16", f"--seed={seed}"]) == 0
+    digits = [f"--output_dir={data}", "--image_size=16", f"--seed={seed}"]
+    assert make_digits([*digits, f"--augmentations={0 if tiny else 4}"]) == 0
     images = [f"--image_path={data}/images/train", f"--validation_path={data}/images/validation"]
     run("train-vq", *images, f"--output_path={folder}/vqgan", *vq)
     for part in ("train", "validation"):
@@ -126,12 +128,14 @@ def one_run(folder: Path, name: str, steps: int, seed: int) -> dict[str, float]:
     for reader in (train, validation):
         reader.positions = PositionIds(kind, reader.layout, vbpe_inside(base))
     model = load_packed(base, torch.float32, torch.device("cpu"), int(train.lengths.max()))
+    began = time.process_time()
     losses = train_all(model, train, steps, seed)
-    is_image = train.layout.is_image_token(train[0].input_ids)
+    cpu_seconds = time.process_time() - began
     return {
         "exact_match": exact_match(model.eval(), validation),
         "loss_at_end": round(float(np.mean(losses[-max(1, steps // 20) :])), 4),
-        "tokens_per_image": tokens_per_image(train) if is_image.any() else 0.0,
+        "tokens_per_image": tokens_per_image(train),
+        "cpu_seconds": round(cpu_seconds, 1),
     }
 
 

@@ -24,6 +24,7 @@ KEYS = {
     "lmms_task": {"accuracy"},
     "loss": {"full", "ours"},
     "plan": {"worst_error", "cases"},
+    "positions": {"raw", "running_32", "anchor_32", "running_128", "anchor_128"},
     "train": {"overhead_fraction", "loss_ours"},
     "vbpe": {"train_ratio", "train_ratio_alpha", "encode_ratio", "growth_slope", "bytes_per_cell"},
 }

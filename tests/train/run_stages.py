@@ -34,7 +34,8 @@ def main() -> None:
     ranks = start_distributed()
     for job in json.loads(Path(sys.argv[-1]).read_text()):
         config = load_stage_config(job["config"], job["set"])
-        model, shards = Path(job["model"]), ShardReader(job["data"])
+        model = Path(job["model"])
+        shards = ShardReader(job["data"], model)
         identity = run_identity(config, read_manifest(model), shards.manifest, {})
         output = Path(job["output"])
         before = restart_peak()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from beingvl.data.arrow_shards import ShardReader
 from beingvl.model.weight_files import WeightFolder
 from beingvl.stage.stage_config import load_stage_config
 from beingvl.train.checkpoint import StateReader
@@ -18,7 +19,14 @@ from beingvl.train.checkpoint_folders import complete_checkpoints, step_of
 from beingvl.train.metrics import read_metrics
 from beingvl.train.partitions import MOMENTS
 from tests.plain_torch import train_plain
-from tests.tiny import LAYOUT, stage_fields, write_inputs, write_model
+from tests.tiny import (
+    LAYOUT,
+    stage_fields,
+    write_image_shards,
+    write_inputs,
+    write_model,
+    write_vbpe_inside,
+)
 from tests.train.run_stages import added_bytes, run_stages
 
 ROWS_AND_LAYERS = [
@@ -65,9 +73,25 @@ def job(work: Path, name: str, *more: str) -> dict:
     return {**places, "set": list(more)}
 
 
-def assert_equals_plain_torch(work: Path, output: Path, packing: bool) -> None:
+def job_of_anchors(work: Path) -> dict:
+    """Merged images whose tokens stand at their anchors, packed."""
+    model = write_model(work / "base-vbpe")
+    vbpe = write_vbpe_inside(model)
+    shards = write_image_shards(work / "shards-anchor", vbpe, image_positions="anchor")
+    positions = ShardReader(shards, model).positions(ShardReader(shards)[0].input_ids)
+    assert (positions[1:] - positions[:-1]).max() > 1
+    return {**job(work, "anchors", *settings(3, 2, 2)), "model": model, "data": shards}
+
+
+def assert_equals_plain_torch(
+    work: Path, output: Path, packing: bool, other: dict | None = None
+) -> None:
+    """`other`: a job with its own model and shards."""
     config = load_stage_config(work / "all.json", [f"beingvl.packing={json.dumps(packing)}"])
-    losses, weights = _plain(work, config, packing)
+    if other:
+        losses, weights = train_plain(other["model"], other["data"], config)
+    else:
+        losses, weights = _plain(work, config, packing)
     assert [row["loss"] for row in read_metrics(output)] == pytest.approx(losses, rel=1e-5)
     for name, tensor in dict(WeightFolder(output / "final")).items():
         assert (tensor - weights[name]).norm() <= 1e-5 * weights[name].norm(), name
@@ -91,6 +115,7 @@ def test_every_stage_equals_plain_torch(work) -> None:
     more["offload-2"] = ([*settings(2, 2, 2), OFFLOAD[0]], True)
     more["unpacked"] = (settings(3, 2, 3, packing=False, chunk=7), False)
     jobs = [job(work, name, *words) for name, (words, _) in more.items()]
+    jobs.append(anchors := job_of_anchors(work))
     jobs += [
         job(work, f"bf16-{stage}", *settings(stage, 2, 2), "bf16.enabled=true")
         for stage in (1, 2, 3)
@@ -102,6 +127,7 @@ def test_every_stage_equals_plain_torch(work) -> None:
     run_stages(2, jobs, work)
     for name, (_, packing) in more.items():
         assert_equals_plain_torch(work, work / name, packing)
+    assert_equals_plain_torch(work, anchors["output"], True, anchors)
     losses = [row["loss"] for row in read_metrics(work / "stage-2")]
     for stage in (1, 2, 3):
         assert [row["loss"] for row in read_metrics(work / f"bf16-{stage}")] == pytest.approx(
