@@ -17,9 +17,11 @@ from typing import Any
 from beingvl.artefact.files import to_json, write_atomically
 from beingvl.artefact.manifest import start_folder, write_manifest
 from beingvl.artefact.owner import owned
+from beingvl.errors import InputError
+from beingvl.json_file import read_object
 from beingvl.report.kit import chart_png
 from beingvl.report.run_charts import contact_sheet, training_curves
-from beingvl.report.run_page import run_page
+from beingvl.report.run_page import VARIANT_NAMES, run_page
 from beingvl.report.run_pieces import Example, Run, RunPaths, choose_examples, read_run
 
 
@@ -33,19 +35,23 @@ def report_run(
     vq_codes: Path | str | None = None,
     image_path: Path | str | None = None,
     output_path: Path | str | None = None,
+    equal_time: Path | str | None = None,
     wall_seconds: float | None = None,
     peak_memory_bytes: int | None = None,
 ) -> Path:
     """Write index.html, summary.json and two PNG files into `output_path`, report/ beside the
     stages unless given; returns the folder.
 
-    The other paths say where a piece lies that is not in the run's folder. `wall_seconds` and
-    `peak_memory_bytes` are of the whole run, for the summary. Raises InputError when there is
-    nothing to report.
+    The other paths say where a piece lies that is not in the run's folder. `equal_time`: JSON of a
+    longer comparison made elsewhere, mean accuracies `raw` and `vbpe` after the same training time,
+    and what it was (`source`). `wall_seconds` and `peak_memory_bytes` are of the whole run, for the
+    summary. Raises InputError when there is nothing to report.
     """
     paths = RunPaths(run_folder, stages_path, base_path, data, vbpe_path, vq_codes, image_path)
     pieces = read_run(paths)
     summary = summarize(pieces, wall_seconds, peak_memory_bytes)
+    if equal_time:
+        summary |= _read_equal_time(Path(equal_time))
     examples = choose_examples(pieces)
     charts = {"contact_sheet": contact_sheet(examples)} if examples else {}
     charts["training"] = training_curves(pieces.stages, summary)
@@ -85,6 +91,9 @@ def summarize(
         "test_accuracy_mean_of_variant": pieces.mean_of_variant,
         "test_questions": last.get("rows", 0),
         "test_images": len({str(row["image"]) for row in pieces.predictions if row["image"]}),
+        "training_loss": {
+            name: _first_and_last_loss(stage.rows) for name, stage in pieces.stages.items()
+        },
         "vbpe_compression": _compression(pieces),
         "evaluations": {
             name: {key: scores[key] for key in wanted if key in scores}
@@ -102,6 +111,13 @@ def _of_questions(scores: Mapping[str, Any], key: str) -> dict[str, float]:
     return {question: entry[key] for question, entry in scores["questions"].items()}
 
 
+def _first_and_last_loss(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Means over the first and the last tenth of a stage's steps, nats per target token."""
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
+    tenth = -(-len(losses) // 10)
+    return [sum(part) / tenth for part in (losses[:tenth], losses[-tenth:])] if losses else []
+
+
 def _compression(pieces: Run) -> float | None:
     """Codes per token."""
     if pieces.vbpe is None or pieces.codes is None:
@@ -110,18 +126,37 @@ def _compression(pieces: Run) -> float | None:
     return pieces.codes.size / len(ids)
 
 
+def _read_equal_time(path: Path) -> dict[str, Any]:
+    found = read_object(path, "give another --equal_time, or none")
+    if not {type(found.get(name)) for name in ("raw", "vbpe")} <= {float, int}:
+        raise InputError(f"{path}: expected mean accuracies `raw` and `vbpe`; give others or none")
+    return {
+        "accuracy_raw_equal_time": found["raw"],
+        "accuracy_vbpe_equal_time": found["vbpe"],
+        "equal_time_source": str(found.get("source", path)),
+    }
+
+
 # ---- printing ----
 
 
 def print_summary(summary: dict[str, Any]) -> None:
     if summary["test_accuracy"]:
         print_accuracy(summary)
+    if any(summary["training_loss"].values()):
+        print("\nLoss while training, first and last tenth of the steps (nats per target token)")
+    for name, losses in summary["training_loss"].items():
+        print(f"  {name:<7} " + " -> ".join(f"{loss:.3f}" for loss in losses))
     if summary["vbpe_compression"]:
         print(f"\nvBPE: {summary['vbpe_compression']:.2f} codes per token on the test images")
     variants = summary["test_accuracy_mean_of_variant"]
     if len(variants) > 1:
         means = ", ".join(f"{name} {value:.3f}" for name, value in variants.items())
         print(f"Mean accuracy after stage 3: {means}")
+    if "equal_time_source" in summary:
+        print(f"\nThe same training time, {summary['equal_time_source']}:")
+        for name in ("raw", "vbpe"):
+            print(f"  {VARIANT_NAMES[name]:<12}  {summary[f'accuracy_{name}_equal_time']:.3f}")
     for group in summary["frozen"]:
         if not group["is_as_promised"]:
             what = "trained, but unchanged" if group["is_trained"] else "frozen, but changed"

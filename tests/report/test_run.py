@@ -35,11 +35,10 @@ def copied_run(run_folder: Path, tmp_path: Path) -> Path:
 def test_report_of_a_run(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "report"
-    assert (
-        main(["report", "run", str(run_folder), f"--output-path={output}", "--wall_seconds=61.5"])
-        == 0
-    )
+    output, kept = tmp_path / "report", tmp_path / "equal_time.json"
+    kept.write_text('{"raw": 0.9, "vbpe": 0.95, "source": "three seeds of 600 steps"}')
+    words = [f"--output-path={output}", "--wall_seconds=61.5", f"--equal_time={kept}"]
+    assert main(["report", "run", str(run_folder), *words]) == 0
     summary = json.loads((output / "summary.json").read_text())
     scores = {stage: read_summary(run_folder / "eval" / stage) for stage in STAGES}
     assert summary["test_accuracy_mean"] == scores["stage-3"]["accuracy_mean"]
@@ -50,6 +49,9 @@ def test_report_of_a_run(
             text: questions[text]["accuracy"] for text in QUESTIONS
         }
     assert summary["chance"] == {text: 1 / len(answers) for text, answers in QUESTIONS.items()}
+    assert summary["accuracy_raw_equal_time"] == 0.9
+    assert summary["accuracy_vbpe_equal_time"] == 0.95
+    assert summary["training_loss"]["stage-3"] == [3, 0.375]
     assert summary["wall_seconds"] == 61.5
     assert summary["peak_memory_bytes"] == 3008  # the last step of stage 3
     codes = np.load(run_folder / "vq_codes" / "test" / "codes.npy")
@@ -59,6 +61,9 @@ def test_report_of_a_run(
         assert (output / name).read_bytes().startswith(PNG)
     verify_folder(output)
     printed = capsys.readouterr().out
+    assert "three seeds of 600 steps:\n  plain codes   0.900\n  vBPE tokens   0.950\n" in printed
+    assert "  stage-3 3.000 -> 0.375\n" in printed
+    assert "three seeds of 600 steps" in (output / "index.html").read_text()
     assert (
         "stage-3" in printed
         and sum(line.startswith("  test/") for line in printed.splitlines()) == 10
@@ -191,7 +196,10 @@ def test_refusals(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "run", str(copied_run)]) == 2
     assert "is a published (legacy) vocabulary" in capsys.readouterr().err
     path.write_bytes(own)
+    bad = copied_run / "bad.json"
+    bad.write_text('{"raw": 0.9}')
     for more, message in [
+        ([f"--equal_time={bad}"], "expected mean accuracies `raw` and `vbpe`"),
         (["--vbpe_path=nowhere"], "--vbpe_path nowhere does not exist"),
         ([f"--stages_path={copied_run / 'data'}"], "nothing to report"),
     ]:
