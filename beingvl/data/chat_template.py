@@ -17,7 +17,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from beingvl.data.conversation import TextEncoder, open_tokenizer
-from beingvl.data.template import check_template
+from beingvl.data.made_with import TEMPLATE
 from beingvl.vocab import VocabLayout
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -52,7 +52,7 @@ def chat_template(model_folder: Path, layout: VocabLayout, template: str) -> str
         for name, value in values.items()
     ]
     folder = files("beingvl.data") / "chat_templates"
-    parts = ["messages", check_template(template)]
+    parts = ["messages", TEMPLATE.check(template)]
     lines += [(folder / f"{part}.jinja").read_text(encoding="utf-8") for part in parts]
     return "\n".join(lines)
 

@@ -26,7 +26,7 @@ from beingvl.artefact.manifest import (
 )
 from beingvl.artefact.owner import OWNER
 from beingvl.data.chat_template import BASE_TEMPLATES, CHAT_TEMPLATE_FILE, chat_template
-from beingvl.data.template import DEFAULT
+from beingvl.data.made_with import DEFAULT
 from beingvl.errors import InputError
 from beingvl.model.rewrite_weights import check_disk_space
 from beingvl.model.weight_files import WEIGHT_PATTERNS
