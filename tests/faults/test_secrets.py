@@ -132,7 +132,11 @@ def test_written_files_have_the_mode_that_the_umask_says(tmp_path, umask) -> Non
     before = os.umask(umask)
     try:
         folder = write_vqgan(tmp_path / "vqgan")
-        save_probe(folder, Probe(torch.zeros(3).long(), torch.ones(1).long()), torch.zeros(1, 9))
+        save_probe(
+            folder,
+            Probe(torch.zeros(3).long(), torch.arange(3), torch.ones(1).long()),
+            torch.zeros(1, 9),
+        )
     finally:
         os.umask(before)
     assert (folder / PROBE_FILE).is_file()

@@ -45,9 +45,9 @@ def checkpoint(tmp_path, base) -> Path:
     weights = WeightFolder(base)[TRAINED] * 2
     model = AutoModelForCausalLM.from_pretrained(base)
     model.get_parameter(TRAINED).data.copy_(weights)
-    probe = Probe(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 3]))
+    probe = Probe(torch.tensor([1, 2, 3, 4]), torch.tensor([0, 1, 4, 5]), torch.tensor([1, 3]))
     with torch.no_grad():
-        logits = model(probe.input_ids[None], use_cache=False).logits[0, probe.positions]
+        logits = model(**probe.as_stock_arguments(), use_cache=False).logits[0, probe.positions]
     manifest = read_manifest(base)
     identity = {"start_model": manifest.content_hash, "lineage": manifest.lineage, "bf16": None}
     parameters = {
@@ -75,7 +75,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 def other_probe(checkpoint: Path) -> None:
-    probe = Probe(torch.tensor([4, 3, 2, 1]), torch.tensor([1, 3]))
+    probe = Probe(torch.tensor([4, 3, 2, 1]), torch.arange(4), torch.tensor([1, 3]))
     save_probe(checkpoint, probe, torch.zeros(2, 321).index_fill_(1, torch.tensor([5]), 9.0))
 
 
