@@ -95,7 +95,7 @@ class Service:
                 images = open_images(asked.image_urls, self.limits.images)
                 tokens = self.model.img2tok(images, self._with_vbpe) if images else []
             prompt_ids = self.model.tokenize_with_tokens(asked.turns, tokens)
-            self.model.check_length(len(prompt_ids), asked.max_new_tokens)
+            self.model.check_length(prompt_ids, asked.max_new_tokens)
         except InputError as error:
             field = error.field if isinstance(error, RequestError) else None
             raise ApiError(400, str(error), "invalid_value", field) from error
