@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from beingvl.artefact.files import make_folder
+from beingvl.artefact.manifest import read_manifest
 from beingvl.errors import InputError
 from beingvl.launch.check_hosts import Wanted, check_hosts, hosts_of, run_on, ssh_options
 from beingvl.launch.environment import (
@@ -37,7 +38,6 @@ from beingvl.launch.environment import (
 from beingvl.launch.host_probe import count_devices
 from beingvl.launch.hostfile import Host, is_this_machine_alone
 from beingvl.model.start_model import find_start_model
-from beingvl.published_form import refuse_published
 from beingvl.train.failures import EXIT_REQUEUE
 from beingvl.train.launchers import RUN_VARIABLE
 
@@ -65,7 +65,8 @@ def launch(
     """
     hosts = hosts_of(hostfile, num_ranks)
     model = find_start_model(Path(trainer["model"]))
-    refuse_published(model)
+    if model.is_dir():  # on this machine, too
+        read_manifest(model, "model")
     folders = {str(model): "model", str(trainer["data"]): "shards"}
     if trainer.get("validation_data"):
         folders[str(trainer["validation_data"])] = "shards"
