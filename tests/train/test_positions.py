@@ -1,0 +1,56 @@
+"""Anchors from shards to a finished model: exported, scored, and never mixed with running
+positions.
+"""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from beingvl.artefact.manifest import read_manifest
+from beingvl.commands.main import main
+from beingvl.data.arrow_shards import ShardReader
+from beingvl.data.loader import shifted_targets
+from beingvl.train.export_hf import export
+from tests import launcher
+from tests.plain_torch import plain_positions
+from tests.tiny import stage_fields, write_image_shards, write_model, write_vbpe_inside
+
+
+def stock_loss(folder, shards: ShardReader) -> float:
+    model, total, count = AutoModelForCausalLM.from_pretrained(folder), 0.0, 0
+    for sample in map(shards.__getitem__, range(len(shards))):
+        ids = torch.from_numpy(sample.input_ids.astype("int64"))[None]
+        position_ids = torch.tensor(plain_positions(sample, shards, folder))[None]
+        targets = torch.from_numpy(shifted_targets(sample, shards.layout))
+        with torch.no_grad():
+            logits = model(ids, torch.ones_like(ids), position_ids).logits[0]
+        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        count += int((targets >= 0).sum())
+    return total / count
+
+
+def test_a_model_stands_where_its_rows_do(tmp_path, capsys) -> None:
+    base = write_model(tmp_path / "base")
+    vbpe = write_vbpe_inside(base)
+    anchor = write_image_shards(tmp_path / "shards", vbpe, image_positions="anchor")
+    running = write_image_shards(tmp_path / "running", vbpe)
+    (tmp_path / "all.json").write_text(json.dumps(stage_fields(max_steps=2)))
+    done = launcher.run_alone(tmp_path, tmp_path / "stage-1")
+    assert done.returncode == 0, done.stderr
+    final = tmp_path / "stage-1/final"
+    assert read_manifest(final).details["image_positions"] == "anchor"
+    exported = export(base, tmp_path / "exported", checkpoint=tmp_path / "stage-1")  # asks a probe
+    assert exported.details["image_positions"] == "anchor"
+
+    score = ["evaluate", f"--model={final}", f"--output={tmp_path}/scores", "--device=cpu"]
+    assert main([*score, f"--data={anchor}"]) == 0
+    scores = json.loads((tmp_path / "scores/scores.json").read_text())
+    expected = stock_loss(final, ShardReader(anchor))
+    assert scores["scores"]["loss"] == pytest.approx(expected, rel=1e-5)
+
+    trainer = launcher.stage_words(tmp_path / "all.json", final, running, tmp_path / "stage-2")
+    for words in ([*score, f"--data={running}"], ["train", *map(str, trainer)]):
+        assert main(words) == 2
+        assert f"{running} of 'running'; a stage has one kind" in capsys.readouterr().err
