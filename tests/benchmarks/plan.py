@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 
 from beingvl.artefact.files import to_json
 from beingvl.artefact.manifest import write_manifest
@@ -53,7 +54,7 @@ def main() -> None:
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="llama3.1-8b")
     add("--layers", type=int, help="instead of the shape's own number")
-    add("--stages", type=int, nargs="+", default=[1, 2, 3], help="ds_configs/stageN.json")
+    add("--stages", nargs="+", default=["1", "2", "3"], help="N of ds_configs/stageN.json")
     add("--sequence_length", type=int, default=256)
     add("--ranks", type=int, default=2)
     add("--steps", type=int, default=3)
@@ -67,7 +68,7 @@ def main() -> None:
     if args.rank_of:
         run_rank(args.rank_of, args.words)
     if args.tiny:
-        args.shape, args.layers, args.stages, args.float32 = "smollm2-135m", 1, [1], True
+        args.shape, args.layers, args.stages, args.float32 = "smollm2-135m", 1, ["1"], True
         args.ranks, args.sequence_length, args.steps = 1, 64, 1
     with tempfile.TemporaryDirectory(prefix="plan-benchmark-") as folder:
         print(json.dumps(measure(args.folder or Path(folder), args)))
@@ -144,6 +145,10 @@ def write_model(folder: Path, config: Any, layout: VocabLayout, dtype: torch.dty
         save_file({name: tensor}, folder / files[name], {"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(to_json({"weight_map": files}))
     config.save_pretrained(folder)
+    # of its special ids, which the chat template of the final model names
+    ids = (layout.bos_id, layout.eos_id, *range(layout.num_text, layout.num_text + 5))
+    vocab = {f"<{token_id}>": token_id for token_id in ids}
+    Tokenizer(models.WordLevel(vocab, unk_token="<0>")).save(f"{folder / 'tokenizer.json'}")
     (folder / LAYOUT_FILE).write_text(to_json(layout.to_dict()))
     write_manifest(folder, "model", {"parameters": 0}, {"vocab": layout.fingerprint()})
 
@@ -152,7 +157,7 @@ def write_model(folder: Path, config: Any, layout: VocabLayout, dtype: torch.dty
 
 
 def run_stage(
-    folder: Path, stage: int, file: Path, overrides: Sequence[str], num_ranks: int
+    folder: Path, stage: str, file: Path, overrides: Sequence[str], num_ranks: int
 ) -> list[int]:
     """Train; the peak of every rank in bytes, above what it had after its imports."""
     output, port, processes = folder / f"stage-{stage}", str(free_port()), []

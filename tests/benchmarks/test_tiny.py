@@ -22,6 +22,13 @@ KEYS = {
     "gpu_encode": {"reading_per_second", "vbpe_per_second", "gap_to_floor"},
     "gpu_train": {"cases"},
     "lmms_task": {"accuracy"},
+    "lora": {
+        "accuracy_full",
+        "accuracy_lora",
+        "checkpoint_ratio",
+        "memory_ratio",
+        "step_time_ratio",
+    },
     "loss": {"full", "ours"},
     "plan": {"worst_error", "cases"},
     "positions": {"raw", "running_32", "anchor_32", "running_128", "anchor_128"},

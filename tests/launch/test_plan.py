@@ -118,6 +118,23 @@ def test_the_small_recipe_fits_a_1b_base_on_one_gpu_of_24_gb(stage: int) -> None
     assert list(case.config().beingvl.mixture) == ["foundation"]
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_adapters_bring_8b_to_one_gpu_of_40_gb_and_1b_to_24(stage: int) -> None:
+    [large] = plan_stages(
+        "llama3.1-8b", SHIPPED[0].with_name(f"stage{stage}-lora.json"), "1x40GB"
+    ).cases
+    [small] = plan_stages(
+        "llama3.2-1b", SHIPPED[0].with_name(f"small-stage{stage}-lora.json"), "1x24GB"
+    ).cases
+    memory = large.memory()
+    assert device_bytes(memory) <= 25e9 and large.fits(memory) and small.fits(small.memory())
+    offload = 'zero_optimization.offload_optimizer={"device": "cpu", "pin_memory": true}'
+    assert device_bytes(large.memory(offload)) <= 0.92 * 24e9
+    if stage == 3:  # 12 bytes for rows of embedding and head, and rank 64 on seven matrices
+        adapters = 32 * 64 * (4 * 4096 + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+        assert memory["optimizer"] == 12 * (2 * NEW_ROWS * 4096 + adapters)
+
+
 def test_mistakes_are_named(work, capsys) -> None:
     with pytest.raises(InputError, match="8x80GB"):
         parse_gpus("8")
