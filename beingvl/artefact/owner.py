@@ -26,7 +26,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import threading
 import time
 import uuid
@@ -38,7 +37,7 @@ from typing import Any
 
 from beingvl.artefact.files import make_folder, to_json
 from beingvl.artefact.manifest import already_made
-from beingvl.artefact.processes import Process, this_process
+from beingvl.artefact.processes import Process, end_process, this_process
 from beingvl.errors import InputError
 
 OWNER, TURN = ".owner.tmp", ".turn.tmp"
@@ -198,8 +197,7 @@ class _Share:
             except OSError as error:  # a disk that fails ends the writing that it breaks
                 if error.errno in IS_GONE and not self._done.wait(1) and not self._path.exists():
                     found = f"{self._path} is gone: another process has taken {self.folder.parent}"
-                    print(f"{found}; this one ends", file=sys.stderr, flush=True)
-                    os._exit(1)
+                    end_process(f"{found}; this one ends")
             if self._done.wait(BEAT_SECONDS):
                 return
 

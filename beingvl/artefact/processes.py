@@ -10,8 +10,10 @@ import shlex
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -52,6 +54,13 @@ class Process:
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} (`{self.command}`, since {self.since})"
+
+
+def end_process(reason: str) -> NoReturn:
+    """End this process with all its threads, also when nobody reads what it says any more."""
+    with suppress(OSError):
+        print(reason, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def this_process() -> Process:

@@ -288,7 +288,8 @@ def run_ranks(run: Run, environment: Mapping[str, str], signals: list[int]) -> i
     the same.
     """
     launcher = subprocess.Popen(run.command, env=environment, start_new_session=True)
-    with _ended_with_this_process(launcher.pid):
+    end = _end_of(launcher.pid, environment[RUN_VARIABLE])
+    with _ended_with_this_process(end):
         is_told = False
         while launcher.poll() is None and len(signals) < 2:
             if signals and not is_told:  # asked until there is a rank to ask
@@ -297,22 +298,28 @@ def run_ranks(run: Run, environment: Mapping[str, str], signals: list[int]) -> i
                 launcher.wait(timeout=0.5)
         if len(signals) > 1:
             run.signal_ranks("KILL")
-        if len(signals) > 1 or launcher.poll() not in (None, 0):
-            # a launcher that was killed leaves pdsh, and with it the ranks of other hosts
-            with suppress(ProcessLookupError):
-                os.killpg(launcher.pid, signal.SIGKILL)
+        is_left = subprocess.run(["sh", "-c", end], stderr=subprocess.DEVNULL).returncode == 0
         code = launcher.wait()
     if is_told and code and len(signals) == 1:
         return EXIT_REQUEUE
-    return exit_code_of(code)
+    # DeepSpeed's launcher ends with 0 when its pdsh was killed
+    return exit_code_of(code) or int(is_left)
+
+
+def _end_of(group: int, run_name: str) -> str:
+    """A shell's words that kill what a launcher leaves here: its process group, and with success
+    the ssh connections of its pdsh, which are in sessions of their own. The ranks of other hosts
+    end with their connections.
+    """
+    return f"kill -KILL -{group}; pkill -KILL -f '[{RUN_VARIABLE[0]}]{RUN_VARIABLE[1:]}={run_name}'"
 
 
 @contextmanager
-def _ended_with_this_process(group: int) -> Iterator[None]:
-    """While in the block, a process group is killed when this process is: a shell reads from a pipe
-    whose other end this process alone has.
+def _ended_with_this_process(end: str) -> Iterator[None]:
+    """While in the block, the words `end` are run when this process is killed: a shell reads from a
+    pipe whose other end this process alone has.
     """
-    words = ["sh", "-c", f"read _ || kill -KILL -- -{group}"]
+    words = ["sh", "-c", f"read _ || {{ {end}; }}"]
     guard = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
     try:
         yield

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import psutil
 
 from beingvl.artefact.hashes import PREFIX, hash_bytes
+from beingvl.artefact.processes import end_process
 
 POLL_SECONDS = 0.5
 RUN_VARIABLE = "BEINGVL_RUN"  # of `beingvl launch`
@@ -83,8 +83,7 @@ def _watch(launchers: Sequence[psutil.Process]) -> None:
         for process in launchers:
             if not _is_alive(process):
                 found = f"the launcher of this rank (process {process.pid}) is gone"
-                print(f"beingvl train: {found}; this rank ends", file=sys.stderr, flush=True)
-                os._exit(1)
+                end_process(f"beingvl train: {found}; this rank ends")
         time.sleep(POLL_SECONDS)
 
 

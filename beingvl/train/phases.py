@@ -36,6 +36,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from beingvl.artefact.processes import end_process
+
 RANKS, REPLAY_RANKS = "ranks", "replay-ranks"
 STEP_PHASES = ("data", "communication", "forward", "backward", "optimizer", "check", "log")
 BETWEEN_STEPS = ("start", "validation", "save")
@@ -149,8 +151,8 @@ class Phases:
             if own["idle_seconds"] > timeout and (silent or is_stall):
                 lost = _describe({self._rank: own, **others}, silent)
                 found = f"{self.where()}: no progress for {timeout:g} s: {lost}"
-                print(found, file=sys.stderr, flush=True)
-                os._exit(1)  # the main thread hangs in a collective that no exception reaches
+                # the main thread hangs in a collective that no exception reaches
+                end_process(found)
 
     def _heartbeat(self) -> dict[str, Any]:
         step, phase = self._place

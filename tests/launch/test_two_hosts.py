@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from beingvl.train.metrics import read_metrics
@@ -257,3 +258,26 @@ def test_a_killed_rank_ends_the_run_on_both_hosts(hosts, work, tmp_path) -> None
     assert launcher.returncode not in (0, 85), shown[-4000:]
     assert re.search(r"rank 1 \(process \d+ on .*\) gives no sign of life", shown), shown[-4000:]
     hosts.wait_until_nothing_runs()
+
+
+@pytest.mark.parametrize(
+    "killed",
+    [
+        "beingvl launch",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepspeed", "pdsh")),
+    ],
+)
+def test_ranks_of_both_hosts_end_when_a_launcher_is_killed(hosts, work, tmp_path, killed) -> None:
+    """And the folder is free for the next start."""
+    output = tmp_path / "left"
+    launcher = start_long(hosts, work, output)
+    started = psutil.Process(launcher.pid).children(recursive=True)
+    name = {"deepspeed": "deepspeed", "pdsh": "pdsh"}.get(killed)
+    found = [process for process in started if process.name() == name] or [launcher]
+    found[0].kill()
+    shown, _ = launcher.communicate(timeout=60)
+    hosts.wait_until_nothing_runs()
+    assert launcher.returncode != 0 and not has_step(output, 10000), shown[-4000:]
+    assert run_on_one_host(2, work / "stage1.json", work / "base", work / "shards", output) == 0, (
+        log_of(output)
+    )
