@@ -1,40 +1,82 @@
-"""What the page of `beingvl serve` asks of the model, one question at a time."""
+"""What the page of `beingvl serve` asks of the model, for several visitors at once."""
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from beingvl.errors import InputError
 from beingvl.images.pictures import with_borders
+from beingvl.inference.back_end import Answer, BackEnd, Sampling
 from beingvl.inference.model import BeingVL
 from beingvl.vbpe.visual_bpe import VisualBPE, owners
 
+MAX_WAITING = 32  # each holds one of the web server's 40 threads
+MAX_REMEMBERED = 256  # pictures whose tokens are kept
 Turns = list[tuple[str, str]]
 
 
+class Look(NamedTuple):
+    """A picture `[H, W, 3]` uint8 as the model gets it, enlarged; the same with the borders of its
+    tokens (from its codes, where the VQ-GAN has a decoder); a sentence about both.
+    """
+
+    original: np.ndarray
+    borders: np.ndarray
+    words: str
+
+
+class Progress(NamedTuple):
+    """The answer so far, and how many questions are answered before it begins."""
+
+    text: str
+    num_before: int = 0
+
+
 class Conversations:
-    """Pictures and answers for the page; the model works for one visitor at a time."""
+    """Pictures and answers for the page. Pictures go through the VQ-GAN one at a time; questions
+    meet in the back end's batches.
+    """
 
-    def __init__(self, model: BeingVL, with_vbpe: bool, max_new_tokens: int) -> None:
-        self._model, self._with_vbpe, self._max_new_tokens = model, with_vbpe, max_new_tokens
-        self._lock = threading.Lock()
+    def __init__(
+        self, model: BeingVL, back_end: BackEnd, with_vbpe: bool, max_new_tokens: int
+    ) -> None:
+        self._model, self._back_end = model, back_end
+        self._with_vbpe, self._max_new_tokens = with_vbpe, max_new_tokens
+        self._looking = threading.Lock()
+        self._token_ids: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._num_asked = 0
+        self._stopped: set[str] = set()
 
-    def look(self, path: str) -> tuple[np.ndarray, list[int], str]:
-        """An image file to (its picture with token borders `[H, W, 3]` uint8, its token ids, a
-        sentence about both).
-        """
+    def facts(self) -> str:
+        """What the model is, in a line."""
+        model, layout = self._model, self._model.layout
+        height, width = model.vqgan.grid
+        dtype = str(model.model.dtype).removeprefix("torch.")
+        facts = [
+            f"{model.model.num_parameters():,} weights in {dtype} on {model.model.device}",
+            f"{layout.num_text:,} text tokens",
+            f"{layout.num_vq:,} codes, {layout.num_merges:,} merges",
+            f"pictures of {height} x {width} codes" + ("" if self._with_vbpe else ", not merged"),
+            f"template {model.template}",
+            f"answers of up to {self._max_new_tokens} tokens",
+        ]
+        return " · ".join(facts)
+
+    def look(self, path: str) -> Look:
+        """Read an image file. Raises InputError for what is not one."""
         vqgan = self._model.vqgan
-        with self._lock:
+        with self._looking:
             pixels = vqgan.preprocess([path])
             codes = vqgan.encode(pixels)
-            (token_ids,) = self._model.codes2tok(codes, self._with_vbpe)
-            picture = vqgan.decode(codes)[0] if vqgan.has_decoder else vqgan.to_uint8(pixels)[0]
+            token_ids = self._remember(path, codes)
+            original = vqgan.to_uint8(pixels)[0]
+            picture = vqgan.decode(codes)[0] if vqgan.has_decoder else original
         grid, vbpe = codes[0], self._model.vbpe
         words = f"{grid.size} codes in {len(token_ids)} tokens"
         if not self._with_vbpe:
@@ -44,41 +86,53 @@ class Conversations:
             picture = with_borders(picture, owners(vbpe, ids, *grid.shape))
         else:
             words += "; a published vBPE gives no token its cells, so no borders are shown"
-        return picture, token_ids.tolist(), words
+        if not vqgan.has_decoder:
+            words += "; the VQ-GAN has no decoder, so the borders lie on the original"
+        return Look(with_borders(original, np.zeros(grid.shape)), picture, words)
 
-    def ask(self, question: str, turns: Turns, image: list[int] | None) -> Iterator[str]:
-        """The answer so far, while it grows. Raises InputError for what cannot be asked."""
-        images = [np.array(image, np.int32)] if image else []
-        prompt_ids = self._model.tokenize_with_tokens([*turns, (question, None)], images)
+    def _remember(self, path: str, codes: np.ndarray) -> np.ndarray:
+        (token_ids,) = self._model.codes2tok(codes, self._with_vbpe)
+        self._token_ids[path] = token_ids
+        while len(self._token_ids) > MAX_REMEMBERED:
+            self._token_ids.popitem(last=False)
+        return token_ids
 
-        def answer(on_text: Callable[[str], None]) -> None:
-            with self._lock:
-                self._model.answer_token_sequences(
-                    [prompt_ids], self._max_new_tokens, on_text=on_text
-                )
+    def token_ids(self, path: str) -> np.ndarray:
+        """A picture's token ids `[n]` int32; waits while it is being looked at."""
+        with self._looking:
+            if path in self._token_ids:
+                return self._token_ids[path]
+            return self._remember(path, self._model.img2codes([path]))
 
-        text = ""
-        for piece in pieces_of(answer):
-            text += piece
-            yield text
-
-
-def pieces_of(work: Callable[[Callable[[str], None]], None]) -> Iterator[str]:
-    """What `work(on_text)` says, while it works in a thread of its own; raises what it raises."""
-    pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-
-    def run_work() -> None:
+    def ask(
+        self, question: str, turns: Turns, path: str | None, visitor: str = ""
+    ) -> Iterator[Progress]:
+        """The answer to a question about the picture at `path`, while it grows; `stop(visitor)`
+        ends it where it is. Raises InputError for what cannot be asked.
+        """
+        if self._num_asked >= MAX_WAITING:
+            raise InputError("too many questions are waiting; ask again in a moment")
+        self._num_asked += 1
+        self._stopped.discard(visitor)
         try:
-            work(pieces.put)
-            pieces.put(None)
-        except BaseException as error:
-            pieces.put(error)
+            images = [self.token_ids(path)] if path else []
+            prompt_ids = self._model.tokenize_with_tokens([*turns, (question, None)], images)
+            self._model.check_length(prompt_ids, self._max_new_tokens)
+            answer, text = Answer(self._model, self._max_new_tokens), ""
+            for piece in answer.pieces(self._back_end, prompt_ids, Sampling()):
+                if visitor in self._stopped:
+                    break
+                if isinstance(piece, int):
+                    yield Progress(text, piece)
+                else:
+                    text += piece
+                    yield Progress(text)
+        finally:
+            self._num_asked -= 1
 
-    threading.Thread(target=run_work, daemon=True).start()
-    while (piece := pieces.get()) is not None:
-        if isinstance(piece, BaseException):
-            raise piece
-        yield piece
+    def stop(self, visitor: str) -> None:
+        """End the answer that a visitor waits for."""
+        self._stopped.add(visitor)
 
 
 def refuse_other_files(data: Any, uploads: Path) -> None:
@@ -95,10 +149,11 @@ def refuse_other_files(data: Any, uploads: Path) -> None:
         refuse_other_files(value, uploads)
 
 
-def shown(turns: Turns) -> list[dict[str, str]]:
-    """Turns as gradio's chat shows them."""
+def shown(turns: Turns, has_picture: bool) -> list[dict[str, str]]:
+    """Turns as gradio's chat shows them; those without a picture say so."""
+    without = "" if has_picture else "(without a picture) "
     return [
         {"role": role, "content": text}
         for question, answer in turns
-        for role, text in (("user", question), ("assistant", answer or "(nothing)"))
+        for role, text in (("user", without + question), ("assistant", answer or "(nothing)"))
     ]

@@ -4,6 +4,8 @@ its tokens on the left, the conversation on the right.
 
 from __future__ import annotations
 
+import json
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,15 @@ SAME_ORIGIN = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 """Content-Security-Policy: gradio's page names fonts and a script of other hosts; the browser
 leaves them out.
 """
-MAX_WAITING = 16
+NO_PICTURE = "No picture: questions are asked without one."
+EXAMPLES = ("What is in the picture?", "Describe the picture.")
+UPLOADED = """async () => {
+    const uploading = () => document.querySelector("#upload .uploading, #upload progress")
+    while (uploading()) await new Promise(done => setTimeout(done, 50))
+}"""
+"""Until the browser has sent the file, the page does not know that there is one."""
+Talk = tuple[str | None, Turns] | None
+"""The picture that a conversation is about, and its turns."""
 
 
 def build_app(conversations: Conversations, title: str, max_upload_bytes: int) -> FastAPI:
@@ -71,48 +81,83 @@ class Page(gr.Blocks):
 
 
 def build_page(conversations: Conversations, title: str) -> gr.Blocks:
-    def look(path: str | None) -> tuple[Any, list[int] | None, str, list, list]:
+    """No function raises: gradio would show an error in the place of the conversation."""
+
+    def look(path: str | None) -> tuple[Any, Any, str, Any]:
         if path is None:
-            return None, None, "", [], []
+            return None, None, NO_PICTURE, gr.skip()
         try:
-            picture, token_ids, words = conversations.look(path)
-        except InputError as error:
-            sentence = str(error).replace(path, Path(path).name)
-            raise gr.Error(sentence, print_exception=False) from error
-        return picture, token_ids, words, [], []
+            found = conversations.look(path)
+        except Exception as error:  # the picture goes, and the reason stays
+            sentence = explained(error).replace(path, Path(path).name)
+            gr.Warning(sentence)
+            return None, None, sentence, None
+        return found.original, found.borders, found.words, gr.skip()
 
     def ask(
-        question: str, turns: Turns, image: list[int] | None
-    ) -> Iterator[tuple[str, Turns, list]]:
-        text = ""
+        question: str, talk: Talk, path: str | None, request: gr.Request
+    ) -> Iterator[tuple[str, Talk, list, str]]:
+        turns = talk[1] if talk and talk[0] == path else []  # another picture, another talk
+        visitor, text = request.session_hash or "", ""
         try:
-            for text in conversations.ask(question, turns, image):
-                yield "", turns, shown([*turns, (question, text)])
-        except InputError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        done = [*turns, (question, text)]
-        yield "", done, shown(done)
+            for text, num_before in conversations.ask(question, turns, path, visitor):
+                status = f"{num_before} answered before yours" if num_before else "answering"
+                yield "", talk, shown([*turns, (question, text or "…")], bool(path)), status
+        except Exception as error:
+            sentence = explained(error).replace(path or "\0", "the picture")
+            gr.Warning(sentence)
+            yield question, talk, shown(turns, bool(path)), sentence
+            return
+        turns = [*turns, (question, text)]
+        yield "", (path, turns), shown(turns, bool(path)), ""
+
+    def stop(request: gr.Request) -> None:
+        conversations.stop(request.session_hash or "")
 
     with Page(title="Being-VL", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.Markdown(f"# Being-VL\n{title}")
-        turns, image = gr.State([]), gr.State(None)
+        gr.Markdown(f"# Being-VL\n{title}: {conversations.facts()}", elem_id="facts")
+        talk = gr.State()
         with gr.Row():
-            with gr.Column(scale=2):
+            with gr.Column(scale=2, min_width=300):
                 suffixes = sorted(IMAGE_SUFFIXES)
                 upload = gr.File(label="Picture", file_types=suffixes, elem_id="upload", height=120)
-                look_of_image = {"interactive": False, "format": "png", "buttons": []}
-                borders = gr.Image(label="Its tokens", elem_id="borders", **look_of_image)
-                words = gr.Markdown(elem_id="words")
-            with gr.Column(scale=3):
+                image = {"interactive": False, "format": "png", "buttons": [], "min_width": 130}
+                with gr.Row():
+                    original = gr.Image(label="Original", elem_id="original", **image)
+                    borders = gr.Image(label="Its tokens", elem_id="borders", **image)
+                words = gr.Markdown(NO_PICTURE, elem_id="words")
+            with gr.Column(scale=3, min_width=300):
                 plain = {"render_markdown": False, "buttons": [], "feedback_options": None}
                 chat = gr.Chatbot(label="Conversation", elem_id="chat", **plain)
                 hint = "Ask, then press Enter"
                 question = gr.Textbox(label="Question", placeholder=hint, elem_id="question")
-                again = gr.Button("New conversation")
-        private = {"api_visibility": "private"}
-        upload.change(look, upload, [borders, image, words, turns, chat], **private)
-        question.submit(ask, [question, turns, image], [question, turns, chat], **private)
+                with gr.Row():
+                    small = {"size": "sm", "min_width": 90}
+                    send = gr.Button("Send", variant="primary", elem_id="send", **small)
+                    halt = gr.Button("Stop", elem_id="stop", **small)
+                    again = gr.Button("New conversation", **small)
+                status = gr.Markdown(elem_id="status")
+                with gr.Row():
+                    for example in EXAMPLES:
+                        button = gr.Button(example, **small)
+                        button.click(None, None, question, js=f"() => {json.dumps(example)}")
+        private = {"api_visibility": "private", "show_progress": "hidden"}
+        gr.on([upload.upload, upload.clear], None, None, chat, js="() => []", **private)
+        seen = [original, borders, words, upload]
+        gr.on([upload.upload, upload.clear], look, upload, seen, api_visibility="private")
+        ready = gr.on([question.submit, send.click], None, js=UPLOADED, **private)
+        asked = [question, talk, upload]
+        asking = ready.then(ask, asked, [question, talk, chat, status], **private)
+        halt.click(stop, None, None, **private)
         for cleared in (again.click, chat.clear):
-            cleared(lambda: ([], []), None, [turns, chat], **private)
-    page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+            cleared(lambda: (None, [], ""), None, [talk, chat, status], cancels=asking, **private)
+    page.queue(default_concurrency_limit=None)
     return page
+
+
+def explained(error: Exception) -> str:
+    """What to say of an error; of a defect only that it is one, and the log says which."""
+    if isinstance(error, InputError):
+        return str(error)
+    traceback.print_exception(error)
+    return "the server failed; its log says more"

@@ -14,10 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from beingvl.errors import InputError, check_at_least
-from beingvl.inference.back_end import TransformersBackEnd
+from beingvl.inference.back_end import Sampling, TransformersBackEnd
 from beingvl.inference.conversations import Conversations
 from beingvl.inference.model import BeingVL
+from beingvl.vbpe.visual_bpe import VisualBPE
 
 KEY = "BEINGVL_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -72,17 +75,26 @@ def serve(
         model.load_model(torch_dtype, device)
         folder = model.model_path.resolve()
         name = f"{folder.parent.name}/{folder.name}"
+        back_end = TransformersBackEnd(model)
+        warm_up(model, back_end)
         if api:
-            back_end = TransformersBackEnd(model)
             bounds = application.Limits(max_bytes, **limits)
             service = application.Service(model, back_end, not raw, name, bounds)
             app = application.build_api(service, key)
         else:
-            conversations = Conversations(model, not raw, max_new_tokens)
+            conversations = Conversations(model, back_end, not raw, max_new_tokens)
             app = application.build_app(conversations, name, max_bytes)
         path = "/v1" if api else ""
         print(f"http://{host}:{listener.getsockname()[1]}{path}   (Ctrl-C ends it)", flush=True)
         run_server(app, host, listener)
+
+
+def warm_up(model: BeingVL, back_end: TransformersBackEnd) -> None:
+    """Bring into memory, and compile, what the first visitor would wait for."""
+    side = model.vqgan.image_size
+    codes = model.vqgan.encode(torch.zeros(1, 3, side, side))
+    model.codes2tok(codes, with_vbpe=isinstance(model.vbpe, VisualBPE))
+    list(back_end.answer([model.layout.bos_id], 1, Sampling()))
 
 
 def import_application(api: bool) -> Any:

@@ -14,7 +14,7 @@ import tempfile
 import time
 import uuid
 import venv
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from urllib.error import HTTPError
@@ -27,9 +27,11 @@ import pytest
 from beingvl.commands.main import main
 from beingvl.errors import InputError
 from beingvl.images.pictures import BORDER, with_borders
+from beingvl.inference.back_end import TransformersBackEnd
 from beingvl.inference.conversations import (
     Conversations,
-    pieces_of,
+    Progress,
+    Turns,
     refuse_other_files,
     shown,
 )
@@ -46,33 +48,50 @@ def model(run_folder: Path) -> BeingVL:
     return BeingVL(run_folder / "stage-3" / "final", run_folder / "vbpe").load_model(device="cpu")
 
 
+def conversations(model: BeingVL, with_vbpe: bool = True, max_new_tokens: int = 6) -> Conversations:
+    return Conversations(model, TransformersBackEnd(model), with_vbpe, max_new_tokens)
+
+
+def answer(page: Conversations, question: str, turns: Turns, path: str | None) -> str:
+    *_, last = page.ask(question, turns, path)
+    return last.text
+
+
 @pytest.mark.parametrize("with_vbpe", [True, False])
 def test_answers_and_tokens_are_those_of_the_class(
     model: BeingVL, run_folder: Path, with_vbpe: bool
 ) -> None:
     image = run_folder / "data" / "images" / "test" / "0000.png"
     method = model.generate_with_vbpe if with_vbpe else model.generate
-    page = Conversations(model, with_vbpe, 6)
-    picture, token_ids, words = page.look(str(image))
-    assert token_ids == model.img2tok([image], with_vbpe)[0].tolist()
-    assert words == f"16 codes in {len(token_ids)} tokens" and picture.shape == (512, 512, 3)
-    *_, first = page.ask("one", [], token_ids)
-    *_, second = page.ask("two", [("one", first)], token_ids)
-    assert first.strip() == method(["one"], [image], max_new_tokens=6)[0]
-    assert second.strip() == method([[("one", first), ("two", None)]], [image], max_new_tokens=6)[0]
-    grown = list(page.ask("hi", [], None))
+    page = conversations(model, with_vbpe)
+    found = page.look(str(image))
+    token_ids = model.img2tok([image], with_vbpe)[0]
+    assert page.token_ids(str(image)).tolist() == token_ids.tolist()
+    assert found.words == f"16 codes in {len(token_ids)} tokens"
+    assert found.borders.shape == found.original.shape == (512, 512, 3)
+    assert (found.borders != found.original).any()
+    # The question waits for the tokens of a picture that nobody has looked at yet.
+    for asked in (page, conversations(model, with_vbpe)):
+        first = answer(asked, "one", [], str(image))
+        second = answer(asked, "two", [("one", first)], str(image))
+        assert first == method(["one"], [image], max_new_tokens=6)[0]
+        assert second == method([[("one", first), ("two", None)]], [image], max_new_tokens=6)[0]
+    grown = [progress.text for progress in page.ask("hi", [], None)]
     assert grown[-1] == method(["hi"], max_new_tokens=6)[0] and all(
         after.startswith(before) for before, after in pairwise(grown)
     )
+    facts = page.facts()
+    assert "float32 on cpu" in facts and "16 codes, 8 merges" in facts and "6 tokens" in facts
 
 
 def test_what_cannot_be_asked_is_refused_with_the_classs_sentences(
     model: BeingVL, tmp_path: Path
 ) -> None:
-    page = Conversations(model, True, 6)
+    page = conversations(model)
     (tmp_path / "a.png").write_text("no image")
-    with pytest.raises(InputError, match=r"a\.png cannot be read as an image"):
-        page.look(str(tmp_path / "a.png"))
+    for refused in (page.look, page.token_ids):
+        with pytest.raises(InputError, match=r"a\.png cannot be read as an image"):
+            refused(str(tmp_path / "a.png"))
     for question, message in [
         (" ", "a prompt is empty"),
         ("long " * 200, "do not fit the model's context"),
@@ -81,13 +100,32 @@ def test_what_cannot_be_asked_is_refused_with_the_classs_sentences(
             list(page.ask(question, [], None))
 
 
+def test_a_visitor_waits_is_told_his_place_and_may_stop(
+    model: BeingVL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = conversations(model, max_new_tokens=400)
+    whole = model.generate_with_vbpe(["hi"], max_new_tokens=400)[0]
+    first = page.ask("hi", [], None, "first")
+    next(first)
+    others = [page.ask("hi", [], None, str(number)) for number in range(3)]
+    with ThreadPoolExecutor(3) as visitors:
+        waiting = [found.num_before for found in visitors.map(next, others)]
+    assert sorted(waiting) == [1, 2, 3]
+    page.stop("first")
+    *_, last = [Progress(""), *first]
+    assert len(last.text) < len(whole) and whole.startswith(last.text)
+    *_, last = others[0]
+    assert last.text == whole
+    monkeypatch.setattr("beingvl.inference.conversations.MAX_WAITING", 2)
+    with pytest.raises(InputError, match="too many questions are waiting"):
+        list(page.ask("hi", [], None))
+
+
 def test_a_published_vbpe_shows_no_borders(run_folder: Path) -> None:
     model = BeingVL(run_folder / "stage-3" / "final")
     model.vbpe = LegacyVisualBPE(16, np.array([[1, 2]]))
-    picture, _, words = Conversations(model, True, 6).look(
-        str(run_folder / "data" / "images" / "test" / "0000.png")
-    )
-    assert picture.shape == (16, 16, 3) and "no borders are shown" in words
+    found = conversations(model).look(str(run_folder / "data" / "images" / "test" / "0000.png"))
+    assert found.borders.shape == (16, 16, 3) and "no borders are shown" in found.words
 
 
 def test_borders_drawn_by_hand() -> None:
@@ -102,17 +140,6 @@ def test_borders_drawn_by_hand() -> None:
     assert drawn[0].tolist() == [False] * 5 + [True] + [False] * 2 + [True] + [False] * 3
     assert drawn[5].tolist() == [False] * 2 + [True] + [False] * 2 + [True] + [False] * 6
     assert (large[~drawn] == 0).all()
-
-
-def test_a_failing_worker_fails_the_reader() -> None:
-    def work(on_text: Callable[[str], object]) -> None:
-        on_text("a")
-        raise InputError("no more")
-
-    pieces = pieces_of(work)
-    assert next(pieces) == "a"
-    with pytest.raises(InputError, match="no more"):
-        next(pieces)
 
 
 def test_only_uploads_are_opened(tmp_path: Path) -> None:
@@ -134,13 +161,12 @@ def test_only_uploads_are_opened(tmp_path: Path) -> None:
             refuse_other_files({"path": address}, uploads)
 
 
-def test_an_empty_answer_is_shown_as_such() -> None:
-    assert [message["content"] for message in shown([("a", "b"), ("c", "")])] == [
-        "a",
-        "b",
-        "c",
-        "(nothing)",
-    ]
+def test_empty_answers_and_missing_pictures_are_shown_as_such() -> None:
+    turns = [("a", "b"), ("c", "")]
+    said = [message["content"] for message in shown(turns, has_picture=True)]
+    assert said == ["a", "b", "c", "(nothing)"]
+    said = [message["content"] for message in shown(turns[:1], has_picture=False)]
+    assert said == ["(without a picture) a", "b"]
 
 
 def test_the_temporary_folder_goes_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,19 +228,27 @@ def serve_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-LOOK, ASK = 0, 1  # the page's functions in the order of their events
+def functions_of(url: str) -> tuple[int, int]:
+    """The numbers of the page's functions that open a picture: to look at it, and to ask."""
+    with urlopen(f"{url}/config") as answer:
+        dependencies = json.load(answer)["dependencies"]
+    by_sizes = {
+        (len(entry["inputs"]), len(entry["outputs"])): entry["id"]
+        for entry in dependencies
+        if entry["backend_fn"]
+    }
+    return by_sizes[1, 4], by_sizes[3, 4]
 
 
-def requested(url: str, function: int, value: object) -> str:
+def requested(url: str, function: int, *data: object) -> dict:
     """What the page says when a program calls one of its functions, as its own script does."""
-    body = {"data": [value, None, None][: 1 + 2 * function], "fn_index": function}
-    body["session_hash"] = uuid.uuid4().hex
+    body = {"data": data, "fn_index": function, "session_hash": uuid.uuid4().hex}
     head = {"Content-Type": "application/json"}
     urlopen(Request(f"{url}/gradio_api/queue/join", json.dumps(body).encode(), head)).close()
     with urlopen(f"{url}/gradio_api/queue/data?session_hash={body['session_hash']}") as lines:
         messages = [json.loads(line[5:]) for line in lines if line.startswith(b"data:")]
     [done] = [message for message in messages if message["msg"] == "process_completed"]
-    return done["output"]["error"]
+    return done["output"]
 
 
 @pytest.mark.slow
@@ -262,7 +296,7 @@ def test_in_a_browser(serve_python: Path, model: BeingVL, run_folder: Path, tmp_
             str(image),
             str(tmp_path / "text.png"),
             str(tmp_path / "large/test/0000.png"),
-            str(tmp_path / "page.png"),
+            str(tmp_path / "page"),
         ]
         done = subprocess.run(
             [serve_python, Path(__file__).with_name("browse_page.py"), *arguments],
@@ -272,12 +306,16 @@ def test_in_a_browser(serve_python: Path, model: BeingVL, run_folder: Path, tmp_
         )
         assert done.returncode == 0, done.stderr
         secret = write_images(tmp_path / "secret", 1) and tmp_path / "secret/test/0000.png"
-        said = {
-            requested(url, function, {"path": path, "meta": {"_type": "gradio.FileData"}})
-            for function in (LOOK, ASK)
-            for path in (str(secret), str(tmp_path / "none.png"), f"{url}/none.png")
-        }
+        look, ask = functions_of(url)
+        said = set()
+        for path in (str(secret), str(tmp_path / "none.png"), f"{url}/none.png"):
+            file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+            for function, data in ((look, [file]), (ask, ["hi", None, file]), (ask, [file] * 3)):
+                said.add(requested(url, function, *data)["error"])
         assert said == {"only files that were uploaded to this page can be opened"}
+        with ThreadPoolExecutor(20) as visitors:
+            asked = [f"question {number}" for number in range(20)]
+            chats = list(visitors.map(lambda one: requested(url, ask, one, None, None), asked))
         for path in (secret, tmp_path / "none.png", f"{url}/none.png"):
             with pytest.raises(HTTPError, match="403"):
                 urlopen(f"{url}/gradio_api/file={path}")
@@ -295,11 +333,18 @@ def test_in_a_browser(serve_python: Path, model: BeingVL, run_folder: Path, tmp_
     ]
     assert len(found["seen"]) > 4, "the answers should have grown before the reader's eyes"
     assert found["words"].startswith("16 codes in") and found["width"] == 512
-    assert (
-        "text.png cannot be read as an image" in found["bad"]
-        and "a prompt is empty" in found["empty"]
-    )
-    assert "exceed the maximum allowed size" in found["large"]
+    for said in ("bad", "bad_words"):
+        assert "text.png cannot be read as an image" in found[said]
+    assert found["bad_gone"] and "exceed the maximum allowed size" in found["large"]
+    assert found["without"][0] == "(without a picture) hi"
+    assert "a prompt is empty" in found["empty"]
+    assert found["after_empty"] == found["before_empty"] and len(found["after_empty"]) == 4
+    assert found["raced"] == ["one", found["answers"][0]]
+    assert found["phone_width"] == 390
+    answers = model.generate_with_vbpe(asked, max_new_tokens=30)
+    for chat, question, answer in zip(chats, asked, answers, strict=True):
+        told = [part["text"] for message in chat["data"][2] for part in message["content"]]
+        assert told == [f"(without a picture) {question}", answer or "(nothing)"]
     assert found["elsewhere"] == []
     time.sleep(1)
     assert not list(temporary.glob("beingvl-serve-*")) and not list(home.rglob("*"))
