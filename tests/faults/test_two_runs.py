@@ -17,6 +17,7 @@ from beingvl.train.checkpoint_folders import complete_checkpoints
 from beingvl.train.run_stage import write_final
 from beingvl.train.stage_run import open_stage
 from tests.launcher import ENVIRONMENT, log_of, rank_processes, run, start, wait_for_step
+from tests.model.small_models import write_base_model
 from tests.tiny import stage_fields, write_inputs
 
 IN_USE = r"is in use by process (\d+) on \S+ \(`.*`, since 20\d\d-.*\); wait for it, or end it"
@@ -81,6 +82,7 @@ STEPS: dict[str, str] = {
     "encode-images": "--image_path=IN/images --vq_path=IN/vqgan --output_path=OUT",
     "train-vq": "--image_path=IN/images --output_path=OUT",
     "train-vbpe": "--data_path=IN/encode-images --output_path=OUT",
+    "convert": "--llama_path=LLAMA --being_vq_path=IN/vqgan --num_merges=0 --output_path=OUT",
     "tokenize": "--mode=pt --json_path=IN/rows.json --model_path=IN/base --output_dir=OUT"
     " --vq_codes=IN/encode-images",
     "build-shards": "--jsonl_path=IN/tokenize/data_base.jsonl --output_path=OUT",
@@ -105,12 +107,16 @@ def holder(tmp_path_factory) -> Iterator[tuple[Path, int]]:
 
 @pytest.mark.parametrize("step", STEPS)
 def test_every_step_names_the_process_that_has_its_output(
-    inputs, holder, step: str, capsys, monkeypatch
+    inputs, holder, step: str, tmp_path, capsys, monkeypatch
 ) -> None:
+    write_base_model(tmp_path / "llama")
     monkeypatch.setattr("beingvl.artefact.owner.PATIENCE_SECONDS", 0)
     output, process = holder
-    words = STEPS[step].replace("IN/", f"{inputs}/").replace("OUT", str(output)).split()
-    assert cli.main([step, *words]) == 2
+    places = {"IN/": f"{inputs}/", "OUT": f"{output}", "LLAMA": f"{tmp_path / 'llama'}"}
+    words = STEPS[step]
+    for name, place in places.items():
+        words = words.replace(name, place)
+    assert cli.main([step, *words.split()]) == 2
     error = capsys.readouterr().err
     assert re.search(IN_USE, error) and f"process {process} " in error, error
     assert sorted(path.name for path in output.iterdir()) == [".data.owner.tmp", OWNER]
