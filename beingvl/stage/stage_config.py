@@ -300,4 +300,10 @@ def parse_stage_config(fields: Mapping[str, Any], source: str) -> StageConfig:
             f"{source}: beingvl.final is 'adapter', and no rule has lora; leave it out"
         )
     deepspeed = {name: value for name, value in fields.items() if name != "beingvl"}
-    return StageConfig(deepspeed, BeingVLBlock(**{**block, "trainable": rules}), source)
+    config = StageConfig(deepspeed, BeingVLBlock(**{**block, "trainable": rules}), source)
+    if "offload_param" in config.nvme_offloads and any(rule.lora for rule in rules):
+        raise InputError(
+            f"{source}: zero_optimization.offload_param goes to nvme and a rule has lora, which "
+            'was never tried together; take "device": "cpu"'
+        )
+    return config

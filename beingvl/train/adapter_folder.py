@@ -47,13 +47,14 @@ def write_adapter_folder(start_model: Path, checkpoint: Path, target: Path) -> M
     with StateReader(checkpoint, state) as reader:
         for name in filter(is_adapter, state.parameters):
             tensors[PREFIX + name] = reader.master(name)
-    for stored_name, make in trained_tensors(weights, checkpoint, state, layout).items():
-        module = stored_name.removesuffix(".weight")
-        if module in new_rows:
-            rows = make()[layout.num_text :].contiguous()
+        for module in new_rows:
+            dtype = weights.dtype(f"{module}.weight")
+            rows = reader.master(f"{module}.{VISUAL_ROWS}").to(dtype)
             tensors[f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"] = rows
             token_ids[module] = list(range(layout.num_text, layout.num_text + len(rows)))
-        elif module in whole:
+    for stored_name, make in trained_tensors(weights, checkpoint, state, layout).items():
+        module = stored_name.removesuffix(".weight")
+        if module in whole:
             tensors[PREFIX + stored_name] = make()
     config = _peft_config(trained_adapters(weights, state), start_model)
     config["modules_to_save"] = whole or None

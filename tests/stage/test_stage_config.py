@@ -441,6 +441,14 @@ def test_keys_of_zero_optimization_are_deepspeeds() -> None:
     )
 
 
+def test_adapters_and_weights_on_nvme_are_refused_together() -> None:
+    fields = stage_fields(trainable=[{"match": "x", "lora": {"rank": 2, "alpha": 2}}])
+    with pytest.raises(InputError, match="offload_param goes to nvme and a rule has lora"):
+        parse_stage_config(
+            fields | {"zero_optimization": {"stage": 3, "offload_param": NVME}}, "stage.json"
+        )
+
+
 def test_null_is_no_offload() -> None:
     zero = {"stage": 3, "offload_param": None}
     assert (

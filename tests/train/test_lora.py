@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from beingvl.artefact.manifest import read_manifest, verify_folder
+from beingvl.errors import InputError
 from beingvl.model.adapters import initial_adapter
 from beingvl.model.param_groups import A, B
 from beingvl.model.weight_files import WeightFolder
@@ -26,7 +27,7 @@ from tests.plain_torch import train_plain
 from tests.tiny import LAYOUT, stage_fields, write_inputs
 from tests.train.run_stages import run_stages
 from tests.train.storm import Storm, kill
-from tests.train.test_zero_stages import NUM_STEPS, job, moments_of, settings
+from tests.train.test_zero_stages import NUM_STEPS, OFFLOAD, job, moments_of, settings
 
 RULES = [
     {"match": "visual_rows"},
@@ -108,6 +109,9 @@ def test_the_grid_equals_peft(work, num_ranks: int) -> None:
     jobs = []
     for name, (stage, accumulation, packing) in grid.items():
         jobs.append(job(work, name, *settings(stage, num_ranks, accumulation, packing)))
+    name = f"offload-{num_ranks}"
+    jobs.append(job(work, name, *settings(3, num_ranks, 2), *OFFLOAD))
+    grid[name] = (3, 2, True)
     run_stages(num_ranks, jobs, work)
     for name, (_, _, packing) in grid.items():
         assert_equals_peft(work, work / name, packing)
@@ -154,8 +158,8 @@ def assert_same_logits(base: Path, adapter: Path, final: Path) -> None:
 
 
 def test_other_trained_parts_go_with_the_adapters(work) -> None:
-    """Whole matrices, the last norm, layers without adapters; in bf16; and `final` as an adapter,
-    which no command takes for a model.
+    """Whole matrices, the last norm, layers without adapters; and `final` as an adapter, which no
+    command takes for a model.
     """
     rules = [
         {"match": ".*_rows"},
@@ -172,6 +176,8 @@ def test_other_trained_parts_go_with_the_adapters(work) -> None:
     assert_same_logits(work / "base", work / "alone" / "final", work / "merged" / "final")
     done = run_alone(work, work / "next", model=work / "alone")
     assert done.returncode == 2 and "holds PEFT adapters on" in done.stderr
+    with pytest.raises(InputError, match=r"--model .*gone does not exist"):
+        export(work / "gone", work / "later", checkpoint=work / "alone")
     export(work / "base", work / "later", checkpoint=work / "alone")
     assert_same_logits(work / "base", work / "alone" / "final", work / "later")
     run_stages(1, places, work)  # nothing to do
