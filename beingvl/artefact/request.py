@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 from beingvl.artefact.hashes import PREFIX
@@ -34,4 +35,7 @@ class Request(dict[str, Any]):
 def _how(found: Any, asked: Any) -> str:
     if all(isinstance(value, str) and value.startswith(PREFIX) for value in (found, asked)):
         return "its content differs"
+    if isinstance(found, list) and isinstance(asked, list):
+        pairs = zip_longest(found, asked)
+        found, asked = next(pair for pair in pairs if pair[0] != pair[1])
     return f"found {found!r}, asked for {asked!r}"

@@ -29,7 +29,7 @@ from beingvl.errors import InputError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     images = "folder of images, searched recursively; or tar files or tables that hold them"
-    add("--image_path", type=Path, nargs="+", help=images)
+    add("--image_path", nargs="+", help=images)
     add("--vqgan", dest="vq_path", type=Path, required=True, help="VQ-GAN folder")
     add("--output", dest="output_path", type=Path, required=True, help="folder to write")
     named = "rows, in any form that tokenize reads: encode only the images they name"

@@ -66,6 +66,7 @@ DISK_FAILS = (
 )
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 REMEDIES = {
+    errno.ECONNABORTED: "see to the network",  # of sources/places.py
     **dict.fromkeys(DISK_IS_FULL, "make room"),
     **dict.fromkeys(DISK_FAILS, "see to the disk"),
     **dict.fromkeys(TOO_MANY_FILES, "allow more open files (`ulimit -n 65536`)"),

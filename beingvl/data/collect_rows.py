@@ -34,7 +34,15 @@ from beingvl.data.llava_json import BrokenRow, Row, image_keys, stream_rows_and_
 from beingvl.errors import InputError
 from beingvl.images.image_source import IMAGE_SUFFIXES
 from beingvl.sources.pairs import records_of_pairs
-from beingvl.sources.places import as_place, expand, is_address, opened, stamp
+from beingvl.sources.places import (
+    as_place,
+    bare,
+    expand,
+    file_name,
+    is_address,
+    opened,
+    stamp,
+)
 from beingvl.sources.tables import SUFFIXES as TABLES
 from beingvl.sources.tables import Table
 from beingvl.sources.text_tables import DELIMITERS, records_of_table
@@ -77,7 +85,7 @@ def open_rows(
     named = [sources] if isinstance(sources, str | Path) else list(sources)
     files = expand(named, SUFFIXES)
     if any(file.endswith(".arrow") for file in files):
-        files = [file for file in files if os.path.basename(file) not in DATASETS_FILES]
+        files = [file for file in files if file_name(file) not in DATASETS_FILES]
     _refuse_mixed_kinds(files)
     dialect = _seen_dialect(files, row_format)
     containers = [file for file in files if _kind(file) in (*TABLES, ".tar")]
@@ -85,7 +93,7 @@ def open_rows(
     if is_plain and dialect == "llava":
         return Rows(Path(files[0]), [])
     number = "1 file" if len(files) == 1 else f"{len(files)} files"
-    print(f"{as_place(named[0])}: {number}, rows of the form {dialect!r}")
+    print(f"{bare(as_place(named[0]))}: {number}, rows of the form {dialect!r}")
     work = CollectRows(folder, files, dialect)
     run_in_parts(work, rank, overwrite=overwrite, name="collect rows")
     wait_until_complete(folder)
@@ -99,14 +107,14 @@ def _refuse_mixed_kinds(files: Sequence[str]) -> None:
     if len(first) > 1:
         one, other = list(first.values())[:2]
         raise InputError(f"{one} and {other} are files of two kinds: name those of one kind")
-    repeated, count = Counter(map(os.path.basename, files)).most_common(1)[0]
+    repeated, count = Counter(map(file_name, files)).most_common(1)[0]
     if count > 1 and _kind(repeated) in TABLES:
         raise InputError(f"{count} files are called {repeated}: pictures' keys begin with the name")
 
 
 def _kind(file: str) -> str:
     """Its suffix, less that of compression."""
-    stem, suffix = os.path.splitext(file.lower())
+    stem, suffix = os.path.splitext(file_name(file).lower())
     return os.path.splitext(stem)[1] if suffix in COMPRESSED else suffix
 
 
@@ -176,7 +184,7 @@ def _undamaged(file: str, records: Iterator[Row]) -> Iterator[Row]:
 
 def _decompressed(file: str) -> IO[bytes]:
     """The bytes of a text, from its first one on."""
-    opener = COMPRESSED.get(os.path.splitext(file.lower())[1])
+    opener = COMPRESSED.get(os.path.splitext(file_name(file).lower())[1])
     plain = opened(file)
     if opener is None:
         return plain
@@ -234,7 +242,7 @@ class CollectRows(Work):
 
     def _stamps_now(self) -> list[list[str]]:
         """What lies elsewhere is known by its size, and its time or the store's mark."""
-        return [[file, stamp(file)] for file in self.files]
+        return [[bare(file), stamp(file)] for file in self.files]
 
     def request(self) -> Request:
         return Request(files=self.stamps, row_format=self.dialect)
@@ -249,10 +257,10 @@ class CollectRows(Work):
                     row = _readable(record)
                     row = convert(row)
                     if row.get("id") in (None, ""):
-                        row["id"] = f"{os.path.basename(file)}-{at}"
+                        row["id"] = f"{file_name(file)}-{at}"
                     line = json.dumps(row, ensure_ascii=False, allow_nan=False, default=str)
                 except (InputError, ValueError) as error:
-                    line = json.dumps({"unreadable": f"{file}, row {at}: {error}"})
+                    line = json.dumps({"unreadable": f"{bare(file)}, row {at}: {error}"})
                 out.write(line.encode("utf-8", "surrogatepass") + b"\n")
                 advance(1)
 

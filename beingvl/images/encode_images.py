@@ -69,7 +69,8 @@ def encode_images(
     reused.
 
     Args:
-        image_path: a folder of images, searched recursively, or tar files.
+        image_path: a folder of images, searched recursively, tar files, or tables that hold
+            images; here or at an address.
         keys: which images, by their path below the folder or in the tar; None takes all.
         images_per_part: images that are finished, or lost by a kill, together.
         num_workers: processes that read images; 0 reads in this one.
@@ -87,7 +88,7 @@ def encode_images(
         raise InputError(f"--exif is {exif!r}, expected one of {', '.join(EXIF)}")
     device, dtype = _device_and_dtype(device, dtype)
     paths = [image_path] if isinstance(image_path, Path | str) else image_path
-    images = open_images([Path(path) for path in paths])
+    images = open_images(paths)
     chosen = images.keys() if keys is None else sorted(set(keys))
     if not chosen:
         raise InputError("no image is asked for: there is nothing to encode")
@@ -136,6 +137,9 @@ class EncodeImages(Work):
     unit = "image"
     rejected: list[str] = field(default_factory=list)  # lines of all parts made by this process
 
+    def __post_init__(self) -> None:
+        self.elsewhere = self.images.elsewhere(self.keys)  # before anything is read
+
     @property
     def num_parts(self) -> int:
         return -(-len(self.keys) // self.images_per_part)
@@ -151,7 +155,8 @@ class EncodeImages(Work):
         """A batch's size may change the last bit on a GPU."""
         names = hash_bytes("\n".join(self.keys).encode("utf-8", "surrogatepass"))
         sizes = {"images_per_part": self.images_per_part, "batch_size": self.batch_size}
-        return Request(**self._encoder(), **{"image names": names}, **sizes)
+        there = {f"content of {place}": found for place, found in self.elsewhere.items()}
+        return Request(**self._encoder(), **{"image names": names}, **there, **sizes)
 
     def request(self) -> Request:
         return Request(**self._encoder(), images=self._hash_images())
@@ -215,7 +220,15 @@ class EncodeImages(Work):
         )
 
     def join(self, parts: Parts) -> None:
-        """Raises InputError when too many images were rejected, or all."""
+        """Raises InputError when too many images were rejected, or all, or an object store has
+        others by now.
+        """
+        for place, now in self.images.elsewhere(self.keys).items():
+            if now != self.elsewhere[place]:
+                raise InputError(
+                    f"{place} changed while its images were read; start again with --overwrite "
+                    "when it is complete"
+                )
 
         def join(name: str, target: Path, head: bytes = b"") -> str:
             return parts.join(self.num_parts, name, target, head)

@@ -1,5 +1,5 @@
-"""Where images come from: a folder, or tar files (webdataset shards). An image's key is its path
-below the folder or in the tar.
+"""Where images come from: a folder or tar files (webdataset shards), here or in an object store. An
+image's key is its path below the folder or in the tar.
 
 An image that is not there, or is not a regular file, is rejected. A disk that fails is asked again,
 a few times, and then the step ends, so that no image is lost for it.
@@ -15,19 +15,31 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import IO, Protocol
 
 from beingvl.artefact.files import printable, spellings
+from beingvl.artefact.hashes import hash_bytes
 from beingvl.artefact.progress import progress
 from beingvl.errors import InputError
 from beingvl.images.table_images import NO_STAMP, TableImages
-from beingvl.sources.places import as_place, is_address
+from beingvl.sources.places import (
+    as_place,
+    expand,
+    file_name,
+    is_address,
+    listing,
+    opened,
+    read_object,
+    stamp,
+    stamps_elsewhere,
+)
 from beingvl.sources.tables import SUFFIXES as TABLES
 from beingvl.sources.tars import members_of
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 )
+LOOKED_FOR = ", ".join(sorted(IMAGE_SUFFIXES))
 MAX_FILE_BYTES = 1 << 30
 PAUSES_SECONDS = (0.5, 2, 8)  # between the tries of one read
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
@@ -44,6 +56,14 @@ class ImageSource(Protocol):
     def stamp(self, key: str) -> str:
         """Size and time of the file that holds an image, or NO_STAMP: equal stamps, equal bytes."""
 
+    def elsewhere(self, keys: Sequence[str]) -> dict[str, str]:
+        """Address -> stamp of all that these images are read from there, as it is now."""
+
+
+def _refuse_large(name: Path | str, size: int) -> None:
+    if size > MAX_FILE_BYTES:
+        raise InputError(f"{name} has {size:,} bytes, expected at most {MAX_FILE_BYTES:,}")
+
 
 def read_file(path: Path) -> bytes:
     """A regular file's bytes. Raises InputError for another: a FIFO would wait for a writer, and
@@ -52,12 +72,11 @@ def read_file(path: Path) -> bytes:
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise InputError(f"{path} is not a regular file; it was not opened")
-    if found.st_size > MAX_FILE_BYTES:
-        raise InputError(f"{path} has {found.st_size:,} bytes, expected at most {MAX_FILE_BYTES:,}")
+    _refuse_large(path, found.st_size)
     return path.read_bytes()
 
 
-def read_patiently(path: Path, read: Callable[[], bytes]) -> bytes:
+def read_patiently(path: Path | str, read: Callable[[], bytes]) -> bytes:
     """What `read` gives of `path`; asked again after pauses where a disk fails."""
     for pause in (*PAUSES_SECONDS, None):
         try:
@@ -70,28 +89,20 @@ def read_patiently(path: Path, read: Callable[[], bytes]) -> bytes:
     raise AssertionError
 
 
-def _stamp_of(path: Path) -> str:
-    found = path.stat()
-    return f"{found.st_size} {found.st_mtime_ns}"
-
-
-def open_images(paths: Sequence[Path]) -> ImageSource:
+def open_images(named: Sequence[Path | str]) -> ImageSource:
     """One folder of image files, one folder of tar files, tar files, or tables; nothing mixed."""
-    if all(path.name.lower().endswith(TABLES) for path in paths):
-        return TableImages([as_place(path) for path in paths])
-    for place in map(as_place, paths):
-        if is_address(place):
-            raise InputError(
-                f"--image_path {place} is an address, from which only parquet and Arrow files are "
-                "read; copy the folder or tar file here"
-            )
+    places = [as_place(path) for path in named]
+    if all(file_name(place).lower().endswith(TABLES) for place in places):
+        return TableImages(expand(places, TABLES))
+    if any(map(is_address, places)) and all(map(_is_tar, map(file_name, places))):
+        return TarImages(expand(places, (".tar",)))
+    if len(places) == 1 and is_address(places[0]):
+        return _open_folder_elsewhere(places[0].rstrip("/"))
+    paths = [Path(place) for place in places]
     if len(paths) == 1 and paths[0].is_dir():
-        tars = sorted(path for path in paths[0].glob("*.tar") if path.is_file())
-        if tars and (image := FolderImages(paths[0]).any_key()) is not None:
-            raise InputError(
-                f"--image_path {paths[0]} holds tar files ({tars[0].name}) and images ({image}): "
-                "name the tar files, or move them out of the folder"
-            )
+        tars = sorted(str(path) for path in paths[0].glob("*.tar") if path.is_file())
+        image = FolderImages(paths[0]).any_key() if tars else None
+        _refuse_both(places[0], tars, image)
         return TarImages(tars) if tars else FolderImages(paths[0])
     for path in paths:
         if path.is_dir():
@@ -100,7 +111,26 @@ def open_images(paths: Sequence[Path]) -> ImageSource:
             )
         if not path.is_file():
             raise InputError(f"--image_path {path} is not a folder and not a tar file")
-    return TarImages(paths)
+    return TarImages(places)
+
+
+def _open_folder_elsewhere(folder: str) -> ImageSource:
+    images = AddressImages(folder)
+    tars = [f"{folder}/{key}" for key in images.stamps if "/" not in key and _is_tar(key)]
+    _refuse_both(folder, tars, images.any_key() if tars else None)
+    return TarImages(tars) if tars else images
+
+
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith(".tar")
+
+
+def _refuse_both(folder: str, tars: Sequence[str], image: str | None) -> None:
+    if tars and image is not None:
+        raise InputError(
+            f"--image_path {folder} holds tar files ({file_name(tars[0])}) and images ({image}): "
+            "name the tar files, or move them out of the folder"
+        )
 
 
 def _refuse_names_without_text(key: str) -> None:
@@ -147,9 +177,8 @@ class FolderImages:
         looked = progress(self._find(left_out), name="find images", unit="image", leave=False)
         keys = sorted(looked)
         if not keys:
-            looked_for = ", ".join(sorted(IMAGE_SUFFIXES))
             raise InputError(
-                f"{self.folder} has no images (looked for {looked_for}, also in subfolders)"
+                f"{self.folder} has no images (looked for {LOOKED_FOR}, also in subfolders)"
             )
         _say_left_out(str(self.folder), left_out)
         return keys
@@ -205,9 +234,12 @@ class FolderImages:
 
     def stamp(self, key: str) -> str:
         try:
-            return _stamp_of(self.path(key))
+            return stamp(str(self.path(key)))
         except (OSError, ValueError):
             return NO_STAMP
+
+    def elsewhere(self, keys: Sequence[str]) -> dict[str, str]:
+        return {}
 
 
 def _files_below(folder: str, left_out: Counter[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
@@ -239,28 +271,78 @@ def _files_below(folder: str, left_out: Counter[str]) -> Iterator[tuple[str, os.
                 links.append((entry.path, f"{key}/"))
 
 
+# ---- a folder of an object store ----
+
+
+class AddressImages:
+    """Images below an address; one request each."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder.rstrip("/")
+        self.stamps = self._stamps_now()  # key -> stamp, of all files
+
+    def _stamps_now(self) -> dict[str, str]:
+        found = listing(self.folder).items()
+        return {place.removeprefix(f"{self.folder}/"): stamp for place, stamp in found}
+
+    def keys(self) -> list[str]:
+        reasons = {key: _why_left_out(key) for key in self.stamps}
+        _say_left_out(self.folder, Counter(filter(None, reasons.values())))
+        keys = sorted(key for key, reason in reasons.items() if reason is None)
+        if not keys:
+            raise InputError(f"{self.folder} has no images (looked for {LOOKED_FOR})")
+        return keys
+
+    def any_key(self) -> str | None:
+        return next((key for key in self.stamps if _why_left_out(key) is None), None)
+
+    def _name(self, key: str) -> str | None:
+        return next((name for name in spellings(key) if name in self.stamps), None)
+
+    def read(self, key: str) -> bytes:
+        _refuse_names_without_text(key)
+        if (name := self._name(key)) is None:
+            raise InputError(f"{key}: not in {self.folder}")
+        size = int(self.stamps[name].split()[0])
+        _refuse_large(key, size)
+        try:
+            return read_object(f"{self.folder}/{name}", size)
+        except FileNotFoundError as error:
+            raise InputError(f"{key}: {error.strerror}") from error
+
+    def stamp(self, key: str) -> str:
+        name = self._name(key)
+        return NO_STAMP if name is None else self.stamps[name]
+
+    def elsewhere(self, keys: Sequence[str]) -> dict[str, str]:
+        now = self._stamps_now()
+        found = "\n".join(now.get(self._name(key) or "", NO_STAMP) for key in keys)
+        return {self.folder: hash_bytes(found.encode())}
+
+
 # ---- tar files ----
 
 
 class TarImages:
     """Images in uncompressed tar files, found through their headers and read at their offsets."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = list(paths)
+    def __init__(self, places: Sequence[Path | str]) -> None:
+        self._paths = list(map(as_place, places))
         self._places: dict[str, tuple[int, int, int]] = {}  # key -> (tar, offset, size), in bytes
         self._sparse: set[str] = set()  # keys
         self._stamps: list[str] = []  # of the tars, taken before they are read
         self._left_out: Counter[str] = Counter()
+        self._opened: tuple[int, IO[bytes]] | None = None  # the tar at an address read last
         looked = progress(self._paths, name="look through tars", unit="tar", leave=False)
         for number, path in enumerate(looked):
-            self._stamps.append(_stamp_of(path))
+            self._stamps.append(stamp(path))
             self._add(number, path)
         if not self._places:
-            named, looked_for = ", ".join(map(str, paths)), ", ".join(sorted(IMAGE_SUFFIXES))
-            raise InputError(f"{named}: no images in there (looked for {looked_for})")
+            named = ", ".join(self._paths)
+            raise InputError(f"{named}: no images in there (looked for {LOOKED_FOR})")
 
-    def _add(self, number: int, path: Path) -> None:
-        for _, member in members_of(str(path)):
+    def _add(self, number: int, path: str) -> None:
+        for _, member in members_of(path):
             name = member.name.removeprefix("./")
             if member.isdir():
                 continue
@@ -280,7 +362,7 @@ class TarImages:
                 self._sparse.add(name)
 
     def keys(self) -> list[str]:
-        where = str(self._paths[0]) if len(self._paths) == 1 else f"{len(self._paths)} tar files"
+        where = self._paths[0] if len(self._paths) == 1 else f"{len(self._paths)} tar files"
         _say_left_out(where, self._left_out)
         return sorted(self._places)
 
@@ -295,9 +377,8 @@ class TarImages:
         path = self._paths[number]
         if name in self._sparse:
             raise InputError(f"{key}: {path} holds it as a sparse file; make it without --sparse")
-        if size > MAX_FILE_BYTES:
-            raise InputError(f"{key} has {size:,} bytes, expected at most {MAX_FILE_BYTES:,}")
-        data = read_patiently(path, partial(_read_piece, path, size, offset))
+        _refuse_large(key, size)
+        data = self._piece(number, offset, size)
         if len(data) != size:
             raise InputError(f"{key}: {path} is truncated")
         return data
@@ -308,8 +389,20 @@ class TarImages:
         number, offset, _ = self._places[name]
         return f"{offset} {self._stamps[number]}"
 
+    def _piece(self, number: int, offset: int, size: int) -> bytes:
+        path = self._paths[number]
+        if not is_address(path):
+            return read_patiently(path, partial(_read_piece, path, size, offset))
+        if self._opened is None or self._opened[0] != number:
+            self._opened = number, opened(path)
+        self._opened[1].seek(offset)
+        return self._opened[1].read(size)
 
-def _read_piece(path: Path, size: int, offset: int) -> bytes:
+    def elsewhere(self, keys: Sequence[str]) -> dict[str, str]:
+        return stamps_elsewhere(self._paths)
+
+
+def _read_piece(path: str, size: int, offset: int) -> bytes:
     with open(path, "rb") as file:
         return os.pread(file.fileno(), size, offset)
 

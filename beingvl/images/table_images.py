@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from beingvl.errors import InputError
-from beingvl.sources.places import stamp
+from beingvl.sources.places import stamp, stamps_elsewhere
 from beingvl.sources.tables import Table, numbers_of
 
 NO_STAMP = "none"
@@ -33,6 +33,9 @@ class TableImages:
     def stamp(self, key: str) -> str:
         name = key.partition("#")[0]
         return self._stamps.get(name, NO_STAMP)
+
+    def elsewhere(self, keys: Sequence[str]) -> dict[str, str]:
+        return stamps_elsewhere(table.place for table in self._tables.values())
 
     def _find(self, key: str) -> tuple[Table, int, int]:
         name, _, numbers = key.partition("#")

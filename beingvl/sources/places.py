@@ -1,11 +1,14 @@
 """Where a dataset lies: a file, a folder, a pattern, or an address in an object store.
 
-    expand   what a user names -> the files that it means, sorted
-    opened   a file for reading, here or there
-    stamp    what changes when its content may have changed
+    expand    what a user names -> the files that it means, sorted
+    listing   what lies below an address -> its stamps
+    opened    a file for reading, here or there
+    stamp     what changes when its content may have changed
+    asked     how a store is asked for any of these: again, after pauses, where that may help
 
-Addresses (`s3://`, `gs://`, `hf://`, `https://`) need fsspec and a package for their protocol:
-`pip install beingvl[remote]`.
+Addresses (`s3://`, `gs://`, `hf://`, `https://`) need a package for their protocol:
+`pip install beingvl[remote]`. Whatever a store ends with is an OSError, never an InputError: an
+image is not rejected, and no row is lost, because a connection or somebody's credentials were.
 """
 
 from __future__ import annotations
@@ -14,20 +17,42 @@ import errno
 import glob
 import io
 import os
+import random
+import re
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+import fsspec
+from fsspec.utils import glob_translate
+
 from beingvl.errors import InputError
 
-BLOCK_BYTES = 1 << 20  # asked of an object store at once
-PAUSES_SECONDS = (0.5, 2, 8, 20)  # between the tries of one range
-STAMPS = ("ETag", "etag", "md5Hash", "content-md5", "mtime", "LastModified", "last_modified")
+BLOCK_BYTES = 1 << 20  # asked of a store at once, at least
+RANGE_BYTES = 1 << 23  # at most: what a lost connection costs
+WHOLE_BYTES = 1 << 26  # of an object whose size its server does not say
+PAUSES_SECONDS = (0.5, 2, 8, 20)  # between the tries, give or take half
+SILENCE_SECONDS = 20  # of an https server, after which it is asked again
+MAY_CHANGE = (408, 425, 429)  # the 4xx of HTTP that ask for patience
+MARKS = ("ETag", "etag", "md5Hash", "Content-MD5", "blob_id", "mtime")
+TIMES = ("LastModified", "Last-Modified", "last_modified")
+Question = Callable[[Any, str], Any]  # of fsspec's file system and a path in it
 
 
 def is_address(place: str) -> bool:
     return "://" in place
+
+
+def bare(place: str) -> str:
+    """An address less what follows its name, as `?download=true` or a signature."""
+    return place.partition("?")[0] if place.startswith("http") else place
+
+
+def file_name(place: str) -> str:
+    return os.path.basename(bare(place))
 
 
 def as_place(path: Path | str) -> str:
@@ -66,43 +91,106 @@ def expand(paths: Sequence[Path | str], suffixes: Sequence[str]) -> list[str]:
 
 
 def _expand_address(place: str, suffixes: Sequence[str]) -> list[str]:
-    files, path = file_system(place)
-    if "*" in place:
-        matched = files.glob(path)
-    elif place.startswith("http") or asked(place, lambda: files.isfile(path)):
+    if place.startswith("http") and "*" not in place:
         return [place]
-    else:
-        everything = asked(place, lambda: files.find(path))
-        matched = [name for name in everything if name.lower().endswith(tuple(suffixes))]
-    return [files.unstrip_protocol(name) for name in matched]
+    found = listing(place)
+    if place in found or "*" in place:
+        return list(found)
+    return [name for name in found if name.lower().endswith(tuple(suffixes))]
+
+
+def listing(place: str) -> dict[str, str]:
+    """Address -> stamp of the object of that name, of those that a pattern matches, or of those
+    below a folder. Raises InputError for https, which has no listings.
+    """
+    if place.startswith("http"):
+        raise InputError(f"{bare(place)}: a web server does not list its files; name each of them")
+
+    def find(files: Any, path: str) -> dict[str, str]:
+        # fsspec's own glob leaves out silently what it could not list
+        before, star, _ = path.partition("*")
+        matches = re.compile(glob_translate(path) if star else "").match
+        found = files.find(before.rpartition("/")[0] if star else path, detail=True)
+        return {
+            files.unstrip_protocol(name): _stamp_of(facts)
+            for name, facts in sorted(found.items())
+            if matches(name)
+        }
+
+    return asked(place, find)
 
 
 def file_system(place: str) -> tuple[Any, str]:
-    """fsspec's file system for an address, and the path in it."""
+    """fsspec's file system for an address, and the path in it; it remembers nothing of before."""
     try:
-        import fsspec  # an optional extra
+        files, path = fsspec.core.url_to_fs(place)
+        if place.startswith("http"):
+            import aiohttp  # an optional extra
+
+            quiet = {"sock_connect": SILENCE_SECONDS, "sock_read": SILENCE_SECONDS}
+            timeout = aiohttp.ClientTimeout(total=None, **quiet)
+            files.client_kwargs = {"timeout": timeout, "trust_env": True} | files.client_kwargs
     except ImportError as error:
-        raise InputError(
-            f"{place} is an address in an object store: pip install beingvl[remote]"
-        ) from error
-    try:
-        return fsspec.core.url_to_fs(place)
-    except (ImportError, ValueError) as error:
-        raise InputError(f"{place}: {error}") from error
+        raise InputError(f"{bare(place)}: {error}: pip install 'beingvl[remote]'") from error
+    except ValueError as error:
+        raise InputError(f"{bare(place)}: {error}") from error
+    files.retries = 1  # of s3fs, whose tries would multiply ours in silence
+    files.invalidate_cache()
+    return files, path
 
 
-def asked(place: str, question: Callable[[], Any]) -> Any:
-    """What an object store answers. Raises InputError for missing credentials or objects."""
-    try:
-        return question()
-    except FileNotFoundError as error:
-        raise InputError(f"{place} is not there") from error
-    except PermissionError as error:
-        raise InputError(f"{place}: access is denied; give credentials ({error})") from error
-    except Exception as error:
-        if "redential" in type(error).__name__ or "redential" in str(error):
-            raise InputError(f"{place}: no credentials were found ({error})") from error
-        raise
+def asked(place: str, question: Question) -> Any:
+    """What a store answers; asked again after pauses, each said in a line.
+
+    Raises FileNotFoundError, PermissionError or ConnectionAbortedError, each with its sentence.
+    """
+    for pause in (*PAUSES_SECONDS, None):
+        try:
+            return question(*file_system(place))
+        except InputError:
+            raise
+        except Exception as error:  # each protocol has its own
+            if final := _final(error, place):
+                raise final from error
+            origin = _origin(error, place)
+            reason = f"{type(origin).__name__}: {_said(origin)}"
+        if pause is not None:
+            pause *= random.uniform(0.5, 1.5)  # many processes need not come back at once
+            again = f"{bare(place)}: {reason}; asked again in {pause:.1f} s"
+            print(again, file=sys.stderr, flush=True)
+            time.sleep(pause)
+    tries = len(PAUSES_SECONDS) + 1
+    raise OSError(errno.ECONNABORTED, f"not read in {tries} tries ({reason})", bare(place))
+
+
+def _final(error: Exception, place: str) -> OSError | None:
+    """What asking again would not change; None for the rest."""
+    origin = _origin(error, place)
+    status = getattr(origin, "status", None)
+    status = status or getattr(getattr(origin, "response", None), "status_code", None)
+    said, number = _said(error), getattr(error, "errno", None)
+    is_denied = isinstance(error, PermissionError) or status in (401, 403)
+    if is_denied or "redential" in type(error).__name__ + said:
+        reason = f"access is denied, or credentials are missing ({said})"
+        return PermissionError(errno.EACCES, reason, bare(place))
+    if isinstance(error, FileNotFoundError) and (origin is error or status in (404, 410)):
+        reason = error.strerror if error.strerror and number else "it is not there"
+        return FileNotFoundError(errno.ENOENT, reason, bare(place))
+    is_refused = status in range(400, 500) and status not in MAY_CHANGE
+    if is_refused or type(error) is ValueError or number == errno.EINVAL:
+        return FileNotFoundError(errno.ENOENT, f"it cannot be read ({said})", bare(place))
+    return None
+
+
+def _origin(error: Exception, place: str) -> BaseException:
+    """fsspec's https says of whatever happened that the file was not found."""
+    is_web = isinstance(error, FileNotFoundError) and place.startswith("http")
+    return (error.__cause__ if is_web else None) or error
+
+
+def _said(error: BaseException) -> str:
+    """Without the query of an address, which may be a signature."""
+    return re.sub(r"\?\S*", "", " ".join(str(error).split()))[:200]
 
 
 def opened(place: str) -> IO[bytes]:
@@ -113,14 +201,27 @@ def opened(place: str) -> IO[bytes]:
 
 
 class _RemoteFile(io.RawIOBase):
-    """An object read by ranges; a range that fails or comes truncated is asked for again."""
+    """An object read by ranges. Raises FileNotFoundError when it is no longer what was opened."""
 
     def __init__(self, place: str) -> None:
-        self._place = place
-        self._pid = os.getpid()
-        self._files, self._path = file_system(place)
-        self._size = int(asked(place, lambda: self._files.info(self._path))["size"])
-        self._at = 0
+        self._place, self._stamp, self._at = place, "", 0
+        self._file: Any = None
+        self._pid = 0
+        self._size: int = asked(place, self._open)
+
+    def _open(self, files: Any, path: str) -> int:
+        """Returns its size."""
+        file = files.open(path, "rb", cache_type="none")  # s3 is told which version to send
+        facts = file.details if any(map(file.details.get, MARKS)) else files.info(path)
+        stamp, size = _stamp_of(facts), facts["size"]
+        if self._stamp not in ("", stamp):
+            reason = f"it changed while it was read ({self._stamp}, now {stamp})"
+            raise FileNotFoundError(errno.ENOENT, reason, self._place)
+        if size is None:
+            file = io.BytesIO(_whole(file))
+            size = len(file.getbuffer())
+        self._file, self._stamp, self._pid = file, stamp, os.getpid()
+        return size
 
     def readable(self) -> bool:
         return True
@@ -136,34 +237,48 @@ class _RemoteFile(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        end = min(self._at + len(buffer), self._size)
+        end = min(self._at + min(len(buffer), RANGE_BYTES), self._size)
         if self._at >= end:
             return 0
-        data = self._range(self._at, end)
+        data = asked(self._place, partial(self._range, self._at, end))
         buffer[: len(data)] = data
         self._at = end
         return len(data)
 
-    def _range(self, start: int, end: int) -> bytes:
-        if self._pid != os.getpid():  # fsspec's connections do not survive a fork
-            self._pid = os.getpid()
-            self._files, self._path = file_system(self._place)
-        for pause in (*PAUSES_SECONDS, None):
-            problem = "it came truncated"
-            try:
-                data = self._files.cat_file(self._path, start=start, end=end)
-                if len(data) == end - start:
-                    return data
-            except (FileNotFoundError, PermissionError) as error:
-                raise InputError(f"{self._place} vanished while it was read ({error})") from error
-            except Exception as error:  # each protocol has its own
-                problem = f"{type(error).__name__}: {error}"
-            if pause is None:
-                raise OSError(
-                    errno.EIO, f"bytes {start} … {end} cannot be read ({problem})", self._place
-                )
-            time.sleep(pause)
-        raise AssertionError
+    def _range(self, start: int, end: int, files: Any, path: str) -> bytes:
+        if self._file is None or self._pid != os.getpid():  # connections do not survive a fork
+            self._open(files, path)
+        file, self._file = self._file, None  # opened anew, and compared, when this fails
+        file.seek(start)
+        data = file.read(end - start)
+        _refuse_truncated(data, end - start)
+        self._file = file
+        return data
+
+
+def _whole(file: Any) -> bytes:
+    data = bytearray()
+    while len(data) <= WHOLE_BYTES and (block := file.read(BLOCK_BYTES)):
+        data += block
+    if len(data) > WHOLE_BYTES:
+        raise ValueError(f"its server does not say its size, and it has over {WHOLE_BYTES:,} bytes")
+    return bytes(data)
+
+
+def _refuse_truncated(data: bytes, size: int) -> None:
+    if len(data) != size:
+        raise OSError(f"{len(data)} of {size} bytes came")
+
+
+def read_object(place: str, size: int) -> bytes:
+    """A small one, of known size, in one request."""
+
+    def read(files: Any, path: str) -> bytes:
+        data = files.cat_file(path, start=0, end=size) if size else b""
+        _refuse_truncated(data, size)
+        return data
+
+    return asked(place, read)
 
 
 def stamp(place: str) -> str:
@@ -171,7 +286,14 @@ def stamp(place: str) -> str:
     if not is_address(place):
         found = os.stat(place)
         return f"{found.st_size} {found.st_mtime_ns}"
-    files, path = file_system(place)
-    facts = asked(place, lambda: files.info(path))
-    mark = next((facts[name] for name in STAMPS if facts.get(name)), "")
+    return asked(place, lambda files, path: _stamp_of(files.info(path)))
+
+
+def stamps_elsewhere(places: Iterable[str]) -> dict[str, str]:
+    """Address -> stamp as it is now, of those places that are addresses."""
+    return {bare(place): stamp(place) for place in places if is_address(place)}
+
+
+def _stamp_of(facts: dict[str, Any]) -> str:
+    mark = next((facts[name] for name in (*MARKS, *TIMES) if facts.get(name)), "")
     return f"{facts.get('size')} {mark}"

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from beingvl.errors import InputError
-from beingvl.sources.places import is_address, opened
+from beingvl.sources.places import bare, file_name, is_address, opened
 
 SUFFIXES = (".parquet", ".arrow")
 BATCH_BYTES = 1 << 24  # of mean rows
@@ -35,7 +35,7 @@ NOT_A_TABLE = (pa.ArrowException, OSError, EOFError)
 
 def key_of(place: str, row: int, number: int) -> str:
     """Keys of one table sort as its rows do."""
-    return f"{os.path.basename(place)}#{row:09d}/{number}"
+    return f"{file_name(place)}#{row:09d}/{number}"
 
 
 def numbers_of(place: str) -> tuple[int, int] | None:
@@ -59,14 +59,14 @@ class Table:
 
     @property
     def name(self) -> str:
-        return os.path.basename(self.place)
+        return file_name(self.place)
 
     def __reduce__(self) -> tuple[type[Table], tuple[str]]:
         return Table, (self.place,)  # a process of its own opens the file again
 
     @property
     def _is_parquet(self) -> bool:
-        return self.place.lower().endswith(".parquet")
+        return self.name.lower().endswith(".parquet")
 
     def _damage(self, error: Exception) -> InputError:
         if isinstance(error, MemoryError):
@@ -74,9 +74,13 @@ class Table:
                 f"{self.place} has rows that expand to gigabytes, as a bomb does: leave them out, "
                 "or write fewer rows per batch"
             )
+        if isinstance(error, OSError) and error.errno:  # of a disk or a store
+            raise error
         reason = " ".join(str(error).split())[:200]
         kind = "parquet" if self._is_parquet else "Arrow"
-        return InputError(f"{self.place} is not a whole {kind} file ({reason}); copy it again")
+        return InputError(
+            f"{bare(self.place)} is not a whole {kind} file ({reason}); copy it again"
+        )
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Rows in their order; where a column holds pictures stands the list of their keys."""

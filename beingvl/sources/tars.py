@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from beingvl.errors import InputError
-from beingvl.sources.places import opened
+from beingvl.sources.places import bare, opened
 
 MAX_NOTE_BYTES = 1 << 20
 NOTES = (  # beside a member: long names and other facts, which tarfile reads into memory
@@ -53,6 +53,8 @@ def members_of(place: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
                 found = f"neither a header nor the end of the tar at byte {tar.offset}"
                 raise tarfile.ReadError(found)
     except (tarfile.TarError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # of a disk or a store
+            raise
         raise InputError(
-            f"{place} is not a readable, uncompressed tar file ({error}); copy it again"
+            f"{bare(place)} is not a readable, uncompressed tar file ({error}); copy it again"
         ) from error

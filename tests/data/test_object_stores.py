@@ -1,0 +1,266 @@
+"""Rows and pictures at addresses, over a bad connection: the bytes of local files."""
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from beingvl import InputError, tokenize
+from beingvl.artefact.manifest import MANIFEST_FILE, is_complete, read_manifest, write_manifest
+from beingvl.artefact.ranks import RankOf
+from beingvl.commands.main import main
+from beingvl.data.collect_rows import open_rows, records_of
+from beingvl.images.encode_images import encode_images
+from beingvl.images.image_source import open_images
+from beingvl.sources import places
+from beingvl.sources.places import opened
+from beingvl.vocab import VocabLayout
+from tests.data import forms
+from tests.data.forms import Fact
+from tests.images.test_encode_images import save_vqgan
+from tests.object_store import BUCKET, Store, store
+from tests.tiny import write_model
+
+__all__ = ["store"]  # a fixture
+
+
+def png(number: int) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+FACTS = [Fact(number, png(number), f"hi {'yes ' * (number % 3)}no") for number in range(24)]
+
+
+def inside(dialect) -> list[dict]:
+    return [dialect(fact, {"bytes": fact.png, "path": fact.file}) for fact in FACTS]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "base"
+    layout = VocabLayout(num_text=258, num_vq=32, num_merges=8, bos_id=256, eos_id=257)
+    write_model(folder, layout)
+    save_vqgan(folder / "vqgan", seed=0)
+    lineage = {**read_manifest(folder / "vqgan").lineage, "vocab": layout.fingerprint()}
+    write_manifest(folder, "model", {}, lineage)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Path:
+    """The facts in four containers, and a folder of their pictures."""
+    folder = tmp_path_factory.mktemp("here")
+    (folder / "pictures").mkdir()
+    for fact in FACTS:
+        (folder / "pictures" / fact.file).write_bytes(fact.png)
+    forms.write_jsonl_gz(folder / "rows", [forms.llava(fact, fact.file) for fact in FACTS])
+    forms.write_parquet(folder / "table", inside(forms.texts))
+    forms.write_arrow(folder / "saved", inside(forms.sharegpt))
+    forms.write_tar(folder / "pairs", FACTS, None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def there(here: Path, store: Store) -> Store:
+    for path in here.iterdir():
+        store.put(path)
+    return store
+
+
+@pytest.fixture
+def quick(monkeypatch) -> Iterator[None]:
+    """Small ranges, so that there are many; short pauses between many tries."""
+    monkeypatch.setattr(places, "BLOCK_BYTES", 1 << 11)
+    monkeypatch.setattr(places, "PAUSES_SECONDS", (0.01,) * 8)
+    yield
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    """All files below it but manifests."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST_FILE
+    }
+
+
+def tokenized(base: Path, root: str, name: str, output: Path, **more) -> dict[str, bytes]:
+    images = f"{root}/pictures" if name.startswith("rows") else None
+    out = output / "out"
+    tokenize(f"{root}/{name}", base, out, image_path=images, format="arrow", **more)
+    return written(output)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "table.parquet", "saved", "pairs.tar"])
+def test_a_bad_connection_loses_no_row(base, here, there, quick, tmp_path, name, capsys) -> None:
+    local = tokenized(base, str(here), name, tmp_path / "local")
+    with there.bad(rate=0.15, seed=len(name)):
+        far = tokenized(base, f"s3://{BUCKET}", name, tmp_path / "far")
+    assert far == local and len(far) > 5
+    faults = sum(there.faults[fault] for fault in there.faults if fault)
+    assert faults and 0 < capsys.readouterr().err.count("asked again") <= faults
+
+
+# ---- what changes, vanishes, or is not given ----
+
+
+def address_of(store: Store, name: str, data: bytes) -> str:
+    store.files().pipe(f"{BUCKET}/{name}", data)
+    return f"s3://{BUCKET}/{name}"
+
+
+def test_an_object_that_changes_or_vanishes_between_two_reads(store, quick) -> None:
+    address = address_of(store, "changing.bin", bytes(10_000))
+    file, other = opened(address), opened(address)
+    assert file.read(5000) == bytes(5000)
+    address_of(store, "changing.bin", bytes(10_001))
+    with pytest.raises(FileNotFoundError, match="changed while it was read"):
+        file.read(5000)
+    store.files().rm(f"{BUCKET}/changing.bin")
+    with pytest.raises(FileNotFoundError, match="it is not there"):
+        other.read(5000)
+
+
+@pytest.mark.parametrize("name", ["table.parquet", "pairs.tar", "pictures"])
+def test_a_lost_connection_or_right_is_no_damaged_picture(there, quick, name) -> None:
+    for fault, error in (("403", PermissionError), ("503", ConnectionAbortedError)):
+        images = open_images([f"s3://{BUCKET}/{name}"])
+        key = images.keys()[-1]
+        there.always = fault
+        try:
+            with pytest.raises(error):
+                images.read(key)
+        finally:
+            there.always = ""
+        assert images.read(key) == FACTS[-1].png
+
+
+def test_what_changed_between_two_starts_is_named(here, there, quick, base, tmp_path) -> None:
+    """Of pictures that are half encoded, and of rows that are collected."""
+    source = address_of(there, "again/table.parquet", (here / "table.parquet").read_bytes())
+
+    def encode(rank: int) -> None:
+        parts = {"images_per_part": 8, "rank": rank, "num_ranks": 2}
+        encode_images(source, base / "vqgan", tmp_path / "codes", **parts)
+
+    encode(0)
+    open_rows(source, tmp_path / "rows", rank=RankOf(0, 1))
+    forms.write_parquet(tmp_path / "other", inside(forms.texts)[::-1])
+    address_of(there, "again/table.parquet", (tmp_path / "other.parquet").read_bytes())
+    with pytest.raises(InputError, match=r"another content of s3://bucket/again/table.parquet"):
+        encode(1)
+    with pytest.raises(InputError, match=r"finished, but with another files .*table\.parquet"):
+        open_rows(source, tmp_path / "rows", rank=RankOf(0, 1))
+
+
+def test_a_listing_that_changes(there, quick, tmp_path) -> None:
+    folder = f"s3://{BUCKET}/growing"
+    line = json.dumps(forms.caption(FACTS[0], FACTS[0].file)).encode()
+    address_of(there, "growing/0.jsonl", line)
+    open_rows(folder, tmp_path / "rows", rank=RankOf(0, 1))
+    address_of(there, "growing/1.jsonl", line)
+    with pytest.raises(InputError, match=r"another files .*growing/1\.jsonl"):
+        open_rows(folder, tmp_path / "rows", rank=RankOf(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("s3://bucket/none.jsonl", "is not there, or holds no file"),
+        ("gs://bucket/rows.jsonl", "pip install 'beingvl[remote]'"),  # which no test installs
+        ("nobody://bucket/rows.jsonl", "Protocol not known"),
+        ("https://127.0.0.1:1/*.jsonl", "does not list its files"),
+        ("https://127.0.0.1:1/rows.jsonl", "see to the network and start the same command again"),
+    ],
+)
+def test_one_sentence_for(store, quick, tmp_path, capsys, address, said) -> None:
+    assert main(tokenize_words(address, base=tmp_path, output=tmp_path / "out")) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_missing_credentials_are_said(there, quick, tmp_path, capsys, monkeypatch) -> None:
+    words = tokenize_words(f"s3://{BUCKET}/rows.jsonl.gz", base=tmp_path, output=tmp_path / "out")
+    there.always = "403"
+    try:
+        assert main(words) == 2
+    finally:
+        there.always = ""
+    assert "credentials are missing" in capsys.readouterr().err
+
+
+# ---- https ----
+
+
+def test_a_web_server(here, there, quick) -> None:
+    """With a query behind the name, without ranges, without a size."""
+    expected = (here / "rows.jsonl.gz").read_bytes()
+    address = f"{there.url}/{BUCKET}/rows.jsonl.gz?download=true"
+    rows = [row["conversations"][1]["value"] for row in records_of(address)]
+    assert rows == [fact.answer for fact in FACTS]
+    with there.bad(rate=0.15):
+        assert opened(address).read() == expected
+    there.always = "no size"
+    try:
+        assert opened(address).read() == expected
+        there.always = "no ranges"
+        with pytest.raises(FileNotFoundError, match="range requests"):
+            opened(address).read()
+    finally:
+        there.always = ""
+
+
+# ---- kills ----
+
+
+def tokenize_words(address: str, base: Path, output: Path) -> list[str]:
+    named = [f"--json_path={address}", f"--model_path={base}", f"--output_path={output}"]
+    return ["tokenize", *named, "--format=arrow", "--rows_per_part=8"]
+
+
+@pytest.mark.slow
+def test_thirty_kills_over_a_bad_connection(base, here, there, tmp_path) -> None:
+    """At random moments; every output that is finished in the end has the bytes of local files."""
+    (tmp_path / "many").mkdir()
+    for number in range(6):
+        part = inside(forms.texts)[number::6]
+        forms.write_parquet(tmp_path / "many" / str(number), part)
+    address = there.put(tmp_path / "many")
+    assert main(tokenize_words(str(tmp_path / "many"), base, tmp_path / "local" / "out")) == 0
+    expected = written(tmp_path / "local")
+    moments, kills, finished = random.Random(0), 0, 0
+    while kills < 30:
+        output = tmp_path / f"far-{finished}"
+        with there.bad(rate=0.1, seed=kills):
+            words = tokenize_words(address, base, output / "out")
+            process = subprocess.Popen(
+                [sys.executable, "-m", "beingvl", *words],
+                env={**os.environ, **there.environment},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            try:
+                process.wait(moments.uniform(2, 15))
+            except subprocess.TimeoutExpired:
+                process.kill()
+            killed = process.wait() == -signal.SIGKILL
+        kills += killed
+        if is_complete(output / "out"):
+            assert written(output) == expected
+            finished += 1
+    print(f"{kills} kills, {finished} finished outputs, faults {dict(there.faults)}")
+    with there.bad(rate=0.1):
+        last = tmp_path / f"far-{finished}"
+        assert main(tokenize_words(address, base, last / "out")) == 0
+    assert written(last) == expected
