@@ -23,9 +23,9 @@ from moto.server import ThreadedMotoServer
 
 BUCKET = "bucket"
 FAULTS = ("drop", "stall", "truncate", "503")
-STALL_SECONDS = 0.6
+STALL_SECONDS = 0.5
 # one try of botocore's, and patience shorter than a stall: what is tried again is tried by us
-PATIENCE = {"read_timeout": 0.3, "retries": {"total_max_attempts": 1}}
+PATIENCE = {"read_timeout": 0.2, "retries": {"total_max_attempts": 1}}
 PER_CONNECTION = ("connection", "content-length", "transfer-encoding")
 ERROR = '<?xml version="1.0"?><Error><Code>{}</Code><Message>{}</Message></Error>'
 

@@ -40,7 +40,7 @@ def png(number: int) -> bytes:
     return file.getvalue()
 
 
-FACTS = [Fact(number, png(number), f"hi {'yes ' * (number % 3)}no") for number in range(24)]
+FACTS = [Fact(number, png(number), f"hi {'yes ' * (number % 3)}no") for number in range(12)]
 
 
 def inside(dialect) -> list[dict]:
@@ -82,7 +82,7 @@ def there(here: Path, store: Store) -> Store:
 @pytest.fixture
 def quick(monkeypatch) -> Iterator[None]:
     """Small ranges, so that there are many; short pauses between many tries."""
-    monkeypatch.setattr(places, "BLOCK_BYTES", 1 << 11)
+    monkeypatch.setattr(places, "BLOCK_BYTES", 1 << 10)
     monkeypatch.setattr(places, "PAUSES_SECONDS", (0.01,) * 8)
     yield
 
@@ -185,13 +185,13 @@ def test_a_listing_that_changes(there, quick, tmp_path) -> None:
         ("https://127.0.0.1:1/rows.jsonl", "see to the network and start the same command again"),
     ],
 )
-def test_one_sentence_for(store, quick, tmp_path, capsys, address, said) -> None:
-    assert main(tokenize_words(address, base=tmp_path, output=tmp_path / "out")) == 2
+def test_one_sentence_for(base, store, quick, tmp_path, capsys, address, said) -> None:
+    assert main(tokenize_words(address, base, tmp_path / "out")) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_missing_credentials_are_said(there, quick, tmp_path, capsys, monkeypatch) -> None:
-    words = tokenize_words(f"s3://{BUCKET}/rows.jsonl.gz", base=tmp_path, output=tmp_path / "out")
+def test_missing_credentials_are_said(base, there, quick, tmp_path, capsys) -> None:
+    words = tokenize_words(f"s3://{BUCKET}/rows.jsonl.gz", base, tmp_path / "out")
     there.always = "403"
     try:
         assert main(words) == 2
@@ -216,7 +216,7 @@ def test_a_web_server(here, there, quick) -> None:
         assert opened(address).read() == expected
         there.always = "no ranges"
         with pytest.raises(FileNotFoundError, match="range requests"):
-            opened(address).read()
+            opened(address.replace("rows.jsonl.gz", "table.parquet")).read()
     finally:
         there.always = ""
 
@@ -225,7 +225,7 @@ def test_a_web_server(here, there, quick) -> None:
 
 
 def tokenize_words(address: str, base: Path, output: Path) -> list[str]:
-    named = [f"--json_path={address}", f"--model_path={base}", f"--output_path={output}"]
+    named = [f"--json_path={address}", f"--model={base}", f"--output={output}"]
     return ["tokenize", *named, "--format=arrow", "--rows_per_part=8"]
 
 
