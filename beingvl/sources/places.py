@@ -212,7 +212,8 @@ class _RemoteFile(io.RawIOBase):
     def _open(self, files: Any, path: str) -> int:
         """Returns its size."""
         file = files.open(path, "rb", cache_type="none")  # s3 is told which version to send
-        facts = file.details if any(map(file.details.get, MARKS)) else files.info(path)
+        facts = getattr(file, "details", {})
+        facts = facts if any(map(facts.get, MARKS)) else files.info(path)
         stamp, size = _stamp_of(facts), facts["size"]
         if self._stamp not in ("", stamp):
             reason = f"it changed while it was read ({self._stamp}, now {stamp})"

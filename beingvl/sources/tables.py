@@ -11,7 +11,6 @@ gigabytes ends in a sentence.
 
 from __future__ import annotations
 
-import os
 import resource
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
