@@ -51,8 +51,8 @@ def bare(place: str) -> str:
     return place.partition("?")[0] if place.startswith("http") else place
 
 
-def file_name(place: str) -> str:
-    return os.path.basename(bare(place))
+def file_name(place: Path | str) -> str:
+    return os.path.basename(bare(os.fspath(place)))
 
 
 def as_place(path: Path | str) -> str:
