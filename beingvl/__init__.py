@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from beingvl.evaluation.evaluate import evaluate
     from beingvl.images.encode_images import encode_images
     from beingvl.inference.model import BeingVL
+    from beingvl.inference.processor import BeingVLProcessor
     from beingvl.model.convert_llama import convert
     from beingvl.train.export_hf import export
     from beingvl.train.train_stage import train
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BeingVL",
+    "BeingVLProcessor",
     "InputError",
     "VisualBPE",
     "__version__",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 _HOMES = {
     "BeingVL": "beingvl.inference.model",
+    "BeingVLProcessor": "beingvl.inference.processor",
     "VisualBPE": "beingvl.vbpe.visual_bpe",
     "build_shards": "beingvl.data.build_shards",
     "convert": "beingvl.model.convert_llama",

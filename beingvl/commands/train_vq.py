@@ -26,7 +26,7 @@ OPTIONS = {
     "max_images": (20_000, "use at most so many images, drawn with the seed"),
     "seed": (0, "of initialisation, batches and clusters"),
     "num_threads": (0, "CPU threads; 0 is torch's choice"),
-    "device": ("cpu", "torch device"),
+    "device": ("auto", "torch device; auto is this rank's GPU, else cpu"),
 }
 
 

@@ -36,6 +36,7 @@ from beingvl.data.shard_columns import (
     check_columns,
     map_batch,
 )
+from beingvl.data.variant import variant_up_to
 from beingvl.errors import InputError
 from beingvl.vocab import VocabLayout
 
@@ -85,8 +86,10 @@ def finish_shards(
             np.save(hashed, array)
         hashes[name] = hashed.hash
         temporary.replace(folder / name)
+    largest_id = max(shard.largest_id for shard in shards.values())
     details = {
         **details,
+        "variant": variant_up_to(largest_id, layout),
         "layout": layout.to_dict(),
         "sources": facts.sources,
         "rows": {name: len(shard.lengths) for name, shard in shards.items()},

@@ -28,6 +28,7 @@ from beingvl.data.collect_rows import Rows
 from beingvl.data.conversation import IMAGE_PLACEHOLDER, parse_conversation
 from beingvl.data.llava_json import image_keys, stream_rows
 from beingvl.data.made_with import TEMPLATE
+from beingvl.data.variant import MERGED, RAW
 from beingvl.errors import InputError
 from beingvl.evaluation.metrics import METRICS, Reference, Scores
 from beingvl.evaluation.results import (
@@ -189,6 +190,7 @@ class Answering(Evaluation):
         self._image_keys = _keys_of(self.questions)
         self._model = BeingVL(shared.model, options.vbpe_path, template=shared.template)
         lineages = {str(shared.model): self._model.manifest.lineage}
+        self._with_vbpe = self._model.uses_vbpe(False if options.raw else None)
         self._codes = CodeFolder(options.vq_codes) if options.vq_codes else None
         self._images = None
         if self._codes:
@@ -206,12 +208,12 @@ class Answering(Evaluation):
             self._prompt(number, [no_tokens] * len(question.images))
 
     def options(self) -> Request:
-        with_vbpe = None if self._options.raw else self._model.vbpe
+        with_vbpe = self._model.vbpe if self._with_vbpe else None
         return Request(
             json=hash_file(self._json_path),
             model=self._model.manifest.content_hash,
             vbpe=with_vbpe.fingerprint() if with_vbpe else None,
-            raw=self._options.raw,
+            raw=not self._with_vbpe,
             **TEMPLATE.in_request(self._model.template),
             limit=self.shared.limit,
             max_new_tokens=self._options.max_new_tokens,
@@ -274,7 +276,7 @@ class Answering(Evaluation):
             starts = range(0, len(keys), IMAGES_AT_ONCE)
             batches = [keys[start : start + IMAGES_AT_ONCE] for start in starts]
             grids = np.concatenate([self._encoded(self._images, batch) for batch in batches])
-        return dict(zip(keys, self._model.codes2tok(grids, not self._options.raw), strict=True))
+        return dict(zip(keys, self._model.codes2tok(grids, self._with_vbpe), strict=True))
 
     def _encoded(self, images: ImageSource, keys: Sequence[str]) -> np.ndarray:
         """VQ codes `[N, h, w]`."""
@@ -286,7 +288,7 @@ class Answering(Evaluation):
     def combine(self, found: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Request]:
         predictions = [answer for part in found for answer in part["answers"]]
         hashes = {key: value for part in found for key, value in part["images"].items()}
-        metric, variant = self._options.metric, "raw" if self._options.raw else "vbpe"
+        metric, variant = self._options.metric, MERGED if self._with_vbpe else RAW
         scores = METRICS[metric].score(predictions, self.questions)
         rows = prediction_rows(self.questions, predictions, scores)
         write_lines(self.output / PREDICTIONS_FILE, rows)

@@ -44,7 +44,7 @@ class LmmsEvalModel(lmms):
     ) -> None:
         super().__init__()
         self._model, self.device = open_model(pretrained, vbpe_path, torch_dtype, device, template)
-        self._with_vbpe = not as_flag(raw)
+        self._with_vbpe = False if as_flag(raw) else None
         self._batch_size = int(batch_size)
 
     def generate_until(self, requests: list[Any]) -> list[str]:

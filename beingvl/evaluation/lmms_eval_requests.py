@@ -34,7 +34,7 @@ def answer_questions(
     model: BeingVL,
     questions: Sequence[Question],
     batch_size: int,
-    with_vbpe: bool,
+    with_vbpe: bool | None,
     on_answers: Callable[[int], object],
 ) -> list[str]:
     """Answers in the order of `questions`, in batches of equal options; `on_answers` is called with
@@ -45,7 +45,6 @@ def answer_questions(
     groups: dict[tuple[int, float], list[int]] = {}
     for index, question in enumerate(questions):
         groups.setdefault(_length_and_temperature(question.options), []).append(index)
-    method = model.generate_with_vbpe if with_vbpe else model.generate
     answers = [""] * len(questions)
     for (max_new_tokens, temperature), indices in groups.items():
         sampling: dict[str, Any] = {"do_sample": bool(temperature)}
@@ -53,10 +52,11 @@ def answer_questions(
             sampling["temperature"] = temperature
         for start in range(0, len(indices), batch_size):
             batch = indices[start : start + batch_size]
-            found = method(
+            found = model.generate(
                 [_prompt(questions[index]) for index in batch],
                 [_images(questions[index]) for index in batch],
                 max_new_tokens,
+                with_vbpe=with_vbpe,
                 batch_size=batch_size,
                 **sampling,
             )

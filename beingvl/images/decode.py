@@ -24,7 +24,8 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from beingvl.errors import InputError
-from beingvl.images.image_source import read_file
+from beingvl.images.image_source import MAX_FILE_BYTES, read_file
+from beingvl.sources.places import as_place, fetch, is_address
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # whatever the file's name
 # Decoded at once: 150 MB, and a few copies of it while the image is resized.
@@ -73,6 +74,26 @@ def read_image(path: Path | str) -> Image.Image:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
     return decode_image(data, path)
+
+
+def picture_of(image: Any, name: str) -> tuple[Image.Image, str]:
+    """A picture and what to call it, from a PIL image, an array `[H, W]` or `[H, W, 3 | 4]` uint8,
+    a path, or an address. Raises InputError for anything else, and as `decode_image`.
+    """
+    if isinstance(image, Image.Image):
+        return image, name
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            found = f"an array of {image.dtype} {list(image.shape)}"
+            raise InputError(f"{name} is {found}, expected uint8 [height, width, 3]")
+        with about_image(name):
+            return Image.fromarray(image), name
+    if not isinstance(image, str | os.PathLike):
+        raise InputError(f"{name} is {type(image).__name__}, expected an image, a path or an array")
+    place = as_place(Path(image) if isinstance(image, os.PathLike) else image)
+    if not is_address(place):
+        return read_image(place), place
+    return decode_image(fetch(place, MAX_FILE_BYTES), place), place
 
 
 def decode_image(data: bytes, name: Path | str) -> Image.Image:

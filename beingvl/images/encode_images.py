@@ -12,7 +12,6 @@ The result does not depend on ranks, workers or kills.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -107,9 +106,6 @@ def encode_images(
 
 
 def _device_and_dtype(device: str, dtype: str) -> tuple[str, str]:
-    """The launcher sets LOCAL_RANK, the number of this rank's GPU on its machine."""
-    if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     device = str(usable_device(device))
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"

@@ -96,7 +96,7 @@ def train_vq(
     max_images: int = 20_000,
     seed: int = 0,
     num_threads: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     overwrite: bool = False,
 ) -> Manifest:
     """Write a VQ-GAN folder trained on the images below `image_path`; a finished one of the same
@@ -112,7 +112,7 @@ def train_vq(
     """
     sizes = (image_size, grid, num_codes, embed_dim, base_channels, num_res_blocks)
     recipe = Recipe(*sizes, steps, batch_size, learning_rate, max_images, seed)
-    usable_device(device)
+    device = str(usable_device(device))
     paths = [Path(image_path)] + ([Path(validation_path)] if validation_path else [])
     output, sources = Path(output_path), [FolderImages(path) for path in paths]
     keys = [source.keys() for source in sources]

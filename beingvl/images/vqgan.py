@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -25,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig, JanusVQVAE, JanusVQVAEConfig
@@ -34,7 +34,7 @@ from transformers.models.chameleon.image_processing_pil_chameleon import Chamele
 from beingvl.artefact.files import give_usual_mode, write_atomically
 from beingvl.artefact.manifest import Manifest, start_folder, write_manifest
 from beingvl.errors import InputError
-from beingvl.images.decode import read_image
+from beingvl.images.decode import picture_of
 from beingvl.images.preprocess import Preprocess
 from beingvl.json_file import read_object
 from beingvl.published_form import refuse_published
@@ -182,12 +182,12 @@ class VQGAN:
         """Code vectors `[num_codes, dim]` float32."""
         return self.model.quantize.embedding.weight.detach().cpu().numpy().copy()
 
-    def preprocess(self, images: Sequence[Image.Image | Path | str]) -> torch.Tensor:
-        """Images to pixels `[N, 3, H, W]` float32; transparency becomes white."""
+    def preprocess(self, images: Sequence[Any]) -> torch.Tensor:
+        """Images, as of `picture_of`, to pixels `[N, 3, H, W]` float32; what is transparent becomes
+        white.
+        """
         cropped = [
-            self.preprocessing.crop(one, f"image {number}")
-            if isinstance(one, Image.Image)
-            else self.preprocessing.crop(read_image(one), one)
+            self.preprocessing.crop(*picture_of(one, f"image {number}"))
             for number, one in enumerate(images)
         ]
         empty = torch.empty(0, 3, self.image_size, self.image_size)
@@ -364,7 +364,12 @@ def _plain(value: Any) -> Any:
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """Raises InputError for a name that torch does not know, or a device that is not there."""
+    """`device`; "auto" is the accelerator that LOCAL_RANK numbers (launchers set it), else the CPU.
+
+    Raises InputError for a name that torch does not know, or a device that is not there.
+    """
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
         target = torch.device(device)
         torch.empty(1, device=target).item()  # the device "meta" has no values to give

@@ -172,9 +172,9 @@ class TransformersBackEnd:
         return rows
 
     def _answer(self, rows: Sequence[Row]) -> None:
-        eos_id, sampling = self._model.layout.eos_id, rows[0].sampling
+        stop_ids, sampling = self._model.stop_ids, rows[0].sampling
         prompts = [row.prompt_ids for row in rows]
-        hands_out = _HandsOut(rows, max(map(len, prompts)), eos_id)
+        hands_out = _HandsOut(rows, max(map(len, prompts)), stop_ids)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         options = {
@@ -183,7 +183,7 @@ class TransformersBackEnd:
             **sampling.options(),
         }
         longest = max(row.max_new_tokens for row in rows)
-        self._model.continue_batch(prompts, longest, eos_id, options)
+        self._model.continue_batch(prompts, longest, stop_ids, options)
 
 
 class _HandsOut(StoppingCriteria):
@@ -191,9 +191,9 @@ class _HandsOut(StoppingCriteria):
     have theirs, or whose reader has left.
     """
 
-    def __init__(self, rows: Sequence[Row], width: int, eos_id: int) -> None:
+    def __init__(self, rows: Sequence[Row], width: int, stop_ids: Sequence[int]) -> None:
         """`width`: tokens of the prompts, padding included."""
-        self._rows, self._width, self._eos_id = rows, width, eos_id
+        self._rows, self._width, self._stop_ids = rows, width, stop_ids
         self._num_new = -1  # the prompts come first
 
     def put(self, token_ids: torch.Tensor) -> None:
@@ -203,7 +203,7 @@ class _HandsOut(StoppingCriteria):
         for row, token in zip(self._rows, token_ids.tolist(), strict=True):
             if row.is_over:
                 continue
-            if token == self._eos_id:
+            if token in self._stop_ids:
                 row.end()
                 continue
             row.new.put(token)

@@ -48,13 +48,14 @@ def generate(
     if draw is not None and not model.vqgan.has_decoder:
         raise InputError(f"{model.vqgan.source} has no decoder, so it cannot show a drawing")
     # What is wrong with the images or the prompt is told before the weights are read.
-    tokens = model.img2tok(images, with_vbpe=not raw) if images and draw is None else []
+    with_vbpe = False if raw else None  # what the model was trained on
+    tokens = model.img2tok(images, with_vbpe) if images and draw is None else []
     is_asked = prompt is not None and draw is None
     prompt_ids = model.tokenize_with_tokens(prompt or "", tokens) if is_asked else []
     model.load_model(torch_dtype, device)
     torch.manual_seed(seed)
     if draw is not None:
-        drawings = model.draw([prompt or ""], [list(images) or None], not raw, temperature)
+        drawings = model.draw([prompt or ""], [list(images) or None], with_vbpe, temperature)
         (picture,) = model.tok2img(drawings)
         write_atomically(draw, to_png(picture))
         height, width, _ = picture.shape

@@ -22,7 +22,7 @@ tokens stand where they stood in training, perhaps at their anchors: `beingvl.da
 from __future__ import annotations
 
 import itertools
-import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -36,21 +36,34 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from beingvl.artefact.manifest import join_lineages, read_manifest
+from beingvl.data.chat_template import BASE_TEMPLATE
 from beingvl.data.conversation import (
     IMAGE_PLACEHOLDER,
     STOP_TEXTS,
     TextEncoder,
-    Turn,
     build_sequence,
 )
 from beingvl.data.made_with import ANCHOR, DEFAULT, IMAGE_POSITIONS, RUNNING, TEMPLATE
 from beingvl.data.positions import PositionIds
+from beingvl.data.variant import MERGED, RAW, variant_of
 from beingvl.errors import InputError
 from beingvl.images.preprocess import exif_of
 from beingvl.images.vqgan import VQGAN
+from beingvl.inference.asked import (
+    Images,
+    Prompt,
+    Prompts,
+    images_of_entry,
+    is_one_prompt,
+    refuse_one_image,
+    turns_of,
+)
+from beingvl.inference.base_prompts import BasePrompts
 from beingvl.inference.draw import FittingTokens, OnlyWholeImages
+from beingvl.inference.hub import fetched, push
 from beingvl.inference.published_calls import SaysWhatReplaces, device_of, missing, positional
 from beingvl.inference.reading import dtype_of, own_device, read_model
+from beingvl.inference.sampling import check_sampling
 from beingvl.inference.streaming import StopAtText, TextPieces, TextStreamer, cut_at
 from beingvl.model.start_model import context_of, find_start_model
 from beingvl.vbpe.published import LegacyVisualBPE
@@ -59,11 +72,7 @@ from beingvl.vbpe.visual_bpe import VisualBPE, load_for_layout
 from beingvl.vocab import VocabLayout
 
 VQGAN_FOLDER = "vqgan"
-
-Prompt = str | Sequence[Turn]
-Prompts = Sequence[Prompt]
-Images = Sequence[Any] | None
-"""A question, or a chat: (question, answer) pairs whose last answer is None."""
+TOKENS_OF = {MERGED: "merged image tokens (vBPE)", RAW: "plain image codes (--raw)"}
 
 
 class BeingVL(metaclass=SaysWhatReplaces):
@@ -89,16 +98,45 @@ class BeingVL(metaclass=SaysWhatReplaces):
         self.model_path = find_start_model(Path(model_path))
         self.layout = VocabLayout.load(self.model_path)
         self.manifest = read_manifest(self.model_path, "model")
-        self.template = TEMPLATE.check(template or TEMPLATE.of(self.manifest) or DEFAULT)
+        template = template or TEMPLATE.of(self.manifest) or DEFAULT
+        self.template = template if template == BASE_TEMPLATE else TEMPLATE.check(template)
+        self.variant = variant_of(self.manifest, self.layout)
         self.encoder = TextEncoder(self.model_path, self.layout)
+        is_base = self.template == BASE_TEMPLATE
+        self._base = BasePrompts(self.model_path, self.layout, self.encoder) if is_base else None
         own = self.model_path / VBPE_FILE
         self._vbpe_path = vbpe_path or (own if own.is_file() else None)
         self.vbpe = self._load_vbpe(Path(self._vbpe_path)) if self._vbpe_path else None
         self._without_merges = VisualBPE(self.layout.num_vq, np.zeros((0, 4), np.int32))
         self.image_positions = IMAGE_POSITIONS.check(IMAGE_POSITIONS.of(self.manifest) or RUNNING)
         self._model: Any = None
+        self._was_told = False
 
     # ---- loading ----
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: Path | str,
+        vbpe_path: Path | str | None = None,
+        *,
+        template: str | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        **hub: Any,
+    ) -> BeingVL:
+        """A loaded model: from a folder, or from the Hub (`hub`: revision, token, cache_dir …)."""
+        model = cls(fetched(name, **hub), vbpe_path, template=template)
+        return model.load_model(torch_dtype, device)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, **hub: Any) -> str:
+        """Upload the model folder, with the vBPE that it works with, to the Hub; returns the
+        address. `hub`: token, revision, commit_message.
+        """
+        path = Path(self._vbpe_path) if self._vbpe_path else None
+        path = path / VBPE_FILE if path and path.is_dir() else path
+        extra = path if path and path.parent != self.model_path else None
+        return push(self.model_path, repo_id, extra, private, **hub)
 
     def load_model(
         self,
@@ -199,7 +237,9 @@ class BeingVL(metaclass=SaysWhatReplaces):
     # ---- images and text to token ids ----
 
     def img2codes(self, images: Sequence[Any], batch_size: int = 64) -> np.ndarray:
-        """Images (paths or PIL images) to VQ codes `[N, h, w]` uint16."""
+        """Images (paths, addresses, PIL images, arrays `[H, W, 3]` uint8) to VQ codes `[N, h, w]`
+        uint16.
+        """
         refuse_one_image(images)
         parts = [
             self.vqgan.encode(self.vqgan.preprocess(images[start : start + batch_size]))
@@ -207,13 +247,28 @@ class BeingVL(metaclass=SaysWhatReplaces):
         ]
         return np.concatenate(parts) if parts else np.empty((0, *self.vqgan.grid), np.uint16)
 
-    def codes2tok(self, codes: np.ndarray, with_vbpe: bool = True) -> list[np.ndarray]:
-        """VQ codes `[N, h, w]` to one array of token ids `[n]` int32 per image."""
-        if not with_vbpe:
+    def codes2tok(self, codes: np.ndarray, with_vbpe: bool | None = None) -> list[np.ndarray]:
+        """VQ codes `[N, h, w]` to one array of token ids `[n]` int32 per image: merged ones, or
+        plain codes, where `with_vbpe` is not given those that the model was trained on.
+        """
+        if not self.uses_vbpe(with_vbpe):
             return [self.layout.image_to_token_ids(grid.ravel()) for grid in codes]
         ids, offsets = self._given_vbpe().encode_batch(codes)
         token_ids = self.layout.image_to_token_ids(ids)
         return [token_ids[start:end] for start, end in itertools.pairwise(offsets.tolist())]
+
+    def uses_vbpe(self, with_vbpe: bool | None = None) -> bool:
+        """`with_vbpe`, or what the model was trained on. Says it when the two differ."""
+        if with_vbpe is None or self.variant is None:
+            return self.variant != RAW if with_vbpe is None else with_vbpe
+        if with_vbpe != (self.variant == MERGED) and not self._was_told:
+            trained, asked = TOKENS_OF[self.variant], TOKENS_OF[MERGED if with_vbpe else RAW]
+            print(
+                f"warning: {self.model_path} was trained on {trained}, it is asked with {asked}",
+                file=sys.stderr,
+            )
+            self._was_told = True
+        return with_vbpe
 
     def _given_vbpe(self) -> VisualBPE | LegacyVisualBPE:
         if self.vbpe is None:
@@ -222,8 +277,8 @@ class BeingVL(metaclass=SaysWhatReplaces):
             )
         return self.vbpe
 
-    def img2tok(self, images: Sequence[Any], with_vbpe: bool = True) -> list[np.ndarray]:
-        """Images (paths or PIL images) to one array of token ids `[n]` int32 per image."""
+    def img2tok(self, images: Sequence[Any], with_vbpe: bool | None = None) -> list[np.ndarray]:
+        """Images, as of `img2codes`, to one array of token ids `[n]` int32 per image."""
         return self.codes2tok(self.img2codes(images), with_vbpe)
 
     def tok2img(self, token_ids: Sequence[np.ndarray | Sequence[int]]) -> list[np.ndarray]:
@@ -241,19 +296,23 @@ class BeingVL(metaclass=SaysWhatReplaces):
         vbpe = self.vbpe if self.vbpe and has_merges else self._without_merges
         return vbpe.decode(ids, *self.vqgan.grid)
 
-    def tokenize(self, prompt: Prompt, image: Any = None, with_vbpe: bool = True) -> list[int]:
+    def tokenize(
+        self, prompt: Prompt, image: Any = None, with_vbpe: bool | None = None
+    ) -> list[int]:
         """The ids that the model continues; `image` is an image, a list of images, or None."""
-        images = _images(image)
+        images = images_of_entry(image)
         return self.tokenize_with_tokens(prompt, self.img2tok(images, with_vbpe) if images else [])
 
     def tokenize_with_tokens(self, prompt: Prompt, images: Sequence[np.ndarray]) -> list[int]:
         """The same for images that are token ids already."""
-        turns = _turns(prompt)
+        turns = turns_of(prompt)
         questions = [question.replace(IMAGE_PLACEHOLDER, "").strip() for question, _ in turns]
         if not turns or not all(questions):
             raise InputError("a prompt is empty; ask something")
         if turns[-1][1] is not None or any(answer is None for _, answer in turns[:-1]):
             raise InputError("a chat must have an answer to every question but the last")
+        if self._base:
+            return self._base.ids(turns, images)
         return build_sequence(turns, images, self.encoder, self.layout, self.template).input_ids
 
     def position_ids(self, token_ids: Sequence[int]) -> np.ndarray:
@@ -271,9 +330,7 @@ class BeingVL(metaclass=SaysWhatReplaces):
         do_sample: bool = False,
         **options: Any,
     ) -> list[str]:
-        """Answers to `prompts`, only the answers. `images` holds one entry per prompt: an image, a
-        list of images, or None. `options` are those of `answer_token_sequences`.
-        """
+        """`generate` with merged image tokens."""
         ids = self._prompt_ids(prompts, images, with_vbpe=True)
         return self.answer_token_sequences(ids, max_new_tokens, do_sample=do_sample, **options)
 
@@ -285,13 +342,34 @@ class BeingVL(metaclass=SaysWhatReplaces):
         images: Images = None,
         max_new_tokens: int = 128,
         do_sample: bool = False,
+        with_vbpe: bool | None = None,
         **options: Any,
     ) -> list[str]:
-        """The same with plain VQ codes, for a model that was trained on them."""
-        ids = self._prompt_ids(prompts, images, with_vbpe=False)
+        """Answers to `prompts`, only the answers. `images` holds one entry per prompt: an image, a
+        list of images, or None. `options` are those of `answer_token_sequences`; `with_vbpe` as of
+        `codes2tok`.
+        """
+        ids = self._prompt_ids(prompts, images, with_vbpe)
         return self.answer_token_sequences(ids, max_new_tokens, do_sample=do_sample, **options)
 
-    def _prompt_ids(self, prompts: Prompts, images: Images, with_vbpe: bool) -> list[list[int]]:
+    def __call__(
+        self,
+        prompts: Prompt | Prompts,
+        images: Any = None,
+        max_new_tokens: int = 128,
+        **options: Any,
+    ) -> str | list[str]:
+        """`generate`, for one prompt (a text, or a chat) too: then `images` is its image, or its
+        list of images, and one answer comes back.
+        """
+        is_one = is_one_prompt(prompts)
+        several: Any = [prompts] if is_one else prompts
+        answers = self.generate(several, [images] if is_one else images, max_new_tokens, **options)
+        return answers[0] if is_one else answers
+
+    def _prompt_ids(
+        self, prompts: Prompts, images: Images, with_vbpe: bool | None
+    ) -> list[list[int]]:
         """The ids of every prompt; all images go through the VQ-GAN together."""
         if isinstance(prompts, str):
             raise InputError("prompts is one string, expected a list of prompts")
@@ -300,7 +378,7 @@ class BeingVL(metaclass=SaysWhatReplaces):
         if len(images) != len(prompts):
             found = f"{len(prompts)} prompts and {len(images)} images"
             raise InputError(f"{found}; expected one entry (or None) per prompt")
-        images_of = [_images(entry) for entry in images]
+        images_of = [images_of_entry(entry) for entry in images]
         together = [image for entry in images_of for image in entry]
         tokens = iter(self.img2tok(together, with_vbpe) if together else [])
         return [
@@ -338,18 +416,21 @@ class BeingVL(metaclass=SaysWhatReplaces):
         batch_size: int = 64,
         on_batch: Callable[[list[int], list[list[int]]], None] | None = None,
         streamer: TextStreamer | None = None,
+        **sampling: Any,
     ) -> list[list[int]]:
         """New token ids of every prompt, up to its eos (left out), through the tokens that spell
         the template's stop text, or `max_new_tokens`.
 
         Prompts of like length share a batch; a batch ends when all its answers have. `on_batch` is
-        called after each with the indices of its prompts and their new token ids.
+        called after each with the indices of its prompts and their new token ids. `sampling`:
+        transformers' options of that name, `top_p=0.9` and the others of `SAMPLING`.
         """
+        check_sampling(sampling)
         self._check_request(
             sequences, max_new_tokens, temperature=temperature, batch_size=batch_size
         )
-        sampling = _sampling(temperature) if do_sample else {"do_sample": False}
-        options = {"streamer": streamer, **sampling}
+        default = _sampling(temperature) if do_sample else {"do_sample": False}
+        options = {"streamer": streamer, **default, **sampling}
         answers: list[list[int]] = [[]] * len(sequences)
         order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
         for start in range(0, len(order), batch_size):
@@ -358,7 +439,12 @@ class BeingVL(metaclass=SaysWhatReplaces):
             width = max(map(len, prompts))
             spells = [StopAtText(self.decode_text, text, width) for text in self.stop_texts]
             options["stopping_criteria"] = StoppingCriteriaList(spells)
-            rows = self.continue_batch(prompts, max_new_tokens, self.layout.eos_id, options)
+            try:
+                rows = self.continue_batch(prompts, max_new_tokens, self.stop_ids, options)
+            except (ValueError, TypeError) as error:
+                if not sampling:
+                    raise
+                raise InputError(f"transformers refuses {sampling}: {error}") from error
             for index, row in zip(batch, rows, strict=True):
                 answers[index] = self._without_end(row)
             if on_batch:
@@ -389,7 +475,7 @@ class BeingVL(metaclass=SaysWhatReplaces):
         self,
         sequences: Sequence[Sequence[int]],
         max_new_tokens: int,
-        stop_id: int,
+        stop_ids: Sequence[int],
         options: dict[str, Any],
     ) -> list[list[int]]:
         """New token ids of every prompt, up to the end of the longest answer; behind a shorter one
@@ -411,7 +497,7 @@ class BeingVL(metaclass=SaysWhatReplaces):
             attention_mask=attention_mask.to(self.model.device),
             position_ids=position_ids.to(self.model.device),
             max_new_tokens=max_new_tokens,
-            eos_token_id=stop_id,
+            eos_token_id=list(stop_ids),
             pad_token_id=self.layout.pad_id,
             suppress_tokens=padding_rows or None,
             **options,
@@ -432,12 +518,17 @@ class BeingVL(metaclass=SaysWhatReplaces):
     @property
     def stop_texts(self) -> tuple[str, ...]:
         """What ends an answer of the model's template beside eos."""
-        text = STOP_TEXTS[self.template]
+        text = STOP_TEXTS.get(self.template)
         return (text,) if text else ()
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Any of them ends an answer: eos, in the base model's template its own ones too."""
+        return [self.layout.eos_id, *(self._base.stop_ids if self._base else [])]
 
     def _without_end(self, token_ids: list[int]) -> list[int]:
         """A row without its eos, and without the padding behind a stop text."""
-        ids = _until(token_ids, self.layout.eos_id)
+        ids = _until(token_ids, self.stop_ids)
         while self.stop_texts and ids and ids[-1] == self.layout.pad_id:
             ids.pop()
         return ids
@@ -448,7 +539,7 @@ class BeingVL(metaclass=SaysWhatReplaces):
         self,
         prompts: Sequence[str] = ("",),
         images: Sequence[Any] | None = None,
-        with_vbpe: bool = True,
+        with_vbpe: bool | None = None,
         temperature: float = 1.0,
     ) -> list[np.ndarray]:
         """Experimental: one picture's token ids `[n]` int32 per prompt, sampled, for `tok2img`.
@@ -457,6 +548,7 @@ class BeingVL(metaclass=SaysWhatReplaces):
         drawing stands where another image of the sample would: behind the prompt's images and text.
         Raises InputError for a published vBPE, whose tokens have no fixed shape.
         """
+        with_vbpe = self.uses_vbpe(with_vbpe)
         vbpe = self._given_vbpe() if with_vbpe else self._without_merges
         if not isinstance(vbpe, VisualBPE):
             raise InputError(f"{vbpe.source} is published: its tokens have no fixed shape to draw")
@@ -474,8 +566,8 @@ class BeingVL(metaclass=SaysWhatReplaces):
         if self.image_positions == ANCHOR:
             placed = self.model.register_forward_pre_hook(rule.put_at_anchors, with_kwargs=True)
         with placed:
-            rows = self.continue_batch(sequences, max_new_tokens, self.layout.eoi_id, options)
-        return [np.array(_until(row, self.layout.eoi_id), np.int32) for row in rows]
+            rows = self.continue_batch(sequences, max_new_tokens, [self.layout.eoi_id], options)
+        return [np.array(_until(row, [self.layout.eoi_id]), np.int32) for row in rows]
 
     def _before_drawing(self, prompt: str, image: Any, with_vbpe: bool) -> list[int]:
         if not prompt.strip() and image is None:
@@ -490,35 +582,9 @@ class BeingVL(metaclass=SaysWhatReplaces):
         return Tokenizer.from_file(str(self.model_path / "tokenizer.json"))
 
 
-def _turns(prompt: Prompt) -> list[Turn]:
-    if isinstance(prompt, str):
-        return [(prompt, None)]
-    is_chat = isinstance(prompt, (list, tuple)) and all(
-        isinstance(turn, (list, tuple))
-        and len(turn) == 2
-        and isinstance(turn[0], str)
-        and isinstance(turn[1], (str, type(None)))
-        for turn in prompt
-    )
-    if not is_chat:
-        found = f"a prompt is {str(prompt)[:60]!r}"
-        raise InputError(f"{found}, expected a text or a list of (question, answer) pairs")
-    return [(question, answer) for question, answer in prompt]
-
-
-def _images(entry: Any) -> list[Any]:
-    return [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
-
-
-def refuse_one_image(images: Any) -> None:
-    """Raises InputError for one path or PIL image where a list of them is expected."""
-    if isinstance(images, (str, os.PathLike)) or hasattr(images, "convert"):
-        raise InputError(f"images is one image ({str(images)[:60]}), expected a list of images")
-
-
 def _sampling(temperature: float) -> dict[str, Any]:
     return {"do_sample": True, "temperature": temperature, "top_k": 0}
 
 
-def _until(token_ids: list[int], stop_id: int) -> list[int]:
-    return token_ids[: token_ids.index(stop_id)] if stop_id in token_ids else token_ids
+def _until(token_ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    return list(itertools.takewhile(lambda token: token not in stop_ids, token_ids))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,9 +38,8 @@ def dtype_of(
 
 
 def own_device(device: str | torch.device | None = None) -> torch.device:
-    """`device`, else the accelerator that LOCAL_RANK numbers (launchers set it), else the CPU."""
-    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    return usable_device(device or own)
+    """`device`, else the one that "auto" means."""
+    return usable_device(device or "auto")
 
 
 def read_model(

@@ -73,16 +73,17 @@ def serve(
         model = BeingVL(model_path, vbpe_path, template=template)
         model.img2codes([])  # refuses another model's VQ-GAN now, not at the first picture
         model.load_model(torch_dtype, device)
+        with_vbpe = model.uses_vbpe(False if raw else None)
         folder = model.model_path.resolve()
         name = f"{folder.parent.name}/{folder.name}"
         back_end = TransformersBackEnd(model)
         warm_up(model, back_end)
         if api:
             bounds = application.Limits(max_bytes, **limits)
-            service = application.Service(model, back_end, not raw, name, bounds)
+            service = application.Service(model, back_end, with_vbpe, name, bounds)
             app = application.build_api(service, key)
         else:
-            conversations = Conversations(model, back_end, not raw, max_new_tokens)
+            conversations = Conversations(model, back_end, with_vbpe, max_new_tokens)
             app = application.build_app(conversations, name, max_bytes)
         path = "/v1" if api else ""
         print(f"http://{host}:{listener.getsockname()[1]}{path}   (Ctrl-C ends it)", flush=True)
@@ -93,7 +94,8 @@ def warm_up(model: BeingVL, back_end: TransformersBackEnd) -> None:
     """Bring into memory, and compile, what the first visitor would wait for."""
     side = model.vqgan.image_size
     codes = model.vqgan.encode(torch.zeros(1, 3, side, side))
-    model.codes2tok(codes, with_vbpe=isinstance(model.vbpe, VisualBPE))
+    if isinstance(model.vbpe, VisualBPE):
+        model.vbpe.encode_batch(codes)
     list(back_end.answer([model.layout.bos_id], 1, Sampling()))
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from beingvl.artefact.files import write_atomically
+from beingvl.artefact.files import to_json, write_atomically
 from beingvl.artefact.manifest import (
     Manifest,
     is_complete,
@@ -34,12 +34,15 @@ from beingvl.vocab import LAYOUT_FILE, VocabLayout
 
 VQGAN_FOLDER = "vqgan"
 VBPE_FILE = "vbpe.json"
+PROCESSOR_FILE = "processor_config.json"
+PROCESSOR = "BeingVLProcessor"  # of inference/processor.py; AutoProcessor looks for this name
 UNFINISHED_FILE = ".unfinished.tmp"  # the suffix keeps it out of the manifest
 MODEL_PATTERNS = (
     *WEIGHT_PATTERNS,
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
+    PROCESSOR_FILE,
     "tokenizer*",
     "special_tokens_map.json",
     "chat_template*",
@@ -115,6 +118,7 @@ def finish_target(
     marker.
     """
     if kind == "model":
+        write_atomically(target / PROCESSOR_FILE, to_json({"processor_class": PROCESSOR}))
         _write_chat_template(target, details.get("template", DEFAULT))
     manifest = write_manifest(target, kind, counts, lineage, details, known_hashes)
     (target / UNFINISHED_FILE).unlink(missing_ok=True)

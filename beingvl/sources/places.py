@@ -3,6 +3,7 @@
     expand    what a user names -> the files that it means, sorted
     listing   what lies below an address -> its stamps
     opened    a file for reading, here or there
+    fetch     a whole one of an address
     stamp     what changes when its content may have changed
     asked     how a store is asked for any of these: again, after pauses, where that may help
 
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
+from urllib.request import urlopen
 
 import fsspec
 from fsspec.utils import glob_translate
@@ -198,6 +200,21 @@ def opened(place: str) -> IO[bytes]:
     if not is_address(place):
         return open(place, "rb")
     return io.BufferedReader(_RemoteFile(place), BLOCK_BYTES)
+
+
+def fetch(place: str, max_bytes: int) -> bytes:
+    """A whole object at an address; one of the web needs no extra. Raises InputError when it cannot
+    be had, or has more than `max_bytes`.
+    """
+    try:
+        of_web = place.startswith(("http://", "https://"))
+        with urlopen(place, timeout=SILENCE_SECONDS) if of_web else opened(place) as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise InputError(f"{place} cannot be read ({error})") from error
+    if len(data) > max_bytes:
+        raise InputError(f"{place} has more than {max_bytes:,} bytes")
+    return data
 
 
 class _RemoteFile(io.RawIOBase):

@@ -72,7 +72,7 @@ def write_hf_folder(
     counts = {**manifest.counts, "step": state.step}
     identity = state.identity
     made_with = {fact.name: identity.get(fact.name, fact.choices[0]) for fact in FACTS}
-    details = {"identity": identity, **made_with}
+    details = {"identity": identity, **made_with, "variant": identity.get("variant")}
     return finish_target(target, "model", counts, identity["lineage"], details, hashes)
 
 

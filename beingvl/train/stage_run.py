@@ -81,6 +81,8 @@ def open_stage(
     for fact in FACTS:
         value = fact.join({name: fact.of(manifest) for name, manifest in inputs.items()})
         identity |= fact.in_request(value)
+    if variant := shards.manifest.details.get("variant"):
+        identity["variant"] = variant
     if moments:
         identity["moments"] = read_manifest(moments, "checkpoint").content_hash
     log_folder = log_dir or output / "tensorboard"

@@ -121,6 +121,8 @@ def test_answers_are_scored_in_the_models_template(
     says(published, ["Ġ", "y", "e", "p", "<", "/", "s", ">", "x"]).model.save_pretrained(
         model := shutil.copytree(published, tmp_path / "model")
     )
+    manifest = read_manifest(model)
+    write_manifest(model, "model", {}, manifest.lineage, manifest.details)
     rows = [
         {"id": n, "conversations": [{"from": "human", "value": "hi"}], "answer": "yep"}
         for n in range(3)

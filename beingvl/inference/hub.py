@@ -1,0 +1,48 @@
+"""Model folders to and from the Hugging Face Hub, as they are; no code travels with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+
+from beingvl.errors import InputError
+
+
+def fetched(name: Path | str, **options: Any) -> Path:
+    """A folder that is there, else the snapshot of the repository of that name; `options` are those
+    of `snapshot_download` (revision, token, cache_dir, local_files_only).
+    """
+    if Path(name).is_dir() or options.get("repo_type"):
+        return Path(name)
+    with _about(str(name)):
+        return Path(snapshot_download(str(name), **options))
+
+
+def push(
+    folder: Path, repo_id: str, extra: Path | None, private: bool | None, **options: Any
+) -> str:
+    """Upload a finished folder, and `extra` under its own name; returns the address."""
+    api = HfApi(token=options.pop("token", None))
+    with _about(repo_id):
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=["*.tmp"], **options)
+        if extra:
+            api.upload_file(
+                path_or_fileobj=extra, path_in_repo=extra.name, repo_id=repo_id, **options
+            )
+    return str(address)
+
+
+@contextmanager
+def _about(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # those of its HTTP library too
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{name} is neither a folder here nor reached on the Hub ({reason})"
+        ) from error
