@@ -30,7 +30,7 @@ trap 'wall_seconds > "$STAGES/wall-seconds"' EXIT
 say() { printf '\n== %3d s  %s\n' "$(($(date +%s) - STARTED))" "$*"; }
 
 say "real images: handwritten digits as PNG files and LLaVA JSON"
-python scripts/make_digits_dataset.py --output_path "$RUN/data" --image_size 12 --seed "$SEED"
+python scripts/make_digits_dataset.py --output_dir "$RUN/data" --image_size 12 --seed "$SEED"
 
 say "VQ-GAN: images to 6 x 6 codes out of 64, and back"
 beingvl train-vq --image_path "$RUN/data/images/train" --validation_path "$RUN/data/images/validation" --output "$RUN/vqgan" \

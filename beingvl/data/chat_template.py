@@ -30,12 +30,18 @@ _PROBES = "a", "Hello there", "42", "é"
 
 
 def chat_template(model_folder: Path, layout: VocabLayout, template: str) -> str | None:
-    """The Jinja of `template` for a model folder's tokenizer. None when its tokenizer encodes text
-    behind a special token otherwise than alone, so that no text gives the ids of training.
+    """The Jinja of `template` for a model folder's tokenizer. None where it has no tokenizer with
+    all special tokens, or one that encodes text behind a special token otherwise than alone, so
+    that no text gives the ids of training.
     """
+    if not (model_folder / "tokenizer.json").is_file():
+        return None
     tokenizer = open_tokenizer(model_folder)
+    ids = {name: getattr(layout, f"{id_}_id") for name, id_ in _NAMES.items()}
+    if any(tokenizer.id_to_token(id_) is None for id_ in ids.values()):
+        return None
     text_of = TextEncoder(model_folder, layout).special_text
-    names = {name: text_of(getattr(layout, f"{id_}_id")) for name, id_ in _NAMES.items()}
+    names = {name: text_of(id_) for name, id_ in ids.items()}
     leads = [lead for lead in ("", " ") if _is_alike(tokenizer, names["eos"], lead)]
     if not leads:
         return None

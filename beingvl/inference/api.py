@@ -81,7 +81,6 @@ class Service:
         self.started = int(time.time())
         self._with_vbpe = with_vbpe
         self._looking = threading.Lock()
-        self._num_requests = 0
 
     def read(self, body: bytes) -> tuple[ChatRequest, list[int]]:
         """What is asked, and its prompt as token ids. Raises ApiError for what cannot be."""

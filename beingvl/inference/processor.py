@@ -44,7 +44,9 @@ class BeingVLProcessor(ProcessorMixin):
         """Of a model folder, here or on the Hub. Raises InputError as `BeingVL`."""
         asked = {key: options[key] for key in HUB_OPTIONS if options.get(key)}
         being = BeingVL(fetched(name, **asked), vbpe_path)
-        tokenizer = AutoTokenizer.from_pretrained(being.model_path, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(
+            being.model_path, padding_side="left", trust_remote_code=False
+        )
         processor = cls(tokenizer, tokenizer.chat_template)
         processor.being = being
         return processor

@@ -29,7 +29,8 @@ from beingvl.artefact.manifest import (
     start_folder,
     write_manifest,
 )
-from beingvl.data.made_with import DEFAULT, PUBLISHED
+from beingvl.data.made_with import ANCHOR, DEFAULT, IMAGE_POSITIONS, PUBLISHED, RUNNING
+from beingvl.data.variant import RAW, variant_of
 from beingvl.errors import InputError
 from beingvl.images.vqgan import PREPROCESSOR_FILE, VQGAN
 from beingvl.model import tokenizer_files
@@ -66,11 +67,18 @@ def write_published(
     link: bool = True,
 ) -> Manifest:
     """Write the published form of a Being-VL model folder (a base or a stage's final/), with the
-    `config` that `published_config` gives for it, which also says what is refused.
+    `config` that `published_config` gives for it, which also says what is refused; here it is a
+    model whose image tokens stand at anchors, which the published code would read at others.
     """
     model_folder, target = Path(model_folder), Path(target)
     config = dict(config or published_config(model_folder))
     manifest, layout = read_manifest(model_folder, "model"), VocabLayout.load(model_folder)
+    if IMAGE_POSITIONS.of(manifest) == ANCHOR and variant_of(manifest, layout) != RAW:
+        raise InputError(
+            f"{model_folder} was trained with image tokens at their anchors' positions, but the "
+            "published code counts positions along the sequence; train on rows of `beingvl "
+            f"tokenize --image_positions {RUNNING}`"
+        )
     vq_folder = model_folder / VQGAN_FOLDER
     vqgan = VQGAN.load(vq_folder)
     vq_config = read_json(vq_folder / "config.json", "a VQ-GAN folder")

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from blake3 import blake3
@@ -176,7 +177,7 @@ def _train(
     if ranks.rank == 0:
         plan = format_plan(engine.plan, config.beingvl.trainable)
         (output / "plan.txt").write_text(plan + "\n")
-        as_run = config.deepspeed | {"beingvl": asdict(config.beingvl)}
+        as_run = config.deepspeed | {"beingvl": asdict(config.beingvl, dict_factory=_as_written)}
         write_atomically(output / "stage.json", to_json(as_run))
         print(f"{plan}\n{_describe(data, engine)}", flush=True)
     saver = Saver(stage, engine, probe, carried_steps)
@@ -195,6 +196,11 @@ def _train(
     if not finished:
         _say(ranks, f"stopped by a signal after step {progress.step}; start the same command")
     return finished
+
+
+def _as_written(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A rule without adapters does not name them."""
+    return {name: value for name, value in fields if (name, value) != ("lora", None)}
 
 
 def _say(ranks: Ranks, stopped: str) -> None:

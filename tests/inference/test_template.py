@@ -11,6 +11,7 @@ from beingvl.artefact.manifest import read_manifest, write_manifest
 from beingvl.commands.main import main
 from beingvl.data.conversation import TextEncoder, build_sequence
 from beingvl.errors import InputError
+from beingvl.inference.back_end import TransformersBackEnd
 from beingvl.inference.conversations import Conversations
 from beingvl.inference.model import BeingVL
 from tests.tiny import LAYOUT, write_shards
@@ -80,8 +81,10 @@ def test_an_answer_ends_at_the_published_stop_text_however_it_is_spelt(
     pieces: list[str] = []
     model.answer_token_sequences(prompts[:1], 12, on_text=pieces.append)
     assert "".join(pieces) == "yep", "nothing of the stop text is shown while it grows"
-    *_, shown = Conversations(model, True, 12).ask("hi", [("hi", "yep")], None)
-    assert shown == "yep"
+    *_, shown = Conversations(model, TransformersBackEnd(model), True, 12).ask(
+        "hi", [("hi", "yep")], None
+    )
+    assert shown.text == "yep"
 
 
 def test_a_prompt_is_the_beginning_of_the_published_sample(

@@ -12,6 +12,8 @@ from beingvl.artefact.manifest import read_manifest
 from beingvl.commands.main import main
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import shifted_targets
+from beingvl.errors import InputError
+from beingvl.model.published_names import write_published
 from beingvl.train.export_hf import export
 from tests import launcher
 from tests.plain_torch import plain_positions
@@ -43,6 +45,9 @@ def test_a_model_stands_where_its_rows_do(tmp_path, capsys) -> None:
     assert read_manifest(final).details["image_positions"] == "anchor"
     exported = export(base, tmp_path / "exported", checkpoint=tmp_path / "stage-1")  # asks a probe
     assert exported.details["image_positions"] == "anchor"
+
+    with pytest.raises(InputError, match="published code counts positions along the sequence"):
+        write_published(final, tmp_path / "published", {"model_type": "chameleon"})
 
     score = ["evaluate", f"--model={final}", f"--output={tmp_path}/scores", "--device=cpu"]
     assert main([*score, f"--data={anchor}"]) == 0
