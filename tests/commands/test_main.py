@@ -1,4 +1,7 @@
+import ast
 import errno
+import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -10,6 +13,7 @@ import pytest
 from beingvl.artefact.manifest import write_manifest
 from beingvl.commands import main as cli
 from beingvl.commands import tokenize
+from beingvl.commands.options import NOT_FOR_THE_STEP
 from beingvl.commands.parser import OTHER_NAMES, Parser
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 from tests.programs import run_program
@@ -96,6 +100,36 @@ def test_the_shell_completes_commands_and_options(line: str, found: list[str], t
     command = [sys.executable, "-m", "beingvl"]
     subprocess.run(command, env={**os.environ, **asked}, check=True)
     assert sorted(word.strip() for word in answer.read_text().split("\n")) == found
+
+
+def test_every_option_is_an_argument_of_the_commands_step() -> None:
+    """Of each `step(**options_of(args, ...))` that a command's `run` ends in."""
+    compared = 0
+    for path in sorted(Path(cli.__file__).parent.glob("*.py")):
+        module = importlib.import_module(f"beingvl.commands.{path.stem}")
+        if not hasattr(module, "add_arguments"):
+            continue
+        tree = ast.parse(inspect.getsource(module.run))
+        homes = {
+            name.name: node.module
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for name in node.names
+        }
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            spread = [word.value for word in call.keywords if word.arg is None]
+            if not spread or not ast.unparse(spread[0]).startswith("options_of(args"):
+                continue
+            parser = Parser(prog=path.stem)
+            module.add_arguments(parser)
+            left_out = {ast.literal_eval(word) for word in spread[0].args[1:]}
+            options = {action.dest for action in parser._actions} - left_out - {"help"}
+            name = ast.unparse(call.func)
+            step = getattr(importlib.import_module(homes[name]), name)
+            unknown = options - set(inspect.signature(step).parameters) - {*NOT_FOR_THE_STEP}
+            assert not unknown, f"{path.stem}: {name} does not take {unknown}"
+            compared += 1
+    assert compared >= 10
 
 
 def test_wrong_input_is_one_sentence_and_exit_code_2(tmp_path, capsys) -> None:
