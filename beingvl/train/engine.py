@@ -15,7 +15,6 @@ where each stage keeps what.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import warnings
@@ -61,7 +60,6 @@ from beingvl.vocab import VocabLayout
 # Heartbeats find a rank that is lost or stalled (train/phases.py); a collective may wait as long as
 # another rank works.
 LONGEST_COLLECTIVE = timedelta(days=1)
-M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -110,23 +108,8 @@ def start_distributed(deterministic: bool = False) -> Ranks:
             )
         raise InputError(f"ranks cannot meet at {place}, rank 0's place: {reason}") from error
     is_cpu = accelerator.device_name() == "cpu"
-    if is_cpu:
-        _give_back_what_is_freed()
     device = torch.device("cpu" if is_cpu else accelerator.device_name(local_rank))
     return Ranks(deepspeed.comm.get_rank(), deepspeed.comm.get_world_size(), device)
-
-
-def _give_back_what_is_freed() -> None:
-    """On CPU ranks: memory of 1 MB and more goes back to the system when it is freed.
-
-    glibc learns from freed blocks to keep those of up to 32 MB for itself, and weights come and go
-    under ZeRO-3: a rank that trained new rows of SmolLM2-135M held 0.9 GB more than it used.
-    What the user has set stands.
-    """
-    if "MALLOC_MMAP_THRESHOLD_" not in os.environ and (
-        set_option := getattr(ctypes.CDLL(None), "mallopt", None)
-    ):
-        set_option(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def stop_distributed() -> None:
