@@ -39,7 +39,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +78,7 @@ def main() -> int:
     parser.add_argument(
         "--no_checkpointing", action="store_true", help="keep all activations, on both sides"
     )
-    parser.add_argument(
-        "--tiny", action="store_true", help="see that it runs; alone, without accelerate"
-    )
+    parser.add_argument("--tiny", action="store_true", help="see that ours runs, alone")
     parser.add_argument("--rank_of", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -103,8 +100,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         args.ranks,
         checkpointing=not args.no_checkpointing,
     )
-    is_alone = args.tiny and find_spec("accelerate") is None
-    sides = ("ours",) if is_alone else ("ours", "theirs")
+    sides = ("ours",) if args.tiny else ("ours", "theirs")
     found: dict[str, list[dict[str, Any]]] = {who: [] for who in sides}
     for _ in range(args.rounds):
         for who in sides:
@@ -119,7 +115,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "loss_memory_ratio": round(chunked / full, 4),
         **{f"loss_{who}": found[who][-1]["final_loss"] for who in sides},
     }
-    return result if is_alone else {**compare(found), **result}
+    return result if args.tiny else {**compare(found), **result}
 
 
 def compare(found: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
