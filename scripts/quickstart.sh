@@ -74,7 +74,7 @@ for STAGE in 1 2 3; do
 done
 
 say "report"
-beingvl report run "$RUN" --stages_path "$STAGES" --output "$STAGES/report" --wall_seconds "$(wall_seconds)" --equal_time scripts/equal_time.json
+beingvl report run "$RUN" --stages_path "$STAGES" --output "$STAGES/report" --wall_seconds "$(wall_seconds)"
 say "ask it yourself"
 echo "source .venv/bin/activate
 beingvl generate --model $STAGES/stage-3/final --vbpe $RUN/vbpe --image $RUN/data/images/test/0002-0.png --prompt 'Which digit is this?'$([ "$VARIANT" = base ] && echo ' --raw')"
