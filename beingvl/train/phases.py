@@ -45,7 +45,7 @@ LONGEST_BEAT_SECONDS = 5.0
 NO_BEAT = {
     "step": 0,
     "phase": "start",
-    "num_entered": 0,
+    "num_entered": -1,  # behind every rank that has started
     "beat": 0,
     "idle_seconds": math.inf,
     "run": "",

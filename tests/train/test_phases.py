@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from beingvl.report.train import PHASES
-from beingvl.train.phases import BETWEEN_STEPS, STEP_PHASES, Phases
+from beingvl.train.phases import BETWEEN_STEPS, NO_BEAT, STEP_PHASES, Phases, _describe
 from tests.train.programs import run_program
 
 TIMEOUT_SECONDS = 2
@@ -53,6 +53,11 @@ def test_a_rank_that_never_came_is_named_alone(tmp_path, earlier_run: bool) -> N
         done.returncode == 1 and "no progress for 2 s: rank 1 has not started\n" in done.stderr
     ), done.stderr
     assert seconds < TIMEOUT_SECONDS + 8
+
+
+def test_ranks_that_have_not_started_are_behind_those_that_wait_for_them() -> None:
+    waiting = {**NO_BEAT, "num_entered": 0, "beat": 9, "process": 1, "host": "a"}
+    assert _describe({0: waiting, 1: NO_BEAT}, []) == "rank 1 has not started"
 
 
 def test_what_killed_ranks_left_does_not_pile_up_and_ranks_that_end_in_order_leave_nothing(
