@@ -1,7 +1,7 @@
 """DeepSpeed-native training of Being-VL: one language model that reads images as tokens.
 
-Every step is a function of this package (docs/api.md). `import beingvl` alone loads nothing heavy:
-a name is imported when it is first used.
+Every step is a function of this package (docs/reference/python-api.md). `import beingvl` alone
+loads nothing heavy: a name is imported when it is first used.
 """
 
 from __future__ import annotations

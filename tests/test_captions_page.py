@@ -1,4 +1,4 @@
-"""The commands of docs/Captions.md, as they stand there, on 500 of the quickstart's images."""
+"""The commands of docs/tutorial/captions.md on 500 of the quickstart's images."""
 
 import csv
 import json
@@ -14,7 +14,9 @@ from tests.command import beingvl
 from tests.launcher import ENVIRONMENT, free_port
 
 REPOSITORY = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "docs/Captions.md").read_text(), re.DOTALL)
+BLOCKS = re.findall(
+    r"```bash\n(.*?)```", (REPOSITORY / "docs/tutorial/captions.md").read_text(), re.DOTALL
+)
 
 
 def run(words: list, folder: Path, **more: str) -> str:

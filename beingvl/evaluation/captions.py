@@ -43,8 +43,8 @@ def caption_words(caption: str) -> list[str]:
     punctuation dropped.
 
     The toolkit runs Stanford's tokenizer in Java; on ordinary English captions this gives the same
-    words (docs/log.md). Its brackets survive as `-lrb-` and `-rrb-`, because it lower-cases before
-    it drops punctuation.
+    words (docs/dev/log.md). Its brackets survive as `-lrb-` and `-rrb-`, because it lower-cases
+    before it drops punctuation.
     """
     text = caption.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
     words = [

@@ -4,7 +4,7 @@ ids.
 A base model brings tokenizer.json, a sentencepiece `tokenizer.model` (Llama-2) or a tiktoken
 `tokenizer.model` (Llama-3 as first published). The result is always one tokenizer.json that stock
 transformers loads. The new tokens are *added* tokens: written into the vocabulary proper they would
-shift every special id, and one `add_tokens` call costs little at loading (docs/benchmarks.md).
+shift every special id, and one `add_tokens` call costs little at loading (docs/dev/benchmarks.md).
 """
 
 from __future__ import annotations

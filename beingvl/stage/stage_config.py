@@ -3,8 +3,8 @@ before anything is built.
 
     load_stage_config(path, overrides) -> StageConfig(deepspeed=dict, beingvl=BeingVLBlock)
 
-An unknown key anywhere is an error with "did you mean". The table of keys in docs/Training.md is
-made from the fields below.
+An unknown key anywhere is an error with "did you mean". The table of keys in
+docs/how-to/training.md is made from the fields below.
 """
 
 from __future__ import annotations

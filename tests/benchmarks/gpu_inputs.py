@@ -2,8 +2,8 @@
 shards of realistic lengths.
 
 A sample is `bos boi IMAGE eoi question sep answer eos` of random ids. An image has 720 tokens on
-average, as real codes have after vBPE (docs/benchmarks.md); questions and answers have lognormal
-lengths, whose medians below are assumed, not measured.
+average, as real codes have after vBPE (docs/dev/benchmarks.md); questions and answers have
+lognormal lengths, whose medians below are assumed, not measured.
 """
 
 from __future__ import annotations

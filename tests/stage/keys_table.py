@@ -1,4 +1,4 @@
-"""The table of keys in docs/Training.md, made from the fields of the block "beingvl".
+"""The table of keys in docs/how-to/training.md, made from the fields of the block "beingvl".
 
 python -m tests.stage.keys_table      writes it there anew
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from beingvl.stage.json_schema import Allowed
 from beingvl.stage.stage_config import BeingVLBlock
 
-PAGE = Path(__file__).parents[2] / "docs" / "Training.md"
+PAGE = Path(__file__).parents[2] / "docs/how-to/training.md"
 HEAD = (
     "| key of `beingvl` | value | default | a resumed run may change it | meaning |",
     "|---|---|---|---|---|",

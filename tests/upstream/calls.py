@@ -1,4 +1,4 @@
-"""What is executed for each row of docs/Coming-from-Being-VL-0.5.md.
+"""What is executed for each row of docs/how-to/coming-from-being-vl-0.5.md.
 
 CHECKS   first cell of a row, without backticks -> a function that does it in a World, asserts
          what comes of it, and returns WORD_FOR_WORD or ONE_SENTENCE

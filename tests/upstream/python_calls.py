@@ -1,4 +1,4 @@
-"""The rows of docs/Coming-from-Being-VL-0.5.md that are called from Python, for `CHECKS`."""
+"""The rows of docs/how-to/coming-from-being-vl-0.5.md that are called from Python, for `CHECKS`."""
 
 from __future__ import annotations
 

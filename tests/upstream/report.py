@@ -1,4 +1,4 @@
-"""Executes every row of docs/Coming-from-Being-VL-0.5.md and says what comes of it.
+"""Executes every row of docs/how-to/coming-from-being-vl-0.5.md and says what comes of it.
 
     python -m tests.upstream.report
 
@@ -17,7 +17,7 @@ import tests.upstream.python_calls  # noqa: F401  (adds to CHECKS)
 from tests.upstream.calls import CHECKS, ONE_SENTENCE, WORD_FOR_WORD
 from tests.upstream.world import REPOSITORY, World
 
-PAGE = REPOSITORY / "docs" / "Coming-from-Being-VL-0.5.md"
+PAGE = REPOSITORY / "docs/how-to/coming-from-being-vl-0.5.md"
 
 
 def rows_of_page() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Every row of docs/Coming-from-Being-VL-0.5.md is executed, and has a result."""
+"""Every row of docs/how-to/coming-from-being-vl-0.5.md is executed, and has a result."""
 
 import pytest
 

@@ -1,5 +1,5 @@
-"""One of each thing that the rows of docs/Coming-from-Being-VL-0.5.md need, made when it is first
-asked for; and commands as that page writes them.
+"""One of each thing that the rows of docs/how-to/coming-from-being-vl-0.5.md need, made when it is
+first asked for; and commands as that page writes them.
 """
 
 from __future__ import annotations
