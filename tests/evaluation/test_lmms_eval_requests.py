@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from beingvl.data.conversation import TextEncoder, build_sequence
 from beingvl.errors import InputError
 from beingvl.evaluation.lmms_eval_requests import (
     Question,
@@ -22,6 +23,13 @@ from beingvl.evaluation.lmms_eval_requests import (
 )
 from beingvl.inference.model import BeingVL
 from beingvl.inference.streaming import cut_at
+from tests.inference.published_template import (
+    PUBLISHED,
+    SAYS_YEP,
+    batches_of,
+    taught_to_say,
+)
+from tests.tiny import LAYOUT
 
 GREEDY = {"max_new_tokens": 6, "temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False}
 
@@ -71,6 +79,28 @@ def test_answers_are_those_of_the_class(model: BeingVL, images: list[Image.Image
             answer.strip() for (answer,) in expected
         ]
     assert sum(told) == 12 and max(told) == 2
+
+
+def test_a_model_of_the_published_template_is_asked_and_stops_in_it(
+    run_folder: Path, tmp_path: Path, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = taught_to_say(run_folder, tmp_path / "final", SAYS_YEP)
+    model, _ = open_model(str(folder), str(run_folder / "vbpe"), None, "cpu")
+    encoder, batches = TextEncoder(folder, LAYOUT), batches_of(model, monkeypatch)
+    requests = [
+        Question("<image>\nIs it even?", [images[0]], {**GREEDY, "max_new_tokens": 40}),
+        Question("hi", [], {**GREEDY, "max_new_tokens": 40}),
+    ]
+    for with_vbpe in (True, False):
+        tokens = model.img2tok(images[:1], with_vbpe)
+        expected = [
+            [build_sequence([(text, None)], shown, encoder, LAYOUT, PUBLISHED).input_ids]
+            for text, shown in (("<image>\nIs it even?", tokens), ("hi", []))
+        ]
+        answers = answer_questions(model, requests, 1, with_vbpe, lambda count: None)
+        assert answers == ["yep", "yep"], "nothing of </s> and of what would follow it"
+        assert batches == expected
+        batches.clear()
 
 
 def test_stop_strings_cut_answers() -> None:

@@ -24,13 +24,21 @@ import pytest
 import uvicorn
 
 from beingvl.commands.main import main
+from beingvl.data.conversation import TextEncoder, build_sequence
 from beingvl.evaluation.results import read_predictions
 from beingvl.inference import api
 from beingvl.inference.api import Limits, Service, build_api
 from beingvl.inference.back_end import Answer, Sampling, TransformersBackEnd
 from beingvl.inference.model import BeingVL
 from beingvl.inference.serve import listen
+from tests.inference.published_template import (
+    PUBLISHED,
+    SAYS_YEP,
+    batches_of,
+    taught_to_say,
+)
 from tests.launcher import ENVIRONMENT, PYTHON, free_port, process_of
+from tests.tiny import LAYOUT
 
 KEY = "a-key-that-nobody-may-see"
 NAME = "stage-3/final"
@@ -310,14 +318,7 @@ def test_questions_meet_in_batches_and_leave_them(
     model: BeingVL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twelve questions of unlike lengths, two of them drawn, one whose reader leaves at once."""
-    sizes: list[int] = []
-    continue_batch = model.continue_batch
-
-    def counted(prompts: Any, *more: Any) -> Any:
-        sizes.append(len(prompts))
-        return continue_batch(prompts, *more)
-
-    monkeypatch.setattr(model, "continue_batch", counted)
+    batches = batches_of(model, monkeypatch)
     back_end = TransformersBackEnd(model)
     prompts = [model.tokenize("word " * number) for number in range(1, 13)]
     limits = [5 + number for number in range(12)]
@@ -335,12 +336,36 @@ def test_questions_meet_in_batches_and_leave_them(
 
     with ThreadPoolExecutor(12) as readers:
         found = list(readers.map(answer, range(12)))
+    sizes = [len(batch) for batch in batches]
     assert sum(sizes) == 12 and sizes.count(1) >= 2 and len(sizes) <= 5
     for number in range(9):
         expected = model.answer_token_sequences([prompts[number]], limits[number])[0]
         assert found[number] == (expected, "length")
     again = answer(11)
     assert again == found[11] and again[0] != model.answer_token_sequences(prompts[11:], 16)[0]
+
+
+def test_a_model_of_the_published_template_is_asked_and_stops_in_it(
+    run_folder: Path, tmp_path: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = taught_to_say(run_folder, tmp_path / "final", SAYS_YEP)
+    model = BeingVL(folder, run_folder / "vbpe").load_model(device="cpu")
+    batches = batches_of(model, monkeypatch)
+    messages = [
+        user(shown(images[0]), said("one")),
+        {"role": "assistant", "content": "a seven"},
+        user(said("two")),
+    ]
+    with served(model, Limits(new_tokens=40)) as port:
+        whole = client(port).chat.completions.create(messages=messages, **GREEDY)
+        *chunks, last = streamed(port, messages)
+    turns, tokens = [("one", "a seven"), ("two", None)], model.img2tok(images[:1])
+    encoder = TextEncoder(folder, LAYOUT)
+    expected = build_sequence(turns, tokens, encoder, LAYOUT, PUBLISHED).input_ids
+    assert batches == [[expected], [expected]]
+    assert whole.choices[0].message.content == "yep" and whole.choices[0].finish_reason == "stop"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "yep"
+    assert whole.usage == last.usage and whole.usage.completion_tokens == len("yep</s>")
 
 
 def test_a_failure_reaches_the_reader_and_the_next_one_is_answered(model: BeingVL) -> None:

@@ -1,40 +1,19 @@
 """A model is asked, and its answers end, in the template that it was trained on."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from beingvl.artefact.manifest import read_manifest, write_manifest
 from beingvl.commands.main import main
 from beingvl.data.conversation import TextEncoder, build_sequence
 from beingvl.errors import InputError
 from beingvl.inference.back_end import TransformersBackEnd
 from beingvl.inference.conversations import Conversations
 from beingvl.inference.model import BeingVL
+from tests.inference.published_template import PUBLISHED, SAYS_YEP, says, taught, taught_to_say
 from tests.tiny import LAYOUT, write_shards
-
-PUBLISHED = "being-vl-0.5"
-MERGED = {"p<": 200, "/s>x": 201}  # token text -> the byte whose place it takes
-
-
-def taught(run: Path, folder: Path, template: str | None = None) -> Path:
-    """The run's last model with a template in its manifest, as training leaves it."""
-    shutil.copytree(run / "stage-3" / "final", folder)
-    path = folder / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    letters = {place: letter for letter, place in tokenizer["model"]["vocab"].items()}
-    for text, place in MERGED.items():
-        del tokenizer["model"]["vocab"][letters[place]]
-        tokenizer["model"]["vocab"][text] = place
-    path.write_text(json.dumps(tokenizer))
-    manifest = read_manifest(folder)
-    details = {"template": template} if template else {}
-    (folder / "manifest.json").unlink()
-    write_manifest(folder, "model", {}, manifest.lineage, details)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -42,28 +21,10 @@ def published(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return taught(run_folder, tmp_path_factory.mktemp("published") / "final", PUBLISHED)
 
 
-def says(folder: Path, tokens: list[str], **options: str) -> BeingVL:
-    """A model that always says these tokens in turn and stays with the last: its layers add
-    nothing, and its head's row of each is the embedding of the one before.
-    """
-    model = BeingVL(folder, **options).load_model(device="cpu")
-    weights = dict(model.model.named_parameters())
-    for name, parameter in weights.items():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            parameter.data.zero_()
-    embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
-    head.data.zero_()
-    vocabulary = model._tokenizer.get_vocab()
-    ids = [vocabulary.get(token, LAYOUT.sep_id) for token in tokens]
-    for before, after in zip(ids, [*ids[1:], ids[-1]], strict=True):
-        head.data[after] += embedding.data[before] / embedding.data[before].norm()
-    return model
-
-
 @pytest.mark.parametrize(
     "tokens",
     [
-        ["Ġ", "y", "e", "p", "<", "/", "s", ">", "x"],
+        SAYS_YEP,
         ["Ġ", "y", "e", "p<", "/s>x", "z"],
     ],
     ids=["one token a letter", "tokens across the borders"],
@@ -118,14 +79,8 @@ def test_the_template_is_the_models_unless_one_is_given(
     assert "template 'v3' is unknown" in capsys.readouterr().err
 
 
-def test_answers_are_scored_in_the_models_template(
-    published: Path, run_folder: Path, tmp_path: Path
-) -> None:
-    says(published, ["Ġ", "y", "e", "p", "<", "/", "s", ">", "x"]).model.save_pretrained(
-        model := shutil.copytree(published, tmp_path / "model")
-    )
-    manifest = read_manifest(model)
-    write_manifest(model, "model", {}, manifest.lineage, manifest.details)
+def test_answers_are_scored_in_the_models_template(run_folder: Path, tmp_path: Path) -> None:
+    model = taught_to_say(run_folder, tmp_path / "model", SAYS_YEP)
     rows = [
         {"id": n, "conversations": [{"from": "human", "value": "hi"}], "answer": "yep"}
         for n in range(3)
