@@ -66,6 +66,7 @@ setup(
             "moto[s3]>=5",
             "flask",
             "flask-cors",
+            "mkdocs-material>=9.5",
         ],
         "completion": ["argcomplete>=3"],
         "serve": ["gradio>=6.0"],

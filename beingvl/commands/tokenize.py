@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset_name", default="data", help="NAME in the output files' names")
     templates = ["default", "being-vl-0.5"]
     add("--template", choices=templates, help="chat template; default: the model's")
-    positions = "where image tokens stand; default: the model's, docs/how-to/training.md says more"
+    positions = "where image tokens stand; default: the model's, see docs/explanation/vbpe.md"
     add("--image_positions", choices=["running", "anchor"], help=positions)
     formats = "JSONL files, or folders of shards at once"
     add("--format", choices=["jsonl", "arrow"], default="jsonl", help=formats)

@@ -4,7 +4,7 @@ before anything is built.
     load_stage_config(path, overrides) -> StageConfig(deepspeed=dict, beingvl=BeingVLBlock)
 
 An unknown key anywhere is an error with "did you mean". The table of keys in
-docs/how-to/training.md is made from the fields below.
+docs/reference/stage-json.md is made from the fields below.
 """
 
 from __future__ import annotations

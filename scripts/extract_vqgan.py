@@ -1,0 +1,67 @@
+"""The VQ-GAN of a Chameleon or Janus checkpoint, as a VQ-GAN folder.
+
+    python scripts/extract_vqgan.py CHECKPOINT VQGAN
+
+CHECKPOINT is a folder in transformers' format (facebook/chameleon-7b,
+deepseek-community/Janus-Pro-1B). Only the VQ-GAN's own tensors are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from safetensors import safe_open
+from transformers import AutoConfig
+
+from beingvl.errors import InputError
+from beingvl.images.vqgan import PREPROCESSOR_FILE, VQGAN, make_processor
+
+PREFIX = "vqmodel."
+
+
+def extract(checkpoint: Path, output: Path) -> VQGAN:
+    """Write the folder `output`. Raises InputError for a checkpoint without a VQ-GAN."""
+    if not (checkpoint / "config.json").is_file():
+        raise InputError(f"{checkpoint} has no config.json; expected a downloaded checkpoint")
+    config = AutoConfig.from_pretrained(checkpoint)
+    if not hasattr(config, "vq_config"):
+        expected = "a Chameleon or Janus checkpoint in transformers' format"
+        raise InputError(f"{checkpoint} is of model_type {config.model_type}, expected {expected}")
+    fields = config.vq_config.to_dict()
+    weights = {}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                if PREFIX in name:
+                    weights[name.partition(PREFIX)[2]] = tensors.get_tensor(name).float()
+    with tempfile.TemporaryDirectory() as folder:
+        preprocessing = checkpoint / PREPROCESSOR_FILE
+        if fields["model_type"] == "janus_vqgan":  # its own is of its vision tower
+            factor = 2 ** (len(fields["channel_multiplier"]) - 1)
+            make_processor(fields["num_patches"] * factor).save_pretrained(folder)
+            preprocessing = Path(folder) / PREPROCESSOR_FILE
+        vqgan = VQGAN.build(fields, weights, preprocessing, checkpoint)
+    vqgan.save(output)
+    return vqgan
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("checkpoint", type=Path, help="folder of the downloaded checkpoint")
+    parser.add_argument("output", type=Path, help="VQ-GAN folder to write")
+    args = parser.parse_args()
+    try:
+        vqgan = extract(args.checkpoint, args.output)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.output}: {vqgan.num_codes} codes, {vqgan.image_size} pixels, grid {vqgan.grid}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
