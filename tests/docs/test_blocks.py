@@ -11,10 +11,10 @@ import pytest
 from tests.docs.pages import REPOSITORY
 from tests.docs.world import make_world, run
 
-PAGES = sorted(
-    [*(REPOSITORY / "docs/tutorial").glob("*.md"), *(REPOSITORY / "docs/how-to").glob("*.md")]
-    + [REPOSITORY / "docs/reference/data-formats.md"]
-)
+DOCS = REPOSITORY / "docs"
+FOLDERS = (DOCS / "tutorial", DOCS / "how-to")
+PAGES = [page for folder in FOLDERS for page in sorted(folder.glob("*.md"))]
+PAGES.append(DOCS / "reference/data-formats.md")
 BLOCK = re.compile(r"(?:<!-- (.+?) -->\n)?```bash\n(.*?)```", re.DOTALL)
 RUNS = "runs"
 

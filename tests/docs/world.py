@@ -47,12 +47,15 @@ beingvl train-vq --image_path images/train --validation_path images/validation -
     --image_size 12 --grid 6 --steps 6
 python scripts/make_text_llama.py --texts data/texts.txt --output_path llama --steps 3
 for SPLIT in train test; do
-    beingvl encode-images --image_path images --json_path data/$SPLIT.json --vqgan vqgan --output codes-$SPLIT
+    beingvl encode-images --image_path images --json_path data/$SPLIT.json --vqgan vqgan \\
+        --output codes-$SPLIT
 done
 mv codes-train vq_codes; mv codes-test vq_codes_test
 beingvl train-vbpe --codes vq_codes --output vbpe --num_merges 16
 beingvl convert --llama_path llama --vqgan vqgan --vbpe vbpe --output base
-tokenize() { beingvl tokenize --codes $2 --vbpe vbpe --model base --dataset_name data --json_path $1 --output $3; }
+tokenize() {
+    beingvl tokenize --codes $2 --vbpe vbpe --model base --json_path $1 --output $3
+}
 tokenize data/train.json vq_codes tokenized
 tokenize data/test.json vq_codes_test held-out
 beingvl build-shards --jsonl_path tokenized/data_vbpe.jsonl --vbpe vbpe --output shards
@@ -99,8 +102,12 @@ def _write_digits(folder: Path) -> None:
 def _write_checkpoints(folder: Path) -> None:
     """chameleon/ and janus/, with random weights, as transformers saves them."""
     import torch  # heavy
-    from transformers import ChameleonConfig, ChameleonForConditionalGeneration
-    from transformers import JanusConfig, JanusForConditionalGeneration
+    from transformers import (
+        ChameleonConfig,
+        ChameleonForConditionalGeneration,
+        JanusConfig,
+        JanusForConditionalGeneration,
+    )
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
