@@ -119,7 +119,7 @@ def image_row(layout: VocabLayout, vbpe: VisualBPE, random: np.random.Generator)
     )
 
 
-def write_image_shards(folder: Path, vbpe: VisualBPE, **details: str) -> Path:
+def write_image_shards(folder: Path, vbpe: VisualBPE, **details: object) -> Path:
     """Rows of one merged image, or of two, with text behind them; the last two tokens are
     targets.
     """

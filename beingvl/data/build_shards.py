@@ -22,7 +22,7 @@ from beingvl.artefact.parts import Parts
 from beingvl.artefact.ranks import RankOf
 from beingvl.artefact.request import Request
 from beingvl.artefact.work import Work, run_in_parts
-from beingvl.data.made_with import FACTS, IMAGE_POSITIONS, TEMPLATE
+from beingvl.data.made_with import FACTS, IMAGE_POSITIONS, TEMPLATE, UNMERGED
 from beingvl.data.positions import usual_positions
 from beingvl.data.shard_columns import ShardFacts
 from beingvl.data.shard_writer import finish_shards, join_shards, write_shard_of_part
@@ -219,6 +219,7 @@ class BuildShards(Work):
             "request": self.request(),
             "merged_images": merged,
             **self.made_with,
+            UNMERGED: max(file.longest for file in self.files),
             "names_categories": self._names_categories(shards.values()),
         }
         manifest = finish_shards(self.output, shards, self.layout, self.lineage, details)

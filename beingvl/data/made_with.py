@@ -62,3 +62,6 @@ RUNNING, ANCHOR = "running", "anchor"
 TEMPLATE = Fact("template", "template", (DEFAULT, PUBLISHED))
 IMAGE_POSITIONS = Fact("image_positions", "kind of image positions", (RUNNING, ANCHOR))
 FACTS = (TEMPLATE, IMAGE_POSITIONS)
+
+# Tokens of the longest sample before its images were merged: as many positions as anchors reach.
+UNMERGED = "longest_unmerged_sample"

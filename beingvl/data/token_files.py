@@ -36,7 +36,8 @@ class TokenFile:
     """`content` is the file's hash, with its name where rows are named after it. `template` is
     None of a file without rows, `image_positions` of one without a manifest. `has_spans`: whether
     all rows must have target_spans, None when it does not matter. `default_source`: of all rows,
-    when it is known that none names a category.
+    when it is known that none names a category. `longest`: tokens of the longest sample in either
+    variant, 0 when no manifest says.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class TokenFile:
     default_source: str | None
     lines_before: list[int] | None
     piece_bytes: int
+    longest: int
 
     def pieces(self) -> list[Piece]:
         size = self.path.stat().st_size
@@ -69,12 +71,15 @@ def look_at(path: Path, piece_bytes: int, template: str | None) -> TokenFile:
     """
     manifest = manifest_beside(path)
     lines_before = has_spans = default_source = image_positions = None
+    longest = 0
     if manifest is not None:
         content, entry = _content_of(path, manifest), dataset_of(manifest, path.name)
         asked = entry.get("request", {})
         template = template or asked.get("template")
         image_positions = asked.get(IMAGE_POSITIONS.name, RUNNING)
-        if entry.get("counts", {}).get("rows_with_category") == 0:
+        counts = entry.get("counts", {})
+        longest = counts.get("longest_sample_tokens", 0)
+        if counts.get("rows_with_category") == 0:
             default_source = DEFAULT_CATEGORY[asked["mode"]]
     else:
         counter = _LineCounter(piece_bytes)
@@ -94,6 +99,7 @@ def look_at(path: Path, piece_bytes: int, template: str | None) -> TokenFile:
         default_source,
         lines_before,
         piece_bytes,
+        longest,
     )
 
 

@@ -48,7 +48,7 @@ from beingvl.data.llava_json import (
     rows_of_part,
     survey,
 )
-from beingvl.data.made_with import DEFAULT, IMAGE_POSITIONS, TEMPLATE
+from beingvl.data.made_with import DEFAULT, IMAGE_POSITIONS, TEMPLATE, UNMERGED
 from beingvl.data.positions import usual_positions
 from beingvl.data.row_tokenizer import RowTokenizer, TokenizedRow, fit
 from beingvl.data.shard_columns import Row, ShardColumns
@@ -401,6 +401,7 @@ class Tokenize(Work):
             "request": self.request(),
             TEMPLATE.name: self.options.template,
             IMAGE_POSITIONS.name: self.image_positions,
+            UNMERGED: counts["longest_sample_tokens"],
             "names_categories": counts["rows_with_category"] > 0,
         }
         manifest = finish_shards(folder, shards, self.layout, self.lineage, details)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from beingvl.artefact.manifest import Manifest, is_complete
+from beingvl.data.made_with import ANCHOR, IMAGE_POSITIONS, UNMERGED
 from beingvl.errors import InputError
 from beingvl.json_file import read_object
 from beingvl.stage.stage_config import StageConfig
@@ -43,16 +44,19 @@ def check_context(context: int | None, config: StageConfig, shards: Manifest | N
     """What to know of a stage whose sequences exceed the model's context; "" when none do.
 
     Positions restart with every sample, so a long sequence of short samples is sound. Raises
-    InputError when the longest sample of the shards, in tokens, exceeds the context.
+    InputError when the longest sample of the shards, in tokens, exceeds the context; with anchors
+    a merged image takes the positions of all its codes.
     """
     sequence_length = config.beingvl.sequence_length
     longest_sample = int(shards.counts["longest_sample_tokens"]) if shards else 0
+    if shards and IMAGE_POSITIONS.of(shards) == ANCHOR:
+        longest_sample = max(longest_sample, shards.details.get(UNMERGED, 0))
     if context is None or max(sequence_length, longest_sample) <= context:
         return ""
     found = f"the model has positions for {context} tokens (max_position_embeddings)"
     if longest_sample > context:
         raise InputError(
-            f"the longest sample of the shards has {longest_sample} tokens, {found}; leave such "
-            f"samples out with `beingvl tokenize --max_length {context}`, or use another base"
+            f"the longest sample of the shards takes {longest_sample} positions, {found}; leave "
+            f"such samples out with `beingvl tokenize --max_length {context}`, or use another base"
         )
     return f"beingvl.sequence_length is {sequence_length}, {found}: no sample may be longer"

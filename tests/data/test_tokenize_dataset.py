@@ -12,6 +12,7 @@ from beingvl.artefact.manifest import read_manifest, write_manifest
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.dataset_folder import DatasetFolder
 from beingvl.data.llava_json import stream_rows
+from beingvl.data.made_with import UNMERGED
 from beingvl.errors import InputError
 from beingvl.images.pictures import to_png
 from beingvl.images.vq_codes import CodeFolder
@@ -465,6 +466,10 @@ def test_shards_at_once_are_the_shards_of_the_jsonl(inputs) -> None:
         read_manifest(inputs / "shards", "shards"),
     )
     assert at_once.content_hash == built.content_hash and at_once.lineage == built.lineage
+    parts = ("token_0", "token_image", "token_1")
+    longest = max(sum(len(row[part]) for part in parts) for row in read(inputs, "base"))
+    assert at_once.details[UNMERGED] == built.details[UNMERGED] == longest
+    assert built.counts["longest_sample_tokens"] < longest
     assert beingvl("verify", inputs / "out" / "a_vbpe", inputs / "out") == 0
 
 

@@ -3,6 +3,7 @@ positions.
 """
 
 import json
+import re
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from beingvl.data.loader import shifted_targets
 from beingvl.errors import InputError
 from beingvl.model.published_names import write_published
 from beingvl.train.export_hf import export
+from beingvl.train.metrics import read_metrics
 from tests import launcher
 from tests.plain_torch import plain_positions
 from tests.tiny import stage_fields, write_image_shards, write_model, write_vbpe_inside
@@ -43,6 +45,9 @@ def test_a_model_stands_where_its_rows_do(tmp_path, capsys) -> None:
     assert done.returncode == 0, done.stderr
     final = tmp_path / "stage-1/final"
     assert read_manifest(final).details["image_positions"] == "anchor"
+    replayed = launcher.run_alone(tmp_path, tmp_path / "stage-1", "--replay", "1").stdout
+    loss = float(re.search(r"  loss +([\d.]+)", replayed)[1])
+    assert loss == pytest.approx(read_metrics(tmp_path / "stage-1")[0]["loss"], rel=1e-5)
     exported = export(base, tmp_path / "exported", checkpoint=tmp_path / "stage-1")  # asks a probe
     assert exported.details["image_positions"] == "anchor"
 

@@ -73,25 +73,24 @@ def job(work: Path, name: str, *more: str) -> dict:
     return {**places, "set": list(more)}
 
 
-def job_of_anchors(work: Path) -> dict:
-    """Merged images whose tokens stand at their anchors, packed."""
+@pytest.fixture(scope="module")
+def anchors(work) -> dict:
+    """Merged images whose tokens stand at their anchors: what a job changes for them."""
     model = write_model(work / "base-vbpe")
     vbpe = write_vbpe_inside(model)
     shards = write_image_shards(work / "shards-anchor", vbpe, image_positions="anchor")
     positions = ShardReader(shards, model).positions(ShardReader(shards)[0].input_ids)
     assert (positions[1:] - positions[:-1]).max() > 1
-    return {**job(work, "anchors", *settings(3, 2, 2)), "model": model, "data": shards}
+    return {"model": model, "data": shards}
 
 
 def assert_equals_plain_torch(
     work: Path, output: Path, packing: bool, other: dict | None = None
 ) -> None:
-    """`other`: a job with its own model and shards."""
+    """`other`: a model and shards of their own."""
     config = load_stage_config(work / "all.json", [f"beingvl.packing={json.dumps(packing)}"])
-    if other:
-        losses, weights = train_plain(other["model"], other["data"], config)
-    else:
-        losses, weights = _plain(work, config, packing)
+    inputs = other or {"model": work / "base", "data": work / "shards"}
+    losses, weights = _plain(inputs["model"], inputs["data"], config, packing)
     assert [row["loss"] for row in read_metrics(output)] == pytest.approx(losses, rel=1e-5)
     for name, tensor in dict(WeightFolder(output / "final")).items():
         assert (tensor - weights[name]).norm() <= 1e-5 * weights[name].norm(), name
@@ -100,13 +99,13 @@ def assert_equals_plain_torch(
 _PLAIN: dict = {}
 
 
-def _plain(work: Path, config, packing: bool):
-    if packing not in _PLAIN:
-        _PLAIN[packing] = train_plain(work / "base", work / "shards", config)
-    return _PLAIN[packing]
+def _plain(model: Path, data: Path, config, packing: bool):
+    if (data, packing) not in _PLAIN:
+        _PLAIN[data, packing] = train_plain(model, data, config)
+    return _PLAIN[data, packing]
 
 
-def test_every_stage_equals_plain_torch(work) -> None:
+def test_every_stage_equals_plain_torch(work, anchors) -> None:
     """2 ranks, accumulation 2; stage 3 also with everything offloaded to the CPU; bf16 near it;
     rules with their own rates.
     """
@@ -115,7 +114,8 @@ def test_every_stage_equals_plain_torch(work) -> None:
     more["offload-2"] = ([*settings(2, 2, 2), OFFLOAD[0]], True)
     more["unpacked"] = (settings(3, 2, 3, packing=False, chunk=7), False)
     jobs = [job(work, name, *words) for name, (words, _) in more.items()]
-    jobs.append(anchors := job_of_anchors(work))
+    for stage in (1, 2, 3):
+        jobs.append(job(work, f"anchors-{stage}", *settings(stage, 2, 2)) | anchors)
     jobs += [
         job(work, f"bf16-{stage}", *settings(stage, 2, 2), "bf16.enabled=true")
         for stage in (1, 2, 3)
@@ -127,7 +127,8 @@ def test_every_stage_equals_plain_torch(work) -> None:
     run_stages(2, jobs, work)
     for name, (_, packing) in more.items():
         assert_equals_plain_torch(work, work / name, packing)
-    assert_equals_plain_torch(work, anchors["output"], True, anchors)
+    for stage in (1, 2, 3):
+        assert_equals_plain_torch(work, work / f"anchors-{stage}", True, anchors)
     losses = [row["loss"] for row in read_metrics(work / "stage-2")]
     for stage in (1, 2, 3):
         assert [row["loss"] for row in read_metrics(work / f"bf16-{stage}")] == pytest.approx(
@@ -240,9 +241,9 @@ def moments_of(output: Path, num_ranks: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_a_resumed_run_has_the_same_bytes_in_every_stage(work) -> None:
-    """Losses, weights and moments, on two ranks: in float32, in bf16, and with what can lie on
-    the CPU there.
+def test_a_resumed_run_has_the_same_bytes_in_every_stage(work, anchors) -> None:
+    """Losses, weights and moments, on two ranks: in float32, in bf16, with what can lie on the
+    CPU there, and with merged images at their anchors.
     """
     types = {"fp32": "bf16.enabled=false", "bf16": "bf16.enabled=true"}
     words = {
@@ -257,17 +258,17 @@ def test_a_resumed_run_has_the_same_bytes_in_every_stage(work) -> None:
         }
     rules = [f"beingvl.trainable={json.dumps(ROWS_AND_LAYERS)}", "beingvl.checkpoint_every_steps=3"]
     jobs = [job(work, name, *more, *rules) for name, more in words.items()]
+    for stage in (1, 2, 3):
+        jobs.append(job(work, f"same-{stage}-anchors", *settings(stage, 2, 2), *rules) | anchors)
+    outputs = [one["output"] for one in jobs]
     run_stages(2, jobs, work)
-    expected = {name: bytes_of(work / name) for name in words}
-    for name in words:  # as if killed after step 3
-        for folder in (
-            work / name / "final",
-            work / name / "checkpoints" / f"step-{NUM_STEPS:08d}",
-        ):
+    expected = [bytes_of(output) for output in outputs]
+    for output in outputs:  # as if killed after step 3
+        for folder in (output / "final", output / "checkpoints" / f"step-{NUM_STEPS:08d}"):
             (folder / "manifest.json").unlink()
     run_stages(2, jobs, work)
-    for name in words:
-        assert bytes_of(work / name) == expected[name], name
+    for output, before in zip(outputs, expected, strict=True):
+        assert bytes_of(output) == before, output.name
 
 
 def bytes_of(output: Path) -> list:
