@@ -10,6 +10,7 @@ that start other programs (EPS) or that nobody tries out; none of them is asked.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import struct
@@ -32,6 +33,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # whatev
 MAX_PIXELS = 50_000_000
 # A line one pixel high would become wider than any memory when its short edge is resized.
 MAX_ASPECT = 100
+# libjpeg goes through the whole picture for each scan of a progressive file, usually ten: 3 s.
+MAX_PIXELS_IN_SCANS = 100 * MAX_PIXELS
+JPEG_SCAN = b"\xff\xda"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 UPRIGHT = {  # EXIF's orientation -> what turns the picture back
@@ -59,6 +63,8 @@ def about_image(name: Path | str) -> Iterator[None]:
         except InputError:
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise  # too many open files: of this process, not of the image
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             if isinstance(error, UnidentifiedImageError):
                 reason = f"it is in no known format: {', '.join(FORMATS)}"
@@ -114,7 +120,7 @@ def decode_image(data: bytes, name: Path | str) -> Image.Image:
 def _decode(data: bytes, name: Path | str) -> Image.Image:
     Image.init()  # else a format that this Pillow lacks would be a KeyError
     image = Image.open(io.BytesIO(data), formats=[one for one in FORMATS if one in Image.OPEN])
-    if problem := _bound_size(image):
+    if problem := _bound_size(image, data.count(JPEG_SCAN)):
         raise InputError(f"{name} has {image.width} x {image.height} pixels, {problem}")
     with _heard() if image.format == "TIFF" else nullcontext():
         image.load()
@@ -158,15 +164,19 @@ def _without_notes(data: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _bound_size(image: Image.Image) -> str:
-    """Reduce a large JPEG before it is decoded; returns what is wrong with any other size."""
+def _bound_size(image: Image.Image, num_scans: int) -> str:
+    """Reduce a large JPEG, of at most `num_scans`, before it is decoded; returns what is wrong with
+    any other size.
+    """
     width, height = image.size
     if max(width, height) > MAX_ASPECT * min(width, height):
         return f"expected one side at most {MAX_ASPECT} times the other; cut it"
+    is_jpeg = image.format in ("JPEG", "MPO")  # MPO: JPEG files of some cameras
+    if is_jpeg and width * height * num_scans > MAX_PIXELS_IN_SCANS:
+        return f"in {num_scans} scans, which take too long; save it anew, not progressive"
     if width * height <= MAX_PIXELS:
         return ""
     for factor in (2, 4, 8):
-        is_jpeg = image.format in ("JPEG", "MPO")  # MPO: JPEG files of some cameras
         if is_jpeg and width * height / factor**2 <= MAX_PIXELS:
             image.draft(None, (width // factor, height // factor))
             return ""

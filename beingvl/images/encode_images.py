@@ -12,6 +12,7 @@ The result does not depend on ranks, workers or kills.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ from beingvl.images.vq_codes import (
 )
 from beingvl.images.vqgan import VQGAN, usable_device
 
+FILES_OF_WORKER = 6  # pipes to and from it, and those that start it
 PART_FILES = ("codes", "code_hashes", "keys", "rejected", "hashes", "stamps")
 
 
@@ -316,7 +318,12 @@ class ImageReader:
 def read_batches(
     images: ImageSource, batches: list[list[str]], vqgan: VQGAN, num_workers: int
 ) -> Iterator[Batch]:
-    """The batches in their order, read ahead. Raises OSError when the disk fails."""
+    """The batches in their order, read ahead. Raises OSError when the disk fails, or so many
+    workers would open too many files: torch would leave tracebacks of those that it started.
+    """
+    with ExitStack() as files:
+        for _ in range(FILES_OF_WORKER * num_workers):
+            files.enter_context(open(os.memfd_create("room"), "rb"))
     reader = ImageReader(images, batches, vqgan.preprocessing)
     for batch in DataLoader(reader, batch_size=None, num_workers=num_workers):
         if isinstance(batch, OSError):

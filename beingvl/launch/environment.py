@@ -100,7 +100,7 @@ def _read_users_file(path: Path) -> dict[str, str]:
         name, equals, value = text.partition("=")
         if not equals or not NAME.fullmatch(name.strip()):
             raise InputError(
-                f"{path}, line {number}: {text!r} is not a variable; expected NAME=VALUE"
+                f"{path}, line {number}: {name!r} is not a variable's name; expected NAME=VALUE"
             )
         found[name.strip()] = value.strip()
     return found

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from beingvl.artefact.files import write_atomically
 from beingvl.artefact.manifest import join_lineages
+from beingvl.artefact.owner import owned
 from beingvl.errors import InputError, check_at_least
 from beingvl.images.pictures import to_png
 from beingvl.images.vqgan import VQGAN
@@ -59,14 +60,14 @@ def report_vbpe(
     sample = measure(vocabulary, list(map(Path, codes)), max_images, seed) if codes else None
     beside = (vbpe if vbpe.is_dir() else vbpe.parent) / REPORT_FOLDER
     folder = Path(output_path or beside)
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = draw_pictures(vocabulary, sample, decoder)
-    charts = draw_charts(vocabulary, sample)
-    files = png_files(pictures, charts)
-    for name, png in files.items():
-        write_atomically(folder / f"{name}.png", png)
-    body = vbpe_section(vocabulary, sample, pictures, charts)
-    write_atomically(folder / "report.html", page("vBPE vocabulary", body, vocabulary.source))
+    with owned(folder):
+        pictures = draw_pictures(vocabulary, sample, decoder)
+        charts = draw_charts(vocabulary, sample)
+        files = png_files(pictures, charts)
+        for name, png in files.items():
+            write_atomically(folder / f"{name}.png", png)
+        body = vbpe_section(vocabulary, sample, pictures, charts)
+        write_atomically(folder / "report.html", page("vBPE vocabulary", body, vocabulary.source))
     print(f"{folder / 'report.html'} and {len(files)} PNG files")
     return folder
 

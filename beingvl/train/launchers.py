@@ -11,6 +11,7 @@ import itertools
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 import psutil
@@ -41,23 +42,42 @@ def end_with_launcher() -> None:
 
 
 def find_launchers() -> list[psutil.Process]:
-    """What started this process as a rank, innermost first, with what stands between. Shells and
-    logins above are not followed: they may end before a run that goes on without them.
+    """What started this process as a rank, innermost first, with what stands between: here, and
+    beyond an ssh connection that comes from this machine. Shells and logins above are not followed:
+    they may end before a run that goes on without them.
     """
     found: list[psutil.Process] = []
     between: list[psutil.Process] = []
     is_of_host = False
-    for process in psutil.Process().parents():
+    waiting = deque(psutil.Process().parents())
+    while waiting:
+        process = waiting.popleft()
         try:
             words = process.cmdline()
         except psutil.Error:
             break
         between.append(process)
-        if is_launcher(words) or (is_of_host and _is_ssh_session(words)):
+        is_session = is_of_host and _is_ssh_session(words)
+        if is_launcher(words) or is_session:
             found += between
             between = []
             is_of_host = OF_HOST in words[:5]
+        if is_session:  # of `deepspeed --hostfile`, whose pdsh outlives it
+            waiting = deque(_client_of_session())
     return found
+
+
+def _client_of_session() -> list[psutil.Process]:
+    """The ssh that this process's session was asked by, and its parents, if it runs here."""
+    client = os.environ.get("SSH_CONNECTION", "").split()[:2]
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if [*map(str, connection.laddr)] == client and connection.pid:
+                ssh = psutil.Process(connection.pid)
+                return [ssh, *ssh.parents()]
+    except (psutil.Error, OSError):
+        pass
+    return []
 
 
 def is_launcher(words: Sequence[str]) -> bool:

@@ -88,6 +88,7 @@ STEPS: dict[str, str] = {
     "build-shards": "--jsonl_path=IN/tokenize/data_base.jsonl --output_path=OUT",
     "export": "--model=IN/base --format=being-vl-0.5 --output_path=OUT",
     "evaluate": "--model=IN/base --text_parity=IN/base --output_path=OUT",
+    "report vbpe": "IN/vbpe.json --output=OUT",
 }
 
 
@@ -116,7 +117,7 @@ def test_every_step_names_the_process_that_has_its_output(
     words = STEPS[step]
     for name, place in places.items():
         words = words.replace(name, place)
-    assert cli.main([step, *words.split()]) == 2
+    assert cli.main([*step.split(), *words.split()]) == 2
     error = capsys.readouterr().err
     assert re.search(IN_USE, error) and f"process {process} " in error, error
     assert sorted(path.name for path in output.iterdir()) == [".data.owner.tmp", OWNER]

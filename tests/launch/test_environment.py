@@ -50,7 +50,7 @@ def test_a_users_file_is_passed_on_with_its_comments_left_out(tmp_path) -> None:
     }
     path.write_text("A=1\nexport B=2\n")
     with pytest.raises(
-        InputError, match=r"\.deepspeed_env, line 2: 'export B=2' is not a variable"
+        InputError, match=r"\.deepspeed_env, line 2: 'export B' is not a variable's name"
     ):
         remote_environment({}, [path])
 

@@ -22,6 +22,7 @@ from tests.tiny import stage_fields, write_inputs
 
 pytestmark = pytest.mark.needs_root
 REPOSITORY = Path(__file__).parents[2]
+DIRECT = "deepspeed alone"
 ROWS_ONLY = [{"match": "visual_rows"}, {"match": ".*", "train": False}]
 
 
@@ -88,27 +89,19 @@ def test_the_stage_script_trains_across_two_hosts_as_on_one(hosts, work, one_hos
     hosts.wait_until_nothing_runs()
 
 
-def test_a_direct_deepspeed_hostfile_command_trains_the_same(hosts, work, one_host) -> None:
-    command = [
-        Path(sys.executable).parent / "deepspeed",
-        "--hostfile",
-        hosts.hostfile(),
-        "--no_ssh_check",
-        "--master_addr",
-        hosts.names[0],
-    ]
-    output = work / "direct"
+def direct(hosts: TwoHosts, work: Path, output: Path, stage: str) -> list[object]:
+    """Words of a `deepspeed --hostfile` without `beingvl launch`, for DS_ENV_FILE."""
     (work / "direct_env").write_text(
         "GLOO_SOCKET_IFNAME=bvl0\nDS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n"
     )
-    words = [
-        *command,
-        "--master_port",
-        free_port(),
-        "--module",
-        "beingvl.train.train_stage",
-        *trainer(work, output),
-    ]
+    words = [Path(sys.executable).parent / "deepspeed", "--hostfile", hosts.hostfile()]
+    words += ["--no_ssh_check", "--master_addr", hosts.names[0], "--master_port", free_port()]
+    return [*words, "--module", "beingvl.train.train_stage", *trainer(work, output, stage)]
+
+
+def test_a_direct_deepspeed_hostfile_command_trains_the_same(hosts, work, one_host) -> None:
+    output = work / "direct"
+    words = direct(hosts, work, output, "stage1.json")
     code, shown = hosts.run(words, DS_ENV_FILE=work / "direct_env")
     assert code == 0, shown[-4000:]
     assert losses(output) == one_host
@@ -208,13 +201,16 @@ exec {sys.executable} "$@"
     hosts.wait_until_nothing_runs()
 
 
-def start_long(hosts: TwoHosts, work: Path, output: Path) -> subprocess.Popen:
-    launcher = hosts.start(launch(hosts, work, output, stage="long.json"))
-    deadline = time.monotonic() + 120
+def start_long(
+    hosts: TwoHosts, work: Path, output: Path, words: list[object] | None = None
+) -> subprocess.Popen:
+    variables = {"DS_ENV_FILE": work / "direct_env"} if words else {}
+    launcher = hosts.start(words or launch(hosts, work, output, stage="long.json"), **variables)
+    deadline = time.monotonic() + 300
     while not has_step(output):
-        assert launcher.poll() is None and time.monotonic() < deadline, launcher.stdout.read()[
-            -4000:
-        ]
+        if launcher.poll() is not None or time.monotonic() > deadline:
+            launcher.kill()  # else its output never ends
+            raise AssertionError(launcher.stdout.read()[-4000:])
         time.sleep(0.05)
     return launcher
 
@@ -264,13 +260,14 @@ def test_a_killed_rank_ends_the_run_on_both_hosts(hosts, work, tmp_path) -> None
     "killed",
     [
         "beingvl launch",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepspeed", "pdsh")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepspeed", "pdsh", DIRECT)),
     ],
 )
 def test_ranks_of_both_hosts_end_when_a_launcher_is_killed(hosts, work, tmp_path, killed) -> None:
     """And the folder is free for the next start."""
     output = tmp_path / "left"
-    launcher = start_long(hosts, work, output)
+    words = direct(hosts, work, output, "long.json") if killed == DIRECT else None
+    launcher = start_long(hosts, work, output, words)
     started = psutil.Process(launcher.pid).children(recursive=True)
     name = {"deepspeed": "deepspeed", "pdsh": "pdsh"}.get(killed)
     found = [process for process in started if process.name() == name] or [launcher]

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from beingvl.artefact.manifest import read_manifest, verify_folder, write_manifest
+from beingvl.artefact.owner import owned
 from beingvl.commands.main import main
 from beingvl.evaluation.results import read_summary
 from beingvl.report.frozen import hash_groups
@@ -33,7 +34,10 @@ def copied_run(run_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_report_of_a_run(
-    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output, kept = tmp_path / "report", tmp_path / "equal_time.json"
     kept.write_text('{"raw": 0.9, "vbpe": 0.95, "source": "three seeds of 600 steps"}')
@@ -57,10 +61,14 @@ def test_report_of_a_run(
     codes = np.load(run_folder / "vq_codes" / "test" / "codes.npy")
     tokens = [len(VisualBPE.load(run_folder / "vbpe").encode(grid)) for grid in codes]
     assert summary["vbpe_compression"] == codes.size / sum(tokens)
+    printed = capsys.readouterr().out
+    with owned(output):  # by another process, as a report that starts now sees it
+        monkeypatch.setattr("beingvl.artefact.owner.PATIENCE_SECONDS", 0)
+        assert main(["report", "run", str(run_folder), *words]) == 2
+    assert f"{output} is in use by process " in capsys.readouterr().err
     for name in ("contact_sheet.png", "training.png"):
         assert (output / name).read_bytes().startswith(PNG)
     verify_folder(output)
-    printed = capsys.readouterr().out
     assert "three seeds of 600 steps:\n  plain codes   0.900\n  vBPE tokens   0.950\n" in printed
     assert "  stage-3 3.000 -> 0.375\n" in printed
     assert "three seeds of 600 steps" in (output / "index.html").read_text()
