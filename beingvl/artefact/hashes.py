@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,7 +27,8 @@ def hash_file(path: Path, watch: Callable[[memoryview], object] = lambda block: 
     """Hash of a file's bytes; `watch` is called with every block of them. Read, not mapped: a
     disk that fails is an OSError, not a signal.
     """
-    digest = blake3(max_threads=blake3.AUTO)
+    # one thread in a worker process: a forked one would wait for the threads of its parent for ever
+    digest = blake3(max_threads=1 if parent_process() else blake3.AUTO)
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         block = memoryview(bytearray(min(max(size, 1), BLOCK_BYTES)))

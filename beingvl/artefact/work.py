@@ -127,7 +127,7 @@ def _make_together(
     with suppress(OvertakenError):
         _make_parts(work, parts, mine, num_workers, name)
     with in_turn(work.output):
-        if work.is_finished():
+        if is_finished := work.is_finished():
             parts.remove()  # what this rank may have added while another removed them
         elif missing := parts.missing(work.num_parts):
             print(
@@ -137,6 +137,8 @@ def _make_together(
         else:
             work.join(parts)
             parts.remove()
+    if is_finished:  # by another start, which may have joined the same parts in another way
+        work.check_finished()
 
 
 def _make_parts(work: Work, parts: Parts, mine: list[int], num_workers: int, name: str) -> None:

@@ -1,4 +1,5 @@
 import io
+import multiprocessing
 
 import pytest
 
@@ -21,6 +22,17 @@ def test_a_large_file_hashed_by_threads_has_the_hash_of_its_bytes(tmp_path) -> N
     data = bytes(range(256)) * 40_000
     (tmp_path / "x").write_bytes(data)
     assert hash_file(tmp_path / "x") == hash_bytes(data)
+
+
+def test_a_forked_worker_hashes_after_its_parent_did(tmp_path) -> None:
+    """The threads of a hash do not survive a fork."""
+    (tmp_path / "x").write_bytes(bytes(4 << 20))
+    hash_file(tmp_path / "x")
+    fork = multiprocessing.get_context("fork")
+    worker = fork.Process(target=hash_file, args=(tmp_path / "x",), daemon=True)
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 def test_what_is_written_is_hashed_on_the_way(tmp_path) -> None:

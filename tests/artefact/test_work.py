@@ -71,6 +71,30 @@ def test_parts_are_made_joined_and_reused(tmp_path, capsys, num_workers: int) ->
     assert squares(tmp_path) == "0 1 4 9 16 25 36 "
 
 
+class Named(Squares):
+    """The same parts, joined under a name. With `rival`, that one is done before the first part."""
+
+    def __init__(self, output: Path, name: str, rival: str | None = None) -> None:
+        super().__init__(output)
+        self.name, self.rival = name, rival
+
+    def request(self) -> Request:
+        return Request(name=self.name)
+
+    def write_part(self, number: int, folder: Path, advance: Callable[[int], object]) -> None:
+        if self.rival and number == 0:
+            run_in_parts(Named(self.output, self.rival), ALONE)
+        super().write_part(number, folder, advance)
+
+
+def test_a_start_that_is_overtaken_is_told_when_the_other_made_something_else(tmp_path) -> None:
+    run_in_parts(Named(tmp_path / "same", "a", rival="a"), ALONE)
+    with pytest.raises(InputError, match=r"another name \(found 'b', asked for 'a'\)"):
+        run_in_parts(Named(tmp_path / "other", "a", rival="b"), ALONE)
+    for name in ("same", "other"):
+        assert squares(tmp_path / name) == "0 1 4 9 16 25 36 49 "
+
+
 def test_the_last_rank_joins_and_ranks_may_change(tmp_path, capsys) -> None:
     for rank in (1, 2):
         run_in_parts(work := Squares(tmp_path), RankOf(rank, 3))
