@@ -47,7 +47,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_row_format(parser: argparse.ArgumentParser) -> None:
     """For every command that reads rows."""
-    dialects = ["llava", "sharegpt", "messages", "texts", "caption"]
+    dialects = ["llava", "sharegpt", "messages", "texts", "caption", "alpaca"]
     of_rows = "form of the rows; default: seen in the first ones"
     parser.add_argument("--row_format", choices=dialects, help=of_rows)
 

@@ -31,7 +31,7 @@ OPTIONS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    images = "folder of images to train on, searched recursively"
+    images = "folder of images to train on, searched recursively; or a tar file or table of them"
     parser.add_argument("--image_path", type=Path, required=True, help=images)
     folder = "VQ-GAN folder to write"
     parser.add_argument("--output", dest="output_path", type=Path, required=True, help=folder)

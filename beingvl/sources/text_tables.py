@@ -54,6 +54,5 @@ def _next(lines: Any, place: str) -> list[str] | None:
     try:
         return next(lines, None)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{place}, line {lines.line_num + 1}: {error}; save it as UTF-8"
-        ) from error
+        remedy = "correct its quotes" if isinstance(error, csv.Error) else "save it as UTF-8"
+        raise InputError(f"{place}, line {lines.line_num + 1}: {error}; {remedy}") from error

@@ -64,8 +64,12 @@ def caption(fact: Fact, picture: Any) -> dict[str, Any]:
     return {"image": picture, "caption": fact.answer}
 
 
+def alpaca(fact: Fact, picture: Any) -> dict[str, Any]:
+    return {"instruction": QUESTION, "input": "", "output": fact.answer, "images": [picture]}
+
+
 DIALECTS = {"llava": llava, "sharegpt": sharegpt, "messages": messages, "texts": texts}
-DIALECTS["caption"] = caption
+DIALECTS |= {"caption": caption, "alpaca": alpaca}
 
 
 # ---- containers ----

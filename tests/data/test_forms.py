@@ -101,11 +101,25 @@ def image_url(url: str) -> dict:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
+def test_alpaca_rows_of_several_texts(work: Path, tmp_path: Path) -> None:
+    row = {"system": "or", "history": [["yes", "no"]], "instruction": "hi", "input": "no"}
+    alpaca = write_json(tmp_path / "alpaca", [row | {"output": "ok"}])
+    turns = [{"from": "human", "value": "or\n\nyes"}, {"from": "gpt", "value": "no"}]
+    turns += [{"from": "human", "value": "hi\nno"}, {"from": "gpt", "value": "ok"}]
+    plain = write_json(tmp_path / "plain", [{"conversations": turns}])
+    (expected,) = content(to_shards(work, plain, "plain-texts"))
+    assert content(to_shards(work, alpaca, "alpaca-texts")) == [expected]
+
+
+ANSWERED = DIALECTS["sharegpt"](FACTS[0], FACTS[0].file)
 MALFORMED = {
     "sharegpt": (
         {"images": ["a.png"], "conversations": [{"from": "tool", "value": "x"}]},
         "is from 'tool'",
     ),
+    "sharegpt of KTO": (ANSWERED | {"label": False}, "label is false"),
+    "sharegpt of DPO": (ANSWERED | {"rejected": ANSWERED["conversations"][1]}, "'rejected', a pre"),
+    "alpaca": ({"instruction": "hi", "output": ["ok"]}, "output has no text"),
     "messages": ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "'audio'"),
     "texts": ({"texts": [{"user": "hi", "assistant": "ok"}], "videos": ["a.mp4"]}, "has videos"),
     "caption": ({"caption": "no picture"}, "expected image and caption"),
@@ -115,10 +129,11 @@ MALFORMED = {
 @pytest.mark.parametrize("name", MALFORMED)
 def test_a_malformed_row_is_rejected_with_its_reason(work: Path, tmp_path: Path, name: str) -> None:
     bad, reason = MALFORMED[name]
+    name = name.split()[0]
     rows = [DIALECTS[name](fact, fact.file) for fact in FACTS] + [bad]
-    path = write_json(tmp_path / name, rows)
-    to_shards(work, path, f"bad-{name}", work / "images", row_format=name, max_rejected=0.1)
-    (line,) = (work / f"out-bad-{name}/rejected.jsonl").read_text().splitlines()
+    path, named = write_json(tmp_path / name, rows), tmp_path.name
+    to_shards(work, path, named, work / "images", row_format=name, max_rejected=0.1)
+    (line,) = (work / f"out-{named}/rejected.jsonl").read_text().splitlines()
     assert reason in json.loads(line)["reason"] and "row 13" in line
 
 
@@ -155,6 +170,12 @@ def two_kinds(folder: Path) -> Path:
     return folder
 
 
+def one_object_over_lines(folder: Path) -> Path:
+    path = folder / "one.json"
+    path.write_text(json.dumps(DIALECTS["llava"](FACTS[0], FACTS[0].file), indent=2))
+    return path
+
+
 def addresses(folder: Path) -> Path:
     at = "https://example.org/a.png"
     return write_csv(folder / "at", [{"url": at, "caption": "hi"}, {"url": at, "caption": "ok"}])
@@ -170,6 +191,7 @@ WRONG = {
     a_cut_parquet: "cut.parquet is not a whole parquet file",
     a_cut_gzip: "cut.jsonl.gz .*truncated",
     csv_with_semicolons: "separated by ','; it seems to be separated by ';'",
+    one_object_over_lines: "line 1: an object goes over several lines; expected a list of objects",
     two_kinds: "are files of two kinds",
     addresses: "'url' holds addresses of images, such as 'https://example.org/a.png', and none",
     nothing: r"holds no file that ends in \.json, \.jsonl, \.ndjson, \.csv, \.tsv, \.parquet, "

@@ -5,6 +5,7 @@
     messages   {"messages": [{"role", "content"}, …]}     content: text, or parts with images
     texts      {"images", "texts": [{"user", "assistant"}, …]}
     caption    {"image", "caption"}
+    alpaca     {"instruction", "input", "output"}
 
 A function returns a row as LLaVA writes it (`id, image, category, conversations`) and raises
 InputError that says what is malformed. A system turn stays the first turn, from "system". Images
@@ -16,11 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from beingvl.data.dialects.alpaca import from_alpaca
 from beingvl.data.dialects.caption import CAPTION_NAMES, IMAGE_NAMES, from_caption
 from beingvl.data.dialects.llava import from_llava
 from beingvl.data.dialects.messages import from_messages
 from beingvl.data.dialects.sharegpt import from_sharegpt
 from beingvl.data.dialects.texts import from_texts
+from beingvl.data.dialects.turns import JUDGEMENTS, PREFERENCES
 from beingvl.errors import InputError
 
 Record = Mapping[str, Any]
@@ -32,6 +35,7 @@ DIALECTS: dict[str, Dialect] = {
     "messages": from_messages,
     "texts": from_texts,
     "caption": from_caption,
+    "alpaca": from_alpaca,
 }
 
 
@@ -51,8 +55,9 @@ def dialect_of(records: Sequence[Record], source: str) -> str:
     if not names:
         keys = sorted(records[0]) if records else []
         raise InputError(
-            f"{source} has rows with the keys {keys}, expected conversations, messages, texts, or "
-            f"image and caption; say with --row_format which of {list(DIALECTS)} it is"
+            f"{source} has rows with the keys {keys}, expected conversations, messages, texts, "
+            "instruction and output, or image and caption; say with --row_format which of "
+            f"{list(DIALECTS)} it is"
         )
     return names.pop()
 
@@ -68,8 +73,12 @@ def _name_of(record: Record) -> str | None:
         if "role" in first:
             return "messages"
         is_plain = first.get("from") in (None, "human", "gpt")
-        return "llava" if is_plain and not {"images", "system"} & set(record) else "sharegpt"
+        is_judged = any(isinstance(record.get(name), bool) for name in JUDGEMENTS)
+        others = {"images", "system", *PREFERENCES} & set(record)
+        return "llava" if is_plain and not others and not is_judged else "sharegpt"
     names = set(record)
+    if {"instruction", "output"} <= names:
+        return "alpaca"
     if names & set(CAPTION_NAMES) and names & set(IMAGE_NAMES):
         return "caption"
     only_names_images = "image" in names and names <= {"id", "image", "category"}

@@ -19,6 +19,8 @@ ROLES = {
 }
 ANSWER_NAMES = ("answer", "answers", "choices")  # of evaluation
 NOT_TAKEN = ("video", "videos", "audio", "audios")
+PREFERENCES = ("chosen", "rejected", "rejected_response")  # of DPO
+JUDGEMENTS = ("label", "kto_tag")  # of KTO, true or false; else some class
 
 
 def turn(role: Any, text: Any, where: str) -> dict[str, str]:
@@ -34,10 +36,17 @@ def row_of(
     record: Mapping[str, Any], turns: Sequence[dict[str, str]], images: Any
 ) -> dict[str, Any]:
     """Our row: the turns and images beside what `record` says of id, category and the right
-    answer. Raises InputError for a record with sound or videos.
+    answer. Raises InputError for a record with sound or videos, and for a preference.
     """
     if others := [name for name in NOT_TAKEN if record.get(name)]:
         raise InputError(f"the row has {others[0]}, which are not taken")
+    if bad := [name for name in JUDGEMENTS if record.get(name) is False]:
+        raise InputError(f"{bad[0]} is false (as in KTO), so the answer is a bad one")
+    if pairs := [name for name in PREFERENCES if record.get(name)]:
+        raise InputError(
+            f"the row has {pairs[0]!r}, a preference (DPO), which is not taken: leave the key out, "
+            "and end the turns with the answer to learn"
+        )
     images = [image for image in images if image is not None]
     answers = {name: record[name] for name in ANSWER_NAMES if record.get(name) is not None}
     return answers | {
