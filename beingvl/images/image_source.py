@@ -90,7 +90,7 @@ def read_patiently(path: Path | str, read: Callable[[], bytes]) -> bytes:
 
 
 def open_images(named: Sequence[Path | str]) -> ImageSource:
-    """One folder of image files, one folder of tar files, tar files, or tables; nothing mixed."""
+    """One folder of image files, tar files or tables; or tar files, or tables; nothing mixed."""
     places = [as_place(path) for path in named]
     if all(file_name(place).lower().endswith(TABLES) for place in places):
         return TableImages(expand(places, TABLES))
@@ -100,10 +100,10 @@ def open_images(named: Sequence[Path | str]) -> ImageSource:
         return _open_folder_elsewhere(places[0].rstrip("/"))
     paths = [Path(place) for place in places]
     if len(paths) == 1 and paths[0].is_dir():
-        tars = sorted(str(path) for path in paths[0].glob("*.tar") if path.is_file())
-        image = FolderImages(paths[0]).any_key() if tars else None
-        _refuse_both(places[0], tars, image)
-        return TarImages(tars) if tars else FolderImages(paths[0])
+        folder = FolderImages(paths[0])
+        names = (path.name for path in paths[0].iterdir() if _is_container(path.name))
+        files = [name for name in names if (paths[0] / name).is_file()]
+        return _containers_in(places[0], files, folder) or folder
     for path in paths:
         if path.is_dir():
             raise InputError(
@@ -116,21 +116,34 @@ def open_images(named: Sequence[Path | str]) -> ImageSource:
 
 def _open_folder_elsewhere(folder: str) -> ImageSource:
     images = AddressImages(folder)
-    tars = [f"{folder}/{key}" for key in images.stamps if "/" not in key and _is_tar(key)]
-    _refuse_both(folder, tars, images.any_key() if tars else None)
-    return TarImages(tars) if tars else images
+    names = [name for name in images.stamps if "/" not in name and _is_container(name)]
+    return _containers_in(folder, names, images) or images
 
 
 def _is_tar(name: str) -> bool:
     return name.lower().endswith(".tar")
 
 
-def _refuse_both(folder: str, tars: Sequence[str], image: str | None) -> None:
-    if tars and image is not None:
+def _is_container(name: str) -> bool:
+    return name.lower().endswith((".tar", *TABLES))
+
+
+def _containers_in(
+    folder: str, names: Sequence[str], images: FolderImages | AddressImages
+) -> ImageSource | None:
+    """The tar files or tables of these names, right in a folder; None without any, and for tables
+    beside images (as metadata.parquet). Raises InputError for tar files beside images.
+    """
+    if not names:
+        return None
+    if (image := images.any_key()) is None:
+        return open_images([f"{folder}/{name}" for name in sorted(names)])
+    if tars := sorted(filter(_is_tar, names)):
         raise InputError(
-            f"--image_path {folder} holds tar files ({file_name(tars[0])}) and images ({image}): "
+            f"--image_path {folder} holds tar files ({tars[0]}) and images ({image}): "
             "name the tar files, or move them out of the folder"
         )
+    return None
 
 
 def _refuse_names_without_text(key: str) -> None:

@@ -31,7 +31,7 @@ from beingvl.artefact.owner import making
 from beingvl.artefact.progress import progress as show_progress
 from beingvl.errors import InputError, check_at_least
 from beingvl.images.decode import decode_image
-from beingvl.images.image_source import FolderImages
+from beingvl.images.image_source import ImageSource, open_images
 from beingvl.images.preprocess import Preprocess
 from beingvl.images.vq_codes import hash_line
 from beingvl.images.vqgan import MAX_CODES, VQGAN, make_processor, usable_device
@@ -114,7 +114,7 @@ def train_vq(
     recipe = Recipe(*sizes, steps, batch_size, learning_rate, max_images, seed)
     device = str(usable_device(device))
     paths = [Path(image_path)] + ([Path(validation_path)] if validation_path else [])
-    output, sources = Path(output_path), [FolderImages(path) for path in paths]
+    output, sources = Path(output_path), [open_images([path]) for path in paths]
     keys = [source.keys() for source in sources]
     hashes = map(hash_images, sources, keys)
     images = {str(number): found for number, found in enumerate(hashes)}
@@ -166,7 +166,7 @@ def train_model(pixels: torch.Tensor, recipe: Recipe, device: str) -> JanusVQVAE
     return model
 
 
-def hash_images(images: FolderImages, keys: list[str]) -> str:
+def hash_images(images: ImageSource, keys: list[str]) -> str:
     """One hash of the images' names and content."""
     progress = show_progress(keys, name="hash images", unit="image", leave=False)
     lines = [hash_line(key, images.read(key)) for key in progress]
@@ -174,19 +174,19 @@ def hash_images(images: FolderImages, keys: list[str]) -> str:
 
 
 def load_pixels(
-    sources: list[FolderImages], keys: list[list[str]], recipe: Recipe, preprocessing: Preprocess
+    sources: list[ImageSource], keys: list[list[str]], recipe: Recipe, preprocessing: Preprocess
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Training and held-out pixels `[N, 3, H, W]` float32."""
 
-    def load(images: FolderImages, chosen: list[str]) -> torch.Tensor:
-        progress = show_progress(chosen, name=f"read {images.folder.name}", unit="image")
+    def load(images: ImageSource, chosen: list[str]) -> torch.Tensor:
+        progress = show_progress(chosen, name="read images", unit="image")
         pictures = ((decode_image(images.read(key), key), key) for key in progress)
         return preprocessing.to_pixels([preprocessing.crop(*picture) for picture in pictures])
 
     generator = torch.Generator().manual_seed(recipe.seed)
     drawn = torch.randperm(len(keys[0]), generator=generator)[: recipe.max_images].tolist()
     if len(drawn) < 2:
-        raise InputError(f"{sources[0].folder} has one image, expected at least 2")
+        raise InputError(f"there is one image, {keys[0][0]}; expected at least 2")
     if len(sources) == 2:
         held_out = load(sources[1], keys[1][: recipe.max_images])
         return load(sources[0], [keys[0][n] for n in drawn]), held_out

@@ -18,7 +18,7 @@ from beingvl.artefact.manifest import MANIFEST_FILE, read_manifest, verify_folde
 from beingvl.commands.main import main
 from beingvl.errors import InputError
 from beingvl.images import image_source
-from beingvl.images.image_source import NO_STAMP, FolderImages, TarImages
+from beingvl.images.image_source import NO_STAMP, FolderImages, TarImages, open_images
 from beingvl.images.vq_codes import CODES_FILE, REJECTED_FILE, CodeFolder
 from beingvl.images.vqgan import VQGAN, make_processor
 from beingvl.sources.tables import key_of
@@ -459,6 +459,22 @@ def test_tar_files_and_lists_give_the_rows_of_the_folder(image_path, vq_path, tm
     assert encode(tars, vq_path, outputs[2]) == 0
     assert encode(image_path, vq_path, outputs[3], list_path=tmp_path / "list.txt") == 0
     assert len({read_manifest(output).content_hash for output in outputs}) == 1
+
+
+def test_a_folder_of_tables_gives_their_pictures(image_path, vq_path, tmp_path):
+    """A table beside image files is of something else, as metadata.parquet of `datasets`."""
+    (tmp_path / "tables").mkdir()
+    pictures = [{"image": {"bytes": (image_path / key).read_bytes()}} for key in KEYS]
+    table = write_parquet(tmp_path / "tables" / "train", pictures)
+    assert encode(tmp_path / "tables", vq_path, tmp_path / "inside") == 0
+    assert encode(image_path, vq_path, tmp_path / "codes") == 0
+    found = CodeFolder(tmp_path / "inside")
+    expected = CodeFolder(tmp_path / "codes")
+    for number, key in enumerate(KEYS):
+        row = found.row(f"train.parquet#{number:09d}/0")
+        assert (found.codes[row] == expected.codes[expected.row(key)]).all()
+    table.rename(image_path / "metadata.parquet")
+    assert open_images([image_path]).keys() == sorted(KEYS)
 
 
 def test_wrong_tars_and_lists_are_refused(image_path, vq_path, tmp_path, capsys):

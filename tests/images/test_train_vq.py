@@ -155,7 +155,7 @@ def test_one_image_is_too_few_and_a_broken_one_is_named(tmp_path, capsys):
         *SMALL,
     ]
     assert main(command) == 2
-    assert "has one image, expected at least 2" in capsys.readouterr().err
+    assert "there is one image, a.png; expected at least 2" in capsys.readouterr().err
     (tmp_path / "images" / "b.png").write_text("no image")
     assert main(command) == 2
     assert "b.png cannot be read as an image" in capsys.readouterr().err
