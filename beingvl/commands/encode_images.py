@@ -16,13 +16,7 @@ import argparse
 from pathlib import Path
 
 from beingvl.artefact.ranks import RankOf
-from beingvl.commands.options import (
-    EXIF,
-    add_rank_arguments,
-    add_row_format,
-    options_of,
-    share,
-)
+from beingvl.commands.options import EXIF, add_rank_arguments, add_row_format, options_of, share
 from beingvl.errors import InputError
 
 

@@ -45,8 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image_path", type=Path, help=images)
     folder = "folder to write; default: report/ beside the stages"
     add("--output", dest="output_path", type=Path, help=folder)
-    kept = "JSON of a comparison at equal training time, to be shown beside: raw, vbpe, source"
-    add("--equal_time", type=Path, help=kept)
     add("--wall_seconds", type=float, help="seconds the whole run took, for the summary")
     memory = "of the whole run; default: the largest in the stages' metrics, which are rank 0's"
     add("--peak_memory_bytes", type=int, help=memory)

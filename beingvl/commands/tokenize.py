@@ -18,13 +18,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from beingvl.commands.options import (
-    EXIF,
-    add_rank_arguments,
-    add_row_format,
-    options_of,
-    share,
-)
+from beingvl.commands.options import EXIF, add_rank_arguments, add_row_format, options_of, share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

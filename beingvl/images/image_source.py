@@ -12,7 +12,7 @@ import os
 import stat
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
@@ -144,6 +144,11 @@ def _containers_in(
             "name the tar files, or move them out of the folder"
         )
     return None
+
+
+def _spelled(key: str, names: Container[str]) -> str | None:
+    """The key as it is written among `names`."""
+    return next((name for name in spellings(key) if name in names), None)
 
 
 def _refuse_names_without_text(key: str) -> None:
@@ -309,12 +314,9 @@ class AddressImages:
     def any_key(self) -> str | None:
         return next((key for key in self.stamps if _why_left_out(key) is None), None)
 
-    def _name(self, key: str) -> str | None:
-        return next((name for name in spellings(key) if name in self.stamps), None)
-
     def read(self, key: str) -> bytes:
         _refuse_names_without_text(key)
-        if (name := self._name(key)) is None:
+        if (name := _spelled(key, self.stamps)) is None:
             raise InputError(f"{key}: not in {self.folder}")
         size = int(self.stamps[name].split()[0])
         _refuse_large(key, size)
@@ -324,12 +326,12 @@ class AddressImages:
             raise InputError(f"{key}: {error.strerror}") from error
 
     def stamp(self, key: str) -> str:
-        name = self._name(key)
+        name = _spelled(key, self.stamps)
         return NO_STAMP if name is None else self.stamps[name]
 
     def elsewhere(self, keys: Sequence[str]) -> dict[str, str]:
         now = self._stamps_now()
-        found = "\n".join(now.get(self._name(key) or "", NO_STAMP) for key in keys)
+        found = "\n".join(now.get(_spelled(key, self.stamps) or "", NO_STAMP) for key in keys)
         return {self.folder: hash_bytes(found.encode())}
 
 
@@ -379,12 +381,9 @@ class TarImages:
         _say_left_out(where, self._left_out)
         return sorted(self._places)
 
-    def _name(self, key: str) -> str | None:
-        return next((name for name in spellings(key) if name in self._places), None)
-
     def read(self, key: str) -> bytes:
         _refuse_names_without_text(key)
-        if (name := self._name(key)) is None:
+        if (name := _spelled(key, self._places)) is None:
             raise InputError(f"{key}: not in the tar files")
         number, offset, size = self._places[name]
         path = self._paths[number]
@@ -397,7 +396,7 @@ class TarImages:
         return data
 
     def stamp(self, key: str) -> str:
-        if (name := self._name(key)) is None:
+        if (name := _spelled(key, self._places)) is None:
             return NO_STAMP
         number, offset, _ = self._places[name]
         return f"{offset} {self._stamps[number]}"

@@ -17,11 +17,9 @@ from typing import Any
 from beingvl.artefact.files import to_json, write_atomically
 from beingvl.artefact.manifest import start_folder, write_manifest
 from beingvl.artefact.owner import owned
-from beingvl.errors import InputError
-from beingvl.json_file import read_object
 from beingvl.report.kit import chart_png
 from beingvl.report.run_charts import contact_sheet, training_curves
-from beingvl.report.run_page import VARIANT_NAMES, run_page
+from beingvl.report.run_page import run_page
 from beingvl.report.run_pieces import Example, Run, RunPaths, choose_examples, read_run
 
 
@@ -35,23 +33,19 @@ def report_run(
     vq_codes: Path | str | None = None,
     image_path: Path | str | None = None,
     output_path: Path | str | None = None,
-    equal_time: Path | str | None = None,
     wall_seconds: float | None = None,
     peak_memory_bytes: int | None = None,
 ) -> Path:
     """Write index.html, summary.json and two PNG files into `output_path`, report/ beside the
     stages unless given; returns the folder.
 
-    The other paths say where a piece lies that is not in the run's folder. `equal_time`: JSON of a
-    longer comparison made elsewhere, mean accuracies `raw` and `vbpe` after the same training time,
-    and what it was (`source`). `wall_seconds` and `peak_memory_bytes` are of the whole run, for the
-    summary. Raises InputError when there is nothing to report.
+    The other paths say where a piece lies that is not in the run's folder. `wall_seconds` and
+    `peak_memory_bytes` are of the whole run, for the summary. Raises InputError when there is
+    nothing to report.
     """
     paths = RunPaths(run_folder, stages_path, base_path, data, vbpe_path, vq_codes, image_path)
     pieces = read_run(paths)
     summary = summarize(pieces, wall_seconds, peak_memory_bytes)
-    if equal_time:
-        summary |= _read_equal_time(Path(equal_time))
     examples = choose_examples(pieces)
     charts = {"contact_sheet": contact_sheet(examples)} if examples else {}
     charts["training"] = training_curves(pieces.stages, summary)
@@ -126,17 +120,6 @@ def _compression(pieces: Run) -> float | None:
     return pieces.codes.size / len(ids)
 
 
-def _read_equal_time(path: Path) -> dict[str, Any]:
-    found = read_object(path, "give another --equal_time, or none")
-    if not {type(found.get(name)) for name in ("raw", "vbpe")} <= {float, int}:
-        raise InputError(f"{path}: expected mean accuracies `raw` and `vbpe`; give others or none")
-    return {
-        "accuracy_raw_equal_time": found["raw"],
-        "accuracy_vbpe_equal_time": found["vbpe"],
-        "equal_time_source": str(found.get("source", path)),
-    }
-
-
 # ---- printing ----
 
 
@@ -153,10 +136,6 @@ def print_summary(summary: dict[str, Any]) -> None:
     if len(variants) > 1:
         means = ", ".join(f"{name} {value:.3f}" for name, value in variants.items())
         print(f"Mean accuracy after stage 3: {means}")
-    if "equal_time_source" in summary:
-        print(f"\nThe same training time, {summary['equal_time_source']}:")
-        for name in ("raw", "vbpe"):
-            print(f"  {VARIANT_NAMES[name]:<12}  {summary[f'accuracy_{name}_equal_time']:.3f}")
     for group in summary["frozen"]:
         if not group["is_as_promised"]:
             what = "trained, but unchanged" if group["is_trained"] else "frozen, but changed"

@@ -56,9 +56,6 @@ def run_facts(summary: Mapping[str, Any]) -> dict[str, str]:
     for variant, value in summary["test_accuracy_mean_of_variant"].items():
         if variant != summary["variant"]:
             values[f"the same, trained on {VARIANT_NAMES[variant]}"] = f"{value:.1%}"
-    for variant in ("raw", "vbpe") if "equal_time_source" in summary else ():
-        shown = f"{summary[f'accuracy_{variant}_equal_time']:.1%}"
-        values[f"{VARIANT_NAMES[variant]}, equal time, {summary['equal_time_source']}"] = shown
     if summary["wall_seconds"]:
         minutes, seconds = divmod(round(summary["wall_seconds"]), 60)
         values["wall time"] = f"{minutes} min {seconds:02d} s"

@@ -55,7 +55,6 @@ def predict_memory(
     model_config: Any,
     config: StageConfig,
     num_ranks: int,
-    micro_batch_size: int | None = None,
 ) -> dict[str, int]:
     """Bytes on the device of one rank, by purpose; offloaded to the CPU's memory: `cpu_…`."""
     stage, width = config.zero_stage, 2 if config.is_bf16 else 4
@@ -63,7 +62,7 @@ def predict_memory(
     largest = max(planned.num_elements for planned in plan)
     # the rows of embedding and head
     vocabulary = sum(planned.shape[0] for planned in plan if planned.name.endswith("_rows")) // 2
-    tokens = (micro_batch_size or config.micro_batch_size) * config.beingvl.sequence_length
+    tokens = config.micro_batch_size * config.beingvl.sequence_length
 
     def cut(amount: int, first_stage: int) -> int:
         return -(-amount // num_ranks) if stage >= first_stage else amount

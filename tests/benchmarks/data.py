@@ -58,7 +58,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--folder", type=Path, help="scratch folder, kept")
+    add("--folder", type=Path, help="scratch folder, kept; default: a temporary one")
     add("--rows", type=int, default=12_000, help="rows of about 14 kB")
     add("--copies", type=int, default=4, help="how often the larger file holds the rows")
     add("--read_rows", type=int, default=12_000, help="samples read in random order")
@@ -77,13 +77,8 @@ def main() -> None:
         args.rows = args.read_rows = args.tokenize_rows = 40
         args.num_merges, args.packed, args.copies, args.repeats = 8, 100_000, 2, 1
         args.large_gb = 0.001
-    if args.folder:
-        measure(args)
-        return
-    if not args.tiny:
-        parser.error("give --folder, or --tiny")
-    with tempfile.TemporaryDirectory() as folder:
-        args.folder = Path(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        args.folder = args.folder or Path(scratch)
         measure(args)
 
 

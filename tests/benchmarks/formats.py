@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from beingvl.model.convert_llama import convert
-from tests.data.forms import Fact, every_form, llava, write_json
+from tests.data.forms import Fact, every_form, llava, write_json, write_pictures
 from tests.images.test_encode_images import save_vqgan
 from tests.model.small_models import write_base_model
 
@@ -59,7 +59,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--folder", type=Path, help="scratch folder, kept")
+    add("--folder", type=Path, help="scratch folder, kept; default: a temporary one")
     add("--rows", type=int, default=100_000)
     add("--repeats", type=int, default=3, help="runs of each form, in turn; medians count")
     add("--only", default="", help="only forms with this in their name")
@@ -67,20 +67,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.tiny:
         args.rows, args.repeats, args.only = 40, 1, "texts parquet"
-    if args.folder:
-        measure(args)
-        return
-    if not args.tiny:
-        parser.error("give --folder, or --tiny")
-    with tempfile.TemporaryDirectory() as folder:
-        args.folder = Path(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        args.folder = args.folder or Path(scratch)
         measure(args)
 
 
 def measure(args: argparse.Namespace) -> None:
     folder: Path = args.folder
-    (folder / "images").mkdir(parents=True)
-    (folder / "forms").mkdir()
+    (folder / "forms").mkdir(parents=True)
     save_vqgan(folder / "vqgan", seed=0)
     write_base_model(folder / "llama")
     convert(folder / "llama", folder / "base", being_vq_path=folder / "vqgan", num_merges=0)
@@ -107,8 +101,7 @@ def write_inputs(
 ) -> Iterator[tuple[str, tuple[Path, Path | None]]]:
     """Name, rows, and the folder of their images, where they do not hold them."""
     made = list(facts)
-    for fact in made:
-        (folder / "images" / fact.file).write_bytes(fact.png)
+    write_pictures(folder / "images", made)
     rows = write_json(folder / "rows", [llava(fact, fact.file) for fact in made])
     yield REFERENCE, (rows, folder / "images")
     for name, path in every_form(folder / "forms", made):

@@ -75,6 +75,13 @@ DIALECTS |= {"caption": caption, "alpaca": alpaca}
 # ---- containers ----
 
 
+def write_pictures(folder: Path, facts: Sequence[Fact]) -> None:
+    """A folder of the facts' pictures."""
+    folder.mkdir()
+    for fact in facts:
+        (folder / fact.file).write_bytes(fact.png)
+
+
 def write_json(path: Path, records: Sequence[dict]) -> Path:
     path = path.with_suffix(".json")
     path.write_text(json.dumps(records))

@@ -20,6 +20,7 @@ from tests.data.forms import (
     write_json,
     write_jsonl_gz,
     write_parquet,
+    write_pictures,
 )
 from tests.images.test_encode_images import save_vqgan
 from tests.model.small_models import write_base_model
@@ -39,9 +40,7 @@ FACTS = [Fact(number, png(number), f"hi yes {'hi ' * (number % 3)}ok") for numbe
 def work(tmp_path_factory) -> Path:
     """A base model with a VQ-GAN, a folder of images, and the shards of LLaVA JSON about them."""
     folder = tmp_path_factory.mktemp("forms")
-    (folder / "images").mkdir()
-    for fact in FACTS:
-        (folder / "images" / fact.file).write_bytes(fact.png)
+    write_pictures(folder / "images", FACTS)
     save_vqgan(folder / "vqgan", seed=0)
     write_base_model(folder / "llama")
     convert(folder / "llama", folder / "base", being_vq_path=folder / "vqgan", num_merges=0)

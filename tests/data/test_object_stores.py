@@ -55,9 +55,7 @@ def base(tmp_path_factory) -> Path:
 def here(tmp_path_factory) -> Path:
     """The facts in four containers, and a folder of their pictures."""
     folder = tmp_path_factory.mktemp("here")
-    (folder / "pictures").mkdir()
-    for fact in FACTS:
-        (folder / "pictures" / fact.file).write_bytes(fact.png)
+    forms.write_pictures(folder / "pictures", FACTS)
     forms.write_jsonl_gz(folder / "rows", [forms.llava(fact, fact.file) for fact in FACTS])
     forms.write_parquet(folder / "table", inside(forms.texts))
     forms.write_arrow(folder / "saved", inside(forms.sharegpt))

@@ -277,13 +277,8 @@ def test_a_model_reads_images_as_its_data_was_read(run_folder):
 
 @pytest.mark.needs_root
 def test_workers_need_no_room_in_dev_shm(images, vq_path, tmp_path):
-    words = argv(
-        "encode-images",
-        image_path=images,
-        vq_path=vq_path,
-        output_path=tmp_path / "codes",
-        num_workers=2,
-    )
+    paths = {"image_path": images, "vq_path": vq_path, "output_path": tmp_path / "codes"}
+    words = argv("encode-images", **paths, num_workers=2)
     small = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'
     command = ["unshare", "-m", "sh", "-c", small, "sh", sys.executable, "-m", "beingvl", *words]
     subprocess.run(command, check=True, timeout=120)
@@ -338,14 +333,8 @@ def test_a_worker_of_any_step_that_the_kernel_kills_is_named():
 def test_a_worker_that_the_kernel_kills_is_named(images, vq_path, tmp_path):
     for number in range(400):
         (images / f"{number}.png").hardlink_to(images / "ok.png")
-    words = argv(
-        "encode-images",
-        image_path=images,
-        vq_path=vq_path,
-        output_path=tmp_path / "codes",
-        num_workers=1,
-        batch_size=1,
-    )
+    paths = {"image_path": images, "vq_path": vq_path, "output_path": tmp_path / "codes"}
+    words = argv("encode-images", **paths, num_workers=1, batch_size=1)
     with subprocess.Popen(
         [sys.executable, "-m", "beingvl", *words], stderr=subprocess.PIPE, text=True
     ) as run:
