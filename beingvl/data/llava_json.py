@@ -212,9 +212,9 @@ def _line_values(path: Path, start: Place, open_file: Open) -> Iterator[tuple[Pl
                 at += len(rest)
                 yield place, BrokenRow(f"line {number} has {MAX_ROW_CHARS:,} bytes or more")
             elif text := (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip():
-                if text == b"{":
+                if text == b"{" and number == 1:
                     raise InputError(
-                        f"{path}, line {number}: an object goes over several lines; expected a "
+                        f"{path}, line 1: an object goes over several lines; expected a "
                         "list of objects ([ … ], with commas between them), or one per line"
                     )
                 yield place, _value_of_line(text, number)
