@@ -267,4 +267,10 @@ def text_of(sample: Sample, shards: ShardReader, model_path: Path | None) -> str
     ids = sample.input_ids[~shards.layout.is_image_token(sample.input_ids)]
     if model_path is None:
         return " ".join(map(str, ids[:40].tolist()))
-    return open_tokenizer(model_path).decode(ids.tolist(), skip_special_tokens=False)
+    tokenizer, layout = open_tokenizer(model_path), shards.layout
+    text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+    roles = {"bos": layout.bos_id, "eos": layout.eos_id, "separator": layout.sep_id}
+    roles |= {"image": layout.boi_id, "end of image": layout.eoi_id}
+    for role, token_id in roles.items():
+        text = text.replace(tokenizer.decode([token_id], skip_special_tokens=False), f" [{role}] ")
+    return " ".join(text.split())

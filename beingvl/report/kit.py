@@ -18,6 +18,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -65,16 +66,34 @@ _TEMPLATES.filters |= {"form": _form, "data_url": _data_url}
 
 
 def chart(figure: Figure, name: str) -> Markup:
-    """A figure as a part of a page, in its theme's colours; `name` keeps its ids apart."""
+    """A figure as a part of a page, in its theme's colours. Every panel is a picture of its own, so
+    that they stand below each other on a narrow screen; `name` keeps their ids apart.
+    """
     for text in figure.findobj(Text):
         if text.get_color() == "black":
             text.set_color(INK)
     for axes in figure.axes:
         axes.tick_params(colors=INK)
         axes.spines[:].set_color(GREY)
+    figure.draw_without_rendering()  # places the panels, once
+    figure.set_layout_engine("none")
+    panels = Markup()
+    for number, axes in enumerate(figure.axes):
+        for other in figure.axes:
+            other.set_visible(other is axes)
+        panels += _panel(figure, axes, f"{name}-{number}")
+    for axes in figure.axes:
+        axes.set_visible(True)
+    return Markup('<div class="charts">{}</div>').format(panels)
+
+
+def _panel(figure: Figure, axes: Axes, name: str) -> Markup:
+    """The part of a figure around its only visible axes."""
+    inches = axes.get_tightbbox().transformed(figure.dpi_scale_trans.inverted()).padded(0.05)
+    look = {"facecolor": "none", "bbox_inches": inches, "metadata": {"Date": None}}
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}), _unknown_letters():
-        figure.savefig(buffer, format="svg", dpi=130, facecolor="none", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", dpi=figure.dpi, **look)
     svg = buffer.getvalue()
     no_names = r"<metadata>.*?</metadata>| xmlns(:xlink)?=\"[^\"]*\""
     svg = re.sub(no_names, "", svg[svg.index("<svg") :], flags=re.DOTALL)

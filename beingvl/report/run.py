@@ -18,6 +18,7 @@ from beingvl.artefact.files import to_json, write_atomically
 from beingvl.artefact.manifest import start_folder, write_manifest
 from beingvl.artefact.owner import owned
 from beingvl.report.kit import chart_png
+from beingvl.report.made import bytes_on_disk, read_made
 from beingvl.report.run_charts import contact_sheet, training_curves
 from beingvl.report.run_page import run_page
 from beingvl.report.run_pieces import Example, Run, RunPaths, choose_examples, read_run
@@ -46,6 +47,9 @@ def report_run(
     paths = RunPaths(run_folder, stages_path, base_path, data, vbpe_path, vq_codes, image_path)
     pieces = read_run(paths)
     summary = summarize(pieces, wall_seconds, peak_memory_bytes)
+    made = read_made(Path(run_folder), Path(stages_path or run_folder))
+    summary["made"] = [one._asdict() for one in made]
+    summary["bytes_on_disk"] = bytes_on_disk(Path(run_folder))
     examples = choose_examples(pieces)
     charts = {"contact_sheet": contact_sheet(examples)} if examples else {}
     charts["training"] = training_curves(pieces.stages, summary)
@@ -147,8 +151,7 @@ def print_accuracy(summary: dict[str, Any]) -> None:
     questions = list(summary["chance"])
     width = max(map(len, [*questions, "mean"]))
     print(
-        f"Accuracy on {summary['test_questions']} questions about {summary['test_images']} "
-        "held-out images\n"
+        f"Accuracy on {summary['test_questions']} questions about {summary['test_images']} images\n"
     )
     print(f"  {'question':<{width}}" + "".join(f"  {name:>7}" for name in columns))
     for question in questions:

@@ -33,7 +33,7 @@ def contact_sheet(examples: Sequence[Example]) -> Figure:
     outer = figure.add_gridspec(
         num_rows, COLUMNS, left=0.015, right=0.99, top=top, bottom=0.015, wspace=0.04, hspace=0.12
     )
-    title = "Held-out images and the model's answers"
+    title = "Images and the model's answers"
     figure.text(0.015, 1 - 0.32 / height, title, size=14, weight="bold", color=INK)
     for number, example in enumerate(examples):
         row, column = number % num_rows, number // num_rows
@@ -46,14 +46,18 @@ def contact_sheet(examples: Sequence[Example]) -> Figure:
     return figure
 
 
-def _show_pictures(axes: Sequence[Axes], example: Example, with_titles: bool) -> None:
+def pictures_of(example: Example) -> dict[str, np.ndarray]:
+    """What a reader sees of an example's image: title -> `[H, W, 3]` uint8."""
     tokens = with_borders(example.reconstruction, example.owners, TOKENS_SIDE, thickness=2)
-    pictures = {
+    return {
         "image": example.image,
         "after the VQ-GAN": example.reconstruction,
         "its tokens": tokens,
     }
-    for one, (title, picture) in zip(axes, pictures.items(), strict=True):
+
+
+def _show_pictures(axes: Sequence[Axes], example: Example, with_titles: bool) -> None:
+    for one, (title, picture) in zip(axes, pictures_of(example).items(), strict=True):
         one.imshow(picture)
         if with_titles:
             one.set_title(title, size=9, color=GREY, pad=4)
@@ -79,9 +83,9 @@ def _show_answer(axes: Axes, example: Example) -> None:
 
 def training_curves(stages: Mapping[str, TrainedStage], summary: Mapping[str, Any]) -> Figure:
     """Left: loss over the steps of all stages. Right: accuracy after each, of a few questions."""
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     if summary["test_accuracy"]:
-        losses, scores = figure.subplots(1, 2, width_ratios=[1.5, 1])
+        losses, scores = figure.subplots(1, 2, width_ratios=[1.2, 1])
         _draw_accuracy(scores, summary["test_accuracy"], summary["chance"])
     else:
         losses = figure.subplots()

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.report.data import data_section
 from beingvl.report.kit import chart, page, render
-from beingvl.report.run_pieces import Example, Run
+from beingvl.report.run_charts import TOKENS_SIDE, pictures_of
+from beingvl.report.run_pieces import Example, Run, choose_wrong, confusions
 from beingvl.report.train import train_section
 from beingvl.report.vbpe import measure_grids, vbpe_section
 from beingvl.report.vbpe_pictures import draw_charts, draw_pictures
@@ -26,15 +28,18 @@ def run_page(
     examples: Sequence[Example],
     charts: Mapping[str, Figure],
 ) -> str:
-    """HTML text of a run called `name`; `charts`: training and perhaps contact_sheet."""
-    asked = f"{summary['test_questions']} questions about {summary['test_images']} held-out images"
+    """HTML text of a run called `name`; `charts`: training."""
+    asked = f"{summary['test_questions']} questions about {summary['test_images']} images"
     body = render(
         "run.html",
         facts=run_facts(summary),
         summary=summary,
-        examples=examples,
-        charts={name: chart(figure, name) for name, figure in charts.items()},
+        examples=[(example, _shown(example)) for example in examples],
+        wrong=[(example, _shown(example)) for example in choose_wrong(pieces)],
+        confusions=confusions(pieces.predictions),
+        training=chart(charts["training"], "training"),
         stages={name: train_section(stage, name, 3) for name, stage in pieces.stages.items()},
+        settings={name: stage.settings for name, stage in pieces.stages.items() if stage.settings},
         vbpe=_vbpe_section(pieces),
         data={
             str(path): data_section(ShardReader(path), pieces.data_options, 4)
@@ -43,6 +48,14 @@ def run_page(
         missing=pieces.missing,
     )
     return page(f"Being-VL: {name}", body, asked if summary["test_accuracy"] else "")
+
+
+def _shown(example: Example) -> dict[str, np.ndarray]:
+    """Its pictures, no larger than they are drawn."""
+    steps = {title: -(-len(one) // TOKENS_SIDE) for title, one in pictures_of(example).items()}
+    return {
+        title: one[:: steps[title], :: steps[title]] for title, one in pictures_of(example).items()
+    }
 
 
 def run_facts(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -61,6 +74,9 @@ def run_facts(summary: Mapping[str, Any]) -> dict[str, str]:
         values["wall time"] = f"{minutes} min {seconds:02d} s"
     if summary["peak_memory_bytes"]:
         values["peak memory"] = f"{summary['peak_memory_bytes'] / 1e9:.2f} GB"
+    values["on disk"] = f"{summary['bytes_on_disk'] / 1e9:.2f} GB"
+    if summary["made"]:
+        values["finished"] = summary["made"][-1]["finished"]
     return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from beingvl.artefact.manifest import is_complete, read_manifest
 from beingvl.errors import InputError
 from beingvl.evaluation.results import KIND, read_predictions, read_summary
-from beingvl.images.decode import as_array, read_image
+from beingvl.images.decode import read_image
 from beingvl.images.preprocess import exif_of
 from beingvl.images.vq_codes import CodeFolder
 from beingvl.images.vqgan import VQGAN
@@ -28,6 +29,8 @@ STAGES = ("stage-1", "stage-2", "stage-3")
 RAW_FOLDER = "raw"
 """Where a run keeps the stages that it trained on plain codes."""
 NUM_EXAMPLES = 10
+MOST_CONFUSED = 12
+"""Answers of a question beyond which a table of them would not be read."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ class Run:
 class Example:
     """One test question with its picture in three forms.
 
-    `image` and `reconstruction` are `[H, W, 3]`, `owners` `[h, w]` says which token covers each
-    cell of the code grid.
+    `image`, as the encoder saw it, and `reconstruction` are `[H, W, 3]`, `owners` `[h, w]` says
+    which token covers each cell of the code grid.
     """
 
     question: str
@@ -221,9 +224,44 @@ def choose_examples(pieces: Run) -> list[Example]:
         if isinstance(row["image"], str):
             rows_of_image.setdefault(row["image"], []).append(row)
     asked = list(rows_of_image.values())
-    chosen = np.linspace(0, len(asked) - 1, min(NUM_EXAMPLES, len(asked))).round().astype(int)
-    rows = [asked[number][turn % len(asked[number])] for turn, number in enumerate(chosen)]
+    spread = _spread(len(asked))
+    rows = [asked[number][turn % len(asked[number])] for turn, number in enumerate(spread)]
     return _make_examples(pieces, rows)
+
+
+def choose_wrong(pieces: Run) -> list[Example]:
+    """Ten wrong answers, evenly over all of them."""
+    wrong = [row for row in pieces.predictions if isinstance(row["image"], str)]
+    wrong = [row for row in wrong if not row["correct"]]
+    return _make_examples(pieces, [wrong[number] for number in _spread(len(wrong))])
+
+
+def _spread(count: int) -> list[int]:
+    return np.linspace(0, count - 1, min(NUM_EXAMPLES, count)).round().astype(int).tolist()
+
+
+def confusions(predictions: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Counter[str]]]:
+    """Question -> truth -> how often each answer was given; "…" is any that is no question's truth.
+
+    Of questions with few truths, each a single text.
+    """
+    found: dict[str, dict[str, Counter[str]]] = {}
+    for row in predictions:
+        if isinstance(row["answer"], str):
+            counts = found.setdefault(row["question"], {})
+            answer = row["prediction"].strip().lower()
+            counts.setdefault(row["answer"].strip().lower(), Counter())[answer] += 1
+    return {
+        question: {
+            truth: Counter({answer: answers[answer] for answer in counts})
+            + Counter(
+                {"…": sum(count for answer, count in answers.items() if answer not in counts)}
+            )
+            for truth, answers in sorted(counts.items())
+        }
+        for question, counts in found.items()
+        if 1 < len(counts) <= MOST_CONFUSED
+    }
 
 
 def _make_examples(pieces: Run, rows: list[dict[str, Any]]) -> list[Example]:
@@ -233,9 +271,9 @@ def _make_examples(pieces: Run, rows: list[dict[str, Any]]) -> list[Example]:
     oriented = pieces.vqgan.preprocessing.oriented
     images = [oriented(read_image(pieces.images / row["image"])) for row in rows]
     pixels = pieces.vqgan.preprocess(images)
-    grids = pieces.vqgan.encode(pixels)
+    grids, seen = pieces.vqgan.encode(pixels), pieces.vqgan.to_uint8(pixels)
     decoder = pieces.data_options.vqgan
-    pictures = decoder.decode(grids) if decoder else pieces.vqgan.to_uint8(pixels)
+    pictures = decoder.decode(grids) if decoder else seen
     return [
         Example(
             question=row["question"],
@@ -243,11 +281,11 @@ def _make_examples(pieces: Run, rows: list[dict[str, Any]]) -> list[Example]:
             answer=row["prediction"],
             correct=row["correct"],
             key=row["image"],
-            image=as_array(image),
+            image=image,
             reconstruction=picture,
             owners=_token_owners(pieces, grid),
         )
-        for row, image, grid, picture in zip(rows, images, grids, pictures, strict=True)
+        for row, image, grid, picture in zip(rows, seen, grids, pictures, strict=True)
     ]
 
 

@@ -22,7 +22,7 @@ from matplotlib.ticker import LogLocator
 from beingvl.artefact.files import write_atomically
 from beingvl.errors import InputError
 from beingvl.report.kit import INK, SERIES_COLOURS, chart, page, render
-from beingvl.train.metrics import METRICS_FILE, VALIDATION_FILE, read_metrics
+from beingvl.train.metrics import METRICS_FILE, STAGE_FILE, VALIDATION_FILE, read_metrics
 from beingvl.train.phases import STEP_PHASES
 
 PHASES = (*STEP_PHASES, "validation", "save")
@@ -51,11 +51,12 @@ def report_train(stage_folder: Path | str, *, output_path: Path | str | None = N
 
 @dataclass(frozen=True)
 class TrainedStage:
-    """Lines of the metrics files, and the freezer's plan as a table in text."""
+    """Lines of the metrics files, the freezer's plan as a table in text, and the stage's JSON."""
 
     rows: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     plan: str
+    settings: str = ""
 
 
 def read_stage(folder: Path) -> TrainedStage:
@@ -64,8 +65,11 @@ def read_stage(folder: Path) -> TrainedStage:
         read_metrics(folder, name) if (folder / name).is_file() else []
         for name in (METRICS_FILE, VALIDATION_FILE)
     )
-    plan = folder / "plan.txt"
-    return TrainedStage(rows, validation, plan.read_text() if plan.is_file() else "")
+    plan, settings = (
+        path.read_text() if path.is_file() else ""
+        for path in (folder / "plan.txt", folder / STAGE_FILE)
+    )
+    return TrainedStage(rows, validation, plan, settings)
 
 
 def train_section(stage: TrainedStage, name: str, level: int = 2) -> Markup:
@@ -96,7 +100,7 @@ def _median(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
 def curves(stage: TrainedStage) -> Figure:
     """Six panels over the optimizer steps; losses thin, and their running means."""
     rows = stage.rows
-    figure = Figure(figsize=(12, 9), layout="constrained")
+    figure = Figure(figsize=(10, 8.5), layout="constrained")
     loss, losses, norm, rate, speed, memory = figure.subplots(3, 2).ravel()
     groups = sorted({key for row in rows for key in row if key.startswith("loss/")})
     rates = sorted({key for row in rows for key in row if key.startswith("learning_rate")})

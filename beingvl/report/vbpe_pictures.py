@@ -270,7 +270,7 @@ def draw_compression(curves: Mapping[str, Compression]) -> Figure:
 
 
 def _new_chart() -> tuple[Figure, Axes]:
-    figure = Figure((9, 3.2), layout="constrained")
+    figure = Figure((6.5, 3), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.patch.set_alpha(0)

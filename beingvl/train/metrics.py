@@ -16,12 +16,14 @@ import sys
 import time
 import uuid
 from collections import deque
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from beingvl.artefact.files import write_atomically
@@ -33,8 +35,25 @@ from beingvl.train.ranks import Ranks
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
+STAGE_FILE = "stage.json"
+GROUP_OF = {
+    **dict.fromkeys(("learning", "gradient"), "optim"),
+    **dict.fromkeys(("skipped", "spike"), "health"),
+    "seconds": "time",
+    "peak": "memory",
+}
+"""First word of a metric's name -> its group in TensorBoard; others are in `speed`."""
 WANDB_VARIABLE = "WANDB_PROJECT"
 SECONDS_BETWEEN_LINES = 30
+
+
+def board_tag(name: str) -> str:
+    """A metric's name in TensorBoard, below the group that it is shown in."""
+    if name == "loss":
+        return "loss/all"
+    if name == "validation/loss":
+        return "validation/all"
+    return name if "/" in name else f"{GROUP_OF.get(name.partition('_')[0], 'speed')}/{name}"
 
 
 class MetricsWriter:
@@ -61,6 +80,8 @@ class MetricsWriter:
         self._board = None
         if board_folder:
             self._board = SummaryWriter(str(board_folder), purge_step=first_step + 1)
+            if (output / STAGE_FILE).is_file():
+                _write_settings(self._board, (output / STAGE_FILE).read_text(), first_step)
         self._wandb = _start_wandb(output) if os.environ.get(WANDB_VARIABLE) else None
         self._first_step, self._num_steps = first_step, num_steps
         self._started_at, self._printed_at = time.monotonic(), -math.inf
@@ -146,7 +167,7 @@ class MetricsWriter:
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         if self._board:
             for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
+                self._board.add_scalar(board_tag(name), value, step)
         if self._wandb:
             self._wandb.log(numbers, step=step)
 
@@ -162,6 +183,21 @@ class MetricsWriter:
                 self._board.close()
             if self._wandb:
                 self._wandb.finish(exit_code=0 if kind is None else 1)
+
+
+def _write_settings(board: SummaryWriter, settings: str, step: int) -> None:
+    """The stage's JSON as text, and its keys as hyperparameters beside the loss."""
+    board.add_text("stage.json", f"```json\n{settings}\n```", step)
+    for summary in hparams(dict(_flat(json.loads(settings))), {"loss/all": 0}):
+        board.file_writer.add_summary(summary)
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, (bool, int, float, str)):
+            yield prefix + key, value
 
 
 def refuse_missing_wandb() -> None:

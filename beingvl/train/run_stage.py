@@ -45,7 +45,12 @@ from beingvl.train.failures import StallError, TrainingError
 from beingvl.train.flops import peak_flops
 from beingvl.train.hf_folder import write_hf_folder
 from beingvl.train.memory import device_bytes
-from beingvl.train.metrics import MetricsWriter, peak_memory_bytes, refuse_missing_wandb
+from beingvl.train.metrics import (
+    STAGE_FILE,
+    MetricsWriter,
+    peak_memory_bytes,
+    refuse_missing_wandb,
+)
 from beingvl.train.nvme import swap_folders
 from beingvl.train.phases import Phases
 from beingvl.train.probe import Probe, compare_logits, load_probe
@@ -178,7 +183,7 @@ def _train(
         plan = format_plan(engine.plan, config.beingvl.trainable)
         (output / "plan.txt").write_text(plan + "\n")
         as_run = config.deepspeed | {"beingvl": asdict(config.beingvl, dict_factory=_as_written)}
-        write_atomically(output / "stage.json", to_json(as_run))
+        write_atomically(output / STAGE_FILE, to_json(as_run))
         print(f"{plan}\n{_describe(data, engine)}", flush=True)
     saver = Saver(stage, engine, probe, carried_steps)
     num_steps, peak = loop.num_steps_of(data, config), peak_flops(ranks.device)

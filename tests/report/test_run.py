@@ -17,8 +17,9 @@ from beingvl.artefact.owner import owned
 from beingvl.commands.main import main
 from beingvl.evaluation.results import read_summary
 from beingvl.report.frozen import hash_groups
+from beingvl.report.made import bytes_on_disk, read_made
 from beingvl.report.run_charts import training_curves
-from beingvl.report.run_pieces import RunPaths, choose_examples, read_run
+from beingvl.report.run_pieces import RunPaths, choose_examples, choose_wrong, confusions, read_run
 from beingvl.report.train import TrainedStage, running_mean
 from beingvl.vbpe.published import LegacyVisualBPE
 from beingvl.vbpe.visual_bpe import VisualBPE
@@ -101,6 +102,43 @@ def test_examples_do_not_depend_on_answers(run_folder: Path) -> None:
     assert len({example.key for example in examples}) == 10
     assert {example.question for example in examples} == set(QUESTIONS)
     assert all(example.reconstruction.shape == (16, 16, 3) for example in examples)
+
+
+def test_wrong_answers_and_how_the_run_was_made(run_folder: Path, copied_run: Path) -> None:
+    path = copied_run / "eval" / "stage-3" / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row |= {"correct": number % 2 == 0, "prediction": row["answer"] if number % 2 == 0 else "Q"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pieces = read_run(RunPaths(copied_run))
+    wrong = choose_wrong(pieces)
+    assert len(wrong) == 10 and not any(example.correct for example in wrong)
+    for question, counts in confusions(pieces.predictions).items():
+        asked = [row for row in rows if row["question"] == question]
+        assert sum(given.total() for given in counts.values()) == len(asked)
+        assert sum(given[truth] for truth, given in counts.items()) == sum(
+            row["correct"] for row in asked
+        )
+        assert sum(given["…"] for given in counts.values()) == sum(
+            not row["correct"] for row in asked
+        )
+    made = {made.path: made for made in read_made(copied_run, copied_run)}
+    assert "stage-3/final" in made and "eval/stage-3" in made
+    for one in made.values():
+        assert one.version == read_manifest(copied_run / one.path).beingvl_version
+    (copied_run / "again").hardlink_to(path)
+    before = bytes_on_disk(copied_run)
+    (copied_run / "more").write_bytes(b"12345")
+    assert (
+        bytes_on_disk(copied_run)
+        == before + 5
+        == bytes_on_disk(run_folder)
+        + 5
+        + (
+            path.stat().st_size
+            - (run_folder / "eval" / "stage-3" / "predictions.jsonl").stat().st_size
+        )
+    )
 
 
 def test_equal_curves_can_be_told_apart() -> None:

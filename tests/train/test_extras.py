@@ -338,16 +338,20 @@ def test_checkpoints_by_the_clock_and_metrics_for_tensorboard(work) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events, rows = EventAccumulator(str(work / "clock-logs")).Reload(), read_metrics(work / "clock")
-    for name in (
-        "loss",
-        "loss/source/foundation",
-        "gradient_norm",
-        "learning_rate",
-        "tokens_per_second",
-        "seconds_data",
-    ):
+    for tag, name in {
+        "loss/all": "loss",
+        "loss/source/foundation": "loss/source/foundation",
+        "optim/gradient_norm": "gradient_norm",
+        "optim/learning_rate": "learning_rate",
+        "speed/tokens_per_second": "tokens_per_second",
+        "time/seconds_data": "seconds_data",
+        "memory/peak_memory_bytes": "peak_memory_bytes",
+        "health/skipped": "skipped",
+    }.items():
         expected = [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
-        assert [(event.step, event.value) for event in events.Scalars(name)] == expected, name
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == expected, name
+    (text,) = events.Tensors("stage.json/text_summary")
+    assert b"max_steps" in text.tensor_proto.string_val[0]
 
 
 def test_without_a_terminal_lines_tell_of_progress(tmp_path, capsys) -> None:

@@ -1,0 +1,56 @@
+"""How a run was made: the command, version and time of every artefact, and the room they take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from beingvl.artefact.manifest import MANIFEST_FILE, is_complete, read_manifest
+
+
+class Made(NamedTuple):
+    """One artefact; `finished` is local time, as its manifest's file has it."""
+
+    path: str
+    finished: str
+    version: str
+    command: str
+
+
+def read_made(run: Path, stages: Path) -> list[Made]:
+    """Every finished artefact of a run, in the order in which they were finished."""
+    found = {}
+    for folder in (run, stages):
+        for pattern in ("*", "*/*"):
+            for path in filter(is_complete, folder.glob(pattern)):
+                found[path.resolve()] = path
+    made = []
+    for path in sorted(found.values(), key=_finished_at):
+        manifest = read_manifest(path)
+        if manifest.kind in ("report", "checkpoint"):
+            continue
+        finished = datetime.fromtimestamp(_finished_at(path)).strftime("%Y-%m-%d %H:%M")
+        name = os.path.relpath(path, run)
+        made.append(Made(name, finished, manifest.beingvl_version, manifest.command))
+    return made
+
+
+def _finished_at(path: Path) -> float:
+    return (path / MANIFEST_FILE).stat().st_mtime
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Of all files in a folder. A file with several names counts once, what links lead to never."""
+    files = {(status.st_dev, status.st_ino): status.st_size for status in _regular(folder)}
+    return sum(files.values())
+
+
+def _regular(folder: Path) -> Iterator[os.stat_result]:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
+            if not path.is_symlink():
+                yield path.stat()
