@@ -64,7 +64,7 @@ class Parts:
         elif difference := Request(request).difference(read_object(path)):
             raise InputError(
                 f"{output} holds unfinished work of {difference}; give the same inputs and options "
-                "to finish it, choose another folder, or add --overwrite to begin anew"
+                "to finish it, choose another folder, or add --overwrite to start again"
             )
 
     def path(self, number: int) -> Path:

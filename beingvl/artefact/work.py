@@ -102,7 +102,7 @@ def run_in_parts(
             "you start them"
         )
     request = work.request_of_parts()
-    # who makes the same may join; who begins anew is alone
+    # who makes the same may join; who starts again is alone
     group = None if overwrite else hash_bytes(to_json(request).encode()).removeprefix(PREFIX)
     with owned(work.output, group, f".{work.parts_folder.removesuffix(FOLDER)}{OWNER[1:]}"):
         _make_together(work, request, rank, num_workers, overwrite, name)

@@ -164,7 +164,7 @@ def image_keys(row: dict) -> list[str]:
             )
     if not keys and (others := [key for key in row if row[key] and _PICTURES.fullmatch(key)]):
         raise InputError(
-            f"the row has no `image`, but {others[0]!r}, which is not read: pictures stand under "
+            f"the row has no `image`, but {others[0]!r}, which is not read: images belong under "
             "`image`, a path or a list of paths (videos are not taken)"
         )
     return keys
@@ -296,7 +296,7 @@ def _elements(
             if is_long:
                 problem += f", or the element has more than {MAX_ROW_CHARS:,} characters"
             raise InputError(
-                f"{path} is not valid JSON behind element {count} (character "
+                f"{path} is not valid JSON after element {count} (character "
                 f"{dropped + wrong_at + 1:,}: {problem}); was it copied completely?"
             )
         at_byte, counted = at_byte + len(buffer[counted:at].encode()), 0

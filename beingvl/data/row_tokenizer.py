@@ -100,7 +100,7 @@ class RowTokenizer:
         if not isinstance(row.get("category"), str | None):
             raise InputError(f"category is {row['category']!r}, expected a text")
         if type(row.get("id")) not in (str, int):  # True is an int
-            raise InputError(f"id is {row['id']!r}, expected a text or a whole number")
+            raise InputError(f"id is {row['id']!r}, expected text or a whole number")
         turns = parse_conversation(row.get("conversations"))
         images = [self._image(key) for key in image_keys(row)]
         pieces = lay_out(turns, len(images), self._encoder, self._layout, self._template)

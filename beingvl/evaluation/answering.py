@@ -135,7 +135,7 @@ def _given_answers(row: Mapping[str, Any]) -> list[str]:
         return [chr(ord("A") + answer)]
     if not isinstance(answer, (str, int)):
         raise InputError(
-            f"`answer` is {str(answer)[:60]!r}, expected a text, or a number into `choices`"
+            f"`answer` is {str(answer)[:60]!r}, expected text, or a number into `choices`"
         )
     return [str(answer)]
 

@@ -27,7 +27,7 @@ def turns_of(prompt: Prompt) -> list[Turn]:
     )
     if not is_chat:
         found = f"a prompt is {str(prompt)[:60]!r}"
-        raise InputError(f"{found}, expected a text or a list of (question, answer) pairs")
+        raise InputError(f"{found}, expected text or a list of (question, answer) pairs")
     return [(question, answer) for question, answer in prompt]
 
 

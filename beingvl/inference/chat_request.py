@@ -61,7 +61,7 @@ def read_chat_request(body: Mapping[str, Any], max_new_tokens: int) -> ChatReque
     """
     for name, neutral in NOT_DONE.items():
         if body.get(name) not in neutral:
-            raise RequestError(name, f"{name} is {str(body[name])[:60]}, which is not done here")
+            raise RequestError(name, f"{name} is {str(body[name])[:60]}, which is not supported")
     turns, image_urls = _turns_and_images(body.get("messages"))
     wanted = [_number(body, name, 1, math.inf, whole=True) for name in MAX_TOKENS]
     stream_options = body.get("stream_options") or {}

@@ -136,7 +136,7 @@ def read_key(path: Path | None) -> str | None:
     if path is None and not key:
         return None
     if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise InputError("the API key is empty, or not printable ASCII without blanks")
+        raise InputError("the API key is empty, or not printable ASCII without spaces")
     return key
 
 

@@ -130,7 +130,7 @@ def _check_tokenizer(
         check_same_text_tokens(tokenizer, own, "tokenizer.json")
         for prompt in PROMPTS:
             if tokenizer(prompt)["input_ids"] != own(prompt)["input_ids"]:
-                raise DifferenceError(f"{prompt!r} is encoded otherwise than by {base.folder}")
+                raise DifferenceError(f"{prompt!r} is encoded differently by {base.folder}")
     return f"{len(tokenizer)} tokens, loaded in {load_seconds:.1f} s"
 
 

@@ -54,7 +54,7 @@ def refuse_short_window(config: Any, longest: int, remedy: str) -> None:
     for name, limit in _changing_positions(config).items():
         if limit < longest:
             raise InputError(
-                f"the model's positions ({name!r} RoPE) are others for samples of more than "
+                f"the model's positions ({name!r} RoPE) change for samples of more than "
                 f"{limit} tokens, samples may have {longest}; {remedy.format(window=limit)}"
             )
 

@@ -78,7 +78,7 @@ def plan_parameters(
     for rule in rules:
         if not any(planned.rule is rule for planned in plan):
             raise InputError(
-                f"the rule {rule.match!r} of beingvl.trainable decides no parameter; correct "
+                f"the rule {rule.match!r} of beingvl.trainable applies to no parameter; correct "
                 "or remove it"
             )
     if not any(planned.is_trained for planned in plan):

@@ -51,7 +51,7 @@ def to_llama_config(config: Mapping[str, Any], layout: VocabLayout, source: Path
     """
     if config.get("swin_norm"):
         raise InputError(
-            f"{source} has swin_norm {config['swin_norm']}: it normalises behind attention and "
+            f"{source} has swin_norm {config['swin_norm']}: it normalises after attention and "
             "MLP, which no stock LLaMA does; only false can be imported"
         )
     rope = config.get("rope_parameters") or config.get("rope_scaling")

@@ -70,7 +70,7 @@ def check_target(target: Path, inputs: Mapping[str, Path], overwrite: bool) -> N
         holds_one = any(resolved in [source, *source.parents] for source in sources)
         if holds_one or sources[0] in resolved.parents:
             raise InputError(
-                f"--output {target} and {option} {path} lie in each other; choose another "
+                f"--output {target} and {option} {path} are inside each other; choose another "
                 "folder to write in"
             )
     if target.exists() and not target.is_dir():

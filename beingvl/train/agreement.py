@@ -31,7 +31,7 @@ def refuse_different_inputs(inputs: Request, gather: Gather) -> None:
     for rank, given in enumerate(others, 1):
         if differences := Request(first).differences(given):
             raise InputError(
-                f"rank {rank} was given something else than rank 0: {', '.join(differences)}; "
+                f"rank {rank} has different inputs than rank 0: {', '.join(differences)}; "
                 "every host must read the same files"
             )
 
@@ -57,7 +57,7 @@ def check_identity(folder: Path, found: Mapping[str, Any], identity: Request) ->
     if difference := identity.difference(found):
         raise InputError(
             f"{folder} belongs to another run: {difference}; give another --output, or remove "
-            "the folder to start this stage anew"
+            "the folder to start this stage again"
         )
 
 

@@ -254,7 +254,7 @@ def _damaged(folder: Path, name: str, found: str) -> InputError:
     """The error for a file of a checkpoint; it says which older one there is."""
     finished = complete_checkpoints(folder.parent.parent)
     older = [other.name for other in finished if other.name < folder.name]
-    what = "to begin anew, since there is no older one"
+    what = "to start again, since there is no older one"
     if older:
         what = f"to go on from {older[-1]}, the next older one"
     return InputError(f"{folder / name} is missing or damaged: {found}; remove {folder} {what}")

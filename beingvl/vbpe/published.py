@@ -182,7 +182,7 @@ def _sizes(
             vocab_pad = PUBLISHED_PAD
         else:
             raise InputError(
-                f"{path} does not say how many codes stand before its first new token {first_new}; "
+                f"{path} does not say how many codes come before its first new token {first_new}; "
                 f"import it with `beingvl train-vbpe --import_pkl {path} --init_size CODES`"
             )
     if vocab_pad is None:

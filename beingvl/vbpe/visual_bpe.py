@@ -184,7 +184,7 @@ def load_for_layout(
         if vocab_pad not in starts or vocab_end not in (None, end):
             raise InputError(
                 f"--vbpe_vocab_pad {vocab_pad} and --vbpe_vocab_end {vocab_end} do not fit the "
-                f"model's layout, expected {' or '.join(map(str, starts))} and, behind the codes, "
+                f"model's layout, expected {' or '.join(map(str, starts))} and, after the codes, "
                 f"{layout.num_vq} more"
             )
     path = Path(path)
@@ -270,7 +270,7 @@ def _build_tables(num_codes: int, merges: np.ndarray, source: str) -> fast.Table
         )
     twice = fast.fill_slots(tables)
     if twice >= 0:
-        raise InputError(f"{source}: merge {twice}, {merges[twice].tolist()}, is there twice")
+        raise InputError(f"{source}: merge {twice}, {merges[twice].tolist()}, appears twice")
     return tables
 
 

@@ -285,7 +285,7 @@ def test_unfinished_work_of_an_input_that_was_mended_is_refused_in_words(
     assert cli.main(command) == 2
     error = capsys.readouterr().err
     assert "unfinished work of another json (its content differs)" in error, error
-    assert "or add --overwrite to begin anew" in error and "blake3" not in error, error
+    assert "or add --overwrite to start again" in error and "blake3" not in error, error
 
 
 def test_unfinished_work_of_other_options_is_refused(inputs, tmp_path, capsys) -> None:

@@ -34,19 +34,19 @@ def test_any_array_in_any_blocks_is_what_json_reads(tmp_path_factory, rows, bloc
 
 
 WRONG = {
-    '[{"a": 1}': "behind element 1 .*no closing bracket",
+    '[{"a": 1}': "after element 1 .*no closing bracket",
     '[{"a": 1} {"a": 2}]': "expected a comma",
-    '[{"a": 1},]': "behind element 1",
+    '[{"a": 1},]': "after element 1",
     '[{"a": 1}] x': "something follows",
-    '[{"a": ': "behind element 0",
+    '[{"a": ': "after element 0",
     "[]": "non-empty list",
     "": "non-empty list",
     "[7]": "row 1: expected an object",
     '{\n "a": 1\n}': "line 1: an object goes over several lines",
     '{"a": 1}\n\n{': "row 2: line 3 is not valid JSON",
-    '[{"a": 1}, {"a" 1}]': r"behind element 1 .character 17: Expecting ':' delimiter",
+    '[{"a": 1}, {"a" 1}]': r"after element 1 .character 17: Expecting ':' delimiter",
     '{"a": ' + "1" * 5000 + "}": "row 1: line 1 is not valid JSON .*digits",
-    "[" + '{"a": ' * 100_000: "behind element 0 .*recursion",
+    "[" + '{"a": ' * 100_000: "after element 0 .*recursion",
 }
 
 
@@ -109,7 +109,7 @@ def test_damage_of_an_array_is_located_in_the_whole_file(tmp_path, block, monkey
     text = json.dumps([{"a": n} for n in range(99)])
     (tmp_path / "rows.json").write_text(text[:-1] + ', {"a": }]')
     with pytest.raises(
-        InputError, match=f"behind element 99 .character {len(text) + 8:,}: Expecting value"
+        InputError, match=f"after element 99 .character {len(text) + 8:,}: Expecting value"
     ):
         list(stream_rows(tmp_path / "rows.json"))
 
@@ -127,7 +127,7 @@ def test_a_row_longer_than_any_row_is_not_held_in_memory(tmp_path, monkeypatch) 
     ]
     path.write_text(json.dumps(rows))
     with pytest.raises(
-        InputError, match=r"behind element 1 .*, or the element has more than 100 characters"
+        InputError, match=r"after element 1 .*, or the element has more than 100 characters"
     ):
         list(stream_rows(path))
 

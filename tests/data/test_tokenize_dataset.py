@@ -208,7 +208,7 @@ WITH_NAN, WITH_BIG_INTEGER = (
     [
         ({"category": 5}, "category is 5, expected a text"),
         ({"id": "cut \ud83d"}, "half of a surrogate pair"),
-        ({"id": ["\ud83d"]}, "id is ['\\\\ud83d'], expected a text or a whole number"),
+        ({"id": ["\ud83d"]}, "id is ['\\\\ud83d'], expected text or a whole number"),
         ({"id": True}, "id is True"),
         ({"category": "\ud83d"}, "half of a surrogate pair"),
         (

@@ -415,7 +415,7 @@ def test_refusals(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
             [],
             "expected a list of texts or of objects with `answer`",
         ),
-        ({"conversations": asked(), "answer": None}, [], "`answer` is 'None', expected a text"),
+        ({"conversations": asked(), "answer": None}, [], "`answer` is 'None', expected text"),
         (
             {"conversations": asked(), "answer": 2, "choices": ["a", "b"]},
             [],

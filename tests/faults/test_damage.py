@@ -137,7 +137,7 @@ def test_a_bit_of_one_image_ends_tokenize_and_names_the_folder(codes, capsys, na
 
 
 def test_a_key_that_became_another_ends_tokenize(codes, capsys) -> None:
-    flip_bit(codes / "keys.jsonl", -7)  # 199.png is 198.png now, which is there twice
+    flip_bit(codes / "keys.jsonl", -7)  # 199.png is 198.png now, which appears twice
     assert tokenized(codes) == 2
     found = "does not have the hash that manifest.json says"
     assert f"{codes / 'keys.jsonl'} {found}" in capsys.readouterr().err

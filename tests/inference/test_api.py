@@ -213,7 +213,7 @@ def test_errors_are_those_of_openai(server: tuple[int, Path], images: list[Path]
         ([user(*[picture] * 3, said("hi"))], {}, "messages", "3 images in one request, expected"),
         ([], {}, "messages", "messages"),
         ([user(said("hi")), user(said("ho"))], {}, "messages", "expected pairs of|expected 'gpt'"),
-        ([user(said("hi"))], {"n": 2}, "n", "n is 2, which is not done here"),
+        ([user(said("hi"))], {"n": 2}, "n", "n is 2, which is not supported"),
         ([user(said("hi"))], {"temperature": 3}, "temperature", "expected a number from 0 to 2"),
         ([user(said("hi"))], {"max_tokens": 0}, "max_tokens", "expected an integer at least 1"),
         ([user(said("hi"))], {"stop": [""]}, "stop", "stop is not a text"),

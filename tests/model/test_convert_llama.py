@@ -456,11 +456,11 @@ def test_targets_that_would_harm_are_refused(tmp_path, capsys):
     base = write_base_model(tmp_path / "llama")
     before = snapshot(base)
     for target in (base, base / "inside", tmp_path, base / ".." / "llama"):
-        refused(capsys, "lie in each other", base, target, overwrite=True)
+        refused(capsys, "are inside each other", base, target, overwrite=True)
     (tmp_path / "blobs").mkdir()
     (base / "model.safetensors").rename(tmp_path / "blobs" / "model.safetensors")
     (base / "model.safetensors").symlink_to("../blobs/model.safetensors")
-    refused(capsys, "lie in each other", base, tmp_path / "blobs", overwrite=True)
+    refused(capsys, "are inside each other", base, tmp_path / "blobs", overwrite=True)
     assert snapshot(base) == before
     (tmp_path / "file").write_text("mine")
     refused(capsys, "is a file", base, tmp_path / "file", num_merges=0, overwrite=True)

@@ -174,7 +174,7 @@ def test_positions_that_depend_on_the_longest_sample_of_a_row_are_refused(
     refuse_short_window(config, 32, "")
     with pytest.raises(
         InputError,
-        match=rf"{found}\) are others for samples of more than 32 tokens.* 33; lower it to 32",
+        match=rf"{found}\) change for samples of more than 32 tokens.* 33; lower it to 32",
     ):
         refuse_short_window(config, 33, "lower it to {window}")
 

@@ -63,7 +63,7 @@ def test_mistakes_are_errors() -> None:
     ):
         plan_parameters(SHAPES, [Rule("visual_rows")])
     with pytest.raises(
-        InputError, match=r"'visual_row' of beingvl\.trainable decides no parameter"
+        InputError, match=r"'visual_row' of beingvl\.trainable applies to no parameter"
     ):
         plan_parameters(SHAPES, [Rule("visual_row"), REST])
     with pytest.raises(InputError, match="no parameter at all"):

@@ -148,7 +148,7 @@ def test_inputs_are_never_the_target(tmp_path, base, checkpoint, what, capsys):
     chosen = ["--format", "being-vl-0.5"] if what == "published" else ["--checkpoint", checkpoint]
     before = snapshot(base), snapshot(checkpoint)
     assert export("--model", base, *chosen, "--output_path", target, "--overwrite") == 2
-    assert "lie in each other" in capsys.readouterr().err
+    assert "are inside each other" in capsys.readouterr().err
     assert (snapshot(base), snapshot(checkpoint)) == before
 
 

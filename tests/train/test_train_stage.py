@@ -196,7 +196,7 @@ def test_ranks_that_are_given_different_things_end_together_and_all_differences_
     for done in run_each(commands):
         assert done.returncode == 2, done
         (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
-        assert "rank 1 was given something else than rank 0: another " in line, line
+        assert "rank 1 has different inputs than rank 0: another " in line, line
         assert line.endswith("every host must read the same files"), line
         assert "another checkpoint_every_steps (found 2, asked for 3)" in line, line
         assert "another lineage" not in line, line

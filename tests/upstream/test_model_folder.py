@@ -183,7 +183,7 @@ def test_other_tokenizers_and_contradictions(copy, capsys):
     change(copy / "config.json", rope_scaling=None, hidden_act="none")
     refused(copy, "config.json is not usable (", capsys)
     change(copy / "config.json", hidden_act="silu", swin_norm=True)
-    refused(copy, "has swin_norm True: it normalises behind attention and MLP", capsys)
+    refused(copy, "has swin_norm True: it normalises after attention and MLP", capsys)
     change(copy / "config.json", swin_norm=False, boi_token_id=7)
     refused(copy, "has boi_token_id 7, the tokenizer beside it 304; take both from one", capsys)
     change(copy / "config.json", boi_token_id=TINY.boi_id, eos_token_id=[7, 8])

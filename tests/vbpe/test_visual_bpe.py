@@ -478,7 +478,7 @@ def test_impossible_merges_are_refused(num_codes, merges, message):
         ([(0, 0, 0, 2)], "do not share an edge"),
         ([(0, 0, 1, 1)], "do not share an edge"),
         ([(0, 0, 0, 1), (1, 1, 0, 1)], "overlap"),
-        ([(0, 0, 0, 1), (0, 0, 0, 1)], "is there twice"),
+        ([(0, 0, 0, 1), (0, 0, 0, 1)], "appears twice"),
         ([(rank, rank, 0, 1) for rank in range(40)], "overlap|which no grid holds"),
         ([(0, 0, 0, 1), *((rank, rank, 1, 0) for rank in range(1, 60))], "which no grid holds"),
     ],
