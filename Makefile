@@ -8,4 +8,4 @@ full:
 quickstart:
 	bash scripts/test.sh --quickstart
 docs:
-	.venv/bin/python -m pytest -q tests/docs
+	.venv/bin/python -m pytest -q -s -m "not slow" tests/docs
