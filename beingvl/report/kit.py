@@ -89,11 +89,19 @@ def chart(figure: Figure, name: str) -> Markup:
 
 def _panel(figure: Figure, axes: Axes, name: str) -> Markup:
     """The part of a figure around its only visible axes."""
-    inches = axes.get_tightbbox().transformed(figure.dpi_scale_trans.inverted()).padded(0.05)
-    look = {"facecolor": "none", "bbox_inches": inches, "metadata": {"Date": None}}
+    box = axes.get_tightbbox()
+    assert box is not None, "the panel is visible"
+    inches = box.transformed(figure.dpi_scale_trans.inverted()).padded(0.05)
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}), _unknown_letters():
-        figure.savefig(buffer, format="svg", dpi=figure.dpi, **look)
+        figure.savefig(
+            buffer,
+            format="svg",
+            dpi=figure.dpi,
+            facecolor="none",
+            bbox_inches=inches,
+            metadata={"Date": None},
+        )
     svg = buffer.getvalue()
     no_names = r"<metadata>.*?</metadata>| xmlns(:xlink)?=\"[^\"]*\""
     svg = re.sub(no_names, "", svg[svg.index("<svg") :], flags=re.DOTALL)
