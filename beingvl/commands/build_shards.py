@@ -28,9 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", dest="model_path", type=Path, help=model)
     vbpe = "vbpe.json to decode and check merged images with; default: the one in --model"
     add("--vbpe", dest="vbpe_path", type=Path, help=vbpe)
-    template = "chat template of the rows; default: of the manifest beside a file, else by its rows"
+    template = (
+        "chat template of the rows; default: from the manifest beside a file, else from its rows"
+    )
     add("--template", choices=["default", "being-vl-0.5"], help=template)
-    positions = "where image tokens stand; default: of the manifest beside a file, or the model's"
+    positions = (
+        "positions of image tokens; default: from the manifest beside a file, or the model's"
+    )
     add("--image_positions", choices=["running", "anchor"], help=positions)
     part = "bytes of JSONL that become one shard"
     add("--part_bytes", type=int, default=64 << 20, help=part)

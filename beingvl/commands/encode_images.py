@@ -5,8 +5,8 @@
 Started by a launcher (`deepspeed --module beingvl encode-images …`, `torchrun -m beingvl
 encode-images …`) or as a Slurm array, every rank makes its share of the parts; killed, it is
 started again with any number of ranks. An unreadable image is rejected with its reason; past
---max_rejected the run fails. When the disk fails, the run ends after a few tries and goes on with
-the same command. The result does not depend on ranks, workers or kills. A finished output with the
+--max_rejected the run fails. When the disk fails, the run ends after a few tries; the same command
+continues it. The result does not depend on ranks, workers or kills. A finished output with the
 same images, by name, size and time (else by content), is reused.
 """
 
@@ -31,14 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_row_format(parser)
     add("--list_path", type=Path, help="text file, one image per line: encode only these")
     add("--batch_size", type=int, default=64, help="images per forward pass")
-    part = "images that are finished, or lost by a kill, together"
+    part = "images per part; a kill loses only unfinished parts"
     add("--images_per_part", type=int, default=4096, help=part)
     add("--num_workers", type=int, default=0, help="processes that read images; 0: this one")
     add("--max_rejected", type=share, default=0.01, help="tolerated share of unreadable images")
     add("--exif", choices=["apply", "ignore"], default="apply", help=EXIF)
     add("--device", default="auto", help="torch device; auto is this rank's GPU, else cpu")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
-    encoder = "of the encoder; auto is bfloat16 on a GPU, float32 on a CPU"
+    encoder = "dtype of the encoder; auto is bfloat16 on a GPU, float32 on a CPU"
     add("--dtype", choices=dtypes, default="auto", help=encoder)
     add_rank_arguments(parser)
     other = "replace codes of other images or of another VQ-GAN"

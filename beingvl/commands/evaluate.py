@@ -54,7 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     base = "the model that training started from, converted or not"
     what.add_argument("--text_parity", type=Path, metavar="BASE", help=base)
     add("--output", dest="output_path", type=Path, required=True, help="folder to write")
-    add("--metric", default="exact_match", choices=list(METRICS), help="of --json_path")
+    add(
+        "--metric",
+        default="exact_match",
+        choices=list(METRICS),
+        help="how the answers to --json_path are scored",
+    )
     add_row_format(parser)
     images = "folder that the rows' image paths start from, or tar files or tables that hold them"
     add("--image_path", nargs="+", help=images)
@@ -62,10 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--codes", dest="vq_codes", type=Path, help=codes)
     add("--max_new_tokens", type=int, default=16, help="longest answer, in tokens")
     add("--batch_size", type=int, default=128, help="prompts per batch; fewer for a large model")
-    targets = "of --data: which tokens are targets"
+    targets = "which tokens of --data are targets"
     add("--loss_on", default="response", choices=["response", "text", "all"], help=targets)
-    add("--limit", type=int, help="take only the first so many rows or samples")
-    part = "rows or samples that are finished, or lost by a kill, together"
+    add("--limit", type=int, help="use only this many rows or samples, the first ones")
+    part = "rows or samples per part; a kill loses only unfinished parts"
     add("--rows_per_part", type=int, default=512, help=part)
     add("--name", help="name in scores.json and the table; default: the output folder's")
     add_rank_arguments(parser)

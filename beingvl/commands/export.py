@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     formats = ("hf", "being-vl-0.5")
     add("--format", choices=formats, default="hf", help="names and layout of the weights")
     add("--output", dest="output_path", type=Path, required=True, help="folder to write")
-    rope = "none: leave out a scaling of the rope that being-vl-0.5 does not know"
+    rope = "none: drop RoPE scaling, which being-vl-0.5 does not support"
     add("--rope_scaling", choices=("none",), help=rope)
     templates = "what a published folder was trained on; default: as its manifest says"
     add("--template", choices=("default", "being-vl-0.5"), help=templates)

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--do_sample", action="store_true", help=sample)
     temperature = "with --do_sample and --draw: below 1 more predictable, above 1 less"
     add("--temperature", type=float, default=1.0, help=temperature)
-    add("--seed", type=int, default=0, help="of --do_sample and --draw")
+    add("--seed", type=int, default=0, help="seed of --do_sample and --draw")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from beingvl.artefact.ranks import rank_of
 
-EXIF = "orientation in images: turn them as viewers do, or leave them as the published data does"
+EXIF = "EXIF orientation: apply it, as viewers do, or ignore it, as the published data does"
 NOT_FOR_THE_STEP = ("debug", "kind", "local_rank")
 
 
@@ -37,10 +37,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vbpe", dest="vbpe_path", type=Path, help=vbpe)
     raw = "plain VQ codes without vBPE, for a model trained on them"
     add("--raw", action="store_true", help=raw)
-    template = "chat template, default or being-vl-0.5; default: the one of the model's training"
+    template = "default or being-vl-0.5; without it, the chat template of the model's training"
     add("--template", help=template)
     dtypes = ["float32", "bfloat16", "float16"]
-    dtype = "of the language model; default: the checkpoint's, on a CPU float32"
+    dtype = "dtype of the language model; default: the checkpoint's, float32 on a CPU"
     add("--dtype", dest="torch_dtype", choices=dtypes, help=dtype)
     add("--device", help="torch device; default: this rank's accelerator, if there is one")
 
@@ -48,14 +48,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_row_format(parser: argparse.ArgumentParser) -> None:
     """For every command that reads rows."""
     dialects = ["llava", "sharegpt", "messages", "texts", "caption", "alpaca"]
-    of_rows = "form of the rows; default: seen in the first ones"
+    of_rows = "form of the rows; default: recognised from the first rows"
     parser.add_argument("--row_format", choices=dialects, help=of_rows)
 
 
 def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
     """For every command whose work several processes may share."""
     add = parser.add_argument
-    rank = "this process among --num_ranks; default: as launcher or Slurm array says, else 0"
+    rank = "number of this process, below --num_ranks; default: from the launcher or Slurm array"
     add("--rank", type=int, help=rank)
     num_ranks = "processes that share the work, each started with this command"
     add("--num_ranks", type=int, help=num_ranks)

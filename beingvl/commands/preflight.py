@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", help="shard folder; every host must see the same")
     add("--output", help="stage folder that will be written; its disk must have room")
     add("--master_port", type=int, default=29500, help="rank 0's port")
-    add("--seconds", type=float, default=5.0, help="of the all-reduce reading; 0 leaves it out")
+    add("--seconds", type=float, default=5.0, help="seconds to measure the all-reduce; 0 skips it")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     folder = "folder to write; default: report/ beside the stages"
     add("--output", dest="output_path", type=Path, help=folder)
     add("--wall_seconds", type=float, help="seconds the whole run took, for the summary")
-    memory = "of the whole run; default: the largest in the stages' metrics, which are rank 0's"
+    memory = "peak memory of the whole run; default: rank 0's largest in the stages' metrics"
     add("--peak_memory_bytes", type=int, help=memory)
 
 

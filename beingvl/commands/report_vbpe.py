@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     vq = "VQ-GAN folder with a decoder, to show pixels instead of colours"
     add("--vqgan", dest="vq", type=Path, help=vq)
     add("--max_images", type=int, default=2000, help="measure on a sample of this many images")
-    add("--seed", type=int, default=0, help="of the sample")
+    add("--seed", type=int, default=0, help="seed of the sample")
     folder = "folder for report.html and the PNG files (default: vbpe_report beside vbpe.json)"
     add("--output", dest="output_path", type=Path, help=folder)
 

@@ -7,8 +7,8 @@ picture's tokens. Or, with --api, chat completions as OpenAI's clients ask for t
     pip install '.[api]'
     beingvl serve --model stage-3/final --vbpe vbpe.json --api     http://127.0.0.1:7860/v1
 
-Both listen on the loopback address and ask nothing of any other machine; pages tell the browser to
-do the same. Uploads lie in a temporary folder, which is removed at the end; Ctrl-C ends it.
+Both listen on the loopback address and contact no other machine; pages tell the browser to do the
+same. Uploads lie in a temporary folder, which is removed at the end; Ctrl-C ends it.
 docs/how-to/inference.md says how to ask the API, and how to serve many.
 """
 

@@ -4,7 +4,7 @@
         --model base/ --output tokenized/
 
 Writes NAME_base.jsonl (VQ codes) and NAME_vbpe.jsonl (merged), one row per sample; --format arrow
-writes folders of shards instead, without a detour. A broken line or malformed row goes to
+writes folders of shards directly instead. A broken line or malformed row goes to
 rejected.jsonl with index and reason. Several datasets may share --output: each is added to the
 manifest when it is finished.
 
@@ -23,7 +23,7 @@ from beingvl.commands.options import EXIF, add_rank_arguments, add_row_format, o
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    mode = "category of rows that name none: pt foundation, sft instruction"
+    mode = "category of rows without one: foundation for pt, instruction for sft"
     add("--mode", choices=["pt", "sft"], default="sft", help=mode)
     rows = "rows: JSON, JSONL, CSV, TSV (also .gz, .zst), parquet, Arrow, tar; files or folders"
     add("--json_path", nargs="+", required=True, help=rows)
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset_name", default="data", help="NAME in the output files' names")
     templates = ["default", "being-vl-0.5"]
     add("--template", choices=templates, help="chat template; default: the model's")
-    positions = "where image tokens stand; default: the model's, see docs/explanation/vbpe.md"
+    positions = "positions of image tokens; default: the model's, see docs/explanation/vbpe.md"
     add("--image_positions", choices=["running", "anchor"], help=positions)
     formats = "JSONL files, or folders of shards at once"
     add("--format", choices=["jsonl", "arrow"], default="jsonl", help=formats)
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_length", type=int, help=length)
     too_long = "what happens to samples over --max_length"
     add("--too_long", choices=["reject", "truncate"], default="reject", help=too_long)
-    part = "rows that are finished, or lost by a kill, together"
+    part = "rows per part; a kill loses only unfinished parts"
     add("--rows_per_part", type=int, default=4096, help=part)
     twice = "with --format arrow: two rows with one id are an error, or two samples"
     add("--duplicate_ids", choices=["refuse", "keep"], default="refuse", help=twice)
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     batch = "images per batch, when images are encoded now"
     add("--batch_size", type=int, default=16, help=batch)
     add("--num_workers", type=int, default=1, help="processes that tokenize, or decode images")
-    dtype, dtypes = "of the VQ-GAN, when images are encoded now", ["float32", "bfloat16"]
+    dtype, dtypes = "dtype of the VQ-GAN, if images are encoded now", ["float32", "bfloat16"]
     add("--dtype", dest="torch_dtype", default="float32", choices=dtypes, help=dtype)
     add_rank_arguments(parser)
     other = "replace this dataset, finished or not, and codes made for it"

@@ -46,10 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     grid = "grid of [N, H * W] files (default: square)"
     add("--grid", nargs=2, type=int, metavar=("H", "W"), help=grid)
     add("--max_images", type=int, help="learn from a sample of this many images")
-    add("--seed", type=int, default=0, help="of the sample")
+    add("--seed", type=int, default=0, help="seed of the sample")
     data = "print what the files hold before learning; checks run always"
     add("--validate_data", action="store_true", help=data)
-    save = "save every MERGES merges (default: 1000); the same command goes on from there"
+    save = "save every MERGES merges (default: 1000); the same command continues from there"
     add("--save_intermediate", nargs="?", type=int, const=1000, metavar="MERGES", help=save)
     published = "published vocabulary (pickle) to convert; nothing is learnt"
     add("--import_pkl", type=Path, help=published)

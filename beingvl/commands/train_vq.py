@@ -19,12 +19,12 @@ OPTIONS = {
     "num_codes": (64, "size of the code book"),
     "embed_dim": (4, "length of a code vector"),
     "base_channels": (64, "channels, a multiple of 32"),
-    "num_res_blocks": (0, "further residual blocks per resolution"),
+    "num_res_blocks": (0, "additional residual blocks per resolution"),
     "steps": (600, "optimizer steps, half of them before there are codes"),
     "batch_size": (16, "images per step"),
-    "learning_rate": (5e-3, "at its peak; warm-up, then cosine, in each half"),
-    "max_images": (20_000, "use at most so many images, drawn with the seed"),
-    "seed": (0, "of initialisation, batches and clusters"),
+    "learning_rate": (5e-3, "peak learning rate; each half has a warm-up, then a cosine"),
+    "max_images": (20_000, "use at most this many images, drawn with the seed"),
+    "seed": (0, "seed of initialisation, batches and clusters"),
     "num_threads": (0, "CPU threads; 0 is torch's choice"),
     "device": ("auto", "torch device; auto is this rank's GPU, else cpu"),
 }
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation_path", type=Path, help=held_out)
     for name, (default, help_text) in OPTIONS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=help_text)
-    other = "replace a VQ-GAN that was trained otherwise"
+    other = "replace a VQ-GAN that was trained with other settings"
     parser.add_argument("--overwrite", action="store_true", help=other)
 
 

@@ -79,7 +79,7 @@ def command_line() -> str:
 def _section(name: str, module: object) -> str:
     parser = Parser(prog=f"beingvl {name}", add_help=False)
     module.add_arguments(parser)  # type: ignore[attr-defined]
-    rows = "".join(map(_row, parser._actions))
+    rows = "".join(_row(one) for one in parser._actions if one.help != argparse.SUPPRESS)
     options = f"| option | value | default | meaning |\n|---|---|---|---|\n{rows}"
     return f"## beingvl {name}\n\n```text\n{(module.__doc__ or '').strip()}\n```\n\n{options}"
 
