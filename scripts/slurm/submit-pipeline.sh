@@ -4,7 +4,8 @@
 #   WORKSPACE=… bash scripts/slurm/submit-pipeline.sh [sbatch options for the three training stages]
 # Called again it submits only what is neither finished (the file it writes last is there) nor in the queue. Paths: scripts/slurm/environment.sh.
 # JSON_PATH holds the rows of all three stages; JSON_PATH_1, _2 and _3 instead those of each, as the training guide has them.
-# TRAINER_OPTIONS goes to the trainer of each stage, DS_CONFIG_PREFIX (ds_configs/stage) selects the JSON files.
+# TRAINER_OPTIONS goes to the trainer of each stage. DS_CONFIG_PREFIX (ds_configs/stage) selects the JSON files; DS_CONFIG_1, _2 and
+# _3 name that of one stage.
 # ENCODE_TASKS and TOKENIZE_TASKS are the array sizes; SBATCH_OPTIONS goes to every sbatch, DATA_OPTIONS to those of the data steps,
 # ENCODE_OPTIONS to encode-images (--num_workers 8, say), BUILD_OPTIONS to build-shards (--duplicate_ids keep).
 set -euo pipefail
@@ -32,7 +33,10 @@ for i in "${!SETS[@]}"; do needs "${ROWS[i]:-not set}" "JSON_PATH${SETS[i]/-/_}"
 needs "$LLAMA_PATH" LLAMA_PATH "$BASE_PATH/manifest.json"
 needs "$VQ_PATH" VQ_PATH "$BASE_PATH/manifest.json"
 for stage in 1 2 3; do
-    needs "${DS_CONFIG_PREFIX:-ds_configs/stage}$stage.json" DS_CONFIG_PREFIX "$STAGES/stage-$stage/final/manifest.json"
+    name="DS_CONFIG_$stage"
+    CONFIGS[stage]="${!name:-${DS_CONFIG_PREFIX:-ds_configs/stage}$stage.json}"
+    [ -n "${!name:-}" ] || name=DS_CONFIG_PREFIX
+    needs "${CONFIGS[stage]}" "$name" "$STAGES/stage-$stage/final/manifest.json"
 done
 mkdir -p "$JOBS"
 
@@ -76,5 +80,5 @@ done
 for stage in 1 2 3; do
     [ ${#SETS[@]} = 1 ] && set_='' || set_="-$stage"
     [ $stage = 1 ] && before=convert || before="train-$((stage - 1))"
-    SHARDS="$SHARDS$set_" submit "train-$stage" "$STAGES/stage-$stage/final/manifest.json" "build-shards$set_ $before" "$@" "$S/train.sbatch" $stage
+    DS_CONFIG="${CONFIGS[stage]}" SHARDS="$SHARDS$set_" submit "train-$stage" "$STAGES/stage-$stage/final/manifest.json" "build-shards$set_ $before" "$@" "$S/train.sbatch" $stage
 done

@@ -16,7 +16,7 @@ INPUTS = ("images", "data/train.json", "models/llama3.1-8b", "models/being-vq-8k
 def workspace(tmp_path) -> Path:
     """Inputs that are there, and programs that take every job for submitted."""
     for name, words in (
-        ("sbatch", 'echo 7; echo "$@" TOKENIZED=$TOKENIZED >> $0.log'),
+        ("sbatch", 'echo 7; echo "$@" TOKENIZED=$TOKENIZED DS_CONFIG=$DS_CONFIG >> $0.log'),
         ("squeue", ""),
     ):
         program = tmp_path / "bin" / name
@@ -74,4 +74,15 @@ def test_each_stage_may_have_rows_of_its_own(workspace) -> None:
     submitted = (workspace / "bin/sbatch.log").read_text().splitlines()
     for stage in (1, 2, 3):
         (line,) = (line for line in submitted if f"--job-name=tokenize-{stage} " in line)
-        assert line.endswith(f"TOKENIZED={workspace}/data/tokenized-{stage}")
+        assert f" TOKENIZED={workspace}/data/tokenized-{stage} " in line
+
+
+def test_each_stage_may_have_a_json_of_its_own(workspace) -> None:
+    own = {f"DS_CONFIG_{stage}": f"ds_configs/stage{stage}-lora.json" for stage in (2, 3)}
+    assert submit(workspace, **own).returncode == 0
+    submitted = (workspace / "bin/sbatch.log").read_text().splitlines()
+    for stage, name in enumerate(("stage1", "stage2-lora", "stage3-lora"), 1):
+        (line,) = (line for line in submitted if f"--job-name=train-{stage} " in line)
+        assert line.endswith(f" DS_CONFIG=ds_configs/{name}.json")
+    gone = submit(workspace, DS_CONFIG_2="ds_configs/gone.json")
+    assert "DS_CONFIG_2 is ds_configs/gone.json, which does not exist" in gone.stderr
