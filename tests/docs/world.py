@@ -12,20 +12,24 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from tests.docs.pages import REPOSITORY
-from tests.launcher import ENVIRONMENT, free_port
+from tests.launcher import ENVIRONMENT, PYTHON, free_port
 
 MAX_STEPS = 2
 NUM_IMAGES = 300
+# Variables of the pages' commands.
+SMALL = {"STEPS": "6", "NUM_MERGES": "16", "NODE": "0", "NUM_RANKS": "1", "PYTHON": sys.executable}
 
 
 def run(words: list, folder: Path, **more: str) -> str:
-    environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port()), **more}
+    environment = {**ENVIRONMENT, **SMALL, "MASTER_PORT": str(free_port()), **more}
+    environment["PATH"] = f"bin:{ENVIRONMENT['PATH']}"  # relative, so that all share a warm parent
     done = subprocess.run(
         words, cwd=folder, env=environment, capture_output=True, text=True, timeout=900
     )
@@ -36,6 +40,7 @@ def run(words: list, folder: Path, **more: str) -> str:
 def make_world(folder: Path) -> None:
     """Fill the folder. Its pieces are made by the commands of the pages."""
     _copy_repository(folder)
+    _write_programs(folder / "bin")
     _write_digits(folder)
     _write_checkpoints(folder)
     run(["bash", "-euc", MAKE], folder)
@@ -65,6 +70,16 @@ beingvl train --config ds_configs/stage3.json --model stage-1 --data shards --ou
 mkdir -p run && ln -s ../stage-1 ../stage-3 ../base ../vbpe ../shards run
 rm -r tokenized
 """
+
+
+def _write_programs(folder: Path) -> None:
+    """`beingvl` and `python` whose imports are done already (tests/warm_python.py)."""
+    folder.mkdir()
+    not_compared = "env -u PWD -u OLDPWD -u SHLVL -u _"
+    for name, more in (("beingvl", "-m beingvl"), ("python", "")):
+        program = folder / name
+        program.write_text(f'#!/bin/sh\nexec {not_compared} {shlex.join(PYTHON)} {more} "$@"\n')
+        program.chmod(0o755)
 
 
 def _copy_repository(folder: Path) -> None:
