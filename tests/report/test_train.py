@@ -32,7 +32,7 @@ def test_a_stage_becomes_one_page(tmp_path, capsys) -> None:
     assert main(["report", "train", str(tmp_path)]) == 0
     html = (tmp_path / "report.html").read_text()
     assert "sample-&lt;7&gt;" in html and "25.0%" in html and "rule  trained" in html
-    assert html.count("<svg") == 1 and "<script" not in html and "http" not in html
+    assert html.count("<svg") == 6 and "<script" not in html and "http" not in html
     assert "4.5 s" in html
 
 
