@@ -23,6 +23,7 @@ from tests.launcher import ENVIRONMENT, PYTHON, free_port
 
 MAX_STEPS = 2
 NUM_IMAGES = 300
+MADE = ("vqgan", "vq_codes", "vbpe", "base", "stage-1", "stage-3")
 # Variables of the pages' commands.
 SMALL = {"STEPS": "6", "NUM_MERGES": "16", "NODE": "0", "NUM_RANKS": "1", "PYTHON": sys.executable}
 
