@@ -122,8 +122,10 @@ def listing(place: str) -> dict[str, str]:
     return asked(place, find)
 
 
-def file_system(place: str) -> tuple[Any, str]:
-    """fsspec's file system for an address, and the path in it; it remembers nothing of before."""
+def file_system(place: str, forget: bool = True) -> tuple[Any, str]:
+    """fsspec's file system for an address, and the path in it. It is to `forget` what it has seen,
+    so that what changed is noticed.
+    """
     try:
         files, path = fsspec.core.url_to_fs(place)
         if place.startswith("http"):
@@ -137,18 +139,19 @@ def file_system(place: str) -> tuple[Any, str]:
     except ValueError as error:
         raise InputError(f"{bare(place)}: {error}") from error
     files.retries = 1  # of s3fs, whose tries would multiply ours in silence
-    files.invalidate_cache()
+    if forget:
+        files.invalidate_cache()
     return files, path
 
 
-def asked(place: str, question: Question) -> Any:
+def asked(place: str, question: Question, forget: bool = True) -> Any:
     """What a store answers; asked again after pauses, each said in a line.
 
     Raises FileNotFoundError, PermissionError or ConnectionAbortedError, each with its sentence.
     """
     for pause in (*PAUSES_SECONDS, None):
         try:
-            return question(*file_system(place))
+            return question(*file_system(place, forget))
         except InputError:
             raise
         except Exception as error:  # each protocol has its own
@@ -289,14 +292,16 @@ def _refuse_truncated(data: bytes, size: int) -> None:
 
 
 def read_object(place: str, size: int) -> bytes:
-    """A small one, of known size, in one request."""
+    """A small one, of known size, in one request; hf:// lists its folder, which may be large, when
+    it has forgotten it.
+    """
 
     def read(files: Any, path: str) -> bytes:
         data = files.cat_file(path, start=0, end=size) if size else b""
         _refuse_truncated(data, size)
         return data
 
-    return asked(place, read)
+    return asked(place, read, forget=False)
 
 
 def stamp(place: str) -> str:

@@ -1,14 +1,15 @@
 """Rows and pictures at addresses, over a bad connection: the bytes of local files."""
 
 import json
-import os
+import math
+import multiprocessing
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ from beingvl.artefact.manifest import MANIFEST_FILE, is_complete, read_manifest,
 from beingvl.artefact.ranks import RankOf
 from beingvl.commands.main import main
 from beingvl.data.collect_rows import open_rows, records_of
+from beingvl.evaluation.evaluate import evaluate
 from beingvl.images.encode_images import encode_images
 from beingvl.images.image_source import open_images
+from beingvl.images.train_vq import train_vq
 from beingvl.sources import places
 from beingvl.sources.places import opened
 from beingvl.vocab import VocabLayout
@@ -102,6 +105,19 @@ def test_a_bad_connection_loses_no_row(base, here, there, quick, tmp_path, name,
     assert far == local and len(far) > 5
     faults = sum(there.faults[fault] for fault in there.faults if fault)
     assert faults and 0 < capsys.readouterr().err.count("asked again") <= faults
+
+
+def test_evaluate_and_train_vq_read_pictures_there(base, here, there, quick, tmp_path) -> None:
+    rows = [{**forms.llava(fact, fact.file), "answer": "yes"} for fact in FACTS[:4]]
+    forms.write_json(tmp_path / "questions", rows)
+    places = {"here": str(here / "pictures"), "there": f"s3://{BUCKET}/pictures"}
+    for name, images in places.items():
+        asked = {"max_new_tokens": 2, "image_path": images, "raw": True, "name": "x"}
+        evaluate(base, tmp_path / name, json_path=tmp_path / "questions.json", **asked)
+        sizes = {"image_size": 8, "grid": 4, "num_codes": 4, "base_channels": 32}
+        train_vq(images, tmp_path / f"vqgan-{name}", steps=2, **sizes)
+    assert written(tmp_path / "there") == written(tmp_path / "here")
+    assert written(tmp_path / "vqgan-there") == written(tmp_path / "vqgan-here")
 
 
 # ---- what changes, vanishes, or is not given ----
@@ -218,12 +234,26 @@ def test_a_web_server(here, there, quick) -> None:
 
 def tokenize_words(address: str, base: Path, output: Path) -> list[str]:
     named = [f"--json_path={address}", f"--model={base}", f"--output={output}"]
-    return ["tokenize", *named, "--format=arrow", "--rows_per_part=8"]
+    return ["tokenize", *named, "--format=arrow", "--rows_per_part=8", "--num_workers=0"]
+
+
+def run_quickly(words: list[str]) -> None:
+    places.PAUSES_SECONDS = (0.01,) * 30  # type: ignore[assignment]
+    sys.exit(main(words))
+
+
+def start_quickly(words: list[str]) -> ForkServerProcess:
+    """In a fork of a process that has imported everything, so that kills hit work."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([__name__, "s3fs"])
+    process = forks.Process(target=run_quickly, args=[words])
+    process.start()
+    return process
 
 
 @pytest.mark.slow
 def test_thirty_kills_over_a_bad_connection(base, here, there, tmp_path) -> None:
-    """At random moments; every output that is finished in the end has the bytes of local files."""
+    """Each while some request is under way; in the end all has the bytes of local files."""
     (tmp_path / "many").mkdir()
     for number in range(6):
         part = inside(forms.texts)[number::6]
@@ -231,32 +261,29 @@ def test_thirty_kills_over_a_bad_connection(base, here, there, tmp_path) -> None
     address = there.put(tmp_path / "many")
     assert main(tokenize_words(str(tmp_path / "many"), base, tmp_path / "local" / "out")) == 0
     expected = written(tmp_path / "local")
-    moments, kills, finished, faults = random.Random(0), 0, 0, Counter[str]()
-    while kills < 30:
+    moments, most, finished = random.Random(0), 0, 0
+    kills, faults = Counter[str](), Counter[str]()
+    while kills.total() < 30:
         output = tmp_path / f"far-{finished}"
-        with there.bad(rate=0.1, seed=kills):
-            words = tokenize_words(address, base, output / "out")
-            process = subprocess.Popen(
-                [sys.executable, "-m", "beingvl", *words],
-                env={**os.environ, **there.environment},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
+        with there.bad(rate=0.1, seed=kills.total()):
             before = there.requests
-            while process.poll() is None and there.requests == before:
-                time.sleep(0.01)
-            try:
-                process.wait(moments.uniform(0, 8))
-            except subprocess.TimeoutExpired:
-                process.kill()
-            killed = process.wait() == -signal.SIGKILL
+            process = start_quickly(tokenize_words(address, base, output / "out"))
+            last = before + moments.randrange(most) if most else math.inf
+            while process.is_alive() and there.requests <= last:
+                time.sleep(0.001)
+            process.kill()
+            process.join()
+            most = most or there.requests - before  # the first start goes on to its end
             faults += there.faults
-        kills += killed
-        if is_complete(output / "out"):
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if process.exitcode:
+            kills["collecting" if not is_complete(output / "out_data_rows") else "encoding"] += 1
+        else:
             assert written(output) == expected
             finished += 1
-    print(f"{kills} kills, {finished} finished outputs, requests {dict(faults)}")
+    print(f"killed while {dict(kills)}, {finished} finished outputs, requests {dict(faults)}")
+    assert kills["collecting"] and kills["encoding"]
     with there.bad(rate=0.1):
-        last = tmp_path / f"far-{finished}"
-        assert main(tokenize_words(address, base, last / "out")) == 0
-    assert written(last) == expected
+        process = start_quickly(tokenize_words(address, base, output / "out"))
+        process.join()
+    assert process.exitcode == 0 and written(output) == expected
