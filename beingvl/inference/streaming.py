@@ -22,7 +22,6 @@ class TextPieces:
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
         """`decode` makes text of token ids."""
         self._decode, self._stops = decode, stops
-        self._beginnings = tuple(stop[:end] for stop in stops for end in range(1, len(stop)))
         self._ids: list[int] = []
         self._num_shown = 0
         self.is_stopped = False
@@ -32,8 +31,12 @@ class TextPieces:
         self._ids.extend(token_ids)
         text = self._decode(self._ids)
         self.is_stopped = any(stop in text for stop in self._stops)
-        waits = text.endswith(("\N{REPLACEMENT CHARACTER}", *self._beginnings))
+        waits = text.endswith("\N{REPLACEMENT CHARACTER}") or self._begins_stop(text)
         return "" if waits and not self.is_stopped else self._new(text)
+
+    def _begins_stop(self, text: str) -> bool:
+        ends = [(stop, min(len(stop) - 1, len(text))) for stop in self._stops]
+        return any(text.endswith(stop[:end]) for stop, most in ends for end in range(1, most + 1))
 
     def rest(self) -> str:
         """What waited, when no more ids come."""

@@ -175,7 +175,7 @@ def test_stops_and_lengths(server: tuple[int, Path]) -> None:
     whole = ask(port, messages)
     assert len(whole) > 4
     stop = whole[2:4]
-    for one in (stop, ["never", stop]):
+    for one in (stop, ["never", stop], ["n" * 200_000, stop]):
         assert ask(port, messages, stop=one) == whole.split(stop)[0].strip()
         *chunks, usage = streamed(port, messages, stop=one)
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
@@ -200,10 +200,13 @@ def test_errors_are_those_of_openai(server: tuple[int, Path], images: list[Path]
     with pytest.raises(openai.NotFoundError):
         client(port).embeddings.create(model=NAME, input="hi")
     picture = shown(images[0])
-    elsewhere = [
-        {"type": "image_url", "image_url": {"url": url}}
-        for url in (f"file://{images[0]}", str(images[0]), "http://127.0.0.1/a.png", "data:,a")
+    urls = [f"file://{images[0]}", str(images[0]), "../a.png", "data:,a", "s3://bucket/a.png"]
+    urls += [
+        "http://127.0.0.1/a.png",
+        "http://169.254.169.254/latest",
+        "https://localtest.me/a.png",
     ]
+    elsewhere = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     bad: list[tuple[list, dict, str, str]] = [
         ([user(one, said("hi"))], {}, "messages", "image 1 is not a data URL") for one in elsewhere
     ]
