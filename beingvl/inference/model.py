@@ -441,7 +441,7 @@ class BeingVL(metaclass=SaysWhatReplaces):
             options["stopping_criteria"] = StoppingCriteriaList(spells)
             try:
                 rows = self.continue_batch(prompts, max_new_tokens, self.stop_ids, options)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, ArithmeticError) as error:
                 if not sampling:
                     raise
                 raise InputError(f"transformers refuses {sampling}: {error}") from error
