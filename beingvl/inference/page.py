@@ -25,6 +25,8 @@ leaves them out.
 """
 NO_PICTURE = "No picture: questions are asked without one."
 EXAMPLES = ("What is in the picture?", "Describe the picture.")
+LABELS_ABOVE = "#original, #borders { padding-top: 28px }"
+"""gradio lays them over the pictures' first tokens."""
 UPLOADED = """async () => {
     const uploading = () => document.querySelector("#upload .uploading, #upload progress")
     while (uploading()) await new Promise(done => setTimeout(done, 50))
@@ -44,6 +46,7 @@ def build_app(conversations: Conversations, title: str, max_upload_bytes: int) -
         ssr_mode=False,
         enable_monitoring=False,
         footer_links=[],
+        css=LABELS_ABOVE,
         theme=Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     )
 
@@ -135,7 +138,7 @@ def build_page(conversations: Conversations, title: str) -> gr.Blocks:
                     small = {"size": "sm", "min_width": 90}
                     send = gr.Button("Send", variant="primary", elem_id="send", **small)
                     halt = gr.Button("Stop", elem_id="stop", **small)
-                    again = gr.Button("New conversation", **small)
+                    again = gr.Button("New chat", **small)
                 status = gr.Markdown(elem_id="status")
                 with gr.Row():
                     for example in EXAMPLES:
