@@ -26,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--api", action="store_true", help="serve OpenAI's chat completions instead of the page")
     key = "file that holds the key of --api; default: the variable BEINGVL_API_KEY, else no key"
     add("--api_key", type=Path, metavar="FILE", help=key)
+    backend = "what answers --api: this process, or a server of vLLM or llama.cpp, by token ids"
+    choices = ("transformers", "vllm", "llama.cpp")
+    add("--backend", choices=choices, default=choices[0], help=backend)
+    add("--backend_url", metavar="URL", help="where that server is; default: its own default port")
     host = "address to listen on; any other than this machine's own lets others use the model"
     add("--host", default="127.0.0.1", help=host)
     add("--port", type=int, default=7860, help="port to listen on; 0 takes a free one")

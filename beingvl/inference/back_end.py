@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -101,6 +101,22 @@ class Row:
             self.is_over = True
             self.new.put(error)
 
+    def pieces(self, num_before: Callable[[], int]) -> Generator[list[int] | int, None, None]:
+        """Its tokens until the end; while none come, now and then `num_before()`. Raises the error
+        that it ended with.
+        """
+        while True:
+            try:
+                token = self.new.get(timeout=TICK_SECONDS)
+            except queue.Empty:
+                yield num_before()
+                continue
+            if token is None:
+                return
+            if isinstance(token, BaseException):
+                raise token
+            yield [token]
+
 
 class TransformersBackEnd:
     """The model of this process. One thread works, so that questions meet in batches."""
@@ -121,17 +137,7 @@ class TransformersBackEnd:
             self._waiting.append(row)
             self._arrived.notify()
         try:
-            while True:
-                try:
-                    token = row.new.get(timeout=TICK_SECONDS)
-                except queue.Empty:
-                    yield self._num_before(row)
-                    continue
-                if token is None:
-                    return
-                if isinstance(token, BaseException):
-                    raise token
-                yield [token]
+            yield from row.pieces(lambda: self._num_before(row))
         finally:
             row.is_over = True
             with self._arrived:

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 
 from beingvl.errors import InputError, check_at_least
-from beingvl.inference.back_end import Sampling, TransformersBackEnd
+from beingvl.inference.back_end import BackEnd, Sampling, TransformersBackEnd
 from beingvl.inference.conversations import Conversations
 from beingvl.inference.model import BeingVL
+from beingvl.inference.other_servers import ServerBackEnd
 from beingvl.vbpe.visual_bpe import VisualBPE
 
+TRANSFORMERS = "transformers"
 KEY = "BEINGVL_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OWN_NAMES = ["127.0.0.1", "localhost", "[::1]"]  # as a request's Host header has them
@@ -42,6 +44,8 @@ def serve(
     template: str | None = None,
     api: bool = False,
     api_key: Path | None = None,
+    backend: str = TRANSFORMERS,
+    backend_url: str | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
     max_upload_megabytes: int = 20,
@@ -54,6 +58,7 @@ def serve(
     """Serve a page on `host`, or with `api` OpenAI's chat completions, until it is interrupted.
 
     `api_key` is a file that holds the key; without it the variable BEINGVL_API_KEY is asked.
+    `backend`: what answers, this process or, with `api`, a server of that name at `backend_url`.
     Raises InputError where an optional extra, gradio or Starlette, is not installed.
     """
     limits = {"images": max_images, "new_tokens": max_new_tokens, "seconds": max_seconds}
@@ -65,6 +70,8 @@ def serve(
     key = read_key(api_key) if api else None
     if api and key is None and host not in LOOPBACK:
         raise InputError(f"--host {host} lets others use the model: give --api_key, or {KEY}")
+    if backend != TRANSFORMERS and not api:
+        raise InputError(f"--backend {backend} is for --api")
     max_bytes = max_upload_megabytes * 1_000_000
     listener = listen(host, port)
     with listener, temporary_folder():
@@ -72,31 +79,36 @@ def serve(
         application = import_application(api)
         model = BeingVL(model_path, vbpe_path, template=template)
         model.img2codes([])  # refuses another model's VQ-GAN now, not at the first picture
-        model.load_model(torch_dtype, device)
         with_vbpe = model.uses_vbpe(False if raw else None)
+        answers: BackEnd
+        if backend == TRANSFORMERS:
+            answers = TransformersBackEnd(model.load_model(torch_dtype, device))
+        else:
+            answers = ServerBackEnd(backend, backend_url, model, with_vbpe)
         folder = model.model_path.resolve()
         name = f"{folder.parent.name}/{folder.name}"
-        back_end = TransformersBackEnd(model)
-        warm_up(model, back_end)
+        warm_up(model, answers)
         if api:
             bounds = application.Limits(max_bytes, **limits)
-            service = application.Service(model, back_end, with_vbpe, name, bounds)
+            service = application.Service(model, answers, with_vbpe, name, bounds)
             app = application.build_api(service, key)
         else:
-            conversations = Conversations(model, back_end, with_vbpe, max_new_tokens)
+            conversations = Conversations(model, answers, with_vbpe, max_new_tokens)
             app = application.build_app(conversations, name, max_bytes)
         path = "/v1" if api else ""
         print(f"http://{host}:{listener.getsockname()[1]}{path}   (Ctrl-C ends it)", flush=True)
         run_server(app, host, listener)
 
 
-def warm_up(model: BeingVL, back_end: TransformersBackEnd) -> None:
-    """Bring into memory, and compile, what the first visitor would wait for."""
+def warm_up(model: BeingVL, back_end: BackEnd) -> None:
+    """Bring into memory, and compile, what the first visitor would wait for. The last id is asked:
+    a server of another model, the base perhaps, does not know it.
+    """
     side = model.vqgan.image_size
     codes = model.vqgan.encode(torch.zeros(1, 3, side, side))
     if isinstance(model.vbpe, VisualBPE):
         model.vbpe.encode_batch(codes)
-    list(back_end.answer([model.layout.bos_id], 1, Sampling()))
+    list(back_end.answer([model.layout.size - 1], 1, Sampling()))
 
 
 def import_application(api: bool) -> Any:

@@ -6,14 +6,12 @@ import json
 import os
 import shutil
 import signal
-import site
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-import venv
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -38,6 +36,7 @@ from beingvl.inference.conversations import (
 from beingvl.inference.model import BeingVL
 from beingvl.inference.serve import FOLDERS, listen, temporary_folder
 from beingvl.vbpe.published import LegacyVisualBPE
+from tests.environments import own_environment
 from tests.inference.small_run import write_images
 
 REPOSITORY = Path(__file__).parents[2]
@@ -215,17 +214,7 @@ def test_refusals(
 def serve_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment of its own with gradio and playwright, on top of this one."""
     folder = tmp_path_factory.mktemp("serve") / "venv"
-    venv.create(folder, with_pip=True)
-    [packages] = (folder / "lib").glob("python*/site-packages")
-    (packages / "base.pth").write_text("\n".join(site.getsitepackages()) + "\n")
-    python = folder / "bin" / "python"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run(
-        [python, "-m", "pip", "install", "-q", "gradio>=6.0", "playwright"],
-        check=True,
-        env=environment,
-    )
-    return python
+    return own_environment(folder, "gradio>=6.0", "playwright")
 
 
 def functions_of(url: str) -> tuple[int, int]:

@@ -1,0 +1,168 @@
+"""Back ends that are servers of vLLM and of llama.cpp. They know nothing of pictures: token ids go
+there, and token ids come back while they are made.
+
+    prompt ids ──POST──> their batches ──server-sent events──> new ids
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from http.client import HTTPConnection, HTTPException, HTTPResponse
+from typing import Any
+from urllib.parse import urlsplit
+
+from beingvl.data.made_with import ANCHOR
+from beingvl.errors import InputError
+from beingvl.inference.back_end import Row, Sampling
+from beingvl.inference.model import BeingVL
+
+CONNECT_SECONDS = 10
+
+
+class Vllm:
+    """The words of `vllm serve`."""
+
+    path, url = "/v1/completions", "http://127.0.0.1:8000"
+
+    @staticmethod
+    def body(row: Row, model_name: str, stop_ids: Sequence[int]) -> dict[str, Any]:
+        return {
+            "model": model_name,
+            "max_tokens": row.max_new_tokens,
+            "return_token_ids": True,
+            "stop_token_ids": stop_ids,
+            # Else those of the model folder's generation_config.json.
+            **{"top_k": 0, "min_p": 0, "repetition_penalty": 1},
+        }
+
+    @staticmethod
+    def new_ids(events: Iterator[dict[str, Any]], model: BeingVL) -> Iterator[list[int]]:
+        for event in events:
+            yield from (choice["token_ids"] for choice in event["choices"])
+
+
+class LlamaCpp:
+    """The words of llama.cpp's server, which ends answers at the ends that its file names."""
+
+    path, url = "/completion", "http://127.0.0.1:8080"
+
+    @staticmethod
+    def body(row: Row, model_name: str, stop_ids: Sequence[int]) -> dict[str, Any]:
+        return {
+            "n_predict": row.max_new_tokens,
+            "return_tokens": True,
+            "samplers": ["temperature", "top_p"],
+        }
+
+    @staticmethod
+    def new_ids(events: Iterator[dict[str, Any]], model: BeingVL) -> Iterator[list[int]]:
+        """Tokens are held back until they make whole characters, and then it names the last one
+        only; what several spell is encoded again.
+        """
+        num_before = 0
+        for event in events:
+            num_held_back = event["tokens_predicted"] - num_before - len(event["tokens"])
+            num_before = event["tokens_predicted"]
+            yield model.encoder.plain(event["content"]) if num_held_back else event["tokens"]
+
+
+SERVERS: dict[str, type[Vllm] | type[LlamaCpp]] = {"vllm": Vllm, "llama.cpp": LlamaCpp}
+
+
+class ServerBackEnd:
+    """A server that is asked by HTTP, `name` one of `SERVERS`.
+
+    Raises InputError where none answers, and what it refuses in its words.
+    """
+
+    def __init__(self, name: str, url: str | None, model: BeingVL, with_vbpe: bool) -> None:
+        if with_vbpe and model.image_positions == ANCHOR:
+            raise InputError(
+                f"{model.model_path} has its merged image tokens at anchors, and {name} counts "
+                "positions itself; use --backend transformers, or train with --image_positions "
+                "running"
+            )
+        self._words, self._model = SERVERS[name], model
+        self._url = (url or self._words.url).rstrip("/")
+        parts = urlsplit(self._url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise InputError(f"--backend_url is {self._url}, expected http://HOST:PORT")
+        self._address, self._prefix = parts.netloc, parts.path
+        with closing(self._connect()) as connection:
+            models = json.load(self._ask(connection, "GET", "/v1/models"))
+        self.served = str(models["data"][0]["id"])
+        """The name of its model."""
+
+    def answer(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling
+    ) -> Generator[list[int] | int, None, None]:
+        """As `BackEnd.answer`; how many wait there is not known here."""
+        row = Row(prompt_ids, max_new_tokens, sampling)
+        threading.Thread(target=self._hand_out, args=[row], daemon=True).start()
+        try:
+            yield from row.pieces(lambda: 0)
+        finally:
+            row.is_over = True
+
+    def _hand_out(self, row: Row) -> None:
+        try:
+            with closing(self._connect()) as connection:  # hanging up ends the work there
+                events = self._events(connection, row)
+                for new_ids in self._words.new_ids(events, self._model):
+                    for token in new_ids:
+                        if token in self._model.stop_ids:
+                            row.end()
+                        if row.is_over:
+                            return
+                        row.new.put(token)
+                row.end()
+        except Exception as error:  # the reader gets it
+            row.end(error)
+
+    def _events(self, connection: HTTPConnection, row: Row) -> Iterator[dict[str, Any]]:
+        sampling = row.sampling
+        asked = {
+            "prompt": list(row.prompt_ids),
+            "stream": True,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+            **self._words.body(row, self.served, self._model.stop_ids),
+        }
+        is_whole = False  # http.client takes a broken connection for the end
+        for line in self._ask(connection, "POST", self._words.path, json.dumps(asked)):
+            if line.startswith((b"data: {", b"error: {")):
+                event = json.loads(line.partition(b": ")[2])
+                if "error" in event:
+                    raise InputError(f"{self._url} failed: {str(event['error'])[:300]}")
+                yield event
+                is_whole = event.get("stop") is True  # llama.cpp's last event
+            elif line.startswith(b"data: [DONE]"):
+                is_whole = True
+        if not is_whole:
+            raise InputError(f"{self._url} hung up in the middle of an answer")
+
+    def _connect(self) -> HTTPConnection:
+        connection = HTTPConnection(self._address, timeout=CONNECT_SECONDS)
+        try:
+            connection.connect()
+        except OSError as error:
+            raise InputError(f"{self._url} does not answer ({error}); is its server up?") from error
+        connection.sock.settimeout(None)  # a question may wait long for its turn
+        return connection
+
+    def _ask(
+        self, connection: HTTPConnection, method: str, path: str, body: str | None = None
+    ) -> HTTPResponse:
+        try:
+            head = {"Content-Type": "application/json"}
+            connection.request(method, self._prefix + path, body, head)
+            response = connection.getresponse()
+        except (OSError, HTTPException) as error:
+            raise InputError(f"{self._url} hung up ({error})") from error
+        if response.status != 200:
+            raise InputError(f"{self._url} refuses: {response.read(300).decode(errors='replace')}")
+        return response
