@@ -307,13 +307,16 @@ def test_a_request_takes_no_more_than_its_seconds_and_its_place(
         assert late.value.status_code == 504
         with pytest.raises(openai.APIError, match="took more than"):
             streamed(port, [user(said("hi"))])
-        with socket.create_connection(("127.0.0.1", port)) as slow:
-            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9"
-            slow.sendall(f"{head}\r\nContent-Type: application/json\r\n\r\n{{".encode())
-            time.sleep(0.1)
-            with pytest.raises(openai.RateLimitError):
-                ask(port, [user(said("hi"))], max_tokens=1)
-            assert b"408" in slow.recv(1000).split(b"\r\n")[0]
+    with (
+        served(model, Limits(seconds=2)) as port,  # so that the second one comes in time
+        socket.create_connection(("127.0.0.1", port)) as slow,
+    ):
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9"
+        slow.sendall(f"{head}\r\nContent-Type: application/json\r\n\r\n{{".encode())
+        time.sleep(0.1)
+        with pytest.raises(openai.RateLimitError):
+            ask(port, [user(said("hi"))], max_tokens=1)
+        assert b"408" in slow.recv(1000).split(b"\r\n")[0]
         assert ask(port, [user(said("hi"))], max_tokens=1) is not None
 
 
