@@ -33,7 +33,8 @@ threading.Thread(target=watch, daemon=True).start()
 with tempfile.TemporaryDirectory() as folder:
     output = Path(folder) / "out"
     started, used = time.perf_counter(), sum(process.cpu_times()[:4])
-    tokenize(rows, model, output, image_path=images or None, format="arrow")
+    options = {"image_path": images or None, "batch_size": 256, "num_workers": 0}
+    tokenize(rows, model, output, format="arrow", **options)
     seconds = time.perf_counter() - started
     cpu_seconds = sum(process.cpu_times()[:4]) - used
     stopped.set()
