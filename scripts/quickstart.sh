@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to a trained Being-VL on this machine, no GPU needed: installs into .venv, runs the whole pipeline on real images
 # (scikit-learn's handwritten digits), and shows answers about images the model has never seen.
-#   bash scripts/quickstart.sh [--install_only | --raw]     --raw feeds VQ codes without vBPE, for comparison
+#   bash scripts/quickstart.sh [--install_only | --raw | --inputs_only]     --raw feeds VQ codes without vBPE, for comparison;
+#                                                                           --inputs_only ends before the first shards
 # Started again it reuses every finished step. RUN chooses the folder, SEED the seed, NUM_RANKS the number of CPU ranks (1 or 2),
 # MASTER_PORT the port they meet at, STAGE3_STEPS shortens the last stage.
 set -euo pipefail
@@ -9,8 +10,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 case "${1:-}" in
 --install_only) exit 0 ;;
 --raw) VARIANT=base ;;
-'') VARIANT=vbpe ;;
-*) echo "usage: [SEED=0] [RUN=runs/quickstart] [NUM_RANKS=2] [MASTER_PORT=29500] bash scripts/quickstart.sh [--install_only | --raw]" >&2 && exit 2 ;;
+'' | --inputs_only) VARIANT=vbpe ;;
+*) echo "usage: [SEED=0] [RUN=runs/quickstart] [NUM_RANKS=2] [MASTER_PORT=29500] bash scripts/quickstart.sh [--install_only | --raw | --inputs_only]" >&2 && exit 2 ;;
 esac
 
 SEED="${SEED:-0}"
@@ -30,11 +31,11 @@ trap 'wall_seconds > "$STAGES/wall-seconds"' EXIT
 say() { printf '\n== %3d s  %s\n' "$(($(date +%s) - STARTED))" "$*"; }
 
 say "real images: handwritten digits as PNG files and LLaVA JSON"
-python scripts/make_digits_dataset.py --output_dir "$RUN/data" --image_size 12 --seed "$SEED"
+python scripts/make_digits_dataset.py --output_dir "$RUN/data" --image_size 20 --seed "$SEED"
 
-say "VQ-GAN: images to 6 x 6 codes out of 64, and back"
+say "VQ-GAN: images to 10 x 10 codes out of 32, and back"
 beingvl train-vq --image_path "$RUN/data/images/train" --validation_path "$RUN/data/images/validation" --output "$RUN/vqgan" \
-    --image_size 12 --grid 6 --seed "$SEED"
+    --image_size 20 --grid 10 --num_codes 32 --steps 300 --seed "$SEED"
 
 for SPLIT in train test; do
     say "[1] encode-images: $SPLIT"
@@ -42,8 +43,8 @@ for SPLIT in train test; do
         --output "$RUN/vq_codes/$SPLIT"
 done
 
-say "[2] train-vbpe: 16 merges"
-beingvl train-vbpe --codes "$RUN/vq_codes/train" --output "$RUN/vbpe" --num_merges 16
+say "[2] train-vbpe: 128 merges"
+beingvl train-vbpe --codes "$RUN/vq_codes/train" --output "$RUN/vbpe" --num_merges 128
 
 say "a small text LLaMA stands in for Llama-3.1-8B"
 python scripts/make_text_llama.py --texts "$RUN/data/texts.txt" --output_path "$RUN/llama" --vocab_size 448 --steps 60 --seed "$SEED"
@@ -56,6 +57,7 @@ say "[4] tokenize"
 beingvl tokenize --mode sft --json_path "$RUN/data/train.json" --codes "$RUN/vq_codes/train" --vbpe "$RUN/vbpe" \
     --model "$RUN/base" --output "$RUN/tokenized" --dataset_name digits
 
+[ "${1:-}" != --inputs_only ] || exit 0
 say "[5] build-shards"
 beingvl build-shards --jsonl_path "$RUN/tokenized/digits_$VARIANT.jsonl" --vbpe "$RUN/vbpe" --output "$RUN/shards-$VARIANT"
 

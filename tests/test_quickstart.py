@@ -41,7 +41,7 @@ def test_answers_about_images_it_has_never_seen(tmp_path) -> None:
     summary = json.loads((report / "summary.json").read_text())
     assert summary["test_accuracy_mean"] >= 0.80, done.stdout[-3000:]
     assert summary["peak_memory_bytes"] < 4e9
-    assert summary["vbpe_compression"] > 1
+    assert summary["vbpe_compression"] >= 1.7
     assert {path.name for path in report.iterdir()} >= {
         "summary.json",
         "contact_sheet.png",

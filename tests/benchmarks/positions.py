@@ -1,6 +1,7 @@
 """What a merged token's place is worth: exact match on held-out digits after equally many tokens.
 
-    python -m tests.benchmarks.positions [--steps 600] [--seeds 3] [--folder DIR]    --tiny: seconds
+    python -m tests.benchmarks.positions [--steps 600 | --cpu_seconds 150] [--seeds 3]
+                                         [--folder DIR] [--quickstart]    --tiny: seconds
 
 The quickstart's digits as 8 x 8 codes; each run trains everything from the same base in one process
 of plain torch, steps of 8 x 512 tokens, and is scored on 200 validation images, three questions:
@@ -8,6 +9,10 @@ of plain torch, steps of 8 x 512 tokens, and is scored on 200 validation images,
     raw           64 tokens an image
     running_32    32 merges, tokens counted one by one      anchor_32    at their anchors' cells
     running_128   128 merges                                anchor_128
+
+With --quickstart the codes are that script's, 10 x 10 out of 32, and so are the merges: raw against
+anchor_128. With --cpu_seconds each run ends, and its learning rate with it, after that much
+processor time instead of a number of steps.
 
 `--folder` keeps inputs and finished runs, so that the same command goes on where it was ended. The
 last line is one JSON object: name -> {"mean", "spread" (largest - smallest), "tokens_per_image",
@@ -50,6 +55,8 @@ VARIANTS: dict[
     "running_128": (128, "vbpe", RUNNING),
     "anchor_128": (128, "vbpe", ANCHOR),
 }
+CODES = ["--image_size=16", "--grid=8", "--steps=600"]
+QUICKSTART = ["--image_size=20", "--grid=10", "--num_codes=32", "--steps=300"]
 
 
 def main() -> int:
@@ -57,6 +64,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=600, help="of training (default: 600)")
+    parser.add_argument("--cpu_seconds", type=float, help="of training, instead of steps")
+    parser.add_argument("--quickstart", action="store_true", help="its codes and merges")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
     parser.add_argument("--folder", type=Path, help="keeps what is finished; default: a new one")
     parser.add_argument("--tiny", action="store_true", help="see that it runs, in seconds")
@@ -64,15 +73,22 @@ def main() -> int:
     if args.tiny:
         args.steps, args.seeds = 1, 1
         VARIANTS.update({name: (32, *more) for name, (_, *more) in VARIANTS.items()})
+    if args.quickstart:
+        CODES[:] = QUICKSTART
+        for name in ("running_32", "anchor_32", "running_128"):
+            del VARIANTS[name]
+        VARIANTS["raw"] = (128, "base", RUNNING)
+    budget = f"{args.cpu_seconds:g}-seconds" if args.cpu_seconds else f"{args.steps}-steps"
     folder = args.folder or Path(tempfile.mkdtemp(prefix="positions-"))
     found: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
     for seed in range(args.seeds):
         inputs = folder / f"seed-{seed}"
         make_inputs(inputs, seed, args.tiny)
         for name in VARIANTS:
-            kept = inputs / f"{name}-{args.steps}-steps.json"
+            kept = inputs / f"{name}-{budget}.json"
             if not kept.is_file():
-                kept.write_text(json.dumps(one_run(inputs, name, args.steps, seed)))
+                result = one_run(inputs, name, args.steps, args.cpu_seconds, seed)
+                kept.write_text(json.dumps(result))
             found[name].append(json.loads(kept.read_text()))
             print(f"seed {seed}  {name:<12} {found[name][-1]}", flush=True)
     print(json.dumps({name: summary(runs) for name, runs in found.items()}))
@@ -95,8 +111,8 @@ def make_inputs(folder: Path, seed: int, tiny: bool) -> None:
     """
     data, codes = folder / "data", folder / "codes"
     text = ["--vocab_size=448", f"--steps={1 if tiny else 60}", f"--seed={seed}"]
-    vq = [f"--steps={2 if tiny else 600}", "--image_size=16", "--grid=8", f"--seed={seed}"]
-    digits = [f"--output_dir={data}", "--image_size=16", f"--seed={seed}"]
+    vq = [*CODES, *(["--steps=2"] if tiny else []), f"--seed={seed}"]
+    digits = [f"--output_dir={data}", CODES[0], f"--seed={seed}"]
     assert make_digits([*digits, f"--augmentations={0 if tiny else 4}"]) == 0
     images = [f"--image_path={data}/images/train", f"--validation_path={data}/images/validation"]
     run("train-vq", *images, f"--output_path={folder}/vqgan", *vq)
@@ -122,7 +138,9 @@ def run(*words: str) -> None:
     assert beingvl([*words]) == 0, words
 
 
-def one_run(folder: Path, name: str, steps: int, seed: int) -> dict[str, float]:
+def one_run(
+    folder: Path, name: str, steps: int, seconds: float | None, seed: int
+) -> dict[str, float]:
     """Train one variant; `exact_match` on the validation rows, 0 … 1."""
     merges, codes, kind = VARIANTS[name]
     base, shards = folder / f"base-{merges}", folder / f"shards-{merges}"
@@ -133,18 +151,23 @@ def one_run(folder: Path, name: str, steps: int, seed: int) -> dict[str, float]:
         reader.positions = PositionIds(kind, reader.layout, vbpe_inside(base))
     model = load_packed(base, torch.float32, torch.device("cpu"), int(train.lengths.max()))
     began = time.process_time()
-    losses = train_all(model, train, steps, seed)
+    losses = train_all(model, train, steps, seconds, seed)
     cpu_seconds = time.process_time() - began
     return {
         "exact_match": exact_match(model.eval(), validation, 600 if steps > 1 else 30),
-        "loss_at_end": round(float(np.mean(losses[-max(1, steps // 20) :])), 4),
+        "loss_at_end": round(float(np.mean(losses[-max(1, len(losses) // 20) :])), 4),
+        "steps": len(losses),
         "tokens_per_image": tokens_per_image(train),
         "cpu_seconds": round(cpu_seconds, 1),
     }
 
 
-def train_all(model: PackedCausalLM, shards: ShardReader, steps: int, seed: int) -> list[float]:
-    """The quickstart's stage 3, everything trained, in one process; the loss of every step."""
+def train_all(
+    model: PackedCausalLM, shards: ShardReader, steps: int, seconds: float | None, seed: int
+) -> list[float]:
+    """The quickstart's stage 3, everything trained, in one process; the loss of every step. It
+    ends after `steps`, or after processor `seconds`.
+    """
     words = [f"beingvl.max_steps={steps}", "beingvl.epochs=8", f"beingvl.seed={seed}"]
     config = load_stage_config(STAGE, words)
     settings = config.deepspeed["optimizer"]["params"]
@@ -156,13 +179,13 @@ def train_all(model: PackedCausalLM, shards: ShardReader, steps: int, seed: int)
         weight_decay=settings["weight_decay"],
     )
     data, losses = data_of(config, shards), []
-    assert data.num_steps >= steps
-    warmup = math.ceil(steps * config.beingvl.warmup_ratio)
-    for step in range(steps):
-        past = (step - warmup) / max(1, steps - warmup)
-        scale = (step + 1) / warmup if step < warmup else (1 + math.cos(math.pi * past)) / 2
+    warmup = math.ceil(steps * config.beingvl.warmup_ratio) / steps
+    began = time.process_time()
+    while (done := spent(len(losses), steps, began, seconds)) < 1:
+        past = (done - warmup) / max(1 - warmup, 1 / steps)
+        scale = (done + 1 / steps) / warmup if past < 0 else (1 + math.cos(math.pi * past)) / 2
         optimizer.param_groups[0]["lr"] = settings["lr"] * scale
-        batch = data.micro_batch(step, 0, 0, 1, config.sequences_per_step)
+        batch = data.micro_batch(len(losses), 0, 0, 1, config.sequences_per_step)
         loss = forward(model, batch).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -170,6 +193,11 @@ def train_all(model: PackedCausalLM, shards: ShardReader, steps: int, seed: int)
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def spent(step: int, steps: int, began: float, seconds: float | None) -> float:
+    """The share of the run that lies behind."""
+    return (time.process_time() - began) / seconds if seconds else step / steps
 
 
 def forward(model: PackedCausalLM, batch: MicroBatch, logits: bool = False) -> torch.Tensor:
