@@ -3,7 +3,7 @@
 images/ data/ captions.csv                   digits of 12 x 12 pixels, their questions, captions
 llama/ chameleon/ janus/                     a small text model; checkpoints that hold a VQ-GAN
 vqgan/ vq_codes/ vq_codes_test/ vbpe/ base/  what the steps made of them
-tokenized/ shards/ held-out-shards/
+rows/ shards/ held-out-shards/
 stage-1/ stage-3/ run/                       trained for a few steps
 ds_configs/ scripts/ beingvl/ workspace/     as in the repository, but stages for two CPU cores
 """
@@ -63,14 +63,13 @@ beingvl convert --llama_path llama --vqgan vqgan --vbpe vbpe --output base
 tokenize() {
     beingvl tokenize --codes $2 --vbpe vbpe --model base --json_path $1 --output $3
 }
-tokenize data/train.json vq_codes tokenized
+tokenize data/train.json vq_codes rows
 tokenize data/test.json vq_codes_test held-out
-beingvl build-shards --jsonl_path tokenized/data_vbpe.jsonl --vbpe vbpe --output shards
+beingvl build-shards --jsonl_path rows/data_vbpe.jsonl --vbpe vbpe --output shards
 beingvl build-shards --jsonl_path held-out/data_vbpe.jsonl --vbpe vbpe --output held-out-shards
 beingvl train --config ds_configs/stage1.json --model base --data shards --output stage-1
 beingvl train --config ds_configs/stage3.json --model stage-1 --data shards --output stage-3
 mkdir -p run && ln -s ../stage-1 ../stage-3 ../base ../vbpe ../shards run
-rm -r tokenized
 """
 
 
