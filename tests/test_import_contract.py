@@ -45,6 +45,7 @@ ENTRY_POINTS = (
 HOMES = {
     "argparse": ("commands/",),
     "deepspeed": ("train/engine.py", "train/nvme.py"),
+    "bitsandbytes": ("model/adapters.py",),
     "numba": ("vbpe/",),
     "pyarrow": ("data/", "sources/"),
     "fsspec": ("sources/places.py",),

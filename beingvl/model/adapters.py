@@ -6,11 +6,16 @@ A and B are parameters named as PEFT's: of `….q_proj.weight` they are `….q_p
 `….q_proj.lora_B.weight`. A starts as PEFT starts it, uniform within 1 / sqrt(in), from the seed and
 its name alone; B starts at zero, so a stage starts with its start model's logits. Without dropout:
 its random numbers are in no checkpoint.
+
+With `"base": "nf4"` W is kept in 4 bits (Dettmers et al. 2023, arXiv 2305.14314; bitsandbytes):
+blocks of 64 weights share a float32 scale, made from the stored weights on the CPU, so that they
+are the same wherever they are made. Where they are needed they are multiplied out again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +23,7 @@ from torch import nn
 
 from beingvl.errors import InputError
 from beingvl.model.param_groups import A, B, plan_parameters, whole_shape
-from beingvl.stage.stage_config import Rule
+from beingvl.stage.stage_config import Lora, Rule
 
 
 class AdaptedLinear(nn.Linear):
@@ -30,9 +35,44 @@ class AdaptedLinear(nn.Linear):
     lora_A: nn.Linear  # noqa: N815  PEFT's names
     lora_B: nn.Linear  # noqa: N815
     lora_scale: float
+    blocks: Any = None  # of a weight in 4 bits: scales and shape
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input) + self.lora_B(self.lora_A(input)) * self.lora_scale
+        return self._base(input) + self.lora_B(self.lora_A(input)) * self.lora_scale
+
+    def _base(self, input: torch.Tensor) -> torch.Tensor:
+        if self.blocks is None:
+            return super().forward(input)
+        product = _bitsandbytes().matmul_4bit
+        return product(input, self.weight.t(), self.blocks, bias=self.bias)
+
+    def keep_in_nf4(self, stored: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        """Take the weight `[out, in]`, in 4 bits; it is multiplied out in `dtype`."""
+        packed, self.blocks = _nf4(stored)
+        self.blocks.to(device)
+        self.blocks.dtype = dtype
+        self.weight.requires_grad_(False).data = packed.to(device)
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes  # an extra
+    except ImportError as error:
+        raise InputError(
+            "a rule of beingvl.trainable has the base nf4, which needs bitsandbytes: "
+            "pip install 'beingvl[quantized]'"
+        ) from error
+    return bitsandbytes
+
+
+def _nf4(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    functional = _bitsandbytes().functional
+    return functional.quantize_4bit(weight.float(), blocksize=64, quant_type="nf4")
+
+
+def nf4_values(weight: torch.Tensor) -> torch.Tensor:
+    """What is left of a weight in 4 bits, float32."""
+    return _bitsandbytes().functional.dequantize_4bit(*_nf4(weight))
 
 
 def attach_adapters(causal_lm: nn.Module, rules: Sequence[Rule]) -> None:
@@ -72,7 +112,10 @@ def initial_adapter(name: str, shape: Sequence[int], seed: int) -> torch.Tensor:
 
 
 def merge(
-    weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float
+    weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, lora: Lora
 ) -> torch.Tensor:
-    """W + scale * B A, computed in float32 and rounded once to the dtype of `weight`."""
-    return torch.addmm(weight.float(), lora_b, lora_a, alpha=scale).to(weight.dtype)
+    """W + scale * B A, computed in float32 and rounded once to the dtype of `weight`; W as it was
+    trained with, in 4 bits if so.
+    """
+    base = nf4_values(weight) if lora.base else weight.float()
+    return torch.addmm(base, lora_b, lora_a, alpha=lora.scale).to(weight.dtype)

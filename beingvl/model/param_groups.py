@@ -46,6 +46,11 @@ class PlannedParameter:
     def is_trained(self) -> bool:
         return is_adapter(self.name) if self.rule.lora else self.rule.train
 
+    @property
+    def is_in_nf4(self) -> bool:
+        """Frozen, in 4 bits, with adapters beside it."""
+        return bool(self.rule.lora and self.rule.lora.base) and not is_adapter(self.name)
+
 
 def is_adapter(name: str) -> bool:
     return name.endswith((A, B))

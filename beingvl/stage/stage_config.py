@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,9 @@ class Lora:
 
     rank: int = key(whole(1, 1 << 16), "of the product that is added to a weight")
     alpha: float = key(POSITIVE, "the product is multiplied by alpha / rank")
+    base: str | None = key(
+        maybe(one_of("nf4")), "nf4: the weight beside them is kept in 4 bits (ZeRO 1 or 2)", None
+    )
 
     @property
     def scale(self) -> float:
@@ -82,6 +85,8 @@ def rules_of(trainable: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
 
 
 same_result = partial(key, changes_result=False)
+
+_ABSENT = (("lora", None), ("base", None))
 
 
 @dataclass(frozen=True)
@@ -172,6 +177,18 @@ class BeingVLBlock:
         "only kernels that give the same bits every time: slower on a GPU, and needed there for "
         "a resumed run to be bit-identical with an uninterrupted one",
         False,
+    )
+
+
+def as_written(block: BeingVLBlock) -> dict[str, Any]:
+    """Its fields. Rules without adapters, and adapters on a whole weight, do not say so: they read
+    as before there were any, and so do older checkpoints.
+    """
+    return asdict(
+        block,
+        dict_factory=lambda fields: {
+            name: value for name, value in fields if (name, value) not in _ABSENT
+        },
     )
 
 
@@ -294,6 +311,11 @@ def parse_stage_config(fields: Mapping[str, Any], source: str) -> StageConfig:
             check_present(rule["lora"], required_keys(Lora), f"{place}.lora")
             if not rule.get("train", True):
                 raise InputError(f"{place} has lora and train false; leave one of them out")
+            if rule["lora"].get("base") and fields["zero_optimization"]["stage"] == 3:
+                raise InputError(
+                    f"{place}.lora.base is 'nf4', and ZeRO-3 cuts every weight as it is made, "
+                    "before its blocks of 64 have scales; set zero_optimization.stage to 2"
+                )
     rules = rules_of(block["trainable"])
     if block.get("final") == "adapter" and not any(rule.lora for rule in rules):
         raise InputError(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from beingvl.artefact.files import to_json, write_atomically
+from beingvl.artefact.files import give_usual_mode, to_json, write_atomically
 from beingvl.artefact.manifest import Manifest
 from beingvl.model.extended_vocab import VISUAL_ROWS, stored_slice
 from beingvl.model.param_groups import is_adapter
@@ -61,6 +61,7 @@ def write_adapter_folder(start_model: Path, checkpoint: Path, target: Path) -> M
     config["trainable_token_indices"] = token_ids or None
     start_target(target, "adapter", sum(tensor.nbytes for tensor in tensors.values()))
     save_file(tensors, target / WEIGHTS_FILE, metadata={"format": "pt"})
+    give_usual_mode(target / WEIGHTS_FILE)
     write_atomically(target / ADAPTER_CONFIG, to_json(config))
     details = {"identity": state.identity}
     counts = {"step": state.step}

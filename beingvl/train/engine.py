@@ -35,7 +35,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from beingvl.artefact.processes import listener_on
 from beingvl.data.loader import IGNORED, MicroBatch
 from beingvl.errors import InputError
-from beingvl.model.adapters import initial_adapter
+from beingvl.model.adapters import AdaptedLinear, initial_adapter
 from beingvl.model.base_model import open_config
 from beingvl.model.extended_vocab import PackedCausalLM, build_packed_model, stored_slice
 from beingvl.model.packed_check import refuse_short_window, refuse_unlike_packed
@@ -153,9 +153,15 @@ def build_engine(
         if not is_adapter(name)
     }
     plan = plan_parameters(shapes, config.beingvl.trainable)
+    in_nf4 = {planned.name for planned in plan if planned.is_in_nf4}
     for name, stored in _stored_weights(model_folder, weights, shapes, layout):
         advance()
-        _copy_in(parameters[name], stored, config, ranks)
+        if name in in_nf4:
+            linear = model.causal_lm.get_submodule(name.removesuffix(".weight"))
+            assert isinstance(linear, AdaptedLinear)
+            linear.keep_in_nf4(stored, _dtype(config), ranks.device)
+        else:
+            _copy_in(parameters[name], stored, config, ranks)
     for planned in plan:
         if is_adapter(planned.name):
             start = initial_adapter(planned.name, planned.shape, config.beingvl.seed)
@@ -232,14 +238,17 @@ def _stored_weights(
 def _copy_in(parameter: Any, stored: torch.Tensor, config: StageConfig, ranks: Ranks) -> None:
     """What this rank holds of a parameter."""
     if config.zero_stage < 3:
-        dtype = torch.bfloat16 if config.is_bf16 else torch.float32
-        parameter.data = stored.to(ranks.device, dtype, copy=True)
+        parameter.data = stored.to(ranks.device, _dtype(config), copy=True)
         return
     with partition_in_memory(parameter, changes=True) as partition:
         start = ranks.rank * partition.numel()
         mine = stored.reshape(-1)[start : start + partition.numel()]
         partition.zero_()
         partition[: mine.numel()].copy_(mine)
+
+
+def _dtype(config: StageConfig) -> torch.dtype:
+    return torch.bfloat16 if config.is_bf16 else torch.float32
 
 
 def _restore_rotary_buffers(
@@ -378,7 +387,7 @@ class TrainingEngine:
     @property
     def dtype(self) -> torch.dtype:
         """What forward passes compute in."""
-        return torch.bfloat16 if self.config.is_bf16 else torch.float32
+        return _dtype(self.config)
 
     def span(self, name: str) -> tuple[int, int]:
         """The flat range [start, stop) of a trained parameter that this rank saves."""

@@ -105,11 +105,12 @@ def trained_tensors(
         trained_parts.setdefault(stored_name, []).append(name)
 
     def assemble(stored_name: str) -> torch.Tensor:
-        tensor = weights[stored_name].clone()
         with StateReader(checkpoint, state) as reader:
             if stored_name in adapters:
                 a, b = map(reader.master, trained_parts[stored_name])
-                return merge(tensor, a, b, adapters[stored_name].scale)
+                return merge(weights[stored_name], a, b, adapters[stored_name])
+            # on a map that nobody else reads or gives back: only rows that change are copied
+            tensor = WeightFolder(weights.folder)[stored_name]
             for name in trained_parts[stored_name]:
                 tensor[stored_slice(name, layout.num_text)[1]] = reader.master(name).to(
                     tensor.dtype

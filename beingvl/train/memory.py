@@ -2,12 +2,13 @@
 measured. n weights, of which some are trained; b is 2 bytes in bf16, 4 in float32.
 
     weights       n * b, cut by the ranks under ZeRO-3; on the CPU with offload_param; on NVMe all
-                  but its buffers and max_in_cpu
+                  but its buffers and max_in_cpu; with the base nf4 9/16 bytes each: 4 bits and
+                  a float32 per 64
     gathered      ZeRO-3 on several ranks, or with offloaded weights: those that are whole. From
                   its second step on DeepSpeed fetches ahead, a bucket for every module, until
                   max_live_parameters are whole (a billion by default), and the last may be the
                   largest one; what a bucket brought lies there twice, in one flat buffer and as
-                  parameters, until all of them are used
+                  parameters, until all of them are used. With the base nf4 the largest such weight
     gradients     trained * b; cut under ZeRO-2 and 3
     optimizer     trained * 12 (float32 master and two moments), cut; on NVMe its buffers, each a
                   sub-group of float32
@@ -63,14 +64,16 @@ def predict_memory(
     # the rows of embedding and head
     vocabulary = sum(planned.shape[0] for planned in plan if planned.name.endswith("_rows")) // 2
     tokens = config.micro_batch_size * config.beingvl.sequence_length
+    in_nf4 = [planned.num_elements for planned in plan if planned.is_in_nf4]
+    gathered = _gathered_elements(config, total, largest, num_ranks) + max(in_nf4, default=0)
 
     def cut(amount: int, first_stage: int) -> int:
         return -(-amount // num_ranks) if stage >= first_stage else amount
 
     num_buckets = 2 if num_ranks > 1 else 1 if stage == 3 else 0
     memory = {
-        "weights": cut(total * width, 3),
-        "gathered": _gathered_elements(config, total, largest, num_ranks) * width,
+        "weights": cut((total - sum(in_nf4)) * width + sum(in_nf4) * 9 // 16, 3),
+        "gathered": gathered * width,
         "gradients": cut(trained * width, 2),
         "optimizer": cut(trained * 12, 1),
         "activations": _activation_bytes(model_config, config, tokens, width),

@@ -12,10 +12,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from blake3 import blake3
@@ -28,6 +27,7 @@ from beingvl.data.loader import TrainingData
 from beingvl.data.stage_data import data_of
 from beingvl.errors import InputError
 from beingvl.model.param_groups import format_plan
+from beingvl.stage.stage_config import as_written
 from beingvl.train import loop
 from beingvl.train.adapter_folder import write_adapter_folder
 from beingvl.train.agreement import (
@@ -182,7 +182,7 @@ def _train(
     if ranks.rank == 0:
         plan = format_plan(engine.plan, config.beingvl.trainable)
         (output / "plan.txt").write_text(plan + "\n")
-        as_run = config.deepspeed | {"beingvl": asdict(config.beingvl, dict_factory=_as_written)}
+        as_run = config.deepspeed | {"beingvl": as_written(config.beingvl)}
         write_atomically(output / STAGE_FILE, to_json(as_run))
         print(f"{plan}\n{_describe(data, engine)}", flush=True)
     saver = Saver(stage, engine, probe, carried_steps)
@@ -201,11 +201,6 @@ def _train(
     if not finished:
         _say(ranks, f"stopped by a signal after step {progress.step}; start the same command")
     return finished
-
-
-def _as_written(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A rule without adapters does not name them."""
-    return {name: value for name, value in fields if (name, value) != ("lora", None)}
 
 
 def _say(ranks: Ranks, stopped: str) -> None:

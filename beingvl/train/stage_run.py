@@ -17,7 +17,7 @@ from beingvl.data.made_with import FACTS
 from beingvl.errors import InputError
 from beingvl.model.start_model import check_context, context_of, find_start_model
 from beingvl.stage.mixture import fit_mixture
-from beingvl.stage.stage_config import StageConfig, load_stage_config
+from beingvl.stage.stage_config import StageConfig, as_written, load_stage_config
 from beingvl.train.checkpoint_folders import complete_checkpoints
 
 IDENTITY_KEYS = ("train_batch_size", "optimizer", "gradient_clipping", "bf16")  # of DeepSpeed's
@@ -104,16 +104,12 @@ def run_identity(
     config: StageConfig, model: Manifest, shards: Manifest, lineage: dict[str, str]
 ) -> Request:
     """All that decides the result of a run."""
+    written = as_written(config.beingvl)
     block = {
-        field.name: asdict(config.beingvl)[field.name]
+        field.name: written[field.name]
         for field in fields(config.beingvl)
         if field.metadata["changes_result"]
     }
-    # without adapters the rules read as before there were any, and so do older checkpoints
-    block["trainable"] = [
-        {name: value for name, value in rule.items() if name != "lora" or value}
-        for rule in block["trainable"]
-    ]
     block["mixture"] = list(config.beingvl.mixture.items())  # its order decides that of samples
     hashes = {"start_model": model.content_hash, "shards": shards.content_hash}
     decides = {"plan_version": PLAN_VERSION, "lineage": lineage}

@@ -1,3 +1,4 @@
+import json
 import math
 import re
 import shlex
@@ -133,6 +134,10 @@ def test_adapters_bring_8b_to_one_gpu_of_40_gb_and_1b_to_24(stage: int) -> None:
     if stage == 3:  # 12 bytes for rows of embedding and head, and rank 64 on seven matrices
         adapters = 32 * 64 * (4 * 4096 + 2 * (4096 + 1024) + 3 * (4096 + 14336))
         assert memory["optimizer"] == 12 * (2 * NEW_ROWS * 4096 + adapters)
+        rules = json.loads((SHIPPED[0].with_name("stage3-lora.json")).read_text())["beingvl"]
+        rules["trainable"][1]["lora"]["base"] = "nf4"  # 9/16 bytes for 6.98e9 of 8.17e9 weights
+        nf4 = f"beingvl.trainable={json.dumps(rules['trainable'])}"
+        assert device_bytes(large.memory("zero_optimization.stage=2", nf4)) <= 13.5e9
 
 
 def test_mistakes_are_named(work, capsys) -> None:

@@ -306,6 +306,11 @@ def broken(path: str, value: object) -> dict:
             [{"match": "x", "lora": {"rank": 8, "alpha": 8}, "train": False}],
             r"trainable\[0\] has lora and train false",
         ),
+        (
+            "beingvl.trainable",
+            [{"match": "x", "lora": {"rank": 8, "alpha": 8, "base": "nf4"}}],
+            r"trainable\[0\].lora.base is 'nf4', and ZeRO-3 cuts every weight",
+        ),
         ("beingvl.final", "both", 'expected one of "merged", "adapter"'),
         ("beingvl.final", "adapter", "no rule has lora"),
         (

@@ -4,6 +4,7 @@ reads what a stage leaves.
 
 import itertools
 import json
+import sys
 import warnings
 from pathlib import Path
 
@@ -14,19 +15,20 @@ from transformers import AutoModelForCausalLM
 
 from beingvl.artefact.manifest import read_manifest, verify_folder
 from beingvl.errors import InputError
-from beingvl.model.adapters import initial_adapter
+from beingvl.model.adapters import initial_adapter, nf4_values
 from beingvl.model.param_groups import A, B
 from beingvl.model.weight_files import WeightFolder
 from beingvl.stage.stage_config import load_stage_config
 from beingvl.train.checkpoint import StateReader
 from beingvl.train.checkpoint_folders import complete_checkpoints, step_of
 from beingvl.train.export_hf import export
-from beingvl.train.metrics import read_metrics
+from beingvl.train.metrics import VALIDATION_FILE, read_metrics
 from tests.launcher import log_of, run, run_alone
 from tests.plain_torch import train_plain
 from tests.tiny import LAYOUT, stage_fields, write_inputs
 from tests.train.run_stages import run_stages
 from tests.train.storm import Storm, kill
+from tests.train.test_extras import stock_loss
 from tests.train.test_zero_stages import NUM_STEPS, OFFLOAD, job, moments_of, settings
 
 RULES = [
@@ -50,10 +52,25 @@ def work(tmp_path_factory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("lora"), all=fields)
 
 
+NF4 = [
+    {**rule, "lora": {**rule["lora"], "base": "nf4"}} if "lora" in rule else rule for rule in RULES
+]
+
+
 class Peft:
-    """PEFT's adapters, and its trained tokens, on a stock model."""
+    """PEFT's adapters, and its trained tokens, on a stock model, whose adapted weights may be what
+    4 bits leave of them.
+    """
+
+    def __init__(self, nf4: bool = False) -> None:
+        self.nf4 = nf4
 
     def __call__(self, model: torch.nn.Module) -> None:
+        for name, weights in model.named_parameters() if self.nf4 else ():
+            if "_proj." in name:
+                from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # 2 s
+
+                weights.data = dequantize_4bit(*quantize_4bit(weights.data, quant_type="nf4"))
         early = r".*\.layers\.0\..*"
         config = peft.LoraConfig(
             r=2,
@@ -73,13 +90,13 @@ class Peft:
 _PLAIN: dict = {}
 
 
-def assert_equals_peft(work: Path, output: Path, packing: bool) -> None:
-    if packing not in _PLAIN:
-        words, oracle = [f"beingvl.packing={json.dumps(packing)}"], Peft()
+def assert_equals_peft(work: Path, output: Path, packing: bool, nf4: bool = False) -> None:
+    if (packing, nf4) not in _PLAIN:
+        words, oracle = [f"beingvl.packing={json.dumps(packing)}"], Peft(nf4)
         config = load_stage_config(work / "all.json", words)
         losses, _ = train_plain(work / "base", work / "shards", config, adapt=oracle)
-        _PLAIN[packing] = losses, oracle.model.merge_and_unload().state_dict()
-    losses, weights = _PLAIN[packing]
+        _PLAIN[packing, nf4] = losses, oracle.model.merge_and_unload().state_dict()
+    losses, weights = _PLAIN[packing, nf4]
     assert [row["loss"] for row in read_metrics(output)] == pytest.approx(losses, rel=1e-5)
     for name, tensor in dict(WeightFolder(output / "final")).items():
         assert (tensor - weights[name]).norm() <= 1e-5 * weights[name].norm(), name
@@ -90,6 +107,7 @@ def trained(work) -> Path:
     """Two ranks, to the end."""
     words = {f"stage-{stage}": settings(stage, 2, 2) for stage in (2, 3)}
     words["unpacked"] = settings(1, 2, 1, packing=False)
+    words["bf16"] = [*settings(3, 2, 2), "bf16.enabled=true"]
     run_stages(2, [job(work, name, *more) for name, more in words.items()], work)
     return work
 
@@ -97,6 +115,8 @@ def trained(work) -> Path:
 def test_a_stage_equals_peft_in_plain_torch(trained) -> None:
     for name in ("stage-2", "stage-3", "unpacked"):
         assert_equals_peft(trained, trained / name, packing=name != "unpacked")
+    near = [row["loss"] for row in read_metrics(trained / "stage-3")]
+    assert [row["loss"] for row in read_metrics(trained / "bf16")] == pytest.approx(near, rel=1e-3)
 
 
 @pytest.mark.slow
@@ -115,6 +135,23 @@ def test_the_grid_equals_peft(work, num_ranks: int) -> None:
     run_stages(num_ranks, jobs, work)
     for name, (_, _, packing) in grid.items():
         assert_equals_peft(work, work / name, packing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_base_in_4_bits_equals_peft_on_what_they_leave(work, num_ranks: int) -> None:
+    rules = f"beingvl.trainable={json.dumps(NF4)}"
+    names = [(stage, f"nf4-{num_ranks}-{stage}") for stage in (1, 2)]
+    jobs = [job(work, name, *settings(stage, num_ranks, 2), rules) for stage, name in names]
+    run_stages(num_ranks, jobs, work)
+    for _, name in names:
+        assert_equals_peft(work, work / name, packing=True, nf4=True)
+
+
+def test_a_base_in_4_bits_needs_its_package(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(InputError, match=r"pip install 'beingvl\[quantized\]'"):
+        nf4_values(torch.zeros(2, 2))
 
 
 def test_final_is_start_model_and_adapters_merged_and_stock_peft_reads_them(trained) -> None:
@@ -137,6 +174,8 @@ def test_final_is_start_model_and_adapters_merged_and_stock_peft_reads_them(trai
         assert torch.equal(final[name][frozen], start[name][frozen]), name
     verify_folder(base)
     verify_folder(output / "adapter")
+    modes = {path.stat().st_mode for path in (output / "adapter").iterdir()}
+    assert len(modes) == 1  # whoever reads one file of it reads them all
     assert read_manifest(output / "adapter").kind == "adapter"
     assert_same_logits(base, output / "adapter", output / "final")
 
@@ -232,10 +271,16 @@ def test_the_next_stage_carries_moments_and_the_adapters_they_belong_to(trained)
 
 
 @pytest.mark.slow
-def test_a_replay_finds_the_loss_of_a_step(trained) -> None:
+def test_a_replay_finds_the_loss_of_a_step_and_validation_that_of_the_merged_model(
+    trained,
+) -> None:
     words = ["--set", *settings(3, 1, 1), "beingvl.checkpoint_every_steps=2"]
-    output = trained / "replayed"
-    assert run_alone(trained, output, *words).returncode == 0
+    output, held_out = trained / "replayed", trained / "shards"
+    validation = ["beingvl.validation_every_steps=5", "--validation_data", str(held_out)]
+    assert run_alone(trained, output, *words, *validation).returncode == 0
+    (row,) = read_metrics(output, VALIDATION_FILE)
+    expected = stock_loss(output / "final", held_out)
+    assert row["step"] == NUM_STEPS and row["validation/loss"] == pytest.approx(expected, rel=1e-5)
     done = run_alone(trained, output, "--replay", "5", *words)
     assert done.returncode == 0 and f"{read_metrics(output)[4]['loss']:.6f}" in done.stdout
 
