@@ -1,10 +1,16 @@
 """The exception for what a user gave us: one sentence with cause and remedy, exit code 2."""
 
+import errno
 import math
 
 
 class InputError(ValueError):
     """Wrong input. The message names the file, what was found, what was expected and what to do."""
+
+
+def is_out_of_files(error: BaseException) -> bool:
+    """Whether too many files are open, which says nothing about the one that was to be opened."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 def check_at_least(least: int, **options: float | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import resource
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
@@ -28,6 +29,7 @@ from beingvl.images.vq_codes import load_mapped
 from beingvl.vocab import VocabLayout
 
 READS_BETWEEN_CHECKS = 16
+OTHER_FILES = 1000  # of the process
 
 
 class _Shard:
@@ -103,6 +105,7 @@ class ShardReader:
         self.sources = list(sources)
         kind = IMAGE_POSITIONS.check(IMAGE_POSITIONS.of(self.manifest))
         self.positions = PositionIds(kind, self.layout, vbpe_inside(model))
+        _allow_open_files(len(rows))
         self._names = list(rows)  # as written: by name, shard-100000 is before shard-99999
         for name in self._names:
             self._check_size(name)
@@ -203,6 +206,14 @@ class ShardReader:
         for index in self._index_maps:
             index.madvise(mmap.MADV_DONTNEED)
         self._mapped_before = _mapped_file_bytes()
+
+
+def _allow_open_files(count: int) -> None:
+    """Python keeps a mapped file open, and many systems allow a thousand."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(count + OTHER_FILES, most)
+    if limit < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _without_huge_pages(mapped: mmap.mmap) -> None:

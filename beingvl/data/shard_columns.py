@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from blake3 import blake3
 
-from beingvl.errors import InputError
+from beingvl.errors import InputError, is_out_of_files
 from beingvl.vocab import VocabLayout
 
 SCHEMA = pa.schema(
@@ -273,6 +273,8 @@ def map_batch(path: Path) -> tuple[mmap.mmap, pa.RecordBatch]:
             batch.validate()  # offsets and sizes of a damaged head would be read as addresses
             names = batch.schema.names  # which may be any bytes
         except (pa.ArrowException, OSError, ValueError) as error:
+            if is_out_of_files(error):
+                raise
             raise InputError(
                 f"{path} is not a readable Arrow file ({error}); build the shards again"
             ) from error

@@ -10,7 +10,6 @@ that start other programs (EPS) or that nobody tries out; none of them is asked.
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import struct
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from beingvl.errors import InputError
+from beingvl.errors import InputError, is_out_of_files
 from beingvl.images.image_source import MAX_FILE_BYTES, read_file
 from beingvl.sources.places import as_place, fetch, is_address
 
@@ -63,8 +62,8 @@ def about_image(name: Path | str) -> Iterator[None]:
         except InputError:
             raise
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                raise  # too many open files: of this process, not of the image
+            if is_out_of_files(error):
+                raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             if isinstance(error, UnidentifiedImageError):
                 reason = f"it is in no known format: {', '.join(FORMATS)}"

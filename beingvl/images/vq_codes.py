@@ -29,7 +29,7 @@ from blake3 import blake3
 from beingvl.artefact.files import printable, spellings, write_atomically
 from beingvl.artefact.hashes import hash_bytes
 from beingvl.artefact.manifest import Manifest, difference_of_file, read_manifest, write_manifest
-from beingvl.errors import InputError
+from beingvl.errors import InputError, is_out_of_files
 from beingvl.json_file import parse_json
 
 CODES_FILE, KEYS_FILE = "codes.npy", "keys.jsonl"
@@ -157,6 +157,8 @@ def load_mapped(path: Path, remedy: str) -> np.ndarray:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError, SyntaxError, TokenError) as error:
         # numpy reads the header as Python.
+        if is_out_of_files(error):
+            raise
         raise InputError(f"{path} is damaged ({error}); {remedy}") from error
 
 

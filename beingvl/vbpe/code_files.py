@@ -12,7 +12,7 @@ import numpy as np
 from beingvl.artefact.hashes import hash_file
 from beingvl.artefact.manifest import MANIFEST_FILE, join_lineages, read_manifest
 from beingvl.artefact.progress import progress as show_progress
-from beingvl.errors import InputError
+from beingvl.errors import InputError, is_out_of_files
 from beingvl.images.vq_codes import CODES_FILE
 from beingvl.vbpe.grids import MAX_CODES, MAX_SIDE
 
@@ -93,6 +93,8 @@ def _open_array(path: Path, grid: Sequence[int] | None) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError, SyntaxError) as error:
+        if is_out_of_files(error):
+            raise
         raise InputError(
             f"{path} is not a readable .npy file of codes ({error}); make it again"
         ) from error

@@ -3,14 +3,11 @@
 import io
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import psutil
@@ -283,45 +280,6 @@ def test_workers_need_no_room_in_dev_shm(images, vq_path, tmp_path):
     command = ["unshare", "-m", "sh", "-c", small, "sh", sys.executable, "-m", "beingvl", *words]
     subprocess.run(command, check=True, timeout=120)
     assert CodeFolder(tmp_path / "codes").manifest.counts == {"images": 1, "rejected": 0}
-
-
-@contextmanager
-def room_for_files(count: int) -> Iterator[None]:
-    """This process may open so many more files, and what it forks."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    os.close(lowest := os.dup(0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + count, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
-def test_too_many_open_files_end_in_a_sentence_and_reject_no_image(
-    images, vq_path, tmp_path, capfd
-):
-    picture().save(images / "a.tif")
-    paths = {"image_path": images, "vq_path": vq_path}
-    codes = []
-    for room in (2, 8, 14, 20, 24, 40):
-        output = tmp_path / f"{room}"
-        with room_for_files(room):
-            codes.append(beingvl("encode-images", **paths, output_path=output, num_workers=2))
-        error = capfd.readouterr().err
-        if codes[-1]:
-            assert error.startswith("beingvl encode-images: error: Too many open files")
-            assert error.endswith("(`ulimit -n 65536`) and start the same command again\n")
-            assert error.count("\n") == 1
-        else:
-            assert CodeFolder(output).manifest.counts == {"images": 2, "rejected": 0}
-    assert codes == sorted(codes, reverse=True) and set(codes) == {0, 2}
-
-
-def test_workers_that_cannot_be_started_end_a_step():
-    for room in (2, 6, 9):
-        refused = pytest.raises(OSError, match="Too many open files")
-        with room_for_files(room), refused, worker_processes(2, os.getpid) as pool:
-            pool.submit(os.getpid).result()
 
 
 def test_a_worker_of_any_step_that_the_kernel_kills_is_named():
