@@ -18,7 +18,7 @@ install_launchers() {
         echo "== set-up: apt packages$missing"
         { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $missing; } > /dev/null && return 0
     fi
-    echo "warning: the tests of the launchers will fail; as root: apt-get install$missing" >&2
+    echo "warning: some tests need packages that are missing; as root: apt-get install$missing" >&2
 }
 install_launchers "$([ "${1:-}" != --full ] || echo with-browser)"
 [ "${1:-}" = "--install_only" ] && exit 0
@@ -28,7 +28,7 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 chosen='not slow' workers='-n 3 --dist loadfile --no-loadscope-reorder' # hosts and Slurm mostly wait
 [ "${1:-}" != "--full" ] || chosen='slow or not slow' workers=''
 if [ "$(id -u)" != 0 ]; then
-    echo "not root: the tests of two hosts and of a Slurm cluster are left out" >&2
+    echo "not root: the tests of two hosts, of a Slurm cluster and of mounted disks are left out" >&2
     chosen="($chosen) and not needs_root"
 fi
 ruff format --check .

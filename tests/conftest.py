@@ -1,6 +1,7 @@
 """How tests are shared between workers (`pytest -n 3 --dist loadfile`): by file, because a file's
-tests use the same inputs; and those first that take longest. And one small run for inference,
-evaluation and reports; tests that change its files copy them.
+tests use the same inputs; and those first that take longest, of which those of Slurm and of hosts,
+which mostly wait, begin one after the other. And one small run for inference, evaluation and
+reports; tests that change its files copy them.
 """
 
 from pathlib import Path
@@ -12,12 +13,13 @@ from tests.inference.small_run import write_run
 HERE = Path(__file__).parent
 LONGEST = (
     "launch/test_slurm.py",
-    "launch/test_two_hosts.py",
-    "test_whole_line.py",
-    "train/test_failures.py",
-    "train/test_extras.py",
-    "train/test_train_stage.py",
     "train/test_zero_stages.py",
+    "train/test_extras.py",
+    "launch/test_two_hosts.py",
+    "train/test_failures.py",
+    "train/test_train_stage.py",
+    "test_whole_line.py",
+    "faults/test_launchers.py",
     "launch/test_start_training.py",
     "benchmarks/test_tiny.py",
 )

@@ -15,7 +15,11 @@ from pathlib import Path
 import psutil
 
 SPAWN_RANKS = Path(__file__).parent / "spawn_ranks.py"
-WARM_FOLDER = Path(tempfile.gettempdir()) / f"beingvl-warm-{os.getpid()}"
+# that of this session, or in a program that a test has started, of the test's
+WARM_PARENT = os.environ.get(
+    "BEINGVL_WARM_PARENT", f"{tempfile.gettempdir()}/beingvl-warm-{os.getpid()}:{os.getpid()}"
+)
+WARM_FOLDER = Path(WARM_PARENT.rpartition(":")[0])
 # a Python whose heavy imports are done; what it may be told begins with -m, -c or a file's name
 PYTHON = [sys.executable, "-I", "-S", str(Path(__file__).parent / "warm_python.py")]
 ENVIRONMENT = {
@@ -23,7 +27,7 @@ ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
-    "BEINGVL_WARM_PARENT": f"{WARM_FOLDER}:{os.getpid()}",
+    "BEINGVL_WARM_PARENT": WARM_PARENT,
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
 }
 
@@ -134,7 +138,7 @@ def has_step(output: Path, step: int = 1) -> bool:
 
 
 def wait_for_step(
-    launcher: subprocess.Popen, output: Path, step: int, seconds: float = 120
+    launcher: subprocess.Popen, output: Path, step: int, seconds: float = 240
 ) -> None:
     """Return as soon as metrics.jsonl holds `step`."""
     deadline = time.monotonic() + seconds

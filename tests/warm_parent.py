@@ -13,6 +13,7 @@ import atexit
 import gc
 import json
 import logging
+import multiprocessing.spawn
 import os
 import runpy
 import selectors
@@ -20,15 +21,17 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import traceback
 import types
 from contextlib import suppress
 from typing import Any
 
-from warm_python import READ_LATER  # this file's folder is where Python looks first
+from warm_python import READ_AT_IMPORT, READ_LATER  # this file's folder is where Python looks first
 
 STARTED_WITH = dict(os.environ)
+WARM_PYTHON = os.path.join(os.path.dirname(os.path.abspath(__file__)), "warm_python.py")
 
 
 def import_all() -> None:
@@ -111,8 +114,13 @@ def receive(asker: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 def same_at_import(environment: dict[str, str]) -> bool:
+    set_by_imports = set(os.environ) - set(STARTED_WITH)  # a child's children have these too
     ours, theirs = (
-        {key: value for key, value in given.items() if key not in READ_LATER}
+        {
+            name: value
+            for name, value in given.items()
+            if name.startswith(READ_AT_IMPORT) and name not in READ_LATER | set_by_imports
+        }
         for given in (STARTED_WITH, environment)
     )
     return ours == theirs
@@ -131,6 +139,11 @@ def become(request: dict[str, Any], files: list[int]) -> None:
     for name in set(STARTED_WITH) - set(request["environment"]):
         os.environ.pop(name, None)
     os.environ.update(request["environment"])
+    tempfile.tempdir = None  # of TMPDIR
+    sys.path += [path for path in os.environ.get("PYTHONPATH", "").split(":") if path]
+    if "BEINGVL_WARM_CHILDREN" in os.environ:
+        multiprocessing.spawn.set_executable(sys.executable)  # its workers inherit open files
+        sys.executable = WARM_PYTHON
     arguments = request["arguments"][is_unbuffered:]
     first, rest = arguments[0], arguments[1:]
     main = sys.modules["__main__"] = types.ModuleType("__main__")

@@ -1,12 +1,14 @@
+#!/usr/bin/env -S python -I -S
 """A Python that has torch, DeepSpeed and transformers imported already; standard library only.
 
-    python -I -S tests/warm_python.py [-u] -m MODULE | -c PROGRAM | FILE [arguments]
+    tests/warm_python.py [-u] -m MODULE | -c PROGRAM | FILE [arguments]
 
 What is run is a fork of one warm parent (tests/warm_parent.py), which the first of these programs
 starts and which ends with the test session. This program stands in for it: it has its output, its
 working folder, its variables and its exit code, forwards signals, and takes it along when it is
 killed. Where the environment differs in what an import may have looked at, a new Python is
 started, as it is when the variable BEINGVL_WARM_PARENT (FOLDER:PID of the session) is missing.
+With BEINGVL_WARM_CHILDREN, what the program starts as `sys.executable` is a fork too.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import sys
 import time
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-# Variables that nothing reads while it is imported.
+# Variables that are not the parent's: they are of one rank, or of one test.
 READ_LATER = {
     "RANK",
     "LOCAL_RANK",
@@ -30,12 +32,21 @@ READ_LATER = {
     "MASTER_PORT",
     "TORCH_EXTENSIONS_DIR",
     "PYTEST_CURRENT_TEST",
-    "LC_CTYPE",
+    "TMPDIR",
 }
+# How variables begin that a library, or Python itself, may read while it starts.
+READ_AT_IMPORT = (
+    *("ACCELERATE_", "CUDA_", "DS_", "FSSPEC_", "HF_", "HOME", "KMP_", "LANG", "LC_ALL", "LD_"),
+    *("MALLOC_", "MKL_", "MPL", "NUMBA_", "OMP_", "OPENBLAS_", "PYTHONHASHSEED", "PYTHONMALLOC"),
+    *("PYTHONOPTIMIZE", "PYTHONUTF8", "PYTHONWARNINGS", "TOKENIZERS_", "TORCH", "TRANSFORMERS_"),
+    *("USE_", "XDG_"),
+)
 
 
 def main() -> int:
     arguments, named = sys.argv[1:], os.environ.get("BEINGVL_WARM_PARENT")
+    if arguments[:2] == ["-I", "-S"]:  # this program is Python to a program that starts this one
+        arguments = arguments[3:]
     parent = connect(named) if named else None
     if parent is None:
         os.execv(sys.executable, [sys.executable, *arguments])

@@ -68,7 +68,7 @@ def test_a_killed_owner_is_replaced_at_once(tmp_path) -> None:
     first.kill()  # a zombie until it is waited for
     started = time.monotonic()
     with owned(tmp_path):
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < owners.LEASE_SECONDS / 2
         assert len(os.listdir(tmp_path / OWNER)) == 1
     first.wait()
     assert not os.listdir(tmp_path)
@@ -133,7 +133,7 @@ def test_an_owner_that_slept_too_long_ends_when_it_wakes(tmp_path) -> None:
     (path,) = (tmp_path / OWNER).iterdir()
     path.unlink()  # as who finds it dead does
     with owned(tmp_path):
-        assert first.wait(timeout=15) == 1
+        assert first.wait(timeout=60) == 1
         assert "another process has taken" in first_line(first)
 
 
@@ -155,7 +155,7 @@ def test_turns_are_waited_for(tmp_path) -> None:
         waiting = subprocess.Popen([sys.executable, HOLD, str(tmp_path), "--turn"])
         time.sleep(0.5)
         order.append(waiting.poll())
-    assert order == [None] and waiting.wait(timeout=20) == 0
+    assert order == [None] and waiting.wait(timeout=60) == 0
 
 
 def test_a_disk_that_renames_to_no_folder_that_is_there_will_do(tmp_path, monkeypatch) -> None:

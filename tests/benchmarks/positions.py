@@ -114,6 +114,9 @@ def make_inputs(folder: Path, seed: int, tiny: bool) -> None:
     vq = [*CODES, *(["--steps=2"] if tiny else []), f"--seed={seed}"]
     digits = [f"--output_dir={data}", CODES[0], f"--seed={seed}"]
     assert make_digits([*digits, f"--augmentations={0 if tiny else 4}"]) == 0
+    for path in (data / "train.json", data / "validation.json"):
+        if tiny:
+            path.write_text(json.dumps(json.loads(path.read_text())[:240]))
     images = [f"--image_path={data}/images/train", f"--validation_path={data}/images/validation"]
     run("train-vq", *images, f"--output_path={folder}/vqgan", *vq)
     for part in ("train", "validation"):

@@ -26,7 +26,7 @@ def test_help_is_instant_and_imports_nothing_heavy(command: str) -> None:
     seconds = []
     while not seconds or (min(seconds) > MOST_SECONDS and len(seconds) < 5):
         before = os.times()
-        done = run_program("light_help", *command.split())
+        done = run_program("light_help", *command.split(), is_measured=True)
         after = os.times()
         seconds.append(sum(after[2:4]) - sum(before[2:4]))
         assert done.returncode == 0, done.stderr

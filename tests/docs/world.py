@@ -76,10 +76,9 @@ mkdir -p run && ln -s ../stage-1 ../stage-3 ../base ../vbpe ../shards run
 def _write_programs(folder: Path) -> None:
     """`beingvl` and `python` whose imports are done already (tests/warm_python.py)."""
     folder.mkdir()
-    not_compared = "env -u PWD -u OLDPWD -u SHLVL -u _"
     for name, more in (("beingvl", "-m beingvl"), ("python", "")):
         program = folder / name
-        program.write_text(f'#!/bin/sh\nexec {not_compared} {shlex.join(PYTHON)} {more} "$@"\n')
+        program.write_text(f'#!/bin/sh\nexec {shlex.join(PYTHON)} {more} "$@"\n')
         program.chmod(0o755)
 
 

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.tiny import write_model
 
 
@@ -19,8 +21,9 @@ def export(model: Path, output: Path) -> list[str]:
     return words
 
 
+@pytest.mark.needs_root
 def test_a_read_only_disk_is_named(tmp_path) -> None:
-    """Mounted in a namespace of its own. Needs root."""
+    """Mounted in a namespace of its own."""
     disk = tmp_path / "disk"
     disk.mkdir()
     model = write_model(tmp_path / "base")

@@ -76,8 +76,8 @@ def test_ranks_of_a_killed_launcher_end_and_the_next_start_just_works(
     if killed == "beingvl launch":
         launcher.wait()
     again = start(work, output, port, "beingvl.checkpoint_every_steps=50")
-    launcher.wait(timeout=30)
-    rank.wait(timeout=10)
+    launcher.wait(timeout=60)
+    rank.wait(timeout=60)
     wait_for_step(output, 20)
     log = Path(f"{output}.log").read_text()
     assert "resumed from" in log and "in use by" not in log, log[-4000:]

@@ -528,7 +528,9 @@ def test_keys_are_found_one_by_one(image_path, vq_path, tmp_path):
     assert [folder.row(key) for key in sorted(KEYS)] == list(range(5))
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param("deepspeed", marks=pytest.mark.slow), "torchrun"]
+)
 def test_ranks_of_a_launcher_in_a_slurm_array_write_what_one_process_writes(
     image_path, vq_path, tmp_path, monkeypatch, launcher
 ):

@@ -25,6 +25,7 @@ from beingvl.images.decode import read_image
 from beingvl.images.preprocess import Preprocess
 from beingvl.images.vqgan import VQGAN, make_processor
 from tests.programs import run_program
+from tests.upstream.artefacts import preprocessor_fields
 
 SIZES = {
     "embed_dim": 4,
@@ -160,28 +161,12 @@ def test_the_codes_are_the_nearest_code_vectors(janus):
     assert (chosen - distances.min(-1)).max() < 1e-5
 
 
-PUBLISHED_PREPROCESSING = {
-    "crop_size": {"height": 512, "width": 512},
-    "do_center_crop": True,
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_mean": [1.0, 1.0, 1.0],
-    "image_processor_type": "ChameleonImageProcessor",
-    "image_std": [1.0, 1.0, 1.0],
-    "resample": 1,
-    "rescale_factor": 0.0078,
-    "size": {"shortest_edge": 512},
-}
-
-
 @pytest.mark.parametrize("size", [(700, 531), (531, 700), (300, 200), (512, 512), (1025, 513)])
 def test_preprocessing_is_the_published_one(chameleon_folder, tmp_path, size):
     """To the bit: transformers' processor of the same configuration, and the published steps
     done by hand.
     """
-    (chameleon_folder / "preprocessor_config.json").write_text(json.dumps(PUBLISHED_PREPROCESSING))
+    (chameleon_folder / "preprocessor_config.json").write_text(json.dumps(preprocessor_fields(512)))
     noise = np.random.default_rng(0).integers(
         0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8
     )
@@ -440,7 +425,7 @@ def test_a_hundred_megapixels_take_bounded_memory(tmp_path):
         ("a.png", "has 10000 x 10000 pixels", 20),
     ]:
         picture.save(tmp_path / name)
-        out = run_program("memory_of_read", tmp_path / name).stdout
+        out = run_program("memory_of_read", tmp_path / name, is_measured=True).stdout
         assert printed in out and float(out.splitlines()[-1]) < megabytes, out
 
 

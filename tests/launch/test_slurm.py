@@ -3,7 +3,6 @@ cancelled job, a dead node.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from beingvl.artefact.manifest import read_manifest, verify_folder
 from beingvl.commands.main import main
 from beingvl.train.metrics import read_metrics
 from tests.launch.slurm_cluster import NODES, Cluster, slurm_cluster
-from tests.launcher import ENVIRONMENT, has_step, log_of
+from tests.launcher import ENVIRONMENT, PYTHON, has_step, log_of
 from tests.launcher import run as run_on_one_host
 from tests.tiny import stage_fields, write_inputs
 
@@ -40,19 +39,21 @@ def write_stage(folder: Path, max_steps: int) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    path = f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"
-    environment = {
-        **ENVIRONMENT,
-        "PYTHONPATH": path,
-        "PYTHON": sys.executable,
-        "REPOSITORY": str(REPOSITORY),
-    }
+    environment = {**ENVIRONMENT, "PYTHON": sys.executable, "REPOSITORY": str(REPOSITORY)}
     with slurm_cluster(tmp_path_factory.mktemp("cluster"), environment) as made:
         yield made
 
 
-def submit_stage(cluster: Cluster, work: Path, output: Path, max_steps: int, *options: str) -> str:
-    paths = {
+def submit_stage(
+    cluster: Cluster,
+    work: Path,
+    output: Path,
+    max_steps: int,
+    *options: str,
+    python: str = sys.executable,
+) -> str:
+    variables = {
+        "PYTHON": python,
         "BASE_PATH": work / "base",
         "SHARDS": work / "shards",
         "OUTPUT_DIR": output,
@@ -60,10 +61,10 @@ def submit_stage(cluster: Cluster, work: Path, output: Path, max_steps: int, *op
     }
     log = f"--output={cluster.folder}/{output.name}-%j.log"
     words = ["sbatch", "--parsable", *TWO_NODES, log, *options, "scripts/slurm/train.sbatch", "1"]
-    return cluster.run(*words, **paths).strip()
+    return cluster.run(*words, **variables).strip()
 
 
-def wait_for_steps(cluster: Cluster, job: str, output: Path, seconds: float = 120) -> None:
+def wait_for_steps(cluster: Cluster, job: str, output: Path, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not has_step(output):
         assert time.monotonic() < deadline and cluster.field_of(job, "JobState") in (
@@ -84,7 +85,7 @@ def data(tmp_path_factory) -> Path:
 
     def must(*words: object) -> None:
         done = subprocess.run(
-            [sys.executable, *map(str, words)],
+            [*PYTHON, *map(str, words)],
             cwd=REPOSITORY,
             env=ENVIRONMENT,
             capture_output=True,
@@ -134,6 +135,7 @@ def test_the_pipeline_from_images_to_stage_3_is_submitted_requeued_and_submitted
         "ENCODE_OPTIONS": "--images_per_part 16",
         "TOKENIZE_TASKS": 2,
         "TRAINER_OPTIONS": "--set beingvl.max_steps=2",
+        "PYTHON": PYTHON[-1],
     }
     submit = ["bash", "scripts/slurm/submit-pipeline.sh", *TWO_NODES]
     shown = cluster.run(*submit, **paths)
@@ -217,7 +219,7 @@ def test_usr1_saves_requeues_and_finishes_as_the_uninterrupted_run(
     cluster, work, uninterrupted, tmp_path
 ) -> None:
     output = tmp_path / "interrupted"
-    job = submit_stage(cluster, work, output, 60)
+    job = submit_stage(cluster, work, output, 60, python=PYTHON[-1])
     wait_for_steps(cluster, job, output)
     cluster.run(
         "scancel", "--batch", "--signal=USR1", job
@@ -254,7 +256,7 @@ def test_the_time_limit_itself_requeues_a_job_that_finishes_as_the_uninterrupted
     for rank in ranks:
         rank.suspend()
     log = cluster.folder / f"limited-{job}.log"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while "USR1: the trainer is asked to stop" not in log.read_text():
         assert time.monotonic() < deadline, cluster.logs()
         time.sleep(0.1)
@@ -286,7 +288,7 @@ def test_a_node_whose_slurmd_dies_gives_the_job_back_to_the_queue(cluster, work,
     wait_for_steps(cluster, job, output)
     cluster.daemons[NODES[1]].kill()
     cluster.daemons[NODES[1]].wait()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while cluster.field_of(job, "Restarts") != "1":
         assert time.monotonic() < deadline, cluster.logs()
         time.sleep(0.5)

@@ -256,13 +256,8 @@ def test_a_killed_rank_ends_the_run_on_both_hosts(hosts, work, tmp_path) -> None
     hosts.wait_until_nothing_runs()
 
 
-@pytest.mark.parametrize(
-    "killed",
-    [
-        "beingvl launch",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepspeed", "pdsh", DIRECT)),
-    ],
-)
+@pytest.mark.slow  # on one host tests/faults/test_launchers.py kills one by default
+@pytest.mark.parametrize("killed", ["beingvl launch", "deepspeed", "pdsh", DIRECT])
 def test_ranks_of_both_hosts_end_when_a_launcher_is_killed(hosts, work, tmp_path, killed) -> None:
     """And the folder is free for the next start."""
     output = tmp_path / "left"
@@ -272,7 +267,7 @@ def test_ranks_of_both_hosts_end_when_a_launcher_is_killed(hosts, work, tmp_path
     name = {"deepspeed": "deepspeed", "pdsh": "pdsh"}.get(killed)
     found = [process for process in started if process.name() == name] or [launcher]
     found[0].kill()
-    shown, _ = launcher.communicate(timeout=60)
+    shown, _ = launcher.communicate(timeout=120)
     hosts.wait_until_nothing_runs()
     assert launcher.returncode != 0 and not has_step(output, 10000), shown[-4000:]
     assert run_on_one_host(2, work / "stage1.json", work / "base", work / "shards", output) == 0, (

@@ -12,6 +12,7 @@ from beingvl.train.phases import BETWEEN_STEPS, NO_BEAT, STEP_PHASES, Phases, _d
 from tests.train.programs import run_program
 
 TIMEOUT_SECONDS = 2
+BUSY_SECONDS = 60  # that a busy machine may take besides
 
 
 def run_alone(name: str, folder: Path) -> tuple[subprocess.CompletedProcess, float]:
@@ -28,7 +29,7 @@ def test_a_rank_that_works_is_waited_for_and_one_that_stands_still_is_named(tmp_
         "stands still in step 7, phase check" in done.stderr
         and "rank 0 (process" not in done.stderr
     )
-    assert 3 * TIMEOUT_SECONDS < seconds < 3 * TIMEOUT_SECONDS + 8
+    assert 3 * TIMEOUT_SECONDS < seconds < 3 * TIMEOUT_SECONDS + BUSY_SECONDS
 
 
 @pytest.mark.parametrize("earlier_run", [False, True])
@@ -52,7 +53,7 @@ def test_a_rank_that_never_came_is_named_alone(tmp_path, earlier_run: bool) -> N
     assert (
         done.returncode == 1 and "no progress for 2 s: rank 1 has not started\n" in done.stderr
     ), done.stderr
-    assert seconds < TIMEOUT_SECONDS + 8
+    assert seconds < TIMEOUT_SECONDS + BUSY_SECONDS
 
 
 def test_ranks_that_have_not_started_are_behind_those_that_wait_for_them() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import runpy
 import shlex
 import subprocess
@@ -20,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from beingvl.commands.main import main
-from tests.launcher import free_port
+from tests.launcher import ENVIRONMENT, PYTHON, free_port
 from tests.model.small_models import write_base_model, write_sentencepiece_base
 from tests.tiny import stage_fields
 from tests.upstream import artefacts
@@ -83,7 +82,7 @@ class World:
         return Done(int(code or 0), said.getvalue(), words)
 
     def bash(self, script: str, *words: object, **variables: object) -> Done:
-        environment = os.environ | {"PYTHON": sys.executable}
+        environment = ENVIRONMENT | {"PYTHON": PYTHON[-1]}
         environment |= {name: str(value) for name, value in variables.items()}
         done = subprocess.run(
             ["bash", script, *map(str, words)],
