@@ -17,19 +17,20 @@ from pathlib import Path
 
 from beingvl.artefact.ranks import RankOf
 from beingvl.commands.options import EXIF, add_rank_arguments, add_row_format, options_of, share
+from beingvl.commands.parser import FILE, PLACE
 from beingvl.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     images = "folder of images, searched recursively; or tar files or tables that hold them"
-    add("--image_path", nargs="+", help=images)
-    add("--vqgan", dest="vq_path", type=Path, required=True, help="VQ-GAN folder")
+    add("--image_path", type=PLACE, nargs="+", help=images)
+    add("--vqgan", dest="vq_path", type=FILE, required=True, help="VQ-GAN folder")
     add("--output", dest="output_path", type=Path, required=True, help="folder to write")
     named = "rows, in any form that tokenize reads: encode only the images they name"
-    add("--json_path", nargs="+", help=named)
+    add("--json_path", type=PLACE, nargs="+", help=named)
     add_row_format(parser)
-    add("--list_path", type=Path, help="text file, one image per line: encode only these")
+    add("--list_path", type=FILE, help="text file, one image per line: encode only these")
     add("--batch_size", type=int, default=64, help="images per forward pass")
     part = "images per part; a kill loses only unfinished parts"
     add("--images_per_part", type=int, default=4096, help=part)

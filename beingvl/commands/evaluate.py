@@ -40,6 +40,7 @@ from beingvl.commands.options import (
     add_row_format,
     options_of,
 )
+from beingvl.commands.parser import FILE, PLACE, Input
 from beingvl.evaluation.metrics import METRICS
 
 
@@ -48,11 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     rows = "one question and its reference answer per row, in any form that tokenize reads"
-    what.add_argument("--json_path", nargs="+", help=rows)
+    what.add_argument("--json_path", type=PLACE, nargs="+", help=rows)
     shards = "shard folder of build-shards that was not trained on"
-    what.add_argument("--data", type=Path, help=shards)
+    what.add_argument("--data", type=Input("shards"), help=shards)
     base = "the model that training started from, converted or not"
-    what.add_argument("--text_parity", type=Path, metavar="BASE", help=base)
+    what.add_argument("--text_parity", type=FILE, metavar="BASE", help=base)
     add("--output", dest="output_path", type=Path, required=True, help="folder to write")
     add(
         "--metric",
@@ -62,9 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_row_format(parser)
     images = "folder that the rows' image paths start from, or tar files or tables that hold them"
-    add("--image_path", nargs="+", help=images)
+    add("--image_path", type=PLACE, nargs="+", help=images)
     codes = "folder of encode-images; without it the images are encoded now"
-    add("--codes", dest="vq_codes", type=Path, help=codes)
+    add("--codes", dest="vq_codes", type=Input("vq_codes"), help=codes)
     add("--max_new_tokens", type=int, default=16, help="longest answer, in tokens")
     add("--batch_size", type=int, default=128, help="prompts per batch; fewer for a large model")
     targets = "which tokens of --data are targets"

@@ -22,13 +22,14 @@ import sys
 from pathlib import Path
 
 from beingvl.commands.options import options_of
+from beingvl.commands.parser import FILE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     model = "start model of the stage, a finished stage, or a published folder"
-    add("--model", type=Path, required=True, help=model)
-    add("--checkpoint", type=Path, help="STAGE/checkpoints/step-…, or STAGE for its newest one")
+    add("--model", type=FILE, required=True, help=model)
+    add("--checkpoint", type=FILE, help="STAGE/checkpoints/step-…, or STAGE for its newest one")
     formats = ("hf", "being-vl-0.5")
     add("--format", choices=formats, default="hf", help="names and layout of the weights")
     add("--output", dest="output_path", type=Path, required=True, help="folder to write")

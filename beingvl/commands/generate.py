@@ -20,6 +20,7 @@ import argparse
 from pathlib import Path
 
 from beingvl.commands.options import add_model_arguments, options_of
+from beingvl.commands.parser import FILE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image",
         dest="images",
         metavar="FILE",
-        type=Path,
+        type=FILE,
         action="append",
         default=[],
         help="image file; can be given more than once",

@@ -133,6 +133,7 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
             # A path may be any bytes, and a terminal may know few letters.
             stream.reconfigure(errors="backslashreplace")
     try:
+        parser.look_at_inputs(args)
         return module.run(args) or 0
     except (InputError, *WRONG_PATH) as error:
         if args.debug:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from beingvl.artefact.ranks import rank_of
+from beingvl.commands.parser import FILE, Input
 
 EXIF = "EXIF orientation: apply it, as viewers do, or ignore it, as the published data does"
 NOT_FOR_THE_STEP = ("debug", "kind", "local_rank")
@@ -32,9 +32,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """For every command that runs a trained model."""
     add = parser.add_argument
     model = "Being-VL model folder, or a stage folder, whose final/ is taken"
-    add("--model", dest="model_path", metavar="MODEL", type=Path, required=True, help=model)
+    a_model: dict[str, Any] = {"metavar": "MODEL", "type": Input("model"), "required": True}
+    add("--model", dest="model_path", help=model, **a_model)
     vbpe = "vbpe.json; default: the one inside the model folder"
-    add("--vbpe", dest="vbpe_path", type=Path, help=vbpe)
+    add("--vbpe", dest="vbpe_path", type=FILE, help=vbpe)
     raw = "plain VQ codes without vBPE, for a model trained on them"
     add("--raw", action="store_true", help=raw)
     template = "default or being-vl-0.5; without it, the chat template of the model's training"

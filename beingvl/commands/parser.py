@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import glob
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 NO_DEFAULT = (None, True, False, argparse.SUPPRESS)
@@ -35,6 +39,39 @@ OTHER_NAMES = {
 }
 
 
+@dataclass(frozen=True)
+class Input:
+    """The `type` of an option that names what a step reads: its `form`, and the `kind` of a
+    finished artefact, or "" for any file or folder.
+    """
+
+    kind: str = ""
+    form: type[Path] | type[str] = Path
+
+    def __call__(self, text: str) -> Path | str:
+        return self.form(text)
+
+    def look_at(self, given: Path | str) -> None:
+        """Raises OSError or InputError when it is not there, or is something else."""
+        if not self.kind:
+            if ":/" not in str(given) and not glob.has_magic(str(given)):
+                os.stat(given)
+            return
+        # Here, so that --help is instant.
+        from beingvl.artefact.manifest import read_manifest
+        from beingvl.model.start_model import find_start_model
+        from beingvl.vocab import VocabLayout
+
+        folder = Path(given)
+        if self.kind == "model":
+            folder = find_start_model(folder)
+            VocabLayout.load(folder)
+        read_manifest(folder, self.kind)
+
+
+FILE, PLACE = Input(), Input(form=str)  # a path, an address or a pattern
+
+
 class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "formatter_class": _Formatter, **options})
@@ -47,6 +84,16 @@ class Parser(argparse.ArgumentParser):
             end = args.index("--") if "--" in args else len(args)
             args = [*map(self._known, args[:end]), *args[end:]]
         return super().parse_known_args(args, namespace)
+
+    def look_at_inputs(self, args: argparse.Namespace) -> None:
+        """A wrong path is told before the step's libraries are loaded, which takes seconds."""
+        for action in self._actions:
+            given = getattr(args, action.dest, None)
+            if isinstance(action, argparse._SubParsersAction):
+                action.choices[str(given)].look_at_inputs(args)
+            if isinstance(action.type, Input):
+                for one in given if isinstance(given, list) else filter(None, [given]):
+                    action.type.look_at(one)
 
     def _known(self, word: str) -> str:
         """The word with its option's name in this command."""

@@ -12,9 +12,9 @@ its peak, which is a guess until a run has shown it.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from beingvl.commands.options import add_overrides, options_of
+from beingvl.commands.parser import FILE, Input
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,11 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = "base/, the previous stage's folder, a base model's folder or config.json, or a name"
     add("--model", required=True, help=model)
     stage = "the stage's JSON, or several (default: ds_configs/stage1.json to stage3.json)"
-    add("--config", dest="stage", nargs="+", type=Path, help=stage)
+    add("--config", dest="stage", nargs="+", type=FILE, help=stage)
     gpus = "GPUs of a node and the memory of each, for example 8x80GB; 80GB: a table"
     add("--gpus", default="80GB", metavar="[Nx]MGB", help=gpus)
     add("--nodes", type=int, default=1, help="number of nodes")
-    add("--data", type=Path, help="shard folder, for the time per epoch")
+    add("--data", type=Input("shards"), help="shard folder, for the time per epoch")
     add("--gpu", default="H100", help="kind of GPU, for its peak speed")
     add("--mfu", type=float, default=0.4, help="share of the peak that the model's own FLOPs reach")
     add_overrides(parser)

@@ -12,14 +12,14 @@ table; exit code 1 when a row is red.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from beingvl.commands.options import add_overrides, options_of
+from beingvl.commands.parser import FILE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--hostfile", type=Path, required=True, help="NAME slots=NUMBER, one line per host")
+    add("--hostfile", type=FILE, required=True, help="NAME slots=NUMBER, one line per host")
     stage = "the stage's JSON (ds_configs/): it must be accepted, and equal on every host"
     add("--config", dest="stage", help=stage)
     add_overrides(parser)

@@ -14,20 +14,21 @@ import argparse
 from pathlib import Path
 
 from beingvl.commands.options import add_overrides, options_of
+from beingvl.commands.parser import FILE, Input
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("shards", nargs="+", type=Path, help="shard folders, or folders of them")
+    add("shards", nargs="+", type=FILE, help="shard folders, or folders of them")
     page = "HTML file to write"
     add("--output", dest="output_path", type=Path, default=Path("data_report.html"), help=page)
     model = "model folder whose tokenizer shows the examples' text"
-    add("--model", dest="model_path", type=Path, help=model)
-    add("--vbpe", dest="vbpe_path", type=Path, help="vbpe.json, to turn merged images into codes")
+    add("--model", dest="model_path", type=Input("model"), help=model)
+    add("--vbpe", dest="vbpe_path", type=FILE, help="vbpe.json, to turn merged images into codes")
     vq = "VQ-GAN folder with a decoder, to show the examples' images"
-    add("--vqgan", dest="vq_path", type=Path, help=vq)
+    add("--vqgan", dest="vq_path", type=FILE, help=vq)
     stage = "a stage's JSON: shows what its mixture draws from the shards"
-    add("--config", dest="deepspeed_config", type=Path, help=stage)
+    add("--config", dest="deepspeed_config", type=FILE, help=stage)
     add_overrides(parser)
     length = "tokens per sequence, for the packing efficiency without a stage"
     add("--sequence_length", type=int, default=4096, help=length)

@@ -29,20 +29,21 @@ import argparse
 from pathlib import Path
 
 from beingvl.commands.options import options_of
+from beingvl.commands.parser import FILE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("run_folder", type=Path, help="folder of the run")
-    add("--stages_path", type=Path, help="folder with stage-N/ and eval/; default: RUN_FOLDER")
-    add("--base_path", type=Path, help="model that stage 1 started from; default: RUN_FOLDER/base")
+    add("run_folder", type=FILE, help="folder of the run")
+    add("--stages_path", type=FILE, help="folder with stage-N/ and eval/; default: RUN_FOLDER")
+    add("--base_path", type=FILE, help="model that stage 1 started from; default: RUN_FOLDER/base")
     shards = "shard folders; default: RUN_FOLDER/shards*"
-    add("--data", nargs="+", type=Path, default=[], help=shards)
-    add("--vbpe", dest="vbpe_path", type=Path, help="vBPE; default: RUN_FOLDER/vbpe")
+    add("--data", nargs="+", type=FILE, default=[], help=shards)
+    add("--vbpe", dest="vbpe_path", type=FILE, help="vBPE; default: RUN_FOLDER/vbpe")
     codes = "codes to measure the vBPE on; default: RUN_FOLDER/vq_codes/test"
-    add("--codes", dest="vq_codes", type=Path, help=codes)
+    add("--codes", dest="vq_codes", type=FILE, help=codes)
     images = "folder that images of the evaluations start from; default: RUN_FOLDER/data/images"
-    add("--image_path", type=Path, help=images)
+    add("--image_path", type=FILE, help=images)
     folder = "folder to write; default: report/ beside the stages"
     add("--output", dest="output_path", type=Path, help=folder)
     add("--wall_seconds", type=float, help="seconds the whole run took, for the summary")

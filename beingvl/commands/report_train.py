@@ -13,11 +13,12 @@ import argparse
 from pathlib import Path
 
 from beingvl.commands.options import options_of
+from beingvl.commands.parser import FILE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("stage_folder", type=Path, help="output folder of `beingvl train`")
+    add("stage_folder", type=FILE, help="output folder of `beingvl train`")
     page = "page to write; default: STAGE_FOLDER/report.html"
     add("--output", dest="output_path", type=Path, help=page)
 

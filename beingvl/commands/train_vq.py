@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from beingvl.commands.options import options_of
+from beingvl.commands.parser import FILE
 
 OPTIONS = {
     "image_size": (16, "side in pixels: shortest edge is resized to it, then cropped"),
@@ -32,11 +33,11 @@ OPTIONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     images = "folder of images to train on, searched recursively; or a tar file or table of them"
-    parser.add_argument("--image_path", type=Path, required=True, help=images)
+    parser.add_argument("--image_path", type=FILE, required=True, help=images)
     folder = "VQ-GAN folder to write"
     parser.add_argument("--output", dest="output_path", type=Path, required=True, help=folder)
     held_out = "folder of held-out images; without it one in ten of IMAGE_PATH"
-    parser.add_argument("--validation_path", type=Path, help=held_out)
+    parser.add_argument("--validation_path", type=FILE, help=held_out)
     for name, (default, help_text) in OPTIONS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=help_text)
     other = "replace a VQ-GAN that was trained with other settings"

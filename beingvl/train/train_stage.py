@@ -23,7 +23,7 @@ from pathlib import Path
 
 from beingvl.artefact.owner import owned, wait_for_owner
 from beingvl.errors import InputError
-from beingvl.train.agreement import LONGEST_PATIENCE_SECONDS
+from beingvl.train.agreement import LONGEST_PATIENCE_SECONDS, is_finished
 from beingvl.train.failures import EXIT_REQUEUE, TrainingError
 from beingvl.train.launchers import end_with_launcher, run_name
 from beingvl.train.phases import RANKS, REPLAY_RANKS, Phases
@@ -81,15 +81,18 @@ def train(
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if stage.note and rank == 0:
         print(stage.note, flush=True)
+    # Several ranks are only told together, by run_stage.
+    if num_ranks == 1 and replay is None and is_finished(stage, rank, lambda found: [found]):
+        return output / "final"
     # before this run reads a checkpoint or removes an earlier run's heartbeats
     with _owned(stage, rank) if replay is None else nullcontext() as owner:
-        is_finished = _take_part(stage, rank, num_ranks, owner, replay, stop_requested)
-        if is_finished and rank == 0:
+        is_at_its_end = _take_part(stage, rank, num_ranks, owner, replay, stop_requested)
+        if is_at_its_end and rank == 0:
             # loaded already
             from beingvl.train.run_stage import write_final
 
             write_final(stage)
-    return output / "final" if is_finished else None
+    return output / "final" if is_at_its_end else None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from beingvl.commands.main import COMMANDS
 from beingvl.commands.options import share
-from beingvl.commands.parser import NO_DEFAULT, OTHER_NAMES, Parser
+from beingvl.commands.parser import NO_DEFAULT, OTHER_NAMES, Input, Parser
 from beingvl.commands.report import KINDS
 from beingvl.stage.json_schema import Allowed
 from beingvl.stage.stage_config import BeingVLBlock
@@ -88,7 +88,8 @@ def _row(action: argparse.Action) -> str:
     name = f"`{', '.join(action.option_strings) or action.dest}`"
     if action.required and action.option_strings:
         name += " (required)"
-    value = action.metavar or TYPES.get(action.type, "text")  # type: ignore[call-overload]
+    is_input = isinstance(action.type, Input)
+    value = action.metavar or ("path" if is_input else TYPES.get(action.type, "text"))  # type: ignore[call-overload]
     if action.choices:
         value = ", ".join(f"`{choice}`" for choice in action.choices)
     elif action.nargs == 0:

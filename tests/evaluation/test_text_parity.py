@@ -151,7 +151,7 @@ def test_refusals(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (plain / "vocab_layout.json").unlink()  # as somebody else's folder
     (tmp_path / "empty").mkdir()
     for model, against, message in [
-        (base, tmp_path / "none", "is not a folder; give the base model"),
+        (base, tmp_path / "none", "none: No such file or directory"),
         (base, tmp_path / "empty", "has no config.json"),
         (base, tmp_path / "other", "different vocab"),
         (base, plain, "it has another base model"),

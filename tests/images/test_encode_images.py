@@ -375,7 +375,7 @@ def test_wrong_options_are_refused(image_path, vq_path, tmp_path, capsys):
         assert encode(image_path, vq_path, tmp_path / "codes", **options) == 2
         assert message in capsys.readouterr().err
     assert encode(tmp_path / "nowhere", vq_path, tmp_path / "codes") == 2
-    assert "nowhere is not a folder and not a tar file" in capsys.readouterr().err
+    assert "nowhere: No such file or directory" in capsys.readouterr().err
     assert (
         main(
             [

@@ -130,7 +130,7 @@ def test_the_learning_rate_rises_and_falls():
         ("--steps=1", "--steps is 1, expected at least 2"),
         ("--embed_dim=1", "--embed_dim is 1, expected at least 2"),
         ("--device=gpu0", "device 'gpu0' cannot be used"),
-        ("--image_path=/nowhere", "/nowhere is not a folder"),
+        ("--image_path=/nowhere", "/nowhere: No such file or directory"),
     ],
 )
 def test_wrong_options_are_refused(image_path, tmp_path, capsys, option, message):

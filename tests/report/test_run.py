@@ -230,7 +230,7 @@ def test_every_kind_explains_itself(kind: str, capsys: pytest.CaptureFixture[str
 
 def test_refusals(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "run", str(copied_run / "nowhere")]) == 2
-    assert "is not a folder" in capsys.readouterr().err
+    assert "nowhere: No such file or directory" in capsys.readouterr().err
     path = copied_run / "vbpe" / "vbpe.json"
     own = path.read_bytes()
     LegacyVisualBPE(16, np.array([[1, 2]])).save(path)
