@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from beingvl.inference.model import BeingVL
-from beingvl.inference.streaming import TextPieces
+from beingvl.inference.streaming import EndsRows, TextPieces
 
 MAX_BATCH = 16
 GATHER_SECONDS = 0.01  # what arrives in this time starts together
@@ -180,26 +179,21 @@ class TransformersBackEnd:
     def _answer(self, rows: Sequence[Row]) -> None:
         stop_ids, sampling = self._model.stop_ids, rows[0].sampling
         prompts = [row.prompt_ids for row in rows]
-        hands_out = _HandsOut(rows, max(map(len, prompts)), stop_ids)
+        hands_out = _HandsOut(rows, stop_ids)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        options = {
-            "streamer": hands_out,
-            "stopping_criteria": StoppingCriteriaList([hands_out]),
-            **sampling.options(),
-        }
+        options = {"streamer": hands_out, **sampling.options()}
         longest = max(row.max_new_tokens for row in rows)
-        self._model.continue_batch(prompts, longest, stop_ids, options)
+        self._model.continue_batch(prompts, longest, stop_ids, options, [hands_out])
 
 
-class _HandsOut(StoppingCriteria):
+class _HandsOut(EndsRows):
     """Gives each row its tokens, as a streamer of transformers' `generate`, and ends the rows that
     have theirs, or whose reader has left.
     """
 
-    def __init__(self, rows: Sequence[Row], width: int, stop_ids: Sequence[int]) -> None:
-        """`width`: tokens of the prompts, padding included."""
-        self._rows, self._width, self._stop_ids = rows, width, stop_ids
+    def __init__(self, rows: Sequence[Row], stop_ids: Sequence[int]) -> None:
+        self._rows, self._stop_ids = rows, stop_ids
         self._num_new = -1  # the prompts come first
 
     def put(self, token_ids: torch.Tensor) -> None:
@@ -223,6 +217,6 @@ class _HandsOut(StoppingCriteria):
     def __call__(
         self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any
     ) -> torch.BoolTensor:
-        num_new = input_ids.shape[1] - self._width
+        num_new = input_ids.shape[1] - self.width
         over = [row.is_over or num_new >= row.max_new_tokens for row in self._rows]
         return torch.tensor(over, device=input_ids.device)

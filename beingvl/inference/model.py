@@ -9,14 +9,8 @@
 
 The chat template is `beingvl.data.conversation.build_sequence`, in the form that the model was
 trained on: its manifest says which. Generation is transformers' own. Prompts of different lengths
-share a batch by padding on the left: the attention mask hides the padding and positions count from
-each prompt's own first token, so a batch gives the answers that its prompts give alone. (Image
-tokens stand where they stood in training, perhaps at their anchors: `beingvl.data.positions`.)
-
-    <pad> <pad>  bos  hi  sep │ yes eos <pad>
-      -     -     0    1   2  │  3   4
-    bos   boi    IMG eoi  sep │ no  way eos
-     0     1      2    3   4  │  5   6   7
+share a batch (batches.py), which gives the answers that its prompts give alone. Image tokens stand
+where they stood in training, perhaps at their anchors (`beingvl.data.positions`).
 """
 
 from __future__ import annotations
@@ -59,12 +53,13 @@ from beingvl.inference.asked import (
     turns_of,
 )
 from beingvl.inference.base_prompts import BasePrompts
+from beingvl.inference.batches import lay_out, reading_order
 from beingvl.inference.draw import FittingTokens, OnlyWholeImages
 from beingvl.inference.hub import fetched, push
 from beingvl.inference.published_calls import SaysWhatReplaces, device_of, missing, positional
 from beingvl.inference.reading import dtype_of, own_device, read_model
 from beingvl.inference.sampling import check_sampling
-from beingvl.inference.streaming import StopAtText, TextPieces, TextStreamer, cut_at
+from beingvl.inference.streaming import EndsRows, StopAtText, TextPieces, TextStreamer, cut_at
 from beingvl.model.start_model import context_of, find_start_model
 from beingvl.vbpe.published import LegacyVisualBPE
 from beingvl.vbpe.vbpe_file import VBPE_FILE
@@ -431,16 +426,14 @@ class BeingVL(metaclass=SaysWhatReplaces):
         )
         default = _sampling(temperature) if do_sample else {"do_sample": False}
         options = {"streamer": streamer, **default, **sampling}
+        spells = [StopAtText(self.decode_text, text) for text in self.stop_texts]
         answers: list[list[int]] = [[]] * len(sequences)
-        order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+        order = reading_order(sequences, self.layout.eoi_id)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             prompts = [sequences[index] for index in batch]
-            width = max(map(len, prompts))
-            spells = [StopAtText(self.decode_text, text, width) for text in self.stop_texts]
-            options["stopping_criteria"] = StoppingCriteriaList(spells)
             try:
-                rows = self.continue_batch(prompts, max_new_tokens, self.stop_ids, options)
+                rows = self.continue_batch(prompts, max_new_tokens, self.stop_ids, options, spells)
             except (ValueError, TypeError, ArithmeticError) as error:
                 if not sampling:
                     raise
@@ -477,29 +470,28 @@ class BeingVL(metaclass=SaysWhatReplaces):
         max_new_tokens: int,
         stop_ids: Sequence[int],
         options: dict[str, Any],
+        criteria: Sequence[EndsRows] = (),
     ) -> list[list[int]]:
         """New token ids of every prompt, up to the end of the longest answer; behind a shorter one
         stands padding. `options` are those of transformers' `generate`.
         """
-        width = max(map(len, sequences))
-        input_ids = torch.full((len(sequences), width), self.layout.pad_id)
-        attention_mask = torch.zeros((len(sequences), width), dtype=torch.long)
-        position_ids = torch.zeros((len(sequences), width), dtype=torch.long)
-        for row, ids in enumerate(sequences):
-            input_ids[row, width - len(ids) :] = torch.tensor(ids)
-            attention_mask[row, width - len(ids) :] = 1
-            position_ids[row, width - len(ids) :] = torch.from_numpy(self.position_ids(ids))
+        is_drawing = "prefix_allowed_tokens_fn" in options
+        eoi_id = None if is_drawing else self.layout.eoi_id
+        pad_id = self.layout.pad_id
+        inputs = lay_out(self.model, sequences, self.position_ids, pad_id, eoi_id)
+        width = inputs["input_ids"].shape[1]
+        for criterion in criteria:
+            criterion.width = width
         # A vocabulary that was rounded up has rows without a token.
         num_rows = self.model.get_input_embeddings().num_embeddings
         padding_rows = list(range(self.layout.size, num_rows))
         out = self.model.generate(
-            input_ids=input_ids.to(self.model.device),
-            attention_mask=attention_mask.to(self.model.device),
-            position_ids=position_ids.to(self.model.device),
+            **inputs,
             max_new_tokens=max_new_tokens,
             eos_token_id=list(stop_ids),
-            pad_token_id=self.layout.pad_id,
+            pad_token_id=pad_id,
             suppress_tokens=padding_rows or None,
+            stopping_criteria=StoppingCriteriaList(criteria),
             **options,
         )
         return out[:, width:].tolist()

@@ -68,17 +68,24 @@ class TextStreamer:
             self._on_text(piece)
 
 
-class StopAtText(StoppingCriteria):
+class EndsRows(StoppingCriteria):
+    """Ends rows by their new tokens. `width`: tokens of the prompts, padding included, as
+    `BeingVL.continue_batch` lays them out.
+    """
+
+    width = 0
+
+
+class StopAtText(EndsRows):
     """Ends a row when its answer spells `text`, which tokens do in many ways (`.</` and `s>`)."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], text: str, width: int) -> None:
-        """`width`: tokens of the prompts, padding included."""
-        self._decode, self._text, self._width = decode, text, width
+    def __init__(self, decode: Callable[[Sequence[int]], str], text: str) -> None:
+        self._decode, self._text = decode, text
 
     def __call__(
         self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any
     ) -> torch.BoolTensor:
         # Each token spells a byte or more, so no earlier one takes part.
-        last = input_ids[:, self._width :][:, -len(self._text) :].tolist()
+        last = input_ids[:, self.width :][:, -len(self._text) :].tolist()
         spelt = [self._text in self._decode(row) for row in last]
         return torch.tensor(spelt, device=input_ids.device)

@@ -18,7 +18,12 @@ KEYS = {
     "convert": {"time_ratio_copy", "link_seconds", "peak_private_bytes", "max_abs_diff"},
     "data": {"build_ratio_vs_orjson", "tokenize_direct_ratio", "tokens_per_second"},
     "formats": {"rate_ratio", "private_bytes", "equal"},
-    "generate": {"generation_ratio", "generation_ratio_sorted", "batch_equal"},
+    "generate": {
+        "generation_ratio",
+        "generation_ratio_sorted",
+        "shared_image_ratio",
+        "batch_equal",
+    },
     "gpu_encode": {"reading_per_second", "vbpe_per_second", "gap_to_floor"},
     "gpu_train": {"cases"},
     "lmms_task": {"accuracy"},
