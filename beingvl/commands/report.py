@@ -4,19 +4,21 @@ beingvl report run runs/quickstart   data, vBPE, curves, frozen hashes, scores, 
 beingvl report data shards/ …        what shards hold: lengths, sources, unused rows, examples
 beingvl report train stage-1         curves, times and events of one stage's training
 beingvl report vbpe vbpe.json …      what a vBPE vocabulary learnt
+beingvl report card stage-3/final …  not a page: the model card, with scores
 """
 
 from __future__ import annotations
 
 import argparse
 
-from beingvl.commands import report_data, report_run, report_train, report_vbpe
+from beingvl.commands import report_card, report_data, report_run, report_train, report_vbpe
 
 KINDS = {
     "run": (report_run, "all that a run left: data, vBPE, curves, hashes, scores, answers"),
     "data": (report_data, "what shards hold"),
     "train": (report_train, "curves, times and events of one stage's training"),
     "vbpe": (report_vbpe, "what a vBPE vocabulary learnt"),
+    "card": (report_card, "the model card, with scores"),
 }
 
 

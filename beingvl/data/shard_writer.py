@@ -23,9 +23,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from beingvl.artefact.card import write_card
 from beingvl.artefact.hashes import HashedFile
 from beingvl.artefact.manifest import Manifest, start_folder, write_manifest
 from beingvl.artefact.parts import Parts
+from beingvl.data.card import data_card
 from beingvl.data.shard_columns import (
     SCHEMA,
     FolderFacts,
@@ -95,9 +97,11 @@ def finish_shards(
         "rows": {name: len(shard.lengths) for name, shard in shards.items()},
     }
     own = {*shards, *index}  # somebody's files that lie there are never listed, nor removed
-    return write_manifest(
+    manifest = write_manifest(
         folder, "shards", facts.counts, lineage, details, hashes, own.__contains__
     )
+    write_card(folder, data_card(manifest))
+    return manifest
 
 
 class ShardWriter:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from beingvl.artefact.card import CARD_FILE, write_card
 from beingvl.artefact.files import to_json, write_atomically
 from beingvl.artefact.manifest import (
     Manifest,
@@ -28,6 +29,7 @@ from beingvl.artefact.owner import OWNER
 from beingvl.data.chat_template import BASE_TEMPLATES, CHAT_TEMPLATE_FILE, chat_template
 from beingvl.data.made_with import DEFAULT
 from beingvl.errors import InputError
+from beingvl.model.card import model_card
 from beingvl.model.rewrite_weights import check_disk_space
 from beingvl.model.weight_files import WEIGHT_PATTERNS
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
@@ -114,13 +116,17 @@ def finish_target(
     details: Mapping[str, Any],
     known_hashes: Mapping[str, str],
 ) -> Manifest:
-    """Write a model's chat template and the manifest (see `write_manifest`), then remove the
-    marker.
+    """Write a model's chat template, the manifest (see `write_manifest`) and the card, then remove
+    the marker.
     """
     if kind == "model":
         write_atomically(target / PROCESSOR_FILE, to_json({"processor_class": PROCESSOR}))
         _write_chat_template(target, details.get("template", DEFAULT))
-    manifest = write_manifest(target, kind, counts, lineage, details, known_hashes)
+    manifest = write_manifest(
+        target, kind, counts, lineage, details, known_hashes, lambda name: name != CARD_FILE
+    )
+    if kind == "model":
+        write_card(target, model_card(target, manifest))
     (target / UNFINISHED_FILE).unlink(missing_ok=True)
     return manifest
 

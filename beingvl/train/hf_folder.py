@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from beingvl.artefact.files import copy_inside
 from beingvl.artefact.manifest import Manifest, read_manifest, verify_file
 from beingvl.data.made_with import FACTS
 from beingvl.errors import InputError
+from beingvl.model import card
 from beingvl.model.adapters import merge
 from beingvl.model.extended_vocab import stored_slice
 from beingvl.model.param_groups import A, B, adapters_by_weight
@@ -41,11 +43,13 @@ def write_hf_folder(
     target: Path,
     link: bool = True,
     check: Callable[[Path], None] | None = None,
+    shards: Manifest | None = None,
 ) -> Manifest:
     """Raises InputError when the checkpoint was not trained from `start_model`, or when a file of
     either is not as it was written.
 
     `check` is called with the folder before its manifest; what it raises leaves it incomplete.
+    `shards` are those of the training, for the model's card.
     """
     manifest = read_manifest(start_model, "model")
     state = read_state(checkpoint)
@@ -72,7 +76,15 @@ def write_hf_folder(
     counts = {**manifest.counts, "step": state.step}
     identity = state.identity
     made_with = {fact.name: identity.get(fact.name, fact.choices[0]) for fact in FACTS}
-    details = {"identity": identity, **made_with, "variant": identity.get("variant")}
+    details = {
+        "identity": identity,
+        **made_with,
+        "variant": identity.get("variant"),
+        "step": state.step,
+        "data": card.data_facts(shards) if shards else None,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "history": card.history_of(manifest),
+    }
     return finish_target(target, "model", counts, identity["lineage"], details, hashes)
 
 

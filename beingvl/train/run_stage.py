@@ -129,7 +129,7 @@ def write_final(stage: Stage) -> None:
         print(f"{adapter} is finished: adapters for PEFT, on {stage.model}", flush=True)
         if is_alone:
             return
-    write_hf_folder(stage.model, checkpoints[-1], final)
+    write_hf_folder(stage.model, checkpoints[-1], final, shards=stage.shards.manifest)
     print(f"{final} is finished: {what}", flush=True)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from beingvl import BeingVL, BeingVLProcessor, InputError
-from beingvl.artefact.manifest import read_manifest
+from beingvl.artefact.manifest import read_manifest, write_manifest
 from beingvl.commands.main import main
 from beingvl.model.target_folder import finish_target
 from tests.inference.test_model import strengthen
@@ -133,6 +133,36 @@ def test_several_images_and_what_does_not_fit(final: Path, model: BeingVL, image
     for given, text in ((pair, "same?"), (None, question), ([pair], ["a", "b"])):
         with pytest.raises(InputError, match="images"):
             processor(images=given, text=text)
+
+
+def test_the_cards_code_runs_and_says_whose_scores_it_shows(
+    final: Path, run_folder: Path, images, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """README.md is its owner's: verify does not look at it, and one that was changed stays."""
+    card = final / "README.md"
+    first = card.read_text()
+    code = first.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(final)
+    exec(code.replace("picture.png", str(images[0])), {})
+    assert capsys.readouterr().out
+    evaluation = tmp_path / "eval"
+    evaluation.mkdir()
+    scores = {"name": "digits", "metric": "exact_match", "rows": 24, "scores": {"accuracy": 0.75}}
+    scores |= {"standard_errors": {"accuracy": 0.09}}
+    (evaluation / "scores.json").write_text(json.dumps(scores))
+    request = {"model": read_manifest(final).content_hash}
+    write_manifest(evaluation, "evaluation", {}, {}, {"request": request})
+    command = ["report", "card", str(final)]
+    assert main([*command, f"--scores={evaluation}"]) == 0
+    assert "| digits | exact_match | accuracy | 0.75 | 0.09 | 24 |" in card.read_text()
+    write_manifest(evaluation, "evaluation", {}, {}, {"request": {"model": "another"}})
+    assert main([*command, f"--scores={evaluation}"]) == 2
+    assert "holds scores of another model" in capsys.readouterr().err
+    assert main(command) == 0 and card.read_text() == first
+    card.write_text(own := first.replace("Being-VL model", "Our model"))
+    assert main(command) == 2 and "was changed; move it away" in capsys.readouterr().err
+    assert card.read_text() == own and main(["verify", str(final)]) == 0
+    card.write_text(first)
 
 
 def test_one_call_takes_what_there_is(model: BeingVL, images: list[Path]) -> None:

@@ -3,6 +3,7 @@ is frozen and after a resumption.
 """
 
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -11,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from beingvl.artefact.card import CARD_FILE
+from beingvl.artefact.manifest import read_manifest
 from beingvl.commands import main as cli
 from beingvl.model.weight_files import WeightFolder
 from beingvl.stage.stage_config import load_stage_config
 from beingvl.train.checkpoint import read_state
 from beingvl.train.checkpoint_folders import complete_checkpoints, step_of
 from beingvl.train.metrics import read_metrics
+from tests import programs
 from tests.launcher import (
     ENVIRONMENT,
     PYTHON,
@@ -101,6 +105,14 @@ def test_final_is_a_stock_hugging_face_folder(whole_run) -> None:
     assert cli.main(["verify", str(whole_run / "final")]) == 0
 
 
+def test_cards_say_what_shards_and_models_were_made_of(work, whole_run) -> None:
+    shards = read_manifest(work / "shards")
+    card = (whole_run / "final" / CARD_FILE).read_text()
+    assert "after 1 training stage\n" in card and f"| shards | {shards.content_hash} |\n" in card
+    for text in (card, (work / "shards" / CARD_FILE).read_text()):
+        assert f" {shards.counts['tokens']:,} |\n" in text and str(work) not in text
+
+
 def test_a_finished_stage_is_left_alone_and_another_run_is_refused(work, whole_run) -> None:
     before = (whole_run / "final" / "manifest.json").read_text()
     base = [
@@ -127,6 +139,11 @@ def test_a_finished_stage_is_left_alone_and_another_run_is_refused(work, whole_r
     assert [each.returncode for each in refused] == [2, 2], refused
     assert all("another seed (found 0, asked for 1)" in each.stderr for each in refused), refused
     assert (whole_run / "final" / "manifest.json").read_text() == before
+    alone = programs.run_program(
+        "light_answers", shlex.join(commands[0][len(PYTHON) + 2 :])
+    )  # without torch
+    code, seconds = alone.stdout.splitlines()[-1].split()
+    assert code == "0" and float(seconds) < 2 and "finished already" in alone.stdout, alone
 
 
 def test_old_checkpoints_are_deleted(whole_run) -> None:
@@ -155,6 +172,8 @@ def test_a_stopped_and_a_killed_run_continue_to_the_same_bytes(work, whole_run) 
     assert "resumed from" in log_of(output)
     assert losses(output) == losses(whole_run)
     assert_same_bytes(weights(output), weights(whole_run))
+    cards = [(folder / "final" / CARD_FILE).read_bytes() for folder in (output, whole_run)]
+    assert cards[0] == cards[1]
 
 
 def test_a_signal_during_the_start_ends_the_run_before_its_first_step(work) -> None:
@@ -234,6 +253,7 @@ def test_a_stage_folder_serves_as_start_model_and_export_equals_final(
         run(2, work / "rows.json", whole_run, work / "shards", next_stage, "beingvl.max_steps=1")
         == 0
     ), log_of(next_stage)
+    assert "## Stage 2" in (next_stage / "final" / CARD_FILE).read_text()
 
 
 def test_bf16_keeps_float32_where_it_belongs_and_skips_what_is_no_number_in_every_stage(
