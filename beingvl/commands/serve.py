@@ -15,9 +15,9 @@ docs/how-to/inference.md says how to ask the API, and how to serve many.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from beingvl.commands.options import add_model_arguments, options_of
-from beingvl.commands.parser import FILE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add("--api", action="store_true", help="serve OpenAI's chat completions instead of the page")
     key = "file that holds the key of --api; default: the variable BEINGVL_API_KEY, else no key"
-    add("--api_key", type=FILE, metavar="FILE", help=key)
+    add("--api_key", type=Path, metavar="FILE", help=key)
     backend = "what answers --api: this process, or a server of vLLM or llama.cpp, by token ids"
     choices = ("transformers", "vllm", "llama.cpp")
     add("--backend", choices=choices, default=choices[0], help=backend)
