@@ -238,7 +238,7 @@ def test_refusals(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is a published (legacy) vocabulary" in capsys.readouterr().err
     path.write_bytes(own)
     for more, message in [
-        (["--vbpe_path=nowhere"], "--vbpe_path nowhere does not exist"),
+        (["--vbpe_path=nowhere"], "--vbpe_path nowhere: No such file or directory"),
         ([f"--stages_path={copied_run / 'data'}"], "nothing to report"),
     ]:
         assert main(["report", "run", str(copied_run), *more]) == 2
