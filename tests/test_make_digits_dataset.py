@@ -151,7 +151,7 @@ def test_the_same_arguments_give_the_same_bytes_and_are_reused(folder, tmp_path,
     assert digits.main(again) == 0
     assert "reused" in capsys.readouterr().out
     assert digits.main([*again, "--seed", "1"]) == 2
-    assert "with another seed" in capsys.readouterr().err
+    assert "with different seed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,14 @@ class Request(dict[str, Any]):
     """Names and values that JSON can hold."""
 
     def difference(self, found: Mapping[str, Any]) -> str | None:
-        """What differs first in `found`, as "another seed (found 1, asked for 2)"; else None."""
+        """What differs first in `found`, as "different seed (found 1, asked for 2)"; else None."""
         return next(iter(self.differences(found)), None)
 
     def differences(self, found: Mapping[str, Any]) -> list[str]:
         """All that differs, each as above."""
         asked = json.loads(json.dumps(self))  # as it reads back from a file: tuples are lists
         return [
-            f"another {name} ({_how(found.get(name), asked.get(name))})"
+            f"different {name} ({_how(found.get(name), asked.get(name))})"
             for name in {**found, **asked}
             if found.get(name) != asked.get(name)
         ]

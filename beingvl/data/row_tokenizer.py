@@ -17,6 +17,7 @@ from beingvl.data.conversation import (
     lay_out,
     parse_conversation,
 )
+from beingvl.data.dialects.turns import refuse_bad_answers
 from beingvl.data.llava_json import Row, image_keys
 from beingvl.errors import InputError
 from beingvl.images.vq_codes import CodeFolder
@@ -101,6 +102,7 @@ class RowTokenizer:
             raise InputError(f"category is {row['category']!r}, expected a text")
         if type(row.get("id")) not in (str, int):  # True is an int
             raise InputError(f"id is {row['id']!r}, expected text or a whole number")
+        refuse_bad_answers(row)
         turns = parse_conversation(row.get("conversations"))
         images = [self._image(key) for key in image_keys(row)]
         pieces = lay_out(turns, len(images), self._encoder, self._layout, self._template)

@@ -21,7 +21,7 @@ def test_a_part_is_whole_or_absent(tmp_path) -> None:
         with parts.writing(1) as folder:
             (folder / "x").write_text(text)
     assert parts.missing(2) == [0] and (parts.path(1) / "x").read_text() == "one"
-    with pytest.raises(InputError, match=r"another a \(found 1, asked for 2\)"):
+    with pytest.raises(InputError, match=r"different a \(found 1, asked for 2\)"):
         Parts(tmp_path, {"a": 2})
 
 

@@ -5,11 +5,11 @@ def test_a_request_says_how_another_differs() -> None:
     asked = Request(seed=1, grid=(4, 4), name="a")
     assert asked.difference({"seed": 1, "grid": [4, 4], "name": "a"}) is None
     assert asked.difference({"seed": 2, "grid": [4, 4], "name": "a"}) == (
-        "another seed (found 2, asked for 1)"
+        "different seed (found 2, asked for 1)"
     )
     assert asked.difference({"seed": 1, "grid": [4, 4]}) == (
-        "another name (found None, asked for 'a')"
+        "different name (found None, asked for 'a')"
     )
     changed = Request(json="blake3:12").difference({"json": "blake3:34"})
-    assert changed == "another json (its content differs)"
-    assert Request().difference({"more": 0}) == "another more (found 0, asked for None)"
+    assert changed == "different json (its content differs)"
+    assert Request().difference({"more": 0}) == "different more (found 0, asked for None)"

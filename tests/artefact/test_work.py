@@ -64,7 +64,7 @@ def test_parts_are_made_joined_and_reused(tmp_path, capsys, num_workers: int) ->
     written = read_manifest(tmp_path)
     run_in_parts(again := Squares(tmp_path), ALONE)
     assert not again.made and "reused" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"another count \(found 8, asked for 7\)"):
+    with pytest.raises(InputError, match=r"different count \(found 8, asked for 7\)"):
         run_in_parts(Squares(tmp_path, 7), ALONE)
     assert read_manifest(tmp_path) == written
     run_in_parts(Squares(tmp_path, 7), ALONE, overwrite=True)
@@ -89,7 +89,7 @@ class Named(Squares):
 
 def test_a_start_that_is_overtaken_is_told_when_the_other_made_something_else(tmp_path) -> None:
     run_in_parts(Named(tmp_path / "same", "a", rival="a"), ALONE)
-    with pytest.raises(InputError, match=r"another name \(found 'b', asked for 'a'\)"):
+    with pytest.raises(InputError, match=r"different name \(found 'b', asked for 'a'\)"):
         run_in_parts(Named(tmp_path / "other", "a", rival="b"), ALONE)
     for name in ("same", "other"):
         assert squares(tmp_path / name) == "0 1 4 9 16 25 36 49 "
@@ -100,7 +100,7 @@ def test_the_last_rank_joins_and_ranks_may_change(tmp_path, capsys) -> None:
         run_in_parts(work := Squares(tmp_path), RankOf(rank, 3))
         assert work.made == [rank]
     assert "1 of 3 are still missing" in capsys.readouterr().out
-    with pytest.raises(InputError, match="unfinished work of another count"):
+    with pytest.raises(InputError, match="unfinished work of different count"):
         run_in_parts(Squares(tmp_path, 9), ALONE)
     run_in_parts(work := Squares(tmp_path), ALONE)
     assert work.made == [0] and squares(tmp_path) == "0 1 4 9 16 25 36 49 "

@@ -166,9 +166,9 @@ def test_what_changed_between_two_starts_is_named(here, there, quick, base, tmp_
     open_rows(source, tmp_path / "rows", rank=RankOf(0, 1))
     forms.write_parquet(tmp_path / "other", inside(forms.texts)[::-1])
     address_of(there, "again/table.parquet", (tmp_path / "other.parquet").read_bytes())
-    with pytest.raises(InputError, match=r"another content of s3://bucket/again/table.parquet"):
+    with pytest.raises(InputError, match=r"different content of s3://bucket/again/table.parquet"):
         encode(1)
-    with pytest.raises(InputError, match=r"finished, but with another files .*table\.parquet"):
+    with pytest.raises(InputError, match=r"finished, but with different files .*table\.parquet"):
         open_rows(source, tmp_path / "rows", rank=RankOf(0, 1))
 
 
@@ -178,7 +178,7 @@ def test_a_listing_that_changes(there, quick, tmp_path) -> None:
     address_of(there, "growing/0.jsonl", line)
     open_rows(folder, tmp_path / "rows", rank=RankOf(0, 1))
     address_of(there, "growing/1.jsonl", line)
-    with pytest.raises(InputError, match=r"another files .*growing/1\.jsonl"):
+    with pytest.raises(InputError, match=r"different files .*growing/1\.jsonl"):
         open_rows(folder, tmp_path / "rows", rank=RankOf(0, 1))
 
 

@@ -199,7 +199,8 @@ def test_parts_of_another_version_are_not_gone_on_with(tmp_path, capsys, monkeyp
         assert build_shards(tmp_path, rows, **options, rank=0, num_ranks=2) == 0
     assert build_shards(tmp_path, rows, **options) == 2
     assert (
-        "unfinished work of another parts_version (found 1, asked for 4)" in capsys.readouterr().err
+        "unfinished work of different parts_version (found 1, asked for 4)"
+        in capsys.readouterr().err
     )
     assert build_shards(tmp_path, rows, **options, overwrite=True) == 0
 

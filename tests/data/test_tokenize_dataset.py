@@ -450,7 +450,7 @@ def test_several_datasets_share_a_folder(inputs, capsys) -> None:
     ]
     assert [(entry["dataset"], entry["index"]) for entry in lines] == [("d", 1), ("e", 0)]
     assert tokenize(inputs, [row(0)], dataset_name="e") == 2
-    assert "e has another json" in capsys.readouterr().err
+    assert "e has different json" in capsys.readouterr().err
     assert tokenize(inputs, [row(3)], dataset_name="e", overwrite=True) == 0
     assert read(inputs, "base") == first and beingvl("verify", inputs / "out") == 0
     assert read_manifest(inputs / "out").counts["rows"] == 2
@@ -535,7 +535,7 @@ def test_parts_made_without_decoding_are_not_passed_off_as_decoded(inputs, capsy
     assert build(inputs, part_bytes=600, rank=0, num_ranks=2) == 0
     assert build(inputs, part_bytes=600, vbpe_path=inputs / "vbpe.json") == 2
     assert (
-        "unfinished work of another decoded (found False, asked for True)"
+        "unfinished work of different decoded (found False, asked for True)"
         in capsys.readouterr().err
     )
 

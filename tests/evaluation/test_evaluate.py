@@ -231,7 +231,7 @@ def test_a_finished_evaluation_is_reused_and_another_request_refused(
     assert "reused" in out and "mean over questions" in out
     assert (output / "manifest.json").stat().st_mtime_ns == written
     assert main(command(run_folder, output, codes(run_folder), "--limit=6")) == 2
-    assert "another limit" in capsys.readouterr().err
+    assert "different limit" in capsys.readouterr().err
     assert main(command(run_folder, output, codes(run_folder), "--limit=6", "--overwrite")) == 0
     manifest = verify_folder(output)
     assert manifest.counts["rows"] == 6
@@ -262,7 +262,7 @@ def test_an_interrupted_evaluation_is_continued_on_other_ranks(
     assert not (tmp_path / "eval" / "manifest.json").exists()
     assert (
         main([*arguments, "--limit=7"]) == 2
-        and "unfinished work of another limit" in capsys.readouterr().err
+        and "unfinished work of different limit" in capsys.readouterr().err
     )
     counted: list[int] = []
     monkeypatch.setattr(

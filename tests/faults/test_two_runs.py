@@ -62,7 +62,7 @@ def test_a_second_run_says_who_has_the_folder_and_disturbs_nothing(work, tmp_pat
         process.kill()
     first.wait(timeout=60)
     assert run(2, *inputs_of(work, output), "beingvl.epochs=100", "beingvl.max_steps=1") == 2
-    assert "belongs to another run: another max_steps" in log_of(output)  # owned no more
+    assert "belongs to another run: different max_steps" in log_of(output)  # owned no more
 
 
 def test_final_is_written_from_a_checkpoint_of_this_run_alone(work, tmp_path) -> None:
@@ -73,7 +73,7 @@ def test_final_is_written_from_a_checkpoint_of_this_run_alone(work, tmp_path) ->
     stage = open_stage(
         work / "base", work / "shards", output, work / "all.json", other, None, None, False
     )
-    with pytest.raises(InputError, match=r"step-0\S+ belongs to another run: another seed"):
+    with pytest.raises(InputError, match=r"step-0\S+ belongs to another run: different seed"):
         write_final(stage)
     assert not (output / "final" / "manifest.json").exists()
 

@@ -79,7 +79,7 @@ def test_the_seed_decides(image_path, trained, tmp_path, capsys):
     assert main([*command, f"--output_path={trained}"]) == 0
     assert "reused" in capsys.readouterr().out
     assert main([*command, f"--output_path={trained}", "--seed=1"]) == 2
-    assert "with another seed" in capsys.readouterr().err
+    assert "with different seed" in capsys.readouterr().err
 
 
 def test_held_out_images_of_another_folder(image_path, tmp_path):

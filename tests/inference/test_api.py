@@ -219,7 +219,7 @@ def test_errors_are_those_of_openai(server: tuple[int, Path], images: list[Path]
         ([user(said("hi"))], {"temperature": 3}, "temperature", "expected a number from 0 to 2"),
         ([user(said("hi"))], {"max_tokens": 0}, "max_tokens", "expected an integer at least 1"),
         ([user(said("hi"))], {"stop": [""]}, "stop", "stop is not a text"),
-        ([user(said("hi"))], {"tools": [{"type": "function"}]}, "tools", "not done here"),
+        ([user(said("hi"))], {"tools": [{"type": "function"}]}, "tools", "which is not supported"),
     ]
     for messages, options, field, sentence in bad:
         with pytest.raises(openai.BadRequestError, match=sentence) as refused:

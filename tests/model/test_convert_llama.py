@@ -492,7 +492,7 @@ def test_a_finished_target_is_reused_by_the_same_request_and_refused_to_others(
     before = (tmp_path / "base" / "manifest.json").stat().st_mtime_ns
     assert convert(**request) == 0
     assert (tmp_path / "base" / "manifest.json").stat().st_mtime_ns == before
-    refused(capsys, "another seed", **request, seed=5)
+    refused(capsys, "different seed", **request, seed=5)
     assert convert(**request, seed=5, overwrite=True) == 0
     verify_folder(tmp_path / "base")
 
@@ -526,7 +526,7 @@ def test_a_changed_input_is_not_the_same_request(tmp_path, vq, changed, capsys):
         )
         path.write_text(json.dumps(json.loads(path.read_text()) | {"top_k": 7}))
     named = {"given tokenizer": "tokenizer", "vq decoder": "vqgan"}.get(changed, "llama")
-    refused(capsys, f"is finished, but with another {named}", **request)
+    refused(capsys, f"is finished, but with different {named}", **request)
     assert convert(**request, overwrite=True) == 0
 
 

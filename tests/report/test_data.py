@@ -65,7 +65,7 @@ def test_what_the_examples_were_not_made_with_is_refused(inputs, tmp_path, capsy
         (f"--vq_path={tmp_path}/vqgan", "different vqgan"),
         (
             f"--model_path={tmp_path}",
-            "has no tokenizer.json; make the model folder with `beingvl convert`",
+            "has no vocab_layout.json: it is not a Being-VL model folder",
         ),
     ):
         assert (

@@ -56,6 +56,6 @@ def test_the_first_rank_that_was_given_something_else_is_named() -> None:
     others = [same, {**same, "shards": "b"}, {"seed": 1}]
     with pytest.raises(
         InputError,
-        match=r"rank 2 was .* than rank 0: another shards \(found 'b', asked for 'a'\); every host",
+        match=r"rank 2 has .* than rank 0: different shards \(found 'b', asked for 'a'\)",
     ):
         refuse_different_inputs(same, lambda value: [value, *others])

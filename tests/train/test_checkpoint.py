@@ -173,7 +173,7 @@ def test_a_slice_is_written_in_pieces_that_are_waited_for_and_tell_of_themselves
 
 def test_damage_and_other_runs_are_named(tmp_path) -> None:
     folder, state = write(tmp_path, 1, [0.5])
-    with pytest.raises(InputError, match=r"another run: another seed \(found 0, asked for 1\)"):
+    with pytest.raises(InputError, match=r"another run: different seed \(found 0, asked for 1\)"):
         check_identity(folder, state.identity, Request({**state.identity, "seed": 1}))
     path = folder / "rank-00001-of-00002.safetensors"
     whole = path.read_bytes()

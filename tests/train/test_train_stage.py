@@ -137,7 +137,7 @@ def test_a_finished_stage_is_left_alone_and_another_run_is_refused(work, whole_r
     assert "finished already" in done[0].stdout and not (outputs[1] / "checkpoints").exists()
     refused = run_each([[*command, "--set", "beingvl.seed=1"] for command in commands])
     assert [each.returncode for each in refused] == [2, 2], refused
-    assert all("another seed (found 0, asked for 1)" in each.stderr for each in refused), refused
+    assert all("different seed (found 0, asked for 1)" in each.stderr for each in refused), refused
     assert (whole_run / "final" / "manifest.json").read_text() == before
     line = shlex.join(commands[0][len(PYTHON) + 2 :])
     alone = programs.run_program("light_answers", line, is_measured=True)  # without torch
@@ -214,12 +214,12 @@ def test_ranks_that_are_given_different_things_end_together_and_all_differences_
     for done in run_each(commands):
         assert done.returncode == 2, done
         (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
-        assert "rank 1 has different inputs than rank 0: another " in line, line
+        assert "rank 1 has different inputs than rank 0: different " in line, line
         assert line.endswith("every host must read the same files"), line
-        assert "another checkpoint_every_steps (found 2, asked for 3)" in line, line
-        assert "another lineage" not in line, line
+        assert "different checkpoint_every_steps (found 2, asked for 3)" in line, line
+        assert "different lineage" not in line, line
         assert all(
-            f"another {name} (" in line
+            f"different {name} (" in line
             for name in ("zero_optimization", "shards", "validation set")
         ), line
     assert not (tmp_path / "run" / "checkpoints").exists()

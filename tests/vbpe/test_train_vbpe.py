@@ -206,11 +206,11 @@ def test_interrupted_run_continues_to_the_same_bytes(tmp_path, codes, capsys, mo
 
     assert train(*options, "--alpha", 0) == 2
     expected = (
-        "was made with another alpha (found 0.3, asked for 0.0); use the same options, or delete"
+        "was made with different alpha (found 0.3, asked for 0.0); use the same options, or delete"
     )
     assert expected in capsys.readouterr().err
     assert train(*options, "--init_size", 13) == 2
-    assert "another number of codes (found 12, asked for 13)" in capsys.readouterr().err
+    assert "different number of codes (found 12, asked for 13)" in capsys.readouterr().err
     assert train(*options, "--num_merges", 15) == 2
     assert "already has 20 merges, more than --num_merges 15" in capsys.readouterr().err
 
@@ -239,7 +239,9 @@ def test_a_finished_folder_is_reused_verified_and_never_lost(tmp_path, codes, ca
     assert train(*learn, 5) == 0
     assert "is finished already, with the same inputs: reused" in capsys.readouterr().out
     assert train(*learn, 6) == 2
-    assert "finished, but with another num_merges (found 5, asked for 6)" in capsys.readouterr().err
+    assert (
+        "finished, but with different num_merges (found 5, asked for 6)" in capsys.readouterr().err
+    )
     assert (out / "vbpe.json").stat().st_mtime_ns == before
     assert main(["verify", str(out)]) == 0
     assert train(*learn, 6, "--overwrite") == 0

@@ -23,7 +23,6 @@ from beingvl.data.dialects.llava import from_llava
 from beingvl.data.dialects.messages import from_messages
 from beingvl.data.dialects.sharegpt import from_sharegpt
 from beingvl.data.dialects.texts import from_texts
-from beingvl.data.dialects.turns import JUDGEMENTS, PREFERENCES
 from beingvl.errors import InputError
 
 Record = Mapping[str, Any]
@@ -73,9 +72,7 @@ def _name_of(record: Record) -> str | None:
         if "role" in first:
             return "messages"
         is_plain = first.get("from") in (None, "human", "gpt")
-        is_judged = any(isinstance(record.get(name), bool) for name in JUDGEMENTS)
-        others = {"images", "system", *PREFERENCES} & set(record)
-        return "llava" if is_plain and not others and not is_judged else "sharegpt"
+        return "llava" if is_plain and not {"images", "system"} & set(record) else "sharegpt"
     names = set(record)
     if {"instruction", "output"} <= names:
         return "alpaca"

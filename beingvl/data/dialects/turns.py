@@ -23,6 +23,17 @@ PREFERENCES = ("chosen", "rejected", "rejected_response")  # of DPO
 JUDGEMENTS = ("label", "kto_tag")  # of KTO, true or false; else some class
 
 
+def refuse_bad_answers(record: Mapping[str, Any]) -> None:
+    """Raises InputError for rows of preference training, whose answers are not all to be learnt."""
+    if bad := [name for name in JUDGEMENTS if record.get(name) is False]:
+        raise InputError(f"{bad[0]} is false (as in KTO), so the answer is a bad one")
+    if pairs := [name for name in PREFERENCES if record.get(name)]:
+        raise InputError(
+            f"the row has {pairs[0]!r}, a preference (DPO), which is not taken: leave the key out, "
+            "and end the turns with the answer to learn"
+        )
+
+
 def turn(role: Any, text: Any, where: str) -> dict[str, str]:
     """One entry of `conversations`. Raises InputError for another role, or no text."""
     if not isinstance(role, str) or role not in ROLES:
@@ -40,13 +51,7 @@ def row_of(
     """
     if others := [name for name in NOT_TAKEN if record.get(name)]:
         raise InputError(f"the row has {others[0]}, which are not taken")
-    if bad := [name for name in JUDGEMENTS if record.get(name) is False]:
-        raise InputError(f"{bad[0]} is false (as in KTO), so the answer is a bad one")
-    if pairs := [name for name in PREFERENCES if record.get(name)]:
-        raise InputError(
-            f"the row has {pairs[0]!r}, a preference (DPO), which is not taken: leave the key out, "
-            "and end the turns with the answer to learn"
-        )
+    refuse_bad_answers(record)
     images = [image for image in images if image is not None]
     answers = {name: record[name] for name in ANSWER_NAMES if record.get(name) is not None}
     return answers | {
