@@ -84,7 +84,7 @@ def test_wrong_input_is_named(llama, tmp_path, capsys):
         (" \n", [], "holds no text"),
         ("a line", ["--vocab_size", "257"], "expected at least 258"),
         ("a line", ["--hidden_size", "48"], "expected a multiple of 32"),
-        ("a line", ["--output_path", str(llama)], "is finished, but with another"),
+        ("a line", ["--output_path", str(llama)], "is finished, but with different"),
     ]:
         if content is not None:
             texts.write_text(content)

@@ -137,7 +137,7 @@ def test_already_made(folder) -> None:
     assert already_made(folder, "shards", {"n": 1})
     assert not already_made(folder, "shards", {"n": 1}, overwrite=True)
     assert not already_made(folder / "other", "shards", {"n": 1})
-    with pytest.raises(InputError, match="another n"):
+    with pytest.raises(InputError, match="different n"):
         already_made(folder, "shards", {"n": 2})
 
 
