@@ -262,6 +262,7 @@ RECORDS: dict[str, dict[str, Any]] = {
     "messages": {"messages": [{**SAID[0], "content": PARTS}, SAID[1], *SAID], "images": ["2.png"]},
     "texts": {"texts": [{"user": "Which?", "assistant": "That."}], "images": ["1.png"]},
     "caption": {"caption": "That.", "image": "1.png"},
+    "alpaca": {"instruction": "Which?", "output": "That.", "history": [["Is it?", "Yes."]]},
 }
 
 
