@@ -14,6 +14,7 @@ import importlib
 import io
 import itertools
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -145,6 +146,7 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
     except Exception as error:
         if args.debug:
             raise
+        error = _of_the_system(error)
         if not isinstance(error, OSError) or error.errno not in REMEDIES:
             return _report_defect(name, error)
         # A failing write does not say which file it was.
@@ -158,6 +160,14 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
             flush=True,
         )
         return 2
+
+
+def _of_the_system(error: Exception) -> Exception:
+    """The OSError that torch reports as a RuntimeError, "…: Too many open files (24)"."""
+    number = re.search(r" \((\d+)\)$", str(error))
+    if isinstance(error, RuntimeError) and number and int(number[1]) in REMEDIES:
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    return error
 
 
 def _sentence(error: Exception, argv: Sequence[str]) -> str:

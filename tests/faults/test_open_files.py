@@ -51,6 +51,19 @@ def test_no_image_is_rejected_where_too_many_files_are_open(tmp_path, capfd) -> 
     assert codes == sorted(codes, reverse=True) and set(codes) == {0, 2}
 
 
+def test_torchs_words_for_it_are_understood(capfd, monkeypatch, tmp_path) -> None:
+    def load_file(path: object) -> None:
+        raise RuntimeError(
+            f"unable to open file <{path}> in read-only mode: Too many open files (24)"
+        )
+
+    monkeypatch.setattr("beingvl.images.vqgan.load_file", load_file)
+    paths = {"image_path": tmp_path, "vq_path": save_vqgan(tmp_path / "vqgan", seed=0)}
+    Image.new("RGB", (24, 20)).save(tmp_path / "a.png")
+    assert beingvl("encode-images", **paths, output_path=tmp_path / "codes") == 2
+    assert "error: Too many open files" in capfd.readouterr().err
+
+
 def test_workers_that_cannot_be_started_end_a_step() -> None:
     for room in (2, 6, 9):
         refused = pytest.raises(OSError, match="Too many open files")
