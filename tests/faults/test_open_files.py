@@ -52,6 +52,7 @@ def test_no_image_is_rejected_where_too_many_files_are_open(tmp_path, capfd) -> 
 
 
 def test_torchs_words_for_it_are_understood(capfd, monkeypatch, tmp_path) -> None:
+    # By chance: it depends on what a process has open already whether torch is the one to fail.
     def load_file(path: object) -> None:
         raise RuntimeError(
             f"unable to open file <{path}> in read-only mode: Too many open files (24)"
