@@ -3,6 +3,8 @@
 import errno
 import math
 
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+
 
 class InputError(ValueError):
     """Wrong input. The message names the file, what was found, what was expected and what to do."""
@@ -10,7 +12,7 @@ class InputError(ValueError):
 
 def is_out_of_files(error: BaseException) -> bool:
     """Whether too many files are open, which says nothing about the one that was to be opened."""
-    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+    return isinstance(error, OSError) and error.errno in TOO_MANY_FILES
 
 
 def check_at_least(least: int, **options: float | None) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 
 from beingvl.commands.parser import Parser
-from beingvl.errors import InputError
+from beingvl.errors import TOO_MANY_FILES, InputError
 from beingvl.version import __version__
 
 COMMANDS = {
@@ -65,7 +65,6 @@ DISK_FAILS = (
     errno.ENOSYS,
     errno.EOPNOTSUPP,
 )
-TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 REMEDIES = {
     errno.ECONNABORTED: "see to the network",  # of sources/places.py
     **dict.fromkeys(DISK_IS_FULL, "make room"),
