@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 import uuid
@@ -30,6 +31,7 @@ from beingvl.train.phases import RANKS, REPLAY_RANKS, Phases
 from beingvl.train.stage_run import Stage, open_stage
 
 LONGEST_IMPORT_SECONDS = 600
+LEAST_OPEN_FILES = 64  # torch's store ends the process, without an exception, for want of twenty
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -78,6 +80,7 @@ def train(
         Path(validation_data) if validation_data else None,
         carry_moments,
     )
+    _refuse_few_open_files()
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if stage.note and rank == 0:
         print(stage.note, flush=True)
@@ -93,6 +96,16 @@ def train(
 
             write_final(stage)
     return output / "final" if is_at_its_end else None
+
+
+def _refuse_few_open_files() -> None:
+    """The reader of shards has raised the limit as far as it may."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit < LEAST_OPEN_FILES:
+        raise InputError(
+            f"a process may open {limit} files here, and training needs {LEAST_OPEN_FILES}; allow "
+            "more (`ulimit -n 65536`) and start the same command again"
+        )
 
 
 @contextmanager

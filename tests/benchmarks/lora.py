@@ -1,7 +1,7 @@
 """Adapters against full training in stages 2 and 3 of the quickstart: what they learn, and what
-they cost. Both start from the same stage 1.
+they cost. Both start from the same stage 1; `--folder` keeps what is finished, and goes on.
 
-    python -m tests.benchmarks.lora [--seeds 0 1] [--rank 32] [--lr_multiplier 2]
+    python -m tests.benchmarks.lora [--seeds 0 1] [--rank 32] [--lr_multiplier 2] [--ranks 2]
                                     [--stage3_steps 600] [--folder FOLDER]
                                     --tiny takes less than a minute: stage 3 alone, on random data
 
@@ -34,25 +34,6 @@ from tests.tiny import write_inputs
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "ds_configs"
-# as scripts/quickstart.sh; {seed} is filled in
-STEPS_BEFORE_TRAINING = """
-    beingvl/scripts/make_digits_dataset.py --output_dir data --image_size 12 --seed {seed}
-    beingvl train-vq --image_path data/images/train --validation_path data/images/validation
-        --output_path vqgan --image_size 12 --grid 6 --seed {seed}
-    beingvl encode-images --image_path data/images --json_path data/train.json --vq_path vqgan
-        --output_path codes/train
-    beingvl encode-images --image_path data/images --json_path data/test.json --vq_path vqgan
-        --output_path codes/test
-    beingvl train-vbpe --data_path codes/train --output_path vbpe --num_merges 16
-    beingvl/scripts/make_text_llama.py --texts data/texts.txt --output_path llama --vocab_size 448
-        --steps 60 --seed {seed}
-    beingvl convert --llama_path llama --being_vq_path vqgan --vbpe vbpe --output_path base
-        --init codebook --seed {seed}
-    beingvl tokenize --mode sft --json_path data/train.json --vq_codes codes/train
-        --vbpe_path vbpe --model_path base --output_dir tokenized --dataset_name digits
-    beingvl build-shards --jsonl_path tokenized/digits_vbpe.jsonl --vbpe_path vbpe
-        --output_path shards
-"""
 RANDOM_DATA = ['beingvl.mixture={"foundation": 1}', "beingvl.packing=false"]
 
 
@@ -64,6 +45,7 @@ def main() -> None:
     add("--seeds", type=int, nargs="+", default=[0, 1])
     add("--rank", type=int, default=32)
     add("--lr_multiplier", type=float, default=2.0, help="of the adapters' learning rate")
+    add("--ranks", type=int, default=2, help="processes of a training (default: 2)")
     add("--stage3_steps", type=int, default=600)
     add("--folder", type=Path, help="keep everything there")
     add("--tiny", action="store_true", help="see that it runs")
@@ -87,10 +69,17 @@ def measure(folder: Path, seed: int, args: argparse.Namespace) -> dict[str, Any]
     if args.tiny:
         write_inputs(folder)
     else:
-        steps = STEPS_BEFORE_TRAINING.format(seed=seed).replace("\n        ", " ")
-        for line in steps.strip().splitlines():
-            beingvl(folder, *line.split())
-        train(folder, 1, folder / "base", folder / "stage-1", [])
+        run(
+            folder,
+            "bash",
+            "scripts/quickstart.sh",
+            "--inputs_only",
+            RUN=f"{folder}",
+            SEED=f"{seed}",
+        )
+        rows = "build-shards --jsonl_path tokenized/digits_vbpe.jsonl --vbpe vbpe --output shards"
+        beingvl(folder, *rows.split())
+        train(folder, 1, folder / "base", folder / "stage-1", [], args.ranks)
     full, lora = (run_stages(folder, name, args) for name in ("full", "lora"))
     print(f"seed {seed}: {json.dumps({'full': full, 'lora': lora})}", flush=True)
     return {
@@ -121,7 +110,7 @@ def run_stages(folder: Path, name: str, args: argparse.Namespace) -> dict[str, A
         words += RANDOM_DATA if args.tiny else []
         if name == "lora":
             words.append(f"beingvl.trainable={json.dumps(rules[stage])}")
-        train(folder, stage, model, output, words)
+        train(folder, stage, model, output, words, args.ranks)
         model = output
     newest = complete_checkpoints(model)[-1]
     rows = read_metrics(model)
@@ -136,40 +125,32 @@ def run_stages(folder: Path, name: str, args: argparse.Namespace) -> dict[str, A
     }
 
 
-def train(folder: Path, stage: int, model: Path, output: Path, words: list[str]) -> None:
-    """A stage of the quickstart on two ranks."""
+def train(
+    folder: Path, stage: int, model: Path, output: Path, words: list[str], ranks: int
+) -> None:
+    """A stage of the quickstart."""
     final = model / "final" if (model / "final").is_dir() else model
     inputs = (CONFIGS / f"quickstart-stage{stage}.json", final, folder / "shards", output)
-    code = start(2, *inputs, *words).wait()
+    code = start(ranks, *inputs, *words).wait()
     assert code == 0, log_of(output)[-3000:]
 
 
 def accuracy_of(folder: Path, stage: Path) -> float:
+    words = "evaluate --vbpe vbpe --json_path data/test.json --codes vq_codes/test"
     output = Path(f"{stage}-eval")
-    words = "--vbpe_path vbpe --json_path data/test.json --vq_codes codes/test"
-    beingvl(
-        folder,
-        "beingvl",
-        "evaluate",
-        "--model",
-        f"{stage / 'final'}",
-        *words.split(),
-        "--output_path",
-        f"{output}",
-    )
+    beingvl(folder, *words.split(), f"--model={stage / 'final'}", f"--output={output}")
     return json.loads((output / "scores.json").read_text())["accuracy_mean"]
 
 
 def beingvl(folder: Path, *words: str) -> None:
-    """One command, or one script of the package."""
-    first, *others = words
-    program = ["-m", "beingvl"] if first == "beingvl" else [f"{REPOSITORY / first}"]
+    run(folder, sys.executable, "-m", "beingvl", *words)
+
+
+def run(folder: Path, *words: str, **variables: str) -> None:
+    """In `folder`, but for scripts, which find their own."""
+    words = tuple(f"{REPOSITORY / word}" if word.startswith("scripts/") else word for word in words)
     done = subprocess.run(
-        [sys.executable, *program, *others],
-        cwd=folder,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
+        words, cwd=folder, env={**ENVIRONMENT, **variables}, capture_output=True, text=True
     )
     assert done.returncode == 0, shlex.join(words) + done.stderr[-3000:]
 

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,8 @@ from beingvl.data.shard_columns import map_batch
 from beingvl.images.vq_codes import CodeFolder, load_mapped
 from tests.command import beingvl
 from tests.images.test_encode_images import save_vqgan
-from tests.tiny import write_shards
+from tests.launcher import ENVIRONMENT, stage_words
+from tests.tiny import stage_fields, write_inputs, write_shards
 
 
 @contextmanager
@@ -91,3 +93,18 @@ def test_a_reader_of_shards_may_open_them_all(tmp_path) -> None:
         limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         assert limit == min(most, OTHER_FILES + len(list(shards.glob("*.arrow"))))
         assert len(reader) == 60
+
+
+def test_a_training_is_refused_where_torch_would_abort(tmp_path) -> None:
+    """Its store ends the process, without an exception, when no socket can be opened."""
+    write_inputs(tmp_path, all=stage_fields(max_steps=1) | {"train_batch_size": 2})
+    words = stage_words(*(tmp_path / name for name in ("all.json", "base", "shards", "stage")))
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -n 24 && exec "$@"', "bash", "beingvl", "train", *words],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "a process may open 24 files here, and training needs 64" in done.stderr
+    assert not (tmp_path / "stage").exists()
