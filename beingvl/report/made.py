@@ -12,7 +12,9 @@ from beingvl.artefact.manifest import MANIFEST_FILE, is_complete, read_manifest
 
 
 class Made(NamedTuple):
-    """One artefact; `finished` is local time, as its manifest's file has it."""
+    """One artefact; `finished` is local time, as its manifest's file has it. `version` is that of
+    beingvl, and where weights were trained those of the libraries that did it.
+    """
 
     path: str
     finished: str
@@ -34,7 +36,9 @@ def read_made(run: Path, stages: Path) -> list[Made]:
             continue
         finished = datetime.fromtimestamp(_finished_at(path)).strftime("%Y-%m-%d %H:%M")
         name = os.path.relpath(path, run)
-        made.append(Made(name, finished, manifest.beingvl_version, manifest.command))
+        libraries = manifest.details.get("versions", {}).items()
+        versions = [manifest.beingvl_version, *(" ".join(library) for library in libraries)]
+        made.append(Made(name, finished, ", ".join(versions), manifest.command))
     return made
 
 

@@ -82,7 +82,7 @@ def write_hf_folder(
         "variant": identity.get("variant"),
         "step": state.step,
         "data": card.data_facts(shards) if shards else None,
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed")},
         "history": card.history_of(manifest),
     }
     return finish_target(target, "model", counts, identity["lineage"], details, hashes)
