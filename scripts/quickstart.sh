@@ -8,7 +8,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 case "${1:-}" in
---install_only) exit 0 ;;
+--install_only) echo '== ready: source .venv/bin/activate' && exit 0 ;;
 --raw) VARIANT=base ;;
 '' | --inputs_only) VARIANT=vbpe ;;
 *) echo "usage: [SEED=0] [RUN=runs/quickstart] [NUM_RANKS=2] [MASTER_PORT=29500] bash scripts/quickstart.sh [--install_only | --raw | --inputs_only]" >&2 && exit 2 ;;
@@ -79,4 +79,4 @@ say "report"
 beingvl report run "$RUN" --stages_path "$STAGES" --output "$STAGES/report" --wall_seconds "$(wall_seconds)"
 say "ask it yourself"
 echo "source .venv/bin/activate
-beingvl generate --model $STAGES/stage-3/final --vbpe $RUN/vbpe --image $RUN/data/images/test/0002-0.png --prompt 'Which digit is this?'$([ "$VARIANT" = base ] && echo ' --raw')"
+beingvl generate --model $STAGES/stage-3 --image $RUN/data/images/test/0002-0.png --prompt 'Which digit is this?'$([ "$VARIANT" = base ] && echo ' --raw')"

@@ -22,20 +22,17 @@ class _LogLines(tqdm):
     monitor_interval = 0  # tqdm's own thread
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        counted = "{desc}: {n_fmt} of {total_fmt}{unit} in {elapsed}, {remaining} left"
-        super().__init__(
-            *args,
-            **options,
-            mininterval=math.inf,
-            delay=math.inf,
-            bar_format=counted + ", {rate_fmt}{postfix}",
-        )
+        super().__init__(*args, **options, mininterval=math.inf, delay=math.inf)
         self._is_closed = threading.Event()
         threading.Thread(target=self._talk, daemon=True).start()
 
     def _talk(self) -> None:
         pause = FIRST_SECONDS
+        plural = "" if self.unit == "B" else "s"
         while not self._is_closed.wait(pause):
+            self.bar_format = f"{{desc}}: {{n_fmt}} of {{total_fmt}}{{unit}}{plural} in {{elapsed}}"
+            if self.n > self.initial:  # else there is no rate yet
+                self.bar_format += ", {remaining} left, {rate_fmt}{postfix}"
             self.fp.write(f"{self}\n")
             self.fp.flush()
             pause = LOG_SECONDS

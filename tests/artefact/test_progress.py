@@ -23,12 +23,12 @@ def test_a_log_gets_lines_also_in_the_middle_of_an_item_and_short_work_none(
     lines = (shown + capfd.readouterr().err).splitlines()
     assert 2 <= len(lines) <= most
     for line in lines:
-        assert line.startswith("long: 10 of 100 image in 00:0") and " left, " in line
+        assert line.startswith("long: 10 of 100 images in 00:0") and " left, " in line
         assert "image/s, psnr=1" in line
     for _ in progress(range(2), name="items", unit="image"):
         time.sleep(0.5)
     counted = capfd.readouterr().err
-    assert "items: 0 of 2 image" in counted and "items: 1 of 2 image" in counted
+    assert "items: 0 of 2 images in 00:00\n" in counted and "items: 1 of 2 images" in counted
     time.sleep(0.3)
     assert capfd.readouterr().err == ""
 

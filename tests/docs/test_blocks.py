@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.pages import REPOSITORY
-from tests.docs.world import MADE, make_world, run
+from tests.docs.world import MADE, SMALLER, make_world, run
 
 DOCS = REPOSITORY / "docs"
 FOLDERS = (DOCS / "tutorial", DOCS / "how-to")
@@ -50,7 +50,9 @@ def test_the_blocks_of_a_page_run(page: Path, world: Path, tmp_path: Path) -> No
     if page.parent.name == "tutorial":  # which makes everything itself
         for name in MADE:
             shutil.rmtree(folder / name)
+    for words, instead in SMALLER.items():
+        commands = commands.replace(words, instead)
     own = {}
     if page.stem == "cluster":  # its scripts look for their JSON in the repository
-        own = {"WORKSPACE": f"{folder}/workspace", "DS_CONFIG": f"{folder}/ds_configs/stage1.json"}
+        own = {"DS_CONFIG": f"{folder}/ds_configs/stage1.json"}
     run(["bash", "-euc", commands], folder, **own)
