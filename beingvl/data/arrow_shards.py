@@ -1,7 +1,7 @@
-"""Arrow token shards, read: a folder of them (shard_writer.py) as one list of samples.
+"""Read Arrow token shards: a folder of them (shard_writer.py) is one list of samples.
 
-Opening a folder reads the manifest and no sample: planning needs the three index files only, all
-memory-mapped. A sample is two views into the memory map of its shard.
+Opening a folder reads only the manifest; planning reads only the three index files. Everything is
+memory-mapped, and a sample is two views into its shard's map.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from beingvl.images.vq_codes import load_mapped
 from beingvl.vocab import VocabLayout
 
 READS_BETWEEN_CHECKS = 16
-OTHER_FILES = 1000  # of the process
+OTHER_FILES = 1000  # that the process may have open besides the shards
 
 
 class _Shard:
@@ -58,7 +58,7 @@ class _Shard:
         return self._lists["input_ids"][1]
 
     def give_back_pages(self) -> None:
-        """Views stay valid: a page that is asked for again is mapped again."""
+        """Views stay valid: the kernel maps a page again when it is next read."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
 
@@ -71,13 +71,12 @@ def _text_views(column: pa.StringArray) -> tuple[np.ndarray, np.ndarray | None]:
 class ShardReader:
     """All samples of a finished shard folder, memory-mapped.
 
-    `lengths` [num_samples] int32 (tokens), `source_of` [num_samples] uint8 (index into `sources`),
-    both memory-mapped. Shards are opened when they are first read. A page that is read stays in the
-    map, and counts as this process's own memory, until it is given back: that happens when the
-    pages that were mapped since the last time exceed `bytes_mapped_at_most`. They are measured,
-    because the kernel maps more than was asked for: 64 KiB around each of the eight places of a
-    sample. `positions` gives the position ids of a sample's tokens; with anchors it needs the
-    vBPE in the folder `model`.
+    `lengths` is [num_samples] int32 (tokens), `source_of` [num_samples] uint8 (index into
+    `sources`); both are memory-mapped. A shard is opened on its first read. Pages that were read
+    stay mapped and count as this process's memory. They are given back once more than
+    `bytes_mapped_at_most` were mapped since the last time. We measure that number, because the
+    kernel maps more than we read: 64 KiB around each of the eight places of a sample. `positions`
+    computes the position ids of a sample's tokens; anchors need the vBPE in the folder `model`.
     """
 
     def __init__(
@@ -106,7 +105,7 @@ class ShardReader:
         kind = IMAGE_POSITIONS.check(IMAGE_POSITIONS.of(self.manifest))
         self.positions = PositionIds(kind, self.layout, vbpe_inside(model))
         _allow_open_files(len(rows))
-        self._names = list(rows)  # as written: by name, shard-100000 is before shard-99999
+        self._names = list(rows)  # in writing order: sorted, shard-100000 precedes shard-99999
         for name in self._names:
             self._check_size(name)
         self._starts = list(accumulate(rows.values(), initial=0))
@@ -143,7 +142,7 @@ class ShardReader:
 
     @cached_property
     def members(self) -> list[np.ndarray]:
-        """Ascending sample numbers of every source, memory-mapped, in the order of `sources`."""
+        """Sample numbers of each source, ascending, memory-mapped, in the order of `sources`."""
         return np.split(self._members, np.cumsum(self._source_sizes, dtype=np.int64)[:-1])
 
     def _shard(self, number: int) -> _Shard:
@@ -157,7 +156,7 @@ class ShardReader:
         return shard
 
     def all_ids(self) -> Iterator[np.ndarray]:
-        """Token ids of every shard. Raises InputError for an id outside the vocabulary."""
+        """Token ids, shard by shard. Raises InputError for an id outside the vocabulary."""
         for number, name in enumerate(self._names):
             ids = self._shard(number).all_ids
             if largest_id(ids) >= self.layout.size:
@@ -169,7 +168,7 @@ class ShardReader:
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        """One sample. Raises InputError for what only a damaged file could hold."""
+        """One sample. Raises InputError for values that only a damaged file can hold."""
         number = bisect_right(self._starts, index) - 1
         shard, row = self._shard(number), int(index - self._starts[number])
         ids, spans = shard.list("input_ids", row), shard.list("target_spans", row)
@@ -182,7 +181,7 @@ class ShardReader:
             found = f"its row {row} has impossible ids, spans or length"
             raise damaged(self.folder / self._names[number], found)
         try:
-            # The row's category, without touching two more pages.
+            # This is the row's category; reading it from the shard would touch two more pages.
             source = self.sources[self.source_of[index]]
             id_, image = shard.text("id", row), shard.text("image", row)
         except (UnicodeDecodeError, IndexError) as error:
@@ -199,8 +198,8 @@ class ShardReader:
                 self.give_back_pages()
 
     def give_back_pages(self) -> None:
-        """Let go of all pages that were read; arrays stay valid and are mapped again."""
-        # All of them, as views map pages again; a copy, as other threads open some.
+        """Unmap all pages that were read. Arrays stay valid: reading maps their pages again."""
+        # All shards, because views map pages again; a copy, because other threads open shards.
         for shard in list(self._open.values()):
             shard.give_back_pages()
         for index in self._index_maps:
@@ -209,7 +208,7 @@ class ShardReader:
 
 
 def _allow_open_files(count: int) -> None:
-    """Python keeps a mapped file open, and many systems allow a thousand."""
+    """Python keeps a mapped file open, and many systems allow only a thousand."""
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = min(count + OTHER_FILES, most)
     if limit < wanted:
@@ -217,13 +216,13 @@ def _allow_open_files(count: int) -> None:
 
 
 def _without_huge_pages(mapped: mmap.mmap) -> None:
-    """Else a read of 4 KB maps 2 MiB where the file lies in the page cache as huge pages."""
-    with contextlib.suppress(OSError):  # a kernel that has none
+    """Without this, reading 4 KB maps 2 MiB of a file that is in the page cache as huge pages."""
+    with contextlib.suppress(OSError):  # a kernel without huge pages
         mapped.madvise(mmap.MADV_NOHUGEPAGE)
 
 
 def _mapped_file_bytes() -> int:
-    """Bytes of files, libraries among them, that are in this process's memory now."""
+    """Bytes of files, including libraries, that this process has mapped into memory now."""
     with open("/proc/self/statm", "rb") as file:
         return int(file.read().split()[2]) * mmap.PAGESIZE
 

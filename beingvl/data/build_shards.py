@@ -1,10 +1,10 @@
 """JSONL token rows (ours or the published files) -> memory-mapped Arrow shards.
 
-  1. look_at       hash and kind of every file, from the manifest beside it or computed
+  1. look_at       finds each file's hash and kind, in the manifest beside it or by reading it
                    (token_files.py)
-  2. BuildShards   every file is cut at multiples of `part_bytes`; a part, the lines that start
-                   inside one piece, is parsed and checked (token_rows.py) and becomes one shard
-  3. join          all shards, the index files, and manifest.json last (shard_writer.py)
+  2. BuildShards   cuts every file at multiples of `part_bytes`; a part is the lines that start in
+                   one piece; it is parsed and checked (token_rows.py) and becomes one shard
+  3. join          writes all shards, the index files and, last, manifest.json (shard_writer.py)
 
 The result does not depend on workers, ranks or kills (artefact/work.py).
 """
@@ -33,8 +33,8 @@ from beingvl.stage.mixture import NO_CATEGORY
 from beingvl.vbpe.visual_bpe import AnyVBPE, VisualBPE
 from beingvl.vocab import VocabLayout
 
-MAX_PART_BYTES = 1 << 30  # a shard's offsets are 32 bits
-PARTS_VERSION = 4  # of a part's files
+MAX_PART_BYTES = 1 << 30  # a shard's offsets have 32 bits
+PARTS_VERSION = 4  # format of a part's files
 
 
 def build_shards(
@@ -52,24 +52,24 @@ def build_shards(
     num_ranks: int = 1,
     overwrite: bool = False,
 ) -> Manifest | None:
-    """Write the folder of shards `output_path`; a finished one of the same rows is reused.
+    """Write the shard folder `output_path`; a finished folder of the same rows is reused.
 
     Args:
         jsonl_path: one or more JSONL files of token rows.
         model_path: model folder whose vocabulary the ids belong to, for files without a manifest.
-        vbpe_path: vbpe.json that merged images must decode with, a row's first to its own codes;
-            None takes the one in `model_path`, if there is one.
-        template: that the rows are made with; None takes it from the manifest beside a file, and
-            without one from its first row: "being-vl-0.5" when all of token_1 is the target.
-        image_positions: where image tokens stand, "running" or "anchor" (positions.py); None takes
-            it from the manifests beside the files, else from the model, else the usual one.
-        part_bytes: bytes of JSONL that become one shard.
-        num_workers: processes that parse; None takes one per CPU core, 0 parses in this one.
-        duplicate_ids: "refuse" two rows with one id, or "keep" both.
+        vbpe_path: vbpe.json that must decode the merged images (a row's first image to the row's
+            own codes); None takes the one in `model_path`, if there is one.
+        template: chat template of the rows; None takes it from the manifest beside a file, or else
+            from the file's first row: "being-vl-0.5" when all of token_1 is the target.
+        image_positions: position ids of image tokens, "running" or "anchor" (positions.py); None
+            takes them from the manifests beside the files, else from the model, else the default.
+        part_bytes: bytes of JSONL per shard.
+        num_workers: processes that parse; None starts one per CPU core, 0 parses in this process.
+        duplicate_ids: "refuse" two rows with the same id, or "keep" both.
         rank, num_ranks: this process among those that share the work.
 
     Returns the manifest, or None when other ranks have not finished their parts yet. Raises
-    InputError that names file and line, or sample, of what is wrong.
+    InputError naming the file and the line or sample that is wrong.
     """
     if not 1 <= part_bytes <= MAX_PART_BYTES:
         raise InputError(f"--part_bytes is {part_bytes}, expected 1 … {MAX_PART_BYTES}")
@@ -113,8 +113,8 @@ def _open_vbpe(
 def _made_with(
     files: Sequence[TokenFile], image_positions: str | None, model_path: Path | None
 ) -> dict[str, str]:
-    """Each fact of all files and of the model that is to be trained on them, by name. Raises
-    InputError for two.
+    """The facts (made_with.py) that all files and the model to train share, by name. Raises
+    InputError when they differ.
     """
     model = {str(model_path): read_manifest(model_path)} if model_path else {}
     its_own = {name: TEMPLATE.of(manifest) for name, manifest in model.items()}
@@ -133,8 +133,8 @@ def _made_with(
 def _layout_and_lineages(
     paths: list[Path], model_path: Path | None
 ) -> tuple[VocabLayout, dict[str, dict[str, str]]]:
-    """The layout of the model folder, or of the manifest beside the files, and the lineage of each
-    input. Raises InputError when nothing says which vocabulary the ids belong to.
+    """The layout, from the model folder or the manifest beside the files, and each input's lineage.
+    Raises InputError when nothing says which vocabulary the ids belong to.
     """
     layout = VocabLayout.load(model_path) if model_path else None
     lineages = {str(model_path): read_manifest(model_path, "model").lineage} if model_path else {}
@@ -162,7 +162,7 @@ def _layout_and_lineages(
 
 @dataclass
 class BuildShards(Work):
-    """A part is the shard of one piece."""
+    """Each part is the shard of one piece of a file."""
 
     output: Path
     files: list[TokenFile]
@@ -228,7 +228,7 @@ class BuildShards(Work):
         warn_of_merged(manifest)
 
     def _names_categories(self, shards: Iterable[ShardFacts]) -> bool:
-        """Whether a row names its source; else each has the one of its file's `--mode`, or none."""
+        """Whether any row names its source; else each has its file's `--mode` default, or none."""
         defaults = {NO_CATEGORY, *(file.default_source for file in self.files)}
         return any(not defaults.issuperset(shard.sources) for shard in shards)
 

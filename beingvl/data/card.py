@@ -1,4 +1,4 @@
-"""The card of shards: README.md, from their manifest alone."""
+"""The shards' card: README.md, made from their manifest alone."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The chat template in transformers' form (Jinja), for programs that know nothing of beingvl:
+"""The chat template in transformers' form (Jinja), for programs that know nothing about beingvl:
 
     tokenizer.apply_chat_template([{"role": "user", "content": "<image>Which digit is this?"}])
 
-gives the ids of `build_sequence`, with one `<image>` token where an image's tokens belong. It is
-written into every model folder. Where a text spells a special token the two would differ, as text
-that is rendered first knows no plain text: the template raises an error there.
+gives the same ids as `build_sequence`, with one `<image>` token in place of an image's tokens.
+Every model folder contains it. The two would differ for a text that spells a special token, because
+rendering happens before tokenizing; the template raises an error for such a text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from beingvl.vocab import VocabLayout
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 BASE_TEMPLATE = "base"
-"""transformers' name of the template that the base model came with, where it had one."""
+"""transformers' name for the template that came with the base model, if any."""
 BASE_TEMPLATES = "additional_chat_templates"  # transformers' folder for it
 _NAMES = {name: name for name in ("bos", "eos", "sep", "boi", "eoi")}
 _NAMES |= {"image": "image_placeholder"}
@@ -30,9 +30,9 @@ _PROBES = "a", "Hello there", "42", "é"
 
 
 def chat_template(model_folder: Path, layout: VocabLayout, template: str) -> str | None:
-    """The Jinja of `template` for a model folder's tokenizer. None where it has no tokenizer with
-    all special tokens, or one that encodes text behind a special token otherwise than alone, so
-    that no text gives the ids of training.
+    """The Jinja of `template` for a model folder's tokenizer. None if the folder has no tokenizer
+    with all special tokens, or if its tokenizer encodes text differently after a special token than
+    on its own: then no text gives the training ids.
     """
     if not (model_folder / "tokenizer.json").is_file():
         return None
@@ -45,7 +45,7 @@ def chat_template(model_folder: Path, layout: VocabLayout, template: str) -> str
     leads = [lead for lead in ("", " ") if _is_alike(tokenizer, names["eos"], lead)]
     if not leads:
         return None
-    # Whether a blank stays a token of its own when a word follows.
+    # Whether a space stays a token of its own when a word follows.
     blank, word = (tokenizer.encode(f"x {end}", add_special_tokens=False).ids for end in ("", "a"))
     values = {
         **names,
@@ -64,7 +64,7 @@ def chat_template(model_folder: Path, layout: VocabLayout, template: str) -> str
 
 
 def _is_alike(tokenizer: Tokenizer, special: str, lead: str) -> bool:
-    """Whether text behind a special token and `lead` has the ids that it has alone."""
+    """Whether text after a special token and `lead` gets the same ids as on its own."""
 
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
@@ -73,8 +73,8 @@ def _is_alike(tokenizer: Tokenizer, special: str, lead: str) -> bool:
 
 
 def _reserved(tokenizer: Tokenizer, image: str, layout: VocabLayout) -> list[str]:
-    """What a text must not spell: special tokens and image tokens, numbered ones by what they
-    begin with.
+    """What a text must not spell: special tokens and image tokens; of numbered tokens, only the
+    common beginning.
     """
     found = {
         token.content

@@ -1,12 +1,12 @@
-"""Rows as the world has them -> rows.jsonl, LLaVA rows in one file, which the next steps read.
+"""Dataset rows in many formats -> rows.jsonl, one file of LLaVA rows that the next steps read.
 
-    open_rows      one JSON or JSONL file of LLaVA rows here is used as it is; all else goes through
-      CollectRows  the work: each file of the source is a part
+    open_rows      uses one local JSON or JSONL file of LLaVA rows as it is; all else goes through
+      CollectRows  the work: each source file is a part
         records_of   JSON, JSONL, CSV, TSV (also .gz, .zst), parquet, Arrow, tar of pairs
         a dialect    record -> LLaVA row (dialects/)
 
-Pictures inside a table or tar stay there; the rows hold their keys, and `containers` are what
-encode-images reads them from.
+Pictures inside a table or tar file stay there. The rows hold their keys, and encode-images reads
+the pictures from `containers`.
 """
 
 from __future__ import annotations
@@ -54,12 +54,13 @@ TEXTS = (*JSON, *DELIMITERS)
 PLAIN = (*TEXTS, *TABLES, ".tar")
 SUFFIXES = (*PLAIN, *(f"{text}{end}" for text in TEXTS for end in COMPRESSED))
 DATASETS_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")  # of Hugging Face
-BOMB_BYTES, MAX_EXPANSION = 1 << 30, 200  # what is less, or expands less, is read
-ROWS_TO_SEE = 100  # what tells the dialect
+# A file is refused only if it expands to more than BOMB_BYTES and by more than MAX_EXPANSION.
+BOMB_BYTES, MAX_EXPANSION = 1 << 30, 200
+ROWS_TO_SEE = 100  # read to recognise the dialect
 
 
 class Rows(NamedTuple):
-    """LLaVA rows in one file, and the tables and tar files that hold their pictures."""
+    """One file of LLaVA rows, and the tables and tar files that hold their pictures."""
 
     path: Path
     containers: list[str]
@@ -73,12 +74,12 @@ def open_rows(
     rank: RankOf,
     overwrite: bool = False,
 ) -> Rows:
-    """The rows of files, folders, patterns and addresses, collected in `folder` if need be.
+    """The rows of files, folders, patterns and URLs, collected in `folder` if necessary.
 
     Args:
-        row_format: name of the dialect; None looks at the first rows and says what it found.
+        row_format: name of the dialect; None looks at the first rows and prints what it found.
 
-    Raises InputError for what cannot be read, mixes dialects, or changed since an earlier start.
+    Raises InputError for input that is unreadable, mixes dialects, or changed since an earlier run.
     """
     if row_format not in (None, *DIALECTS):
         raise InputError(f"--row_format is {row_format!r}, expected one of {list(DIALECTS)}")
@@ -93,7 +94,7 @@ def open_rows(
     if is_plain and dialect == "llava":
         return Rows(Path(files[0]), [])
     number = "1 file" if len(files) == 1 else f"{len(files)} files"
-    print(f"{bare(as_place(named[0]))}: {number}, rows of the form {dialect!r}")
+    print(f"{bare(as_place(named[0]))}: {number}, rows in the format {dialect!r}")
     work = CollectRows(folder, files, dialect)
     run_in_parts(work, rank, overwrite=overwrite, name="collect rows")
     wait_until_complete(folder)
@@ -106,20 +107,20 @@ def _refuse_mixed_kinds(files: Sequence[str]) -> None:
         first.setdefault(_kind(file), file)
     if len(first) > 1:
         one, other = list(first.values())[:2]
-        raise InputError(f"{one} and {other} are files of two kinds: name those of one kind")
+        raise InputError(f"{one} and {other} are files of two kinds; give files of one kind")
     repeated, count = Counter(map(file_name, files)).most_common(1)[0]
     if count > 1 and _kind(repeated) in TABLES:
         raise InputError(f"{count} files are called {repeated}: pictures' keys begin with the name")
 
 
 def _kind(file: str) -> str:
-    """Its suffix, less that of compression."""
+    """Its suffix, without a compression suffix."""
     stem, suffix = os.path.splitext(file_name(file).lower())
     return os.path.splitext(stem)[1] if suffix in COMPRESSED else suffix
 
 
 def _seen_dialect(files: Sequence[str], named: str | None) -> str:
-    """What the first readable rows are written in, if it is not `named`."""
+    """The dialect: `named`, or that of the first readable rows."""
     problem = ""
     for file in files:
         seen = []
@@ -138,12 +139,12 @@ def _seen_dialect(files: Sequence[str], named: str | None) -> str:
 
 
 def _refuse_addresses(file: str, records: Sequence[Record], convert: Dialect) -> None:
-    """Raises InputError when the first image that `records` name is an address."""
+    """Raises InputError when the first image named in `records` is a URL."""
     for record in records:
         try:
             keys = image_keys(convert(record))
         except InputError:
-            continue  # it is rejected later
+            continue  # a later step rejects it
         if keys and is_address(keys[0]):
             column = next((name for name in record if keys[0] in str(record[name])), "image")
             raise InputError(
@@ -159,7 +160,7 @@ def _refuse_addresses(file: str, records: Sequence[Record], convert: Dialect) ->
 
 
 def records_of(file: str) -> Iterator[Row]:
-    """The rows of a file as it has them, pictures inside replaced by their keys."""
+    """A file's rows unchanged, except that embedded pictures become their keys."""
     kind = _kind(file)
     if kind in TABLES:
         return Table(file).records()
@@ -173,7 +174,7 @@ def records_of(file: str) -> Iterator[Row]:
 
 
 def _undamaged(file: str, records: Iterator[Row]) -> Iterator[Row]:
-    """Raises InputError where a compressed file ends too early, or is not what its name says."""
+    """Raises InputError if a compressed file is truncated or does not match its suffix."""
     try:
         yield from records
     except (OSError, pa.ArrowException) as error:
@@ -183,7 +184,7 @@ def _undamaged(file: str, records: Iterator[Row]) -> Iterator[Row]:
 
 
 def _decompressed(file: str) -> IO[bytes]:
-    """The bytes of a text, from its first one on."""
+    """The decompressed bytes of a text file, from its start."""
     opener = COMPRESSED.get(os.path.splitext(file_name(file).lower())[1])
     plain = opened(file)
     if opener is None:
@@ -192,7 +193,7 @@ def _decompressed(file: str) -> IO[bytes]:
 
 
 class _Expanded(io.RawIOBase):
-    """What a compressed file expands to. Raises InputError for a bomb, while it is read."""
+    """A compressed file's content. Reading raises InputError for a decompression bomb."""
 
     def __init__(self, name: str, file: IO[bytes], opener: str) -> None:
         self._name, self._file, self._count = name, file, 0
@@ -206,8 +207,8 @@ class _Expanded(io.RawIOBase):
         self._count += count
         if self._count > max(MAX_EXPANSION * self._file.tell(), BOMB_BYTES):
             raise InputError(
-                f"{self._name} expands to more than {MAX_EXPANSION} times its size, as a bomb "
-                "does; expand it yourself if it is none"
+                f"{self._name} expands to more than {MAX_EXPANSION} times its size, like a "
+                "decompression bomb; decompress it yourself if it is not one"
             )
         return count
 
@@ -222,7 +223,7 @@ def _records_of_text_table(file: str, kind: str) -> Iterator[Row]:
 
 @dataclass
 class CollectRows(Work):
-    """A part is the rows of one file."""
+    """Each part is the rows of one file."""
 
     output: Path
     files: list[str]
@@ -235,13 +236,13 @@ class CollectRows(Work):
         return len(self.files)
 
     def size_of_part(self, number: int) -> int:
-        return 0  # nobody knows before it is read
+        return 0  # unknown before it is read
 
     def __post_init__(self) -> None:
-        self.stamps = self._stamps_now()  # before anything is read
+        self.stamps = self._stamps_now()  # taken before anything is read
 
     def _stamps_now(self) -> list[list[str]]:
-        """What lies elsewhere is known by its size, and its time or the store's mark."""
+        """Remote files are identified by their size, and their time or the store's tag."""
         return [[bare(file), stamp(file)] for file in self.files]
 
     def request(self) -> Request:
@@ -265,7 +266,7 @@ class CollectRows(Work):
                 advance(1)
 
     def join(self, parts: Parts) -> None:
-        """Raises InputError when a file changed while it was read."""
+        """Raises InputError if a file changed while it was read."""
         for (file, before), (_, now) in zip(self.stamps, self._stamps_now(), strict=True):
             if now != before:
                 raise InputError(
@@ -278,7 +279,7 @@ class CollectRows(Work):
 
 
 def _readable(record: Row) -> dict[str, Any]:
-    """Raises InputError in the place of a row that could not be read."""
+    """The record. Raises InputError if it stands for a row that could not be read."""
     if isinstance(record, BrokenRow):
         raise InputError(record.reason)
     if "unreadable" in record:

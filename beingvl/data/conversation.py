@@ -1,14 +1,14 @@
 """The chat template: the one place that turns a conversation and its images into token ids.
 
-Training, generation and evaluation all call `build_sequence`, or its halves: `lay_out` encodes the
-text and leaves holes, `fill` puts images into them. The default template is
+Training, generation and evaluation all call `build_sequence` or its two halves: `lay_out` encodes
+the text and leaves gaps, `fill` puts the images into them. The default template is
 
     bos boi IMAGE eoi question sep answer eos  question sep answer eos  …
 
-One image stands first whatever the position of its `<image>` placeholder; with several images each
-stands where its placeholder is. A text-only sample has no image part. Targets are the answers with
-their eos. A prompt for generation is the same sequence with the last answer missing: it ends behind
-`sep`. An answer ends at eos, or at its template's stop text.
+A single image comes first, wherever its `<image>` placeholder is; several images stay where their
+placeholders are. A text-only sample has no image part. Targets are the answers with their eos. A
+prompt for generation is the same sequence without the last answer: it ends after `sep`. An answer
+ends at eos or at its template's stop text.
 
 Worked example (text ids 0 … 9, bos 0, eos 1, sep 11, eoi 12, boi 14, image tokens 15 …; "hi" = 5,
 "yes" = 7):
@@ -17,7 +17,7 @@ Worked example (text ids 0 … 9, bos 0, eos 1, sep 11, eoi 12, boi 14, image to
     input_ids = 0 14 15 16 12  5  11  7 1       target_spans = [(7, 9)]
                 bos boi IMAGE eoi hi sep yes eos
 
-Template `being-vl-0.5` reproduces the published pipeline for files made with it.
+The template `being-vl-0.5` reproduces the published pipeline, for files made with it.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ HUMAN_NAMES = ("human", "user")
 ASSISTANT_NAMES = ("gpt", "assistant")
 
 Turn = tuple[str, "str | None"]
-"""(question, answer); the answer of the last turn is None in a prompt for generation."""
+"""(question, answer); the last answer is None in a prompt for generation."""
 
 
 class TokenizedSample(NamedTuple):
-    """Token ids `[n]` int32 in three parts, as the JSONL format has them: before the first image,
-    the first image, behind it.
+    """Token ids `[n]` int32 in three parts, as in the JSONL format: before the first image, the
+    first image, after it.
 
     `target_spans` are (start, end) pairs, end exclusive, in `token_0 + image + token_1`.
     """
@@ -78,25 +78,25 @@ def open_tokenizer(model_folder: Path | str) -> Tokenizer:
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing narrower
+    except Exception as error:  # tokenizers raises nothing more specific
         raise InputError(
             f"{path} is damaged ({error}); copy or make the model folder again"
         ) from error
-    # A base model's settings for batches would cut or fill every text.
+    # A base model's batch settings would truncate or pad every text.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 class TextEncoder:
-    """Text to token ids with a model folder's tokenizer.json; `plain` makes no special token."""
+    """Text to token ids with a model folder's tokenizer.json; `plain` gives no special tokens."""
 
     def __init__(self, model_folder: Path | str, layout: VocabLayout) -> None:
         self._tokenizer = open_tokenizer(model_folder)
         self._layout = layout
 
     def plain(self, text: str) -> list[int]:
-        """Ids of ordinary text. Raises InputError when it spells a token like `IMGIMGAAAAAAZ`."""
+        """Ids of plain text. Raises InputError if it spells a token such as `IMGIMGAAAAAAZ`."""
         ids = self._encode(text, with_specials=False)
         reserved = [token for token in ids if token >= self._layout.num_text]
         if reserved:
@@ -111,7 +111,7 @@ class TextEncoder:
         return self._encode(text, with_specials=True)
 
     def special_text(self, token_id: int) -> str:
-        """What spells a special token, `<eoss>` unless the base model had that name already."""
+        """A special token's text, such as `<eoss>` unless the base model already has that name."""
         text = self._tokenizer.id_to_token(token_id)
         assert text is not None, f"the tokenizer has no token {token_id}"
         return text
@@ -120,15 +120,15 @@ class TextEncoder:
         if printable(text) != text:
             raise InputError(f"the text {printable(text[:60])!r} {CUT_CHARACTER}")
         self._tokenizer.encode_special_tokens = not with_specials
-        # The one that keeps no offsets, a fifth faster.
+        # The variant that keeps no offsets is a fifth faster.
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
 def parse_conversation(conversations: Any) -> list[Turn]:
-    """LLaVA `conversations` to turns. Raises InputError that says what is malformed.
+    """LLaVA `conversations` to turns. Raises InputError saying what is malformed.
 
-    A system turn, which may stand first, is the beginning of the first question: context, and
-    never a target.
+    A system turn may come first. It becomes the beginning of the first question: context, never a
+    target.
     """
     if not isinstance(conversations, list) or not conversations:
         raise InputError(
@@ -174,13 +174,13 @@ def build_sequence(
 ) -> TokenizedSample:
     """Turns and images (each a 1-D array of image *token* ids) to one sequence.
 
-    Raises InputError when placeholders and images do not fit each other.
+    Raises InputError when placeholders and images do not match.
     """
     return fill(lay_out(turns, len(images), encoder, layout, template), images)
 
 
 class Piece(NamedTuple):
-    """Ids of a stretch of text, or the place of an image (None)."""
+    """Ids of a piece of text, or None in place of an image."""
 
     ids: list[int] | None
     is_target: bool = False
@@ -196,7 +196,7 @@ def lay_out(
     layout: VocabLayout,
     template: str = DEFAULT,
 ) -> list[Piece]:
-    """The sequence, all text encoded, with `num_images` places for images."""
+    """The sequence with all text encoded and `num_images` gaps for images."""
     if TEMPLATE.check(template) == PUBLISHED:
         return _lay_out_published(turns, num_images, encoder, layout)
     image = [Piece([layout.boi_id]), IMAGE, Piece([layout.eoi_id])]
@@ -209,7 +209,7 @@ def lay_out(
             "placeholders"
         )
     pieces = [Piece([layout.bos_id])]
-    if num_images == 1:  # it stands first, wherever its placeholder is
+    if num_images == 1:  # it comes first, wherever its placeholder is
         pieces += image
     for question, answer in turns:
         texts = [text.strip() for text in question.split(IMAGE_PLACEHOLDER)]
@@ -228,8 +228,8 @@ def lay_out(
 def _lay_out_published(
     turns: Sequence[Turn], num_images: int, encoder: TextEncoder, layout: VocabLayout
 ) -> list[Piece]:
-    """`bos boi IMAGE` + tokenizer(`<eoss>` question ` ` answer `</s>` …); `</s>` is plain text,
-    all of token_1 is target. Only the first question is stripped and loses its `<image>`.
+    """`bos boi IMAGE` + tokenizer(`<eoss>` question ` ` answer `</s>` …). `</s>` is plain text;
+    all of token_1 is a target. Only the first question is stripped and loses its `<image>`.
     """
     if num_images > 1:
         raise InputError(f"template being-vl-0.5 takes at most one image, found {num_images}")
@@ -247,14 +247,15 @@ def _lay_out_published(
     )
     ids = encoder.with_specials(text)
     if turns[-1][1] is None:
-        # A prompt ends where samples go on alike: a word takes the blank into its first token.
+        # The prompt keeps only tokens that are the same whatever follows: a word after the space
+        # takes the space into its first token.
         pairs = zip(ids, encoder.with_specials(f"{text}a"), strict=False)
         ids = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
     return [*start, Piece(ids, is_target=True)]
 
 
 def fill(pieces: Sequence[Piece], images: Sequence[np.ndarray]) -> TokenizedSample:
-    """Put images (token ids) into their places."""
+    """Put images (token ids) into their gaps."""
     remaining = iter(images)
     arrays: list[np.ndarray] = []
     first_image: tuple[int, int] | None = None

@@ -1,11 +1,11 @@
 """The output folder of `beingvl tokenize`, which several datasets may share.
 
 NAME_base.jsonl, NAME_vbpe.jsonl    or the shard folders NAME_base/, NAME_vbpe/
-rejected.jsonl                      {"dataset", "index", "id", "reason"} of every rejected row
-                                    of all datasets
-manifest.json                       details.datasets: one entry per finished dataset, added when
-                                    it is finished, replaced alone;
-                                    it lists the files of finished datasets only
+rejected.jsonl                      {"dataset", "index", "id", "reason"} of every rejected row of
+                                    all datasets
+manifest.json                       details.datasets has one entry per finished dataset; an entry
+                                    is replaced without touching the others; only the files of
+                                    finished datasets are listed
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ DEFAULT_CATEGORY = {"pt": "foundation", "sft": "instruction"}  # by --mode
 
 
 class DatasetFolder:
-    """One dataset's part of an output folder, which several may share: its files, and its entry
-    in the manifest's `datasets`.
+    """One dataset's part of an output folder: its files, and its entry in the manifest's
+    `datasets`.
     """
 
     def __init__(self, folder: Path, name: str, layout: VocabLayout) -> None:
@@ -56,7 +56,7 @@ class DatasetFolder:
         return read_manifest(self.folder, "jsonl") if is_complete(self.folder) else None
 
     def is_finished(self, lineage: dict[str, str]) -> bool:
-        """Raises InputError when it is not, and its lineage contradicts a neighbour's."""
+        """Raises InputError if it is unfinished and its lineage contradicts another dataset's."""
         manifest = self._manifest()
         if manifest is None:
             return False
@@ -68,7 +68,7 @@ class DatasetFolder:
         return False
 
     def check_finished(self, request: Request) -> None:
-        """Raises InputError when another request made the finished dataset."""
+        """Raises InputError if the finished dataset was made with a different request."""
         entry = read_manifest(self.folder, "jsonl").details["datasets"][self.name]
         if difference := request.difference(entry["request"]):
             raise InputError(
@@ -79,7 +79,7 @@ class DatasetFolder:
         print(f"{self.folder}: {shown} is finished already, with the same inputs: reused")
 
     def remove(self) -> None:
-        """Take this dataset out of the folder; the others stay complete at every moment."""
+        """Remove this dataset from the folder; the others stay complete throughout."""
         manifest = self._manifest()
         if manifest is not None and self.name in manifest.details["datasets"]:
             others = {
@@ -94,7 +94,7 @@ class DatasetFolder:
         self.delete_files()
 
     def delete_files(self) -> None:
-        """Remove what a run that ended early left of this dataset; never called when finished."""
+        """Remove what an interrupted run left of this dataset; never called when it is finished."""
         for variant in VARIANTS:
             self.file(variant).unlink(missing_ok=True)
             shutil.rmtree(self.shards(variant), ignore_errors=True)
@@ -119,7 +119,7 @@ class DatasetFolder:
     def finish(
         self, entry: dict[str, Any], rejected: list[str], known_hashes: dict[str, str]
     ) -> None:
-        """Add this dataset, whose files are in their places, to the manifest."""
+        """Add this dataset to the manifest; its files are already in place."""
         manifest = self._manifest()
         datasets = {**(manifest.details["datasets"] if manifest else {}), self.name: entry}
         self._write(
@@ -149,7 +149,7 @@ class DatasetFolder:
 
 
 def dataset_of(manifest: Manifest, file: str) -> dict[str, Any]:
-    """The entry of the dataset that a file of a folder belongs to; empty when it says none."""
+    """The entry of the dataset that a file belongs to; empty if the manifest has none."""
     datasets = manifest.details.get("datasets", {})
     return next((entry for name, entry in datasets.items() if _is_file_of([name], file)), {})
 
@@ -164,7 +164,7 @@ def _is_file_of(datasets: Iterable[str], file: str) -> bool:
 
 
 def add_counts(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    """Sums; of `longest_…` the largest."""
+    """Sums, except for `longest_…`: the maximum."""
     return {
         name: (max if name.startswith("longest") else sum)(part.get(name, 0) for part in parts)
         for name in dict.fromkeys(name for part in parts for name in part)
@@ -172,7 +172,7 @@ def add_counts(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
 
 
 def with_images(counts: Mapping[str, int]) -> str:
-    """` (20 with 0 images, 400 with 1)`, of a dataset's counts; those of before hold none."""
+    """` (20 with 0 images, 400 with 1)` from a dataset's counts; old manifests do not have them."""
     found = [(re.fullmatch(r"rows_with_(\d+)_images", name), n) for name, n in counts.items()]
     rows = sorted((int(match[1]), num_rows) for match, num_rows in found if match)
     shown = [f"{num_rows} with {images}" for images, num_rows in rows]

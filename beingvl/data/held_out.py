@@ -1,4 +1,4 @@
-"""Held-out samples in the order of the shards, each once: the batches of validation while training
+"""Held-out samples in shard order, each once: the batches of validation during training
 (train/validation.py) and of `beingvl evaluate --data`.
 """
 
@@ -14,8 +14,8 @@ from beingvl.data.packing import WINDOW, check_lengths, pack_window
 
 
 def pack_in_order(lengths: np.ndarray, sequence_length: int) -> list[list[int]]:
-    """Positions in `lengths` of the samples of every sequence; each sample once. Raises
-    InputError for one that is too long.
+    """For each sequence, its samples as positions in `lengths`; each sample occurs once. Raises
+    InputError for a sample that is too long.
     """
     check_lengths(lengths, sequence_length)
     return [
@@ -26,7 +26,7 @@ def pack_in_order(lengths: np.ndarray, sequence_length: int) -> list[list[int]]:
 
 
 def held_out_batch(shards: ShardReader, indices: Sequence[int], loss_on: str) -> MicroBatch:
-    """The samples `indices` end to end; none at all gives a batch without targets."""
+    """The samples `indices` end to end; without samples, a batch without targets."""
     sources = [int(shards.source_of[index]) for index in indices]
     samples = [shards[index] for index in indices]
     return collate(samples, sources, shards.layout, loss_on, shards.positions)

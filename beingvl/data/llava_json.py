@@ -1,13 +1,13 @@
-"""LLaVA-format files read row by row: a JSON array or JSONL of any size, in the memory of one
-row and one block.
+"""Read LLaVA-format files row by row: a JSON array or JSONL of any size, in the memory of one row
+and one block.
 
-    stream_rows    all rows, the first broken one is an error
-    survey         one pass: where every so many rows start, and whether any names an image
-    rows_of_part   the rows from one of those places on
+    stream_rows    all rows; the first broken row is an error
+    survey         one pass: where each part starts, and whether any row names an image
+    rows_of_part   the rows of one part
 
-The standard library's own decoder reads one element after the other out of a buffer that is
-refilled at its end. (It makes the rows about as fast as `json.load` of the whole file; a parser of
-single events, such as ijson, hands every bracket to Python.)
+The standard library's decoder reads one element after the other from a buffer that is refilled at
+its end. This is about as fast as `json.load` of the whole file; an event parser such as ijson hands
+every bracket to Python.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from beingvl.errors import InputError
 from beingvl.json_file import MAX_DEPTH, is_deep
 
 BLOCK_CHARS = 1 << 20
-BLOCK_BYTES = 1 << 20  # more than any space before the first row
+BLOCK_BYTES = 1 << 20  # more than any whitespace before the first row
 MAX_ROW_CHARS = 1 << 26  # in JSONL: bytes
-# Not JSON, or a number of thousands of digits; nested too deeply.
+# ValueError: not JSON, or a number with thousands of digits. RecursionError: nested too deep.
 NOT_READABLE = (ValueError, RecursionError)
-MAX_KEY_CHARS = 1024  # of an image's path; a picture in base64 has more
+MAX_KEY_CHARS = 1024  # of an image's path; a base64 picture is longer
 _PICTURES = re.compile(
     r"(image|img|picture|photo|video|frame)s?(_?(path|file|filename|file_name|url|bytes|base64)s?)?",
     re.IGNORECASE,
@@ -42,7 +42,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 @dataclass(frozen=True)
 class BrokenRow:
-    """A line that is not JSON, or a row that is not an object: the file goes on behind it."""
+    """A line that is not JSON, or a row that is not an object; reading continues after it."""
 
     reason: str
 
@@ -52,7 +52,7 @@ Open = Callable[[], IO[bytes]]
 
 
 class Place(NamedTuple):
-    """Where a row starts: byte `offset`, which in JSONL is in line `line`, from 1."""
+    """Where a row starts: at byte `offset`; in JSONL, also its `line`, counted from 1."""
 
     offset: int = 0
     line: int = 1
@@ -60,7 +60,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Survey:
-    """What a file holds. `starts`: where the first row of every part is."""
+    """What a file holds. `starts`: the place of each part's first row."""
 
     starts: list[Place]
     num_rows: int
@@ -68,8 +68,8 @@ class Survey:
 
 
 def survey(path: Path, rows_per_part: int) -> Survey:
-    """Raises InputError for an empty file, and for a damaged array: nothing says where its next
-    element would begin.
+    """Raises InputError for an empty file, and for a damaged array: there is no telling where its
+    next element begins.
     """
     starts: list[Place] = []
     num_rows, names_images = 0, False
@@ -85,15 +85,15 @@ def survey(path: Path, rows_per_part: int) -> Survey:
 
 
 def rows_of_part(path: Path, start: Place, count: int) -> list[Row]:
-    """At most `count` rows from `start` on, one of the places of a survey."""
+    """At most `count` rows from `start` on, which is a place from a survey."""
     return [row for _, row in islice(_rows(path, start), count)]
 
 
 def stream_rows_and_broken(path: Path, open_file: Open | None = None) -> Iterator[Row]:
-    """Rows of a LLaVA JSON array or JSONL file, and what stands in the place of one. Blank lines
-    are not rows. Raises InputError as `survey` does.
+    """Rows of a LLaVA JSON array or JSONL file, with a BrokenRow in place of each broken one. Blank
+    lines are skipped. Raises InputError as `survey` does.
 
-    `open_file`: opens it at its first byte, where it is no file here; it need not be seekable.
+    `open_file` opens a file that is not local, at its first byte; it need not be seekable.
     """
     return (row for _, row in _rows(path, Place(), open_file))
 
@@ -106,7 +106,7 @@ def _rows(path: Path, start: Place, opener: Open | None = None) -> Iterator[tupl
     values = _array_values if first == b"[" else _line_values
     for place, value in values(path, start, open_file):
         is_empty = False
-        if isinstance(value, dict) and "unreadable" in value:  # of collect_rows.py
+        if isinstance(value, dict) and "unreadable" in value:  # written by collect_rows.py
             yield place, BrokenRow(str(value["unreadable"]))
         elif isinstance(value, dict) and is_deep(value):
             yield place, BrokenRow(f"it is nested more than {MAX_DEPTH} deep")
@@ -127,7 +127,7 @@ def _plain(path: Path) -> IO[bytes]:
 
 
 def _of_original(row: dict[str, Any]) -> dict[str, Any]:
-    """The LLaVA row that a published token row was made of, which it holds; any other as it is."""
+    """The LLaVA row inside a published token row, which was made from it; other rows unchanged."""
     original = row.get("original")
     if not isinstance(original, dict) or "conversations" in row:
         return row
@@ -135,7 +135,7 @@ def _of_original(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def stream_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """As `stream_rows_and_broken`, but raises InputError for a broken row as well."""
+    """Like `stream_rows_and_broken`, but raises InputError for a broken row, too."""
     for number, row in enumerate(stream_rows_and_broken(path), 1):
         if isinstance(row, BrokenRow):
             raise InputError(
@@ -146,8 +146,8 @@ def stream_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def image_keys(row: dict) -> list[str]:
-    """The images of a row: `image` is a path, a list of paths, or absent. Raises InputError for
-    anything else, and for pictures under another key.
+    """A row's images: `image` is a path, a list of paths, or absent. Raises InputError for anything
+    else, and for pictures under a different key.
     """
     image = row.get("image") or []
     keys = [image] if isinstance(image, str) else image
@@ -171,10 +171,10 @@ def image_keys(row: dict) -> list[str]:
 
 
 def named_images(json_path: Path) -> list[str]:
-    """Sorted keys of the images that a LLaVA JSON array or JSONL file names.
+    """Sorted keys of the images named in a LLaVA JSON array or JSONL file.
 
-    Broken rows, or rows whose `image` is not a path, are counted in a warning (tokenize rejects
-    them). Raises InputError when there are only such rows, or no images.
+    A warning counts broken rows and rows whose `image` is not a path (tokenize rejects them).
+    Raises InputError if all rows are like that, or if there are no images.
     """
     keys: set[str] = set()
     num_malformed, first = 0, ""
@@ -234,7 +234,7 @@ def _value_of_line(text: bytes, number: int) -> Any:
 
 
 def _array_values(path: Path, start: Place, open_file: Open) -> Iterator[tuple[Place, Any]]:
-    """Elements of an array, which the file is, from the bracket or from an element on."""
+    """Elements of the array that the file is, from its opening bracket or an element on."""
     with open_file() as file:
         at_byte = start.offset
         if at_byte:
@@ -251,11 +251,11 @@ def _array_values(path: Path, start: Place, open_file: Open) -> Iterator[tuple[P
 def _elements(
     file: IO[str], path: Path, at_byte: int, is_inside: bool
 ) -> Iterator[tuple[Place, Any]]:
-    """Elements of an array, from byte `at_byte`: its bracket, or an element when it `is_inside`."""
+    """Elements of an array from byte `at_byte` on: its bracket, or an element if `is_inside`."""
     decode = json.JSONDecoder().raw_decode
     buffer = file.read(BLOCK_CHARS)
     at = 0 if is_inside else buffer.index("[") + 1
-    counted = 0  # characters of the buffer that `at_byte` is behind
+    counted = 0  # characters of the buffer before `at_byte`
     dropped = 0  # characters before the buffer
     count = 0
     after_value = False

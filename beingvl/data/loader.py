@@ -1,14 +1,14 @@
-"""The loader: from (step, rank, micro step) to one packed micro-batch, as a pure function.
+"""The loader: (step, rank, micro step) to one packed micro-batch, as a pure function.
 
-    1. Mixture.draw          k-th sample of the global order      [num_samples]
-    2. PackingPlan           how many sequences each window of 4096 samples packs into
-        [num_windows]
-    3. step s                takes sequences s*B … (s+1)*B - 1,   B = sequences_per_step
+    1. Mixture.draw               k-th sample of the global order               [num_samples]
+    2. PackingPlan                how many sequences each window of 4096 samples packs into
+                                                                                [num_windows]
+    3. step s                     takes sequences s*B … (s+1)*B - 1,   B = sequences_per_step
     4. TrainingData.micro_batch   this rank's share of one micro step, concatenated into one row
 
 B does not depend on the number of ranks, so neither does what a step sees. There is no iterator
-state: a resumed run asks for the next step, so the one integer to keep is the step, which every
-checkpoint does (`train/checkpoint.py`).
+state: a resumed run asks for the next step. The step is the only integer to keep, and every
+checkpoint keeps it (`train/checkpoint.py`).
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ from beingvl.json_file import read_json
 from beingvl.vocab import VocabLayout
 
 IGNORED = -100
-PLAN_VERSION = (
-    5  # of the arithmetic of mixture and packing, which says what a step sees, and of what is kept
-)
+# Covers the arithmetic of mixture and packing, which decides what a step sees, and the file format.
+PLAN_VERSION = 5
 WINDOWS_KEPT = 2
 
 
@@ -47,10 +46,10 @@ class MicroBatch:
     """Samples laid end to end in one row of `num_tokens`.
 
     input_ids, target_ids, position_ids: `[num_tokens]` int64. `target_ids` are already shifted:
-    `target_ids[i]` is what follows `input_ids[i]`, or IGNORED. cu_seqlens: `[num_documents + 1]`
-    int32, where documents start and end. token_kinds: `[num_tokens]` uint8, index into
-    vocab.TOKEN_KINDS of every input id. source_of_token: `[num_tokens]` uint8, index into the
-    mixture's sources.
+    `target_ids[i]` is the token after `input_ids[i]`, or IGNORED. cu_seqlens:
+    `[num_documents + 1]` int32, where documents start and end. token_kinds: `[num_tokens]` uint8,
+    each input id's index into vocab.TOKEN_KINDS. source_of_token: `[num_tokens]` uint8, index into
+    the mixture's sources.
     """
 
     input_ids: np.ndarray
@@ -68,7 +67,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Share:
-    """What a source has of all that a run sees; shares are 0 … 1."""
+    """One source's part of everything that a run sees; shares are 0 … 1."""
 
     samples: int
     share_of_samples: float
@@ -77,12 +76,12 @@ class Share:
 
 
 class TrainingData:
-    """What a stage trains on: shards in mixture order, packed, cut into optimizer steps.
+    """What a stage trains on: shards in mixture order, packed and divided into optimizer steps.
 
-    Opening it begins to plan the number of sequences of every window of the global order, in a
-    thread; `num_steps` waits for it, and keeps it in a small file beside the shards, so that the
-    next start has it at once. A step waits for the windows up to its own only. A window's samples
-    are drawn and packed when a step reads it.
+    Opening it starts a thread that counts the sequences of every window of the global order.
+    `num_steps` waits for this plan and stores it in a small file beside the shards, so the next
+    start has it at once. A step waits only for the windows up to its own. A window's samples are
+    drawn and packed when a step reads it.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class TrainingData:
         packing: bool = True,
         advance: Callable[[], object] = lambda: None,
     ) -> None:
-        """`advance` hears, from a thread, of every window that is planned."""
+        """`advance` is called, from a thread, after each planned window."""
         if num_samples < 1:
             raise InputError(
                 f"the run draws none of the {mixture.num_samples} samples of its mixture; "
@@ -120,13 +119,13 @@ class TrainingData:
         )
         self.plan = PackingPlan(self._lengths, num_samples, sequence_length, packing, kept, advance)
         if shards.manifest.counts["longest_sample_tokens"] > sequence_length:
-            self.plan.num_sequences  # noqa: B018  an error now, not when the step of such a sample comes
+            self.plan.num_sequences  # noqa: B018  raise now, not at the step of such a sample
 
     def _draw(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Samples at these places of the global order, their lengths and sources. Raises
         InputError for a damaged index.
 
-        A few thousand of them lie all over the index files, so that their pages are given back at
+        A few thousand samples touch pages all over the index files, so the pages are given back at
         once.
         """
         self.shards.give_back_pages()
@@ -147,20 +146,20 @@ class TrainingData:
         return drawn, lengths, sources
 
     def _lengths(self, start: int, stop: int) -> np.ndarray:
-        """For the plan, which asks for every sample once: their tokens are added up on the way."""
+        """For the plan, which asks for each sample once, so tokens per source are counted here."""
         _, lengths, sources = self._draw(start, stop)
         self._tokens_of_source += self._count(sources, lengths)[1]
         return lengths
 
     def _path_of_plan(self) -> Path:
-        """Its name is a hash of all that decides the plan, so it is never out of date."""
+        """Its name is a hash of everything that determines the plan, so it is never stale."""
         decides = [PLAN_VERSION, WINDOW, self.shards.manifest.content_hash, self.mixture.identity]
         decides += [self._num_samples, self._sequence_length, self._packing]
-        # Manifests leave out what ends in .tmp: a plan is not part of the shards.
+        # Manifests omit names that end in .tmp: a plan is not part of the shards.
         return self.shards.folder / f"plan-{hash_bytes(json.dumps(decides).encode())[7:23]}.tmp"
 
     def _kept_plan(self) -> dict[str, Any] | None:
-        """What an earlier start kept. Raises InputError for a damaged file."""
+        """The plan that an earlier run stored. Raises InputError for a damaged file."""
         if not self._plan_path.is_file():
             return None
         try:
@@ -184,12 +183,11 @@ class TrainingData:
 
     @cached_property
     def num_steps(self) -> int:
-        """Optimizer steps; the last one may hold fewer sequences. Waits for the whole plan."""
+        """Optimizer steps; the last may have fewer sequences. Waits for the whole plan."""
         num_sequences = self.plan.num_sequences
         if not self._plan_path.is_file():
-            with contextlib.suppress(
-                OSError
-            ):  # a disk that is read-only or full: then every start plans anew
+            # If the disk is read-only or full, every start plans again.
+            with contextlib.suppress(OSError):
                 kept = {**self.plan.counts, "tokens_of_source": self._tokens_of_source.tolist()}
                 write_atomically(self._plan_path, json.dumps(kept))
         return -(-num_sequences // self.sequences_per_step)
@@ -197,7 +195,7 @@ class TrainingData:
     def sequence_numbers(
         self, step: int, micro_step: int, rank: int, num_ranks: int, micro_batch_size: int
     ) -> range:
-        """One rank's sequences of a micro step; fewer or none at the very end of the run."""
+        """One rank's sequences in a micro step; fewer or none at the very end of the run."""
         start = step * self.sequences_per_step + (micro_step * num_ranks + rank) * micro_batch_size
         end = self.plan.at_most(start + micro_batch_size)
         return range(start, max(start, end))
@@ -205,20 +203,18 @@ class TrainingData:
     def samples_of(self, sequence: int) -> np.ndarray:
         """Sample indices of one sequence."""
         window, number, num_sequences = self.plan.window_of(sequence)
-        sequences = self._windows.get(
-            window
-        )  # once: a thread that fetches ahead may drop it meanwhile
+        # Looked up only once: a prefetching thread may drop the window meanwhile.
+        sequences = self._windows.get(window)
         if sequences is None:
             sequences = self._pack(window, num_sequences)
             if len(self._windows) >= WINDOWS_KEPT:
-                self._windows.pop(
-                    next(iter(list(self._windows))), None
-                )  # a copy: another thread may add one
+                # A copy of the keys, because another thread may add one.
+                self._windows.pop(next(iter(list(self._windows))), None)
             self._windows[window] = sequences
         return sequences[number]
 
     def _pack(self, window: int, num_sequences: int) -> list[np.ndarray]:
-        """Samples of the window's sequences. Raises InputError for another number than planned."""
+        """Samples of the window's sequences. Raises InputError if the plan differs in number."""
         start = window * WINDOW
         drawn, lengths, _ = self._draw(start, min(start + WINDOW, self._num_samples))
         if not self._packing:
@@ -227,14 +223,14 @@ class TrainingData:
         if len(sequences) != num_sequences:
             raise damaged(
                 self.shards.folder / LENGTHS_FILE,
-                f"it does not fit {self._plan_path.name}, which was made of it",
+                f"it does not match {self._plan_path.name}, which was made from it",
             )
         return sequences
 
     def micro_batch(
         self, step: int, micro_step: int, rank: int, num_ranks: int, micro_batch_size: int
     ) -> MicroBatch:
-        """Collate the samples of one micro step of one rank. Steps count from 0."""
+        """Collate one rank's samples of one micro step. Steps count from 0."""
         numbers = self.sequence_numbers(step, micro_step, rank, num_ranks, micro_batch_size)
         with self.plan.resting():
             indices = [int(index) for number in numbers for index in self.samples_of(number)]
@@ -248,7 +244,7 @@ class TrainingData:
             )
 
     def realised_shares(self, num_steps: int) -> dict[str, Share]:
-        """What every source has of the first steps. Waits for the whole plan."""
+        """Each source's share of the first `num_steps` steps. Waits for the whole plan."""
         if num_steps < self.num_steps:
             samples, tokens = self._seen_before(num_steps * self.sequences_per_step)
         else:
@@ -289,12 +285,12 @@ class TrainingData:
 
 
 def open_mixture(shards: ShardReader, weights: Mapping[str, float], by: str, seed: int) -> Mixture:
-    """`weights` are shares `by` samples or tokens. Raises InputError for impossible ones."""
+    """`weights` are shares `by` samples or tokens. Raises InputError if they are impossible."""
     weights = dict(weights)
     check_weights(weights)
     if by not in ("samples", "tokens"):
         raise InputError(f"beingvl.mixture_by is {by!r}, expected samples or tokens")
-    if by == "tokens":  # a share of tokens is a share of samples, divided by their mean length
+    if by == "tokens":  # the share of samples is the share of tokens divided by the mean length
         for name, entry in shards.manifest.details["sources"].items():
             if name in weights:
                 weights[name] /= entry["tokens"] / entry["samples"]
@@ -308,8 +304,8 @@ def collate(
     loss_on: str = "response",
     positions: Callable[[np.ndarray], np.ndarray] = running,
 ) -> MicroBatch:
-    """Lay samples end to end; `positions` gives the position ids of each (positions.py). No sample
-    at all becomes one padding token without a target, so that every rank takes part.
+    """Lay samples end to end; `positions` computes each one's position ids (positions.py). Without
+    samples, the batch is one padding token without a target, so that every rank takes part.
     """
     if not samples:
         padding = np.array([layout.pad_id])
@@ -336,11 +332,10 @@ def collate(
 
 
 def shifted_targets(sample: Sample, layout: VocabLayout, loss_on: str = "response") -> np.ndarray:
-    """`[length]` int64: the next token where it is a target, else IGNORED; the last position
-    never has one.
+    """`[length]` int64: the next token where it is a target, else IGNORED. The last position never
+    has a target.
 
-    `response`: the target spans. `text`: every token that is not an image token. `all`: every
-    token.
+    Targets for `response`: the target spans; `text`: all but image tokens; `all`: every token.
     """
     ids = sample.input_ids
     if loss_on == "response":

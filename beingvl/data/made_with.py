@@ -1,8 +1,8 @@
-"""What rows, shards and models are made with, beside their vocabulary: the chat template
-(conversation.py lays it out) and where image tokens stand (positions.py).
+"""What rows, shards and models are made with, besides their vocabulary: the chat template
+(conversation.py) and the position ids of image tokens (positions.py).
 
-Their manifests say it in `details`; a stage has one of each. What was made before a fact was
-recorded says nothing of it and has its first choice.
+Their manifests record these facts in `details`; within a stage each has one value. A manifest older
+than a fact does not have it, which means the first choice.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from beingvl.errors import InputError
 
 @dataclass(frozen=True)
 class Fact:
-    """`name` in a manifest's details, `words` in a sentence; the first of `choices` is that of
-    before.
+    """`name` is its key in a manifest's details, `words` its name in messages. The first of
+    `choices` holds for manifests older than the fact.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Fact:
     choices: tuple[str, ...]
 
     def of(self, manifest: Manifest) -> str | None:
-        """Of shards or a model; None for a base model, which no rows have taught one."""
+        """The value for shards or a model; None for a base model, which no rows have trained."""
         is_base = manifest.kind == "model" and "identity" not in manifest.details
         return manifest.details.get(self.name, None if is_base else self.choices[0])
 
@@ -37,8 +37,8 @@ class Fact:
         return str(value)
 
     def join(self, values: Mapping[str, str | None], otherwise: str | None = None) -> str:
-        """The one value of several inputs (name -> value), `otherwise` when none has one. Raises
-        InputError that names two with different ones.
+        """The common value of several inputs (name -> value), `otherwise` if none has one. Raises
+        InputError naming two inputs that differ.
         """
         known = [(name, value) for name, value in values.items() if value]
         for name, value in known:
@@ -51,9 +51,7 @@ class Fact:
         return known[0][1] if known else otherwise or self.choices[0]
 
     def in_request(self, value: str) -> dict[str, str]:
-        """What requests and identities say of it: nothing of the first choice, as those of
-        before.
-        """
+        """Its entry in requests and identities: none for the first choice, as in older ones."""
         return {} if value == self.choices[0] else {self.name: value}
 
 
@@ -63,5 +61,5 @@ TEMPLATE = Fact("template", "template", (DEFAULT, PUBLISHED))
 IMAGE_POSITIONS = Fact("image_positions", "kind of image positions", (RUNNING, ANCHOR))
 FACTS = (TEMPLATE, IMAGE_POSITIONS)
 
-# Tokens of the longest sample before its images were merged: as many positions as anchors reach.
+# Tokens of the longest sample before its images were merged: the positions that anchors need.
 UNMERGED = "longest_unmerged_sample"

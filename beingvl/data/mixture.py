@@ -1,15 +1,15 @@
-"""The mixture: which sample is the k-th of the global order, as a pure function of (source
-sizes, weights, seed, k).
+"""The mixture: which sample is k-th in the global order, as a pure function of (source sizes,
+weights, seed, k).
 
-Draws come in blocks of 100, or of some hundreds where sources are many. A block holds an exact
-quota of every source, shuffled; the j-th draw from a source walks through a seeded permutation of
-that source, a new permutation for every pass, so nothing repeats within a pass.
+Draws come in blocks of 100, or several hundred with many sources. A block holds an exact quota of
+each source, shuffled. Successive draws from a source follow a seeded permutation of it, a new one
+for each pass, so nothing repeats within a pass.
 
     weights 80 / 20, block 0:  quotas 80 and 20  ->  slots shuffled:  0 0 1 0 0 0 1 0 …
     source 1, its 3rd draw  ->  permute(2, size of source 1, key of (seed, source 1, pass 0))
 
-Nothing is stored: a permutation is a formula (`permute`), so any range of the order costs only its
-own length.
+Nothing is stored: a permutation is a formula (`permute`), so the cost of any range of the order is
+its length.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ FEISTEL_ROUNDS = 6
 
 
 class Mixture:
-    """The infinite global order over samples that belong to sources.
+    """The infinite global order of samples from several sources.
 
     Args:
-        members: sample numbers of every source, ascending (`ShardReader.members`). sources: names
-        of the sources, in the same order. weights: name -> share of the draws; they need not sum to
-        1. Sources without a weight are never drawn. seed: of the order.
+        members: sample numbers of each source, ascending (`ShardReader.members`).
+        sources: names of the sources, in the same order.
+        weights: name -> share of the draws. They need not sum to 1; sources without a weight are
+            never drawn.
+        seed: of the order.
     """
 
     def __init__(
@@ -58,8 +60,8 @@ class Mixture:
         total = sum(drawn.values())
         self._shares = [weight / total for weight in drawn.values()]
         self._largest = max(range(len(self._shares)), key=lambda s: self._shares[s])
-        # A share that is not a whole number of a block is rounded up now and then, at the expense
-        # of the largest source.
+        # A share that is not a whole number of draws per block is sometimes rounded up, at the
+        # expense of the largest source.
         num_rounded = sum((share * BLOCK).denominator > 1 for share in self._shares)
         self._block = BLOCK * max(1, math.ceil(num_rounded / self._shares[self._largest] / BLOCK))
         self._members = [members[index] for index in self._indices]
@@ -72,7 +74,7 @@ class Mixture:
 
     @property
     def identity(self) -> list[Any]:
-        """What, besides the samples, decides the order."""
+        """What determines the order, besides the samples."""
         return [
             self.seed,
             [
@@ -95,7 +97,7 @@ class Mixture:
         return drawn[start - first * self._block : stop - first * self._block]
 
     def counts(self, num_samples: int) -> dict[str, int]:
-        """How many of the first `num_samples` draws come from each source."""
+        """Number of draws from each source among the first `num_samples`."""
         whole, rest = divmod(num_samples, self._block)
         totals = np.array(self._allotment(whole))
         if rest:
@@ -115,7 +117,7 @@ class Mixture:
         return counts
 
     def _slots(self, first: int, last: int) -> np.ndarray:
-        """`[last - first, block]`: which source every place of these blocks draws from."""
+        """`[last - first, block]`: the source that each place of these blocks draws from."""
         quotas = np.diff(
             np.array([self._allotment(number) for number in range(first, last + 1)]), axis=0
         )
@@ -173,7 +175,7 @@ def check_weights(weights: Mapping[str, Any]) -> None:
 
 
 def mix(values: np.ndarray, key: int) -> np.ndarray:
-    """Scatter `values` uint64 over all 64 bits (the finaliser of splitmix64, of value and key)."""
+    """Scatter `values` uint64 over all 64 bits (splitmix64's finaliser applied to value + key)."""
     x = values + np.uint64(key)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -181,12 +183,12 @@ def mix(values: np.ndarray, key: int) -> np.ndarray:
 
 
 def permute(numbers: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where a pseudo-random permutation of 0 … size-1 sends `numbers`, int64, each in constant
+    """Images of `numbers` under a pseudo-random permutation of 0 … size-1, int64, each in constant
     time and memory.
 
-    A Feistel network permutes the numbers of an even number of bits; what falls outside 0 … size-1
-    is sent again until it does not, which leaves a permutation of the inside ("cycle walking":
-    Black and Rogaway, 2002).
+    A Feistel network permutes all numbers of an even number of bits. Results outside 0 … size-1 go
+    through it again until they are inside, which leaves a permutation of 0 … size-1 ("cycle
+    walking": Black and Rogaway, 2002).
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)

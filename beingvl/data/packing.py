@@ -6,13 +6,13 @@ of the global order.
                       3 -> fits 5 exactly: [5 3]  2 -> fits 6 exactly: [6 2]
       sequences, scattered:  (0 4) (2) (1 3)
 
-Sequences come in an order that has nothing to do with lengths. By their earliest samples, those of
+The order of sequences is independent of lengths. Sorted by their earliest samples, sequences of
 many short samples would come first, and every window would go from short samples to long ones.
 
-A window never mixes with the next, so a range of steps sees the samples of its range of the global
-order and no others, but for one window. The plan is the same on every rank and does not depend on
-their number. It is the number of sequences of every window: which samples a sequence holds is found
-again, in milliseconds, when its window is read.
+Windows never mix, so a range of steps sees exactly the samples of its range of the global order, up
+to one window. The plan is the same on every rank and for any number of ranks. It holds only the
+number of sequences per window; which samples a sequence holds is recomputed, in milliseconds, when
+its window is read.
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ import numpy as np
 from beingvl.errors import InputError
 
 WINDOW = 4096
-WINDOWS_AT_ONCE = 16  # so many samples are drawn together, but for the first
+WINDOWS_AT_ONCE = 16  # drawn together, after a few smaller draws at the start
 LONGEST_REST_SECONDS = 0.1
-# 2**32 over the golden ratio: neighbours land far apart (Knuth, The Art of Computer Programming 3,
-# 6.4)
+# 2**32 divided by the golden ratio: neighbours land far apart (Knuth, The Art of Computer
+# Programming 3, 6.4)
 SCATTER = 2654435761
 
 
 class PackingPlan:
-    """The number of sequences of every window of samples 0 … num_samples - 1, found in a thread
-    of its own, in order.
+    """The number of sequences in each window of samples 0 … num_samples - 1, counted in order by a
+    thread.
 
-    Whoever asks waits for as much as the answer needs: the first sequences are known at once, their
-    number at the end. The thread rests while a batch is made (`resting`).
+    Callers wait only for what their answer needs: the first sequences are known at once, the total
+    at the end. The thread rests while a batch is made (`resting`).
 
     Args:
-        lengths_of: (start, stop) -> tokens of these samples of the global order. Its errors reach
-        whoever asks. known: what an earlier plan was told by `counts`. advance: hears, from the
-        thread, of every window.
+        lengths_of: (start, stop) -> tokens of these samples of the global order. Its errors are
+            raised in the callers.
+        known: `counts` of an earlier plan.
+        advance: called from the thread after each window.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class PackingPlan:
         self._num_tokens, self._sequence_length = 0, sequence_length
         self._is_finished = False
         self._error: Exception | None = None
-        self._grown = Condition()  # or nobody is at work any more
+        self._grown = Condition()  # notified when windows were added or no batch is being made
         self._num_at_work, self._advance = 0, advance
         if known is not None:
             self._add(known["sequences"], known["tokens"])
@@ -98,14 +99,14 @@ class PackingPlan:
                 self._grown.notify_all()
 
     def _rest(self) -> None:
-        """While others work, but not for ever: somebody may wait for the number of sequences."""
+        """Pause while others work, but not forever: a caller may wait for the total."""
         with self._grown:
             self._grown.wait_for(lambda: not self._num_at_work, LONGEST_REST_SECONDS)
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """For work of many short calls: after each it would wait 5 ms for the interpreter's
-        lock, which the thread has taken.
+        """For work of many short calls: the thread would take the interpreter's lock after each,
+        and the work would wait 5 ms to get it back.
         """
         with self._grown:
             self._num_at_work += 1
@@ -123,7 +124,7 @@ class PackingPlan:
             self._grown.notify_all()
 
     def _wait(self, num_sequences: float) -> None:
-        """Until so many sequences are known, or all."""
+        """Wait until `num_sequences`, or all, are known."""
         with self._grown:
             self._grown.wait_for(lambda: self._is_finished or self._starts[-1] >= num_sequences)
         if self._error is not None and self._starts[-1] < num_sequences:
@@ -131,7 +132,7 @@ class PackingPlan:
 
     @property
     def starts(self) -> np.ndarray:
-        """`[num_windows + 1]` int64: window w holds sequences `starts[w]` to `starts[w + 1]`."""
+        """`[num_windows + 1]` int64: window w has sequences `starts[w]` … `starts[w + 1] - 1`."""
         self._wait(math.inf)
         return np.array(self._starts)
 
@@ -142,23 +143,23 @@ class PackingPlan:
 
     @property
     def efficiency(self) -> float:
-        """Share of the sequences' tokens that are used."""
+        """Share of the sequences' token places that are used."""
         capacity = self.num_sequences * self._sequence_length  # waits
         return self._num_tokens / max(1, capacity)
 
     @property
     def counts(self) -> dict[str, Any]:
-        """All of the plan, for JSON."""
+        """The whole plan, for JSON."""
         sequences = np.diff(self.starts).tolist()  # waits
         return {"sequences": sequences, "tokens": self._num_tokens}
 
     def at_most(self, sequence: int) -> int:
-        """`sequence`, or the number of sequences where there are fewer."""
+        """`sequence`, or the number of sequences if there are fewer."""
         self._wait(sequence)
         return min(sequence, self._starts[-1])
 
     def window_of(self, sequence: int) -> tuple[int, int, int]:
-        """(window, number of the sequence in it, number of its sequences)."""
+        """(window, number of the sequence within it, number of sequences in it)."""
         self._wait(sequence + 1)
         window = bisect_right(self._starts, sequence) - 1
         return (
@@ -180,8 +181,8 @@ def check_lengths(lengths: np.ndarray, sequence_length: int) -> None:
 
 
 def pack_window(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Best-fit decreasing. Ties: the earlier sample first, the sequence opened last first.
-    Positions ascend in a sequence.
+    """Best-fit decreasing. Ties: earlier samples go first, into the sequence with a given free
+    space that was filled last. Positions ascend within a sequence.
 
     Sequences are scattered by the position of their longest sample.
     """
@@ -212,11 +213,10 @@ def pack_window(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 def count_sequences(lengths: np.ndarray, capacity: int) -> int:
-    """`len(pack_window(lengths, capacity))`, without saying which sample is where.
+    """`len(pack_window(lengths, capacity))`, without assigning samples to sequences.
 
-    Sequences with as many free tokens are alike, so they are counted: `open_with[free]`. A
-    best-fitting sequence takes samples of one length until none fits, so samples of one length go
-    in together.
+    Sequences with equally many free tokens are interchangeable, so `open_with[free]` counts them. A
+    best-fitting sequence takes samples of one length until no more fit, so they go in together.
     """
     open_with = [0] * (capacity + 1)
     free_sizes: list[int] = []  # where open_with is not 0, ascending

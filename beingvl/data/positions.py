@@ -1,10 +1,11 @@
-"""Where the tokens of a row stand, as `made_with.IMAGE_POSITIONS` says of rows and models.
+"""Position ids of a token row. `made_with.IMAGE_POSITIONS` records their kind for rows and models.
 
 running   0, 1, 2, …
-anchor    an image token stands at the place of its anchor's cell, and text goes on behind the last
-          cell: merged or not, a cell and a word stand where they stood among raw codes
+anchor    an image token has the position of its anchor's cell, and text continues after the last
+          cell: merging does not move any cell or word from its position among raw codes
 
-The tokens alone decide, because a vBPE stream gives its grid back (`vbpe/visual_bpe.py`).
+Positions follow from the tokens alone, because a vBPE stream determines its grid
+(`vbpe/visual_bpe.py`).
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from beingvl.vocab import VocabLayout
 
 
 class PositionIds:
-    """Token ids `[n]` of a row -> its position ids `[n]` int64.
+    """Token ids `[n]` of a token row -> its position ids `[n]` int64.
 
-    Raises InputError for `anchor` with a published vBPE, whose tokens have no fixed shape.
+    Raises InputError for `anchor` with a published vBPE: its tokens have no fixed shape.
     """
 
     def __init__(self, kind: str, layout: VocabLayout, vbpe: AnyVBPE | None) -> None:
@@ -49,12 +50,12 @@ def running(token_ids: np.ndarray) -> np.ndarray:
 
 
 def vbpe_inside(model_path: Path | None) -> AnyVBPE | None:
-    """The vocabulary in a model folder, where there is one."""
+    """The vBPE in a model folder, if there is one."""
     path = model_path and model_path / VBPE_FILE
     return VisualBPE.load(path) if path and path.is_file() else None
 
 
 def usual_positions(template: str, model_path: Path | None) -> str:
-    """Of new rows: anchors wherever the model that is to be trained on them knows its shapes."""
+    """For new rows: anchors if the model to train on them has a vBPE with known shapes."""
     is_known = template != PUBLISHED and isinstance(vbpe_inside(model_path), VisualBPE)
     return ANCHOR if is_known else RUNNING

@@ -1,5 +1,5 @@
-"""One LLaVA row to token ids: the conversation, its images' codes and their merged ids, as one
-sequence per variant. Its text is encoded once.
+"""One LLaVA row to token ids: one sequence per variant, with the conversation and its images as VQ
+codes or merged ids. The text is encoded only once.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from beingvl.vocab import VocabLayout
 
 
 class Image(NamedTuple):
-    """Its tokens `[n]` int32: codes, and merged ids, which are the codes without a vBPE."""
+    """An image's tokens `[n]` int32: codes, and merged ids (without a vBPE, the codes)."""
 
     codes: np.ndarray
     merged: np.ndarray
 
 
 class TokenizedRow(NamedTuple):
-    """`head`: the fields that stay as they came. `codes`: the first image's code tokens.
-    `variants`: `base` with VQ codes and, with a vBPE, `vbpe` with merged ids.
+    """`head`: the fields that are not tokens. `codes`: the first image's code tokens. `variants`:
+    `base` with VQ codes and, with a vBPE, `vbpe` with merged ids.
     """
 
     head: dict[str, Any]
@@ -43,12 +43,12 @@ class TokenizedRow(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Of the longest variant."""
+        """Length of the longest variant."""
         return max(sample.num_tokens for sample in self.variants.values())
 
 
 class RowTokenizer:
-    """What it takes to tokenize rows."""
+    """Tokenizes LLaVA rows, one per call."""
 
     def __init__(
         self,
@@ -68,10 +68,10 @@ class RowTokenizer:
         self._ahead: dict[str, Image] = {}
 
     def encode_images(self, rows: Sequence[Row]) -> None:
-        """Encode the images of these rows ahead of their calls, all at once: between two texts,
-        each would find the vocabulary's tables gone from the processor's cache.
+        """Encode the images of these rows in one go, before the rows are tokenized: encoding text
+        in between would push the vocabulary's tables out of the processor's cache.
 
-        What cannot be encoded is left to the calls, which say why.
+        Images that cannot be encoded are left to the calls, which raise the error.
         """
         self._ahead = {}
         places: dict[str, int] = {}
@@ -97,7 +97,7 @@ class RowTokenizer:
         return self._ahead[key]
 
     def __call__(self, row: dict) -> TokenizedRow:
-        """Raises InputError that says what is malformed."""
+        """Raises InputError saying what is malformed."""
         if not isinstance(row.get("category"), str | None):
             raise InputError(f"category is {row['category']!r}, expected a text")
         if type(row.get("id")) not in (str, int):  # True is an int
@@ -120,10 +120,11 @@ class RowTokenizer:
 
 
 def fit(row: TokenizedRow, max_length: int | None, too_long: str) -> tuple[TokenizedRow, bool]:
-    """The row with its variants cut to `max_length` tokens when `too_long` is `truncate`, and
-    whether one was cut.
+    """The row, its variants truncated to `max_length` tokens if `too_long` is `truncate`, and
+    whether any was truncated.
 
-    Raises InputError when a row is too long and may not be cut, or when no target would be left.
+    Raises InputError if the row is too long and must not be truncated, or if no target would be
+    left.
     """
     longest = row.num_tokens
     if max_length is None or longest <= max_length:
@@ -140,8 +141,8 @@ def fit(row: TokenizedRow, max_length: int | None, too_long: str) -> tuple[Token
         ]
         if kept < 1 or not spans:
             raise InputError(
-                f"the sample has {longest} tokens, and of its first {max_length} "
-                "(--max_length) none is an answer"
+                f"the sample has {longest} tokens, and its first {max_length} "
+                "(--max_length) contain no answer"
             )
         cut[variant] = sample._replace(token_1=sample.token_1[:kept], target_spans=spans)
     return row._replace(variants=cut), True

@@ -1,11 +1,11 @@
-"""The rows of one shard, by column: their checks, their Arrow schema, what the index asks of them.
+"""The rows of one shard by column: checks, Arrow schema, and what the index needs to know.
 
-    Row           one row, as it is written
-    Sample        one row, as it is read
-    ShardColumns  many rows, laid end to end
-check_columns refuses rows without tokens, ids outside the vocabulary, impossible spans
-ShardFacts    what the index files and the manifest of a folder need to know of a shard
-map_batch     a shard's record batch through the memory map
+Row             one row to write
+Sample          one row as read
+ShardColumns    many rows laid end to end
+check_columns   refuses rows without tokens, ids outside the vocabulary, impossible spans
+ShardFacts      what the folder's index files and manifest need to know about a shard
+map_batch       memory-maps a shard's record batch
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ TEXTS = ("id", "image", "category")
 
 
 class Sample(NamedTuple):
-    """One sample. `input_ids` [length] int32, `target_spans` [num_spans, 2] int32. From a reader
-    they are views into the memory map.
+    """One sample: `input_ids` [length] int32, `target_spans` [num_spans, 2] int32. If it comes from
+    a reader, they are views into the memory map.
     """
 
     id: str
@@ -49,7 +49,7 @@ class Sample(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row to be written. `ids` are parts to be joined; `spans` is flat: start, end, start, …"""
+    """One row to write. `ids` are parts to concatenate; `spans` is flat: start, end, start, …"""
 
     id: str
     image: str
@@ -60,10 +60,10 @@ class Row(NamedTuple):
 
 @dataclass
 class ShardColumns:
-    """The rows of one shard by column, laid end to end: row n holds
-    `ids[id_starts[n]:id_starts[n + 1]]`, and its spans likewise.
+    """The rows of one shard by column, laid end to end: row n has the ids
+    `ids[id_starts[n]:id_starts[n + 1]]`; spans likewise.
 
-    ids, spans: int32, or before they are checked int64; id_starts, span_starts: `[num_rows + 1]`
+    ids, spans: int32, or int64 before they are checked; id_starts, span_starts: `[num_rows + 1]`
     integers. Spans are flat: start, end, start, end, …
     """
 
@@ -94,7 +94,7 @@ class ShardColumns:
 
     @classmethod
     def joined(cls, blocks: Sequence[ShardColumns]) -> ShardColumns:
-        """Blocks of rows, one behind the other."""
+        """Concatenated blocks of rows."""
         blocks = blocks or [cls.of_rows([])]
         texts = [pa.concat_arrays([getattr(block, name) for block in blocks]) for name in TEXTS]
         ids, spans = (
@@ -107,7 +107,7 @@ class ShardColumns:
         return cls(texts[0], texts[1], texts[2], ids, id_starts, spans, span_starts)
 
     def narrow(self) -> ShardColumns:
-        """Checked rows as int32."""
+        """The same rows as int32; check them first."""
         return replace(self, ids=self.ids.astype(np.int32), spans=self.spans.astype(np.int32))
 
     def to_batch(self) -> pa.RecordBatch:
@@ -119,7 +119,7 @@ class ShardColumns:
 
 
 def _starts(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Where rows of these lengths start, and the last one ends: `[n + 1]`."""
+    """Where rows of these lengths start, and where the last one ends: `[n + 1]`."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
@@ -127,7 +127,7 @@ def _starts(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def check_columns(rows: ShardColumns, layout: VocabLayout) -> None:
-    """Raises InputError that names a sample without tokens, or with ids or spans outside."""
+    """Raises InputError naming a sample that has no tokens, or ids or spans out of range."""
     _check_ids(rows, layout)
     _check_spans(rows)
 
@@ -151,12 +151,12 @@ def _check_ids(rows: ShardColumns, layout: VocabLayout) -> None:
 
 
 def largest_id(values: np.ndarray) -> int:
-    """The largest of signed values, negative ones counting as huge."""
+    """The largest of signed values; negative values count as huge."""
     return int(values.view(f"u{values.itemsize}").max(initial=0))
 
 
 def _check_spans(rows: ShardColumns) -> None:
-    """Ascending, inside 1 … length: nothing could predict the first token of a row."""
+    """Spans must ascend within 1 … length: nothing can predict a row's first token."""
     spans, starts, lengths = rows.spans, rows.span_starts, rows.lengths
     count = np.diff(starts)
     row_of = np.repeat(np.arange(len(rows)), count)
@@ -177,11 +177,11 @@ def _check_spans(rows: ShardColumns) -> None:
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """What a folder's index and manifest need to know of a shard, so that nobody reads it again.
+    """What a folder's index and manifest need to know about a shard, so it is not read again.
 
     sources: names of the shard's sources; source_of: `[num_rows]` index into them. lengths:
-    `[num_rows]` int32. id_hashes: `[num_rows]` uint64, equal for equal ids; of ten million
-    different ones two are equal with a chance of 3 in a million.
+    `[num_rows]` int32. id_hashes: `[num_rows]` uint64, equal for equal ids; the probability of a
+    collision among ten million ids is 3 in a million.
     """
 
     hash: str
@@ -221,8 +221,8 @@ class ShardFacts:
 
 @dataclass(frozen=True)
 class FolderFacts:
-    """Index and counts of a folder of shards. `sources` maps every name, ascending, to its samples
-    and tokens; source_of: `[num_samples]` uint8, index into it.
+    """Index and counts of a shard folder. sources: name -> its samples and tokens, sorted by name;
+    source_of: `[num_samples]` uint8, index into sources.
     """
 
     lengths: np.ndarray
@@ -265,13 +265,13 @@ class FolderFacts:
 
 
 def map_batch(path: Path) -> tuple[mmap.mmap, pa.RecordBatch]:
-    """A shard's memory map and its record batch. Raises InputError when it is not one."""
+    """A shard's memory map and record batch. Raises InputError if the file is not a shard."""
     with open(path, "rb") as file:
         try:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             batch = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapped))).get_batch(0)
-            batch.validate()  # offsets and sizes of a damaged head would be read as addresses
-            names = batch.schema.names  # which may be any bytes
+            batch.validate()  # else offsets and sizes from a damaged header are used as addresses
+            names = batch.schema.names  # raises ValueError: names may be any bytes
         except (pa.ArrowException, OSError, ValueError) as error:
             if is_out_of_files(error):
                 raise

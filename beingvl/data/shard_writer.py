@@ -1,16 +1,16 @@
-"""Arrow token shards, written: what lies in a folder of shards, and in which order it is written.
+"""Write Arrow token shards. A shard folder holds, in the order of writing:
 
     shards/shard-00000.arrow …    one record batch each: id, image, category, input_ids,
                                   target_spans
-    shards/lengths.npy            [num_samples] int32, tokens of every sample
+    shards/lengths.npy            [num_samples] int32, tokens of each sample
     shards/source_of.npy          [num_samples] uint8, index into the manifest's sources
     shards/members.npy            [num_samples] uint32, sample numbers grouped by source,
-                                  ascending in each
-    shards/manifest.json          counts, vocabulary layout, sources, rows of every shard,
-                                  lineage; written last
+                                  ascending within each
+    shards/manifest.json          counts, vocabulary layout, sources, rows per shard, lineage;
+                                  written last
 
-`write_shard` writes a batch of rows, `finish_shards` the rest. Steps that make shards in parts
-write each in the part's folder and give it its name with `join_shards`.
+`write_shard` writes a batch of rows, `finish_shards` the rest. Steps that work in parts write each
+shard into its part's folder, and `join_shards` gives it its final name.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ LENGTHS_FILE, SOURCE_OF_FILE, MEMBERS_FILE = "lengths.npy", "source_of.npy", "me
 
 
 def write_shard(path: Path, rows: ShardColumns, layout: VocabLayout) -> ShardFacts:
-    """Check and write one shard; returns what `finish_shards` wants to know about it.
+    """Check and write one shard; returns what `finish_shards` needs to know about it.
 
     Raises InputError for a row without tokens, ids outside the vocabulary or impossible spans.
     """
@@ -66,7 +66,7 @@ def finish_shards(
     lineage: Mapping[str, str],
     details: Mapping,
 ) -> Manifest:
-    """Write the index files and the manifest of shards (by file name), which lie in `folder`."""
+    """Write the index files and the manifest of `shards` (by file name), which are in `folder`."""
     if not shards:
         raise InputError(
             f"{folder}: no sample to write; every input is empty, or every row was rejected"
@@ -84,7 +84,8 @@ def finish_shards(
     for name, array in index.items():
         temporary = folder / f"{name}.tmp"
         with open(temporary, "wb") as file:
-            hashed = HashedFile(file)  # into a file itself numpy writes without saying what failed
+            # Also for its errors: writing to a real file, numpy does not say what failed.
+            hashed = HashedFile(file)
             np.save(hashed, array)
         hashes[name] = hashed.hash
         temporary.replace(folder / name)
@@ -96,7 +97,7 @@ def finish_shards(
         "sources": facts.sources,
         "rows": {name: len(shard.lengths) for name, shard in shards.items()},
     }
-    own = {*shards, *index}  # somebody's files that lie there are never listed, nor removed
+    own = {*shards, *index}  # a user's files in this folder are never listed or removed
     manifest = write_manifest(
         folder, "shards", facts.counts, lineage, details, hashes, own.__contains__
     )
@@ -117,7 +118,7 @@ class ShardWriter:
         self._shards: dict[str, ShardFacts] = {}
 
     def add(self, sample: Sample) -> None:
-        """Append one sample; it is checked when its shard is written."""
+        """Append a sample; it is checked when its shard is written."""
         spans = sample.target_spans.ravel()
         row = Row(sample.id, sample.image, sample.category, (sample.input_ids,), spans)
         self._rows.append(row)
@@ -132,8 +133,8 @@ class ShardWriter:
             self._rows = []
 
     def finish(self, lineage: dict[str, str], details: dict) -> Manifest:
-        """Write the last shard and the manifest. Raises InputError for an impossible sample, or
-        when there is none at all.
+        """Write the last shard and the manifest. Raises InputError for an impossible sample, or if
+        there are no samples.
         """
         self._flush()
         return finish_shards(self._folder, self._shards, self._layout, lineage, details)
@@ -147,7 +148,7 @@ def shard_name(number: int) -> str:
 
 
 def write_shard_of_part(folder: Path, name: str, rows: ShardColumns, layout: VocabLayout) -> None:
-    """One part's shard NAME.arrow, and NAME.npz, which `join_shards` reads; no rows, no files."""
+    """One part's shard NAME.arrow, and NAME.npz for `join_shards`; nothing if there are no rows."""
     if len(rows):
         write_shard(folder / f"{name}.arrow", rows, layout).save(folder / f"{name}.npz")
 
@@ -155,17 +156,17 @@ def write_shard_of_part(folder: Path, name: str, rows: ShardColumns, layout: Voc
 def join_shards(
     parts: Parts, sources: Sequence[Path], name: str, output: Path, *, refuse_duplicates: bool
 ) -> dict[str, ShardFacts]:
-    """Give the parts' shards their names in `output`, by hard links where those work.
+    """Give the parts' shards their names in `output`, as hard links if the file system has them.
 
-    `sources` are the files that the parts' rows come from. Raises InputError that names an id which
-    two rows have, when those are refused.
+    `sources` are the files that the parts' rows come from. With `refuse_duplicates`, raises
+    InputError naming an id that two rows share.
     """
     filled = [n for n in range(len(sources)) if (parts.path(n) / f"{name}.npz").is_file()]
     paths = [parts.path(number) / f"{name}.arrow" for number in filled]
     facts = [ShardFacts.load(path.with_suffix(".npz")) for path in paths]
     if refuse_duplicates:
         _refuse_duplicates(facts, paths, [sources[number] for number in filled])
-    for left in output.glob("shard-*.arrow"):  # of a run that a kill ended in this place
+    for left in output.glob("shard-*.arrow"):  # left by a run that was killed here
         left.unlink()
     shards: dict[str, ShardFacts] = {}
     for path, shard in zip(paths, facts, strict=True):
@@ -181,7 +182,7 @@ def join_shards(
 def _refuse_duplicates(
     facts: Sequence[ShardFacts], paths: Sequence[Path], sources: Sequence[Path]
 ) -> None:
-    """Takes 16 bytes per row."""
+    """Needs 16 bytes per row."""
     hashes = np.sort(np.concatenate([np.empty(0, np.uint64), *(one.id_hashes for one in facts)]))
     twice = hashes[1:][hashes[1:] == hashes[:-1]]
     if not len(twice):

@@ -1,4 +1,4 @@
-"""The data of a stage from its JSON, for training, `plan` and `report data` alike."""
+"""A stage's data from its JSON, for training, `plan` and `report data`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from beingvl.stage.stage_config import StageConfig
 
 
 def mixture_of(config: StageConfig, shards: ShardReader) -> Mixture:
-    """The stage's mixture. Raises InputError when the shards have no such sources."""
+    """The stage's mixture. Raises InputError if the shards lack its sources."""
     block = fit_mixture(config, shards.manifest)[0].beingvl
     return open_mixture(shards, block.mixture, block.mixture_by, block.seed)
 
@@ -20,8 +20,8 @@ def mixture_of(config: StageConfig, shards: ShardReader) -> Mixture:
 def data_of(
     config: StageConfig, shards: ShardReader, advance: Callable[[], object] = lambda: None
 ) -> TrainingData:
-    """The stage's mixture, as often as its epochs say, packed and cut into steps. `advance` hears
-    of every part of a long plan.
+    """The stage's mixture for all its epochs, packed and divided into steps. `advance` is called
+    after each part of a long plan.
     """
     block, mixture = config.beingvl, mixture_of(config, shards)
     return TrainingData(

@@ -1,7 +1,7 @@
-"""The JSONL files that build-shards reads: what is known of a file before its rows are read.
+"""The JSONL files that build-shards reads: what we know about a file before parsing its rows.
 
-look_at    the manifest beside a file (of `beingvl tokenize`), or one pass over the file
-TokenFile  its content's hash, what it is made with, the pieces that become parts
+look_at    reads the manifest beside a file (from `beingvl tokenize`), or the file once
+TokenFile  its content hash, what it was made with, the pieces that become parts
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenFile:
-    """`content` is the file's hash, with its name where rows are named after it. `template` is
-    None of a file without rows, `image_positions` of one without a manifest. `has_spans`: whether
-    all rows must have target_spans, None when it does not matter. `default_source`: of all rows,
-    when it is known that none names a category. `longest`: tokens of the longest sample in either
-    variant, 0 when no manifest says.
+    """`content`: the file's hash, plus its name if rows are named after it. `template`: None for a
+    file without rows. `image_positions`: None without a manifest. `has_spans`: whether all rows
+    must have target_spans; None if it does not matter. `default_source`: the source of all rows, if
+    we know that none names a category. `longest`: tokens of the longest sample in either variant, 0
+    without a manifest.
     """
 
     path: Path
@@ -66,8 +66,8 @@ class TokenFile:
 
 
 def look_at(path: Path, piece_bytes: int, template: str | None) -> TokenFile:
-    """`template` stands over what the file says. Raises InputError when the file is not the one
-    of its manifest.
+    """`template` overrides what the file says. Raises InputError if the file does not match its
+    manifest.
     """
     manifest = manifest_beside(path)
     lines_before = has_spans = default_source = image_positions = None
@@ -104,7 +104,7 @@ def look_at(path: Path, piece_bytes: int, template: str | None) -> TokenFile:
 
 
 def manifest_beside(path: Path) -> Manifest | None:
-    """The manifest of the folder that a JSONL file lies in, if it lists the file."""
+    """The manifest of a JSONL file's folder, if it lists the file."""
     if not is_complete(path.parent):
         return None
     manifest = read_manifest(path.parent, "jsonl")
@@ -112,14 +112,14 @@ def manifest_beside(path: Path) -> Manifest | None:
 
 
 def _content_of(path: Path, manifest: Manifest) -> str:
-    """Hash of a file, which is compared with its manifest, as all of it will be read."""
+    """Hash of a file. The file must match its manifest, because all of it will be read."""
     if found := difference_of_file(path.parent, path.name, manifest):
         raise InputError(f"{path} {found}; make it again with `beingvl tokenize --overwrite`")
     return str(manifest.files[path.name]["hash"])
 
 
 def _first_row(path: Path) -> dict[str, Any]:
-    """Empty when the first line is not a row: whoever reads all of them names it."""
+    """Empty if the first line is not a row: whoever reads all rows reports it."""
     with open(path, "rb") as file:
         while (line := file.readline(MAX_LINE_BYTES)).isspace():
             pass
@@ -131,20 +131,20 @@ def _first_row(path: Path) -> dict[str, Any]:
 
 
 def _is_published(row: Mapping[str, Any]) -> bool:
-    """Whether all of token_1 is the target; by default its end of image or sep never is."""
+    """Whether all of token_1 is the target; in the default template, its eoi and sep never are."""
     spans = row.get("target_spans")
     before, after = row.get("token_0"), row.get("token_1")
     image = row.get("token_image_new") or row.get("token_image") or []
     if spans is None:
         return True
     if not (isinstance(before, list) and isinstance(image, list) and isinstance(after, list)):
-        return False  # what is wrong with the row is said where it is read
+        return False  # whoever reads the row reports what is wrong with it
     start = len(before) + len(image)
     return bool(spans == [[start, start + len(after)]])
 
 
 class _LineCounter:
-    """How many lines begin before each piece of a file that is read in blocks."""
+    """Counts the lines that start before each piece of a file, while it is read in blocks."""
 
     def __init__(self, piece_bytes: int) -> None:
         self.before = [0]
@@ -152,7 +152,7 @@ class _LineCounter:
 
     def __call__(self, block: memoryview) -> None:
         begin = 0
-        # The byte before a piece's first: a line that it ends begins in the piece.
+        # Up to the byte before the piece: a newline there starts a line inside the piece.
         while (end := len(self.before) * self._piece_bytes - 1 - self._at) < len(block):
             self._newlines += bytes(block[begin:end]).count(b"\n")
             self.before.append(self._newlines + 1)

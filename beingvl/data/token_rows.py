@@ -1,15 +1,15 @@
-"""Lines of token rows (JSONL) to the columns of a shard.
+"""Token rows (JSONL lines) to the columns of a shard.
 
     read_rows       the whole lines of a byte range -> ShardColumns, in blocks of 32 rows:
       parse_row     one line with simdjson; lists of integers become arrays, never Python integers
-      are_fine      with a vBPE: a row's first image, merged, stands for the row's own codes; each
-                    further one, whose codes are in no row, fills a grid of as many cells
+      are_fine      with a vBPE: a row's first image must decode to the row's own codes; the codes
+                    of further images are not stored, so each must fill a grid of as many cells
       check_images  the readable twin, for one row; says what is wrong
 
-The sequence of a row is token_0 + image + token_1, where image is token_image_new when the row has
-it, else token_image; without target_spans, as in a published row, its target is token_1. A row
-without an id is named after its file and line; a category may stand in its `original`, the row that
-it was made of.
+A row's sequence is token_0 + image + token_1, where image is token_image_new if the row has it,
+else token_image. Without target_spans, as in a published row, the target is token_1. A row without
+an id is named after its file and line. Its category may be in `original`, the dataset row that it
+was made from.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from beingvl.stage.mixture import NO_CATEGORY
 from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import VocabLayout
 
-ROWS_PER_BLOCK = 32  # what a block holds stays in the processor's cache
+ROWS_PER_BLOCK = 32  # a block stays in the processor's cache
 MAX_LINE_BYTES = 1 << 28
-READ_BYTES = 1 << 20  # Python's default of 8 KiB makes reading cost more than parsing
+READ_BYTES = 1 << 20  # with Python's default of 8 KiB, reading costs more than parsing
 NOT_A_ROW = (ValueError, TypeError, RuntimeError)  # what `parse_row` raises
 NOTHING = np.empty(0, np.int64)
-# Named, because `str | None` makes an object each time.
+# Constants, because `str | None` makes a new object each time.
 TEXT_OR_NOTHING, TEXT_OR_NUMBER = (str, type(None)), (str, int, float)
 LISTS = ("token_0", "token_image", "token_image_new", "token_1", "target_spans")
 
@@ -43,10 +43,10 @@ LISTS = ("token_0", "token_image", "token_image_new", "token_1", "target_spans")
 
 
 class TokenRow(NamedTuple):
-    """One line. `row.ids` are token_0, the image's tokens, and token_1; all integers are int64.
-    Its id is empty when it has none.
+    """One line. `row.ids` are token_0, the image's tokens, and token_1; all integers are int64. A
+    row without an id has an empty one.
 
-    `codes` is token_image of a row that has token_image_new too, else None.
+    `codes` is token_image if the row also has token_image_new, else None.
     """
 
     row: Row
@@ -55,10 +55,9 @@ class TokenRow(NamedTuple):
 
 
 def parse_row(parser: simdjson.Parser, line: bytes) -> TokenRow:
-    """A line with simdjson. Raises one of NOT_A_ROW when it is not a token row.
+    """Parse a line with simdjson. Raises one of NOT_A_ROW if it is not a token row.
 
-    When it returns, no name may refer to a part of the document, or the parser refuses the next
-    line.
+    On return, nothing may refer to a part of the document, or the parser refuses the next line.
     """
     fields = parse_object(parser, line)
     before, codes, merged, after, spans = (_integers(fields, name) for name in LISTS)
@@ -76,7 +75,7 @@ def parse_row(parser: simdjson.Parser, line: bytes) -> TokenRow:
 
 
 def parse_object(parser: simdjson.Parser, line: bytes) -> Any:
-    """Its `simdjson.Object`, whose published types are wrong in places."""
+    """The line's `simdjson.Object`; as Any, because simdjson's type hints are partly wrong."""
     fields = parser.parse(line)
     if not isinstance(fields, simdjson.Object):
         raise ValueError("the line is not an object")
@@ -84,9 +83,7 @@ def parse_object(parser: simdjson.Parser, line: bytes) -> Any:
 
 
 def head_of(fields: Any) -> tuple[str, str, str]:
-    """(id, image, category) of a row, the id empty when it has none. Raises ValueError when they
-    are something else.
-    """
+    """(id, image, category) of a row; a missing id is empty. Raises ValueError for wrong types."""
     id_, image, category = fields.get("id"), fields.get("image"), fields.get("category")
     if id_ is None:
         id_ = ""
@@ -104,7 +101,7 @@ def head_of(fields: Any) -> tuple[str, str, str]:
 
 
 def _integers(fields: Any, name: str) -> np.ndarray | None:
-    """A list of integers `[n]` int64, nested ones flattened; None when it is absent."""
+    """A list of integers `[n]` int64, flattened if nested; None if it is absent."""
     value = fields.get(name)
     if value is None:
         return None
@@ -130,14 +127,14 @@ def read_rows(
     """The rows of the lines that start in bytes `start … stop - 1`.
 
     Args:
-        vbpe: that merged images must decode with.
-        advance: called with the number of bytes of every block of rows.
-        lines_before: how many begin before `start`, where somebody has counted them: they give
-            rows without an id theirs.
-        has_spans: whether all rows must have target_spans; without, as published ones, they must
-            look like rows of this vocabulary.
+        vbpe: must decode the merged images.
+        advance: called with the number of bytes after each block of rows.
+        lines_before: number of lines that start before `start`, if known; it makes ids for rows
+            that have none.
+        has_spans: whether all rows must have target_spans; rows without, like published ones,
+            must look like rows of this vocabulary.
 
-    Raises InputError that names the file and the line or the sample.
+    Raises InputError naming the file and the line or sample.
     """
     parser = simdjson.Parser()
     blocks = []
@@ -153,14 +150,14 @@ def read_rows(
 
 
 class Line(NamedTuple):
-    """A line that begins at byte `at`. `known_number` counts from 1."""
+    """A line that starts at byte `at`. `known_number` counts from 1."""
 
     at: int
     known_number: int | None
     text: bytes
 
     def number(self, path: Path) -> int:
-        """Counted now where nobody has."""
+        """The line number, counted now if it is not known."""
         if self.known_number is not None:
             return self.known_number
         number, left = 1, self.at
@@ -176,7 +173,7 @@ class Line(NamedTuple):
 def _lines(
     path: Path, file: BinaryIO, start: int, stop: int, lines_before: int | None
 ) -> Iterator[Line]:
-    """Every line that starts in bytes `start … stop - 1` and is not blank."""
+    """All lines that start in bytes `start … stop - 1` and are not blank."""
     if start:
         file.seek(start - 1)
         _read_line(path, file)
@@ -221,8 +218,8 @@ def _check_template(
     layout: VocabLayout,
     has_spans: bool,
 ) -> None:
-    """Raises InputError for a row of another template than the file's first, or one that was
-    published with ids that are not this vocabulary's.
+    """Raises InputError for a row whose template differs from the file's first row, or a published
+    row whose ids are not from this vocabulary.
     """
     for line, (row, _, its_spans) in zip(block, rows, strict=True):
         if its_spans != has_spans:
@@ -280,9 +277,9 @@ def _in_line(path: Path, line: Line, found: str) -> InputError:
 
 
 def are_fine(rows: Sequence[TokenRow], layout: VocabLayout, vbpe: VisualBPE) -> bool:
-    """Whether all merged images of a block stand for codes, by one call of the compiled decoder.
+    """Whether all merged images of a block decode, in one call of the compiled decoder.
 
-    False says nothing yet: grids that are not square are left to `check_images`.
+    False may be a false alarm: grids that are not square are left to `check_images`.
     """
     images = [(row, codes, isqrt(len(codes))) for row, codes, _ in rows if codes is not None]
     if not images:
@@ -304,7 +301,7 @@ def are_fine(rows: Sequence[TokenRow], layout: VocabLayout, vbpe: VisualBPE) -> 
 
 
 def further_images(row: Row, layout: VocabLayout) -> list[np.ndarray]:
-    """The images in token_1, but one that `--too_long truncate` has cut at the end of the row."""
+    """The images in token_1, except one that `--too_long truncate` cut off at the row's end."""
     images, after = [], row.ids[2]
     for begin in np.flatnonzero(after == layout.boi_id).tolist():
         tokens = after[begin + 1 :]
@@ -315,7 +312,7 @@ def further_images(row: Row, layout: VocabLayout) -> list[np.ndarray]:
 
 
 def check_images(token_row: TokenRow, layout: VocabLayout, vbpe: VisualBPE) -> None:
-    """The readable twin of `are_fine`, for one row: raises ValueError that says what is wrong."""
+    """The readable twin of `are_fine`, for one row: raises ValueError saying what is wrong."""
     row, token_image, _ = token_row
     if token_image is None:
         return
@@ -340,9 +337,9 @@ def check_images(token_row: TokenRow, layout: VocabLayout, vbpe: VisualBPE) -> N
 
 
 def _decode(image_ids: np.ndarray, num_cells: int, vbpe: VisualBPE) -> np.ndarray | None:
-    """The codes `[num_cells]` of a stream; None where the cells are not a square.
+    """The codes `[num_cells]` of a stream; None if `num_cells` is not a square.
 
-    Raises ValueError when the stream does not fill so many cells, or not each exactly once.
+    Raises ValueError unless the stream covers `num_cells` cells, each exactly once.
     """
     if image_ids.size and image_ids.max() >= vbpe.num_ids:
         raise ValueError(

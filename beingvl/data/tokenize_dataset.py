@@ -1,14 +1,15 @@
 """LLaVA JSON + images (or vq_codes/) + vbpe.json -> token rows in JSONL, or Arrow shards at once.
 
-  1. survey       one pass over the JSON: where every 4096th row starts, and whether there are
-                  images (llava_json.py)
+  1. survey       one pass over the JSON: where each part starts, and whether there are images
+                  (llava_json.py)
   2. image codes  given, or encoded now with the model folder's own VQ-GAN
-  3. Tokenize     `rows_per_part` rows are a part; a broken line or malformed row goes to
+  3. Tokenize     a part is `rows_per_part` rows; broken lines and malformed rows go to
                   rejected.jsonl with index and reason (row_tokenizer.py)
-  4. join         NAME_base (VQ codes) and NAME_vbpe (merged), one row per sample: a JSONL file or
-                  a folder of shards each (dataset_folder.py)
+  4. join         NAME_base (VQ codes) and NAME_vbpe (merged), one token row per sample: each is a
+                  JSONL file or a shard folder (dataset_folder.py)
 
-Shards are written from the arrays; they are the shards that the JSONL would give.
+Shards are written directly from the arrays; they equal the shards that build-shards would make from
+the JSONL.
 """
 
 from __future__ import annotations
@@ -92,37 +93,37 @@ def tokenize(
     num_ranks: int = 1,
     overwrite: bool = False,
 ) -> Manifest | None:
-    """Add the dataset `dataset_name` to the folder `output_path`; a finished one of the same rows
-    is reused.
+    """Add the dataset `dataset_name` to the folder `output_path`; a finished dataset of the same
+    rows is reused.
 
     Args:
-        json_path: rows of any form that `collect_rows` reads: JSON, JSONL, CSV, parquet, Arrow, tar
-            of pairs; files, folders or patterns.
-        row_format: dialect of the rows; None looks at the first ones.
+        json_path: rows in any format that `collect_rows` reads: JSON, JSONL, CSV, parquet, Arrow,
+            tar of pairs; files, folders or patterns.
+        row_format: dialect of the rows; None detects it from the first rows.
         model_path: Being-VL model folder: tokenizer, vocabulary layout, VQ-GAN.
-        image_path: folder that the rows' image paths start from, to encode them now; not needed for
-            pictures inside tables or tar files.
-        vq_codes: folder of `encode_images`, instead.
-        vbpe_path: vbpe.json; without it only the variant `base` is written.
-        vbpe_init_size, vbpe_vocab_pad, vbpe_vocab_end: only checked, as `load_for_layout` says.
-        mode: category of rows that name none, "pt" foundation, "sft" instruction.
+        image_path: folder that the rows' image paths are relative to; encodes the images now. Not
+            needed for pictures inside tables or tar files.
+        vq_codes: output folder of `encode_images`, instead of `image_path`.
+        vbpe_path: vbpe.json; without it, only the variant `base` is written.
+        vbpe_init_size, vbpe_vocab_pad, vbpe_vocab_end: only checked, see `load_for_layout`.
+        mode: category of rows that name none: "pt" is foundation, "sft" instruction.
         template: chat template, "default" or "being-vl-0.5"; None takes the model's.
-        image_positions: where image tokens stand, "running" or "anchor" (positions.py); None takes
-            the model's, for a base model the usual one.
-        format: "jsonl", or "arrow" for folders of shards at once.
-        max_length: longest sample, in tokens; the longer one of a row's two variants counts.
+        image_positions: position ids of image tokens, "running" or "anchor" (positions.py); None
+            takes the model's, or the default for a base model.
+        format: "jsonl", or "arrow" to write shard folders directly.
+        max_length: longest sample allowed, in tokens; the longer of a row's two variants counts.
         too_long: "reject" or "truncate" longer samples.
-        rows_per_part: rows that are finished, or lost by a kill, together.
-        duplicate_ids: "refuse" two rows with one id in shards, or "keep" both.
-        max_rejected: share of rejected rows, 0 … 1, that is tolerated.
-        exif: of images that are encoded now, as in `encode_images`; None applies it, but not for
+        rows_per_part: rows per part; a kill loses at most the unfinished parts.
+        duplicate_ids: "refuse" two rows with the same id in shards, or "keep" both.
+        max_rejected: tolerated share of rejected rows, 0 … 1.
+        exif: for images that are encoded now, as in `encode_images`; None applies it, except for
             the template "being-vl-0.5", whose data ignores it.
-        batch_size, torch_dtype: of the VQ-GAN, when images are encoded now.
-        num_workers: processes that tokenize, or decode images.
+        batch_size, torch_dtype: of the VQ-GAN, if images are encoded now.
+        num_workers: processes that tokenize or decode images.
         rank, num_ranks: this process among those that share the work.
 
     Returns the manifest, or None when other ranks have not finished their parts yet. Raises
-    InputError that says what is wrong with the inputs.
+    InputError saying what is wrong with the inputs.
     """
     model_path, output = Path(model_path), Path(output_path)
     check_at_least(1, rows_per_part=rows_per_part, max_length=max_length)
@@ -186,12 +187,12 @@ def tokenize(
 def _encode_now(
     json_path: Path, images: Any, vq_path: Path, vq_codes: Path, **options: Any
 ) -> None:
-    """Encode the images that rows name, and wait for the other ranks' parts."""
+    """Encode the images named in the rows, and wait for the other ranks' parts."""
     if not images:
         raise InputError(
             f"{json_path} names images: give --codes, or --image_path to encode them now"
         )
-    # torch, which takes a second to import, is needed by this alone.
+    # Only this needs torch, which takes a second to import.
     from beingvl.images.encode_images import encode_images
 
     encode_images(images, vq_path, vq_codes, keys=named_images(json_path), **options)
@@ -202,7 +203,7 @@ def _encode_now(
 
 
 class Options(NamedTuple):
-    """What decides the rows, beside the inputs."""
+    """What determines the token rows, besides the inputs."""
 
     mode: str
     dataset_name: str
@@ -215,7 +216,7 @@ class Options(NamedTuple):
 
 @dataclass
 class Tokenize(Work):
-    """A part is `rows_per_part` rows."""
+    """Each part is `rows_per_part` dataset rows."""
 
     json_path: Path
     rows: Survey
@@ -231,7 +232,7 @@ class Tokenize(Work):
     unit = "row"
 
     def __post_init__(self) -> None:
-        """Raises InputError for inputs that contradict each other."""
+        """Raises InputError if the inputs contradict each other."""
         self.layout = VocabLayout.load(self.model_path)
         self.dataset = DatasetFolder(self.output, self.options.dataset_name, self.layout)
         self.parts_folder = self.dataset.parts_name
@@ -336,9 +337,9 @@ class Tokenize(Work):
         return ["base", "vbpe"] if self.vbpe else ["base"]
 
     def _written(self, row: TokenizedRow) -> dict[str, Row | bytes]:
-        """Variant -> its row of a shard, or its line. Raises InputError for what `beingvl
-        build-shards` would refuse, and all other rows of the file with it: NaN, integers of more
-        than 64 bits, half a character, an `image` that is not a path.
+        """Variant -> its shard row or JSONL line. Raises InputError for values because of which
+        `beingvl build-shards` would refuse the whole file: NaN, integers of more than 64 bits, half
+        a surrogate pair, an `image` that is not a path.
         """
         try:
             line = _line(row.head)
@@ -365,7 +366,7 @@ class Tokenize(Work):
     # ---- all parts ----
 
     def join(self, parts: Parts) -> None:
-        """Raises InputError when too many rows were rejected, or ids of shards repeat."""
+        """Raises InputError if too many rows were rejected, or if ids in shards repeat."""
         counts = add_counts(parts.read_json(self.num_parts, "counts.json"))
         listing = parts.folder / REJECTED_FILE
         parts.join(self.num_parts, REJECTED_FILE, listing)
@@ -388,11 +389,11 @@ class Tokenize(Work):
         self.dataset.finish(entry, [f"{line}\n" for line in rejected], hashes)
         print(
             f"{self.output}: {counts['rows']} rows of {self.options.dataset_name}"
-            f"{with_images(counts)}, {counts['rejected']} rejected, {counts['truncated']} cut"
+            f"{with_images(counts)}, {counts['rejected']} rejected, {counts['truncated']} truncated"
         )
 
     def _join_shards(self, parts: Parts, variant: str, counts: Mapping[str, int]) -> dict[str, str]:
-        """Returns the hashes of the files, by their paths in the output folder."""
+        """Returns the files' hashes, by their paths in the output folder."""
         folder = start_folder(self.dataset.shards(variant), "shards")
         sources = [self.json_path] * self.num_parts
         refuse = self.duplicate_ids == "refuse"
@@ -411,5 +412,5 @@ class Tokenize(Work):
 
 
 def _line(value: dict) -> bytes:
-    """Raises ValueError for NaN, UnicodeEncodeError for half a character."""
+    """Raises ValueError for NaN, UnicodeEncodeError for half a surrogate pair."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

@@ -1,6 +1,6 @@
-"""Which image tokens shards hold and a model was trained on: merged ones, or plain codes.
+"""Which image tokens are in shards, or a model was trained on: merged tokens or plain codes.
 
-Manifests say it in `details["variant"]` since they know it; without a word nothing is known.
+Manifests record it in `details["variant"]`; older manifests do not have it, so it is unknown.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ MERGED, RAW = "vbpe", "raw"
 
 
 def variant_up_to(largest_id: int, layout: VocabLayout) -> str | None:
-    """Of sequences with this largest token id; None of text alone."""
+    """The variant of sequences with this largest token id; None if they are text only."""
     if largest_id < layout.first_image_id:
         return None
     return MERGED if largest_id >= layout.first_vbpe_id else RAW
 
 
 def variant_of(manifest: Manifest, layout: VocabLayout) -> str | None:
-    """Of a model; one without merges knows plain codes alone."""
+    """A model's variant; a model without merges knows only plain codes."""
     return manifest.details.get("variant") if layout.num_merges else RAW

@@ -569,7 +569,7 @@ def test_lengths_that_changed_since_they_were_planned_stop_the_loader(tmp_path) 
     assert TrainingData(shards, mixture, 40, 64, 4).num_steps
     np.save(tmp_path / "lengths.npy", np.full(60, 60, np.int32))
     shards = ShardReader(tmp_path)
-    with pytest.raises(InputError, match=r"lengths.npy is damaged: it does not fit plan-\w+.tmp"):
+    with pytest.raises(InputError, match=r"lengths.npy is damaged: it does not match plan-\w+.tmp"):
         TrainingData(shards, mixture, 40, 64, 4).micro_batch(0, 0, 0, 1, 4)
 
 

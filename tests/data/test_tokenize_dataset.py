@@ -482,13 +482,13 @@ def test_long_samples_are_cut_by_choice(inputs, capsys) -> None:
     assert (
         tokenize(inputs, [row(0, conversations=two_turns)], max_length=35, too_long="truncate") == 0
     )
-    assert "1 cut" in capsys.readouterr().out
+    assert "1 truncated" in capsys.readouterr().out
     (found,) = read(inputs, "base")
     assert len(found["token_0"] + found["token_image"] + found["token_1"]) == 35
     assert found["target_spans"][-1][1] <= 35
     options = {"max_length": 8, "too_long": "truncate", "max_rejected": 1, "overwrite": True}
     assert tokenize(inputs, [row(0)], **options) == 0
-    assert "none is an answer" in (inputs / "out" / "rejected.jsonl").read_text()
+    assert "contain no answer" in (inputs / "out" / "rejected.jsonl").read_text()
 
 
 def test_a_jsonl_that_changed_after_its_manifest(inputs, capsys) -> None:

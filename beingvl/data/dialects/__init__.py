@@ -1,15 +1,15 @@
-"""How others write a dataset row: one file per dialect, each a function from a record to ours.
+"""Dialects of dataset rows: one file per dialect, each a function from its records to our rows.
 
     llava      {"id", "image", "conversations": [{"from", "value"}, …]}          ours
-    sharegpt   the same turns under other names; `images`, `system` beside them
+    sharegpt   the same turns under different names, with `images` and `system` beside them
     messages   {"messages": [{"role", "content"}, …]}     content: text, or parts with images
     texts      {"images", "texts": [{"user", "assistant"}, …]}
     caption    {"image", "caption"}
     alpaca     {"instruction", "input", "output"}
 
-A function returns a row as LLaVA writes it (`id, image, category, conversations`) and raises
-InputError that says what is malformed. A system turn stays the first turn, from "system". Images
-are what the record holds: keys, or, in a container, whatever the container makes keys of.
+A function returns a LLaVA row (`id, image, category, conversations`), or raises InputError saying
+what is malformed. A system turn stays the first turn, from "system". Images are passed on as the
+record has them: keys, or, in a container, what the container turns into keys.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ DIALECTS: dict[str, Dialect] = {
 
 
 def dialect_of(records: Sequence[Record], source: str) -> str:
-    """Name of the dialect that `records`, the first of `source`, are written in.
+    """Name of the dialect of `records`, which are the first of `source`.
 
-    Raises InputError when they are of none, or of several.
+    Raises InputError if they match no dialect, or several.
     """
     names = {name for record in records if (name := _name_of(record))}
-    if names == {"llava", "sharegpt"}:  # ours, but for some rows
+    if names == {"llava", "sharegpt"}:  # llava, except for some rows
         return "sharegpt"
     if len(names) > 1:
         raise InputError(
@@ -79,4 +79,4 @@ def _name_of(record: Record) -> str | None:
     if names & set(CAPTION_NAMES) and names & set(IMAGE_NAMES):
         return "caption"
     only_names_images = "image" in names and names <= {"id", "image", "category"}
-    return "llava" if only_names_images else None  # enough for encode-images
+    return "llava" if only_names_images else None  # which is enough for encode-images

@@ -1,4 +1,4 @@
-"""Alpaca: `instruction`, `input` and `output`, perhaps with `system`, `history` and `images`."""
+"""Alpaca: `instruction`, `input` and `output`, optionally `system`, `history` and `images`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from beingvl.errors import InputError
 
 
 def from_alpaca(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The input stands below the instruction, `[question, answer]` pairs of `history` before it.
+    """The input goes below the instruction, the `[question, answer]` pairs of `history` before it.
 
     Raises InputError for a record without instruction or output.
     """

@@ -1,4 +1,4 @@
-"""Captions: `{"image", "caption"}`, also as a CSV table. The caption is the answer to QUESTION."""
+"""Captions: `{"image", "caption"}`, also in CSV tables. The caption is the answer to QUESTION."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LLaVA: `id, image, category, conversations` with turns from human and gpt. Our own rows."""
+"""LLaVA, our own format: `id, image, category, conversations` with turns from human and gpt."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from typing import Any
 
 
 def from_llava(record: Mapping[str, Any]) -> dict[str, Any]:
-    """As it is; what is wrong with it is said where it is tokenized."""
+    """The record unchanged; tokenizing it reports what is wrong with it."""
     return dict(record)

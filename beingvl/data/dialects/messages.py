@@ -1,12 +1,12 @@
-"""`messages`, as OpenAI's API and Hugging Face's chat templates have them.
+"""`messages`, as in OpenAI's API and Hugging Face's chat templates.
 
     {"messages": [{"role": "user", "content": "<image>What is it?"}, …], "images": ["a.png"]}
     {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": …}]}, …],
      "images": ["a.png"]}
     … {"type": "image", "image": "a.png"} or {"type": "image_url", "image_url": {"url": "a.png"}}
 
-A part without a picture of its own takes the next one of `images`. Others call what a part holds
-`content` or `value`, whatever its type.
+An image part without a picture takes the next one of `images`. Some datasets store a part's content
+under `content` or `value`, whatever its type.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IMAGE_KEYS = ("image", "image_url", "url", "path", "content", "value")
 
 
 def from_messages(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Raises InputError for a message without role or content, and for sound or video parts."""
+    """Raises InputError for a message without role or content, and for audio or video parts."""
     entries = record.get("messages", record.get("conversations"))
     if not isinstance(entries, list):
         raise InputError("messages is not a list")
@@ -44,7 +44,7 @@ def from_messages(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text_of(parts: list[Any], where: str, waiting: list[Any], images: list[Any]) -> str:
-    """The text of a message's parts, with a placeholder for each image, which goes to `images`."""
+    """The text of a message's parts, with placeholders for images, which are added to `images`."""
     texts = []
     for part in parts:
         if not isinstance(part, Mapping):

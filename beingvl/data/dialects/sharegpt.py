@@ -1,5 +1,5 @@
-"""ShareGPT as fine-tuning tools read it: `conversations` from human, gpt and others, and beside
-them `system` (a text) and `images` (a list; `<image>` stands in the text for each).
+"""ShareGPT as fine-tuning tools read it: `conversations` from human, gpt and others, with `system`
+(a text) and `images` (a list; the text has one `<image>` for each).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from beingvl.errors import InputError
 
 
 def from_sharegpt(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Raises InputError for a turn without role or text, and for calls of tools."""
+    """Raises InputError for a turn without role or text, and for tool calls."""
     entries = record.get("conversations")
     if not isinstance(entries, list):
         raise InputError("conversations is not a list of turns")

@@ -1,4 +1,4 @@
-"""`texts`: pairs of user and assistant beside `images`, as The Cauldron and FineVision write."""
+"""`texts`: pairs of user and assistant, with `images`, as in The Cauldron and FineVision."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from beingvl.errors import InputError
 
 
 def from_texts(record: Mapping[str, Any]) -> dict[str, Any]:
-    """All images stand before the first question. Raises InputError for a pair without texts."""
+    """All images go before the first question. Raises InputError for a pair without texts."""
     entries, images = record.get("texts"), images_of(record)
     if not isinstance(entries, list) or not entries:
         raise InputError("texts is empty or not a list, expected pairs of user and assistant")

@@ -1,4 +1,4 @@
-"""What the dialects share: roles, and rows in our own form."""
+"""What the dialects share: roles, and rows in our own format."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ ROLES = {
     "bot": "gpt",
     "system": "system",
 }
-ANSWER_NAMES = ("answer", "answers", "choices")  # of evaluation
+ANSWER_NAMES = ("answer", "answers", "choices")  # for evaluation
 NOT_TAKEN = ("video", "videos", "audio", "audios")
-PREFERENCES = ("chosen", "rejected", "rejected_response")  # of DPO
-JUDGEMENTS = ("label", "kto_tag")  # of KTO, true or false; else some class
+PREFERENCES = ("chosen", "rejected", "rejected_response")  # DPO
+JUDGEMENTS = ("label", "kto_tag")  # in KTO true or false; in other datasets a class
 
 
 def refuse_bad_answers(record: Mapping[str, Any]) -> None:
-    """Raises InputError for rows of preference training, whose answers are not all to be learnt."""
+    """Raises InputError for rows of preference training: not all their answers should be learnt."""
     if bad := [name for name in JUDGEMENTS if record.get(name) is False]:
-        raise InputError(f"{bad[0]} is false (as in KTO), so the answer is a bad one")
+        raise InputError(f"{bad[0]} is false (as in KTO), so the answer is bad")
     if pairs := [name for name in PREFERENCES if record.get(name)]:
         raise InputError(
             f"the row has {pairs[0]!r}, a preference (DPO), which is not taken: leave the key out, "
@@ -35,7 +35,7 @@ def refuse_bad_answers(record: Mapping[str, Any]) -> None:
 
 
 def turn(role: Any, text: Any, where: str) -> dict[str, str]:
-    """One entry of `conversations`. Raises InputError for another role, or no text."""
+    """One entry of `conversations`. Raises InputError for an unknown role, or no text."""
     if not isinstance(role, str) or role not in ROLES:
         raise InputError(f"{where} is from {str(role)[:60]!r}, expected one of {', '.join(ROLES)}")
     if not isinstance(text, str):
@@ -46,8 +46,8 @@ def turn(role: Any, text: Any, where: str) -> dict[str, str]:
 def row_of(
     record: Mapping[str, Any], turns: Sequence[dict[str, str]], images: Any
 ) -> dict[str, Any]:
-    """Our row: the turns and images beside what `record` says of id, category and the right
-    answer. Raises InputError for a record with sound or videos, and for a preference.
+    """Our row: turns and images, with `record`'s id, category and right answer. Raises InputError
+    for a record with audio, video or a preference.
     """
     if others := [name for name in NOT_TAKEN if record.get(name)]:
         raise InputError(f"the row has {others[0]}, which are not taken")
@@ -63,7 +63,7 @@ def row_of(
 
 
 def images_of(record: Mapping[str, Any]) -> list[Any]:
-    """What stands under `image` or `images`, as a list."""
+    """The value of `image` or `images`, as a list."""
     found = record.get("images", record.get("image"))
     if found is None or found == "":
         return []
