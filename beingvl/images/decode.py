@@ -1,11 +1,11 @@
-"""The bytes of an image file, decoded.
+"""Decode image files.
 
     decode_image     bytes to a picture of 8-bit values, of one of FORMATS and at most MAX_PIXELS
-    upright          the picture as every viewer turns it
-    about_image      whatever a decoder says or raises is about one image, by name
+    upright          the picture turned as viewers show it
+    about_image      attributes a decoder's warnings and errors to an image, by name
 
-An image comes from anywhere, so it may do no more than be rejected. Pillow has plugins for formats
-that start other programs (EPS) or that nobody tries out; none of them is asked.
+Images are untrusted: the worst that one can cause is its rejection. Pillow also has plugins for
+formats that start other programs (EPS) or are hardly tested; we use none of them.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from beingvl.errors import InputError, is_out_of_files
 from beingvl.images.image_source import MAX_FILE_BYTES, read_file
 from beingvl.sources.places import as_place, fetch, is_address
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # whatever the file's name
-# Decoded at once: 150 MB, and a few copies of it while the image is resized.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # whatever the suffix says
+# Decoded into memory as a whole: 150 MB, and a few copies while the image is resized.
 MAX_PIXELS = 50_000_000
-# A line one pixel high would become wider than any memory when its short edge is resized.
+# Resizing the short edge of a line one pixel high would make it too wide for any memory.
 MAX_ASPECT = 100
-# libjpeg goes through the whole picture for each scan of a progressive file, usually ten: 3 s.
+# libjpeg processes the whole picture for each scan of a progressive file; the usual ten take 3 s.
 MAX_PIXELS_IN_SCANS = 100 * MAX_PIXELS
 JPEG_SCAN = b"\xff\xda"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-UPRIGHT = {  # EXIF's orientation -> what turns the picture back
+UPRIGHT = {  # EXIF orientation -> transposition that turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -51,12 +51,12 @@ EXIF_FIELDS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
 @contextmanager
 def about_image(name: Path | str) -> Iterator[None]:
-    """Warnings in here are printed with the image's name; any exception becomes an InputError:
-    what decoders raise for a damaged file depends on the format and on Pillow's version.
+    """Print warnings with the image's name, and turn any exception into an InputError: what
+    decoders raise for a damaged file depends on the format and on Pillow's version.
     """
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS says it better
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we check MAX_PIXELS
         try:
             yield
         except InputError:
@@ -73,7 +73,7 @@ def about_image(name: Path | str) -> Iterator[None]:
 
 
 def read_image(path: Path | str) -> Image.Image:
-    """Read and decode an image file. Raises InputError as `decode_image`."""
+    """Read and decode an image file. Raises InputError as `decode_image` does."""
     try:
         data = read_file(Path(path))
     except OSError as error:
@@ -82,8 +82,8 @@ def read_image(path: Path | str) -> Image.Image:
 
 
 def picture_of(image: Any, name: str) -> tuple[Image.Image, str]:
-    """A picture and what to call it, from a PIL image, an array `[H, W]` or `[H, W, 3 | 4]` uint8,
-    a path, or an address. Raises InputError for anything else, and as `decode_image`.
+    """A picture and its name, from a PIL image, an array `[H, W]` or `[H, W, 3 | 4]` uint8, a path
+    or a URL. Raises InputError for anything else, and as `decode_image` does.
     """
     if isinstance(image, Image.Image):
         return image, name
@@ -102,22 +102,22 @@ def picture_of(image: Any, name: str) -> tuple[Image.Image, str]:
 
 
 def decode_image(data: bytes, name: Path | str) -> Image.Image:
-    """The bytes of an image file, decoded. Raises InputError when they are damaged, not an image,
-    or too large.
+    """Decode the bytes of an image file. Raises InputError if they are damaged, not an image, or
+    too large.
 
     A JPEG file of more than MAX_PIXELS is decoded at 1/2, 1/4 or 1/8 of its size.
     """
     with about_image(name):
         try:
             return _decode(data, name)
-        except ValueError as error:  # of a note beside the pixels, which nobody asked for
+        except ValueError as error:  # perhaps in the metadata, which we do not need
             if not data.startswith(PNG_SIGNATURE) or isinstance(error, InputError):
                 raise
             return _decode(_without_notes(data), name)
 
 
 def _decode(data: bytes, name: Path | str) -> Image.Image:
-    Image.init()  # else a format that this Pillow lacks would be a KeyError
+    Image.init()  # without it, a format that this Pillow lacks raises KeyError
     image = Image.open(io.BytesIO(data), formats=[one for one in FORMATS if one in Image.OPEN])
     if problem := _bound_size(image, data.count(JPEG_SCAN)):
         raise InputError(f"{name} has {image.width} x {image.height} pixels, {problem}")
@@ -125,8 +125,8 @@ def _decode(data: bytes, name: Path | str) -> Image.Image:
         image.load()
     if image.mode[0] not in "IF":
         return image
-    values = image.convert(image.mode[0])  # in RGB 16 bits would become white, fractions of 1 black
-    extrema: Any = values.getextrema()  # of one band
+    values = image.convert(image.mode[0])  # RGB would turn 16-bit values white and 0 … 1 black
+    extrema: Any = values.getextrema()  # there is one band
     low, high = extrema
     if values.mode == "F" or low < 0 or high > 255:
         raise InputError(
@@ -137,7 +137,7 @@ def _decode(data: bytes, name: Path | str) -> Image.Image:
 
 @contextmanager
 def _heard() -> Iterator[None]:
-    """What libtiff writes to this process's stderr becomes warnings."""
+    """Turn what libtiff writes to this process's stderr into warnings."""
     with open(os.memfd_create("libtiff"), "rb") as said:
         stderr = os.dup(2)
         os.dup2(said.fileno(), 2)
@@ -152,7 +152,7 @@ def _heard() -> Iterator[None]:
 
 
 def _without_notes(data: bytes) -> bytes:
-    """A PNG file without texts and colour profile, which may be larger than Pillow allows."""
+    """A PNG file without its texts and colour profile, which may be larger than Pillow allows."""
     kept, place = [PNG_SIGNATURE], len(PNG_SIGNATURE)
     while place + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, place)
@@ -164,15 +164,15 @@ def _without_notes(data: bytes) -> bytes:
 
 
 def _bound_size(image: Image.Image, num_scans: int) -> str:
-    """Reduce a large JPEG, of at most `num_scans`, before it is decoded; returns what is wrong with
-    any other size.
+    """Reduce a large JPEG, which has at most `num_scans` scans, before it is decoded; returns what
+    is wrong if the size is not allowed.
     """
     width, height = image.size
     if max(width, height) > MAX_ASPECT * min(width, height):
-        return f"expected one side at most {MAX_ASPECT} times the other; cut it"
-    is_jpeg = image.format in ("JPEG", "MPO")  # MPO: JPEG files of some cameras
+        return f"expected one side at most {MAX_ASPECT} times the other; crop it"
+    is_jpeg = image.format in ("JPEG", "MPO")  # MPO: JPEG files from some cameras
     if is_jpeg and width * height * num_scans > MAX_PIXELS_IN_SCANS:
-        return f"in {num_scans} scans, which take too long; save it anew, not progressive"
+        return f"in {num_scans} scans, which take too long; save it again, not as progressive"
     if width * height <= MAX_PIXELS:
         return ""
     for factor in (2, 4, 8):
@@ -183,15 +183,15 @@ def _bound_size(image: Image.Image, num_scans: int) -> str:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turned and mirrored as the camera's EXIF note says; the picture itself without one."""
+    """The picture rotated and mirrored as its EXIF orientation says; unchanged without one."""
     try:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a damaged note says nothing about the pixels
+    except Exception:  # damaged EXIF data does not make the pixels unusable
         return image
     if turn is None:
         return image
     turned = image.transpose(turn)
-    for field in EXIF_FIELDS:  # it would be turned again
+    for field in EXIF_FIELDS:  # else it would be turned again
         turned.info.pop(field, None)
     return turned
 

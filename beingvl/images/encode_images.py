@@ -1,6 +1,6 @@
-"""[1] Images -> vq_codes/: every image once through the VQ-GAN, one row of codes each.
+"""[1] Images -> vq_codes/: encode every image with the VQ-GAN into one row of codes.
 
-    open_images        a folder or tar files; all keys, or those asked for      N sorted keys
+    open_images        a folder or tar files; all keys, or the given ones       N sorted keys
     EncodeImages       the work: `images_per_part` images are a part
       read_batches     read, hash and crop, in `num_workers` processes          [n, 3, H, W] uint8
       VQGAN.encode     the codes of a batch                                     [n, h, w] uint16
@@ -45,7 +45,7 @@ from beingvl.images.vq_codes import (
 )
 from beingvl.images.vqgan import VQGAN, usable_device
 
-FILES_OF_WORKER = 6  # pipes to and from it, and those that start it
+FILES_OF_WORKER = 6  # open files per worker: pipes to and from it, and those that start it
 PART_FILES = ("codes", "code_hashes", "keys", "rejected", "hashes", "stamps")
 
 
@@ -66,22 +66,22 @@ def encode_images(
     num_ranks: int = 1,
     overwrite: bool = False,
 ) -> Manifest | None:
-    """Write the codes of images to the folder `output_path`; a finished one of the same images is
-    reused.
+    """Write the codes of images to the folder `output_path`; a finished folder of the same images
+    is reused.
 
     Args:
-        image_path: a folder of images, searched recursively, tar files, or tables that hold
-            images; here or at an address.
-        keys: which images, by their path below the folder or in the tar; None takes all.
-        images_per_part: images that are finished, or lost by a kill, together.
-        num_workers: processes that read images; 0 reads in this one.
-        max_rejected: share of unreadable images, 0 … 1, that is tolerated.
+        image_path: a folder of images, searched recursively, tar files, or tables that contain
+            images; local paths or URLs.
+        keys: the images to encode, by their path in the folder or tar; None takes all.
+        images_per_part: images per part; a kill loses at most the unfinished parts.
+        num_workers: processes that read images; 0 reads in this process.
+        max_rejected: tolerated share of unreadable images, 0 … 1.
         exif: "apply" turns images as their EXIF orientation says, "ignore" leaves them as stored.
         device, dtype: "auto" is this rank's GPU in bfloat16, else the CPU in float32.
         rank, num_ranks: this process among those that share the work.
 
     Returns the manifest, or None when other ranks have not finished their parts yet. Raises
-    InputError for what is wrong with the inputs, and OSError when the disk fails.
+    InputError if the inputs are wrong, and OSError if the disk fails.
     """
     check_at_least(1, batch_size=batch_size, images_per_part=images_per_part)
     check_at_least(0, num_workers=num_workers, max_rejected=max_rejected)
@@ -119,8 +119,8 @@ def _device_and_dtype(device: str, dtype: str) -> tuple[str, str]:
 
 @dataclass
 class EncodeImages(Work):
-    """A part is `images_per_part` images in the files `PART_FILES`, the last two with a line for
-    every image, read or not.
+    """Each part is `images_per_part` images in the files `PART_FILES`. The last two have one line
+    per image, even if it could not be read.
     """
 
     images: ImageSource
@@ -136,7 +136,7 @@ class EncodeImages(Work):
     rejected: list[str] = field(default_factory=list)  # lines of all parts made by this process
 
     def __post_init__(self) -> None:
-        self.elsewhere = self.images.elsewhere(self.keys)  # before anything is read
+        self.elsewhere = self.images.elsewhere(self.keys)  # taken before anything is read
 
     @property
     def num_parts(self) -> int:
@@ -150,7 +150,7 @@ class EncodeImages(Work):
         return len(self.keys_of_part(number))
 
     def request_of_parts(self) -> Request:
-        """A batch's size may change the last bit on a GPU."""
+        """Includes the batch size, which may change the last bit on a GPU."""
         names = hash_bytes("\n".join(self.keys).encode("utf-8", "surrogatepass"))
         sizes = {"images_per_part": self.images_per_part, "batch_size": self.batch_size}
         there = {f"content of {place}": found for place, found in self.elsewhere.items()}
@@ -160,14 +160,14 @@ class EncodeImages(Work):
         return Request(**self._encoder(), images=self._hash_images())
 
     def _encoder(self) -> dict[str, str]:
-        """Images were read as "ignore" says before there was a choice."""
+        """Omits exif "ignore", which is what older versions did without an option."""
         exif = self.vqgan.preprocessing.exif
         named = {} if exif == "ignore" else {"exif": exif}
         return {"vqgan": self.vqgan.fingerprint(), "dtype": self.vqgan.dtype, **named}
 
     def _hash_images(self) -> str:
-        """One hash of the images' names and content; images whose names, sizes and times are
-        those of the finished output are not read again.
+        """One hash of all images' names and content. If names, sizes and times equal those of the
+        finished output, the images are not read again.
         """
         details = read_manifest(self.output, self.kind).details
         progress = show_progress(self.keys, name="compare images", unit="image", leave=False)
@@ -178,12 +178,12 @@ class EncodeImages(Work):
         for key in show_progress(self.keys, name="hash images", unit="image", leave=False):
             try:
                 lines.append(hash_line(key, self.images.read(key)))
-            except InputError:  # missing or unreadable: part of what the images are
+            except InputError:  # missing or unreadable, which is part of the hash
                 lines.append(hash_line(key, None))
         return hash_bytes("".join(lines).encode())
 
     def write_part(self, number: int, folder: Path, advance: Callable[[int], object]) -> None:
-        """Raises InputError as soon as this process has rejected too many of all images."""
+        """Raises InputError as soon as this process has rejected too many images."""
         keys, size = self.keys_of_part(number), self.batch_size
         batches = [keys[start : start + size] for start in range(0, len(keys), size)]
         counts = {"images": 0, "rejected": 0}
@@ -218,8 +218,8 @@ class EncodeImages(Work):
         )
 
     def join(self, parts: Parts) -> None:
-        """Raises InputError when too many images were rejected, or all, or an object store has
-        others by now.
+        """Raises InputError if too many or all images were rejected, or if images in an object
+        store changed meanwhile.
         """
         for place, now in self.images.elsewhere(self.keys).items():
             if now != self.elsewhere[place]:
@@ -268,10 +268,11 @@ class EncodeImages(Work):
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive images: the readable ones `cropped`, each `[3, H, W]` uint8, the others as (key,
-    reason). No tensors: torch would send them through /dev/shm, which is small in containers.
+    """Consecutive images: readable ones `cropped`, each `[3, H, W]` uint8, the others `rejected` as
+    (key, reason). No tensors, because torch sends them through /dev/shm, which is small in
+    containers.
 
-    `hashes` and `stamps` have one line for each image, read or not, in key order.
+    `hashes` and `stamps` have one line per image, readable or not, in key order.
     """
 
     keys: list[str]
@@ -293,7 +294,7 @@ class ImageReader:
         return len(self._batches)
 
     def __getitem__(self, index: int) -> Batch | OSError:
-        """An error of the disk is returned: a worker of torch would raise a traceback of it."""
+        """Disk errors are returned: raised in a torch worker, they would print a traceback."""
         try:
             return self._read(self._batches[index])
         except OSError as error:
@@ -303,7 +304,7 @@ class ImageReader:
         found = Batch([], [], [], [], [])
         for key in batch:
             data = None
-            # The stamp comes first, so that a file that changes meanwhile is read again.
+            # Taken before reading: a file that changes meanwhile is then read again next time.
             found.stamps.append(stamp_line(key, self._images.stamp(key)))
             try:
                 data = self._images.read(key)
@@ -318,8 +319,8 @@ class ImageReader:
 def read_batches(
     images: ImageSource, batches: list[list[str]], vqgan: VQGAN, num_workers: int
 ) -> Iterator[Batch]:
-    """The batches in their order, read ahead. Raises OSError when the disk fails, or so many
-    workers would open too many files: torch would leave tracebacks of those that it started.
+    """The batches in order, prefetched. Raises OSError if the disk fails, or up front if
+    `num_workers` would open too many files: workers that torch had started would print tracebacks.
     """
     with ExitStack() as files:
         for _ in range(FILES_OF_WORKER * num_workers):
@@ -333,7 +334,7 @@ def read_batches(
 
 @contextmanager
 def naming_killed_workers() -> Iterator[None]:
-    """torch raises this wherever this process is when the signal comes."""
+    """torch raises this error wherever this process happens to be when the signal arrives."""
     try:
         yield
     except RuntimeError as error:

@@ -1,8 +1,8 @@
-"""Where images come from: a folder or tar files (webdataset shards), here or in an object store. An
-image's key is its path below the folder or in the tar.
+"""Where images come from: a folder or tar files (webdataset shards), local or in an object store.
+An image's key is its path below the folder or in the tar.
 
-An image that is not there, or is not a regular file, is rejected. A disk that fails is asked again,
-a few times, and then the step ends, so that no image is lost for it.
+An image that does not exist, or is not a regular file, is rejected. If the disk fails, the read is
+retried a few times; then the step ends, so a failing disk never rejects an image.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ IMAGE_SUFFIXES = frozenset(
 )
 LOOKED_FOR = ", ".join(sorted(IMAGE_SUFFIXES))
 MAX_FILE_BYTES = 1 << 30
-PAUSES_SECONDS = (0.5, 2, 8)  # between the tries of one read
+PAUSES_SECONDS = (0.5, 2, 8)  # between attempts to read
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 LINK_OUT = "a link out of the image folder"
 
 
 class ImageSource(Protocol):
     def keys(self) -> list[str]:
-        """Sorted keys of all images; prints what else is there. Raises InputError for none."""
+        """Sorted keys of all images; prints what was left out. Raises InputError without images."""
 
     def read(self, key: str) -> bytes:
-        """One file's bytes. Raises InputError when it is not there, OSError when the disk fails."""
+        """One file's bytes. Raises InputError if it does not exist, OSError if the disk fails."""
 
     def stamp(self, key: str) -> str:
-        """Size and time of the file that holds an image, or NO_STAMP: equal stamps, equal bytes."""
+        """Size and time of an image's file, or NO_STAMP. Equal stamps mean equal bytes."""
 
     def elsewhere(self, keys: Sequence[str]) -> dict[str, str]:
-        """Address -> stamp of all that these images are read from there, as it is now."""
+        """URL -> current stamp, for all remote places that these images are read from."""
 
 
 def _refuse_large(name: Path | str, size: int) -> None:
@@ -66,8 +66,8 @@ def _refuse_large(name: Path | str, size: int) -> None:
 
 
 def read_file(path: Path) -> bytes:
-    """A regular file's bytes. Raises InputError for another: a FIFO would wait for a writer, and
-    opening a device may do anything.
+    """A regular file's bytes. Raises InputError for other files: a FIFO would wait for a writer,
+    and opening a device may do anything.
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
@@ -77,20 +77,22 @@ def read_file(path: Path) -> bytes:
 
 
 def read_patiently(path: Path | str, read: Callable[[], bytes]) -> bytes:
-    """What `read` gives of `path`; asked again after pauses where a disk fails."""
+    """The result of `read` for `path`; retried after pauses if the disk fails."""
     for pause in (*PAUSES_SECONDS, None):
         try:
             return read()
         except OSError as error:
             if pause is None or error.errno in NOT_THERE:
-                error.filename = str(path)  # a failing read does not say it
+                error.filename = str(path)  # a failing read does not set it
                 raise
         time.sleep(pause)
     raise AssertionError
 
 
 def open_images(named: Sequence[Path | str]) -> ImageSource:
-    """One folder of image files, tar files or tables; or tar files, or tables; nothing mixed."""
+    """Images of one folder (with image files, tar files or tables), or of tar files or tables;
+    never a mixture.
+    """
     places = [as_place(path) for path in named]
     if all(file_name(place).lower().endswith(TABLES) for place in places):
         return TableImages(expand(places, TABLES))
@@ -131,8 +133,9 @@ def _is_container(name: str) -> bool:
 def _containers_in(
     folder: str, names: Sequence[str], images: FolderImages | AddressImages
 ) -> ImageSource | None:
-    """The tar files or tables of these names, right in a folder; None without any, and for tables
-    beside images (as metadata.parquet). Raises InputError for tar files beside images.
+    """The tar files or tables with these names, directly in a folder; None if there are none, or
+    only tables beside images (such as metadata.parquet). Raises InputError for tar files beside
+    images.
     """
     if not names:
         return None
@@ -147,20 +150,20 @@ def _containers_in(
 
 
 def _spelled(key: str, names: Container[str]) -> str | None:
-    """The key as it is written among `names`."""
+    """The spelling of the key that is in `names`, if any."""
     return next((name for name in spellings(key) if name in names), None)
 
 
 def _refuse_names_without_text(key: str) -> None:
-    """Raises InputError for a name that is not UTF-8, which no JSON file could hold."""
+    """Raises InputError for a name that is not UTF-8: JSON cannot hold it."""
     if (name := printable(key)) != key:
         raise InputError(f"{name}: the name is not UTF-8; rename the file")
 
 
 def _why_left_out(key: str) -> str | None:
-    """What the name says of a file that is not taken; None for an image."""
+    """Why a file is left out, judging by its name; None for an image."""
     path = PurePosixPath(key)
-    if any(part.startswith(".") for part in path.parts):  # such as ._a.png of macOS
+    if any(part.startswith(".") for part in path.parts):  # such as macOS's ._a.png
         return "hidden"
     suffix = path.suffix.lower()
     return None if suffix in IMAGE_SUFFIXES else suffix or "without suffix"
@@ -179,8 +182,8 @@ def _say_left_out(where: str, left_out: Counter[str]) -> None:
 
 
 class FolderImages:
-    """Images below a folder. Subfolders that are links are followed, each folder once; a file that
-    is a link out of the folder is never opened.
+    """Images below a folder. Links to folders are followed, each folder once; links to files
+    outside the folder are never opened.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -205,7 +208,7 @@ class FolderImages:
         return next(self._find(Counter()), None)
 
     def _find(self, left_out: Counter[str]) -> Iterator[str]:
-        """Keys in any order."""
+        """Keys, unsorted."""
         for key, entry in _files_below(str(self.folder), left_out):
             reason = _why_left_out(key)
             if reason is None and not entry.is_file(follow_symlinks=False):
@@ -220,14 +223,14 @@ class FolderImages:
                 left_out[reason] += 1
 
     def _leads_out(self, path: Path) -> bool:
-        """Whether a file is a link to one neither in this folder nor beside the link."""
+        """Whether a file is a link whose target is neither in this folder nor beside the link."""
         if not path.is_symlink():
             return False
         homes = map(os.path.realpath, (self.folder, path.parent))
         return not any(Path(os.path.realpath(path)).is_relative_to(home) for home in homes)
 
     def path(self, key: str) -> Path:
-        """Of an image, there or not. Raises InputError for what is never opened."""
+        """An image's path; it need not exist. Raises InputError for paths that we never open."""
         _refuse_names_without_text(key)
         path, *others = [self.folder / spelling for spelling in spellings(key)]
         if others and not path.exists():
@@ -247,7 +250,7 @@ class FolderImages:
             raise InputError(f"{key}: {error.strerror}") from error
         except InputError:
             raise
-        except ValueError as error:  # a name that no file system takes
+        except ValueError as error:  # a name that no file system accepts
             raise InputError(f"{key!r}: {error}") from error
 
     def stamp(self, key: str) -> str:
@@ -261,8 +264,8 @@ class FolderImages:
 
 
 def _files_below(folder: str, left_out: Counter[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """(key, entry) of all files. A folder that is reached twice, through links, is listed where it
-    really lies, else by the first link; a link to a folder around it is a loop.
+    """(key, entry) of all files. A folder that links reach again is listed at its real place if
+    that is below `folder`, else at its first link. A link to an enclosing folder is a loop.
     """
     waiting, links, seen = [(folder, "")], deque[tuple[str, str]](), set[str]()
     while waiting or links:
@@ -293,11 +296,11 @@ def _files_below(folder: str, left_out: Counter[str]) -> Iterator[tuple[str, os.
 
 
 class AddressImages:
-    """Images below an address; one request each."""
+    """Images below a URL; one request per image."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder.rstrip("/")
-        self.stamps = self._stamps_now()  # key -> stamp, of all files
+        self.stamps = self._stamps_now()  # key -> stamp, for all files
 
     def _stamps_now(self) -> dict[str, str]:
         found = listing(self.folder).items()
@@ -339,15 +342,15 @@ class AddressImages:
 
 
 class TarImages:
-    """Images in uncompressed tar files, found through their headers and read at their offsets."""
+    """Images in uncompressed tar files: found by their headers, read at their offsets."""
 
     def __init__(self, places: Sequence[Path | str]) -> None:
         self._paths = list(map(as_place, places))
         self._places: dict[str, tuple[int, int, int]] = {}  # key -> (tar, offset, size), in bytes
         self._sparse: set[str] = set()  # keys
-        self._stamps: list[str] = []  # of the tars, taken before they are read
+        self._stamps: list[str] = []  # one per tar, taken before it is read
         self._left_out: Counter[str] = Counter()
-        self._opened: tuple[int, IO[bytes]] | None = None  # the tar at an address read last
+        self._opened: tuple[int, IO[bytes]] | None = None  # the remote tar that was read last
         looked = progress(self._paths, name="look through tars", unit="tar", leave=False)
         for number, path in enumerate(looked):
             self._stamps.append(stamp(path))
@@ -363,7 +366,7 @@ class TarImages:
                 continue
             reason = _why_left_out(name)
             if reason is None and not member.isfile():
-                reason = "links, or other than a file"
+                reason = "links or special files"
             if reason:
                 self._left_out[reason] += 1
                 continue
@@ -420,7 +423,7 @@ def _read_piece(path: str, size: int, offset: int) -> bytes:
 
 
 def listed_images(list_path: Path) -> list[str]:
-    """Sorted keys of a text file, one per line. Raises InputError when it is empty or no text."""
+    """Sorted keys from a text file, one per line. Raises InputError if it is empty or not text."""
     try:
         text = list_path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

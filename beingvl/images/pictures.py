@@ -1,4 +1,4 @@
-"""Pictures as PNG, and the lines between the tokens of a picture."""
+"""Pictures as PNG, and lines between a picture's tokens."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def with_borders(
     pixels: np.ndarray, owners: np.ndarray, min_side: int = 512, thickness: int = 1
 ) -> np.ndarray:
     """A picture `[H, W, 3 or 4]` uint8, enlarged to at least `min_side` pixels, with lines of
-    `thickness` pixels between tokens; a pixel on either side is dark, so that a line shows on any
-    picture.
+    `thickness` pixels between tokens. The pixels on both sides are darkened, so that lines are
+    visible on any picture.
 
-    `owners` `[h, w]` int says which token covers each cell of the code grid; H and W are multiples
+    `owners` `[h, w]` int is the token that covers each cell of the code grid; H and W are multiples
     of h and w.
     """
     scale = max(1, -(-min_side // min(pixels.shape[:2])))

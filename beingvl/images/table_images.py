@@ -12,7 +12,7 @@ NO_STAMP = "none"
 
 
 class TableImages:
-    """An ImageSource. Keys are read quickest in their order."""
+    """An ImageSource. Reading is fastest in key order."""
 
     def __init__(self, places: Sequence[str]) -> None:
         self._tables = {table.name: table for table in map(Table, places)}

@@ -6,8 +6,8 @@
     train_steps      with quantisation, starting from that code book
     measure          PSNR and codes used on held-out images, a picture of reconstructions
 
-The middle steps matter: a code book started at random collapses to a few codes. Latents and code
-vectors have length 1 because transformers' JanusVQVAE normalises code vectors when it decodes, so
+The middle steps matter: a randomly initialised code book collapses to a few codes. Latents and code
+vectors have length 1, because transformers' JanusVQVAE normalises code vectors when it decodes; so
 the folder works there unchanged.
 """
 
@@ -36,7 +36,7 @@ from beingvl.images.preprocess import Preprocess
 from beingvl.images.vq_codes import hash_line
 from beingvl.images.vqgan import MAX_CODES, VQGAN, make_processor, usable_device
 
-# Weight of pulling latents to their code vector, against pulling the code vector to its latents
+# Weight of pulling latents to their code vectors, relative to pulling code vectors to their latents
 # (van den Oord et al. 2017).
 COMMITMENT = 0.25
 WARMUP_STEPS = 20
@@ -46,7 +46,7 @@ PICTURE_FILE, PICTURE_IMAGES = "reconstructions.png", 16
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the VQ-GAN beside the images. Raises InputError for sizes that do not fit."""
+    """What determines the VQ-GAN besides the images. Raises InputError for impossible sizes."""
 
     image_size: int
     grid: int
@@ -99,16 +99,16 @@ def train_vq(
     device: str = "auto",
     overwrite: bool = False,
 ) -> Manifest:
-    """Write a VQ-GAN folder trained on the images below `image_path`; a finished one of the same
+    """Write a VQ-GAN folder trained on the images below `image_path`; a finished folder of the same
     request is reused.
 
     Args:
-        validation_path: held-out images; without it one in ten of `image_path`.
+        validation_path: held-out images; None holds out one in ten of `image_path`.
         grid: side in codes; image_size / grid is a power of two.
-        steps: optimizer steps, half of them before there are codes.
-        max_images: use at most so many images, drawn with the seed.
+        steps: optimizer steps, half of them without quantisation.
+        max_images: use at most this many images, drawn with the seed.
 
-    Raises InputError for sizes that do not fit together, an unreadable image or too few of them.
+    Raises InputError for incompatible sizes, an unreadable image, or too few images.
     """
     sizes = (image_size, grid, num_codes, embed_dim, base_channels, num_res_blocks)
     recipe = Recipe(*sizes, steps, batch_size, learning_rate, max_images, seed)
@@ -155,7 +155,7 @@ def _write_vqgan(
 
 
 def train_model(pixels: torch.Tensor, recipe: Recipe, device: str) -> JanusVQVAE:
-    """Auto-encoder, clusters, code book."""
+    """Train the auto-encoder, cluster its latents, then train with the code book."""
     generator = torch.Generator().manual_seed(recipe.seed)
     model = build_model(recipe).to(device)
     codebook = model.quantize.embedding.weight.data
@@ -196,10 +196,10 @@ def load_pixels(
 
 
 def build_model(recipe: Recipe) -> JanusVQVAE:
-    """A JanusVQVAE of the asked-for sizes, its convolutions scaled to their fan-in.
+    """A JanusVQVAE of the requested sizes, its convolutions initialised by fan-in.
 
-    The class's own initialisation (0.02 everywhere, made for its published sizes) learns slowly at
-    these.
+    With the class's own initialisation (0.02 everywhere, made for its published sizes), such small
+    models learn slowly.
     """
     num_resolutions = int(math.log2(recipe.image_size // recipe.grid)) + 1
     config = JanusVQVAEConfig(
@@ -226,7 +226,7 @@ def train_steps(
     generator: torch.Generator,
     with_codes: bool,
 ) -> None:
-    """Half of the optimizer steps, with a learning-rate schedule of their own."""
+    """Run half of the optimizer steps, with their own learning-rate schedule."""
     model.train()
     device = model.quantize.embedding.weight.device
     optimizer = torch.optim.AdamW(
@@ -255,7 +255,7 @@ def train_steps(
 
 
 def learning_rate_factor(step: int, num_steps: int) -> float:
-    """Linear warm-up, then half a cosine to 0."""
+    """Half a cosine from 1 to 0, times a linear warm-up."""
     return min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
@@ -270,7 +270,9 @@ def unit_codebook(model: JanusVQVAE) -> torch.Tensor:
 
 
 def quantise(model: JanusVQVAE, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nearest code vectors with the latents' gradient, and the loss that pulls both together."""
+    """Nearest code vectors, with straight-through gradients, and the loss that pulls code vectors
+    and latents together.
+    """
     codebook = unit_codebook(model)
     flat = latents.permute(0, 2, 3, 1)
     nearest = codebook[(flat @ codebook.T).argmax(-1)].permute(0, 3, 1, 2)
@@ -291,10 +293,10 @@ def some_latents(
 
 
 def cluster(points: torch.Tensor, num_clusters: int, generator: torch.Generator) -> torch.Tensor:
-    """Spherical k-means: `[n, d]` of length 1 to centres `[num_clusters, d]` of length 1.
+    """Spherical k-means: points `[n, d]` of length 1 to centres `[num_clusters, d]` of length 1.
 
-    Centres start at points far from each other (k-means++, Arthur and Vassilvitskii 2007); an empty
-    cluster keeps its centre.
+    Initial centres are points far from each other (k-means++, Arthur and Vassilvitskii 2007). An
+    empty cluster keeps its centre.
     """
     centres = points[torch.randint(len(points), (1,), generator=generator)]
     distance = 1 - points @ centres[0]
@@ -313,7 +315,7 @@ def cluster(points: torch.Tensor, num_clusters: int, generator: torch.Generator)
 
 
 def measure(vqgan: VQGAN, pixels: torch.Tensor) -> tuple[float, int]:
-    """PSNR in decibels of decoding what was encoded, and the number of different codes."""
+    """PSNR of the reconstructions in decibels, and the number of different codes used."""
     squared_error, used = 0.0, np.zeros(vqgan.num_codes, bool)
     for part in pixels.split(64):
         codes = vqgan.encode(part)

@@ -1,11 +1,11 @@
 """The folder of codes that `beingvl encode-images` writes.
 
-codes.npy        [N, H, W] uint16, read through a memory map
-code_hashes.npy  [N] uint64: of each row and its key, so that who reads a few rows compares them
-keys.jsonl       line n is the key of row n, a JSON string: the image's path below the image
-                 folder; sorted
-key_offsets.npy  [N + 1] int64, bytes: where each line of keys.jsonl starts; a key is found by
-                 bisection, in no memory
+codes.npy        [N, H, W] uint16, memory-mapped for reading
+code_hashes.npy  [N] uint64: hash of each row and its key, so that reading a few rows can check them
+keys.jsonl       line n is the key of row n, a JSON string: the image's path below the image folder;
+                 sorted
+key_offsets.npy  [N + 1] int64, in bytes: start of each line of keys.jsonl; keys are found by
+                 bisection, without loading them
 rejected.jsonl   {"key", "reason"} of every image that could not be read
 manifest.json    lineage: the VQ-GAN's fingerprint; details: num_codes, grid, hashes of the
                  images and of their sizes and times
@@ -39,11 +39,11 @@ REMEDY = "make it again with `beingvl encode-images`"
 
 
 class DamagedError(InputError):
-    """What a step reads is not as it was written: no reason to reject a row, and go on."""
+    """An input file changed after it was written. The step must end, not reject rows and go on."""
 
 
 class CodeFolder:
-    """A finished folder of codes. Raises InputError when it is missing, incomplete or damaged."""
+    """A finished folder of codes. Raises InputError if it is missing, incomplete or damaged."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -88,9 +88,9 @@ class CodeFolder:
         return {entry["key"]: entry["reason"] for entry in entries}
 
     def grids(self, rows: Mapping[str, int]) -> np.ndarray:
-        """Codes `[len(rows), H, W]` of images, by their keys and rows.
+        """Codes `[len(rows), H, W]` of images, given their keys and rows.
 
-        Raises DamagedError when codes, or a key, are not as they were written.
+        Raises DamagedError if codes or a key changed after they were written.
         """
         grids = self.codes[list(rows.values())]
         for (key, row), grid in zip(rows.items(), grids, strict=True):
@@ -119,7 +119,7 @@ class CodeFolder:
             )
         if damage := self._damage_of_keys:
             raise DamagedError(f"{damage[0]}; {REMEDY}")
-        # Most often the user's keys only begin elsewhere, so one is shown.
+        # Usually the keys are only relative to a different folder, so the message shows one.
         example = printable(self.keys[0])
         raise InputError(
             f"{self.path} has no codes of {key} (it has {len(self.codes)} images, {example} is "
@@ -128,7 +128,7 @@ class CodeFolder:
 
 
 class MappedKeys:
-    """keys.jsonl as a sequence of strings, read where it is asked."""
+    """keys.jsonl as a sequence of strings, each read when it is accessed."""
 
     def __init__(self, folder: Path) -> None:
         self._offsets = load_mapped(folder / KEY_OFFSETS_FILE, REMEDY)
@@ -143,7 +143,7 @@ class MappedKeys:
         return len(self._offsets) - 1
 
     def __getitem__(self, row: int) -> str:
-        """Raises IndexError behind the last row."""
+        """Raises IndexError after the last row."""
         line = self._lines[int(self._offsets[row]) : int(self._offsets[row + 1])]
         key = parse_json(line, self._path, REMEDY)
         if not isinstance(key, str):
@@ -152,11 +152,11 @@ class MappedKeys:
 
 
 def load_mapped(path: Path, remedy: str) -> np.ndarray:
-    """A .npy file through the memory map. Raises InputError with the remedy for a damaged one."""
+    """Memory-map a .npy file. Raises InputError with the remedy if it is damaged."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError, SyntaxError, TokenError) as error:
-        # numpy reads the header as Python.
+        # The last two come from numpy, which parses the header as Python.
         if is_out_of_files(error):
             raise
         raise InputError(f"{path} is damaged ({error}); {remedy}") from error
@@ -167,7 +167,7 @@ def _damaged(path: Path, found: str) -> InputError:
 
 
 def code_hash(key: str, grid: np.ndarray) -> bytes:
-    """Eight bytes of `code_hashes.npy`, for one image's codes `[H, W]` uint16."""
+    """The eight bytes in `code_hashes.npy` for one image's codes `[H, W]` uint16."""
     content = key_line(key).encode() + grid.astype("<u2").tobytes()
     return blake3(content).digest(length=8)
 
@@ -182,7 +182,7 @@ def rejected_line(key: str, reason: str) -> str:
 
 
 def npy_header(dtype: str, *shape: int) -> bytes:
-    """What stands before the values in a .npy file."""
+    """The bytes before the values in a .npy file."""
     buffer = io.BytesIO()
     header = {"shape": shape, "fortran_order": False, "descr": dtype}
     np.lib.format.write_array_header_1_0(buffer, header)
@@ -196,22 +196,22 @@ def finish_codes(
     details: Mapping[str, Any],
     known_hashes: Mapping[str, str],
 ) -> None:
-    """Index the sorted keys and write the manifest; the other files are there."""
+    """Index the sorted keys and write the manifest; the other files exist already."""
     with open(folder / KEYS_FILE, "rb") as file:
         lengths = np.fromiter(map(len, file), np.int64)
     offsets = io.BytesIO()
     np.save(offsets, np.concatenate([[0], np.cumsum(lengths)]).astype("<i8"))
     write_atomically(folder / KEY_OFFSETS_FILE, offsets.getvalue())
-    # Images that lie there are never listed, nor removed.
+    # A user's images in this folder are never listed or removed.
     own = {CODES_FILE, CODE_HASHES_FILE, KEYS_FILE, KEY_OFFSETS_FILE, REJECTED_FILE}
     write_manifest(folder, "vq_codes", counts, lineage, details, known_hashes, own.__contains__)
 
 
 def hash_line(key: str, data: bytes | None) -> str:
-    """What one image contributes to the hash of all; `data` is None for one that is not there."""
+    """One image's contribution to the hash of all images; `data` is None if it is missing."""
     return f"{json.dumps(key)} {'missing' if data is None else hash_bytes(data)}\n"
 
 
 def stamp_line(key: str, stamp: str) -> str:
-    """What one image contributes to the hash of all stamps."""
+    """One image's contribution to the hash of all stamps."""
     return f"{json.dumps(key)} {stamp}\n"

@@ -1,16 +1,16 @@
-"""The VQ-GAN: images to grids of codes and, where there is a decoder, back.
+"""The VQ-GAN: images to grids of codes and, if it has a decoder, back.
 
     PIL images ──preprocess──> pixels [N, 3, H, W] float32 ──encode──> codes [N, h, w] uint16
     ──decode──> [N, H, W, 3] uint8
 
-Two transformers classes are supported, told apart by `model_type` in the folder's config.json:
+Two transformers classes are supported; `model_type` in the folder's config.json selects one:
 
     chameleon_vqgan    ChameleonVQVAE, the published being-vq-8k layout: 512 px, 32 x 32 grid,
                        8192 codes; encoder only
     janus_vqgan        JanusVQVAE, the same family with a decoder; `beingvl train-vq` makes these
 
-Both need a stock folder: config.json, model.safetensors, preprocessor_config.json (Chameleon's
-image processor: shortest edge, centre crop, rescale, mean and standard deviation).
+Both need a stock folder: config.json, model.safetensors and preprocessor_config.json (Chameleon's
+image processor: shortest edge, centre crop, rescaling, mean and standard deviation).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class VQGAN:
         source: str = "VQ-GAN",
         exif: str = "apply",
     ) -> None:
-        """`exif` "ignore" leaves images as they lie in their files (preprocess.py)."""
+        """`exif` "ignore" leaves images as stored in their files (preprocess.py)."""
         self.source = source
         self.processor, self.preprocessing = processor, Preprocess(processor, exif)
         self.image_size = _image_size(processor, source)
@@ -92,8 +92,8 @@ class VQGAN:
     ) -> VQGAN:
         """Read a stock folder, made by `beingvl train-vq` or published.
 
-        `preprocessing` is a preprocessor_config.json from elsewhere, for a folder without one.
-        Raises InputError for a folder whose own is another, or which is not a VQ-GAN's.
+        `preprocessing` is the preprocessor_config.json for a folder without one. Raises InputError
+        if the folder has a different one, or is not a VQ-GAN's.
         """
         folder = Path(folder)
         refuse_published(folder, "/vqgan")
@@ -111,8 +111,8 @@ class VQGAN:
         folder: Path,
         **options: Any,
     ) -> VQGAN:
-        """A VQ-GAN of its config, its tensors by name and its preprocessor_config.json, which need
-        not exist for Chameleon's. `folder` is where they come from; `options` as for the class.
+        """A VQ-GAN from its config, its tensors by name and its preprocessor_config.json (optional
+        for Chameleon's). `folder` is where they come from; `options` as for the class.
         """
         config, found = folder / "config.json", fields.get("model_type")
         if found not in CLASSES:
@@ -135,7 +135,7 @@ class VQGAN:
         details: Mapping[str, Any] | None = None,
         files: Mapping[str, bytes] | None = None,
     ) -> Manifest:
-        """Write a stock folder, `files` beside the weights, and its manifest."""
+        """Write a stock folder, with `files` beside the weights, and its manifest."""
         assert self._dtype == torch.float32, "another dtype has lost the bits it would save"
         folder = start_folder(folder, "vqgan")
         self.model.save_pretrained(folder)
@@ -143,7 +143,7 @@ class VQGAN:
         self.processor.save_pretrained(folder)
         for name, data in (files or {}).items():
             write_atomically(folder / name, data)
-        # Somebody's files that lie there are never listed, nor removed.
+        # A user's files in this folder are never listed or removed.
         written = {*FILES, *(files or {})}
         details = {**self.sizes(), **(details or {})}
         lineage = {"vqgan": self._fingerprint}
@@ -152,21 +152,21 @@ class VQGAN:
         )
 
     def sizes(self) -> dict[str, Any]:
-        """What a manifest says of the VQ-GAN."""
+        """What a manifest records about the VQ-GAN."""
         grid, side = list(self.grid), self.image_size
         return {"num_codes": self.num_codes, "grid": grid, "image_size": side}
 
     def fingerprint(self) -> str:
-        """Hash of all that decides codes: encoder, code book, preprocessing. Equal fingerprints,
-        equal codes.
+        """Hash of everything that determines codes: encoder, code book, preprocessing. Equal
+        fingerprints mean equal codes.
 
-        The decoder is left out: one more, one less or another does not make existing codes wrong.
+        The decoder is left out: adding, removing or replacing it does not invalidate codes.
         """
         return self._fingerprint
 
     @property
     def dtype(self) -> str:
-        """Of the encoder, such as "bfloat16"."""
+        """The encoder's dtype, such as "bfloat16"."""
         return str(self._dtype).removeprefix("torch.")
 
     @property
@@ -183,8 +183,8 @@ class VQGAN:
         return self.model.quantize.embedding.weight.detach().cpu().numpy().copy()
 
     def preprocess(self, images: Sequence[Any]) -> torch.Tensor:
-        """Images, as of `picture_of`, to pixels `[N, 3, H, W]` float32; what is transparent becomes
-        white.
+        """Images, as `picture_of` takes them, to pixels `[N, 3, H, W]` float32; transparent areas
+        become white.
         """
         cropped = [
             self.preprocessing.crop(*picture_of(one, f"image {number}"))
@@ -208,7 +208,9 @@ class VQGAN:
 
     @torch.inference_mode()
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Codes `[N, h, w]` to images `[N, H, W, 3]` uint8. Raises InputError without a decoder."""
+        """Codes `[N, h, w]` to images `[N, H, W, 3]` uint8. Raises InputError if there is no
+        decoder.
+        """
         if not self.has_decoder:
             name = type(self.model).__name__
             raise InputError(f"{self.source} has no decoder ({name}): codes have no pixels")
@@ -224,7 +226,7 @@ class VQGAN:
         return self.to_uint8(pixels)
 
     def _whole_float32(self) -> AbstractContextManager[None]:
-        """Float32 convolutions must not round to 10 bits (TF32), cuDNN's default on a GPU."""
+        """Keep float32 convolutions from rounding to 10 bits (TF32), cuDNN's default on a GPU."""
         if self._device.type != "cuda" or self._dtype != torch.float32:
             return nullcontext()
         return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
@@ -241,7 +243,7 @@ class VQGAN:
 
 
 def make_processor(image_size: int) -> ChameleonImageProcessorPil:
-    """Preprocessing to `image_size` x `image_size` pixels in -1 … 1."""
+    """A processor to `image_size` x `image_size` pixels in -1 … 1."""
     return ChameleonImageProcessorPil(
         size={"shortest_edge": image_size},
         crop_size={"height": image_size, "width": image_size},
@@ -273,7 +275,7 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
 def _load_weights(
     model: ChameleonVQVAE | JanusVQVAE, weights: Mapping[str, torch.Tensor], folder: Path
 ) -> None:
-    """Fill the model; tensors that the class lacks are left out."""
+    """Load weights into the model; tensors that the class does not have are ignored."""
     path = folder / "model.safetensors"
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in weights]
@@ -290,7 +292,7 @@ def _load_weights(
 
 
 def _preprocessor_file(folder: Path, given: Path | None) -> Path:
-    """The folder's own, else the given one."""
+    """The folder's own file, else the given one."""
     path = folder / PREPROCESSOR_FILE
     if given and path.is_file():
         _check_same_preprocessing(path, given)
@@ -298,7 +300,7 @@ def _preprocessor_file(folder: Path, given: Path | None) -> Path:
 
 
 def _load_processor(path: Path, model: ChameleonVQVAE | JanusVQVAE) -> ChameleonImageProcessorPil:
-    """The preprocessing of a file; a Chameleon VQ-GAN without one has the published one."""
+    """The preprocessing in a file; a Chameleon VQ-GAN without the file uses the published one."""
     if isinstance(model, ChameleonVQVAE) and not path.is_file():
         side = model.config.resolution
         crop = {"height": side, "width": side}
@@ -312,7 +314,7 @@ def _read_processor(path: Path) -> ChameleonImageProcessorPil:
 
 
 def _check_same_preprocessing(own: Path, given: Path) -> None:
-    """Raises InputError that names the first field in which two preprocessings differ."""
+    """Raises InputError naming the first field in which the two preprocessings differ."""
     ours, theirs = (_read_processor(path).to_dict() for path in (own, given))
     for name in PREPROCESSING_FIELDS:
         if ours.get(name) != theirs.get(name):
@@ -323,7 +325,7 @@ def _check_same_preprocessing(own: Path, given: Path) -> None:
 
 
 def _image_size(processor: ChameleonImageProcessorPil, source: str) -> int:
-    """Side in pixels of what `preprocess` returns."""
+    """Side of the pixels that `preprocess` returns."""
     size = processor.crop_size if processor.do_center_crop else processor.size
     height, width = size.get("height"), size.get("width")
     if not height or height != width:
@@ -364,16 +366,16 @@ def _plain(value: Any) -> Any:
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """`device`; "auto" is the accelerator that LOCAL_RANK numbers (launchers set it), else the CPU.
+    """`device`; "auto" is the GPU with number LOCAL_RANK (set by launchers), else the CPU.
 
-    Raises InputError for a name that torch does not know, or a device that is not there.
+    Raises InputError if torch does not know the name, or if the device does not exist.
     """
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
         target = torch.device(device)
-        torch.empty(1, device=target).item()  # the device "meta" has no values to give
-    except (RuntimeError, AssertionError, ImportError) as error:  # torch's builds differ in which
+        torch.empty(1, device=target).item()  # `item` fails on the device "meta"
+    except (RuntimeError, AssertionError, ImportError) as error:  # it depends on torch's build
         reason = str(error).strip().partition("\n")[0][:200]
         raise InputError(
             f"device {str(device)!r} cannot be used ({reason}); give cpu, or cuda"
