@@ -18,7 +18,6 @@ in other ways:
 
     sums_128      rows of merges as sums (row_variants.py)
     split_128     merge dropout: four segmentations of each image, a tenth of the merges undone
-    he_128        rows that start at random (`convert --init he`)
 
 `--folder` keeps inputs and finished runs, so that the same command goes on where it was ended. The
 last line is one JSON object: name -> {"mean", "spread" (largest - smallest), "tokens_per_image",
@@ -66,7 +65,7 @@ VARIANTS: dict[
     "anchor_128": (128, "vbpe", ANCHOR),
 }
 CODES = ["--image_size=16", "--grid=8", "--steps=600"]
-TRIED = dict.fromkeys(("anchor_128", "sums_128", "split_128", "he_128"), (128, "vbpe", ANCHOR))
+TRIED = dict.fromkeys(("anchor_128", "sums_128", "split_128"), (128, "vbpe", ANCHOR))
 QUICKSTART = ["--image_size=20", "--grid=10", "--num_codes=32", "--steps=300"]
 
 
@@ -144,10 +143,8 @@ def make_inputs(folder: Path, seed: int, tiny: bool) -> None:
         learn = [f"--data_path={codes}/train", f"--num_merges={merges}"]
         run("train-vbpe", *learn, f"--output_path={vbpe}")
         made_of = [f"--llama_path={folder}/llama", f"--being_vq_path={folder}/vqgan"]
-        made_of += [f"--vbpe={vbpe}", f"--seed={seed}"]
-        run("convert", *made_of, "--init=codebook", f"--output_path={base}")
-        if "he_128" in VARIANTS:
-            run("convert", *made_of, "--init=he", f"--output_path={folder}/he-{merges}")
+        made_of += [f"--vbpe={vbpe}", "--init=codebook", f"--seed={seed}"]
+        run("convert", *made_of, f"--output_path={base}")
         for part in ("train", "validation"):
             rows = [f"--json_path={data}/{part}.json", f"--vq_codes={codes}/{part}"]
             rows += [f"--vbpe_path={vbpe}", f"--model_path={base}", "--format=arrow"]
@@ -168,8 +165,6 @@ def one_run(
     """Train one variant; `exact_match` on the validation rows, 0 … 1."""
     merges, codes, kind = VARIANTS[name]
     base, shards = folder / f"base-{merges}", folder / f"shards-{merges}"
-    if name == "he_128":
-        base = folder / f"he-{merges}"
     of_training = "split" if name == "split_128" else f"train/data_{codes}"
     train, validation = (
         ShardReader(shards / part, base) for part in (of_training, f"validation/data_{codes}")
