@@ -94,8 +94,15 @@ def open_images(named: Sequence[Path | str]) -> ImageSource:
     never a mixture.
     """
     places = [as_place(path) for path in named]
-    if all(file_name(place).lower().endswith(TABLES) for place in places):
+    tables = [place for place in places if file_name(place).lower().endswith(TABLES)]
+    if len(tables) == len(places):
         return TableImages(expand(places, TABLES))
+    if tables:
+        other = next(place for place in places if place not in tables)
+        raise InputError(
+            f"--image_path: {tables[0]} is a table and {other} is not; give tables or tar files, "
+            "not both"
+        )
     if any(map(is_address, places)) and all(map(_is_tar, map(file_name, places))):
         return TarImages(expand(places, (".tar",)))
     if len(places) == 1 and is_address(places[0]):

@@ -487,6 +487,9 @@ def test_wrong_tars_and_lists_are_refused(image_path, vq_path, tmp_path, capsys)
     assert encode(image_path, vq_path, tmp_path / "codes") == 2
     assert "holds tar files (stray.tar) and images" in capsys.readouterr().err
     (image_path / "stray.tar").unlink()
+    (tmp_path / "tars/b.parquet").write_bytes(b"x")
+    assert encode(tmp_path / "tars", vq_path, tmp_path / "codes") == 2
+    assert "b.parquet is a table and" in capsys.readouterr().err
     (tmp_path / "bad.tar").write_bytes(b"x" * 2000)
     assert encode(tmp_path / "bad.tar", vq_path, tmp_path / "codes") == 2
     assert "not a readable, uncompressed tar" in capsys.readouterr().err
