@@ -41,7 +41,7 @@ def reading_order(sequences: Sequence[Ids], eoi_id: int) -> list[int]:
 
 
 @torch.inference_mode()
-def lay_out(
+def batch_inputs(
     model: PreTrainedModel,
     sequences: Sequence[Ids],
     positions_of: Callable[[Ids], np.ndarray],

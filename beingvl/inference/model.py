@@ -53,7 +53,7 @@ from beingvl.inference.asked import (
     turns_of,
 )
 from beingvl.inference.base_prompts import BasePrompts
-from beingvl.inference.batches import lay_out, reading_order
+from beingvl.inference.batches import batch_inputs, reading_order
 from beingvl.inference.draw import FittingTokens, OnlyWholeImages
 from beingvl.inference.hub import fetched, push
 from beingvl.inference.published_calls import SaysWhatReplaces, device_of, missing, positional
@@ -478,7 +478,7 @@ class BeingVL(metaclass=SaysWhatReplaces):
         is_drawing = "prefix_allowed_tokens_fn" in options
         eoi_id = None if is_drawing else self.layout.eoi_id
         pad_id = self.layout.pad_id
-        inputs = lay_out(self.model, sequences, self.position_ids, pad_id, eoi_id)
+        inputs = batch_inputs(self.model, sequences, self.position_ids, pad_id, eoi_id)
         width = inputs["input_ids"].shape[1]
         for criterion in criteria:
             criterion.width = width
