@@ -4,6 +4,7 @@
 # HOSTFILE (instead of hostfiles/hostfile-<id>), VBPE_PATH (for new shards; else the vbpe.json in MODEL_PATH), DRY_RUN=1.
 
 fail() { echo "error: $*" >&2; exit 2; }
+missing() { [ -n "${DRY_RUN:-}" ] && echo "note: $*" >&2 || fail "$*"; } # a dry run needs no inputs
 
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # the repository's own environment where there is one, like the Slurm jobs
@@ -34,8 +35,8 @@ case "$MASTER_NODE_ID" in '' | *[!0-9]*) fail "<master_node_id> is '$MASTER_NODE
 # MODEL_PATH may be a stage folder too
 [ -f "$MODEL_PATH/manifest.json" ] || [ ! -f "$MODEL_PATH/final/manifest.json" ] || MODEL_PATH="$MODEL_PATH/final"
 # a folder of Being-VL-0.5 is answered by what reads it
-[ -f "$MODEL_PATH/manifest.json" ] || grep -qs '"vq_config"' "$MODEL_PATH/config.json" || fail "$MODEL_PATH is missing or incomplete; ${MODEL_HINT:-give a finished model folder}"
-[ -e "$DATA_PATH" ] || fail "$DATA_PATH does not exist; make it with \`beingvl tokenize\`, or set DATA_PATH"
+[ -f "$MODEL_PATH/manifest.json" ] || grep -qs '"vq_config"' "$MODEL_PATH/config.json" || missing "$MODEL_PATH is missing or incomplete; ${MODEL_HINT:-give a finished model folder}"
+[ -e "$DATA_PATH" ] || missing "$DATA_PATH does not exist; make it with \`beingvl tokenize\`, or set DATA_PATH"
 HOSTFILE="${HOSTFILE:-$REPOSITORY/hostfiles/hostfile-$MASTER_NODE_ID}"
 [ -f "$HOSTFILE" ] || fail "$HOSTFILE does not exist; write one line per host: NAME slots=GPUS"
 [ -f "$DS_CONFIG" ] || fail "$DS_CONFIG does not exist; the stages' JSON files are in ds_configs/"

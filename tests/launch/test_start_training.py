@@ -224,6 +224,8 @@ def test_a_stage_script_takes_a_model_and_a_stage_folder(work, tmp_path) -> None
         **{**variables, "NUM_RANKS": 1},
     )
     assert "--num_gpus 1" in done.stdout
+    done = run(["bash", "scripts/train-stage-1.sh", "0", str(tmp_path / "later")], **variables)
+    assert done.returncode == 0 and f"note: {tmp_path / 'later'} is missing" in done.stderr
     del variables["DRY_RUN"]
     done = run(
         ["bash", "scripts/train-stage-1.sh", "0", str(work / "base"), "--set", "beingvl.epoch=1"],
