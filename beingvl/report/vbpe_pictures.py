@@ -265,7 +265,7 @@ def draw_compression(curves: Mapping[str, Compression]) -> Figure:
     axes.set(xlabel="merges", ylabel="tokens per image (mean)")
     axes.set(ylim=(0, None), xlim=(0, max(1, last)))
     axes.grid(color=GRID)
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    axes.legend(frameon=False, loc="upper right")  # where the curve is not
     return figure
 
 

@@ -82,10 +82,10 @@ class Compression:
     def describe(self) -> str:
         """The knee as a sentence."""
         last, knee = int(self.merges[-1]), self.knee
-        saved = (self.tokens[0] - self.at(knee)) / max(self.tokens[0] - self.tokens[-1], 1e-9)
         return (
-            f"merges stop paying after the first {knee:,}: {self.at(knee):.1f} tokens per image, "
-            f"{saved:.0%} of what all {last:,} save ({self.tokens[-1]:.1f})"
+            f"merges stop paying off after the first {knee:,}: {self.at(knee):.1f} tokens per "
+            f"image; it is {self.tokens[0]:.1f} with none and {self.tokens[-1]:.1f} with all "
+            f"{last:,}"
         )
 
     # ---- in vbpe.json ----

@@ -358,7 +358,7 @@ def _print_result(vbpe: VisualBPE, usage: np.ndarray, output: Path) -> None:
         "images": images,
         "cells": cells,
         "tokens": f"{tokens}  ({tokens / images:.1f} per image)",
-        "compression": f"{cells / tokens:.3f} cells per token",
+        "compression": f"{cells / tokens:.3f} codes per token, on the images learnt from",
         "unused codes": f"{(usage == 0).sum()} of {vbpe.num_codes}",
     }
     sizes = vbpe.sizes[vbpe.num_codes :]

@@ -16,6 +16,7 @@ from beingvl.errors import InputError
 from beingvl.images.pictures import BORDER
 from beingvl.report import vbpe_pictures
 from beingvl.report.vbpe import measure, report_vbpe
+from beingvl.vbpe.compression import Compression
 from beingvl.vbpe.published import LegacyVisualBPE
 from beingvl.vbpe.reference import TokenGrid, train_reference
 from beingvl.vbpe.train_vbpe import train_vbpe
@@ -179,9 +180,17 @@ def test_the_page_says_where_merges_stop_paying_and_on_which_images(tmp_path):
     np.save(tmp_path / "others.npy", codes[60:])
     auto = train_vbpe(tmp_path / "codes.npy", tmp_path / "auto", num_merges="auto")
     page = report_vbpe(tmp_path / "auto", codes=[tmp_path / "others.npy"]) / "report.html"
-    assert "On 3 images held out when it was learnt, merges stop paying" in page.read_text()
+    assert "On 3 images held out when it was learnt, merges stop paying off" in page.read_text()
     assert f"knee: {auto.num_merges} merges" in page.read_text()
     assert "20 images measured" in page.read_text()
     train_vbpe(tmp_path / "codes.npy", tmp_path / "all", num_merges=30)
     page = report_vbpe(tmp_path / "all", codes=[tmp_path / "codes.npy"]) / "report.html"
-    assert "On 60 images it learnt from, merges stop paying after" in page.read_text()
+    assert "On 60 images it learnt from, merges stop paying off after" in page.read_text()
+
+
+def test_a_legend_of_long_names_leaves_the_curve_its_room() -> None:
+    curve = Compression.of(10, 1000, np.array([50, 20, 8, 4]))
+    names = ("12,345 images held out when it was learnt", "12,345 images it learnt from")
+    figure = vbpe_pictures.draw_compression(dict.fromkeys(names, curve))
+    figure.draw_without_rendering()
+    assert figure.axes[0].get_position().width > 0.7

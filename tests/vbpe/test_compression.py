@@ -36,10 +36,8 @@ def test_the_knee_is_the_point_farthest_below_the_line_between_the_ends() -> Non
     applied = np.array([50, 20, 8, 4, 4, 4, 4, 4, 2, 0])  # the mean merge saves 10
     curve = Compression.of(10, 1000, applied)
     assert curve.knee == 2 and curve.at(2) == 93
-    sentence = (
-        "merges stop paying after the first 2: 93.0 tokens per image, 70% of what all 10 save"
-    )
-    assert curve.describe() == f"{sentence} (90.0)"
+    sentence = "merges stop paying off after the first 2: 93.0 tokens per image"
+    assert curve.describe() == f"{sentence}; it is 100.0 with none and 90.0 with all 10"
     assert Compression.of(10, 1000, np.zeros(5, int)).knee == 0
     assert Compression.of(10, 1000, np.zeros(0, int)).knee == 0
     many = Compression.of(10, 100_000, np.arange(1000, 0, -1))
@@ -61,7 +59,7 @@ def test_auto_takes_the_knee_of_images_it_did_not_learn_from(tmp_path, capsys) -
     exact = train_vbpe(tmp_path / "others.npy", tmp_path / "exact", num_merges=knee)
     for name in ("num_images", "num_cells", "num_tokens"):
         assert found.parameters[name] == exact.parameters[name]
-    assert f"On 10 held-out images, merges stop paying after the first {knee:,}:" in shown
+    assert f"On 10 held-out images, merges stop paying off after the first {knee:,}:" in shown
     assert VisualBPE.load(tmp_path / "auto").parameters["held_out"]["num_images"] == 10
 
 
@@ -73,7 +71,7 @@ def test_held_out_codes_are_measured_and_change_no_merge(tmp_path, capsys) -> No
     others = [tmp_path / "others.npy"]
     judged = train_vbpe(output_path=tmp_path / "judged", **inputs, held_out=others)
     assert judged == plain and "held_out" not in plain.parameters
-    assert "On 30 held-out images, merges stop paying after" in capsys.readouterr().out
+    assert "On 30 held-out images, merges stop paying off after" in capsys.readouterr().out
 
 
 def test_what_cannot_be_held_out_is_said(tmp_path) -> None:
