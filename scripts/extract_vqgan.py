@@ -25,7 +25,8 @@ PREFIX = "vqmodel."
 def extract(checkpoint: Path, output: Path) -> VQGAN:
     """Write the folder `output`. Raises InputError for a checkpoint without a VQ-GAN."""
     if not (checkpoint / "config.json").is_file():
-        raise InputError(f"{checkpoint} has no config.json; expected a downloaded checkpoint")
+        found = "has no config.json" if checkpoint.is_dir() else "is not a folder"
+        raise InputError(f"{checkpoint} {found}; expected a downloaded checkpoint")
     config = AutoConfig.from_pretrained(checkpoint)
     if not hasattr(config, "vq_config"):
         expected = "a Chameleon or Janus checkpoint in transformers' format"
