@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from beingvl.artefact.files import give_usual_mode
 from beingvl.artefact.hashes import hash_file
 from beingvl.artefact.manifest import already_made, write_manifest
+from beingvl.artefact.progress import progress as show_progress
 from beingvl.errors import InputError
 
 if TYPE_CHECKING:
@@ -89,8 +90,8 @@ def run(args: argparse.Namespace) -> None:
     loss = pretrain(model, stream, args)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"{num_parameters:,} parameters, {len(tokenizer)} text ids, loss of the last "
-        f"tenth {loss:.3f} nats per token"
+        f"{num_parameters:,} parameters, {len(tokenizer)} text ids, loss in the last tenth of the "
+        f"steps {loss:.3f} nats per token"
     )
 
     model.generation_config.bos_token_id, model.generation_config.eos_token_id = (
@@ -168,7 +169,6 @@ def pretrain(model: LlamaForCausalLM, stream: torch.Tensor, args: argparse.Names
     the last tenth of the steps.
     """
     import torch
-    from tqdm import tqdm
 
     stream = stream.repeat(-(-(args.sequence_length + 2) // len(stream)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
@@ -177,7 +177,7 @@ def pretrain(model: LlamaForCausalLM, stream: torch.Tensor, args: argparse.Names
     window = torch.arange(args.sequence_length + 1)
     losses = []
     model.train()
-    with tqdm(range(args.steps), desc="text LLaMA", unit="step", disable=None) as progress:
+    with show_progress(range(args.steps), name="text LLaMA", unit="step") as progress:
         for step in progress:
             cosine = 0.55 + 0.45 * math.cos(math.pi * step / args.steps)
             optimizer.param_groups[0]["lr"] = (

@@ -176,7 +176,9 @@ def with_images(counts: Mapping[str, int]) -> str:
     found = [(re.fullmatch(r"rows_with_(\d+)_images", name), n) for name, n in counts.items()]
     rows = sorted((int(match[1]), num_rows) for match, num_rows in found if match)
     shown = [f"{num_rows} with {images}" for images, num_rows in rows]
-    return f" ({', '.join([f'{shown[0]} images', *shown[1:]])})" if shown else ""
+    if rows:
+        shown[0] += " image" if rows[0][0] == 1 else " images"
+    return f" ({', '.join(shown)})" if shown else ""
 
 
 def _dataset_and_index(line: str) -> tuple[str, int]:

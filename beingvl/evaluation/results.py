@@ -110,7 +110,7 @@ class Evaluation(Work):
         write_atomically(self.output / SCORES_FILE, to_json(scores))
         details = {"request": request, "seconds": seconds}
         write_manifest(self.output, KIND, {"rows": scores["rows"]}, self.lineage, details)
-        print(f"{self.output}: {self.num_rows} {self.unit}s, {seconds:.1f} s on all ranks together")
+        print(f"{self.output}: {self.num_rows} {self.unit}s, {seconds:.1f} s of work")
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -233,7 +233,7 @@ def train_steps(
         model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
     num_steps = recipe.steps // 2
-    name = "with codes" if with_codes else "auto-encoder"
+    name = "2 of 2: with codes" if with_codes else "1 of 2: auto-encoder"
     progress = show_progress(range(num_steps), name=name, unit="step")
     for step in progress:
         for group in optimizer.param_groups:
