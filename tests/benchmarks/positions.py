@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.positions [--steps 600 | --cpu_seconds 150] [--seeds 3]
                                          [--folder DIR] [--quickstart [--tried]]
-                                         --tiny takes seconds
+                                         [--equal_images]    --tiny takes seconds
 
 The quickstart's digits as 8 x 8 codes; each run trains everything from the same base in one process
 of plain torch, steps of 8 x 512 tokens, and is scored on 200 validation images, three questions:
@@ -13,8 +13,8 @@ of plain torch, steps of 8 x 512 tokens, and is scored on 200 validation images,
 
 With --quickstart the codes are that script's, 10 x 10 out of 32, and so are the merges: raw against
 anchor_128. With --cpu_seconds each run ends, and its learning rate with it, after that much
-processor time instead of a number of steps. With --tried anchor_128 is compared with itself trained
-in other ways:
+processor time instead of a number of steps; with --equal_images after as many images as raw codes
+see in so many steps. With --tried anchor_128 is compared with itself trained in other ways:
 
     sums_128      rows of merges as sums (row_variants.py)
     split_128     merge dropout: four segmentations of each image, a tenth of the merges undone
@@ -76,6 +76,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=600, help="of training (default: 600)")
     parser.add_argument("--cpu_seconds", type=float, help="of training, instead of steps")
     parser.add_argument("--quickstart", action="store_true", help="its codes and merges")
+    parser.add_argument("--equal_images", action="store_true", help="instead of equal tokens")
     parser.add_argument("--tried", action="store_true", help="other ways to train merges")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
     parser.add_argument("--folder", type=Path, help="keeps what is finished; default: a new one")
@@ -93,6 +94,7 @@ def main() -> int:
         VARIANTS.clear()
         VARIANTS.update(TRIED)
     budget = f"{args.cpu_seconds:g}-seconds" if args.cpu_seconds else f"{args.steps}-steps"
+    budget += "-of-raw" if args.equal_images else ""
     folder = args.folder or Path(tempfile.mkdtemp(prefix="positions-"))
     found: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
     for seed in range(args.seeds):
@@ -101,7 +103,10 @@ def main() -> int:
         for name in VARIANTS:
             kept = inputs / f"{name}-{budget}.json"
             if not kept.is_file():
-                result = one_run(inputs, name, args.steps, args.cpu_seconds, seed)
+                steps = args.steps
+                if args.equal_images:
+                    steps = round(steps * share_of_raw(inputs, name))
+                result = one_run(inputs, name, steps, args.cpu_seconds, seed)
                 kept.write_text(json.dumps(result))
             found[name].append(json.loads(kept.read_text()))
             print(f"seed {seed}  {name:<12} {found[name][-1]}", flush=True)
@@ -184,6 +189,14 @@ def one_run(
         "tokens_per_image": tokens_per_image(train),
         "cpu_seconds": round(cpu_seconds, 1),
     }
+
+
+def share_of_raw(folder: Path, name: str) -> float:
+    """Tokens of this variant's rows over those of raw codes."""
+    merges, codes, _ = VARIANTS[name]
+    shards = folder / f"shards-{merges}/train"
+    means = [ShardReader(shards / f"data_{kind}").lengths.mean() for kind in (codes, "base")]
+    return float(means[0] / means[1])
 
 
 def train_all(
