@@ -10,6 +10,7 @@ Reads what is there of RUN_FOLDER (each piece may lie elsewhere, see the options
     shards*/          the data report
     vbpe/             the vBPE report, on the images of vq_codes/test/
     data/images/      the images of example answers
+    equal_time.json   a comparison that was made elsewhere, as the quickstart brings one
 
 and writes
 

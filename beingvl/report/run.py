@@ -17,11 +17,14 @@ from typing import Any
 from beingvl.artefact.files import to_json, write_atomically
 from beingvl.artefact.manifest import start_folder, write_manifest
 from beingvl.artefact.owner import owned
+from beingvl.json_file import read_object
 from beingvl.report.kit import chart_png
 from beingvl.report.made import bytes_on_disk, read_made
 from beingvl.report.run_charts import contact_sheet, training_curves
 from beingvl.report.run_page import run_page
 from beingvl.report.run_pieces import Example, Run, RunPaths, choose_examples, read_run
+
+EQUAL_TIME_FILE = "equal_time.json"
 
 
 def report_run(
@@ -50,6 +53,7 @@ def report_run(
     made = read_made(Path(run_folder), Path(stages_path or run_folder))
     summary["made"] = [one._asdict() for one in made]
     summary["bytes_on_disk"] = bytes_on_disk(Path(run_folder))
+    summary |= equal_time_of(Path(run_folder) / EQUAL_TIME_FILE)
     examples = choose_examples(pieces)
     charts = {"contact_sheet": contact_sheet(examples)} if examples else {}
     charts["training"] = training_curves(pieces.stages, summary)
@@ -105,6 +109,16 @@ def summarize(
     }
 
 
+def equal_time_of(path: Path) -> dict[str, Any]:
+    """The comparison that a run may bring: the last line of `tests.benchmarks.positions
+    --quickstart --cpu_seconds`. It is not of this run.
+    """
+    kinds = {"raw": "raw", "anchor_128": "vbpe"}
+    rows = {kinds[name]: row for name, row in (read_object(path) if path.is_file() else {}).items()}
+    means = {f"accuracy_{kind}_equal_time": row["mean"] for kind, row in rows.items()}
+    return {**means, "equal_time": rows}
+
+
 def _of_questions(scores: Mapping[str, Any], key: str) -> dict[str, float]:
     return {question: entry[key] for question, entry in scores["questions"].items()}
 
@@ -140,6 +154,14 @@ def print_summary(summary: dict[str, Any]) -> None:
     if len(variants) > 1:
         means = ", ".join(f"{name} {value:.3f}" for name, value in variants.items())
         print(f"Mean accuracy after stage 3: {means}")
+    if rows := summary.get("equal_time"):
+        raw = rows["raw"]
+        print(
+            f"\nSame time, raw codes and vBPE (kept figures: {raw['seeds']} seeds, "
+            f"{raw['cpu_seconds']:.0f} s of training each)"
+        )
+        for kind, row in rows.items():
+            print(f"  {kind:<7} {row['mean']:.3f}  {row['tokens_per_image']:g} tokens per image")
     for group in summary["frozen"]:
         if not group["is_as_promised"]:
             what = "trained, but unchanged" if group["is_trained"] else "frozen, but changed"

@@ -35,16 +35,19 @@ def copied_run(run_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_report_of_a_run(
-    run_folder: Path,
+    copied_run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = tmp_path / "report"
+    row = {"spread": 0.0, "tokens_per_image": 100.0, "cpu_seconds": 150.0, "seeds": 3}
+    rows = {name: {"mean": mean, **row} for name, mean in (("raw", 0.5), ("anchor_128", 0.75))}
+    (copied_run / "equal_time.json").write_text(json.dumps(rows))
     words = [f"--output-path={output}", "--wall_seconds=61.5"]
-    assert main(["report", "run", str(run_folder), *words]) == 0
+    assert main(["report", "run", str(copied_run), *words]) == 0
     summary = json.loads((output / "summary.json").read_text())
-    scores = {stage: read_summary(run_folder / "eval" / stage) for stage in STAGES}
+    scores = {stage: read_summary(copied_run / "eval" / stage) for stage in STAGES}
     assert summary["test_accuracy_mean"] == scores["stage-3"]["accuracy_mean"]
     assert list(summary["test_accuracy"]) == list(STAGES)
     for stage in STAGES:
@@ -55,14 +58,16 @@ def test_report_of_a_run(
     assert summary["chance"] == {text: 1 / len(answers) for text, answers in QUESTIONS.items()}
     assert summary["training_loss"]["stage-3"] == [3, 0.375]
     assert summary["wall_seconds"] == 61.5
+    assert summary["accuracy_raw_equal_time"] == 0.5
+    assert summary["accuracy_vbpe_equal_time"] == 0.75
     assert summary["peak_memory_bytes"] == 3008  # the last step of stage 3
-    codes = np.load(run_folder / "vq_codes" / "test" / "codes.npy")
-    tokens = [len(VisualBPE.load(run_folder / "vbpe").encode(grid)) for grid in codes]
+    codes = np.load(copied_run / "vq_codes" / "test" / "codes.npy")
+    tokens = [len(VisualBPE.load(copied_run / "vbpe").encode(grid)) for grid in codes]
     assert summary["vbpe_compression"] == codes.size / sum(tokens)
     printed = capsys.readouterr().out
     with owned(output):  # by another process, as a report that starts now sees it
         monkeypatch.setattr("beingvl.artefact.owner.PATIENCE_SECONDS", 0)
-        assert main(["report", "run", str(run_folder), *words]) == 2
+        assert main(["report", "run", str(copied_run), *words]) == 2
     assert f"{output} is in use by process " in capsys.readouterr().err
     for name in ("contact_sheet.png", "training.png"):
         assert (output / name).read_bytes().startswith(PNG)
