@@ -1,7 +1,7 @@
 """Training: one stage from a start model and shards to checkpoints and `final/`.
 
-This package has the name of its main function: `from beingvl import train` gives the package, and
-calling it calls `beingvl.train.train_stage.train`, whose documentation says with what.
+The package shares the name of its main function: `from beingvl import train` gives the package, and
+calling it calls `beingvl.train.train_stage.train`; see there for the arguments.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Trained adapters in PEFT's own format: stock `peft` loads them on the stage's start model.
+"""Trained adapters in PEFT's own format: stock `peft` loads them onto the stage's start model.
 
-    adapter_config.json         where adapters are, their rank and alpha, what is trained beside
-    adapter_model.safetensors   adapters in float32, all else in the start model's dtype
+    adapter_config.json         where the adapters are, their rank and alpha, what else is trained
+    adapter_model.safetensors   adapters in float32, everything else in the start model's dtype
     manifest.json               written last
 
-New rows alone are PEFT's trained tokens; a matrix that is trained in other places too is stored
-whole (`modules_to_save`), as are norms and layers without adapters.
+If only visual rows of a matrix were trained, they become PEFT's trainable tokens. A matrix whose
+text rows were trained too is stored whole (`modules_to_save`), as are norms and trained layers
+without adapters.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from beingvl.train.hf_folder import trained_adapters, trained_tensors
 from beingvl.vocab import VocabLayout
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # of names in that file
+PREFIX = "base_model.model."  # of the names in that file
 
 
 def write_adapter_folder(start_model: Path, checkpoint: Path, target: Path) -> Manifest:
     """Raises InputError for a damaged checkpoint, or one that does not fit `start_model`.
 
-    Memory holds all that was trained, without its moments.
+    Holds everything that was trained in memory, without its moments.
     """
     state = read_state(checkpoint)
     refuse_damaged(checkpoint, state.files)
@@ -69,7 +70,7 @@ def write_adapter_folder(start_model: Path, checkpoint: Path, target: Path) -> M
 
 
 def _beside_adapters(state: CheckpointState, layout: VocabLayout) -> tuple[list[str], list[str]]:
-    """Modules of which new rows alone were trained; and those that are stored whole."""
+    """Modules with only their visual rows trained, and modules to store whole."""
     parts: dict[str, list[str]] = {}
     for name in state.parameters:
         if not is_adapter(name):
@@ -80,7 +81,7 @@ def _beside_adapters(state: CheckpointState, layout: VocabLayout) -> tuple[list[
 
 
 def _peft_config(adapters: Mapping[str, Lora], start_model: Path) -> dict[str, Any]:
-    """The fields of `peft.LoraConfig` that say where adapters are."""
+    """The fields of `peft.LoraConfig` that say where the adapters are."""
     by_module = {name.removesuffix(".weight"): lora for name, lora in adapters.items()}
     first = next(iter(by_module.values()))
     others = {module: lora for module, lora in by_module.items() if lora != first}

@@ -1,10 +1,11 @@
-"""What ranks decide together, so that none of them leaves the others in a collective.
+"""Decisions that all ranks take together, so that none leaves the others waiting in a collective.
 
-    refuse_different_inputs    were all given the same?
-    is_finished                is there a `final/`, and is it this run's?
-    newest_checkpoint          where does the run go on?
+    refuse_different_inputs    do all ranks have the same inputs?
+    is_finished                is there a `final/`, and does it belong to this run?
+    newest_checkpoint          where does the run resume?
 
-Hosts may see a network disk as it was at different times: an older view is late, never right.
+Hosts may see a network disk in different states; the newest state seen by any rank is the right
+one.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from beingvl.train.checkpoint_folders import CHECKPOINTS, complete_checkpoints, 
 from beingvl.train.failures import TrainingError
 from beingvl.train.stage_run import Stage
 
-Gather = Callable[[Any], list[Any]]  # hands every rank's value to all, in rank order
-LONGEST_PATIENCE_SECONDS = 60  # after which NFS, by its default, asks its server again
+Gather = Callable[[Any], list[Any]]  # gives every rank's value to all ranks, in rank order
+LONGEST_PATIENCE_SECONDS = 60  # by default, NFS asks its server again after that
 
 
 def refuse_different_inputs(inputs: Request, gather: Gather) -> None:
-    """Raises InputError, on all ranks, with all that differs from rank 0 on the first such rank."""
+    """Raises InputError, on all ranks, with all differences of the first rank unlike rank 0."""
     first, *others = gather(inputs)
     for rank, given in enumerate(others, 1):
         if differences := Request(first).differences(given):
@@ -37,7 +38,7 @@ def refuse_different_inputs(inputs: Request, gather: Gather) -> None:
 
 
 def is_finished(stage: Stage, rank: int, gather: Gather) -> bool:
-    """Whether rank 0 sees `final/`. Raises InputError, on all ranks, when it is another run's."""
+    """Whether rank 0 sees `final/`. Raises InputError, on all ranks, if it is another run's."""
     final = stage.output / "final"
     sees_it = rank == 0 and is_complete(final)
     identity = (
@@ -53,7 +54,7 @@ def is_finished(stage: Stage, rank: int, gather: Gather) -> bool:
 
 
 def check_identity(folder: Path, found: Mapping[str, Any], identity: Request) -> None:
-    """Raises InputError when a checkpoint, or a `final/`, is another run's."""
+    """Raises InputError if a checkpoint, or a `final/`, belongs to a different run."""
     if difference := identity.difference(found):
         raise InputError(
             f"{folder} belongs to another run: {difference}; give another --output, or remove "
@@ -64,10 +65,10 @@ def check_identity(folder: Path, found: Mapping[str, Any], identity: Request) ->
 def newest_checkpoint(
     output: Path, gather: Gather, stall_timeout_seconds: float, before_step: int | None = None
 ) -> Path | None:
-    """The newest complete checkpoint (before `before_step`) that any rank sees, on every rank.
+    """The newest complete checkpoint (before `before_step`) that any rank sees; same on every rank.
 
-    A rank that does not see it yet waits. Raises TrainingError, on all ranks, with those that never
-    do.
+    A rank that does not see it yet waits. Raises TrainingError, on all ranks, naming those that
+    never see it.
     """
     found = [
         folder.name

@@ -1,17 +1,17 @@
-"""Checkpoints: what training changes, in slices, without pickles.
+"""Checkpoints: everything that training changes, in slices, without pickles.
 
     checkpoints/step-00000120/
         rank-00000-of-00002.safetensors    this rank's slices: NAME.master, NAME.exp_avg,
                                            NAME.exp_avg_sq (float32)
-        probe.safetensors                  one sample and the logits the model had for it
+        probe.safetensors                  one sample and the model's logits for it
                                            (train/probe.py)
         state.json                         step, applied steps, run identity, shapes and slice sizes
-        manifest.json                      commit marker, written last, by rank 0, when every
-                                           rank has written
+        manifest.json                      commit marker; rank 0 writes it last, when every rank
+                                           has written
 
-Frozen weights are not in it: they are re-read from the stage's start model, whose hash is part of
-the run identity. A slice is a range of the flattened parameter, so another number of ranks, or
-another ZeRO stage, reads other ranges of the same files.
+Frozen weights are not stored: they are read again from the stage's start model, whose hash is part
+of the run identity. A slice is a range of the flattened parameter, so a run with a different number
+of ranks, or a different ZeRO stage, reads different ranges of the same files.
 
     parameter of 7 elements, saved by 2 ranks:  rank 0 [0 1 2 3]   rank 1 [4 5 6]
     read by 3 ranks:                            rank 0 [0 1 2]     rank 1 [3 4 5]    rank 2 [6]
@@ -48,12 +48,12 @@ from beingvl.train.failures import SaveError
 from beingvl.train.partitions import STATE_KEYS
 
 STATE_FILE = "state.json"
-FLUSH_BYTES = 1 << 28  # written before the disk is waited for: one part of the phase "save"
+FLUSH_BYTES = 1 << 28  # bytes written between two fsyncs: one part of the phase "save"
 
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """`state.json`. Of `step` optimizer steps `num_applied_steps` changed weights.
+    """`state.json`. Of `step` optimizer steps, `num_applied_steps` changed weights.
 
     `parameters`: trained name -> {"shape": […], "spans": [[start, stop] per rank], "adam_steps":
     n}.
@@ -67,7 +67,7 @@ class CheckpointState:
 
     @property
     def files(self) -> list[str]:
-        """Names of the ranks' files."""
+        """Names of all ranks' files."""
         return [rank_file(rank, self.num_ranks) for rank in range(self.num_ranks)]
 
 
@@ -76,13 +76,13 @@ def rank_file(rank: int, num_ranks: int) -> str:
 
 
 class CheckpointWriter:
-    """Writes checkpoints, all ranks together: `begin`, and `commit` when every rank `is_written`.
+    """Writes checkpoints, all ranks together: `begin`, then `commit` when every rank `is_written`.
 
-    begin    waits for the checkpoint before; a thread writes this rank's slices
+    begin    waits for the previous checkpoint; a thread writes this rank's slices
     commit   waits for the thread; rank 0 writes the rest and the manifest
 
-    `gather` hands every rank's value to all (and is the barrier). When one rank cannot write, all
-    raise SaveError, and what was written of this checkpoint is removed to make room.
+    `gather` gives every rank's value to all (and is the barrier). If one rank cannot write, all
+    raise SaveError, and the unfinished checkpoint is removed to free its space.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class CheckpointWriter:
         gather: Callable[[Any], list[Any]],
         advance: Callable[[], object] = lambda: None,
     ) -> None:
-        """`advance` hears, from a thread, of every `FLUSH_BYTES`, or slice, that is written."""
+        """`advance` is called, from a thread, for every `FLUSH_BYTES`, or slice, written."""
         self._rank, self._gather, self._advance = rank, gather, advance
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._begun: _BegunCheckpoint | None = None
@@ -103,11 +103,11 @@ class CheckpointWriter:
         slices: Iterable[tuple[str, torch.Tensor]],
         write_more: Callable[[Path], None],
     ) -> None:
-        """`slices`: (`NAME.KEY`, this rank's flat float32 slice), ordered as `parameters`,
+        """`slices`: (`NAME.KEY`, this rank's flat float32 slice), ordered by `parameters`, then
         STATE_KEYS.
 
-        A thread takes them one by one; what they are made of must not change until `commit`. Rank 0
-        calls `write_more` for the rest. What a killed run left of this checkpoint is removed first.
+        A thread takes them one by one; their data must not change until `commit`. Rank 0 calls
+        `write_more` for the rest. Leftovers of a killed run's checkpoint are removed first.
         """
         self.commit()
         self._together(folder, lambda: _start_empty(folder) if self._rank == 0 else None)
@@ -128,11 +128,11 @@ class CheckpointWriter:
 
     @property
     def is_written(self) -> bool:
-        """Whether there is something to commit for which this rank need not wait any more."""
+        """Whether there is a checkpoint to commit whose slices this rank has written."""
         return self._begun is not None and self._begun.slices.done()
 
     def commit(self) -> None:
-        """Make what was begun, if anything, a checkpoint. All ranks call together."""
+        """Finish the checkpoint that was begun, if any. All ranks call together."""
         begun, self._begun = self._begun, None
         if begun is None:
             return
@@ -158,7 +158,7 @@ class CheckpointWriter:
 
 @dataclass(frozen=True)
 class _BegunCheckpoint:
-    """`slices`: becomes (name, hash) of this rank's file."""
+    """`slices`: future of (name, hash) of this rank's file."""
 
     folder: Path
     state: CheckpointState
@@ -180,7 +180,7 @@ def _write_slices(
     slices: Iterable[tuple[str, torch.Tensor]],
     advance: Callable[[], object],
 ) -> tuple[str, str]:
-    """Write one rank's file of float32 slices, on disk before it has its name: (name, hash)."""
+    """Write one rank's file of float32 slices, flushed before it is renamed: (name, hash)."""
     temporary = path.with_suffix(".tmp")
     num_unflushed = 0
     with open(temporary, "wb") as file:
@@ -231,7 +231,7 @@ _IDENTITY = (("start_model", str), ("lineage", dict))
 
 
 def _check_parameter(name: str, parameter: dict[str, Any], num_ranks: int) -> None:
-    """Raises ValueError, TypeError or KeyError unless it is as `CheckpointState` says."""
+    """Raises ValueError, TypeError or KeyError unless the entry is as `CheckpointState` says."""
     sizes = [*parameter["shape"], parameter["adam_steps"]]
     sizes += [edge for start, stop in parameter["spans"] for edge in (start, stop)]
     if len(parameter["spans"]) != num_ranks or not all(type(n) is int and n >= 0 for n in sizes):
@@ -241,8 +241,8 @@ def _check_parameter(name: str, parameter: dict[str, Any], num_ranks: int) -> No
 def refuse_damaged(
     folder: Path, names: Iterable[str], watch: Callable[[memoryview], object] = lambda block: None
 ) -> None:
-    """Compare files of a checkpoint with its manifest. Raises InputError for the first that is
-    not as it was written; `watch` hears of every block.
+    """Compare files of a checkpoint with its manifest. Raises InputError for the first one that is
+    not as it was written; `watch` is called with every block.
     """
     manifest = read_manifest(folder, "checkpoint")
     for name in names:
@@ -251,7 +251,7 @@ def refuse_damaged(
 
 
 def _damaged(folder: Path, name: str, found: str) -> InputError:
-    """The error for a file of a checkpoint; it says which older one there is."""
+    """The error for a damaged file of a checkpoint; it names the next older checkpoint, if any."""
     finished = complete_checkpoints(folder.parent.parent)
     older = [other.name for other in finished if other.name < folder.name]
     what = "to start again, since there is no older one"
@@ -261,7 +261,7 @@ def _damaged(folder: Path, name: str, found: str) -> InputError:
 
 
 class StateReader:
-    """The saved slices of one checkpoint. Raises InputError for what is missing or damaged."""
+    """The saved slices of a checkpoint. Raises InputError if one is missing or damaged."""
 
     def __init__(self, folder: Path, state: CheckpointState | None = None) -> None:
         self._folder, self.state = folder, state or read_state(folder)
@@ -306,6 +306,6 @@ class StateReader:
         return flat
 
     def master(self, name: str) -> torch.Tensor:
-        """A trained parameter's float32 weights, whole, in its own shape."""
+        """A trained parameter's float32 weights, whole and in its shape."""
         shape = self.state.parameters[name]["shape"]
         return self.fetch(name, "master", 0, torch.Size(shape).numel()).view(shape)

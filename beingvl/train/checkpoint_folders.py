@@ -1,4 +1,4 @@
-"""Where the checkpoints of a stage lie, which are finished, and which may go. No torch."""
+"""Where a stage's checkpoints are, which are finished, and which can be deleted. No torch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def checkpoint_folder(output: Path, step: int) -> Path:
 
 
 def complete_checkpoints(output: Path) -> list[Path]:
-    """Finished checkpoints of a stage folder, oldest first."""
+    """A stage folder's finished checkpoints, oldest first."""
     return sorted(path for path in _started_checkpoints(output) if is_complete(path))
 
 
 def _started_checkpoints(output: Path) -> list[Path]:
-    """Finished or not; a `step-00000500-copy` is somebody's own."""
+    """Finished or not. A `step-00000500-copy` is the user's own and left alone."""
     return [
         path
         for path in (output / CHECKPOINTS).glob("step-*")
@@ -33,7 +33,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def delete_old_checkpoints(output: Path, keep_last: int, keep_every: int = 0) -> None:
-    """All but the newest `keep_last`, every `keep_every`-th, and one in the making."""
+    """Keeps the newest `keep_last`, multiples of `keep_every` steps, and one being written."""
     complete = complete_checkpoints(output)
     for folder in _started_checkpoints(output):
         is_old = bool(complete) and folder < complete[-1]
@@ -45,6 +45,7 @@ def delete_old_checkpoints(output: Path, keep_last: int, keep_every: int = 0) ->
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """It stops being complete first."""
+    """Remove the manifest first, so that a half-deleted folder never counts as complete."""
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)  # a network disk keeps what another process reads
+    # a network disk keeps files that another process has open
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""Is what a start reads as it was written? Its files are compared with their manifests in a thread,
-while the engine is built from them.
+"""Damage check at start: a thread compares the files with their manifests while the engine is built
+from them.
 
-Each file is hashed by one rank: of a checkpoint by one of all, of the start model by one on every
-host, which may have a copy of its own.
+One rank hashes each file of a checkpoint. One rank per host hashes each file of the start model,
+because every host may have its own copy.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def compared_meanwhile(
     gather: Gather,
     advance: Callable[[], object],
 ) -> Iterator[None]:
-    """Compare the weights of the start model, and a checkpoint, while the block reads them.
+    """Compare the start model's weights, and a checkpoint, while the `with` block reads them.
 
-    All ranks call together; `advance` hears of every block of bytes. Raises InputError at the end
-    of the block, on all ranks, for what is not as it was written.
+    All ranks call together; `advance` is called for every chunk of bytes. Raises InputError at the
+    end of the block, on all ranks, if a file is not as it was written.
     """
     hosts = gather(socket.gethostname())
     here = [rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank]]

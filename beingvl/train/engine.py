@@ -1,15 +1,15 @@
-"""The DeepSpeed boundary: with nvme.py the only place that calls DeepSpeed.
+"""The DeepSpeed boundary: besides nvme.py the only place that calls DeepSpeed.
 
     1. start_distributed      process group from the launcher's environment
     2. build_engine           empty model; plan; shard-wise weights; deepspeed.initialize
     3. forward / backward / step
     4. local_state            this rank's slices of what training changes, for checkpoints
-       load_state             the way back, before the first step
+       load_state             restores them before the first step
 
-Under ZeRO-3 no rank ever holds the whole model: every parameter is partitioned when it is made, and
-each rank copies its own flat slice from the memory-mapped weights into its partition. Under stages
-1 and 2, which keep all weights on every rank, they are copied one by one. train/partitions.py knows
-where each stage keeps what.
+Under ZeRO-3 no rank ever holds the whole model: every parameter is partitioned on creation, and
+each rank copies its own flat slice from the memory-mapped weights into its partition. Stages 1 and
+2 keep all weights on every rank; they are copied one by one. train/partitions.py knows where each
+stage keeps its state.
 """
 
 from __future__ import annotations
@@ -57,40 +57,40 @@ from beingvl.train.probe import Probe
 from beingvl.train.ranks import Ranks, sum_over_ranks
 from beingvl.vocab import VocabLayout
 
-# Heartbeats find a rank that is lost or stalled (train/phases.py); a collective may wait as long as
-# another rank works.
+# Heartbeats detect a lost or stalled rank (train/phases.py), so a collective may wait as long as
+# any other rank is working.
 LONGEST_COLLECTIVE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """`applied` is False when DeepSpeed skipped the step for a gradient that is not finite."""
+    """`applied` is False if DeepSpeed skipped the step because a gradient was not finite."""
 
     applied: bool
     gradient_norm: float
 
 
 def start_distributed(deterministic: bool = False) -> Ranks:
-    """Join the launcher's process group; without a launcher this is a world of one.
+    """Join the launcher's process group; without a launcher, a group of one.
 
     Raises InputError when rank 0's port is taken, or cannot be reached.
     """
     if deterministic:
-        # cuBLAS reads it when it is first used
+        # cuBLAS reads it on first use
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # alone: any port, so that two runs share a machine
+    # a single rank takes any free port, so that two runs can share a machine
     port = "29500" if "WORLD_SIZE" in os.environ else "0"
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    # DeepSpeed looks at every optimizer it has, and one of them loads torch's compiler: a second
-    # and 30 MB for nothing.
+    # DeepSpeed imports all its optimizers, and one of them loads torch's compiler: a second and
+    # 30 MB for nothing.
     for name, value in {**alone, "MASTER_PORT": port, "TORCHDYNAMO_DISABLE": "1"}.items():
         os.environ.setdefault(name, value)
-    # On CPU ranks DeepSpeed compiles a shared-memory op that only its inference calls: no compiler,
-    # no minute, no lock files.
+    # On CPU ranks DeepSpeed would compile a shared-memory op that only its inference uses. Without
+    # it we need no compiler, save a minute, and leave no lock files.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed's calls, not ours
+    # for calls by DeepSpeed, not ours
     warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)
     local_rank = int(os.environ["LOCAL_RANK"])
     accelerator = get_accelerator()
@@ -113,7 +113,7 @@ def start_distributed(deterministic: bool = False) -> Ranks:
 
 
 def stop_distributed() -> None:
-    """Leave together."""
+    """Leave the process group, all ranks together."""
     deepspeed.comm.barrier()
     deepspeed.comm.destroy_process_group()
 
@@ -127,14 +127,14 @@ def build_engine(
     weights: Mapping[str, torch.Tensor] | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> TrainingEngine:
-    """Empty model, plan, the start model's weights, DeepSpeed.
+    """Build the empty model, plan its parameters, load the start model's weights, start DeepSpeed.
 
     Args:
         model_folder: the start model.
         layout: of its vocabulary.
-        adam_steps: trained name -> updates behind its moments, where there are any.
-        weights: by their names on disk, in place of the folder's.
-        advance: hears, from any thread, of every parameter and every batch that is done.
+        adam_steps: trained name -> updates that its moments have seen, if any.
+        weights: by their names on disk, instead of the folder's.
+        advance: called, from any thread, for every finished parameter and batch.
     """
     accumulation = {"gradient_accumulation_steps": config.accumulation_steps(ranks.num_ranks)}
     weights = weights or WeightFolder(model_folder)
@@ -187,7 +187,7 @@ def build_engine(
 def _empty_model(
     model_config: Any, layout: VocabLayout, config: StageConfig, deepspeed_config: dict[str, Any]
 ) -> PackedCausalLM:
-    """Without weights; under ZeRO-3 every parameter is partitioned as soon as it is made."""
+    """The model without weights; under ZeRO-3 every parameter is partitioned on creation."""
     model_class, block = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)], config.beingvl
     refuse_short_window(
         model_config, block.sequence_length, "lower beingvl.sequence_length to {window}"
@@ -195,9 +195,9 @@ def _empty_model(
     refuse_unlike_packed(model_class, model_config)
     place: Any = contextlib.nullcontext()
     if config.zero_stage == 3:
-        # with dtype= given it takes 16 bits whatever is given, so the JSON decides alone
+        # any dtype= argument would mean 16 bits, so only the JSON sets it
         place = deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
-    # more than layout.num_visual when the converter padded the rows
+    # more than layout.num_visual if the converter padded the vocabulary
     num_visual = model_config.vocab_size - layout.num_text
     with place:
         return build_packed_model(
@@ -217,7 +217,7 @@ def _stored_weights(
     shapes: Mapping[str, tuple[int, ...]],
     layout: VocabLayout,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, memory-mapped tensor) of every parameter. Raises InputError for what does not fit."""
+    """(name, memory-mapped tensor) of every parameter. Raises InputError if one does not fit."""
     for name, shape in shapes.items():
         stored_name, rows = stored_slice(name, layout.num_text)
         if stored_name not in weights:
@@ -236,7 +236,7 @@ def _stored_weights(
 
 
 def _copy_in(parameter: Any, stored: torch.Tensor, config: StageConfig, ranks: Ranks) -> None:
-    """What this rank holds of a parameter."""
+    """Copy this rank's part of a parameter."""
     if config.zero_stage < 3:
         parameter.data = stored.to(ranks.device, _dtype(config), copy=True)
         return
@@ -254,7 +254,7 @@ def _dtype(config: StageConfig) -> torch.dtype:
 def _restore_rotary_buffers(
     model: torch.nn.Module, model_config: Any, device: torch.device
 ) -> None:
-    """In bf16 DeepSpeed casts buffers too; rotary positions would be wrong by 0.1 %."""
+    """In bf16 DeepSpeed casts buffers too, which would put rotary positions off by 0.1 %."""
     for module in model.modules():
         if "inv_freq" in dict(module.named_buffers(recurse=False)):
             for name, buffer in type(module)(model_config).named_buffers():
@@ -268,7 +268,7 @@ Groups = dict[tuple[float, float, int], list[str]]
 def _optimizer_groups(
     plan: list[PlannedParameter], config: StageConfig, adam_steps: Mapping[str, int]
 ) -> Groups:
-    """Adam counts updates per group, so those with other counts are other groups."""
+    """Adam counts updates per group, so parameters with different counts need different groups."""
     groups: Groups = {}
     for planned in plan:
         rule = planned.rule
@@ -304,7 +304,7 @@ class TrainingEngine:
             config.zero_stage, engine.optimizer, self._parameters, ranks.rank
         )
         self._frozen_hashes = self._hash_frozen()
-        self._carried_names: set[str] = set()  # parameters whose moments an earlier stage made
+        self._carried_names: set[str] = set()  # parameters with moments from an earlier stage
 
     # ---- one step ----
     def forward(self, batch: MicroBatch) -> torch.Tensor:
@@ -346,7 +346,7 @@ class TrainingEngine:
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         if self.ranks.device.type == "cuda" and not tensor.is_pinned():
-            # a copy from other memory waits for what the GPU has to do before it
+            # a copy from pageable memory would wait for the GPU's earlier work
             tensor = tensor.pin_memory()
         return tensor.to(self.ranks.device, non_blocking=True)
 
@@ -354,7 +354,7 @@ class TrainingEngine:
         self._engine.backward(scaled_loss)
 
     def step(self, learning_rate: float | None) -> StepResult | None:
-        """End a micro step; the last one of a window (with a learning rate) updates the weights."""
+        """End a micro-step; the last one of a window (with a learning rate) updates the weights."""
         if learning_rate is None:
             self._engine.step()
             return None
@@ -366,12 +366,12 @@ class TrainingEngine:
         return StepResult(bool(applied), float(norm))
 
     def learning_rates(self, learning_rate: float) -> dict[str, float]:
-        """`learning_rate/xM` for every multiplier M of the freezer's rules beside 1."""
+        """`learning_rate/xM` for every multiplier M != 1 of the freezer's rules."""
         others = [m for m in dict.fromkeys(self._lr_multipliers) if m != 1]
         return {f"learning_rate/x{m:g}": learning_rate * m for m in others}
 
     def step_flops(self, num_tokens: int, num_pairs: int, num_target_tokens: int) -> float:
-        """Forward and backward of a step, as train/flops.py counts them."""
+        """FLOPs of a step's forward and backward, as train/flops.py counts them."""
         config = self.model.causal_lm.config
         width = config.num_attention_heads * (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -386,7 +386,7 @@ class TrainingEngine:
     # ---- what checkpoints need ----
     @property
     def dtype(self) -> torch.dtype:
-        """What forward passes compute in."""
+        """The dtype that forward passes compute in."""
         return _dtype(self.config)
 
     def span(self, name: str) -> tuple[int, int]:
@@ -396,8 +396,8 @@ class TrainingEngine:
     def local_state(self, copy: bool = False) -> Iterable[tuple[str, torch.Tensor]]:
         """(`NAME.KEY`, this rank's flat float32 slice) of every trained parameter, on the CPU.
 
-        In the order of `trained_shapes`, each valid until the next is asked for. With `copy` all
-        are made at once and stay what they are when training goes on.
+        In the order of `trained_shapes`; each is valid until the next is requested. With `copy`,
+        all are copied at once and do not change when training continues.
         """
 
         def pieces() -> Iterator[tuple[str, torch.Tensor]]:
@@ -413,11 +413,11 @@ class TrainingEngine:
         adam_steps: Mapping[str, int],
         only_moments_of: Collection[str] | None = None,
     ) -> None:
-        """Put back masters and moments before the first step, or only the moments of some
-        parameters, with adapters A.
+        """Restore masters and moments before the first step; with `only_moments_of`, only these
+        parameters' moments, and adapters A.
 
-        `fetch(name, key, start, stop)` gives a flat range; `adam_steps`: updates behind the
-        moments.
+        `fetch(name, key, start, stop)` returns a flat range; `adam_steps`: updates that the moments
+        have seen.
         """
         self._partitions.create_moments(adam_steps)
         self._carried_names = set(only_moments_of or ())
@@ -430,15 +430,15 @@ class TrainingEngine:
             self._partitions.write([*self.trained_shapes], fetch_next, STATE_KEYS)
         else:
             self._partitions.write([*only_moments_of], fetch_next, MOMENTS)
-            # B starts at zero as what it was is merged. Its gradient depends on A, so its moments
-            # are those of the A that they were made with.
+            # B starts at zero, since the old B is merged into the weights. B's gradient depends on
+            # A, so its moments are only valid with the A they were computed with.
             carried_a = [name for name in only_moments_of if name.endswith(A)]
             self._partitions.write(carried_a, fetch_next, [MASTER])
 
     # ---- the freezer's checks ----
     def _hash_frozen(self) -> dict[str, str]:
         names = [planned.name for planned in self.plan if not planned.is_trained]
-        # hashing gives the interpreter's lock back
+        # hashing releases the GIL
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             hashes = pool.map(lambda name: self._hash(self._partitions.held_weights(name)), names)
             return dict(zip(names, hashes, strict=True))
@@ -449,7 +449,7 @@ class TrainingEngine:
         return blake3(memoryview(data.view(torch.uint8).numpy())).hexdigest()
 
     def check_frozen(self) -> None:
-        """Raises FreezerError, on all ranks, when a frozen parameter changed on any of them."""
+        """Raises FreezerError, on all ranks, if a frozen parameter changed on any of them."""
         if not self._frozen_hashes:
             return
         now = self._hash_frozen()
@@ -463,8 +463,8 @@ class TrainingEngine:
             )
 
     def hash_trained(self) -> dict[str, tuple[str, str]]:
-        """For `check_trained`, before the first step: of every master a hash; and, of second
-        moments that were carried over, of what an update without a gradient would make of them.
+        """For `check_trained`, before the first step: a hash of every master and, for carried
+        second moments, a hash of what an update without gradient would make of them.
         """
         decay, read = self.config.second_moment_decay, self._partitions.read
         second_moments = read([*self._carried_names], [MOMENTS[1]])
@@ -475,11 +475,11 @@ class TrainingEngine:
     def check_trained(
         self, before: Mapping[str, tuple[str, str]], saw_text: bool = True, saw_visual: bool = True
     ) -> None:
-        """Raises FreezerError when a trained parameter got no gradient in the first update, or
-        stayed.
+        """Raises FreezerError if a trained parameter got no gradient in the first update, or did
+        not move.
 
-        Rows of the input embedding are excused when no token of the step looked them up, adapters A
-        as their gradient is B's product with something, and B starts at zero.
+        Exceptions: vocabulary rows of the input embedding that no token of the step looked up, and
+        adapters A, whose gradient has B as a factor, which starts at zero.
         """
         embedding = self.model.causal_lm.get_input_embeddings()
         unseen = [] if saw_text else [embedding.text_rows]

@@ -1,7 +1,8 @@
-"""[7] Out of training's format: start model + checkpoint -> stock Hugging Face folder; also to and
-from the published parameter names.
+"""[7] Export: start model + checkpoint -> stock Hugging Face folder; also to and from the published
+parameter names.
 
-The probe logits that a checkpoint stored in training are compared with those of the written folder.
+The written folder's logits are compared with the probe logits that training stored in the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -47,16 +48,17 @@ def export(
     Args:
         model: start model of the stage, a finished stage, or a published folder.
         output_path: folder to write.
-        checkpoint: of a stage, or the stage for its newest one; without it `model` is renamed only.
+        checkpoint: a checkpoint folder, or a stage folder for its newest one; without it, only the
+            parameter names of `model` change.
         format: "hf", or "being-vl-0.5" for the published names and the VQ-GAN among the weights.
         rope_scaling: "none" leaves it out of the published form, which knows no llama3 scaling.
-        template: what a published folder was trained on; None: what its manifest says, else the
-            published one.
+        template: chat template that a published folder was trained on; None: the one in its
+            manifest, else the published one.
         link: hard-link unchanged weight files instead of copying them.
-        probe: load the result and compare the checkpoint's probe logits.
+        probe: load the result and compare its logits with the checkpoint's.
         overwrite: replace a finished folder.
 
-    Raises InputError, and ProbeMismatchError, which leaves the folder incomplete.
+    Raises InputError, or ProbeMismatchError, which leaves the folder incomplete.
     """
     model, output_path = find_start_model(Path(model)), Path(output_path)
     inputs = {"--model": model}
@@ -95,11 +97,11 @@ def _export_checkpoint(
     link: bool,
     probe: bool,
 ) -> Manifest:
-    """With a config of the `published` form the Hugging Face folder is an intermediate one beside
-    the target.
+    """With a config of the `published` form, the Hugging Face folder is only an intermediate one
+    beside the target.
     """
     if probe:
-        load_probe(checkpoint)  # a missing one is told before anything is written
+        load_probe(checkpoint)  # report a missing one before anything is written
     check = partial(_check_probe, checkpoint) if probe else None
     if published is None:
         return write_hf_folder(model, checkpoint, target, link, check)
@@ -112,7 +114,7 @@ def _export_checkpoint(
 
 
 def _find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder, or the newest finished one of a stage folder."""
+    """`path` itself, or the newest finished checkpoint if it is a stage folder."""
     if not (path / CHECKPOINTS).is_dir():
         return path
     checkpoints = complete_checkpoints(path)
@@ -122,7 +124,7 @@ def _find_checkpoint(path: Path) -> Path:
 
 
 def _check_probe(checkpoint: Path, folder: Path) -> None:
-    """Print how far the folder's logits are from training's. Raises ProbeMismatchError."""
+    """Print how far the folder's logits are from those in training. Raises ProbeMismatchError."""
     is_bf16 = bool((read_state(checkpoint).identity["bf16"] or {}).get("enabled"))
     comparison = compare_probe(checkpoint, folder, torch.bfloat16 if is_bf16 else torch.float32)
     if not comparison.matches:

@@ -1,16 +1,16 @@
-"""How a run ends: errors of exit code 1, neither wrong input nor a defect of the program."""
+"""Errors that end a run with exit code 1: neither wrong input nor a bug."""
 
 from __future__ import annotations
 
-EXIT_REQUEUE = 85  # of a run that a signal stopped: start the same command again
+EXIT_REQUEUE = 85  # a signal stopped the run: start the same command again
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what is still valid."""
+    """Training cannot continue; the message says why, and what is still valid."""
 
 
 class NonFiniteError(TrainingError):
-    """Too many steps in a row had a loss or gradient that is not a finite number."""
+    """Too many steps in a row had a loss or gradient that is not finite."""
 
 
 class FreezerError(TrainingError):
@@ -22,8 +22,8 @@ class SaveError(TrainingError):
 
 
 class StallError(TrainingError):
-    """A rank died or stands still."""
+    """A rank died or stalled."""
 
 
 class ProbeMismatchError(TrainingError):
-    """A written folder does not answer the checkpoint's probe as the trained model did."""
+    """A written folder's probe logits differ from those of the trained model."""

@@ -1,13 +1,13 @@
-"""Floating-point operations of a step as the model needs them, for the model FLOP utilisation.
+"""Floating-point operations that the model needs for a step, for the model FLOP utilisation (MFU).
 
     MFU = step_flops / (seconds * devices * peak of a device)
 
-Of a weight matrix of n elements that T tokens pass: forward 2 n T; gradient of its input 2 n T, if
-anything below it is trained; its own gradient 2 n T, if it is trained. A frozen layer over trained
-rows so counts 4 n T, a frozen layer below everything trained 2 n T. Attention of documents of l
-tokens: 2 * width * sum(l^2) a layer forward (two products, half of them masked), twice that
-backward. The head sees target tokens only. Looking up embeddings costs nothing, and what is
-computed a second time to save memory (activation checkpointing, loss chunks) is not counted.
+For a weight matrix of n elements and T tokens: forward 2 n T; gradient of its input 2 n T, if
+anything below it is trained; its own gradient 2 n T, if it is trained. So a frozen layer above
+trained vocabulary rows counts 4 n T, and a frozen layer below everything trained counts 2 n T.
+Attention over documents of l tokens: 2 * width * sum(l^2) per layer forward (two products, half of
+them masked), twice that backward. The head sees target tokens only. Embedding look-ups cost
+nothing. Recomputation that saves memory (activation checkpointing, loss chunks) is not counted.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from beingvl.model.param_groups import PlannedParameter
 
 _LAYER_NUMBER = re.compile(r"\.(?:layers|h)\.(\d+)\.")
 
-ASSUMED_MFU = 0.4  # as `beingvl plan --mfu` where it is not given
+ASSUMED_MFU = 0.4  # default of `beingvl plan --mfu`
 
-# Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name that is part of the
+# Dense bf16 peaks in FLOP/s, from the vendors' data sheets; the first key that occurs in the
 # device's name counts.
 GPU_PEAKS = {
     "B200": 2.25e15,
@@ -42,8 +42,8 @@ def step_flops(
     num_pairs: int,
     num_target_tokens: int,
 ) -> float:
-    """Forward and backward over `num_tokens`. `num_pairs`: sum of the documents' squared lengths.
-    `attention_width`: heads x head size.
+    """FLOPs of forward and backward over `num_tokens`. `num_pairs`: sum of the documents' squared
+    lengths. `attention_width`: heads x head size.
     """
     embedding: list[PlannedParameter] = []
     head: list[PlannedParameter] = []
@@ -78,7 +78,7 @@ def _matrix_flops(
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s of a known GPU by its data sheet, else None."""
+    """A known GPU's FLOP/s from its data sheet, else None."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,10 +1,10 @@
-"""From a checkpoint back to a stock Hugging Face folder: the stage's start model with the
-trained tensors in place.
+"""From a checkpoint to a stock Hugging Face folder: the stage's start model with the trained
+tensors in place.
 
-Frozen tensors come from the start model byte for byte (whole files are hard-linked where they can
-be); trained ones are the checkpoint's float32 weights in the start model's dtype. Text and visual
-rows become one matrix again, adapters are merged into their weights. Tensors are streamed, so
-memory holds one of them.
+Frozen tensors come from the start model byte for byte (unchanged files are hard-linked where
+possible). Trained tensors are the checkpoint's float32 weights, cast to the start model's dtype.
+Text and visual rows become one matrix again, and adapters are merged into their weights. Tensors
+are streamed: memory holds one at a time.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ def write_hf_folder(
     check: Callable[[Path], None] | None = None,
     shards: Manifest | None = None,
 ) -> Manifest:
-    """Raises InputError when the checkpoint was not trained from `start_model`, or when a file of
+    """Raises InputError if the checkpoint was not trained from `start_model`, or if a file of
     either is not as it was written.
 
-    `check` is called with the folder before its manifest; what it raises leaves it incomplete.
-    `shards` are those of the training, for the model's card.
+    `check` is called with the folder before the manifest is written; if it raises, the folder stays
+    incomplete. `shards`: manifest of the training data, for the model card.
     """
     manifest = read_manifest(start_model, "model")
     state = read_state(checkpoint)
     if state.identity["start_model"] != manifest.content_hash:
         raise InputError(
-            f"{checkpoint} was not trained from {start_model}: its start model has another "
+            f"{checkpoint} was not trained from {start_model}: its start model has a different "
             "hash; give the right one"
         )
     layout = VocabLayout.load(start_model)
@@ -89,7 +89,7 @@ def write_hf_folder(
 
 
 def trained_adapters(weights: WeightFolder, state: CheckpointState) -> dict[str, Lora]:
-    """Stored tensor name -> the adapters that a stage trained beside it."""
+    """Stored tensor name -> the adapter that the stage trained beside it."""
     shapes = {name: weights.shape(name) for name in weights}
     adapters = adapters_by_weight(shapes, rules_of(state.identity.get("trainable", [])))
     return {
@@ -102,7 +102,7 @@ def trained_adapters(weights: WeightFolder, state: CheckpointState) -> dict[str,
 def trained_tensors(
     weights: WeightFolder, checkpoint: Path, state: CheckpointState, layout: VocabLayout
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """Stored tensor name -> function that gives the tensor with its trained rows in place."""
+    """Stored tensor name -> function that returns the tensor with its trained parts in place."""
     StateReader(checkpoint, state).__exit__()
     adapters = trained_adapters(weights, state)
     trained_parts: dict[str, list[str]] = {}
@@ -121,7 +121,7 @@ def trained_tensors(
             if stored_name in adapters:
                 a, b = map(reader.master, trained_parts[stored_name])
                 return merge(weights[stored_name], a, b, adapters[stored_name])
-            # on a map that nobody else reads or gives back: only rows that change are copied
+            # on its own private memory map only the rows that change are copied
             tensor = WeightFolder(weights.folder)[stored_name]
             for name in trained_parts[stored_name]:
                 tensor[stored_slice(name, layout.num_text)[1]] = reader.master(name).to(

@@ -1,7 +1,7 @@
-"""What a rank knows of the launcher that started it.
+"""What a rank knows about the launcher that started it.
 
-run_name             what all ranks of one run, and no others, were given
-end_with_launcher    a rank ends when its launcher is gone: nobody else would ever stop it, and the
+run_name             a name that all ranks of one run share, and no other run has
+end_with_launcher    ends a rank when its launcher is gone: nothing else would ever stop it, and the
                      next start would find its port and its folder in use
 """
 
@@ -20,7 +20,7 @@ from beingvl.artefact.hashes import PREFIX, hash_bytes
 from beingvl.artefact.processes import end_process
 
 POLL_SECONDS = 0.5
-RUN_VARIABLE = "BEINGVL_RUN"  # of `beingvl launch`
+RUN_VARIABLE = "BEINGVL_RUN"  # set by `beingvl launch`
 RUN_VARIABLES = (RUN_VARIABLE, "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "MASTER_PORT")
 LAUNCHERS = ("deepspeed", "torchrun", "mpirun", "mpiexec", "orted", "prted", "hydra_pmi_proxy")
 OF_HOST = "deepspeed.launcher.launch"  # started by `deepspeed`, here or over ssh
@@ -28,23 +28,23 @@ MODULES = (OF_HOST, "deepspeed.launcher.runner", "torch.distributed.run")
 
 
 def run_name(environment: Mapping[str, str] = os.environ) -> str:
-    """What the ranks of a run know of it before they meet, and no other run has."""
+    """A name that the ranks of a run can all compute before they meet, and no other run has."""
     known = [environment.get(name, "") for name in RUN_VARIABLES]
-    if environment.get("CROSS_SIZE") == "1":  # DeepSpeed's, of one host: one launcher has all ranks
+    if environment.get("CROSS_SIZE") == "1":  # set by DeepSpeed: one host, one launcher for all
         known.append(str(os.getppid()))
     return hash_bytes("\n".join(known).encode()).removeprefix(PREFIX)[:16]
 
 
 def end_with_launcher() -> None:
-    """From now on a thread ends this process when one of its launchers is gone."""
+    """Start a thread that ends this process when one of its launchers is gone."""
     if launchers := find_launchers():
         threading.Thread(target=_watch, args=(launchers,), name="launcher", daemon=True).start()
 
 
 def find_launchers() -> list[psutil.Process]:
-    """What started this process as a rank, innermost first, with what stands between: here, and
-    beyond an ssh connection that comes from this machine. Shells and logins above are not followed:
-    they may end before a run that goes on without them.
+    """The processes that started this one as a rank, innermost first, with those in between: on
+    this machine, and across an ssh connection from this machine. Shells and logins above the
+    outermost launcher are left out: they may end before the run does.
     """
     found: list[psutil.Process] = []
     between: list[psutil.Process] = []
@@ -62,13 +62,13 @@ def find_launchers() -> list[psutil.Process]:
             found += between
             between = []
             is_of_host = OF_HOST in words[:5]
-        if is_session:  # of `deepspeed --hostfile`, whose pdsh outlives it
+        if is_session:  # `deepspeed --hostfile`: its pdsh outlives it
             waiting = deque(_client_of_session())
     return found
 
 
 def _client_of_session() -> list[psutil.Process]:
-    """The ssh that this process's session was asked by, and its parents, if it runs here."""
+    """The ssh client of this process's session, and its parents, if it runs on this machine."""
     client = os.environ.get("SSH_CONNECTION", "").split()[:2]
     try:
         for connection in psutil.net_connections("tcp"):
@@ -81,7 +81,7 @@ def _client_of_session() -> list[psutil.Process]:
 
 
 def is_launcher(words: Sequence[str]) -> bool:
-    """Whether a command line is that of a program that starts ranks."""
+    """Whether a command line belongs to a program that starts ranks."""
     first = words[:5]
     names = [os.path.basename(word) for word in first]
     return (
@@ -93,7 +93,7 @@ def is_launcher(words: Sequence[str]) -> bool:
 
 
 def _is_ssh_session(words: Sequence[str]) -> bool:
-    """Of a command, not of a login: that of pdsh, which ends with its connection."""
+    """A session of a command, not of a login: pdsh's, which ends with its connection."""
     title = "".join(words[:1])
     return title.startswith("sshd") and title.endswith("@notty")
 

@@ -1,10 +1,10 @@
-"""The training loop: one function, five parts a step.
+"""The training loop: one function, five parts per step.
 
     fetch the window and count its target tokens / forward and backward / step and check finite /
     log / save or stop
 
-Everything that decides what a step does is a pure function of its number: which samples it sees,
-its learning rate. So a resumed run only needs the number, the weights and the optimizer's moments.
+A step's samples and its learning rate are pure functions of its number. So a resumed run needs only
+the number, the weights and the optimizer's moments.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from beingvl.train.window import WindowFetcher
 
 @dataclass
 class Progress:
-    """`step` optimizer steps are done, `num_applied_steps` of them changed weights."""
+    """`step` optimizer steps are done; `num_applied_steps` of them changed weights."""
 
     step: int = 0
     num_applied_steps: int = 0
@@ -48,7 +48,7 @@ class Saver(Protocol):
 
 
 def num_steps_of(data: TrainingData, config: StageConfig) -> int:
-    """Optimizer steps of the run, which the schedule spans. Raises InputError for less than one."""
+    """Optimizer steps of the run and its schedule. Raises InputError for less than one."""
     if data.plan.num_sequences < config.sequences_per_step:
         raise InputError(
             f"{config.source}: train_batch_size is {config.sequences_per_step}, the whole run has "
@@ -74,11 +74,10 @@ def train(
     validate: Callable[[int], None],
     stop_requested: Callable[[], bool],
 ) -> bool:
-    """Run from `progress.step` to the end. True when finished, False when stopped after saving.
+    """Run from `progress.step` to the end. True when finished, False when saved and stopped.
 
-    `stop_requested` is asked on every rank before every step; one rank's yes is everybody's. Raises
-    NonFiniteError after `max_skipped_steps` skipped steps in a row, when the last good state is
-    saved.
+    `stop_requested` is called on every rank before every step; if one says yes, all stop. Raises
+    NonFiniteError after `max_skipped_steps` skipped steps in a row, with the last good state saved.
     """
     block, ranks = config.beingvl, engine.ranks
     num_steps = num_steps_of(data, config)
@@ -105,7 +104,7 @@ def train(
         num_stop_requests, is_time, num_written = answers
         if num_stop_requests:
             phases.enter(step, "save")
-            # skipped steps after it changed nothing; the next start takes them again
+            # skipped steps since then changed nothing; the next start repeats them
             if saved.step < last_good.step:
                 saver.save(last_good)
             break

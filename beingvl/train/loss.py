@@ -21,17 +21,17 @@ from beingvl.vocab import TOKEN_KINDS, VocabLayout
 
 
 def backward_scale(num_target_tokens: int, num_ranks: int, accumulation_steps: int) -> float:
-    """From a micro-batch's loss sum to what `engine.backward` takes; 0 without targets."""
+    """Factor from a micro-batch's loss sum to what `engine.backward` takes; 0 without targets."""
     return num_ranks * accumulation_steps / num_target_tokens if num_target_tokens else 0.0
 
 
 def learning_rate_at(
     step: int, num_steps: int, peak: float, schedule: str, warmup_ratio: float, min_ratio: float
 ) -> float:
-    """Of step `step` (from 0) of `num_steps`: linear warm-up, then cosine or constant.
+    """Learning rate of `step` (from 0) of `num_steps`: linear warm-up, then cosine or constant.
 
-    The first step already learns, with peak / num_warmup_steps; the last cosine step ends just
-    above min_ratio * peak.
+    The first step already learns, with peak / num_warmup_steps; the last cosine step is just above
+    min_ratio * peak.
     """
     num_warmup = math.ceil(num_steps * warmup_ratio)
     if step < num_warmup:
@@ -46,8 +46,8 @@ def learning_rate_at(
 class LossSums:
     """Loss sums (nats) and target counts of one rank and step, by token kind and mixture source.
 
-    `values` is `[2, num_kinds + num_sources]` float64: row 0 sums, row 1 counts; ranks add theirs
-    up.
+    `values` is `[2, num_kinds + num_sources]` float64: sums in `values[0]`, counts in `values[1]`.
+    They add up over ranks.
     """
 
     layout: VocabLayout
@@ -59,7 +59,7 @@ class LossSums:
         return cls(layout, sources, np.zeros((2, len(TOKEN_KINDS) + len(sources))))
 
     def add(self, batch: MicroBatch, token_losses: np.ndarray) -> None:
-        """`token_losses` `[num_targets]` of a micro-batch, in the order of its targets."""
+        """Add a micro-batch's `token_losses` `[num_targets]`, in the order of its targets."""
         positions = np.flatnonzero(batch.target_ids != IGNORED)
         kinds = self.layout.token_kinds(batch.target_ids[positions])
         sources = batch.source_of_token[positions] + len(TOKEN_KINDS)
@@ -68,7 +68,7 @@ class LossSums:
             self.values[1] += np.bincount(groups, minlength=self.values.shape[1])
 
     def means(self) -> dict[str, float]:
-        """`loss`, `loss/kind/…` and `loss/source/…`, for groups that occurred."""
+        """`loss`, `loss/kind/…` and `loss/source/…`, for kinds and sources that occurred."""
         names = [
             *(f"loss/kind/{kind}" for kind in TOKEN_KINDS),
             *(f"loss/source/{source}" for source in self.sources),

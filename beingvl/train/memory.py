@@ -1,26 +1,27 @@
-"""Predicted memory of one rank, in bytes, by what it is for: arithmetic on shapes, nothing is
-measured. n weights, of which some are trained; b is 2 bytes in bf16, 4 in float32.
+"""Predicted memory of one rank, in bytes, by purpose: arithmetic on shapes, nothing is measured.
 
-    weights       n * b, cut by the ranks under ZeRO-3; on the CPU with offload_param; on NVMe all
-                  but its buffers and max_in_cpu; with the base nf4 9/16 bytes each: 4 bits and
-                  a float32 per 64
-    gathered      ZeRO-3 on several ranks, or with offloaded weights: those that are whole. From
-                  its second step on DeepSpeed fetches ahead, a bucket for every module, until
-                  max_live_parameters are whole (a billion by default), and the last may be the
-                  largest one; what a bucket brought lies there twice, in one flat buffer and as
-                  parameters, until all of them are used. With the base nf4 the largest such weight
+n weights, some of them trained; b is 2 bytes in bf16, 4 in float32; "cut" is divided by the ranks.
+
+    weights       n * b; cut under ZeRO-3; on the CPU with offload_param; on NVMe except for its
+                  buffers and max_in_cpu; weights of an nf4 base take 9/16 bytes each: 4 bits, and
+                  one float32 per 64
+    gathered      ZeRO-3 on several ranks, or with offloaded weights: parameters that are whole.
+                  From its second step on, DeepSpeed prefetches one bucket per module until
+                  max_live_parameters (by default a billion) are whole; the last one fetched may be
+                  the largest. A fetched bucket is held twice, as one flat buffer and as parameters,
+                  until all of them are used. With an nf4 base: its largest weight
     gradients     trained * b; cut under ZeRO-2 and 3
-    optimizer     trained * 12 (float32 master and two moments), cut; on NVMe its buffers, each a
+    optimizer     trained * 12 (float32 master and two moments); cut; on NVMe its buffers, each a
                   sub-group of float32
     update        while Adam runs: float32 gradients and two temporaries of what it updates at once,
-                  a sub-group in stage 3, this rank's share in 1 and 2; fused, no temporaries. On
-                  the device it takes the place of activations, logits and gathered weights: only
-                  what it needs beyond them counts
-    activations   with checkpointing the input of every layer and one layer's inside, else every
-                  layer's inside: 14 hidden sizes and 3 intermediate sizes per token
-    logits        one chunk of target tokens: b, its float32 copy and that one's gradient
+                  which is a sub-group in stage 3, this rank's share in 1 and 2; fused Adam has no
+                  temporaries. On the device it reuses the memory of activations, logits and
+                  gathered weights, so only the excess counts
+    activations   with checkpointing: every layer's input and the inside of one layer; else the
+                  inside of every layer: 14 hidden sizes and 3 intermediate sizes per token
+    logits        one chunk of target tokens: b, a float32 copy, and that copy's gradient
     buffers       DeepSpeed's reduce and gather buckets, at most as large as what goes through them
-                  (the engine sees to it)
+                  (the engine limits them)
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ from beingvl.model.param_groups import PlannedParameter
 from beingvl.stage.deepspeed_keys import fewest_buffers
 from beingvl.stage.stage_config import StageConfig
 
-# DeepSpeed's
+# DeepSpeed's defaults
 DEFAULT_BUCKET_ELEMENTS = 500_000_000
 DEFAULT_SUB_GROUP_ELEMENTS = 1_000_000_000
 DEFAULT_MAX_IN_CPU = 1_000_000_000
 DEFAULT_LEFT_WHOLE = 1_000_000_000
 DEFAULT_PREFETCH_ELEMENTS = 50_000_000
-# ours: with DeepSpeed's ten times as many the buffers would hold the whole optimizer
+# our default: DeepSpeed's is ten times as large, and the buffers would hold the whole optimizer
 NVME_SUB_GROUP_ELEMENTS = 100_000_000
 
 
 def reduce_bucket_elements(plan: Sequence[PlannedParameter], config: StageConfig) -> int:
-    """No more than there are gradients: DeepSpeed allocates all of it, whatever goes through it."""
+    """At most as many as there are gradients: DeepSpeed allocates all of it, used or not."""
     zero = config.deepspeed["zero_optimization"]
     return min(int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS)), _num_trained(plan))
 
@@ -57,11 +58,11 @@ def predict_memory(
     config: StageConfig,
     num_ranks: int,
 ) -> dict[str, int]:
-    """Bytes on the device of one rank, by purpose; offloaded to the CPU's memory: `cpu_…`."""
+    """Bytes on one rank's device, by purpose; what is offloaded to CPU memory is named `cpu_…`."""
     stage, width = config.zero_stage, 2 if config.is_bf16 else 4
     total, trained = sum(planned.num_elements for planned in plan), _num_trained(plan)
     largest = max(planned.num_elements for planned in plan)
-    # the rows of embedding and head
+    # embedding and head each have all vocabulary rows
     vocabulary = sum(planned.shape[0] for planned in plan if planned.name.endswith("_rows")) // 2
     tokens = config.micro_batch_size * config.beingvl.sequence_length
     in_nf4 = [planned.num_elements for planned in plan if planned.is_in_nf4]
@@ -113,14 +114,14 @@ def _gathered_elements(config: StageConfig, total: int, largest: int, num_ranks:
     whole = limit("max_reuse_distance", DEFAULT_LEFT_WHOLE)
     if ahead:
         whole = max(whole, limit("max_live_parameters", DEFAULT_LEFT_WHOLE))
-    if "offload_param" in config.nvme_offloads:  # where nothing may wait
+    if "offload_param" in config.nvme_offloads:  # no prefetching there
         ahead = whole = 0
     return min(total, whole + largest) + min(total, ahead + largest)
 
 
 def _update_bytes(config: StageConfig, trained: int) -> int:
-    """What an update of `trained` elements needs beside weights, moments and stored gradients."""
-    is_on_nvme = "offload_optimizer" in config.nvme_offloads  # whose buffers hold the gradients
+    """What an update of `trained` elements needs beyond weights, moments and stored gradients."""
+    is_on_nvme = "offload_optimizer" in config.nvme_offloads  # its buffers hold the gradients
     default = NVME_SUB_GROUP_ELEMENTS if is_on_nvme else DEFAULT_SUB_GROUP_ELEMENTS
     sub_group = int(config.deepspeed["zero_optimization"].get("sub_group_size", default))
     at_once = min(trained, sub_group) if config.zero_stage == 3 else trained
@@ -129,7 +130,7 @@ def _update_bytes(config: StageConfig, trained: int) -> int:
 
 
 def _offloaded(memory: dict[str, int], config: StageConfig) -> dict[str, int]:
-    """What is offloaded moves to `cpu_…`; an update on the device shares its place."""
+    """Move what is offloaded to `cpu_…`; an update on the device reuses other memory there."""
     offloads = {
         "offload_param": ["weights"],
         "offload_optimizer": ["optimizer", "gradients", "update"],
@@ -153,7 +154,7 @@ def _beside_nvme(
     num_ranks: int,
     width: int,
 ) -> dict[str, int]:
-    """CPU memory of a rank that trains `trained` elements, for what is offloaded to NVMe."""
+    """CPU memory that NVMe offload needs on a rank that trains `trained` elements."""
     zero, memory = config.deepspeed["zero_optimization"], {}
     size, count = swap_buffers(shapes, num_ranks)
     sub_group = min(trained, int(zero.get("sub_group_size", NVME_SUB_GROUP_ELEMENTS)) + size)
@@ -169,9 +170,10 @@ def _beside_nvme(
 
 
 def swap_buffers(shapes: Mapping[str, Sequence[int]], num_ranks: int) -> tuple[int, int]:
-    """(elements, number) of the buffers that weights on NVMe need: the largest one's share, and how
-    many are in memory together: the matrices of a layer, when a frozen one is computed again for
-    the gradient, and four row blocks.
+    """(elements, number) of the buffers that weights on NVMe need.
+
+    Each holds one rank's share of the largest weight. In memory together are the matrices of one
+    layer (when a frozen layer is recomputed for the gradient) and the four row blocks.
     """
     matrices = [re.search(r"\.\d+\.", name) for name, shape in shapes.items() if len(shape) > 1]
     of_layers = Counter(match[0] for match in matrices if match)
@@ -180,10 +182,10 @@ def swap_buffers(shapes: Mapping[str, Sequence[int]], num_ranks: int) -> tuple[i
 
 
 def device_bytes(memory: dict[str, int]) -> int:
-    """Of a prediction, what lies on the device."""
+    """The part of a prediction that is on the device."""
     return sum(memory.values()) - cpu_bytes(memory)
 
 
 def cpu_bytes(memory: dict[str, int]) -> int:
-    """Of a prediction, what is offloaded."""
+    """The part of a prediction that is offloaded."""
     return sum(amount for purpose, amount in memory.items() if purpose.startswith("cpu_"))

@@ -1,8 +1,8 @@
-"""Metrics of a run: metrics.jsonl always, TensorBoard when the stage asks for it, Weights & Biases
-when WANDB_PROJECT is set, a progress bar, or a line now and then where there is no terminal.
+"""Metrics of a run: always metrics.jsonl; TensorBoard if the stage asks for it; Weights & Biases if
+WANDB_PROJECT is set; a progress bar, or without a terminal a line now and then.
 
-Only rank 0 writes. A resumed run cuts metrics.jsonl back to the step it resumes from, so that no
-step stands in it twice.
+Only rank 0 writes. A resumed run truncates metrics.jsonl to the step it resumes from, so that no
+step appears twice.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ GROUP_OF = {
     "seconds": "time",
     "peak": "memory",
 }
-"""First word of a metric's name -> its group in TensorBoard; others are in `speed`."""
+"""First word of a metric's name -> its group in TensorBoard; all others are in `speed`."""
 WANDB_VARIABLE = "WANDB_PROJECT"
 SECONDS_BETWEEN_LINES = 30
 
 
 def board_tag(name: str) -> str:
-    """A metric's name in TensorBoard, below the group that it is shown in."""
+    """A metric's TensorBoard name: its group, then the metric."""
     if name == "loss":
         return "loss/all"
     if name == "validation/loss":
@@ -57,9 +57,9 @@ def board_tag(name: str) -> str:
 
 
 class MetricsWriter:
-    """One dictionary per step, from the one after `first_step` to `num_steps`; only on rank 0.
+    """Writes one dictionary per step, from `first_step` + 1 to `num_steps`; only on rank 0.
 
-    `board_folder`: for TensorBoard. `peak_flops`: of all devices together, where it is known.
+    `board_folder`: for TensorBoard. `peak_flops`: of all devices together, if known.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class MetricsWriter:
         sample_ids: list[str],
     ) -> None:
         """`step` counts from 1; `flops` are this step's, on all devices. `seconds_of`: phase ->
-        seconds of this step; `save`, `validation` and `start` are all since the line before.
+        seconds in this step; `save`, `validation` and `start` count since the last line written.
         """
         if not self._is_writer:
             return
@@ -133,7 +133,7 @@ class MetricsWriter:
             )
 
     def _print_line(self, step: int, shown: str) -> None:
-        """In place of the bar: a line now and then, for the log of a batch job."""
+        """Instead of the bar: a line now and then, for the log of a batch job."""
         now = time.monotonic()
         if now - self._printed_at < SECONDS_BETWEEN_LINES and step < self._num_steps:
             return
@@ -146,7 +146,7 @@ class MetricsWriter:
         )
 
     def describe_time(self) -> str:
-        """Time of the steps written so far; on a GPU beside what `beingvl plan` predicts."""
+        """Time of the steps written so far; on a GPU, next to what `beingvl plan` predicts."""
         real = f"{self._seconds:.1f} s"
         if not self._peak_flops:
             return f"time of the logged steps: {real}"
@@ -157,7 +157,7 @@ class MetricsWriter:
         )
 
     def write_validation(self, step: int, values: dict[str, float]) -> None:
-        """One validation after `step`; the names get a prefix."""
+        """Write the validation after `step`; the names get a prefix."""
         if self._is_writer:
             row = {f"validation/{name}": value for name, value in values.items()}
             self._write(self._validation_file, step, row)
@@ -201,7 +201,7 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def refuse_missing_wandb() -> None:
-    """Raises InputError, before a model is loaded for minutes."""
+    """Raises InputError before minutes are spent on loading a model."""
     if os.environ.get(WANDB_VARIABLE) and find_spec("wandb") is None:
         raise InputError(
             f"{WANDB_VARIABLE} is set, but wandb is not installed: pip install wandb, or unset it"
@@ -211,7 +211,7 @@ def refuse_missing_wandb() -> None:
 def _start_wandb(output: Path) -> Any:
     import wandb  # an optional extra
 
-    id_file = output / "wandb-run-id"  # a resumed stage goes on with its run
+    id_file = output / "wandb-run-id"  # a resumed stage continues its W&B run
     if not id_file.is_file():
         write_atomically(id_file, uuid.uuid4().hex[:12])
     project, run_id = os.environ[WANDB_VARIABLE], id_file.read_text()
@@ -219,7 +219,7 @@ def _start_wandb(output: Path) -> Any:
 
 
 def _open_from(path: Path, first_step: int) -> TextIO:
-    """Open for appending, after removing lines of later steps than `first_step`."""
+    """Open for appending, after removing the lines of steps after `first_step`."""
     if path.is_file():
         kept = [line for row, line in _whole_lines(path) if row["step"] <= first_step]
         write_atomically(path, "".join(kept))
@@ -227,7 +227,7 @@ def _open_from(path: Path, first_step: int) -> TextIO:
 
 
 def _whole_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """(row, line) of all lines but one that a crash truncated."""
+    """(parsed, line) of every line, except one that a crash truncated."""
     found = []
     for line in path.read_text().splitlines(keepends=True):
         try:
@@ -238,14 +238,14 @@ def _whole_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
 
 
 def read_metrics(output: Path, file: str = METRICS_FILE) -> list[dict[str, Any]]:
-    """All rows of metrics.jsonl, or validation.jsonl, but one that a crash truncated."""
+    """All records of metrics.jsonl, or validation.jsonl, except one that a crash truncated."""
     return [row for row, _ in _whole_lines(output / file)]
 
 
 class SpikeDetector:
-    """Which losses are more than 6 standard deviations (and 10 %) above the mean of the 50 before.
+    """Finds losses more than 6 standard deviations (and 10 %) above the mean of the last 50.
 
-    Spikes do not count among those, and the first 20 steps are never spikes. The window has an end,
+    Spikes are left out of these 50, and the first 20 steps are never spikes. The window is limited
     because the steep fall of the first steps would otherwise hide spikes for hundreds of steps.
     """
 
@@ -265,7 +265,7 @@ class SpikeDetector:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak of this process: device memory on an accelerator, resident memory on a CPU."""
+    """This process's peak: device memory on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

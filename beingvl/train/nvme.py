@@ -1,8 +1,8 @@
-"""Offload to NVMe: what DeepSpeed 0.19.8 needs beside the keys of the JSON.
+"""Offload to NVMe: what DeepSpeed 0.19.8 needs in addition to the JSON's keys.
 
-swap_folders     a folder of this run and rank alone, and DeepSpeed's op, before all else
-swap_settings    as many and as large buffers as this model needs
-fetch_copies     a rank alone on a CPU computes with copies of what it reads
+swap_folders     first of all: a folder for each run and rank, and DeepSpeed's compiled op
+swap_settings    number and size of the buffers that this model needs
+fetch_copies     makes a single CPU rank compute with copies of the weights it reads
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from beingvl.stage.stage_config import StageConfig
 from beingvl.train.memory import NVME_SUB_GROUP_ELEMENTS, swap_buffers
 from beingvl.train.ranks import Ranks, gather_objects
 
-LONGEST_COMPILATION_SECONDS = 3600  # 13 minutes were seen, on two processors with a load of 8
-SECONDS_BEFORE_TELLING = 5  # a compiled op is loaded in less
+LONGEST_COMPILATION_SECONDS = 3600  # measured: 13 minutes, on two processors with a load of 8
+SECONDS_BEFORE_TELLING = 5  # loading a compiled op takes less
 
 
 @contextlib.contextmanager
 def swap_folders(
     config: StageConfig, run: str, ranks: Ranks, allow: Callable[[float], object]
 ) -> Iterator[StageConfig]:
-    """`config` with folders on NVMe, if any, of this run and rank alone, removed afterwards.
+    """`config` with NVMe folders, if any, of this run and rank alone; removed at the end.
 
-    `run` is a name that no other run has; what a killed run of this name left there is removed
-    first. `allow(seconds)` hears how long DeepSpeed's op may take to compile. Raises InputError, on
-    all ranks, when one cannot write there or cannot compile the op.
+    `run` is a name that no other running run has; leftovers of a killed run of this name are
+    removed first. `allow(seconds)` is told how long compiling DeepSpeed's op may take. Raises
+    InputError, on all ranks, if one cannot write there or cannot compile the op.
     """
     folders = {
         key: Path(offload["nvme_path"]) / f"beingvl-{run}" / f"rank-{ranks.rank:05d}"
@@ -67,22 +67,25 @@ def swap_folders(
 def _why_no_swapping(
     config: StageConfig, folders: Mapping[str, Path], rank: int, allow: Callable[[float], object]
 ) -> str:
-    """What keeps this rank from offloading, or "". Makes the folders, empty."""
+    """Why this rank cannot offload, or "". Creates the folders, empty."""
     for key, offload in config.nvme_offloads.items():
         given = f"zero_optimization.{key}.nvme_path {offload['nvme_path']}"
         if not Path(offload["nvme_path"]).is_dir():
-            return f"{given} is not a folder on rank {rank}'s host; mount the disk, or give another"
+            return (
+                f"{given} is not a folder on rank {rank}'s host; mount the disk, or give a "
+                "different one"
+            )
         try:
             shutil.rmtree(folders[key], ignore_errors=True)
             folders[key].mkdir(parents=True)
         except OSError as error:
             return f"{given} cannot be written by rank {rank} ({error.strerror}); give another"
     builder = deepspeed.ops.op_builder.AsyncIOBuilder()
-    # Once per machine it is compiled, and torch waits while there is the lock of a compilation.
+    # It is compiled once per machine; torch waits as long as the lock file of a compilation exists.
     root = os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())
     told = (
         f"rank {rank} compiles DeepSpeed's op for NVMe, which takes minutes, once per machine (if "
-        f"an earlier start was killed in it, remove its file lock below {root})"
+        f"an earlier start was killed while compiling, remove its file lock below {root})"
     )
     timer = threading.Timer(SECONDS_BEFORE_TELLING, print, [told], {"file": sys.stderr})
     allow(LONGEST_COMPILATION_SECONDS)
@@ -92,7 +95,7 @@ def _why_no_swapping(
             builder.load(verbose=False)
             return ""
         found = "no libaio"
-    except Exception as error:  # whatever a compiler, its absence, or a driver's headers make of it
+    except Exception as error:  # the compiler may be missing or fail, headers may be too old
         found = (str(error).strip() or type(error).__name__).splitlines()[0]
     finally:
         timer.cancel()
@@ -106,10 +109,10 @@ def _why_no_swapping(
 def swap_settings(
     config: StageConfig, weights: Mapping[str, torch.Tensor], num_ranks: int
 ) -> dict[str, Any]:
-    """Keys without which DeepSpeed has too few or too large buffers, where the JSON leaves them
-    open.
+    """Values for keys that the JSON leaves open, without which DeepSpeed's buffers would be too few
+    or too large.
 
-    Raises InputError for a buffer that is smaller than the largest parameter's share.
+    Raises InputError for a buffer that is smaller than one rank's share of the largest parameter.
     """
     zero, settings = config.deepspeed["zero_optimization"], dict[str, Any]()
     for key, offload in config.nvme_offloads.items():
@@ -133,9 +136,9 @@ def swap_settings(
 
 
 def fetch_copies(parameters: Iterable[Any]) -> None:
-    """Make a rank alone on a CPU compute with copies of what it fetches, as several ranks and GPUs
-    do. DeepSpeed gives it the buffer that was read into, which holds another weight by the time of
-    the backward pass.
+    """Make a single CPU rank compute with copies of the weights it fetches, as several ranks and
+    GPUs do anyway. DeepSpeed hands it the read buffer itself, which holds a different weight by the
+    time of the backward pass.
     """
     for parameter in parameters:
 

@@ -1,25 +1,24 @@
-"""Where a parameter's weights and Adam moments lie on this rank, for every ZeRO stage, behind
-four verbs.
+"""Where this rank keeps a parameter's weights and Adam moments, for every ZeRO stage, behind one
+interface.
 
     stage 3     weights, masters and moments are cut: rank r holds elements r*E … (r+1)*E - 1 of
                 each flattened parameter; what is offloaded to NVMe is in memory only while it is
-                asked for
+                accessed
     stage 1, 2  weights are whole on every rank; masters and moments are a piece of one flat buffer
                 per optimizer group
 
     span(name)                  the flat range [start, stop) that this rank saves
-    read(names, keys)           those float32 elements, one (name, key, tensor) after the other, in
-                                the order that costs least
-    write(names, fetch, keys)   put parameters back: `fetch(name, key, start, stop)` gives any flat
+    read(names, keys)           those float32 elements, one (name, key, tensor) at a time, in the
+                                cheapest order
+    write(names, fetch, keys)   restore parameters: `fetch(name, key, start, stop)` returns any flat
                                 float32 range of one
-    held_weights(name)          the weights as the forward pass uses them, as far as this rank
-                                holds them
-    create_moments(adam_steps)  Adam's state before its first update; name -> updates made before
+    held_weights(name)          this rank's part of the weights, as the forward pass uses them
+    create_moments(adam_steps)  Adam's state before its first update; name -> earlier updates
 
-A key is one of master, exp_avg, exp_avg_sq. What `read` yields lies where it is, unless it is on
-NVMe: then it is overwritten by the next one.
+A key is one of master, exp_avg, exp_avg_sq. `read` yields views, except on NVMe: there the next one
+overwrites the last.
 
-Nothing outside asks for the stage, so a checkpoint of one stage is read by any other.
+No caller depends on the ZeRO stage, so a checkpoint of one stage can be read by any other.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ Read = Iterator[tuple[str, str, torch.Tensor]]
 
 @contextmanager
 def partition_in_memory(parameter: Any, changes: bool = False) -> Iterator[torch.Tensor]:
-    """A rank's flat part of a parameter, in memory for as long; `changes` go back to NVMe."""
+    """A rank's flat part of a parameter, in memory meanwhile; `changes` are written back."""
     partition, swapper = parameter.ds_tensor, parameter.nvme_swapper
-    if partition.status.name == "INFLIGHT":  # fetched before it is needed
+    if partition.status.name == "INFLIGHT":  # being prefetched
         swapper.synchronize_reads()
     is_away = partition.status.name == "NOT_AVAILABLE"
     assert is_away or not (changes and partition.final_location == "nvme"), (
-        "its file would keep what it was"
+        "the change would not reach its file"
     )
     if is_away:
         swapper.swap_in([parameter], async_op=False)
@@ -99,7 +98,7 @@ class CutPartitions:
         parameter = self._parameters[name]
         if parameter.ds_tensor.final_location != "nvme":
             return parameter.ds_tensor.detach()
-        # callers have threads, DeepSpeed's buffers no locks
+        # callers use threads; DeepSpeed's buffers have no locks
         with self._swapping, partition_in_memory(parameter) as weights:
             return weights.clone()
 
@@ -113,14 +112,14 @@ class CutPartitions:
                 )
 
     def _by_group(self, names: Sequence[str]) -> dict[int, list[str]]:
-        """Sub-group -> those of `names` that are in it."""
+        """Sub-group -> the `names` in it."""
         groups: dict[int, list[str]] = {}
         for name in names:
             groups.setdefault(self._position(name)[0], []).append(name)
         return groups
 
     def _position(self, name: str) -> tuple[int, int, int]:
-        """Sub-group, first element in it, number of elements with their padding."""
+        """Sub-group, first element in it, number of elements including padding."""
         return self._zero.grad_position[self._zero.get_param_id(self._parameters[name])]
 
     def _piece(self, flat: torch.Tensor, name: str) -> torch.Tensor:
@@ -131,7 +130,7 @@ class CutPartitions:
     def _state_in_memory(
         self, group: int, changes: bool = False
     ) -> Iterator[Mapping[str, torch.Tensor]]:
-        """Key -> flat tensor of a sub-group, in memory for as long; `changes` go back to NVMe."""
+        """Key -> flat tensor of a sub-group, in memory meanwhile; `changes` are written back."""
         zero, is_away = self._zero, self._zero._swappable_optimizer_subgroup(group)
         if is_away:
             zero._optimizer_states_and_gradient_swap_in(group)
@@ -140,16 +139,16 @@ class CutPartitions:
             yield {MASTER: flat, **zero.optimizer.state.get(flat, {})}
         finally:
             if is_away and changes:
-                # not the way back of its step, whose writes the next read would overtake
+                # not the step's own write-back: it is asynchronous, and the next read overtakes it
                 zero._writeback_swap_state(group, write_opt_state=True, write_gradients=False)
             elif is_away:
                 zero._release_swap_buffers(group)
 
 
 class FlatPartitions:
-    """DeepSpeedZeroOptimizer links each parameter to its piece of the flat buffers. It links
-    moments once, after the first group's first update, when others have none: so they are made
-    beforehand.
+    """DeepSpeedZeroOptimizer links each parameter to its piece of the flat buffers. It links the
+    moments once, after the first group's first update, when other groups have none yet. So we
+    create all moments beforehand.
     """
 
     def __init__(self, zero: Any, parameters: Mapping[str, Any]) -> None:
@@ -158,7 +157,7 @@ class FlatPartitions:
 
     def span(self, name: str) -> tuple[int, int]:
         link = self._parameters[name]._hp_mapping
-        if link is None:  # no element of it lies in this rank's part of the buffer
+        if link is None:  # this rank's part of the buffer has none of its elements
             return 0, 0
         address = link.lp_fragment_address
         return address.start, address.start + address.numel
@@ -196,7 +195,7 @@ class FlatPartitions:
             self._zero.optimizer.state[flat] = _new_moments(
                 flat, adam_steps[names[id(group[0])]], self._zero.optimizer
             )
-        self._zero._hp_optimizer_states_linked = False  # or it would keep what it linked before
+        self._zero._hp_optimizer_states_linked = False  # or it would keep the old links
         self._zero._lazy_init_hp_params_optimizer_state()
 
 
@@ -206,7 +205,7 @@ Partitions = CutPartitions | FlatPartitions
 def partitions_of(
     zero_stage: int, zero: Any, parameters: Mapping[str, Any], rank: int
 ) -> Partitions:
-    """The partitions of parameters (by name); `zero` is DeepSpeed's optimizer of that stage."""
+    """The partitions of `parameters` (by name); `zero` is that stage's DeepSpeed optimizer."""
     if zero_stage == 3:
         return CutPartitions(zero, parameters, rank)
     return FlatPartitions(zero, parameters)

@@ -1,25 +1,25 @@
-"""What this rank is doing: seconds per phase for the metrics, and a heartbeat by which the others
-find out who stands still.
+"""What this rank is doing: seconds per phase for the metrics, and a heartbeat that shows the other
+ranks who has stalled.
 
     loop              phases.enter(step, "forward")    two assignments and a clock
     engine, writer    phases.advance()                 one of many parts of a phase is done: a
                                                        parameter, a batch, a slice
-    every rank        OUTPUT/ranks/rank-00001.json     rewritten every few seconds by a thread: a
-                                                       counter, and how long this rank has not
-                                                       advanced; removed by a rank that ends in
-                                                       order
+    every rank        OUTPUT/ranks/rank-00001.json     a thread rewrites it every few seconds: a
+                                                       counter, and the seconds since this rank
+                                                       last advanced; a rank that ends cleanly
+                                                       removes it
 
-A rank that has not advanced for half the timeout reads all files from then on, and after the whole
-of it decides:
+A rank that has not advanced for half the timeout starts reading all files. When the full timeout
+has passed, it decides:
 
-    a counter stood still for half of it    that rank is dead or stopped
-    nobody has advanced for the timeout     the one furthest behind stands still
-    else somebody works, however long       go on waiting
+    a counter did not move for half of it    that rank is dead or stopped
+    no rank has advanced for the timeout     the rank furthest behind has stalled
+    otherwise some rank still works          keep waiting, however long
 
-So the timeout covers the longest part, not the longest phase. Who is behind is told by the number
-of phases entered so far, which every rank enters in the same order. A file system tells all this
-even when rank 0, which hosts torch's store, is the one that died, or when a rank never came; what
-an earlier run left in the folder does not count.
+So the timeout must cover the longest part, not the longest phase. All ranks enter the same phases
+in the same order, so the number of phases entered shows who is behind. Files work even when rank 0,
+which hosts torch's store, is the one that died, or when a rank never started. What an earlier run
+left in the folder does not count.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ NO_BEAT = {
 
 
 class Phases:
-    """This rank's position and times. As a context manager a thread watches, too."""
+    """This rank's phase and times. As a context manager, it also runs the watching thread."""
 
     def __init__(
         self,
@@ -64,9 +64,7 @@ class Phases:
         folder: str = RANKS,
         run: str = "",
     ) -> None:
-        """`run` is what the launcher gave to the ranks of this run alone: another's heartbeats
-        count for nothing.
-        """
+        """`run`: a name that only this run's ranks have; other runs' heartbeats are ignored."""
         self._seconds: dict[str, float] = {}
         self.folder, self._rank, self._num_ranks = output / folder, rank, num_ranks
         self.stall_timeout_seconds, self._run = stall_timeout_seconds, run
@@ -74,26 +72,26 @@ class Phases:
         self._place: tuple[int, str] = (0, "start")
         self._since = self._advanced_at = time.perf_counter()
         self._num_beats = self._num_entered = 0
-        self._left_over: dict[int, str] = {}  # rank -> the heartbeat that an earlier run left
+        self._left_over: dict[int, str] = {}  # rank -> heartbeat left by an earlier run
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="phases", daemon=True)
 
     def enter(self, step: int, phase: str) -> None:
-        """The time until now belongs to the phase before."""
+        """Enter a phase; the time until now counts for the previous one."""
         self._count_time()
         self._place, self._advanced_at = (step, phase), self._since
         self._num_entered += 1
 
     def advance(self) -> None:
-        """A part of the phase is done: this rank is not stalled. Any thread may call."""
+        """A part of the phase is done, so this rank has not stalled. Any thread may call this."""
         self._advanced_at = time.perf_counter()
 
     def allow(self, seconds: float) -> None:
-        """The next part may take so much longer than any other before it counts as a stall."""
+        """The next part may take `seconds` longer before it counts as a stall."""
         self._advanced_at = time.perf_counter() + seconds
 
     def take_seconds(self, phases: Collection[str]) -> dict[str, float]:
-        """Seconds of each of `phases` since it was last taken."""
+        """Seconds spent in each of `phases` since it was last taken."""
         self._count_time()
         return {phase: self._seconds.pop(phase) for phase in phases if phase in self._seconds}
 
@@ -116,17 +114,17 @@ class Phases:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._done.set()
         self._thread.join()
-        if kind is None:  # else the others may want to know where this rank was
+        if kind is None:  # after an error, others may need to know where this rank was
             with contextlib.suppress(OSError):
                 self._path_of(self._rank).unlink()
-                self.folder.rmdir()  # by the last rank, when all end in order
+                self.folder.rmdir()  # succeeds for the last rank, if all end cleanly
 
     def where(self) -> str:
         step, phase = self._place
         return f"rank {self._rank}, step {step}, phase {phase}"
 
     def find_lost_ranks(self) -> str:
-        """Who stands still, for a rank whose collective failed; takes a few heartbeats."""
+        """Who has stalled, for a rank whose collective failed; takes a few heartbeats."""
         before = self._read()
         time.sleep(3 * self._beat_seconds)
         after = self._read()
@@ -168,22 +166,22 @@ class Phases:
         }
 
     def _beat(self) -> dict[str, Any]:
-        """Write this rank's heartbeat; returns it. Not flushed: it only tells who is alive now."""
+        """Write this rank's heartbeat and return it. Not flushed to disk: it only matters now."""
         self._num_beats += 1
         beat = self._heartbeat()
         path = self._path_of(self._rank)
-        # always the same, so that killed ranks do not leave one each
+        # a fixed name, so that killed ranks do not pile up files
         temporary = path.with_suffix(".tmp")
         try:
             temporary.write_text(json.dumps(beat))
             os.replace(temporary, path)
-        except OSError as error:  # a full disk ends the save that it breaks, not the run
+        except OSError as error:  # a full disk must not end the run here; a failing save does
             found = f"{self.where()}: the heartbeat could not be written ({error})"
             print(found, file=sys.stderr, flush=True)
         return beat
 
     def _read(self) -> dict[int, dict[str, Any]]:
-        """Other ranks -> their last heartbeat since this rank came, or `NO_BEAT`."""
+        """Other ranks -> their last heartbeat since this rank started, or `NO_BEAT`."""
         beats: dict[int, dict[str, Any]] = {}
         for rank in range(self._num_ranks):
             if rank == self._rank:
@@ -198,7 +196,7 @@ class Phases:
         return beats
 
     def _remove_ranks_from(self, first: int) -> None:
-        """What ranks of an earlier, larger world left; no rank of this one writes there."""
+        """Remove files of an earlier run with more ranks; no rank of this run writes them."""
         for path in self.folder.glob("rank-*"):
             number = path.stem.removeprefix("rank-")
             if number.isdigit() and int(number) >= first:
@@ -209,10 +207,10 @@ class Phases:
 
 
 def _describe(beats: Mapping[int, Mapping[str, Any]], silent: Sequence[int]) -> str:
-    """Who stands still: the silent ranks, or without any those furthest behind."""
+    """Who has stalled: the silent ranks, or if there are none, those furthest behind."""
     last = min(beat["num_entered"] for beat in beats.values())
     behind = [rank for rank, beat in sorted(beats.items()) if beat["num_entered"] == last]
-    what = "gives no sign of life any more; it was last seen in" if silent else "stands still in"
+    what = "gives no sign of life; it was last seen in" if silent else "has stalled in"
     found = []
     for rank in silent or behind:
         beat = beats[rank]

@@ -1,10 +1,10 @@
-"""Probe logits: what the model says about one fixed sample, stored in every checkpoint.
+"""Probe logits: the model's output for one fixed sample, stored in every checkpoint.
 
     probe.safetensors    input_ids, position_ids [n], positions [p], logits [p, vocabulary] float32
 
-Whoever reads the checkpoint asks the same question again: a resumed run before its first step,
-`beingvl export` after it has written a Hugging Face folder. A wrong tensor, a lost row or another
-attention shows as another answer.
+Whoever reads the checkpoint recomputes them: a resumed run before its first step, `beingvl export`
+after writing a Hugging Face folder. A wrong tensor, a lost vocabulary row or a different attention
+shows as different logits.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from beingvl.errors import InputError
 
 PROBE_FILE = "probe.safetensors"
 MAX_TOKENS, MAX_POSITIONS = 512, 16
-# Largest mean KL divergence (nats) that another implementation of the same arithmetic explains.
+# Largest mean KL divergence (nats) between two implementations of the same arithmetic.
 TOLERANCE_NATS = {torch.float32: 1e-9, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """`input_ids` `[n]` of one sample, where its tokens stand, `position_ids` `[n]`, and the
-    `positions` `[p]` in it whose logits are kept.
+    """`input_ids` `[n]` of one sample, its `position_ids` `[n]`, and the indices `positions` `[p]`
+    whose logits are kept.
     """
 
     input_ids: torch.Tensor
@@ -40,8 +40,8 @@ class Probe:
     positions: torch.Tensor
 
     def as_stock_arguments(self) -> dict[str, torch.Tensor]:
-        """Of a transformers model. Without the mask it takes a gap between position ids for the
-        border of another sample.
+        """Arguments for a transformers model. Without the mask it would take a gap between position
+        ids for the start of another sample.
         """
         ids = self.input_ids[None]
         position_ids = self.position_ids[None]
@@ -53,7 +53,7 @@ class Probe:
 
     @classmethod
     def of_shards(cls, shards: ShardReader) -> Probe:
-        """The first sample of the shards, at most 512 tokens of it, at 16 positions."""
+        """The first sample of the shards: at most 512 tokens, logits at 16 positions."""
         row = shards[0].input_ids
         ids = torch.from_numpy(row[:MAX_TOKENS].astype(np.int64))
         position_ids = torch.from_numpy(shards.positions(row)[:MAX_TOKENS].copy())
@@ -82,7 +82,7 @@ class Comparison:
 
 
 def save_probe(folder: Path, probe: Probe, logits: torch.Tensor) -> None:
-    """Write `probe.safetensors`; the checkpoint's manifest, written later, lists it."""
+    """Write `probe.safetensors`, before the checkpoint's manifest, which lists it."""
     tensors = {
         "input_ids": probe.input_ids,
         "position_ids": probe.position_ids,
@@ -93,7 +93,7 @@ def save_probe(folder: Path, probe: Probe, logits: torch.Tensor) -> None:
 
 
 def load_probe(folder: Path) -> tuple[Probe, torch.Tensor]:
-    """The probe of a checkpoint and its logits. Raises InputError when missing or damaged."""
+    """A checkpoint's probe and its logits. Raises InputError when missing or damaged."""
     path = folder / PROBE_FILE
     try:
         tensors = load_file(path)
@@ -102,7 +102,8 @@ def load_probe(folder: Path) -> tuple[Probe, torch.Tensor]:
             f"{path} is missing or damaged ({error}), so the model cannot be compared with it"
         ) from error
     ids = tensors["input_ids"]
-    position_ids = tensors.get("position_ids", torch.arange(len(ids)))  # not in those of before
+    # older checkpoints have none
+    position_ids = tensors.get("position_ids", torch.arange(len(ids)))
     return Probe(ids, position_ids, tensors["positions"]), tensors["logits"]
 
 
@@ -120,7 +121,7 @@ def compare_logits(stored: torch.Tensor, found: torch.Tensor, dtype: torch.dtype
 
 @torch.inference_mode()
 def compare_probe(checkpoint: Path, folder: Path, trained_dtype: torch.dtype) -> Comparison:
-    """Load `folder` with stock transformers and ask it the checkpoint's probe."""
+    """Load `folder` with stock transformers and compare its logits with the checkpoint's probe."""
     probe, stored = load_probe(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", trust_remote_code=False

@@ -1,7 +1,7 @@
-"""This process among the others of a run, and the two collectives that everything else is made of.
+"""This process's place in a run, and the two collectives that everything else is built from.
 
-DeepSpeed makes the process group (train/engine.py); these use torch's own calls on it, so that who
-only adds up or compares needs no DeepSpeed.
+DeepSpeed creates the process group (train/engine.py). The collectives use torch's own calls on it,
+so code that only sums or compares needs no DeepSpeed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others."""
+    """This process's rank, the number of ranks, and this rank's device."""
 
     rank: int
     num_ranks: int
@@ -31,7 +31,7 @@ def sum_over_ranks(values: ArrayLike, device: torch.device) -> np.ndarray:
 
 
 def gather_objects(value: Any, num_ranks: int) -> list[Any]:
-    """`value` of every rank, in rank order, on every rank."""
+    """Every rank's `value`, in rank order, on every rank."""
     gathered: list[Any] = [None] * num_ranks
     torch.distributed.all_gather_object(gathered, value)
     return gathered

@@ -1,8 +1,9 @@
-"""Replay: a step's batch again, from its number alone, with its samples decoded and its loss
-computed.
+"""Replay: rebuild a step's batch from the step's number alone, decode its samples and compute its
+loss.
 
-The loss is that of the weights before the step when a checkpoint of the step before exists; else of
-the nearest older checkpoint, or of the start model, and the output says how many steps lie between.
+The loss uses the weights before the step if a checkpoint of the preceding step exists. Otherwise it
+uses the nearest older checkpoint, or the start model, and the output says how many steps too old
+that is.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ def replay(
     step: int,
     weights_step: int,
 ) -> None:
-    """Print step `step` (from 1) with the weights after `weights_step`; all ranks call together."""
+    """Print step `step` (from 1), its loss with the weights after `weights_step`.
+
+    All ranks call together.
+    """
     ranks, config = engine.ranks, engine.config
     windows = WindowFetcher(
         data, engine.accumulation_steps, config.micro_batch_size, ranks.rank, ranks.num_ranks
@@ -55,7 +59,7 @@ def replay(
 
 
 def describe_samples(data: TrainingData, model: Path, step: int) -> list[str]:
-    """One line per sample of the whole step, with its text; images are shortened."""
+    """One line per sample of the whole step, with its text; images are abbreviated."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     layout = data.shards.layout
     lines = []
@@ -69,7 +73,7 @@ def describe_samples(data: TrainingData, model: Path, step: int) -> list[str]:
 
 
 def decode(sample: Sample, tokenizer: Tokenizer, layout: VocabLayout) -> str:
-    """Text in quotes; runs of image tokens as `<64 image tokens>`; what the loss sees as `=> …`."""
+    """Text in quotes, runs of image tokens as `<64 image tokens>`, target tokens as `=> …`."""
     ids = sample.input_ids
     is_image = layout.is_image_token(ids)
     is_target = np.zeros(len(ids), bool)

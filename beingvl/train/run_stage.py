@@ -1,8 +1,8 @@
-"""The work of a stage, all ranks together: torch and DeepSpeed are loaded with this file.
+"""The work of a stage, all ranks together. Importing this file loads torch and DeepSpeed.
 
-train_together     were we given the same, is it finished already; then
+train_together     do all ranks have the same inputs, is the stage already finished; then
     _build_or_resume   engine with the start model's weights, or a checkpoint's  (engine.py)
-    loop.train         every step, saving on the way                             (loop.py)
+    loop.train         every step, and saving                                    (loop.py)
 write_final        rank 0 alone: start model + last checkpoint                   (hf_folder.py)
 replay_together    one step's samples and loss                                   (replay.py)
 """
@@ -76,9 +76,9 @@ def train_together(
     stop_requested: Callable[[], bool],
     owner: str | None = None,
 ) -> bool:
-    """Build, resume, train, unless the stage is finished. False when it was stopped before.
+    """Build, resume, train, unless the stage is finished. False if it was stopped before the end.
 
-    `owner`: rank 0's, of the output folder; from here on all ranks are it together.
+    `owner`: rank 0's ownership of the output folder; from here on all ranks share it.
     """
     refuse_missing_wandb()
     with ExitStack() as stack:
@@ -96,7 +96,7 @@ def train_together(
 
 
 def replay_together(stage: Stage, ranks: Ranks, phases: Phases, step: int) -> bool:
-    """Show a step's samples and its loss with the nearest weights before it; finishes nothing."""
+    """Print a step's samples, and its loss with the nearest weights before it. Returns False."""
     with _together(stage, ranks, phases, replayed_step=step) as (stage, gather):
         data = data_of(stage.config, stage.shards, phases.advance)
         num_steps = loop.num_steps_of(data, stage.config)
@@ -110,7 +110,7 @@ def replay_together(stage: Stage, ranks: Ranks, phases: Phases, step: int) -> bo
 
 
 def write_final(stage: Stage) -> None:
-    """No other rank may wait for rank 0 here: a slow disk outlasts the stall timeout."""
+    """Write `final/`. No other rank may wait here: a slow disk can exceed the stall timeout."""
     final = stage.output / "final"
     if is_complete(final):
         return
@@ -137,11 +137,12 @@ def write_final(stage: Stage) -> None:
 def _together(
     stage: Stage, ranks: Ranks, phases: Phases, **asked: object
 ) -> Iterator[tuple[Stage, Gather]]:
-    """The stage, when all ranks were given the same, with folders on NVMe for this run alone; and
-    what gathers a value of each rank. Raises StallError when a collective fails, as another rank is
-    gone.
+    """The stage, with NVMe folders of its own, and a function that gathers a value of each rank.
+
+    Raises InputError unless all ranks have the same inputs, StallError when a collective fails
+    because another rank is gone.
     """
-    # no other run that goes on now has this name, and this one has it again at its next start
+    # unique among the runs that are running now, and the same again at this run's next start
     run_name = blake3(f"{phases.folder.resolve()}".encode()).hexdigest(16)
     gather = partial(gather_objects, num_ranks=ranks.num_ranks)
     try:
@@ -160,7 +161,7 @@ def _together(
 
 
 def _is_collective_failure(error: BaseException) -> bool:
-    """NCCL has an exception for a lost rank; gloo's RuntimeError names its source file."""
+    """NCCL has its own exception for a lost rank; gloo's RuntimeError names its source file."""
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
     )
@@ -173,7 +174,7 @@ def _train(
     checkpoint: Path | None,
     stop_requested: Callable[[], bool],
 ) -> bool:
-    """From `checkpoint`, or from the start, to the end. False when it was stopped before."""
+    """Train from `checkpoint`, or from the start, to the end. False if it was stopped before."""
     config, output = stage.config, stage.output
     before = peak_memory_bytes(ranks.device)
     data = data_of(config, stage.shards, phases.advance)
@@ -211,8 +212,8 @@ def _say(ranks: Ranks, stopped: str) -> None:
 def _build_or_resume(
     stage: Stage, ranks: Ranks, phases: Phases, probe: Probe, checkpoint: Path | None
 ) -> tuple[TrainingEngine, loop.Progress, dict[str, int]]:
-    """With the start model's weights, or those of a checkpoint. The third value says of every
-    trained parameter how many updates its moments had behind them when the stage began.
+    """The engine, with the start model's weights or a checkpoint's; the progress; and, for every
+    trained parameter, how many updates its moments had seen when the stage began.
     """
     progress, source = loop.Progress(), checkpoint or stage.moments
     state = read_state(source) if source else None
@@ -239,8 +240,8 @@ def _build_or_resume(
 
 
 def _surviving(engine: TrainingEngine, state: CheckpointState) -> list[str]:
-    """Trained parameters whose moments an earlier stage made. Raises InputError for adapters that
-    had another rank there.
+    """Trained parameters that have moments from an earlier stage. Raises InputError for adapters
+    whose rank was different there.
     """
     names = [name for name in engine.trained_shapes if name in state.parameters]
     for name in names:
@@ -248,13 +249,13 @@ def _surviving(engine: TrainingEngine, state: CheckpointState) -> list[str]:
         if before != now:
             raise InputError(
                 f"--carry_moments: {name} was {before} in the stage before and is {now} here; "
-                "give both stages adapters of one rank"
+                "give both stages adapters of the same rank"
             )
     return names
 
 
 def _check_probe(checkpoint: Path, engine: TrainingEngine, probe: Probe) -> None:
-    """Raises TrainingError when the restored model does not give the checkpoint's logits."""
+    """Raises TrainingError if the restored model does not reproduce the checkpoint's logits."""
     _, stored = load_probe(checkpoint)
     found = engine.logits(probe)
     comparison = compare_logits(stored, found, engine.dtype)
@@ -281,8 +282,8 @@ def _describe(data: TrainingData, engine: TrainingEngine) -> str:
 
 
 def _memory_report(engine: TrainingEngine, before: int) -> str:
-    """What was predicted (as `beingvl plan` does) beside what this rank used; on a CPU above the
-    `before` bytes of the libraries alone.
+    """Predicted memory (as `beingvl plan` predicts it) next to what this rank used; on a CPU, not
+    counting the `before` bytes of the libraries.
     """
     predicted, device = engine.predicted_memory(), engine.ranks.device
     is_cpu, used = device.type == "cpu", peak_memory_bytes(device) - before

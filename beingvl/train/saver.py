@@ -1,4 +1,4 @@
-"""What the loop calls to save: freezer check, probe logits, this rank's slices, manifest."""
+"""Saving, as the loop calls it: freezer check, probe logits, this rank's slices, manifest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from beingvl.train.stage_run import Stage
 
 
 class Saver:
-    """With `background_save` a thread writes a copy, and the loop calls `commit` when all ranks
+    """With `background_save`, a thread writes a copy, and the loop calls `commit` once all ranks
     have written. `carried_steps`: Adam updates made before this stage.
     """
 
@@ -31,11 +31,11 @@ class Saver:
 
     @property
     def is_written(self) -> bool:
-        """Whether this rank has written a checkpoint that is not committed yet."""
+        """Whether this rank has written its part of a checkpoint that is not yet committed."""
         return self._writer.is_written
 
     def save(self, progress: Progress) -> None:
-        """Raises FreezerError when a frozen parameter changed, SaveError for a full disk."""
+        """Raises FreezerError if a frozen parameter changed, SaveError if a rank cannot write."""
         engine, probe, in_background = self._engine, self._probe, self._block.background_save
         self.commit()
         engine.check_frozen()
@@ -50,7 +50,7 @@ class Saver:
             self.commit()
 
     def commit(self) -> None:
-        """Wait for what is being written and make it a checkpoint; all ranks call together."""
+        """Wait for a save in progress and finish its checkpoint; all ranks call together."""
         self._writer.commit()
         if self._engine.ranks.rank == 0:
             delete_old_checkpoints(self._output, self._block.keep_last, self._block.keep_every)

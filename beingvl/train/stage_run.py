@@ -1,5 +1,5 @@
-"""What one training run is made of, and what makes two runs the same run. No torch, so that wrong
-input is told in a second.
+"""What a training run consists of, and when two runs are the same run. No torch, so that wrong
+input is reported within a second.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from beingvl.stage.mixture import fit_mixture
 from beingvl.stage.stage_config import StageConfig, as_written, load_stage_config
 from beingvl.train.checkpoint_folders import complete_checkpoints
 
-IDENTITY_KEYS = ("train_batch_size", "optimizer", "gradient_clipping", "bf16")  # of DeepSpeed's
+# DeepSpeed keys that are part of a run's identity
+IDENTITY_KEYS = ("train_batch_size", "optimizer", "gradient_clipping", "bf16")
 
 
 @dataclass(frozen=True)
 class Stage:
     """`model`: the start model. `validation`: held-out shards. `moments`: the checkpoint whose
-    optimizer moments it starts with. Only a run of equal `identity` resumes its checkpoints.
-    `note`: what the user should know before the start.
+    optimizer moments the stage starts with. Only a run with the same `identity` resumes its
+    checkpoints. `note`: what the user should know before the start.
     """
 
     output: Path
@@ -42,7 +43,7 @@ class Stage:
 
     @property
     def inputs(self) -> Request:
-        """What ranks must have been given alike: also what only decides when they meet."""
+        """What must be the same on all ranks, including settings that do not change the result."""
         everything = asdict(self.config.beingvl) | self.config.deepspeed | self.identity
         held_out = self.validation and self.validation.manifest.content_hash
         return _as_read(Request(everything | {"validation set": held_out}))
@@ -58,7 +59,7 @@ def open_stage(
     validation_data: Path | None,
     carry_moments: bool,
 ) -> Stage:
-    """Raises InputError for inputs that are not there, or contradict each other."""
+    """Raises InputError for inputs that are missing or contradict each other."""
     config = load_stage_config(deepspeed_config, overrides)
     if bool(validation_data) != bool(config.beingvl.validation_every_steps):
         raise InputError(
@@ -90,7 +91,7 @@ def open_stage(
 
 
 def find_moments(path: Path) -> Path:
-    """The last checkpoint of a stage folder, or of the stage folder around a `final/`."""
+    """The last checkpoint of a stage folder, given the folder or its `final/`."""
     checkpoints = complete_checkpoints(path) or complete_checkpoints(path.resolve().parent)
     if not checkpoints:
         raise InputError(
@@ -103,14 +104,14 @@ def find_moments(path: Path) -> Path:
 def run_identity(
     config: StageConfig, model: Manifest, shards: Manifest, lineage: dict[str, str]
 ) -> Request:
-    """All that decides the result of a run."""
+    """Everything that determines the result of a run."""
     written = as_written(config.beingvl)
     block = {
         field.name: written[field.name]
         for field in fields(config.beingvl)
         if field.metadata["changes_result"]
     }
-    block["mixture"] = list(config.beingvl.mixture.items())  # its order decides that of samples
+    block["mixture"] = list(config.beingvl.mixture.items())  # its order decides the samples' order
     hashes = {"start_model": model.content_hash, "shards": shards.content_hash}
     decides = {"plan_version": PLAN_VERSION, "lineage": lineage}
     kept = {key: config.deepspeed.get(key) for key in IDENTITY_KEYS}
@@ -118,5 +119,5 @@ def run_identity(
 
 
 def _as_read(request: Request) -> Request:
-    """As it is read back from a file: tuples are lists."""
+    """The request as it is read back from a file: tuples become lists."""
     return Request(json.loads(json.dumps(request)))

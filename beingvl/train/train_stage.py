@@ -1,12 +1,12 @@
-"""[6] A stage, from start to end, as one rank: `beingvl train` and `python -m
+"""[6] One rank of a training stage, from start to end: `beingvl train` and `python -m
 beingvl.train.train_stage`.
 
     train            the step, as a function
-        open_stage          light: wrong input is told at once         (stage_run.py)
-        owned               no other run writes here; rank 0 alone     (artefact/owner.py)
-        Phases              from here on the others hear of this rank  (phases.py)
+        open_stage          light: reports wrong input at once         (stage_run.py)
+        owned               rank 0 keeps other runs from writing here  (artefact/owner.py)
+        Phases              heartbeats start: others see this rank     (phases.py)
         train_together      torch, DeepSpeed, and all the work         (run_stage.py)
-    as_a_rank        around it for a process: signals, error sentences, exit code
+    as_a_rank        wraps it as a process: signals, error messages, exit code
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from beingvl.train.phases import RANKS, REPLAY_RANKS, Phases
 from beingvl.train.stage_run import Stage, open_stage
 
 LONGEST_IMPORT_SECONDS = 600
-LEAST_OPEN_FILES = 64  # torch's store ends the process, without an exception, for want of twenty
+LEAST_OPEN_FILES = 64  # with 20 too few, torch's store ends the process without an exception
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -50,24 +50,24 @@ def train(
 ) -> Path | None:
     """Train a stage to its end, from its newest checkpoint if there is one.
 
-    A process is one rank, as RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment say;
-    without them it is alone.
+    This process is one rank; RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment say
+    which. Without them it is the only one.
 
     Args:
         model: start model, or the previous stage's folder.
         data: shard folder.
-        output: stage folder; holds checkpoints/, metrics.jsonl and at last final/.
+        output: stage folder; holds checkpoints/, metrics.jsonl and, at the end, final/.
         deepspeed_config: the stage's JSON.
         overrides: KEY=VALUE for keys of the JSON, for example beingvl.epochs=1.
-        log_dir: TensorBoard folder; OUTPUT/tensorboard without it.
+        log_dir: TensorBoard folder; default OUTPUT/tensorboard.
         validation_data: held-out shards for beingvl.validation_every_steps.
         carry_moments: start with the optimizer moments that `model`, a stage folder, ended with.
         replay: train nothing; print this step's samples, and its loss with the weights of the
             nearest checkpoint before it.
-        stop_requested: asked before each step; True saves a checkpoint and ends the run.
+        stop_requested: called before each step; True saves a checkpoint and ends the run.
 
-    Returns `final/`, written by rank 0, or None when the run was stopped. Raises InputError for
-    what was given, TrainingError when training cannot go on.
+    Returns `final/`, written by rank 0, or None if the run was stopped. Raises InputError for wrong
+    input, TrainingError when training cannot continue.
     """
     output = Path(output)
     stage = open_stage(
@@ -84,14 +84,14 @@ def train(
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if stage.note and rank == 0:
         print(stage.note, flush=True)
-    # Several ranks are only told together, by run_stage.
+    # Several ranks decide this together, in run_stage.
     if num_ranks == 1 and replay is None and is_finished(stage, rank, lambda found: [found]):
         return output / "final"
-    # before this run reads a checkpoint or removes an earlier run's heartbeats
+    # taken before this run reads a checkpoint or removes an earlier run's heartbeats
     with _owned(stage, rank) if replay is None else nullcontext() as owner:
         is_at_its_end = _take_part(stage, rank, num_ranks, owner, replay, stop_requested)
         if is_at_its_end and rank == 0:
-            # loaded already
+            # already loaded
             from beingvl.train.run_stage import write_final
 
             write_final(stage)
@@ -99,7 +99,7 @@ def train(
 
 
 def _refuse_few_open_files() -> None:
-    """The reader of shards has raised the limit as far as it may."""
+    """The shard reader has already raised the limit as far as it can."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit < LEAST_OPEN_FILES:
         raise InputError(
@@ -110,7 +110,7 @@ def _refuse_few_open_files() -> None:
 
 @contextmanager
 def _owned(stage: Stage, rank: int) -> Iterator[str | None]:
-    """The output folder is this run's: rank 0 takes it and gives the group, others wait."""
+    """Take the output folder for this run: rank 0 owns it and yields the group, others wait."""
     run, timeout = run_name(), stage.config.beingvl.stall_timeout_seconds
     if rank == 0:
         with owned(stage.output, f"{run}-{uuid.uuid4().hex}") as group:
@@ -128,21 +128,21 @@ def _take_part(
     replay: int | None,
     stop_requested: Callable[[], bool],
 ) -> bool:
-    """All that ranks do together; whether the stage is finished."""
+    """Everything that ranks do together; returns whether the stage is finished."""
     phases = Phases(
         stage.output,
         rank,
         num_ranks,
         stage.config.beingvl.stall_timeout_seconds,
-        # the heartbeats of a run are not those of who looks at it
+        # a replay must not overwrite the heartbeats of a run
         folder=RANKS if replay is None else REPLAY_RANKS,
         run=run_name(),
     )
     with phases if replay is None or num_ranks > 1 else nullcontext():
-        # Not before: this import takes seconds, on a cold disk minutes, in which no signal may be
-        # lost and no rank counts as stalled.
+        # Imported only here: it takes seconds, on a cold disk minutes, during which no signal may
+        # be lost and no rank may count as stalled.
         phases.allow(LONGEST_IMPORT_SECONDS)
-        gc.disable()  # looking for garbage in what imports make takes a seventh of their time
+        gc.disable()  # garbage collection takes a seventh of the import's time
         try:
             from beingvl.train import run_stage
         finally:
@@ -159,11 +159,11 @@ def _take_part(
 
 
 def as_a_rank(step: Callable[[Callable[[], bool]], bool], debug: bool = False) -> int:
-    """Call `step(stop_requested)`, which says whether it came to its end; returns the exit code.
+    """Call `step(stop_requested)`, which returns whether it finished; returns the exit code.
 
-    From now on a signal only asks to stop. With several ranks the process ends here, without
-    Python's teardown: there a thread of the process group that wants the interpreter back aborts it
-    now and then, and a finished run would count as failed.
+    From now on a signal only requests a stop. With several ranks the process ends here, without
+    Python's teardown: a thread of the process group that wants the interpreter lock sometimes
+    aborts it, and a finished run would count as failed.
     """
     received: list[int] = []
     for number in STOP_SIGNALS:
@@ -178,7 +178,7 @@ def as_a_rank(step: Callable[[Callable[[], bool]], bool], debug: bool = False) -
         place = f"rank {os.environ.get('RANK', '0')}: " if num_ranks > 1 else ""
         print(f"beingvl train: error: {place}{error}", file=sys.stderr, flush=True)
         exit_code = 2 if isinstance(error, InputError) else 1
-    for number in STOP_SIGNALS:  # at its end Python would let a second signal kill a rank
+    for number in STOP_SIGNALS:  # during Python's shutdown a second signal would kill the rank
         signal.signal(number, signal.SIG_IGN)
     if num_ranks > 1:
         logging.shutdown()

@@ -1,4 +1,4 @@
-"""Being-VL-0.5's name for `beingvl train-vbpe`; also a script that needs no installation."""
+"""Being-VL-0.5's name for `beingvl train-vbpe`; it also runs as a script, without installation."""
 
 import sys
 from pathlib import Path

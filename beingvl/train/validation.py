@@ -1,9 +1,9 @@
-"""Validation: the loss over held-out shards, per token kind and per source, by the code that
-computes the training loss.
+"""Validation: the loss on held-out shards, per token kind and per source, computed by the same code
+as the training loss.
 
-Nothing of the training state is touched: no gradient, no random number, no optimizer; a run is
-bit-identical with and without it. `beingvl evaluate --data` takes the same batches
-(data/held_out.py) and sums (`LossSums`) without DeepSpeed.
+It touches no training state (gradients, random numbers, optimizer), so a run is bit-identical with
+and without it. `beingvl evaluate --data` uses the same batches (data/held_out.py) and sums
+(`LossSums`), without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def validator(
     metrics: MetricsWriter,
     stop_requested: Callable[[], bool],
 ) -> Callable[[int], None]:
-    """What the loop calls after a step, on all ranks. It gives up between two batches when any rank
-    is asked to stop, and writes nothing then.
+    """The function that the loop calls after a step, on all ranks. When any rank is asked to stop,
+    it gives up after the current batch and writes nothing.
     """
     if shards is None:
         return lambda step: None
@@ -35,15 +35,13 @@ def validator(
     def validate(step: int) -> None:
         sums = LossSums.zero(shards.layout, shards.sources)
         for first in range(0, len(sequences), ranks.num_ranks):
-            # past the end: a batch without targets, because every rank must take part
+            # past the end, a batch without targets: every rank must take part
             own = sequences[first + ranks.rank : first + ranks.rank + 1] or [[]]
             batch = held_out_batch(shards, own[0], block.loss_on)
             sums.add(batch, engine.evaluate(batch).cpu().numpy())
             if sum_over_ranks([int(stop_requested())], ranks.device)[0]:
                 if ranks.rank == 0:
-                    print(
-                        f"asked to stop: the validation after step {step} is left out", flush=True
-                    )
+                    print(f"asked to stop: skipping the validation after step {step}", flush=True)
                 return
         sums.values = sum_over_ranks(sums.values, ranks.device)
         metrics.write_validation(step, sums.means())

@@ -1,4 +1,4 @@
-"""The micro-batches of one optimizer step on this rank, fetched while the step before computes."""
+"""This rank's micro-batches of one optimizer step, fetched while the previous step computes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from beingvl.data.loader import MicroBatch, TrainingData
 
 @dataclass(frozen=True)
 class Window:
-    """`counts` `[4]`: target tokens, tokens, squared document lengths, tokens that are not text."""
+    """`counts` `[4]`: target tokens, tokens, sum of squared document lengths, non-text tokens."""
 
     batches: list[MicroBatch]
     counts: np.ndarray
 
 
 class WindowFetcher:
-    """The windows of steps `state_dict()["step"] … stop - 1`, each collated a step ahead in a
+    """The windows of steps `state_dict()["step"] … stop - 1`, each collated one step ahead in a
     thread.
 
-    With `pin` it is brought into page-locked memory there, from which copies to the GPU run beside
-    computation. The state is the number of steps that were fetched: it fits any number of ranks.
+    With `pin`, the thread also moves them to page-locked memory, so that copies to the GPU overlap
+    with computation. The state is the number of steps fetched; it fits any number of ranks.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class WindowFetcher:
         self._pool.shutdown(cancel_futures=True)
 
     def sample_ids(self, step: int) -> list[str]:
-        """The samples that all ranks together see in a step."""
+        """Ids of the samples that all ranks together see in a step."""
         return list(self._data.micro_batch(step, 0, 0, 1, self._data.sequences_per_step).sample_ids)
 
 
 def pinned(batch: MicroBatch) -> MicroBatch:
-    """The batch with what goes to the GPU in page-locked memory. Needs a GPU."""
+    """The batch, with the arrays that go to the GPU in page-locked memory. Needs a GPU."""
     arrays = {
         name: getattr(batch, name)
         for name in ("input_ids", "target_ids", "position_ids", "cu_seqlens")

@@ -235,7 +235,7 @@ def test_a_host_that_goes_silent_ends_the_run(hosts, work, tmp_path) -> None:
         # machine here
         lost = (
             r"rank 0, step \d+, phase .*rank 1 \(process \d+ on .*\) (gives no sign of "
-            r"life|stands still)"
+            r"life|has stalled)"
         )
         assert re.search(lost, shown), shown[-4000:]
         hosts.wait_until_nothing_runs()

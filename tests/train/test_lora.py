@@ -289,7 +289,7 @@ def test_other_ranks_of_adapters_carry_no_moments(trained) -> None:
     rules = [{**RULES[1], "match": "layers[:]"}, RULES[3]]
     words = ["--carry_moments", "--set", f"beingvl.trainable={json.dumps(rules)}"]
     done = run_alone(trained, trained / "other", *words, model=trained / "stage-3")
-    assert done.returncode == 2 and "give both stages adapters of one rank" in done.stderr
+    assert done.returncode == 2 and "give both stages adapters of the same rank" in done.stderr
 
 
 @pytest.mark.slow
