@@ -1,6 +1,6 @@
-"""The hosts of a run, asked all at once over ssh; what is wrong with one is a red row of a table.
+"""Checks all hosts of a run at once over ssh; every problem is a red line of a table.
 
-hosts_of      the hosts of a hostfile with as many ranks as each takes
+hosts_of      the hosts of a hostfile, with the number of ranks for each
 check_hosts   every host runs `host_probe`; `judge` compares its answer with the first host's
 """
 
@@ -29,16 +29,16 @@ from beingvl.stage.mixture import fit_mixture
 from beingvl.stage.stage_config import StageConfig, load_stage_config
 
 ANSWER_SECONDS = 60
-MAX_CLOCK_DIFFERENCE = 5.0  # seconds; more makes logs and build caches misleading
+MAX_CLOCK_DIFFERENCE = 5.0  # seconds; with more, logs and build caches mislead
 MIN_FREE_BYTES = 1 << 30
-MAX_RANKS_PER_CORE = 4  # CPU ranks of this machine alone share its cores
+MAX_RANKS_PER_CORE = 4  # on this machine alone, CPU ranks share its cores
 
-Row = tuple[str, str, str]  # of one host: what is checked, what is seen, remedy
+Row = tuple[str, str, str]  # of one host: what is checked, what was found, remedy
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the table. `remedy` is empty when nothing is wrong."""
+    """One line of the table. `remedy` is empty if nothing is wrong."""
 
     host: str
     check: str
@@ -48,8 +48,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a run needs: rank 0's port, finished artefacts (folder -> kind; the first shards are
-    those it trains on), a place to write, the stage's JSON, its overrides.
+    """What a run needs: rank 0's port, finished artefacts (folder -> kind; the first shards are the
+    training data), an output folder, the stage's JSON and its overrides.
     """
 
     port: int
@@ -64,7 +64,7 @@ class Wanted:
 
     @property
     def free_bytes(self) -> int:
-        """`final/` takes at least as much as the start model, where that is visible here."""
+        """`final/` takes at least as much as the start model, if that is visible here."""
         models = [name for name, kind in self.folders.items() if kind == "model"]
         files = [read_manifest(name).files for name in models if is_complete(name)]
         sizes = [int(entry["bytes"]) for entries in files for entry in entries.values()]
@@ -72,7 +72,7 @@ class Wanted:
 
 
 def hosts_of(hostfile: Path | str, num_ranks: int | None = None) -> list[Host]:
-    """The hosts of a hostfile; on this machine alone `num_ranks` or its GPUs replace slots."""
+    """The hosts of a hostfile; on this machine alone, `num_ranks` or its GPUs override slots."""
     hosts = read_hostfile(hostfile)
     if is_this_machine_alone(hosts):
         return [Host(hosts[0].name, ranks_here(hosts[0], num_ranks, count_devices()))]
@@ -85,9 +85,9 @@ def hosts_of(hostfile: Path | str, num_ranks: int | None = None) -> list[Host]:
 
 
 def ranks_here(host: Host, num_ranks: int | None, found: Mapping[str, Any]) -> int:
-    """Ranks on this machine alone, of what `count_devices` found: all GPUs unless the hostfile
-    names this machine by its name or `num_ranks` is given; without a GPU the slots, as CPU
-    ranks.
+    """Number of ranks on this machine alone, given what `count_devices` found: all GPUs, unless the
+    hostfile uses this machine's host name (then its slots) or `num_ranks` is given; without a GPU,
+    the slots as CPU ranks.
     """
     number = found["num_devices"]
     check_at_least(1, num_ranks=num_ranks)
@@ -111,7 +111,7 @@ def ranks_here(host: Host, num_ranks: int | None, found: Mapping[str, Any]) -> i
 
 
 def format_findings(findings: Sequence[Finding]) -> str:
-    """The table: red rows carry their remedy."""
+    """The table; red lines are followed by their remedy."""
     header = Finding("host", "check", "seen")
     widths = [
         max(len(getattr(row, name)) for row in [header, *findings]) for name in ("host", "check")
@@ -126,8 +126,8 @@ def format_findings(findings: Sequence[Finding]) -> str:
 
 
 def ssh_options() -> list[str]:
-    """For our own ssh and for pdsh's: the user's first, then no questions and no waiting for a
-    host that went silent.
+    """Options for our own ssh and for pdsh's: the user's first, then: ask nothing, and do not wait
+    for a host that went silent.
     """
     ours = (
         "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
@@ -138,7 +138,7 @@ def ssh_options() -> list[str]:
 def run_on(
     host: str, command: str, seconds: float = ANSWER_SECONDS
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command on a host over ssh; exit code 255 when it does not answer in time."""
+    """Run a command on a host over ssh; exit code 255 if it does not answer in time."""
     words = ["ssh", "-n", *ssh_options(), host, command]
     try:
         return subprocess.run(words, capture_output=True, text=True, timeout=seconds)
@@ -149,7 +149,7 @@ def run_on(
 def check_hosts(
     hosts: Sequence[Host], wanted: Wanted
 ) -> tuple[dict[str, dict[str, Any]], list[Finding]]:
-    """Probe all hosts at once; returns the answers there are, and the rows of the table."""
+    """Probe all hosts at once; returns the answers received, and the findings of the table."""
     is_alone = is_this_machine_alone(hosts)
     nvme, stage_rows = _check_stage(wanted, sum(host.slots for host in hosts))
     question: dict[str, Any] = {
@@ -176,12 +176,12 @@ def check_hosts(
 
 
 def _ask(host: Host, question: Mapping[str, Any]) -> dict[str, Any] | Finding:
-    """The host's answer with its name and how far its clock is from ours in seconds, or the row
-    that says why there is none.
+    """The host's answer, with its name and its clock's difference from ours in seconds, or a
+    finding that says why there is none.
     """
     passed = remote_environment(os.environ, users_files())
     passed["PYTHONPATH"] = f"{Path.cwd()}:{passed.get('PYTHONPATH', '')}"
-    # everybody on either machine sees a command line
+    # command lines are visible to everybody on both machines
     words = [
         "env",
         *[f"{name}={value}" for name, value in passed.items() if not is_secret(name, value)],
@@ -213,8 +213,8 @@ def judge(
     wanted: Wanted,
     is_alone: bool = False,
 ) -> list[Finding]:
-    """The rows of one host, compared with the first host that answered. CPU ranks of this
-    machine alone may share a core.
+    """One host's findings, compared with the first host that answered. On this machine alone, CPU
+    ranks may share a core.
     """
     number, device, skew = answer["num_devices"], answer["device"], answer["skew"]
     too_many = host.slots > number and not (is_alone and device != "GPU")
@@ -284,7 +284,7 @@ def _same_files(answer: Mapping[str, Any], first: Mapping[str, Any], wanted: Wan
 
 
 def _check_stage(wanted: Wanted, num_ranks: int) -> tuple[list[str], list[Finding]]:
-    """Where the stage offloads to, on every host, and the row of its JSON."""
+    """The stage's NVMe folders, which every host needs, and the findings about its JSON."""
     if not wanted.stage:
         return [], []
     name = Path(wanted.stage).name
@@ -299,7 +299,7 @@ def _check_stage(wanted: Wanted, num_ranks: int) -> tuple[list[str], list[Findin
 
 
 def _check_data(wanted: Wanted, config: StageConfig) -> list[Finding]:
-    """Whether the stage can be trained on its data, as far as that is visible here."""
+    """Whether the stage can train on its data, as far as the data is visible here."""
     here = {name: kind for name, kind in wanted.folders.items() if is_complete(name)}
     try:
         seen = {name: read_manifest(name, kind) for name, kind in here.items()}

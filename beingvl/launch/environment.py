@@ -1,14 +1,14 @@
-"""What a remote rank needs from this shell's environment, in the file from which DeepSpeed's
-launcher takes it.
+"""Passes the variables that remote ranks need from this shell's environment, in the file that
+DeepSpeed's launcher reads.
 
-DeepSpeed passes PYTHON*, and on GPUs NCCL*, by itself, and everything in a `.deepspeed_env`. Its
-reader takes `KEY=VALUE` lines only (a comment or an empty line stops it) and puts a value between
-double quotes without looking for more of them. The variable DS_ENV_FILE names another file; we give
-it one of our own, so that two runs started from one folder do not share it. A user's own files,
-which then go unread, are read here and their lines are passed on.
+DeepSpeed itself passes PYTHON*, on GPUs NCCL*, and everything in a `.deepspeed_env`. Its reader
+accepts only `KEY=VALUE` lines (a comment or an empty line makes it fail) and wraps values in double
+quotes without escaping any inside. DS_ENV_FILE names a different file; we set it to one of our own,
+so that two runs started from the same folder do not share one. DeepSpeed then ignores the user's
+own files, so we read them here and pass their lines on.
 
-What looks like a secret stays on this machine, unless the user's own file passes it to the ranks,
-through DeepSpeed; it is not shown even then.
+Anything that looks like a secret stays on this machine, unless the user's own file passes it to the
+ranks; even then it is not shown.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ PASSED_NAMES = [
     "TORCH_EXTENSIONS_DIR",
     "TRITON_CACHE_DIR",
 ]
-# What DeepSpeed passes of the launcher's own environment.
+# Variables that DeepSpeed passes from the launcher's own environment.
 DEEPSPEEDS_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SECRET_NAME = re.compile(r"KEY|TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"://[^/?#\s]*@")  # of a URL with a user's name or password
+SECRET_VALUE = re.compile(r"://[^/?#\s]*@")  # a URL with a user name or password
 
 
 def users_files() -> list[Path]:
-    """The user's own files in DeepSpeed's order, of which the later wins: in the home folder, in
-    the working folder, in DS_ENV_FILE.
+    """The user's own files in DeepSpeed's order (home folder, working folder, DS_ENV_FILE); later
+    ones win.
     """
     named = os.environ.get("DS_ENV_FILE")
     paths = [Path.home() / USERS_FILE, Path.cwd() / USERS_FILE, *([Path(named)] if named else [])]
@@ -53,7 +53,7 @@ def users_files() -> list[Path]:
 
 
 def without_passed_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """A launcher's environment, of which DeepSpeed passes no secret to other hosts."""
+    """A launcher environment without the secrets that DeepSpeed would pass to other hosts."""
     return {
         name: value
         for name, value in environment.items()
@@ -71,8 +71,8 @@ def remote_environment(
 ) -> dict[str, str]:
     """The variables for every rank: this shell's, then those of the user's files, which win.
 
-    Of this shell's, secrets and whatever is not named above stay here. Raises InputError for what
-    cannot be passed.
+    Of this shell's variables, only those listed above are passed, and no secrets. Raises InputError
+    for one that cannot be passed.
     """
     passed = {
         name: value
@@ -113,7 +113,7 @@ def format_environment(variables: Mapping[str, str]) -> str:
 
 
 def shown(variables: Mapping[str, str]) -> str:
-    """The file's text for a screen, without the values of secrets."""
+    """The file's text for display, with the values of secrets hidden."""
     hidden = {
         name: "(not shown)" if is_secret(name, value) else value
         for name, value in variables.items()
@@ -123,8 +123,8 @@ def shown(variables: Mapping[str, str]) -> str:
 
 @contextmanager
 def environment_file(folder: Path, environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """`folder` holds a file of what remote ranks need of `environment`, as long as the launcher
-    runs, which nobody else may read. Gives the environment for the launcher, which names the file.
+    """While the launcher runs, keep a file in `folder`, readable only by this user, with the
+    variables that remote ranks need. Yields the launcher's environment, which names the file.
     """
     path = folder.absolute() / f"{USERS_FILE}.{socket.gethostname()}.{os.getpid()}"
     _remove_stale(path)
@@ -137,7 +137,7 @@ def environment_file(folder: Path, environment: Mapping[str, str]) -> Iterator[d
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the files that killed launchers of this machine left beside `path`."""
+    """Remove files that killed launchers of this machine left next to `path`."""
     for other in path.parent.glob(f"{path.stem}.*"):
         number = other.suffix[1:]
         if number.isdecimal() and not Path("/proc", number).exists():

@@ -1,5 +1,5 @@
-"""What one host has to say before a run, as one line of JSON. `beingvl preflight` runs this on
-every host, so it needs the standard library only.
+"""One host's answers before a run, as one line of JSON. `beingvl preflight` runs this on every
+host, so it needs only the standard library.
 
 python -m beingvl.launch.host_probe '{"port": 29500, "folders": {"base": "model"}, …}'
 """
@@ -27,7 +27,7 @@ from beingvl.version import __version__
 
 MARK = "beingvl-probe "
 READING = "beingvl-all-reduce "
-ENDING_SECONDS = 3.0  # the ranks of a killed launcher find that out twice a second
+ENDING_SECONDS = 3.0  # ranks check twice a second whether their launcher is gone
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 
 
@@ -39,8 +39,8 @@ def probe(
     nvme: Sequence[str] = (),
 ) -> dict[str, Any]:
     """`port`: who uses it here; `folders` (folder -> kind): their content hashes; `output`: free
-    bytes where it will lie; `stage`: the hash of its JSON file; `nvme`: free bytes of these
-    folders, None for one that cannot be written.
+    bytes on its disk; `stage`: hash of its JSON file; `nvme`: free bytes of these folders, None for
+    one that is not writable.
     """
     connection = os.environ.get("SSH_CONNECTION", "").split()  # client, port, server, port
     return {
@@ -68,7 +68,7 @@ def _version_of(package: str) -> str:
 
 
 def code_hash() -> str:
-    """Hash of every source file of this package: two checkouts of one version may differ."""
+    """Hash of all source files of this package: two checkouts of one version may differ."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
@@ -77,7 +77,7 @@ def code_hash() -> str:
 
 
 def count_devices() -> dict[str, Any]:
-    """GPUs (of CUDA_VISIBLE_DEVICES where it is set), or CPU cores where there is none or
+    """GPUs (those in CUDA_VISIBLE_DEVICES if it is set), or CPU cores if there are none or
     DS_ACCELERATOR says so.
     """
     if os.environ.get("DS_ACCELERATOR") != "cpu" and shutil.which("nvidia-smi"):
@@ -92,8 +92,8 @@ def count_devices() -> dict[str, Any]:
 
 
 def port_user(port: int, patience_seconds: float = ENDING_SECONDS) -> str:
-    """Who uses the port of this host, "" when it is free. A run that was killed a moment ago may
-    still be ending, and is waited for.
+    """Who uses the port on this host, "" if it is free. Waits a little, because a run that was just
+    killed may still be ending.
     """
     deadline = time.monotonic() + patience_seconds
     while not _is_port_free(port):

@@ -4,8 +4,8 @@
     worker-1 slots=8
     worker-2 slots=8      # the first host is rank 0's
 
-DeepSpeed's own reader ignores what follows the number, and takes a hostfile that does not exist for
-"this machine alone".
+DeepSpeed's own reader ignores anything after the number, and takes a missing hostfile to mean "this
+machine alone".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_SLOTS_DIGITS = 4
 
 @dataclass(frozen=True)
 class Host:
-    """A host and how many ranks run on it."""
+    """A host and the number of ranks on it."""
 
     name: str
     slots: int
@@ -82,5 +82,5 @@ def _remedy(line: str) -> str:
 
 
 def is_this_machine_alone(hosts: Sequence[Host]) -> bool:
-    """Whether no other machine takes part, so that no ssh is needed."""
+    """Whether no other machine takes part; then no ssh is needed."""
     return len(hosts) == 1 and hosts[0].name in (*THIS_MACHINE, socket.gethostname())

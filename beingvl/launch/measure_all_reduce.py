@@ -3,8 +3,8 @@ line of JSON.
 
     deepspeed … --module beingvl.launch.measure_all_reduce SECONDS
 
-Latency: 4 bytes. Bandwidth: 16 MiB of float32 on CPU ranks, 256 MiB on GPUs, as bytes of the buffer
-per second. Medians.
+Latency: of 4 bytes. Bandwidth: buffer bytes per second, for 16 MiB of float32 on CPU ranks, 256 MiB
+on GPUs. Both are medians.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def measure(seconds: float) -> None:
     num_bytes = (256 if is_gpu else 16) << 20
     latency = median_seconds(1, 21)
     once = torch.tensor([median_seconds(num_bytes // 4, 2)], device=device)
-    dist.all_reduce(once, op=dist.ReduceOp.MAX)  # all ranks repeat equally often
+    dist.all_reduce(once, op=dist.ReduceOp.MAX)  # all ranks need the same number of repeats
     per_repeat = median_seconds(num_bytes // 4, 2 + min(200, int(seconds / once.item())))
     if dist.get_rank() == 0:
         reading = {
@@ -59,5 +59,5 @@ def measure(seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    measure(float(sys.argv[-1]))  # before it the launcher puts --local_rank
-    os._exit(0)  # not through Python's teardown, which a thread of the group may abort
+    measure(float(sys.argv[-1]))  # the launcher puts --local_rank before it
+    os._exit(0)  # skip Python's teardown, which a thread of the process group may abort

@@ -1,7 +1,7 @@
-"""A model without its weights: from its folder, from a config.json, or from a name.
+"""A model's shape without its weights: from its folder, from a config.json, or from a name.
 
-find_shape      what `beingvl plan --model` means
-SHAPES          the names, with the numbers of their makers' config.json
+find_shape      resolves `beingvl plan --model`
+SHAPES          known names, with the numbers from their published config.json
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from beingvl.published_form import refuse_published
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 
 NEW_ROWS = VocabLayout(1, 8192, 8192, bos_id=0, eos_id=0).num_visual
-"""Of a base model that is not converted yet: specials, codes and merges as published."""
+"""New vocabulary rows of a base that is not converted yet: specials, codes, merges as published."""
 COLUMNS = (
     "hidden_size",
     "intermediate_size",
@@ -48,7 +48,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """`config` is the converted model's: its vocabulary has the new rows."""
+    """`config` is the converted model's: its vocabulary includes the new rows."""
 
     config: Any
     num_text: int
@@ -59,7 +59,7 @@ class ModelShape:
 
     @cached_property
     def parameters(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes by name, rows split, as training has them."""
+        """Shapes by name, with text and visual rows split as in training."""
         num_visual = self.config.vocab_size - self.num_text
         with torch.device("meta"):
             built = build_packed_model(
@@ -70,8 +70,8 @@ class ModelShape:
 
 
 def find_shape(model: Path | str) -> ModelShape:
-    """Of a model folder, a stage folder, a base model's folder or config.json, or a name of
-    `SHAPES`; a base model gets `NEW_ROWS`. Raises InputError for anything else.
+    """The shape of a model folder, a stage folder, an unconverted model's folder or config.json, or
+    a name in `SHAPES`; an unconverted model gets `NEW_ROWS`. Raises InputError for anything else.
     """
     if str(model) in SHAPES and not Path(model).exists():
         return named_shape(str(model))

@@ -1,8 +1,8 @@
-"""Predict memory per rank and time per epoch of a stage, and propose what helps.
+"""Predict a stage's memory per rank and time per epoch, and propose settings that fit.
 
-plan            from a model's shape alone: nothing is loaded, and no GPU is needed
+plan            needs only the model's shape: no weights, no GPU
 find_shape      of a folder, a config.json or a name (model_shapes.py)
-Case            a stage on a number of GPUs; `propose` says how it fits
+Case            a stage on a number of GPUs; `propose` says how to make it fit
 epoch_flops     FLOPs of the samples that the mixture draws
 """
 
@@ -30,11 +30,9 @@ from beingvl.train.flops import ASSUMED_MFU, GPU_PEAKS, step_flops
 from beingvl.train.memory import cpu_bytes, device_bytes, predict_memory
 
 USABLE = 0.92
-"""Share of a device's memory that training may use; the rest is CUDA's, NCCL's and
-fragmentation.
-"""
+"""Share of a device's memory for training; the rest is for CUDA, NCCL and fragmentation."""
 SHIPPED = tuple(Path(__file__).parents[2] / f"ds_configs/stage{stage}.json" for stage in (1, 2, 3))
-NUMBERS_OF_GPUS = (1, 8, 32)  # of the table
+NUMBERS_OF_GPUS = (1, 8, 32)  # columns of the table
 SMALL_UPDATES = ("zero_optimization.sub_group_size=100000000",)
 REMEDIES = (
     SMALL_UPDATES,
@@ -45,12 +43,12 @@ REMEDIES = (
     ('zero_optimization.offload_optimizer={"device": "cpu"}',),
     ("zero_optimization.stage=3", 'zero_optimization.offload_param={"device": "cpu"}'),
 )
-"""`--set` words that make a rank smaller, those first that cost least speed."""
+"""`--set` arguments that reduce a rank's memory, those that cost the least speed first."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A stage on `num_ranks` GPUs of `capacity` bytes. `epoch`: a sentence, empty without data."""
+    """A stage on `num_ranks` GPUs of `capacity` bytes. `epoch`: a sentence, "" without data."""
 
     model: ModelShape
     stage: Path
@@ -63,7 +61,7 @@ class Case:
         return load_stage_config(self.stage, [*self.overrides, *more])
 
     def memory(self, *more: str) -> dict[str, int]:
-        """Bytes of one rank by purpose, `cpu_…` what is offloaded, with `more` overrides."""
+        """One rank's bytes by purpose (`cpu_…`: offloaded), with `more` overrides."""
         config = self.config(*more)
         planned = plan_parameters(self.model.parameters, config.beingvl.trainable)
         return predict_memory(planned, self.model.config, config, self.num_ranks)
@@ -78,7 +76,7 @@ class Case:
             f"{config.micro_batch_size}; predicted memory of one rank:"
         ]
         for purpose, amount in memory.items():
-            place = "  (in the memory of the CPU)" if purpose.startswith("cpu_") else ""
+            place = "  (in CPU memory)" if purpose.startswith("cpu_") else ""
             lines.append(f"  {purpose:<14} {amount / 1e9:8.2f} GB{place}")
         used = f"{device_bytes(memory) / 1e9:8.2f} GB of {self.capacity / 1e9:g} GB"
         lines += [f"  {'on the device':<14} {used}", propose(self), self.epoch]
@@ -87,7 +85,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Plan:
-    """One case in detail, or a table: stages x numbers of GPUs."""
+    """One case in detail, or a table of stages x numbers of GPUs."""
 
     cases: tuple[Case, ...]
 
@@ -124,8 +122,7 @@ def plan(
     ("80GB").
 
     `model` is a folder, a config.json or a name (`find_shape`). With `data`, a shard folder, also
-    the time per epoch on GPUs of the kind `gpu`, when the model's own FLOPs reach the share `mfu`
-    of their peak.
+    the time per epoch on GPUs of type `gpu`, assuming the model FLOP utilisation `mfu`.
     """
     numbers, capacity = parse_gpus(gpus, nodes)
     shape = find_shape(model)
@@ -146,8 +143,8 @@ def plan(
 
 
 def parse_gpus(text: str, nodes: int = 1) -> tuple[tuple[int, ...], int]:
-    """`8x80GB` on 2 nodes -> ((16,), 80_000_000_000); `80GB` -> the numbers of the table. Raises
-    InputError for anything else.
+    """`8x80GB` on 2 nodes -> ((16,), 80_000_000_000); `80GB` -> NUMBERS_OF_GPUS and the bytes.
+    Raises InputError for anything else.
     """
     found = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)GB", text, re.IGNORECASE)
     if not found or nodes < 1 or (nodes > 1 and not found[1]):
@@ -160,12 +157,12 @@ def parse_gpus(text: str, nodes: int = 1) -> tuple[tuple[int, ...], int]:
 
 
 def propose(case: Case) -> str:
-    """The largest micro-batch that fits; when none does, what to set and what that gives."""
+    """The largest micro-batch that fits; if none does, what to set and the memory that gives."""
     config = case.config()
     per_rank, rest = divmod(config.sequences_per_step, case.num_ranks)
     if rest:
         return (
-            f"train_batch_size {config.sequences_per_step} does not divide by {case.num_ranks} "
+            f"train_batch_size {config.sequences_per_step} is not divisible by {case.num_ranks} "
             f"ranks; {config.batches_beside(case.num_ranks)}"
         )
     for size in range(per_rank, 0, -1):
@@ -173,7 +170,7 @@ def propose(case: Case) -> str:
         if per_rank % size == 0 and case.fits(memory):
             return (
                 f"proposal: train_micro_batch_size_per_gpu {size}, accumulation "
-                f"{per_rank // size}, no change of offload: {_total(memory)}{_small_updates(case)}"
+                f"{per_rank // size}, offload unchanged: {_total(memory)}{_small_updates(case)}"
             )
     chosen: list[str] = []
     memory = case.memory()
@@ -190,20 +187,20 @@ def propose(case: Case) -> str:
 
 
 def _small_updates(case: Case) -> str:
-    """What costs no speed, where it gives a gigabyte or more."""
+    """A setting that costs no speed, if it saves a gigabyte or more."""
     before, after = case.memory(), case.memory(*SMALL_UPDATES)
     freed = device_bytes(before) - device_bytes(after)
     if freed < 1e9:
         return ""
     return (
-        f"; at micro-batch {case.config().micro_batch_size} --set {SMALL_UPDATES[0]} takes "
-        f"{freed / 1e9:.1f} GB off: {_total(after)}"
+        f"; at micro-batch {case.config().micro_batch_size} --set {SMALL_UPDATES[0]} saves "
+        f"{freed / 1e9:.1f} GB: {_total(after)}"
     )
 
 
 def _total(memory: dict[str, int]) -> str:
     on_cpu = cpu_bytes(memory)
-    beside = f" and {on_cpu / 1e9:.1f} GB of the CPU's memory" if on_cpu else ""
+    beside = f" and {on_cpu / 1e9:.1f} GB of CPU memory" if on_cpu else ""
     return f"{device_bytes(memory) / 1e9:.1f} GB{beside}"
 
 
@@ -226,7 +223,7 @@ def _describe_epoch(
 def epoch_flops(
     shards: ShardReader, config: StageConfig, planned: Sequence[PlannedParameter], model_config: Any
 ) -> tuple[int, int, float]:
-    """Samples, tokens and FLOPs of what the stage's mixture draws in an epoch."""
+    """Samples, tokens and FLOPs of one epoch of the stage's mixture."""
     mixture = mixture_of(config, shards)
     draws = mixture.counts(mixture.num_samples)
     repeats = [

@@ -1,6 +1,6 @@
-"""Ask every host of a hostfile whether a run can start there, before it starts.
+"""Check on every host of a hostfile that a run can start there, before it starts.
 
-The checks are those of `beingvl launch` (check_hosts.py); when they are green, an all-reduce is
+The checks are those of `beingvl launch` (check_hosts.py). If all are green, an all-reduce is
 measured through the real launcher.
 """
 
@@ -25,7 +25,7 @@ REMEDY = (
     "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the interface between the hosts"
 )
 MEASURE = "beingvl.launch.measure_all_reduce"
-START_SECONDS = 300  # of an all-reduce beside the measuring: imports on slow disks
+START_SECONDS = 300  # for starting the all-reduce's ranks: imports from slow disks
 
 
 def preflight(
@@ -39,11 +39,11 @@ def preflight(
     master_port: int = 29500,
     seconds: float = 5.0,
 ) -> list[Finding]:
-    """The rows of the table; one with a `remedy` is red.
+    """The table's findings; one with a `remedy` is red.
 
-    `stage` is the stage's JSON, accepted and equal on every host; `model` and `data` must be the
-    same on every host, and the disk of `output` must have room. `seconds` of all-reduce are
-    measured when nothing is red; 0 leaves it out.
+    `stage` is the stage's JSON, which must be valid and equal on every host. `model` and `data`
+    must be the same on every host, and the disk of `output` must have enough space. If nothing is
+    red, all-reduce is measured for `seconds`; 0 skips it.
     """
     hosts = hosts_of(hostfile)
     folders = {str(path): kind for path, kind in ((model, "model"), (data, "shards")) if path}
@@ -58,7 +58,7 @@ def preflight(
 
 
 def measure_all_reduce(run: Run, limit_seconds: float) -> Finding:
-    """Start the ranks as training does, and read what rank 0 prints."""
+    """Start the ranks as training does, and parse what rank 0 prints."""
     with environment_file(Path.cwd(), run.environment) as environment:
         try:
             command = run.command

@@ -1,9 +1,9 @@
 """Start a training stage on the hosts of a hostfile, through DeepSpeed's launcher.
 
-    launch        read the hostfile; ask its hosts (check_hosts.py); write the variables that remote
-                  ranks need where DeepSpeed reads them (environment.py); run `deepspeed`
-    Run           what is started where: its command line, and how its ranks are found again
-    run_ranks     the launcher in a session of its own; signals reach this run's ranks only
+    launch        read the hostfile; check its hosts (check_hosts.py); write the variables that
+                  remote ranks need where DeepSpeed reads them (environment.py); run `deepspeed`
+    Run           what is started where: the command line, and how to find its ranks again
+    run_ranks     runs the launcher in its own session; signals reach only this run's ranks
 
 DeepSpeed's launcher itself, when signalled, kills every DeepSpeed run on all hosts.
 """
@@ -54,18 +54,18 @@ def launch(
     no_preflight: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Train a stage on the hosts of `hostfile`; returns the launcher's exit code, 85 when a
-    signal stopped the ranks after a step.
+    """Train a stage on the hosts of `hostfile`; returns the launcher's exit code, 85 if a signal
+    stopped the ranks after a step.
 
     `trainer` holds the arguments of `beingvl.train` by name: deepspeed_config, model, data, output,
-    and perhaps log_dir, overrides (a list of KEY=VALUE) and others. A hostfile whose only host is
-    localhost needs no ssh: `num_ranks`, all GPUs, or without a GPU its slots are the ranks.
-    `dry_run` prints the command and starts nothing. Raises InputError that names what is wrong on
-    which host.
+    and optionally log_dir, overrides (a list of KEY=VALUE) and others. If localhost is the only
+    host, no ssh is needed; the number of ranks is `num_ranks`, else all GPUs, else the slots.
+    `dry_run` prints the command and starts nothing. Raises InputError that names the problem and
+    the host.
     """
     hosts = hosts_of(hostfile, num_ranks)
     model = find_start_model(Path(trainer["model"]))
-    if model.is_dir():  # on this machine, too
+    if model.is_dir():  # this machine may not have it
         read_manifest(model, "model")
     folders = {str(model): "model", str(trainer["data"]): "shards"}
     if trainer.get("validation_data"):
@@ -98,13 +98,13 @@ def launch(
         with counted_signals() as signals, environment_file(output, named) as environment:
             return run_ranks(run, environment, signals)
     finally:
-        if is_new:  # and still empty, when the ranks refused to start
+        if is_new:  # rmdir succeeds if it is still empty, because the ranks did not start
             with suppress(OSError):
                 output.rmdir()
 
 
 def trainer_words(trainer: Mapping[str, Any]) -> list[str]:
-    """The trainer's command line from its options by name."""
+    """The trainer's command line, from its options by name."""
     words: list[str] = []
     for name, value in trainer.items():
         if value is True:
@@ -129,11 +129,11 @@ def _must_be_ready(hosts: Sequence[Host], wanted: Wanted, only_reachable: bool) 
 
 
 def find_master_address(hosts: Sequence[Host], answers: Mapping[str, Mapping[str, Any]]) -> str:
-    """Rank 0's address as others see it, from the ssh connections that asked the hosts."""
+    """Rank 0's address as others see it, taken from the ssh connections of the check."""
     first = answers[hosts[0].name]["server_address"]
     if first and not first.startswith("127.") and first != "::1":
         return first
-    for host in hosts[1:]:  # this machine is rank 0's: the others saw where we came from
+    for host in hosts[1:]:  # rank 0 runs on this machine: the others saw our address
         if address := answers[host.name]["client_address"]:
             return address
     raise InputError(
@@ -143,7 +143,7 @@ def find_master_address(hosts: Sequence[Host], answers: Mapping[str, Mapping[str
 
 @dataclass(frozen=True)
 class Run:
-    """A module that DeepSpeed starts, as many times on each host as it has slots."""
+    """A module that DeepSpeed starts on each host, once per slot."""
 
     hostfile: Path
     hosts: Sequence[Host]
@@ -158,7 +158,7 @@ class Run:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For the launcher. Ranks of this machine alone that have no GPU share its cores."""
+        """The launcher's environment. On this machine alone, CPU ranks share its cores."""
         environment = {**os.environ, "PDSH_SSH_ARGS_APPEND": shlex.join(ssh_options())}
         found = count_devices()
         if self.is_alone and found["device"] != "GPU":
@@ -169,7 +169,7 @@ class Run:
 
     @property
     def command(self) -> list[str]:
-        """The `deepspeed` command line. Raises InputError when a program for it is missing."""
+        """The `deepspeed` command line. Raises InputError if a program it needs is missing."""
         places = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
         launcher = shutil.which("deepspeed", path=places)
         if launcher is None:
@@ -178,8 +178,8 @@ class Run:
                 "dependencies"
             )
         words = list(self.words)
-        # a hostfile, even of localhost alone, makes the launcher use ssh; without one it would take
-        # /job/hostfile
+        # any hostfile, even with localhost alone, makes the launcher use ssh; without the option it
+        # would read /job/hostfile
         if self.is_alone:
             where = ["--hostfile", os.devnull, *self._devices_here()]
         elif shutil.which("pdsh") is None:
@@ -188,8 +188,8 @@ class Run:
                 "the package pdsh"
             )
         else:
-            # with one host DeepSpeed would run here instead, whatever the name; its ssh check knows
-            # nothing of ssh options
+            # with one host DeepSpeed would run on this machine, whatever the host's name; its ssh
+            # check ignores ssh options
             where = ["--hostfile", str(self.hostfile), "--force_multi", "--no_ssh_check"]
             where += ["--master_addr", self.address]
             _refuse_words(Path.cwd(), Path(sys.executable))
@@ -198,7 +198,7 @@ class Run:
         return [launcher, "--quiet", *where, "--module", self.module, *words]
 
     def _devices_here(self) -> list[str]:
-        """With --num_gpus DeepSpeed ignores CUDA_VISIBLE_DEVICES, and would take others' GPUs."""
+        """With --num_gpus DeepSpeed ignores CUDA_VISIBLE_DEVICES and would use others' GPUs."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if not visible or self.environment.get("DS_ACCELERATOR") == "cpu":
             return ["--num_gpus", str(self.hosts[0].slots)]
@@ -211,10 +211,10 @@ class Run:
         return ["--include", f"localhost:{','.join(numbers[: self.hosts[0].slots])}"]
 
     def signal_ranks(self, name: str) -> bool:
-        """Signal the ranks over ssh, or here; False when no rank was found.
+        """Signal the ranks over ssh, or on this machine; False if no rank was found.
 
-        USR1 goes to one host only: one rank's wish to stop is everybody's, and a second one could
-        meet a rank that is just leaving.
+        USR1 goes to one host only: if one rank is asked to stop, all stop, and a second signal
+        could hit a rank that is just ending.
         """
         words = ["pkill", f"-{name}", "-f", "--", rank_pattern(self.module, self.words)]
         if self.is_alone:
@@ -228,8 +228,8 @@ class Run:
 
 
 def _refuse_words(*paths: Path) -> None:
-    """Raises InputError for what the remote shell would not take as it is: DeepSpeed does not
-    quote the working folder and the interpreter.
+    """Raises InputError for paths that the remote shell would change: DeepSpeed does not quote the
+    working folder and the interpreter.
     """
     for path in paths:
         if found := re.search(r"[\s;&|<>()$`\\\"'*?\[\]{}#~!%]", str(path)):
@@ -240,8 +240,8 @@ def _refuse_words(*paths: Path) -> None:
 
 
 def rank_pattern(module: str, words: Sequence[str]) -> str:
-    """A regular expression for pkill that this run's ranks match, and neither launchers nor the
-    pkill's own shell.
+    """A regular expression for pkill that matches this run's ranks, but neither launchers nor the
+    shell that runs pkill.
     """
     tail = re.escape(" ".join(words))
     pattern = f"[{module[0]}]{re.escape(module[1:])} --local_rank=[0-9]+ {tail}$"
@@ -249,8 +249,8 @@ def rank_pattern(module: str, words: Sequence[str]) -> str:
 
 
 def for_remote_shell(word: str) -> str:
-    """A word that comes back as it is behind DeepSpeed's quoting, which puts words with spaces
-    between double quotes and escapes those in them, and the remote shell.
+    """Quote a word so that it arrives unchanged after DeepSpeed's quoting and the remote shell.
+    DeepSpeed wraps words with spaces in double quotes and escapes double quotes inside.
     """
     if " " in word:
         return re.sub(r"([\\$`])", r"\\\1", word)
@@ -259,7 +259,7 @@ def for_remote_shell(word: str) -> str:
 
 @contextmanager
 def counted_signals() -> Iterator[list[int]]:
-    """Collects SIGINT, SIGTERM, SIGUSR1 and SIGHUP in a list, instead of dying of them."""
+    """Collect SIGINT, SIGTERM, SIGUSR1 and SIGHUP in a list instead of being killed by them."""
     signals: list[int] = []
 
     def on_signal(number: int, frame: object) -> None:
@@ -282,17 +282,17 @@ def counted_signals() -> Iterator[list[int]]:
 
 
 def run_ranks(run: Run, environment: Mapping[str, str], signals: list[int]) -> int:
-    """Run the launcher until it ends or a second signal comes; returns its exit code.
+    """Run the launcher until it ends or a second signal arrives; returns its exit code.
 
-    A rank that is asked before it listens dies of it: nothing is lost, and the exit code is 85 all
-    the same.
+    A signal kills a rank that has not yet installed its handlers: nothing is lost, and the exit
+    code is 85 all the same.
     """
     launcher = subprocess.Popen(run.command, env=environment, start_new_session=True)
     end = _end_of(launcher.pid, environment[RUN_VARIABLE])
     with _ended_with_this_process(end):
         is_told = False
         while launcher.poll() is None and len(signals) < 2:
-            if signals and not is_told:  # asked until there is a rank to ask
+            if signals and not is_told:  # repeat until a rank exists
                 is_told = run.signal_ranks("USR1")
             with suppress(subprocess.TimeoutExpired):
                 launcher.wait(timeout=0.5)
@@ -302,22 +302,22 @@ def run_ranks(run: Run, environment: Mapping[str, str], signals: list[int]) -> i
         code = launcher.wait()
     if is_told and code and len(signals) == 1:
         return EXIT_REQUEUE
-    # DeepSpeed's launcher ends with 0 when its pdsh was killed
+    # DeepSpeed's launcher exits with 0 if its pdsh was killed
     return exit_code_of(code) or int(is_left)
 
 
 def _end_of(group: int, run_name: str) -> str:
-    """A shell's words that kill what a launcher leaves here: its process group, and with success
-    the ssh connections of its pdsh, which are in sessions of their own. The ranks of other hosts
-    end with their connections.
+    """Shell commands that kill what a launcher leaves on this machine: its process group, and its
+    pdsh's ssh connections, which have their own sessions (exit code 0 if there were any). Ranks on
+    other hosts end with their connections.
     """
     return f"kill -KILL -{group}; pkill -KILL -f '[{RUN_VARIABLE[0]}]{RUN_VARIABLE[1:]}={run_name}'"
 
 
 @contextmanager
 def _ended_with_this_process(end: str) -> Iterator[None]:
-    """While in the block, the words `end` are run when this process is killed: a shell reads from a
-    pipe whose other end this process alone has.
+    """Run the shell commands `end` if this process is killed inside the `with` block: a shell waits
+    on a pipe whose other end only this process holds.
     """
     words = ["sh", "-c", f"read _ || {{ {end}; }}"]
     guard = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
@@ -328,10 +328,10 @@ def _ended_with_this_process(end: str) -> Iterator[None]:
 
 
 def exit_code_of(code: int) -> int:
-    """As a shell would tell it: 128 + the signal that ended a process.
+    """The exit code as a shell would report it: 128 + the signal that ended a process.
 
-    `code` is Python's, negative for a signal; DeepSpeed's launcher passes that on, so that 256 -
-    the signal arrives. 255 is what ssh says of a connection.
+    `code` is Python's, negative for a signal. DeepSpeed's launcher passes that on, and it arrives
+    as 256 - the signal. 255 means that an ssh connection failed.
     """
     if 256 - signal.NSIG < code < 255:
         code -= 256

@@ -1,10 +1,12 @@
-"""DeepSpeed's keys that a stage may have, what each must be, and those that are refused, and why.
+"""The DeepSpeed keys that a stage may have, their allowed values, and which keys are refused, and
+why.
 
-DeepSpeed takes unknown top-level keys silently, and the text "false" for false in one place and for
-true in another; other types stop it when the model is built, or later. Some of its defaults hurt
-silently, so they must be written out: gradient_clipping (1.0), train_batch_size (must not depend on
-the number of ranks). Sources: https://www.deepspeed.ai/docs/config-json/, and
-deepspeed/runtime/constants.py and zero/config.py of 0.19.
+DeepSpeed silently accepts unknown top-level keys, and reads the text "false" as false in one place
+and as true in another; other wrong types fail when the model is built, or later. Some of its
+defaults do silent harm, so a stage must write these keys out: gradient_clipping (1.0),
+train_batch_size (must not depend on the number of ranks). Sources:
+https://www.deepspeed.ai/docs/config-json/, and deepspeed/runtime/constants.py and zero/config.py of
+0.19.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from beingvl.stage.json_schema import (
     whole,
 )
 
-# of what multiplies weights or gradients: far above any use, far below what float32 can hold
+# limit of factors for weights or gradients: far above any use, far below float32's largest number
 LARGEST_FACTOR = 1e6
 FACTOR = number(0, LARGEST_FACTOR)
 BETAS = Allowed(
@@ -92,7 +94,7 @@ OFFLOAD_KEYS: dict[str, Schema] = {
         "max_in_cpu": count(),
     },
 }
-# DeepSpeed takes these with and without the prefix "stage3_".
+# DeepSpeed accepts these with and without the prefix "stage3_".
 STAGE3_KEYS: dict[str, Schema] = {
     "prefetch_bucket_size": count(),
     "param_persistence_threshold": count(),
@@ -103,16 +105,16 @@ STAGE3_KEYS: dict[str, Schema] = {
     "use_all_reduce_for_fetch_params": SWITCH,
     "allgather_sequential": SWITCH,
     "module_granularity_threshold": only(
-        0, "rows in two parts would be looked up while only one rank's share is there"
+        0, "split vocabulary rows would be looked up while only one rank's share is there"
     ),
 }
-# What is refused was tried on two CPU ranks (DeepSpeed 0.19.8), but for quantization.
+# All refusals except quantization were tried on two CPU ranks (DeepSpeed 0.19.8).
 ZERO_KEYS: dict[str, Schema] = {
     **STAGE3_KEYS,
     **{f"stage3_{key}": allowed for key, allowed in STAGE3_KEYS.items()},
     **dict.fromkeys(OFFLOAD_KEYS, maybe(OBJECT)),
     "stage": Allowed(
-        "one of 1, 2, 3; on one rank stage 1 is what stage 0 would be", one_of(1, 2, 3).holds
+        "one of 1, 2, 3; on one rank stage 1 is the same as stage 0", one_of(1, 2, 3).holds
     ),
     "contiguous_gradients": SWITCH,
     "reduce_scatter": SWITCH,
@@ -121,7 +123,7 @@ ZERO_KEYS: dict[str, Schema] = {
     "allgather_partitions": SWITCH,
     "allgather_bucket_size": count(1),
     "overlap_comm": SWITCH,
-    "compute_grad_norm": only(True, "steps that are not finite show in the norm"),
+    "compute_grad_norm": only(True, "the norm shows steps that are not finite"),
     "sub_group_size": count(),
     "ignore_unused_parameters": SWITCH,
     "memory_efficient_linear": SWITCH,
@@ -130,7 +132,7 @@ ZERO_KEYS: dict[str, Schema] = {
     "enable_sanity_checks": SWITCH,
     "round_robin_gradients": only(
         False,
-        "with it DeepSpeed tells wrong places of masters and moments, and checkpoints "
+        "with it DeepSpeed reports wrong places for masters and moments, and checkpoints "
         "would be wrong",
     ),
     "zero_hpz_partition_size": only(
@@ -142,9 +144,9 @@ ZERO_KEYS: dict[str, Schema] = {
     ),
     "zero_quantized_gradients": only(False, "gradients must pass between ranks as they are"),
 }
-# With weights on NVMe, where buffers are few. Fetched ahead, a weight that a step uses twice would
-# be given a second one (an assertion of DeepSpeed 0.19.8); kept for later or for ever, it would
-# block its own. Those below 1 MB are in memory anyway.
+# Limits with weights on NVMe, where buffers are few. A prefetched weight that a step uses twice
+# would get a second buffer (an assertion fails in DeepSpeed 0.19.8); one kept for reuse or for ever
+# would block its buffer. Weights below 1 MB are in memory anyway.
 AHEAD_KEYS = ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance")
 LARGEST_ON_NVME = {**dict.fromkeys(AHEAD_KEYS, 0), "stage3_param_persistence_threshold": 200_000}
 
@@ -209,8 +211,8 @@ DEEPSPEED_KEYS: dict[str, Schema] = {
 
 
 def refuse_keys(fields: Mapping[str, Any], source: str) -> None:
-    """Raises InputError that names every key that is not for a stage, and every value "auto", as
-    accelerate's files have them.
+    """Raises InputError that names every key a stage must not have, and every value "auto", as in
+    accelerate's files.
     """
     found = [f"{key!r}: {reason}" for key, reason in REFUSED_KEYS.items() if key in fields]
     if autos := list(_autos({key: fields[key] for key in fields if key not in REFUSED_KEYS})):
@@ -231,7 +233,7 @@ def _autos(value: Any, name: str = "") -> Iterator[str]:
 
 
 def check_offload(zero: Mapping[str, Any], source: str) -> None:
-    """What the keys of "zero_optimization" allow together. Raises InputError."""
+    """Check which offload keys of "zero_optimization" fit together. Raises InputError."""
     for key, inside in OFFLOAD_KEYS.items():
         check(zero.get(key) or {}, inside, source, f"zero_optimization.{key}")
         _check_device(zero.get(key) or {}, f"zero_optimization.{key}", zero["stage"], source)
@@ -270,5 +272,5 @@ def _check_device(offload: Mapping[str, Any], key: str, stage: int, source: str)
 
 
 def fewest_buffers(offload: Mapping[str, Any]) -> int:
-    """A sub-group of the optimizer on NVMe takes four, and each pipeline as many."""
+    """A sub-group of an optimizer on NVMe takes four buffers; each pipeline adds four."""
     return 4 * (1 + bool(offload.get("pipeline_read")) + bool(offload.get("pipeline_write")))

@@ -1,11 +1,11 @@
-"""What a JSON file may hold, as nested as the file is: names, and what is allowed for each.
+"""A schema for JSON files, nested like the file: names, and the allowed values for each.
 
     {"optimizer": {"type": one_of("Adam", "AdamW"), "params": {"lr": number(), "fused": SWITCH}},
      "rules": [{"match": TEXT}]}
 
-`check` finds the first value that is not allowed and says so in one sentence; for an unknown name
-it asks "did you mean". A dataclass whose fields are made by `key` is such an object, too
-(`schema_of`): a field says itself what it may be, what it means, and whether it changes a result.
+`check` finds the first value that is not allowed and reports it in one sentence; for an unknown
+name it asks "did you mean". A dataclass with fields made by `key` is a schema, too (`schema_of`):
+each field states its allowed values, its meaning, and whether it changes a result.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from beingvl.errors import InputError
 
 @dataclass(frozen=True)
 class Allowed:
-    """Values for which `holds`; `expected` says it in words."""
+    """Values for which `holds` is true; `expected` describes them in words."""
 
     expected: str
     holds: Callable[[Any], bool]
 
 
-# A list of one schema stands for any number of such values.
+# A list with one schema means a list of any number of such values.
 Schema: TypeAlias = "Allowed | Sequence[Schema] | Mapping[str, Schema]"
 
 SWITCH = Allowed("true or false", lambda value: isinstance(value, bool))
@@ -71,7 +71,7 @@ POSITIVE = Allowed(
 
 def one_of(*choices: object) -> Allowed:
     listed = ", ".join(map(json.dumps, choices))
-    # 1 is true and 1.0 is 1 for Python, but not in JSON
+    # in Python 1 equals True and 1.0; in JSON they are different
     return Allowed(
         f"one of {listed}",
         lambda value: any(type(value) is type(choice) and value == choice for choice in choices),
@@ -91,9 +91,9 @@ def maybe(allowed: Allowed) -> Allowed:
 def key(
     allowed: Schema, help: str, default: Any = dataclasses.MISSING, *, changes_result: bool = True
 ) -> Any:
-    """A field of a dataclass that stands for an object; without a default it must be given.
+    """A field of a dataclass that describes a JSON object; without a default it is required.
 
-    changes_result: whether it may change a sample or an update.
+    changes_result: whether the value can change a sample or an update.
     """
     metadata = {"allowed": allowed, "help": help, "changes_result": changes_result}
     return dataclasses.field(default=default, metadata=metadata)
@@ -109,7 +109,7 @@ def required_keys(block: type) -> list[str]:
 
 
 def check(value: Any, schema: Schema, source: str, name: str = "") -> None:
-    """Raises InputError for the first value that is not allowed: `source` and its place."""
+    """Raises InputError for the first value that is not allowed, with `source` and its path."""
     found = f"{source}: {name or 'the file'} is {repr(value)[:200]}"
     if isinstance(schema, Allowed):
         if not schema.holds(value):
@@ -131,7 +131,7 @@ def check(value: Any, schema: Schema, source: str, name: str = "") -> None:
 
 
 def _hint(word: str, schema: Mapping[str, Any], place: str) -> str:
-    """What may be meant by an unknown key: one spelt alike, or the same name one level deeper."""
+    """A guess for an unknown key: a similar name, or the same name one level deeper."""
     near = difflib.get_close_matches(word, schema, n=1)
     near += [
         f"{outer}.{word}"

@@ -1,4 +1,4 @@
-"""The mixture of a stage's JSON against what its shards hold: one decision for training, preflight,
+"""Checks a stage's mixture against the sources in its shards, the same way for training, preflight,
 `plan` and `report data`.
 """
 
@@ -12,15 +12,15 @@ from beingvl.artefact.manifest import Manifest
 from beingvl.errors import InputError
 from beingvl.stage.stage_config import StageConfig
 
-NO_CATEGORY = "default"  # the source of rows that name none
+NO_CATEGORY = "default"  # the source of dataset rows that name none
 
 
 def fit_mixture(config: StageConfig, shards: Manifest) -> tuple[StageConfig, str]:
-    """The stage as it trains on these shards, and a line for the user where that is not as its
-    JSON says: when no row names its source, and the mixture names one that is not there, it
-    trains on all of them in full.
+    """The stage as it trains on these shards, and a note for the user if that differs from its
+    JSON. If no dataset row names a category and the mixture names missing sources, the stage trains
+    on all samples in full.
 
-    Raises InputError that says which mixture would do, when rows do name theirs.
+    If dataset rows do name categories, raises InputError with a mixture that fits.
     """
     weights, sources = config.beingvl.mixture, shards.details["sources"]
     missing = [name for name in weights if name not in sources]
@@ -30,8 +30,8 @@ def fit_mixture(config: StageConfig, shards: Manifest) -> tuple[StageConfig, str
     if not shards.details.get("names_categories", list(sources) != [NO_CATEGORY]):
         block = replace(config.beingvl, mixture=in_full)
         return replace(config, beingvl=block), (
-            f"no row names a category: the stage trains on all {shards.counts['samples']:,} "
-            "samples in full, without beingvl.mixture"
+            "no dataset row names a category: the stage trains on all "
+            f"{shards.counts['samples']:,} samples in full, without beingvl.mixture"
         )
     left = {name: weight for name, weight in weights.items() if name in sources}
     fitting = json.dumps(left if any(left.values()) else in_full, ensure_ascii=False)

@@ -4,7 +4,7 @@ before anything is built.
     load_stage_config(path, overrides) -> StageConfig(deepspeed=dict, beingvl=BeingVLBlock)
 
 An unknown key anywhere is an error with "did you mean". The table of keys in
-docs/reference/stage-json.md is made from the fields below.
+docs/reference/stage-json.md is generated from the fields below.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from beingvl.stage.json_schema import (
     whole,
 )
 
-LONGEST_SEQUENCE = 1 << 24  # the packer holds a list of so many entries
+LONGEST_SEQUENCE = 1 << 24  # the packer holds a list with this many entries
 SHARES = Allowed("an object of source -> share", OBJECT.holds)
 
 
@@ -72,12 +72,12 @@ class Rule:
     lr_multiplier: float = key(FACTOR, "of the learning rate", 1.0)
     weight_decay: float | None = key(maybe(FACTOR), "null: the optimizer's own", None)
     lora: Lora | None = key(  # noqa: RUF009  a field, not an object
-        schema_of(Lora), "train adapters of this rank beside the linear layers, which stay", None
+        schema_of(Lora), "train adapters beside the linear layers, which stay frozen", None
     )
 
 
 def rules_of(trainable: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
-    """The rules as objects, from a stage's JSON or a run's identity."""
+    """The rules of a stage's JSON, or of a run's identity, as objects."""
     return tuple(
         Rule(**{**rule, "lora": Lora(**rule["lora"]) if rule.get("lora") else None})
         for rule in trainable
@@ -99,21 +99,21 @@ class BeingVLBlock:
     )
     mixture: dict[str, float] = key(  # noqa: RUF009  a field, not a dictionary
         SHARES,
-        "source -> share; a source is a sample's `category`. Where no row names one, all samples "
-        "are drawn instead",
+        "source -> share; a source is a sample's `category`. If no dataset row names one, all "
+        "samples are drawn instead",
     )
     trainable: tuple[Rule, ...] = key([schema_of(Rule)], "the freezer's rules, see below")
     mixture_by: str = key(
         one_of("samples", "tokens"),
-        "what shares are of; the realised ones of both stand in the log before step 1",
+        "what the shares count; the realised shares of both are printed before step 1",
         "samples",
     )
     max_steps: int | None = key(
-        maybe(whole(1)), "end the run, and its learning-rate schedule, after so many steps", None
+        maybe(whole(1)), "end the run, and its learning-rate schedule, after this many steps", None
     )
     loss_on: str = key(
         one_of("response", "text", "all"),
-        "`response`: answers and their eos; `text`: all that is not an image token",
+        "`response`: answers and their eos; `text`: everything but image tokens",
         "response",
     )
     packing: bool = key(SWITCH, "false: one sample per sequence", True)
@@ -126,63 +126,63 @@ class BeingVLBlock:
     warmup_ratio: float = key(number(0, 1), "share of the steps with a linear warm-up", 0.03)
     min_lr_ratio: float = key(number(0, 1), "where the cosine ends, as a share of the peak", 0.0)
     activation_checkpointing: bool = same_result(
-        SWITCH, "compute layers a second time in the backward pass, to save memory", True
+        SWITCH, "recompute layers in the backward pass, to save memory", True
     )
     loss_chunk_tokens: int = same_result(
-        whole(1), "target tokens whose logits exist at the same time", 256
+        whole(1), "target tokens whose logits are in memory at the same time", 256
     )
     checkpoint_every_steps: int = same_result(
-        whole(0), "0: not for this reason; one is always written at the end", 500
+        whole(0), "0: not by steps; one is always written at the end", 500
     )
     checkpoint_every_minutes: float = same_result(number(0), "as above; whichever comes first", 0)
     background_save: bool = same_result(
         SWITCH,
         "a thread writes the checkpoint from a copy in host memory (12 bytes per trained "
-        "parameter, cut by the ranks) while training goes on",
+        "parameter, divided by the ranks) while training continues",
         False,
     )
     final: str = same_result(
         one_of("merged", "adapter"),
-        "of a stage with `lora`: `merged`, a whole model, with PEFT's form of the adapters in "
-        "`adapter/` beside it; `adapter`: that form alone",
+        "with `lora`: `merged`, a whole model, with the adapters in PEFT's format in `adapter/` "
+        "beside it; `adapter`: only the adapters",
         "merged",
     )
-    keep_last: int = same_result(whole(1), "how many of the newest checkpoints stay", 2)
+    keep_last: int = same_result(whole(1), "number of newest checkpoints to keep", 2)
     keep_every: int = same_result(
-        whole(0), "checkpoints of every so many steps stay as well; 0: none", 0
+        whole(0), "also keep checkpoints whose step is a multiple of this; 0: none", 0
     )
     validation_every_steps: int = same_result(
         whole(0), "together with `--validation_data`; 0: never", 0
     )
     log_every_steps: int = same_result(
         whole(1),
-        "a line of metrics has its own step's figures, and all seconds of saving and validating "
-        "since the line before",
+        "each line of metrics has its own step's figures, and the seconds of saving and "
+        "validation since the previous line",
         1,
     )
-    tensorboard: bool = same_result(SWITCH, "metrics for TensorBoard as well", True)
+    tensorboard: bool = same_result(SWITCH, "also write metrics for TensorBoard", True)
     max_skipped_steps: int = same_result(
-        whole(1), "end after so many steps in a row that are not finite", 5
+        whole(1), "end after this many steps in a row that are not finite", 5
     )
     stall_timeout_seconds: int = same_result(
         whole(1),
-        "when the others give up a rank that does not get on. It must cover the longest single "
-        "part: loading or hashing one parameter, one micro-batch or validation batch, writing "
-        "256 MB of a slice to the disk, DeepSpeed's own start; a start, save or validation pass "
-        "as a whole may take any time",
+        "after this time the other ranks give up on a rank that makes no progress. It must cover "
+        "the longest single part: loading or hashing one parameter, one micro-batch or validation "
+        "batch, writing 256 MB of a slice to the disk, DeepSpeed's own start; a whole start, save "
+        "or validation pass may take any time",
         600,
     )
     deterministic: bool = same_result(
         SWITCH,
-        "only kernels that give the same bits every time: slower on a GPU, and needed there for "
-        "a resumed run to be bit-identical with an uninterrupted one",
+        "use only kernels whose results are bit-identical every time: slower on a GPU, but needed "
+        "there for a resumed run to be bit-identical to an uninterrupted one",
         False,
     )
 
 
 def as_written(block: BeingVLBlock) -> dict[str, Any]:
-    """Its fields. Rules without adapters, and adapters on a whole weight, do not say so: they read
-    as before there were any, and so do older checkpoints.
+    """The block's fields. `lora` and `base` are left out if None: older checkpoints have neither,
+    and their identities must still match.
     """
     return asdict(
         block,
@@ -194,7 +194,7 @@ def as_written(block: BeingVLBlock) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A validated stage: DeepSpeed's keys and our block; `source` names the file in messages."""
+    """A validated stage: DeepSpeed's keys and our block. `source`: the file, for messages."""
 
     deepspeed: dict[str, Any]
     beingvl: BeingVLBlock
@@ -231,7 +231,7 @@ class StageConfig:
 
     @property
     def nvme_offloads(self) -> dict[str, dict[str, Any]]:
-        """`offload_optimizer` and `offload_param`, as far as they go to NVMe."""
+        """`offload_optimizer` and `offload_param`, those that go to NVMe."""
         zero = self.deepspeed["zero_optimization"]
         return {
             name: zero[name]
@@ -240,7 +240,7 @@ class StageConfig:
         }
 
     def accumulation_steps(self, num_ranks: int) -> int:
-        """Micro steps in an optimizer step. Raises InputError when the batch does not divide."""
+        """Micro-steps per optimizer step. Raises InputError if the batch is not divisible."""
         per_micro_step = self.micro_batch_size * num_ranks
         if self.sequences_per_step % per_micro_step:
             raise InputError(
@@ -251,8 +251,8 @@ class StageConfig:
         return self.sequences_per_step // per_micro_step
 
     def batches_beside(self, divisor: int) -> str:
-        """The nearest batches that divide, and Adam's learning rate for them: it goes with the
-        square root of the batch (Malladi et al. 2022, arXiv 2205.10287).
+        """The nearest batch sizes that are divisible, and Adam's learning rate for them: it scales
+        with the square root of the batch size (Malladi et al. 2022, arXiv 2205.10287).
         """
         below = self.sequences_per_step // divisor * divisor
         choices = " or ".join(
@@ -261,7 +261,7 @@ class StageConfig:
             for batch in (below, below + divisor)
             if batch
         )
-        return f"the nearest that are: --set {choices} (Adam's rate goes with the batch's root)"
+        return f"the nearest that are: --set {choices} (Adam's rate scales with the batch's root)"
 
 
 def load_stage_config(path: Path | str, overrides: Sequence[str] = ()) -> StageConfig:
@@ -276,7 +276,7 @@ def load_stage_config(path: Path | str, overrides: Sequence[str] = ()) -> StageC
 
 
 def apply_override(fields: dict, override: str) -> None:
-    """Set `a.b.c=value` in nested dicts; the value is JSON, or text when it is not."""
+    """Set `a.b.c=value` in nested dicts; a value that is not JSON is text."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise InputError(f"--set {override!r}: expected KEY=VALUE, for example beingvl.epochs=1")

@@ -18,7 +18,7 @@ from beingvl.stage.stage_config import apply_override, parse_stage_config
 from tests import launcher
 from tests.tiny import LAYOUT, random_samples, stage_fields, write_model
 
-IN_FULL = "no row names a category: the stage trains on all 30 samples in full"
+IN_FULL = "no dataset row names a category: the stage trains on all 30 samples in full"
 MIXTURE = {"foundation": 0.8, "perception": 0.2}
 
 

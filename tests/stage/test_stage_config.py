@@ -235,7 +235,7 @@ def broken(path: str, value: object) -> dict:
         (
             "zero_optimization",
             {"stage": 3, "compute_grad_norm": False},
-            "compute_grad_norm is False, expected true: steps",
+            "compute_grad_norm is False, expected true: the norm",
         ),
         (
             "zero_optimization",
@@ -255,7 +255,7 @@ def broken(path: str, value: object) -> dict:
         (
             "zero_optimization",
             {"stage": 2, "round_robin_gradients": True},
-            "is True, expected false: with it DeepSpeed tells wrong",
+            "is True, expected false: with it DeepSpeed reports wrong",
         ),
         (
             "zero_optimization",
