@@ -1,12 +1,12 @@
-"""`beingvl serve --api`: chat completions as OpenAI's API has them, in Starlette.
+"""`beingvl serve --api`: OpenAI's chat completions API, in Starlette.
 
-    GET  /health                   whether it answers; the only one that needs no key
+    GET  /health                   health check; the only route that needs no key
     GET  /v1/models                the one model
-    POST /v1/chat/completions      body ──read_chat_request──> ──Service.prompt──> ──Answer──> JSON,
-                                   or server-sent events
+    POST /v1/chat/completions      body ──Service.read──> prompt ids ──Answer──> JSON, or
+                                   server-sent events
 
-A request is bounded in bytes, pictures, new tokens and seconds, and as many are answered or wait at
-the same time as there are threads for.
+Every request is limited in bytes, pictures, new tokens and seconds. At most MAX_REQUESTS are
+answered or wait at the same time.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from beingvl.inference.chat_request import (
 from beingvl.inference.model import BeingVL
 from beingvl.json_file import parse_json
 
-MAX_REQUESTS = 32  # each holds one of anyio's 40 threads
+MAX_REQUESTS = 32  # each occupies one of anyio's 40 threads
 JSON, CHUNK = "application/json", "chat.completion.chunk"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one request."""
+    """Limits for one request."""
 
     body_bytes: int = 20_000_000
     images: int = 8
@@ -56,7 +56,7 @@ class Limits:
 
 
 class ApiError(Exception):
-    """An answer that is an error, as OpenAI's API words it."""
+    """An error response in the format of OpenAI's API."""
 
     def __init__(self, status: int, message: str, code: str, field: str | None = None) -> None:
         super().__init__(message)
@@ -68,11 +68,11 @@ class ApiError(Exception):
         return {"error": fields}
 
 
-FAILED = ApiError(500, "the server failed; its log says more", "internal_error")
+FAILED = ApiError(500, "the server failed; see its log", "internal_error")
 
 
 class Service:
-    """The model and its back end, for requests of many at once."""
+    """The model and its back end, shared by concurrent requests."""
 
     def __init__(
         self, model: BeingVL, back_end: BackEnd, with_vbpe: bool, name: str, limits: Limits
@@ -83,14 +83,14 @@ class Service:
         self._looking = threading.Lock()
 
     def read(self, body: bytes) -> tuple[ChatRequest, list[int]]:
-        """What is asked, and its prompt as token ids. Raises ApiError for what cannot be."""
+        """The parsed request, and its prompt as token ids. Raises ApiError for an invalid one."""
         try:
             fields = parse_json(body, "the body")
             if not isinstance(fields, dict):
                 raise InputError("the body is not a JSON object")
             self.check_name(fields.get("model"))
             asked = read_chat_request(fields, self.limits.new_tokens)
-            with self._looking:  # one at a time: pictures are large
+            with self._looking:  # one request at a time: pictures are large
                 images = open_images(asked.image_urls, self.limits.images)
                 tokens = self.model.img2tok(images, self._with_vbpe) if images else []
             prompt_ids = self.model.tokenize_with_tokens(asked.turns, tokens)
@@ -101,7 +101,7 @@ class Service:
         return asked, prompt_ids
 
     def check_name(self, name: Any) -> None:
-        """Raises ApiError for another model's name."""
+        """Raises ApiError for a different model name."""
         if name != self.name:
             found = f"there is no model {str(name)[:60]!r}, only {self.name!r}"
             raise ApiError(404, found, "model_not_found", "model")
@@ -116,7 +116,7 @@ class Service:
 
 
 def build_api(service: Service, key: str | None) -> Starlette:
-    """The API as a web application; without `key` whoever reaches it is answered."""
+    """The API as a web application; without `key`, anyone who can reach it may use it."""
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -146,7 +146,7 @@ def build_api(service: Service, key: str | None) -> Starlette:
 
 
 def check_key(request: Request, key: str | None) -> None:
-    """Raises ApiError when the request does not hold the key. Neither is ever shown."""
+    """Raises ApiError unless the request has the right key. Keys are never shown."""
     given = request.headers.get("authorization", "").removeprefix("Bearer ")
     if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
         raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
@@ -163,8 +163,8 @@ async def _say_error(request: Request, error: Exception) -> Response:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Raises ApiError for another type, which a browser would send from any page without asking,
-    and as soon as there are more than `max_bytes`.
+    """Raises ApiError for any content type but JSON, because a browser sends other types from any
+    page without asking; and as soon as there are more than `max_bytes`.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
         raise ApiError(415, f"expected the content type {JSON}", "invalid_content_type")
@@ -184,8 +184,8 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 class Completions:
-    """`POST /v1/chat/completions` as an ASGI application, which holds one of MAX_REQUESTS places
-    from the key to the last event.
+    """`POST /v1/chat/completions` as an ASGI application. A request occupies one of MAX_REQUESTS
+    slots from the key check to the last event.
     """
 
     def __init__(self, service: Service, key: str | None) -> None:
@@ -221,12 +221,12 @@ class Completions:
             async for piece in pieces:
                 text += piece
                 if await request.is_disconnected():
-                    return Response(status_code=499)  # to nobody
+                    return Response(status_code=499)  # the client is gone
         return JSONResponse(completion.whole(text))
 
 
 class Completion:
-    """One answer in the words of OpenAI's API."""
+    """One answer in the format of OpenAI's API."""
 
     def __init__(
         self, service: Service, asked: ChatRequest, prompt_ids: list[int], deadline: float
@@ -241,7 +241,7 @@ class Completion:
         }
 
     async def pieces(self) -> AsyncGenerator[str, None]:
-        """New text, and an empty one now and then while none comes. Raises ApiError when the time
+        """Yields new text, and now and then "" while there is none. Raises ApiError when the time
         is up.
         """
         sampling = self._asked.sampling
@@ -256,7 +256,7 @@ class Completion:
             pieces.close()
 
     def whole(self, text: str) -> dict[str, Any]:
-        """The answer that is not streamed."""
+        """The response when not streaming."""
         message = {"role": "assistant", "content": text, "refusal": None}
         end = {"finish_reason": self._answer.finish_reason, "logprobs": None}
         choices = [{"index": 0, "message": message, **end}]
@@ -268,7 +268,7 @@ class Completion:
         }
 
     async def events(self) -> AsyncIterator[str]:
-        """Server-sent events: the role, the text piece by piece, why it ended, its usage."""
+        """Server-sent events: the role, the text piece by piece, the finish reason, the usage."""
         yield self._chunk({"role": "assistant", "content": ""})
         try:
             async for piece in self.pieces():
@@ -279,7 +279,7 @@ class Completion:
             return
         except Exception:
             yield _event(FAILED.body())
-            raise  # to the server's log
+            raise  # into the server's log
         yield self._chunk({}, self._answer.finish_reason)
         if self._asked.include_usage:
             chunk = {"object": CHUNK, "choices": [], "usage": self._usage()}

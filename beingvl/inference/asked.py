@@ -1,4 +1,4 @@
-"""Prompts and images as callers give them."""
+"""Prompts and images in the forms that callers may pass."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def turns_of(prompt: Prompt) -> list[Turn]:
 
 
 def is_one_prompt(prompts: Any) -> bool:
-    """A text, or a chat; in a list of prompts no pair ends in None."""
+    """Whether it is a text or a chat, whose last pair ends in None; a list of prompts has none."""
     if isinstance(prompts, str) or not prompts:
         return isinstance(prompts, str)
     last = prompts[-1]
@@ -44,6 +44,6 @@ def images_of_entry(entry: Any) -> list[Any]:
 
 
 def refuse_one_image(images: Any) -> None:
-    """Raises InputError for one path or PIL image where a list of them is expected."""
+    """Raises InputError for a single path or PIL image where a list is expected."""
     if isinstance(images, (str, os.PathLike)) or hasattr(images, "convert"):
         raise InputError(f"images is one image ({str(images)[:60]}), expected a list of images")

@@ -1,9 +1,9 @@
-"""Token ids in, token ids out: what answers the questions of the page and of the API.
+"""Token ids in, token ids out: the back end that answers questions from the page and the API.
 
-    prompt ids ──BackEnd.answer──> new ids as they are made ──Answer.pieces──> text, up to its stop
+    prompt ids ──BackEnd.answer──> new ids, streamed ──Answer.pieces──> text, up to its stop
 
-Questions that wait at the same time share a batch, when they are sampled alike. Whoever stops
-reading ends the work on that answer; the batch goes on for the others.
+Questions that wait at the same time and use the same sampling share a batch. When a reader stops
+reading, work on that answer ends; the batch continues for the others.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from beingvl.inference.model import BeingVL
 from beingvl.inference.streaming import EndsRows, TextPieces
 
 MAX_BATCH = 16
-GATHER_SECONDS = 0.01  # what arrives in this time starts together
-TICK_SECONDS = 0.25  # how often one who waits hears that nothing came
+GATHER_SECONDS = 0.01  # questions that arrive within this time start together
+TICK_SECONDS = 0.25  # how often a waiting reader is told its place in the queue
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. A temperature of 0 takes the likeliest one."""
+    """How a token is chosen. Temperature 0 takes the most likely one."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
 
     def options(self) -> dict[str, Any]:
-        """As transformers' `generate` takes it."""
+        """The arguments for transformers' `generate`."""
         if not self.temperature:
             return {"do_sample": False}
         return {
@@ -50,13 +50,13 @@ class BackEnd(Protocol):
     def answer(
         self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling
     ) -> Generator[list[int] | int, None, None]:
-        """New token ids up to eos, which is left out, in the pieces that they are made in; while
-        none come, now and then how many questions are answered first. Closing ends the work.
+        """Yields new token ids as they are generated, up to eos, which is left out; while there are
+        none, now and then the number of questions ahead. Closing the generator ends the work.
         """
 
 
 class Answer:
-    """One answer: its text while it is made, and then why it ended."""
+    """One answer: its text while it is generated, and then why it ended."""
 
     def __init__(self, model: BeingVL, max_new_tokens: int, stops: Sequence[str] = ()) -> None:
         self._model, self._max_new_tokens = model, max_new_tokens
@@ -72,7 +72,7 @@ class Answer:
     def pieces(
         self, back_end: BackEnd, prompt_ids: Sequence[int], sampling: Sampling
     ) -> Generator[str | int, None, None]:
-        """New text; while none comes, now and then how many questions are answered first."""
+        """Yields new text; while there is none, now and then the number of questions ahead."""
         new_ids = back_end.answer(prompt_ids, self._max_new_tokens, sampling)
         with closing(new_ids):
             for new in new_ids:
@@ -87,7 +87,7 @@ class Answer:
 
 
 class Row:
-    """A question of one reader: what it asks, and the way back for its tokens."""
+    """One reader's question, and the queue on which its tokens come back."""
 
     def __init__(self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling) -> None:
         self.prompt_ids, self.max_new_tokens = prompt_ids, max_new_tokens
@@ -101,8 +101,8 @@ class Row:
             self.new.put(error)
 
     def pieces(self, num_before: Callable[[], int]) -> Generator[list[int] | int, None, None]:
-        """Its tokens until the end; while none come, now and then `num_before()`. Raises the error
-        that it ended with.
+        """Yields its tokens until the end; while there are none, now and then `num_before()`.
+        Raises the error that it ended with.
         """
         while True:
             try:
@@ -118,7 +118,7 @@ class Row:
 
 
 class TransformersBackEnd:
-    """The model of this process. One thread works, so that questions meet in batches."""
+    """The model in this process. A single thread works, so that waiting questions form batches."""
 
     def __init__(self, model: BeingVL) -> None:
         self._model = model
@@ -155,20 +155,20 @@ class TransformersBackEnd:
             try:
                 if rows:
                     self._answer(rows)
-            except Exception as error:  # the readers get it; the next batch may be fine
+            except Exception as error:  # raised in the readers' threads; the next batch may work
                 for row in rows:
                     row.end(error)
 
     def _next_rows(self) -> list[Row]:
-        """Waits for questions; the first one and those like it. One with a seed stands alone,
-        because its answer must not depend on others.
+        """Wait for questions; returns the first one and those with the same sampling. One with a
+        seed gets its own batch, because its answer must not depend on others.
         """
         with self._arrived:
             self._num_answering = 0
             self._arrived.wait_for(lambda: self._waiting)
         time.sleep(GATHER_SECONDS)
         with self._arrived:
-            rows = self._waiting[:1]  # or none, when its reader has left
+            rows = self._waiting[:1]  # or none, if its reader has left
             sampling = rows[0].sampling if rows else Sampling()
             if sampling.seed is None:
                 rows = [row for row in self._waiting if row.sampling == sampling][:MAX_BATCH]
@@ -188,8 +188,8 @@ class TransformersBackEnd:
 
 
 class _HandsOut(EndsRows):
-    """Gives each row its tokens, as a streamer of transformers' `generate`, and ends the rows that
-    have theirs, or whose reader has left.
+    """As a streamer of transformers' `generate`, gives each question its tokens; as a stopping
+    criterion, ends those that are complete or whose reader has left.
     """
 
     def __init__(self, rows: Sequence[Row], stop_ids: Sequence[int]) -> None:

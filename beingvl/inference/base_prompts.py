@@ -1,7 +1,7 @@
-"""`--template base`: asked in the chat format that the base model came with.
+"""`--template base`: prompts in the base model's own chat format.
 
-An instruct base knows its own format, and stage 1 leaves its text as it was. Asked in ours it does
-not know where to stop before stage 2 has taught it, so it repeats itself up to the limit.
+An instruct base knows its own format, and stage 1 does not change its text weights. In our format,
+which stage 2 teaches, it does not know where to stop and repeats itself up to the limit.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from beingvl.vocab import VocabLayout
 
 
 class BasePrompts:
-    """Prompts in the base model's format, with images between begin and end of image."""
+    """Prompts in the base model's format, with images between begin-of-image and end-of-image."""
 
     def __init__(self, folder: Path, layout: VocabLayout, encoder: TextEncoder) -> None:
-        """Raises InputError for a model whose base had no chat template."""
+        """Raises InputError if the base model had no chat template."""
         self._folder, self._layout, self._encoder = folder, layout, encoder
         self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         known = self._tokenizer.chat_template
@@ -32,17 +32,17 @@ class BasePrompts:
 
     @property
     def stop_ids(self) -> list[int]:
-        """What generation_config.json of the base names."""
+        """The stop tokens in the base model's generation_config.json."""
         path = self._folder / "generation_config.json"
         known = read_object(path, "copy the model folder again") if path.is_file() else {}
         stops = known.get("eos_token_id")
         return [stop for stop in (stops if isinstance(stops, list) else [stops]) if stop]
 
     def ids(self, turns: Sequence[Turn], images: Sequence[np.ndarray]) -> list[int]:
-        """Raises InputError for placeholders without images, and for texts that spell a special
-        token.
+        """The prompt's ids. Raises InputError for placeholders without images, and for texts that
+        spell a special token.
         """
-        lay_out(turns, len(images), self._encoder, self._layout)  # refuses what cannot be asked
+        lay_out(turns, len(images), self._encoder, self._layout)  # only for its checks
         special = self._encoder.special_text
         place = "".join(
             special(token)
@@ -54,7 +54,7 @@ class BasePrompts:
         )
         messages = []
         for number, (question, answer) in enumerate(turns):
-            if len(images) == 1:  # it stands first, as in training
+            if len(images) == 1:  # a single image comes first, as in training
                 question = question.replace(IMAGE_PLACEHOLDER, "").strip()
                 question = question if number else f"{IMAGE_PLACEHOLDER}{question}"
             texts = question.split(IMAGE_PLACEHOLDER)
@@ -71,7 +71,7 @@ class BasePrompts:
                 add_generation_prompt=True,
                 return_dict=False,
             )
-        except Exception as error:  # the base's author wrote what it raises
+        except Exception as error:  # the base's template may raise anything
             raise InputError(f"{self._folder}: the base's chat template fails ({error})") from error
         return with_images(ids, images, self._layout)
 
@@ -79,8 +79,8 @@ class BasePrompts:
 def with_images(
     token_ids: Sequence[int], images: Sequence[np.ndarray], layout: VocabLayout
 ) -> list[int]:
-    """Ids with the images' tokens in the places of `<image>`. Raises InputError for more, or fewer,
-    images than places.
+    """The ids, with each `<image>` replaced by an image's tokens. Raises InputError if the numbers
+    of images and placeholders differ.
     """
     num_places = list(token_ids).count(layout.image_placeholder_id)
     if num_places != len(images):

@@ -1,8 +1,8 @@
 """Prompts of different lengths as one batch for transformers' `generate`.
 
-Padding stands on the left: the attention mask hides it, and positions count from each prompt's own
-first token. When prompts share images, it stands between images and text, and the images are read
-once each; their keys and values are copied to the rows that ask about them.
+Padding is on the left: the attention mask hides it, and positions count from each prompt's first
+token. If prompts share images, padding goes between images and text, and each image is processed
+once; its keys and values are copied to all prompts about it.
 
     <pad> <pad>  bos  hi  sep                    bos boi IMG eoi │ <pad> one? sep
     bos   boi    IMG  eoi sep                    bos boi IMG eoi │ is    it   even? sep
@@ -21,14 +21,14 @@ Ids = Sequence[int]
 
 
 def images_before_text(ids: Ids, eoi_id: int) -> tuple[int, ...]:
-    """The start of a prompt up to the end of its last image; something is always behind it."""
+    """The start of a prompt, up to the end of its last image; at least one token follows it."""
     ends = [place for place, token in enumerate(ids[:-1]) if token == eoi_id]
     return tuple(ids[: ends[-1] + 1]) if ends else ()
 
 
 def reading_order(sequences: Sequence[Ids], eoi_id: int) -> list[int]:
-    """Indices of prompts, so that those of like length share a batch, and those that share images
-    where many do.
+    """Prompt indices, ordered so that prompts of similar length share a batch or, if many prompts
+    share images, those with the same images.
     """
     heads = [images_before_text(ids, eoi_id) for ids in sequences]
     are_shared = 2 * len({*heads}) <= len(heads)
@@ -48,12 +48,12 @@ def batch_inputs(
     pad_id: int,
     eoi_id: int | None,
 ) -> dict[str, Any]:
-    """`input_ids`, `attention_mask` and `position_ids` `[rows, width]` on the model's device, and
-    the cache of the images where most rows share them. Without `eoi_id` nothing is shared.
+    """`input_ids`, `attention_mask` and `position_ids` `[prompts, width]` on the model's device,
+    and the images' KV cache if most prompts share theirs. Without `eoi_id` nothing is shared.
     """
     heads = [() if eoi_id is None else images_before_text(ids, eoi_id) for ids in sequences]
     distinct = list(dict.fromkeys(heads))
-    # A window of attention counts the padding that would stand in the middle.
+    # Sliding-window attention would count padding in the middle.
     has_window = getattr(model.config, "sliding_window", None)
     if () in distinct or has_window or 2 * len(distinct) > len(heads):
         return _padded(sequences, map(positions_of, sequences), pad_id, model.device)

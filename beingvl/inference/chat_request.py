@@ -1,4 +1,4 @@
-"""What a request of OpenAI's chat completions asks: its JSON to turns, pictures and options.
+"""Parses requests to OpenAI's chat completions API: JSON to turns, pictures and options.
 
 Pictures come inside the request, as `data:` URLs. No address is fetched and no path is opened.
 """
@@ -20,7 +20,7 @@ from beingvl.inference.back_end import Sampling
 
 MAX_STOPS = 4
 MAX_TOKENS = ("max_tokens", "max_completion_tokens")
-# What would change the answer and is not done here, with the values that ask for nothing.
+# Unsupported fields that would change the answer, with their neutral values.
 NOT_DONE: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),
     "tools": (None, []),
@@ -35,7 +35,7 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
 
 
 class RequestError(InputError):
-    """A field of a request that cannot be done; `field` is its name."""
+    """A request field that is wrong or not supported; `field` is its name."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -44,7 +44,7 @@ class RequestError(InputError):
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """`image_urls` stand in the order of their `<image>` in `turns`."""
+    """`image_urls` are in the order of the `<image>` placeholders in `turns`."""
 
     turns: list[Turn]
     image_urls: list[Any]
@@ -56,8 +56,8 @@ class ChatRequest:
 
 
 def read_chat_request(body: Mapping[str, Any], max_new_tokens: int) -> ChatRequest:
-    """Raises RequestError for a field that is not as OpenAI's API has it, or asks for more than is
-    done here. Longer answers than `max_new_tokens` are cut, and end for the reason "length".
+    """Raises RequestError for a field that is not valid in OpenAI's API, or not supported here.
+    Answers longer than `max_new_tokens` are truncated and end with the reason "length".
     """
     for name, neutral in NOT_DONE.items():
         if body.get(name) not in neutral:
@@ -92,7 +92,7 @@ def _sampling(body: Mapping[str, Any]) -> Sampling:
     top_p = _number(body, "top_p", 0, 1)
     seed = _number(body, "seed", -(2**63), 2**63 - 1, whole=True)
     if top_p == 0:
-        raise RequestError("top_p", "top_p is 0, expected more; a temperature of 0 is greedy")
+        raise RequestError("top_p", "top_p is 0, expected more than 0; temperature 0 is greedy")
     return Sampling(
         temperature or 0.0, 1.0 if top_p is None else top_p, None if seed is None else int(seed)
     )
@@ -119,8 +119,8 @@ def _stops(stop: Any) -> tuple[str, ...]:
 
 
 def open_images(image_urls: Sequence[Any], max_images: int) -> list[Any]:
-    """Pictures, decoded. Raises RequestError for too many, addresses and paths, and what is not a
-    picture.
+    """The decoded pictures. Raises RequestError for too many, for addresses and paths, and for data
+    that is not a picture.
     """
     if len(image_urls) > max_images:
         found = f"{len(image_urls)} images in one request, expected at most {max_images}"

@@ -1,4 +1,4 @@
-"""What the page of `beingvl serve` asks of the model, for several visitors at once."""
+"""The page's interface to the model in `beingvl serve`, for several visitors at once."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from beingvl.inference.back_end import Answer, BackEnd, Sampling
 from beingvl.inference.model import BeingVL
 from beingvl.vbpe.visual_bpe import VisualBPE, owners
 
-MAX_WAITING = 32  # each holds one of the web server's 40 threads
-MAX_REMEMBERED = 256  # pictures whose tokens are kept
+MAX_WAITING = 32  # each occupies one of the web server's 40 threads
+MAX_REMEMBERED = 256  # pictures whose tokens are cached
 Turns = list[tuple[str, str]]
 
 
 class Look(NamedTuple):
-    """A picture `[H, W, 3]` uint8 as the model gets it, enlarged; the same with the borders of its
-    tokens (from its codes, where the VQ-GAN has a decoder); a sentence about both.
+    """A picture `[H, W, 3]` uint8 as the model sees it, enlarged; the same with the borders of its
+    tokens (decoded from its codes if the VQ-GAN has a decoder); a sentence about both.
     """
 
     original: np.ndarray
@@ -32,15 +32,15 @@ class Look(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """The answer so far, and how many questions are answered before it begins."""
+    """The answer so far, and how many questions are ahead of it."""
 
     text: str
     num_before: int = 0
 
 
 class Conversations:
-    """Pictures and answers for the page. Pictures go through the VQ-GAN one at a time; questions
-    meet in the back end's batches.
+    """Pictures and answers for the page. Pictures go through the VQ-GAN one at a time; the back end
+    batches questions.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Conversations:
         self._stopped: set[str] = set()
 
     def facts(self) -> str:
-        """What the model is, in a line."""
+        """The model's properties, in one line."""
         model, layout = self._model, self._model.layout
         height, width = model.vqgan.grid
         dtype = str(model.model.dtype).removeprefix("torch.")
@@ -69,7 +69,7 @@ class Conversations:
         return " · ".join(facts)
 
     def look(self, path: str) -> Look:
-        """Read an image file. Raises InputError for what is not one."""
+        """Read an image file. Raises InputError if it is not one."""
         vqgan = self._model.vqgan
         with self._looking:
             pixels = vqgan.preprocess([path])
@@ -85,9 +85,9 @@ class Conversations:
             ids = self._model.layout.token_to_image_ids(token_ids)
             picture = with_borders(picture, owners(vbpe, ids, *grid.shape))
         else:
-            words += "; a published vBPE gives no token its cells, so no borders are shown"
+            words += "; a published vBPE does not fix each token's cells, so no borders are shown"
         if not vqgan.has_decoder:
-            words += "; the VQ-GAN has no decoder, so the borders lie on the original"
+            words += "; the VQ-GAN has no decoder, so the borders are drawn on the original"
         return Look(with_borders(original, np.zeros(grid.shape)), picture, words)
 
     def _remember(self, path: str, codes: np.ndarray) -> np.ndarray:
@@ -98,7 +98,7 @@ class Conversations:
         return token_ids
 
     def token_ids(self, path: str) -> np.ndarray:
-        """A picture's token ids `[n]` int32; waits while it is being looked at."""
+        """A picture's token ids `[n]` int32; waits while `look` is reading one."""
         with self._looking:
             if path in self._token_ids:
                 return self._token_ids[path]
@@ -107,8 +107,8 @@ class Conversations:
     def ask(
         self, question: str, turns: Turns, path: str | None, visitor: str = ""
     ) -> Iterator[Progress]:
-        """The answer to a question about the picture at `path`, while it grows; `stop(visitor)`
-        ends it where it is. Raises InputError for what cannot be asked.
+        """The growing answer to a question about the picture at `path`; `stop(visitor)` ends it
+        early. Raises InputError for an invalid question.
         """
         if self._num_asked >= MAX_WAITING:
             raise InputError("too many questions are waiting; ask again in a moment")
@@ -131,13 +131,13 @@ class Conversations:
             self._num_asked -= 1
 
     def stop(self, visitor: str) -> None:
-        """End the answer that a visitor waits for."""
+        """End the answer that a visitor is waiting for."""
         self._stopped.add(visitor)
 
 
 def refuse_other_files(data: Any, uploads: Path) -> None:
-    """Raises InputError when a file that a request names (`{"path": …}`, at any depth) does not
-    lie in `uploads`, whether it exists or not.
+    """Raises InputError if a file that a request names (`{"path": …}`, at any depth) is not inside
+    `uploads`, whether it exists or not.
     """
     if isinstance(data, dict):
         if "path" in data:
@@ -150,7 +150,7 @@ def refuse_other_files(data: Any, uploads: Path) -> None:
 
 
 def shown(turns: Turns, has_picture: bool) -> list[dict[str, str]]:
-    """Turns as gradio's chat shows them; those without a picture say so."""
+    """The turns in gradio's chat format; those without a picture say so."""
     without = "" if has_picture else "(without a picture) "
     return [
         {"role": role, "content": text}

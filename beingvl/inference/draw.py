@@ -1,17 +1,17 @@
-"""Drawing: image tokens sampled so that they always are a picture. Experimental.
+"""Drawing: sample image tokens that always form a valid picture. Experimental.
 
-A stream of image tokens gives a grid back because each token's anchor is the first cell that is not
-covered yet (`beingvl.vbpe.visual_bpe`). So a token may come next exactly when its polyomino, put
-there, stays inside the grid and covers no covered cell; every other token gets probability 0. A
-plain code is one cell and always fits, so no choice ends in a dead end:
+A stream of image tokens decodes to a grid because each token's anchor is the first cell that is not
+yet covered (`beingvl.vbpe.visual_bpe`). So a token may come next exactly if its polyomino, placed
+there, stays inside the grid and overlaps no covered cell; every other token gets probability 0. A
+plain code is one cell and always fits, so there are no dead ends:
 
     covered    next free cell    fits: . (a code)   .. (side by side)      does not: ...
         (outside)   . above . (outside)
     # # #      (1, 1)
     #
 
-When the grid is full only `<eoss>`, the end of the image, is left. The stream need not be the one
-that `encode` gives for the same grid: two codes may be drawn where a merge of them exists.
+When the grid is full, only `<eoss>`, the end of the image, may follow. The stream can differ from
+`encode`'s for the same grid: two codes may be drawn where a merge of them exists.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from beingvl.vocab import VocabLayout
 
 
 class FittingTokens:
-    """Which image ids fit a partly covered grid, and what they cover; asked once per shape."""
+    """Which image ids fit a partly covered grid, and what they cover; computed once per shape."""
 
     def __init__(self, vbpe: VisualBPE, grid: tuple[int, int]) -> None:
         """`grid` is (height, width) in cells."""
@@ -42,11 +42,11 @@ class FittingTokens:
         self._cells = np.array([[*cells, *[(0, 0)] * (longest - len(cells))] for cells in shapes])
 
     def empty(self) -> np.ndarray:
-        """A grid with no cell covered: bool `[height, width]`, True where a token lies."""
+        """An uncovered grid: bool `[height, width]`, True where a token covers the cell."""
         return np.zeros(self.grid, bool)
 
     def fitting(self, covered: np.ndarray) -> np.ndarray:
-        """bool `[num_ids]`: may the id come next? All False when the grid is full."""
+        """bool `[num_ids]`: whether each id may come next. All False when the grid is full."""
         if covered.all():
             return np.zeros(len(self._shape_of), bool)
         y, x = self._anchored(covered, self._cells)
@@ -66,7 +66,7 @@ class FittingTokens:
 
 class OnlyWholeImages:
     """transformers' `prefix_allowed_tokens_fn`, called with (row, ids so far) before each token:
-    behind the prompt every row draws one image, then ends it.
+    after its prompt, every row of the batch draws one image, then ends it.
     """
 
     def __init__(self, tokens: FittingTokens, layout: VocabLayout, num_rows: int) -> None:
@@ -77,7 +77,7 @@ class OnlyWholeImages:
 
     def __call__(self, row: int, ids: torch.Tensor) -> list[int]:
         covered, first_id = self._covered[row], self._layout.first_image_id
-        if self._has_begun[row] and not covered.all():  # a finished row goes on with padding
+        if self._has_begun[row] and not covered.all():  # a finished row only gets padding
             self._tokens.place(covered, int(ids[-1]) - first_id)
         self._has_begun[row] = True
         fitting = np.flatnonzero(self._tokens.fitting(covered)) + first_id
@@ -86,8 +86,8 @@ class OnlyWholeImages:
     def put_at_anchors(
         self, model: torch.nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        """A forward pre-hook: the token that is read stands at its anchor's cell, which is the
-        first one that is not covered yet, instead of behind the one before.
+        """A forward pre-hook: the token being read gets the position of its anchor, the first cell
+        not yet covered, instead of the next position.
         """
         position_ids = kwargs["position_ids"]
         if position_ids.shape[1] > 1:  # the prompt

@@ -1,7 +1,7 @@
-"""What `beingvl generate` does on the terminal: one answer, a conversation, or a drawing.
+"""`beingvl generate` on the terminal: one answer, a conversation, or a drawing.
 
-generate    checks what was asked, reads the model, prints the answer or saves the drawing
-hold_chat   asks for one question after another
+generate    checks the request, loads the model, prints the answer or saves the drawing
+hold_chat   reads one question after another
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def generate(
     torch_dtype: str | None = None,
     device: str | None = None,
 ) -> str | None:
-    """Print the answer to `prompt` about `images` while it is made, and return it.
+    """Print the answer to `prompt` about `images` while it is generated, and return it.
 
-    `chat` asks for questions instead; `draw` samples an image into that PNG file instead.
+    With `chat`, read questions instead; with `draw`, sample an image into that PNG file.
     """
     if draw is not None:
         _check_drawing(draw, chat)
@@ -47,8 +47,8 @@ def generate(
     model = BeingVL(model_path, vbpe_path, template=template)
     if draw is not None and not model.vqgan.has_decoder:
         raise InputError(f"{model.vqgan.source} has no decoder, so it cannot show a drawing")
-    # What is wrong with the images or the prompt is told before the weights are read.
-    with_vbpe = False if raw else None  # what the model was trained on
+    # Errors in the images or the prompt are reported before the weights are loaded.
+    with_vbpe = False if raw else None  # None: as the model was trained
     tokens = model.img2tok(images, with_vbpe) if images and draw is None else []
     is_asked = prompt is not None and draw is None
     prompt_ids = model.tokenize_with_tokens(prompt or "", tokens) if is_asked else []
@@ -63,7 +63,7 @@ def generate(
         return None
 
     def answer(prompt_ids: list[int]) -> str:
-        """Print the answer piece by piece while it is made."""
+        """Print the answer piece by piece while it is generated."""
         (text,) = model.answer_token_sequences(
             [prompt_ids],
             max_new_tokens,
@@ -91,8 +91,8 @@ def _check_drawing(path: Path, chat: bool) -> None:
 
 
 def hold_chat(model: BeingVL, images: list[np.ndarray], answer: Callable[[list[int]], str]) -> None:
-    """Questions from the terminal, each behind all earlier turns, until an empty line or the end
-    of input. What cannot be asked is explained, and the conversation goes on without it.
+    """Answer questions from the terminal, each after all earlier turns, until an empty line or the
+    end of input. For an invalid question print the error, and continue without it.
     """
     turns: list[tuple[str, str | None]] = []
     while True:

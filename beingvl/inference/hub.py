@@ -1,4 +1,4 @@
-"""Model folders to and from the Hugging Face Hub, as they are; no code travels with them."""
+"""Download and upload model folders from and to the Hugging Face Hub; unchanged, without code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from beingvl.errors import InputError
 
 
 def fetched(name: Path | str, **options: Any) -> Path:
-    """A folder that is there, else the snapshot of the repository of that name; `options` are those
+    """The local folder `name`, else a snapshot of the repository of that name. `options` are those
     of `snapshot_download` (revision, token, cache_dir, local_files_only).
     """
     if Path(name).is_dir() or options.get("repo_type"):
@@ -25,7 +25,7 @@ def fetched(name: Path | str, **options: Any) -> Path:
 def push(
     folder: Path, repo_id: str, extra: Path | None, private: bool | None, **options: Any
 ) -> str:
-    """Upload a finished folder, and `extra` under its own name; returns the address."""
+    """Upload a finished folder, and the file `extra` beside it; returns the URL."""
     api = HfApi(token=options.pop("token", None))
     with _about(repo_id):
         address = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -41,8 +41,8 @@ def push(
 def _about(name: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # those of its HTTP library too
+    except Exception as error:  # also those of its HTTP library
         reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"{name} is neither a folder here nor reached on the Hub ({reason})"
+            f"{name} is neither a folder here nor reachable on the Hub ({reason})"
         ) from error

@@ -7,10 +7,10 @@
                         │           ──answer_token_sequences──> answers
                         └──tok2img──> pictures
 
-The chat template is `beingvl.data.conversation.build_sequence`, in the form that the model was
-trained on: its manifest says which. Generation is transformers' own. Prompts of different lengths
-share a batch (batches.py), which gives the answers that its prompts give alone. Image tokens stand
-where they stood in training, perhaps at their anchors (`beingvl.data.positions`).
+The chat template is `beingvl.data.conversation.build_sequence`, in the variant that the model was
+trained on, according to its manifest. Generation is transformers' own. Prompts of different lengths
+share a batch (batches.py); each gets the same answer as alone. Image tokens have the positions they
+had in training, which may be their anchors (`beingvl.data.positions`).
 """
 
 from __future__ import annotations
@@ -71,10 +71,11 @@ TOKENS_OF = {MERGED: "merged image tokens (vBPE)", RAW: "plain image codes (--ra
 
 
 class BeingVL(metaclass=SaysWhatReplaces):
-    """A model folder and a vBPE vocabulary. Text and image tokens work at once; weights are read
-    by `load_model`.
+    """A model folder and a vBPE vocabulary. Tokenization works at once; `load_model` loads the
+    weights.
 
-    Raises InputError for a folder that is not a finished Being-VL model, or another model's vBPE.
+    Raises InputError for a folder that is not a finished Being-VL model, or a vBPE that does not
+    belong to it.
     """
 
     def __init__(
@@ -85,9 +86,9 @@ class BeingVL(metaclass=SaysWhatReplaces):
         template: str | None = None,
         device_map: Any = None,
     ) -> None:
-        """A stage folder is taken for its `final/`. Without `vbpe_path` the vbpe.json inside the
-        model folder is used, where there is one. `template` replaces the one of the training.
-        `device_map`, one device, is where `load_model` puts the model unless told otherwise.
+        """A stage folder means its `final/`. Without `vbpe_path`, the vbpe.json inside the model
+        folder is used, if there is one. `template` overrides the one used in training.
+        `device_map`, one device, is where `load_model` puts the model by default.
         """
         self._device = device_of(device_map)
         self.model_path = find_start_model(Path(model_path))
@@ -120,13 +121,13 @@ class BeingVL(metaclass=SaysWhatReplaces):
         device: str | torch.device | None = None,
         **hub: Any,
     ) -> BeingVL:
-        """A loaded model: from a folder, or from the Hub (`hub`: revision, token, cache_dir …)."""
+        """A loaded model from a folder or from the Hub (`hub`: revision, token, cache_dir …)."""
         model = cls(fetched(name, **hub), vbpe_path, template=template)
         return model.load_model(torch_dtype, device)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, **hub: Any) -> str:
-        """Upload the model folder, with the vBPE that it works with, to the Hub; returns the
-        address. `hub`: token, revision, commit_message.
+        """Upload the model folder, with the vBPE in use, to the Hub; returns the URL. `hub`: token,
+        revision, commit_message.
         """
         path = Path(self._vbpe_path) if self._vbpe_path else None
         path = path / VBPE_FILE if path and path.is_dir() else path
@@ -140,10 +141,10 @@ class BeingVL(metaclass=SaysWhatReplaces):
         *more: Any,
         **published: Any,
     ) -> BeingVL:
-        """Read the weights as `dtype_of` says onto `own_device(device)`; returns self.
+        """Load the weights, in the dtype of `dtype_of`, onto `own_device(device)`; returns self.
 
-        `published`: further arguments that Being-VL-0.5 takes here. A vBPE and its sizes are read
-        and checked as `load_for_layout` says; torch chooses the attention kernel. They go by name.
+        `published`: further arguments that Being-VL-0.5 accepts here, by name. A vBPE and its sizes
+        are read and checked by `load_for_layout`; torch chooses the attention kernel.
         """
         if more or (torch_dtype and Path(str(torch_dtype)).exists()):
             raise positional(torch_dtype)
@@ -157,16 +158,16 @@ class BeingVL(metaclass=SaysWhatReplaces):
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"{self.model_path} cannot be loaded ({reason}); `beingvl verify` tells which "
+                f"{self.model_path} cannot be loaded ({reason}); `beingvl verify` shows which "
                 "file changed"
             ) from error
         num_rows = model.get_input_embeddings().num_embeddings
         if num_rows < self.layout.size:
             raise InputError(
-                f"{self.model_path}: the embedding has {num_rows} rows, its vocabulary "
+                f"{self.model_path}: the embedding has {num_rows} rows, but the vocabulary has "
                 f"{self.layout.size} ids"
             )
-        # The base model's generation defaults (another stop token, sampling) must not be ours.
+        # The base model's generation defaults (a different stop token, sampling) must not apply.
         model.generation_config = GenerationConfig()
         self._model = model
         return self
@@ -182,7 +183,7 @@ class BeingVL(metaclass=SaysWhatReplaces):
     ) -> None:
         if model_path and find_start_model(Path(model_path)) != self.model_path:
             raise InputError(
-                f"load_model reads {self.model_path}; for {model_path} make another "
+                f"load_model loads {self.model_path}; for {model_path} create a new "
                 "BeingVL(model_path, vbpe_path)"
             )
         sizes = vbpe_init_size, vbpe_vocab_pad, vbpe_vocab_end
@@ -194,26 +195,26 @@ class BeingVL(metaclass=SaysWhatReplaces):
 
     @property
     def model(self) -> Any:
-        """The transformers model; loaded with the defaults on first use."""
+        """The transformers model; loaded with default settings on first use."""
         if self._model is None:
             self.load_model()
         return self._model
 
     @cached_property
     def context(self) -> int | None:
-        """Tokens that prompt and answer may have together; None where config.json does not say."""
+        """Limit of prompt plus answer, in tokens; None if config.json does not give it."""
         return context_of(self.model_path)
 
     @cached_property
     def vqgan(self) -> VQGAN:
-        """The VQ-GAN inside the model folder, in float32, on the device of the loaded model.
+        """The VQ-GAN inside the model folder, in float32, on the loaded model's device.
 
-        Raises InputError when it is missing or not the one the model was trained with.
+        Raises InputError if it is missing or not the one that the model was trained with.
         """
         folder = self.model_path / VQGAN_FOLDER
         if not folder.is_dir():
             raise InputError(
-                f"{self.model_path} has no {VQGAN_FOLDER}/, so it reads no images; convert "
+                f"{self.model_path} has no {VQGAN_FOLDER}/, so it cannot read images; convert "
                 "with --vqgan"
             )
         device = self._model.device if self._model is not None else "cpu"
@@ -232,7 +233,7 @@ class BeingVL(metaclass=SaysWhatReplaces):
     # ---- images and text to token ids ----
 
     def img2codes(self, images: Sequence[Any], batch_size: int = 64) -> np.ndarray:
-        """Images (paths, addresses, PIL images, arrays `[H, W, 3]` uint8) to VQ codes `[N, h, w]`
+        """Images (paths, URLs, PIL images, arrays `[H, W, 3]` uint8) to VQ codes `[N, h, w]`
         uint16.
         """
         refuse_one_image(images)
@@ -243,8 +244,8 @@ class BeingVL(metaclass=SaysWhatReplaces):
         return np.concatenate(parts) if parts else np.empty((0, *self.vqgan.grid), np.uint16)
 
     def codes2tok(self, codes: np.ndarray, with_vbpe: bool | None = None) -> list[np.ndarray]:
-        """VQ codes `[N, h, w]` to one array of token ids `[n]` int32 per image: merged ones, or
-        plain codes, where `with_vbpe` is not given those that the model was trained on.
+        """VQ codes `[N, h, w]` to one array of token ids `[n]` int32 per image: merged tokens or
+        plain codes; by default what the model was trained on.
         """
         if not self.uses_vbpe(with_vbpe):
             return [self.layout.image_to_token_ids(grid.ravel()) for grid in codes]
@@ -253,13 +254,13 @@ class BeingVL(metaclass=SaysWhatReplaces):
         return [token_ids[start:end] for start, end in itertools.pairwise(offsets.tolist())]
 
     def uses_vbpe(self, with_vbpe: bool | None = None) -> bool:
-        """`with_vbpe`, or what the model was trained on. Says it when the two differ."""
+        """`with_vbpe`, by default what the model was trained on. Warns if the two differ."""
         if with_vbpe is None or self.variant is None:
             return self.variant != RAW if with_vbpe is None else with_vbpe
         if with_vbpe != (self.variant == MERGED) and not self._was_told:
             trained, asked = TOKENS_OF[self.variant], TOKENS_OF[MERGED if with_vbpe else RAW]
             print(
-                f"warning: {self.model_path} was trained on {trained}, it is asked with {asked}",
+                f"warning: {self.model_path} was trained on {trained}, but gets {asked} now",
                 file=sys.stderr,
             )
             self._was_told = True
@@ -273,14 +274,14 @@ class BeingVL(metaclass=SaysWhatReplaces):
         return self.vbpe
 
     def img2tok(self, images: Sequence[Any], with_vbpe: bool | None = None) -> list[np.ndarray]:
-        """Images, as of `img2codes`, to one array of token ids `[n]` int32 per image."""
+        """Images, as for `img2codes`, to one array of token ids `[n]` int32 per image."""
         return self.codes2tok(self.img2codes(images), with_vbpe)
 
     def tok2img(self, token_ids: Sequence[np.ndarray | Sequence[int]]) -> list[np.ndarray]:
-        """The inverse, up to the VQ-GAN's loss: one array of token ids per image, merged or not,
-        to pictures `[H, W, 3]` uint8.
+        """The inverse, up to the VQ-GAN's loss: one array of token ids per image, merged or not, to
+        pictures `[H, W, 3]` uint8.
 
-        Raises InputError for a stream that no image has, or a VQ-GAN without decoder.
+        Raises InputError for ids that do not form an image, or a VQ-GAN without decoder.
         """
         codes = [self._tok2codes(np.asarray(ids)) for ids in token_ids]
         return list(self.vqgan.decode(np.stack(codes))) if codes else []
@@ -294,16 +295,16 @@ class BeingVL(metaclass=SaysWhatReplaces):
     def tokenize(
         self, prompt: Prompt, image: Any = None, with_vbpe: bool | None = None
     ) -> list[int]:
-        """The ids that the model continues; `image` is an image, a list of images, or None."""
+        """The prompt's token ids; `image` is an image, a list of images, or None."""
         images = images_of_entry(image)
         return self.tokenize_with_tokens(prompt, self.img2tok(images, with_vbpe) if images else [])
 
     def tokenize_with_tokens(self, prompt: Prompt, images: Sequence[np.ndarray]) -> list[int]:
-        """The same for images that are token ids already."""
+        """As `tokenize`, for images that are already token ids."""
         turns = turns_of(prompt)
         questions = [question.replace(IMAGE_PLACEHOLDER, "").strip() for question, _ in turns]
         if not turns or not all(questions):
-            raise InputError("a prompt is empty; ask something")
+            raise InputError("a prompt is empty; write a question")
         if turns[-1][1] is not None or any(answer is None for _, answer in turns[:-1]):
             raise InputError("a chat must have an answer to every question but the last")
         if self._base:
@@ -311,7 +312,7 @@ class BeingVL(metaclass=SaysWhatReplaces):
         return build_sequence(turns, images, self.encoder, self.layout, self.template).input_ids
 
     def position_ids(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Where the tokens of a prompt stand, int64 `[n]`, as the model was trained."""
+        """The position ids of a prompt, int64 `[n]`, as in training."""
         vbpe = self.vbpe or self._without_merges
         return PositionIds(self.image_positions, self.layout, vbpe)(np.array(token_ids))
 
@@ -340,9 +341,9 @@ class BeingVL(metaclass=SaysWhatReplaces):
         with_vbpe: bool | None = None,
         **options: Any,
     ) -> list[str]:
-        """Answers to `prompts`, only the answers. `images` holds one entry per prompt: an image, a
-        list of images, or None. `options` are those of `answer_token_sequences`; `with_vbpe` as of
-        `codes2tok`.
+        """Answers to `prompts`, without the prompts. `images` holds one entry per prompt: an image,
+        a list of images, or None. `options` are those of `answer_token_sequences`; `with_vbpe` is
+        as in `codes2tok`.
         """
         ids = self._prompt_ids(prompts, images, with_vbpe)
         return self.answer_token_sequences(ids, max_new_tokens, do_sample=do_sample, **options)
@@ -354,8 +355,8 @@ class BeingVL(metaclass=SaysWhatReplaces):
         max_new_tokens: int = 128,
         **options: Any,
     ) -> str | list[str]:
-        """`generate`, for one prompt (a text, or a chat) too: then `images` is its image, or its
-        list of images, and one answer comes back.
+        """`generate`, also for a single prompt (a text or a chat): then `images` is its image or
+        its list of images, and the result is one answer.
         """
         is_one = is_one_prompt(prompts)
         several: Any = [prompts] if is_one else prompts
@@ -365,7 +366,7 @@ class BeingVL(metaclass=SaysWhatReplaces):
     def _prompt_ids(
         self, prompts: Prompts, images: Images, with_vbpe: bool | None
     ) -> list[list[int]]:
-        """The ids of every prompt; all images go through the VQ-GAN together."""
+        """The ids of every prompt; all images are encoded together."""
         if isinstance(prompts, str):
             raise InputError("prompts is one string, expected a list of prompts")
         refuse_one_image(images)
@@ -388,9 +389,9 @@ class BeingVL(metaclass=SaysWhatReplaces):
         on_text: Callable[[str], None] | None = None,
         **options: Any,
     ) -> list[str]:
-        """Answers to prompts that are token ids already, in the order given.
+        """Answers to prompts that are already token ids, in the given order.
 
-        `on_text` is called with each new piece of text while it is made (one prompt only);
+        `on_text` is called with each new piece of text as it is generated (one prompt only);
         `options` are those of `continue_token_sequences`.
         """
         if on_text and len(sequences) != 1:
@@ -413,12 +414,12 @@ class BeingVL(metaclass=SaysWhatReplaces):
         streamer: TextStreamer | None = None,
         **sampling: Any,
     ) -> list[list[int]]:
-        """New token ids of every prompt, up to its eos (left out), through the tokens that spell
-        the template's stop text, or `max_new_tokens`.
+        """New token ids for every prompt, up to eos (left out), the template's stop text
+        (included), or `max_new_tokens`.
 
-        Prompts of like length share a batch; a batch ends when all its answers have. `on_batch` is
-        called after each with the indices of its prompts and their new token ids. `sampling`:
-        transformers' options of that name, `top_p=0.9` and the others of `SAMPLING`.
+        Prompts of similar length share a batch, which ends when all its answers have ended.
+        `on_batch` is called after each batch with its prompt indices and their new token ids.
+        `sampling`: transformers' options, such as `top_p=0.9`; `SAMPLING` lists them.
         """
         check_sampling(sampling)
         self._check_request(
@@ -437,7 +438,7 @@ class BeingVL(metaclass=SaysWhatReplaces):
             except (ValueError, TypeError, ArithmeticError) as error:
                 if not sampling:
                     raise
-                raise InputError(f"transformers refuses {sampling}: {error}") from error
+                raise InputError(f"transformers refused {sampling}: {error}") from error
             for index, row in zip(batch, rows, strict=True):
                 answers[index] = self._without_end(row)
             if on_batch:
@@ -454,7 +455,7 @@ class BeingVL(metaclass=SaysWhatReplaces):
             self.check_length(sequence, max_new_tokens)
 
     def check_length(self, token_ids: Sequence[int], max_new_tokens: int) -> None:
-        """Raises InputError when a prompt and its answer do not fit the context."""
+        """Raises InputError if a prompt and its answer do not fit into the context."""
         num_tokens = int(self.position_ids(token_ids)[-1]) + 1
         if self.context and num_tokens + max_new_tokens > self.context:
             raise InputError(
@@ -472,8 +473,8 @@ class BeingVL(metaclass=SaysWhatReplaces):
         options: dict[str, Any],
         criteria: Sequence[EndsRows] = (),
     ) -> list[list[int]]:
-        """New token ids of every prompt, up to the end of the longest answer; behind a shorter one
-        stands padding. `options` are those of transformers' `generate`.
+        """New token ids for every prompt, up to the end of the longest answer; shorter ones are
+        padded. `options` are those of transformers' `generate`.
         """
         is_drawing = "prefix_allowed_tokens_fn" in options
         eoi_id = None if is_drawing else self.layout.eoi_id
@@ -482,7 +483,7 @@ class BeingVL(metaclass=SaysWhatReplaces):
         width = inputs["input_ids"].shape[1]
         for criterion in criteria:
             criterion.width = width
-        # A vocabulary that was rounded up has rows without a token.
+        # A padded vocabulary has rows without a token; never sample them.
         num_rows = self.model.get_input_embeddings().num_embeddings
         padding_rows = list(range(self.layout.size, num_rows))
         out = self.model.generate(
@@ -497,29 +498,29 @@ class BeingVL(metaclass=SaysWhatReplaces):
         return out[:, width:].tolist()
 
     def decode_answer(self, token_ids: Sequence[int]) -> str:
-        """The text of an answer's ids up to the template's stop text; image tokens and specials in
-        it are left out.
+        """The text of an answer's ids, up to the template's stop text, without image tokens and
+        specials.
         """
         return cut_at(self.decode_text(token_ids), self.stop_texts)
 
     def decode_text(self, token_ids: Sequence[int]) -> str:
-        """The same with what a stop text leaves out."""
+        """As `decode_answer`, but not cut at the stop text."""
         text_ids = [token for token in token_ids if token < self.layout.num_text]
         return self._tokenizer.decode(text_ids)
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
-        """What ends an answer of the model's template beside eos."""
+        """Texts that end an answer in the model's template, in addition to eos."""
         text = STOP_TEXTS.get(self.template)
         return (text,) if text else ()
 
     @property
     def stop_ids(self) -> list[int]:
-        """Any of them ends an answer: eos, in the base model's template its own ones too."""
+        """Ids that end an answer: eos and, with the base model's template, its own stop tokens."""
         return [self.layout.eos_id, *(self._base.stop_ids if self._base else [])]
 
     def _without_end(self, token_ids: list[int]) -> list[int]:
-        """A row without its eos, and without the padding behind a stop text."""
+        """An answer's ids without eos, and without the padding after a stop text."""
         ids = _until(token_ids, self.stop_ids)
         while self.stop_texts and ids and ids[-1] == self.layout.pad_id:
             ids.pop()
@@ -534,10 +535,10 @@ class BeingVL(metaclass=SaysWhatReplaces):
         with_vbpe: bool | None = None,
         temperature: float = 1.0,
     ) -> list[np.ndarray]:
-        """Experimental: one picture's token ids `[n]` int32 per prompt, sampled, for `tok2img`.
+        """Experimental: sample one picture's token ids `[n]` int32 per prompt, for `tok2img`.
 
-        An empty prompt without images draws as a training sample begins: `bos boi`. Otherwise the
-        drawing stands where another image of the sample would: behind the prompt's images and text.
+        An empty prompt without images starts as a training sample does: `bos boi`. Otherwise the
+        drawing comes where the sample's next image would, after the prompt's images and text.
         Raises InputError for a published vBPE, whose tokens have no fixed shape.
         """
         with_vbpe = self.uses_vbpe(with_vbpe)
@@ -565,7 +566,7 @@ class BeingVL(metaclass=SaysWhatReplaces):
         if not prompt.strip() and image is None:
             return [self.layout.bos_id, self.layout.boi_id]
         ids = self.tokenize(prompt, image, with_vbpe)
-        if ids[-1] == self.layout.sep_id:  # the begin of an image stands in its place
+        if ids[-1] == self.layout.sep_id:  # begin-of-image replaces it
             ids.pop()
         return [*ids, self.layout.boi_id]
 

@@ -1,5 +1,5 @@
-"""Back ends that are servers of vLLM and of llama.cpp. They know nothing of pictures: token ids go
-there, and token ids come back while they are made.
+"""Back ends that use a vLLM or llama.cpp server. Servers never see pictures: they get token ids and
+stream token ids back.
 
     prompt ids ──POST──> their batches ──server-sent events──> new ids
 """
@@ -23,7 +23,7 @@ CONNECT_SECONDS = 10
 
 
 class Vllm:
-    """The words of `vllm serve`."""
+    """The protocol of `vllm serve`."""
 
     path, url = "/v1/completions", "http://127.0.0.1:8000"
 
@@ -34,7 +34,7 @@ class Vllm:
             "max_tokens": row.max_new_tokens,
             "return_token_ids": True,
             "stop_token_ids": stop_ids,
-            # Else those of the model folder's generation_config.json.
+            # otherwise it uses the values in the model folder's generation_config.json
             **{"top_k": 0, "min_p": 0, "repetition_penalty": 1},
         }
 
@@ -45,7 +45,7 @@ class Vllm:
 
 
 class LlamaCpp:
-    """The words of llama.cpp's server, which ends answers at the ends that its file names."""
+    """The protocol of llama.cpp's server, which ends answers at its model file's stop tokens."""
 
     path, url = "/completion", "http://127.0.0.1:8080"
 
@@ -59,8 +59,8 @@ class LlamaCpp:
 
     @staticmethod
     def new_ids(events: Iterator[dict[str, Any]], model: BeingVL) -> Iterator[list[int]]:
-        """Tokens are held back until they make whole characters, and then it names the last one
-        only; what several spell is encoded again.
+        """The server holds tokens back until they form whole characters, and then sends only the
+        last one's id. So we encode the text of several tokens again.
         """
         num_before = 0
         for event in events:
@@ -73,9 +73,9 @@ SERVERS: dict[str, type[Vllm] | type[LlamaCpp]] = {"vllm": Vllm, "llama.cpp": Ll
 
 
 class ServerBackEnd:
-    """A server that is asked by HTTP, `name` one of `SERVERS`.
+    """A server reached over HTTP; `name` is one of `SERVERS`.
 
-    Raises InputError where none answers, and what it refuses in its words.
+    Raises InputError if no server answers, or with the server's own words if it refuses a request.
     """
 
     def __init__(self, name: str, url: str | None, model: BeingVL, with_vbpe: bool) -> None:
@@ -94,12 +94,12 @@ class ServerBackEnd:
         with closing(self._connect()) as connection:
             models = json.load(self._ask(connection, "GET", "/v1/models"))
         self.served = str(models["data"][0]["id"])
-        """The name of its model."""
+        """The name of the server's model."""
 
     def answer(
         self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling
     ) -> Generator[list[int] | int, None, None]:
-        """As `BackEnd.answer`; how many wait there is not known here."""
+        """As `BackEnd.answer`; the length of the server's queue is unknown, so it yields 0."""
         row = Row(prompt_ids, max_new_tokens, sampling)
         threading.Thread(target=self._hand_out, args=[row], daemon=True).start()
         try:
@@ -109,7 +109,7 @@ class ServerBackEnd:
 
     def _hand_out(self, row: Row) -> None:
         try:
-            with closing(self._connect()) as connection:  # hanging up ends the work there
+            with closing(self._connect()) as connection:  # closing it ends the work on the server
                 events = self._events(connection, row)
                 for new_ids in self._words.new_ids(events, self._model):
                     for token in new_ids:
@@ -119,7 +119,7 @@ class ServerBackEnd:
                             return
                         row.new.put(token)
                 row.end()
-        except Exception as error:  # the reader gets it
+        except Exception as error:  # raised in the reader's thread
             row.end(error)
 
     def _events(self, connection: HTTPConnection, row: Row) -> Iterator[dict[str, Any]]:
@@ -132,7 +132,7 @@ class ServerBackEnd:
             "seed": sampling.seed,
             **self._words.body(row, self.served, self._model.stop_ids),
         }
-        is_whole = False  # http.client takes a broken connection for the end
+        is_whole = False  # http.client does not distinguish a broken connection from the end
         for line in self._ask(connection, "POST", self._words.path, json.dumps(asked)):
             if line.startswith((b"data: {", b"error: {")):
                 event = json.loads(line.partition(b": ")[2])
@@ -143,15 +143,17 @@ class ServerBackEnd:
             elif line.startswith(b"data: [DONE]"):
                 is_whole = True
         if not is_whole:
-            raise InputError(f"{self._url} hung up in the middle of an answer")
+            raise InputError(f"{self._url} closed the connection in the middle of an answer")
 
     def _connect(self) -> HTTPConnection:
         connection = HTTPConnection(self._address, timeout=CONNECT_SECONDS)
         try:
             connection.connect()
         except OSError as error:
-            raise InputError(f"{self._url} does not answer ({error}); is its server up?") from error
-        connection.sock.settimeout(None)  # a question may wait long for its turn
+            raise InputError(
+                f"{self._url} does not answer ({error}); is the server running?"
+            ) from error
+        connection.sock.settimeout(None)  # a request may wait in the queue for long
         return connection
 
     def _ask(
@@ -162,7 +164,8 @@ class ServerBackEnd:
             connection.request(method, self._prefix + path, body, head)
             response = connection.getresponse()
         except (OSError, HTTPException) as error:
-            raise InputError(f"{self._url} hung up ({error})") from error
+            raise InputError(f"{self._url} closed the connection ({error})") from error
         if response.status != 200:
-            raise InputError(f"{self._url} refuses: {response.read(300).decode(errors='replace')}")
+            refusal = response.read(300).decode(errors="replace")
+            raise InputError(f"{self._url} refused the request: {refusal}")
         return response

@@ -1,5 +1,5 @@
-"""The page of `beingvl serve` in gradio, an optional extra that nothing else imports: a picture and
-its tokens on the left, the conversation on the right.
+"""The page of `beingvl serve`: a picture and its tokens on the left, the conversation on the right.
+Only this module imports gradio, an optional extra.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from beingvl.images.image_source import IMAGE_SUFFIXES
 from beingvl.inference.conversations import Conversations, Turns, refuse_other_files, shown
 
 SAME_ORIGIN = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
-"""Content-Security-Policy: gradio's page names fonts and a script of other hosts; the browser
-leaves them out.
+"""Content-Security-Policy: keeps the browser from loading the fonts and the script from other hosts
+that gradio's page names.
 """
 NO_PICTURE = "No picture: questions are asked without one."
 EXAMPLES = ("What is in the picture?", "Describe the picture.")
 LABELS_ABOVE = "#original, #borders { padding-top: 28px }"
-"""gradio lays them over the pictures' first tokens."""
+"""gradio would put the labels over the pictures' first tokens."""
 UPLOADED = """async () => {
     const uploading = () => document.querySelector("#upload .uploading, #upload progress")
     while (uploading()) await new Promise(done => setTimeout(done, 50))
 }"""
-"""Until the browser has sent the file, the page does not know that there is one."""
+"""Wait for the upload: until the browser has sent the file, the page does not know about it."""
 Talk = tuple[str | None, Turns] | None
 """The picture that a conversation is about, and its turns."""
 
@@ -52,7 +52,7 @@ def build_app(conversations: Conversations, title: str, max_upload_bytes: int) -
 
 
 def protected_app() -> FastAPI:
-    """Pages load nothing from elsewhere."""
+    """An application whose pages load nothing from other hosts."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     async def add_policy(request: Request, call_next: Callable[[Request], Any]) -> Response:
@@ -67,10 +67,10 @@ def protected_app() -> FastAPI:
 
 
 class Page(gr.Blocks):
-    """A page that opens the files that were uploaded to it and no others.
+    """A page that opens only files that were uploaded to it.
 
-    gradio copies any file or address that a request names, in whatever field, to where its
-    visitors can read it: it checks names only of pages that it started itself.
+    gradio copies any file or address that a request names, in whatever field, to where visitors can
+    read it; it checks names only for pages that it launched itself.
     """
 
     async def preprocess_data(
@@ -84,14 +84,14 @@ class Page(gr.Blocks):
 
 
 def build_page(conversations: Conversations, title: str) -> gr.Blocks:
-    """No function raises: gradio would show an error in the place of the conversation."""
+    """The page. Its functions never raise: gradio would replace the conversation with an error."""
 
     def look(path: str | None) -> tuple[Any, Any, str, Any]:
         if path is None:
             return None, None, NO_PICTURE, gr.skip()
         try:
             found = conversations.look(path)
-        except Exception as error:  # the picture goes, and the reason stays
+        except Exception as error:  # show the reason instead of the picture
             sentence = explained(error).replace(path, Path(path).name)
             gr.Warning(sentence)
             return None, None, sentence, None
@@ -100,11 +100,11 @@ def build_page(conversations: Conversations, title: str) -> gr.Blocks:
     def ask(
         question: str, talk: Talk, path: str | None, request: gr.Request
     ) -> Iterator[tuple[str, Talk, list, str]]:
-        turns = talk[1] if talk and talk[0] == path else []  # another picture, another talk
+        turns = talk[1] if talk and talk[0] == path else []  # a new picture starts a new chat
         visitor, text = request.session_hash or "", ""
         try:
             for text, num_before in conversations.ask(question, turns, path, visitor):
-                status = f"{num_before} answered before yours" if num_before else "answering"
+                status = f"{num_before} ahead of yours" if num_before else "answering"
                 yield "", talk, shown([*turns, (question, text or "…")], bool(path)), status
         except Exception as error:
             sentence = explained(error).replace(path or "\0", "the picture")
@@ -159,8 +159,8 @@ def build_page(conversations: Conversations, title: str) -> gr.Blocks:
 
 
 def explained(error: Exception) -> str:
-    """What to say of an error; of a defect only that it is one, and the log says which."""
+    """The message for an error; for a bug it only points to the log, which has the traceback."""
     if isinstance(error, InputError):
         return str(error)
     traceback.print_exception(error)
-    return "the server failed; its log says more"
+    return "the server failed; see its log"

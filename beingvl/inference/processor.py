@@ -1,13 +1,13 @@
 """`AutoProcessor` for model folders of beingvl: images and messages in, `input_ids` out, for stock
 `AutoModelForCausalLM.generate`.
 
-    from beingvl import BeingVLProcessor                     # makes it known to AutoProcessor
+    from beingvl import BeingVLProcessor                     # registers it with AutoProcessor
     processor = AutoProcessor.from_pretrained("stage-3/final")
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True,
                                            return_tensors="pt")
     model.generate(**inputs, max_new_tokens=64)
 
-The chat template of the folder makes the text, an image's tokens take the place of `<image>`.
+The folder's chat template builds the text; an image's tokens replace each `<image>`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_down
 
 
 class BeingVLProcessor(ProcessorMixin):
-    """The tokenizer of a model folder with its VQ-GAN and vBPE in front of it; no weights."""
+    """A model folder's tokenizer together with its VQ-GAN and vBPE; without the model's weights."""
 
     being: BeingVL
 
@@ -41,7 +41,7 @@ class BeingVLProcessor(ProcessorMixin):
     def from_pretrained(
         cls, name: Path | str, vbpe_path: Path | str | None = None, **options: Any
     ) -> BeingVLProcessor:
-        """Of a model folder, here or on the Hub. Raises InputError as `BeingVL`."""
+        """From a model folder, local or on the Hub. Raises InputError as `BeingVL` does."""
         asked = {key: options[key] for key in HUB_OPTIONS if options.get(key)}
         being = BeingVL(fetched(name, **asked), vbpe_path)
         tokenizer = AutoTokenizer.from_pretrained(
@@ -58,11 +58,11 @@ class BeingVLProcessor(ProcessorMixin):
         return_tensors: str | None = None,
         **options: Any,
     ) -> BatchFeature:
-        """`input_ids`, `attention_mask`, and `position_ids` where a model was not trained on
-        running ones, `[N, longest]`, padded on the left.
+        """`input_ids`, `attention_mask`, and, unless the model was trained on running positions,
+        `position_ids`; each `[N, longest]`, padded on the left.
 
-        `text`: what the chat template made, or questions; `images`: for one text its images, for
-        several a list of each one's. Raises InputError for images and places that do not fit.
+        `text`: output of the chat template, or questions. `images`: for one text its images, for
+        several texts a list for each. Raises InputError if images and placeholders do not match.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         images_of = _images_of(images, len(texts), isinstance(text, str))
@@ -81,7 +81,7 @@ class BeingVLProcessor(ProcessorMixin):
         return BatchFeature(dict(padded), tensor_type=return_tensors)
 
     def _prompt(self, text: str, num_images: int) -> str:
-        """A question in the chat template; what has its begin already, as it is."""
+        """A question in the chat template; a text that already starts with bos, unchanged."""
         if text.startswith(self.being.encoder.special_text(self.being.layout.bos_id)):
             return text
         if num_images == 1 and IMAGE_PLACEHOLDER not in text:
@@ -105,7 +105,7 @@ def _images_of(images: Any, num_texts: int, is_one: bool) -> list[list[Any]]:
 
 
 class _Config(PreTrainedConfig):
-    """AutoProcessor finds a class by its name, but keeps it under a config's."""
+    """AutoProcessor finds a processor by its class name, but registers it under a config class."""
 
     model_type = "beingvl"
 

@@ -1,4 +1,4 @@
-"""How Being-VL-0.5 is called from Python, where `BeingVL` goes another way."""
+"""Being-VL-0.5's Python calls that `BeingVL` handles differently."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REPLACED = {
 
 
 def missing(name: str) -> AttributeError:
-    """What to say of an attribute that `BeingVL` does not have."""
+    """The error for an attribute that `BeingVL` does not have."""
     said = f"BeingVL has no attribute {name!r}"
     for published, instead in REPLACED.items():
         if name == published or (published.endswith("_") and name.startswith(published)):
@@ -27,14 +27,14 @@ def missing(name: str) -> AttributeError:
 
 
 class SaysWhatReplaces(type):
-    """A class of which a published method that is not there is answered as of its objects."""
+    """Metaclass: a missing published method raises the same error on the class as on objects."""
 
     def __getattr__(cls, name: str) -> NoReturn:
         raise missing(name)
 
 
 def positional(first: Any) -> InputError:
-    """What to say of `load_model`'s arguments in their published order."""
+    """The error for `load_model`'s arguments in their published order."""
     return InputError(
         f"load_model({first!r}, …): expected a dtype and a device; give Being-VL-0.5's arguments "
         "by name: load_model(model_path=…, vbpe_path=…, torch_dtype=…)"
@@ -42,14 +42,15 @@ def positional(first: Any) -> InputError:
 
 
 def device_of(device_map: Any) -> Any:
-    """transformers' `device_map` as one device; None, and "auto", for the one that is there.
+    """transformers' `device_map` as one device; None for None and "auto".
 
-    Raises InputError for what spreads a model over several.
+    Raises InputError for a map that spreads a model over several devices.
     """
     places = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
     if len(set(map(str, places))) != 1 or places[0] in ("balanced", "balanced_low_0", "sequential"):
         raise InputError(
-            f"device_map is {device_map!r}, a BeingVL runs on one device; leave it out, or name one"
+            f"device_map is {device_map!r}, but a BeingVL runs on one device; leave it out, or "
+            "name one"
         )
     place = places[0]
     if place in (None, "auto"):

@@ -1,4 +1,4 @@
-"""A stock model's weights: of which type, onto which device, read without noise in log files."""
+"""Loads a stock model's weights: dtype, device, and no progress bars in log files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def as_dtype(torch_dtype: str | torch.dtype) -> torch.dtype:
 def dtype_of(
     folder: Path, torch_dtype: str | torch.dtype | None, device: torch.device
 ) -> torch.dtype:
-    """`torch_dtype`, else float32 on a CPU and the checkpoint's own type on an accelerator."""
+    """`torch_dtype`; by default float32 on a CPU, and the checkpoint's own dtype on a GPU."""
     if torch_dtype is None and device.type != "cpu":
         config = read_config(folder)
         torch_dtype = config.get("dtype") or config.get("torch_dtype")
@@ -38,7 +38,7 @@ def dtype_of(
 
 
 def own_device(device: str | torch.device | None = None) -> torch.device:
-    """`device`, else the one that "auto" means."""
+    """`device`, else the one that "auto" selects."""
     return usable_device(device or "auto")
 
 
@@ -47,10 +47,10 @@ def read_model(
 ) -> PreTrainedModel:
     """A stock model, frozen and in evaluation mode; without a progress bar in log files.
 
-    Raises InputError when weights are not as the folder's manifest says, where it has one: they
-    are compared in a thread meanwhile.
+    Meanwhile a thread compares the weights with the folder's manifest, if it has one. Raises
+    InputError if they differ.
     """
-    weights = WeightFolder(folder)  # knows that an index names no file outside
+    weights = WeightFolder(folder)  # also checks that the index names no file outside
     was_enabled = logging.is_progress_bar_enabled()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

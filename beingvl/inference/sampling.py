@@ -1,4 +1,4 @@
-"""transformers' options of `generate` that a caller may set, by their names."""
+"""The options of transformers' `generate` that a caller may set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAMPLING = (
 
 
 def check_sampling(options: Mapping[str, Any]) -> None:
-    """Raises InputError for another name."""
+    """Raises InputError for any other name."""
     for name in options:
         if name not in SAMPLING:
             near = difflib.get_close_matches(name, SAMPLING, n=1)

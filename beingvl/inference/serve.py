@@ -1,5 +1,5 @@
-"""What stands around the page and the API of `beingvl serve`: the address, the key, a temporary
-folder, the web server. The page is in page.py and conversations.py, the API in api.py.
+"""The frame of `beingvl serve`: address, key, temporary folder, web server. The page is in page.py
+and conversations.py, the API in api.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from beingvl.vbpe.visual_bpe import VisualBPE
 TRANSFORMERS = "transformers"
 KEY = "BEINGVL_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-OWN_NAMES = ["127.0.0.1", "localhost", "[::1]"]  # as a request's Host header has them
+OWN_NAMES = ["127.0.0.1", "localhost", "[::1]"]  # as in a request's Host header
 FOLDERS = ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE", "MPLCONFIGDIR")
 QUIET = {
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -55,11 +55,11 @@ def serve(
     torch_dtype: str | None = None,
     device: str | None = None,
 ) -> None:
-    """Serve a page on `host`, or with `api` OpenAI's chat completions, until it is interrupted.
+    """Serve a page on `host`, or with `api` OpenAI's chat completions, until interrupted.
 
-    `api_key` is a file that holds the key; without it the variable BEINGVL_API_KEY is asked.
-    `backend`: what answers, this process or, with `api`, a server of that name at `backend_url`.
-    Raises InputError where an optional extra, gradio or Starlette, is not installed.
+    `api_key` is a file that holds the key; default: the variable BEINGVL_API_KEY. `backend`: what
+    computes the answers, this process or, with `api`, a server of that kind at `backend_url`.
+    Raises InputError if an optional extra, gradio or Starlette, is not installed.
     """
     limits = {"images": max_images, "new_tokens": max_new_tokens, "seconds": max_seconds}
     check_at_least(
@@ -78,7 +78,7 @@ def serve(
         os.environ.update(QUIET)
         application = import_application(api)
         model = BeingVL(model_path, vbpe_path, template=template)
-        model.img2codes([])  # refuses another model's VQ-GAN now, not at the first picture
+        model.img2codes([])  # refuse a wrong VQ-GAN now, not at the first picture
         with_vbpe = model.uses_vbpe(False if raw else None)
         answers: BackEnd
         if backend == TRANSFORMERS:
@@ -101,8 +101,8 @@ def serve(
 
 
 def warm_up(model: BeingVL, back_end: BackEnd) -> None:
-    """Bring into memory, and compile, what the first visitor would wait for. The last id is asked:
-    a server of another model, the base perhaps, does not know it.
+    """Load and compile what the first visitor would otherwise wait for. The prompt is the last
+    token id, which a server with a wrong model, such as the base, does not know.
     """
     side = model.vqgan.image_size
     codes = model.vqgan.encode(torch.zeros(1, 3, side, side))
@@ -112,8 +112,8 @@ def warm_up(model: BeingVL, back_end: BackEnd) -> None:
 
 
 def import_application(api: bool) -> Any:
-    """The module of the API or of the page. They are optional extras, and gradio reads the
-    environment when it is imported.
+    """The module of the API or of the page. Imported late: they need optional extras, and gradio
+    reads the environment on import.
     """
     try:
         return importlib.import_module(f"beingvl.inference.{'api' if api else 'page'}")
@@ -125,8 +125,8 @@ def import_application(api: bool) -> Any:
 
 
 def run_server(app: Any, host: str, listener: socket.socket) -> None:
-    """Serve until a signal. Called by another name than this machine's own, an application on its
-    own address does not answer: a foreign page could reach it through the browser.
+    """Serve until a signal. On a loopback address, only requests to this machine's own names are
+    answered; otherwise a foreign web page could reach the server through the user's browser.
     """
     import uvicorn  # an optional extra
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -138,12 +138,12 @@ def run_server(app: Any, host: str, listener: socket.socket) -> None:
 
 
 def read_key(path: Path | None) -> str | None:
-    """The key that requests must hold, from a file or the variable BEINGVL_API_KEY; it is never
-    shown. Raises InputError for one that cannot be a key.
+    """The key that requests must send, from a file or the variable BEINGVL_API_KEY; never shown.
+    Raises InputError for one that cannot be a key.
     """
     try:
         key = os.environ.get(KEY) if path is None else path.read_text(encoding="ascii").strip()
-    except (OSError, ValueError) as error:  # a key that stands there itself must not be repeated
+    except (OSError, ValueError) as error:  # the argument may be the key itself: do not print it
         raise InputError("--api_key is not a readable file of ASCII; put the key in one") from error
     if path is None and not key:
         return None
@@ -153,7 +153,7 @@ def read_key(path: Path | None) -> str | None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Raises InputError when the address cannot be had."""
+    """Raises InputError if the address is not available."""
     if not 0 <= port <= 65535:
         raise InputError(f"--port is {port}, expected 0 … 65535")
     try:
@@ -167,8 +167,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 @contextmanager
 def temporary_folder() -> Iterator[None]:
-    """Everything that this process and gradio write goes into one folder, which is removed at
-    the end, also by SIGTERM.
+    """Everything that this process and gradio write goes into one folder, which is removed at the
+    end, also after SIGTERM.
     """
     before, handler = tempfile.tempdir, signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="beingvl-serve-", ignore_cleanup_errors=True) as folder:

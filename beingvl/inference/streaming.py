@@ -1,4 +1,4 @@
-"""Answers while they are made: their text piece by piece, and where a stop text ends them."""
+"""Streaming answers: their text piece by piece, and where a stop text ends them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from transformers import StoppingCriteria
 
 
 def cut_at(answer: str, until: str | Iterable[str] | None) -> str:
-    """The answer up to the first of the stop strings."""
+    """The answer up to the first stop text, stripped."""
     for stop in [until] if isinstance(until, str) else until or []:
         answer = answer.split(stop)[0] if stop else answer
     return answer.strip()
 
 
 class TextPieces:
-    """Token ids in, new text out; all pieces together are the text up to the first of `stops`."""
+    """Token ids in, new text out; the pieces join to the text up to the first of `stops`."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
-        """`decode` makes text of token ids."""
+        """`decode` turns token ids into text."""
         self._decode, self._stops = decode, stops
         self._ids: list[int] = []
         self._num_shown = 0
         self.is_stopped = False
 
     def add(self, token_ids: Iterable[int]) -> str:
-        """What can be shown now. Half a character, and what may become a stop text, waits."""
+        """The text that can be shown now. Incomplete characters and possible stop texts wait."""
         self._ids.extend(token_ids)
         text = self._decode(self._ids)
         self.is_stopped = any(stop in text for stop in self._stops)
@@ -39,7 +39,7 @@ class TextPieces:
         return any(text.endswith(stop[:end]) for stop, most in ends for end in range(1, most + 1))
 
     def rest(self) -> str:
-        """What waited, when no more ids come."""
+        """The text that was still waiting; call it after the last ids."""
         return self._new(self._decode(self._ids))
 
     def _new(self, text: str) -> str:
@@ -58,7 +58,7 @@ class TextStreamer:
     def put(self, token_ids: torch.Tensor) -> None:
         if self._has_prompt:
             self._say(self._pieces.add(token_ids.flatten().tolist()))
-        self._has_prompt = True  # it comes first
+        self._has_prompt = True  # the first call passes the prompt
 
     def end(self) -> None:
         self._say(self._pieces.rest())
@@ -69,15 +69,15 @@ class TextStreamer:
 
 
 class EndsRows(StoppingCriteria):
-    """Ends rows by their new tokens. `width`: tokens of the prompts, padding included, as
-    `BeingVL.continue_batch` lays them out.
+    """Ends answers by their new tokens. `width`: length of the padded prompts, set by
+    `BeingVL.continue_batch`.
     """
 
     width = 0
 
 
 class StopAtText(EndsRows):
-    """Ends a row when its answer spells `text`, which tokens do in many ways (`.</` and `s>`)."""
+    """Ends an answer that spells `text`, in whatever tokens (`.</` and `s>`, for example)."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], text: str) -> None:
         self._decode, self._text = decode, text
@@ -85,7 +85,7 @@ class StopAtText(EndsRows):
     def __call__(
         self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any
     ) -> torch.BoolTensor:
-        # Each token spells a byte or more, so no earlier one takes part.
+        # Each token spells at least one byte, so earlier tokens cannot be part of the text.
         last = input_ids[:, self.width :][:, -len(self._text) :].tolist()
         spelt = [self._text in self._decode(row) for row in last]
         return torch.tensor(spelt, device=input_ids.device)

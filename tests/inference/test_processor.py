@@ -200,7 +200,7 @@ def test_sampling_options_have_transformers_names(model: BeingVL) -> None:
     assert len(answers(num_beams=2)[0]) <= 12
     with pytest.raises(InputError, match="'topp' is not an option of generation; did you mean"):
         answers(topp=0.5)
-    with pytest.raises(InputError, match=r"transformers refuses \{'top_k': -1\}"):
+    with pytest.raises(InputError, match=r"transformers refused \{'top_k': -1\}"):
         answers(do_sample=True, top_k=-1)
 
 
@@ -210,14 +210,14 @@ def test_the_variant_is_the_models_and_another_is_said(
     raw = BeingVL(written(run_folder, tmp_path / "raw", variant="raw"))
     codes = np.full((1, 4, 4), 3, np.uint16)  # its vBPE merges two of them
     plain, merged = (raw.codes2tok(codes, chosen)[0].tolist() for chosen in (False, True))
-    said = "trained on plain image codes (--raw), it is asked with merged"
+    said = "trained on plain image codes (--raw), but gets merged"
     assert said in capsys.readouterr().err
     assert raw.codes2tok(codes)[0].tolist() == plain
     assert model.codes2tok(codes)[0].tolist() == merged != plain
     assert not capsys.readouterr().err
     command = ["generate", f"--model={model.model_path}", "--prompt=hi", f"--image={images[0]}"]
     assert main([*command, "--raw", "--max_new_tokens=1", "--device=cpu"]) == 0
-    assert "it is asked with plain image codes" in capsys.readouterr().err
+    assert "but gets plain image codes" in capsys.readouterr().err
 
 
 def test_a_base_is_asked_in_its_own_template(final: Path, images: list[Path], capsys) -> None:
@@ -253,5 +253,5 @@ def test_a_model_comes_from_the_hubs_cache(final: Path, tmp_path: Path) -> None:
     assert BeingVLProcessor.from_pretrained("me/tiny", **options)(text="hi")["input_ids"] == [
         found.tokenize("hi")
     ]
-    with pytest.raises(InputError, match="me/other is neither a folder here nor reached"):
+    with pytest.raises(InputError, match="me/other is neither a folder here nor reachable"):
         BeingVL.from_pretrained("me/other", **options)

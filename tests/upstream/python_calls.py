@@ -65,7 +65,7 @@ def load_model(world: World) -> str:
     model.load_model(vbpe_path=str(world.vbpe), torch_dtype="float32")
     assert model.vbpe == VisualBPE.load(world.vbpe)
     for wrong, sentence in (
-        ({"model_path": "elsewhere"}, "for elsewhere make another BeingVL"),
+        ({"model_path": "elsewhere"}, "for elsewhere create a new BeingVL"),
         ({"vbpe_init_size": 8192}, "--vbpe_init_size is 8192, the model's layout has"),
         ({"vbpe_vocab_end": 7}, "do not fit the model's layout"),
     ):
