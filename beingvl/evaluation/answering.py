@@ -1,12 +1,11 @@
-"""Questions of rows in any form, a model's greedy answers, and their scores: `--json_path`.
+"""`--json_path`: a model's greedy answers to the questions in dataset rows, and their scores.
 
     read_questions             rows -> questions with reference answers, checked for the metric
-    Answering.evaluate_rows    image tokens, prompts by the chat template, answers in batches
+    Answering.evaluate_rows    image tokens, prompts in the chat template, answers in batches
     Answering.combine          all answers -> predictions.jsonl and the scores
 
-Where a row keeps its reference answer: in `answers` (a list of texts, or of objects with `answer`),
-else in `answer` (a text, or a number into the list `choices`), else in the gpt turn of
-`conversations`.
+The reference answer of a row is in `answers` (a list of texts, or of objects with `answer`), else
+in `answer` (a text, or an index into the list `choices`), else in the gpt turn of `conversations`.
 """
 
 from __future__ import annotations
@@ -48,14 +47,14 @@ IMAGES_AT_ONCE = 64  # encoded together
 
 @dataclass(frozen=True, kw_only=True)
 class Question(Reference):
-    """One row: what is known of the answer, and what is asked. `id` is the row's, or its number."""
+    """One dataset row: reference and question. `id` is the row's own, or its number."""
 
     id: Any
     prompt: str
 
     @property
     def text(self) -> str:
-        """The question without image placeholders: what rows are grouped by."""
+        """The question without image placeholders; scores are grouped by it."""
         return " ".join(self.prompt.replace(IMAGE_PLACEHOLDER, " ").split())
 
 
@@ -65,7 +64,7 @@ class Question(Reference):
 def read_questions(path: Path, limit: int | None, metric: str) -> list[Question]:
     """The first `limit` rows of a LLaVA JSON or JSONL.
 
-    Raises InputError that names the row which is not one question with a reference answer, or which
+    Raises InputError naming the first row that is not one question with a reference answer, or that
     `metric` cannot score.
     """
     rows = list(islice(stream_rows(path), limit))
@@ -89,7 +88,7 @@ def _question(row: dict[str, Any], number: int) -> Question:
     answers = _given_answers(row)
     conversations = row.get("conversations")
     if isinstance(conversations, list) and len(conversations) == 1:
-        # The answer stands beside the conversation, which gets a turn that nobody reads.
+        # The answer is outside the conversation; add a dummy turn so that it parses.
         if not answers:
             raise InputError(
                 "there is no reference answer; give `answer`, `answers` or a gpt turn in "
@@ -113,7 +112,7 @@ def _question(row: dict[str, Any], number: int) -> Question:
 
 
 def _given_answers(row: Mapping[str, Any]) -> list[str]:
-    """Texts of `answers` or `answer`; none when the row has neither."""
+    """The texts in `answers` or `answer`; empty if the row has neither."""
     if "answers" in row:
         entries = row["answers"] if isinstance(row["answers"], list) else []
         texts = [entry.get("answer") if isinstance(entry, dict) else entry for entry in entries]
@@ -129,20 +128,20 @@ def _given_answers(row: Mapping[str, Any]) -> list[str]:
     if isinstance(answer, int) and choices is not None:
         if not isinstance(choices, list) or not 0 <= answer < len(choices):
             raise InputError(
-                f"`answer` is {answer}, but `choices` is {str(choices)[:60]!r}; expected a "
-                "number into that list"
+                f"`answer` is {answer}, but `choices` is {str(choices)[:60]!r}; expected an "
+                "index into that list"
             )
         return [chr(ord("A") + answer)]
     if not isinstance(answer, (str, int)):
         raise InputError(
-            f"`answer` is {str(answer)[:60]!r}, expected text, or a number into `choices`"
+            f"`answer` is {str(answer)[:60]!r}, expected text, or an index into `choices`"
         )
     return [str(answer)]
 
 
 def open_named(keys: Sequence[str], places: Sequence[Path | str]) -> ImageSource | None:
-    """What holds the images; None when there are none. Raises InputError without --image_path, for
-    a key that leaves it, or a missing image.
+    """The source of the images; None if there are no keys. Raises InputError without --image_path,
+    for a key that points outside it, and for a missing image.
     """
     if not keys:
         return None
@@ -166,7 +165,7 @@ def open_named(keys: Sequence[str], places: Sequence[Path | str]) -> ImageSource
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """The options of `evaluate` that only questions have."""
+    """The options of `evaluate` that apply only to questions."""
 
     metric: str = "exact_match"
     image_path: Path | str | Sequence[Path | str] | None = None
@@ -178,7 +177,7 @@ class AnswerOptions:
 
 
 class Answering(Evaluation):
-    """Greedy answers to the questions of a JSON, scored."""
+    """Greedy answers to the questions in a JSON, with scores."""
 
     unit = "question"
 
@@ -196,13 +195,13 @@ class Answering(Evaluation):
         if self._codes:
             lineages[str(options.vq_codes)] = self._codes.manifest.lineage
             for key in self._image_keys:
-                self._codes.row(key)  # refuses an image that has no codes
+                self._codes.row(key)  # raises InputError if the image has no codes
         else:
             named = options.image_path or collected.containers
             places = [named] if isinstance(named, Path | str) else named
             self._images = open_named(self._image_keys, places)
         self.lineage = join_lineages(lineages)
-        # What is wrong with a text is told before anything is answered.
+        # report wrong texts before the model answers anything
         no_tokens = np.empty(0, np.int32)
         for number, question in enumerate(self.questions):
             self._prompt(number, [no_tokens] * len(question.images))
@@ -224,7 +223,7 @@ class Answering(Evaluation):
         return self._whole_request(self._hash_images(self._image_keys))
 
     def _hash_images(self, keys: Sequence[str]) -> dict[str, str]:
-        """Hashes of image files; codes have one hash in their manifest."""
+        """Hashes of image files; a code folder has one hash for all, in its manifest."""
         if self._images is None:
             return {}
         looked = progress(keys, name="hash images", unit="image", leave=False)
@@ -256,7 +255,7 @@ class Answering(Evaluation):
         return {"answers": answers, "images": self._hash_images(keys)}
 
     def _prompt(self, row: int, images: Sequence[np.ndarray]) -> list[int]:
-        """Token ids of a row's prompt. Raises InputError that names the row."""
+        """Token ids of a row's prompt. Raises InputError naming the row."""
         question = self.questions[row]
         try:
             token_ids = self._model.tokenize_with_tokens(question.prompt, images)
@@ -329,7 +328,7 @@ def _one_or_list(texts: Sequence[str]) -> str | list[str]:
 
 
 def summarize(metric: str, questions: Sequence[Question], scores: Scores) -> dict[str, Any]:
-    """What scores.json says of the answers; exact match also says how each question text did."""
+    """Contents of scores.json; for exact match also a table per question text."""
     found: dict[str, Any] = {
         "metric": metric,
         "rows": len(questions),

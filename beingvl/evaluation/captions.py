@@ -1,13 +1,14 @@
-"""Captions: the words that are compared, CIDEr-D, and sacrebleu's BLEU.
+"""Caption metrics: tokenization, CIDEr-D, and sacrebleu's BLEU.
 
-CIDEr-D (Vedantam, Zitnick and Parikh 2015, arXiv 1411.5726) weighs the 1- to 4-grams of a caption
-by how few of the evaluated rows use them in a reference, and takes the cosine with each reference:
+CIDEr-D (Vedantam, Zitnick and Parikh 2015, arXiv 1411.5726) weights a caption's 1- to 4-grams by
+how few of the evaluated rows have them in a reference, and takes the cosine with each reference:
 
     g(gram)     = count * (log(rows) - log(max(1, rows with the gram in a reference)))
     sim_n(c, r) = sum of min(g_c, g_r) * g_r / (|g_c| |g_r|) * exp(-(len_c - len_r)² / (2 * 6²))
     CIDEr-D     = 10 * mean over n = 1 … 4 and over the references
 
-As in the COCO toolkit, a caption's length is its number of bigrams. A test holds both to it.
+As in the COCO toolkit, a caption's length is its number of bigrams. A test compares both with the
+toolkit.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ _DROPPED = set(".?!,:;-'`\"…–—")
 
 
 def caption_words(caption: str) -> list[str]:
-    """A caption as the COCO toolkit compares it: lower case, words cut as in the Penn Treebank,
-    punctuation dropped.
+    """A caption's words as the COCO toolkit compares them: lower case, split as in the Penn
+    Treebank, without punctuation.
 
     The toolkit runs Stanford's tokenizer in Java; on ordinary English captions this gives the same
-    words (docs/dev/log.md). Its brackets survive as `-lrb-` and `-rrb-`, because it lower-cases
+    words (docs/dev/log.md). Brackets stay as `-lrb-` and `-rrb-`, because the toolkit lower-cases
     before it drops punctuation.
     """
     text = caption.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
@@ -61,7 +62,7 @@ Gram = tuple[str, ...]
 
 @dataclass(frozen=True)
 class _Vector:
-    """A caption's weighted grams, their norm for each n, and its length in bigrams."""
+    """A caption's weighted n-grams, their norm for each n, and its length in bigrams."""
 
     weights: dict[Gram, float]
     norms: list[float]
@@ -80,9 +81,9 @@ def count_grams(words: Sequence[str]) -> Counter[Gram]:
 def cider_d(
     captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
 ) -> list[float]:
-    """CIDEr-D, 0 … 10, of each caption's words against the words of its row's references.
+    """CIDEr-D, 0 … 10, of each caption's words against those of its row's references.
 
-    Document frequencies come from `references`, so the scores belong to this set of rows.
+    Document frequencies come from `references`, so the scores are valid for this set of rows only.
     """
     grams_of_rows = [[count_grams(words) for words in row] for row in references]
     num_rows_with = Counter(gram for row in grams_of_rows for gram in set().union(*row))
@@ -107,7 +108,7 @@ def cider_d(
 
 
 def _similarity(caption: _Vector, reference: _Vector) -> float:
-    """Mean over n of the clipped cosine, times the penalty for another length."""
+    """Mean over n of the clipped cosine, times the penalty for a different length."""
     products = [0.0] * LONGEST_GRAM
     for gram, weight in caption.weights.items():
         theirs = reference.weights.get(gram, 0.0)
@@ -126,15 +127,15 @@ def _similarity(caption: _Vector, reference: _Vector) -> float:
 def corpus_bleu(
     captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> tuple[float, float]:
-    """sacrebleu's corpus BLEU, 0 … 100, with its own tokenizer and smoothing, and its brevity
-    penalty. Raises InputError where sacrebleu, an optional extra, is not installed.
+    """sacrebleu's corpus BLEU, 0 … 100, with its default tokenizer and smoothing, and the brevity
+    penalty. Raises InputError if sacrebleu, an optional extra, is not installed.
     """
     try:
         from sacrebleu.metrics import BLEU
     except ImportError as error:
         raise InputError("--metric bleu needs sacrebleu: pip install '.[evaluation]'") from error
     most = max(map(len, references))
-    streams: list[Any] = [  # the first, second … reference of every row; None where a row has fewer
+    streams: list[Any] = [  # the first, second … reference of every row; None if a row has fewer
         [row[number] if number < len(row) else None for row in references] for number in range(most)
     ]
     found = BLEU().corpus_score(list(captions), streams)

@@ -1,8 +1,8 @@
-"""Step 7, evaluate: one of three kinds of work, made in parts; the scores are printed and returned.
+"""Step 7, evaluate: one of three kinds of work, done in parts; prints and returns the scores.
 
 json_path     answering.Answering           answers to questions, scored by a metric
-data          held_out_loss.HeldOutLoss     loss on held-out shards, as training computes it
-text_parity   text_parity.TextParity        text logits against those of the base model
+data          held_out_loss.HeldOutLoss     loss on held-out shards, computed as in training
+text_parity   text_parity.TextParity        text logits compared with the base model's
 """
 
 from __future__ import annotations
@@ -53,11 +53,12 @@ def evaluate(
     num_ranks: int = 1,
     overwrite: bool = False,
 ) -> dict[str, Any] | None:
-    """Score a model by one of `json_path`, `data` and `text_parity`; `beingvl evaluate --help` says
-    more about each option.
+    """Score a model by one of `json_path`, `data` and `text_parity`; `beingvl evaluate --help`
+    describes the options.
 
-    Returns what scores.json holds, or None while other ranks still work. A finished evaluation of
-    the same request is reused. Raises InputError for wrong input, before any model runs.
+    Returns the contents of scores.json, or None while other ranks are still working. A finished
+    evaluation of the same request is reused. Raises InputError for wrong input before any model
+    runs.
     """
     check_at_least(1, limit=limit, rows_per_part=rows_per_part)
     answers = AnswerOptions(
@@ -106,8 +107,8 @@ def evaluate(
 def _check_options(
     what: str, answers: AnswerOptions, loss_on: str, limit: int | None, template: str | None
 ) -> None:
-    """Raises InputError for an unknown choice, and for an option that has no effect on `what` is
-    evaluated: it was meant for something else.
+    """Raises InputError for an unknown choice, and for an option that has no effect on `what`, the
+    kind of evaluation: the user meant something else.
     """
     choices = {"metric": (answers.metric, tuple(METRICS)), "loss_on": (loss_on, LOSS_ON)}
     for option, (value, known) in choices.items():

@@ -1,11 +1,10 @@
-"""Loss and perplexity of a model on held-out shards, per source and per token kind: `--data`.
+"""`--data`: loss and perplexity of a model on held-out shards, per source and per token kind.
 
-The batches, the attention, the head that gives one loss per target token and the sums are those of
-training (data/held_out.py, model/extended_vocab.py, train/loss.py), on stock weights read by
-transformers and without DeepSpeed.
+Batches, attention, per-token losses and sums use training's code (data/held_out.py,
+model/extended_vocab.py, train/loss.py), on stock weights loaded by transformers, without DeepSpeed.
 
-    HeldOutLoss.evaluate_rows   samples, packed -> a row per sample, and sums over groups of tokens
-    HeldOutLoss.combine         all of them, added in their order -> samples.jsonl and the scores
+    HeldOutLoss.evaluate_rows   packed samples -> a loss per sample, and sums over groups of tokens
+    HeldOutLoss.combine         all parts, added in order -> samples.jsonl and the scores
 """
 
 from __future__ import annotations
@@ -59,8 +58,8 @@ class HeldOutLoss(Evaluation):
         asked = shared.template or TEMPLATE.of(self._manifest) or self._template
         if asked != self._template:
             raise InputError(
-                f"{data} has rows of template {self._template}, {shared.model} is asked in "
-                f"template {asked}; give other shards, or --template {self._template} for these"
+                f"{data} was tokenized with template {self._template}, {shared.model} uses "
+                f"template {asked}; give different shards, or --template {self._template}"
             )
         made = {str(shared.model): self._manifest, str(data): self._shards.manifest}
         IMAGE_POSITIONS.join({name: IMAGE_POSITIONS.of(found) for name, found in made.items()})
@@ -117,8 +116,8 @@ class HeldOutLoss(Evaluation):
         samples = [sample for part in found for sample in part["samples"]]
         if not any(sample["target_tokens"] for sample in samples):
             raise InputError(
-                f"{self._data} has no target token for --loss_on {self._loss_on}: there is no "
-                "loss to tell"
+                f"{self._data} has no target token for --loss_on {self._loss_on}, so there is no "
+                "loss"
             )
         write_lines(self.output / SAMPLES_FILE, samples)
         return summarize_losses(sums, samples), self.request()
@@ -127,8 +126,8 @@ class HeldOutLoss(Evaluation):
 def load_packed(
     folder: Path, dtype: torch.dtype, device: torch.device, longest: int
 ) -> PackedCausalLM:
-    """A model folder as training sees it. Raises InputError for one that packing changes;
-    `longest`: tokens of a sample.
+    """A model folder loaded as in training. Raises InputError for a model that packing would
+    change; `longest`: tokens of the longest sample.
     """
     config = open_config(folder)
     refuse_short_window(config, longest, "score it with --json_path")
@@ -168,8 +167,8 @@ def sums_of_samples(batch: MicroBatch, losses: np.ndarray) -> list[tuple[float, 
 
 
 def summarize_losses(sums: LossSums, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Loss (nats per target token) and perplexity of all, of every source and of every token kind,
-    as scores.json has them.
+    """Loss (nats per target token) and perplexity over everything, per source and per token kind,
+    in the form of scores.json.
     """
     means = sums.means()
     groups: dict[str, dict[str, dict[str, float]]] = {"sources": {}, "kinds": {}}
@@ -194,7 +193,7 @@ def summarize_losses(sums: LossSums, samples: Sequence[dict[str, Any]]) -> dict[
 
 
 def standard_error(samples: Sequence[dict[str, Any]]) -> float:
-    """Of sum(losses) / sum(targets), when samples, not their tokens, are drawn independently."""
+    """Standard error of sum(losses) / sum(targets), with samples (not tokens) as independent."""
     targets = math.fsum(sample["target_tokens"] for sample in samples)
     if len(samples) < 2 or not targets:
         return 0.0

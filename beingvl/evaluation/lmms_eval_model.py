@@ -1,11 +1,11 @@
-"""Being-VL as a model of lmms-eval, found through this package's entry point in the group
+"""Being-VL as a model for lmms-eval, which finds it through this package's entry point in the group
 `lmms_eval.models`.
 
     lmms-eval --model beingvl --model_args pretrained=stage-3/final,vbpe_path=vbpe.json --tasks
     pope,mme --batch_size 16
 
-Only lmms-eval, which this package does not depend on, imports this file, and only this file imports
-lmms-eval; lmms_eval_requests.py does the work.
+This package does not depend on lmms-eval: only lmms-eval imports this file, and only this file
+imports lmms-eval. lmms_eval_requests.py does the work.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from beingvl.evaluation.lmms_eval_requests import Question, answer_questions, as
 
 
 def manifest() -> ModelManifest:
-    """What the entry point gives to lmms-eval's registry."""
+    """The entry point for lmms-eval's registry."""
     return ModelManifest(model_id="beingvl", simple_class_path=f"{__name__}.LmmsEvalModel")
 
 
@@ -48,14 +48,14 @@ class LmmsEvalModel(lmms):
         self._batch_size = int(batch_size)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answers to lmms-eval's requests, whose images are found through the task's documents."""
+        """Answers to lmms-eval's requests; their images come from the task's documents."""
         asked = []
         for request in requests:
             context, options, doc_to_visual, doc_id, task, split = request.args
             visuals = doc_to_visual(self.task_dict[task][split][doc_id])
             images = visuals if isinstance(visuals, list) else [visuals]
             asked.append(Question(context, images, options))
-        is_quiet = None if self.rank == 0 else True  # None: a bar on a terminal only
+        is_quiet = None if self.rank == 0 else True  # None: show a bar only on a terminal
         with tqdm(total=len(asked), disable=is_quiet, desc="beingvl", unit="question") as bar:
             answers = answer_questions(
                 self._model, asked, self._batch_size, self._with_vbpe, bar.update

@@ -1,5 +1,5 @@
-"""What lmms-eval asks, answered by a `BeingVL`. Nothing of lmms-eval is needed here;
-lmms_eval_model.py is the class that it loads.
+"""Answers lmms-eval's questions with a `BeingVL`. This file does not need lmms-eval;
+lmms_eval_model.py has the class that it loads.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from beingvl.inference.model import BeingVL
 from beingvl.inference.reading import own_device
 from beingvl.inference.streaming import cut_at
 
-MAX_NEW_TOKENS = 128  # of tasks that say nothing
+MAX_NEW_TOKENS = 128  # for tasks that do not set it
 OPTIONS = {"max_new_tokens", "temperature", "do_sample", "until", "num_beams"}
-# Without effect on greedy answers of this model.
+# These do not affect this model's greedy answers.
 IGNORED_OPTIONS = {"top_p", "image_aspect_ratio", "use_cache", "max_gen_toks"}
 
 
 @dataclass(frozen=True)
 class Question:
-    """Its text, its images (PIL or paths) and the task's generation options."""
+    """A question's text, its images (PIL or paths) and the task's generation options."""
 
     context: str
     images: Sequence[Any]
@@ -37,10 +37,11 @@ def answer_questions(
     with_vbpe: bool | None,
     on_answers: Callable[[int], object],
 ) -> list[str]:
-    """Answers in the order of `questions`, in batches of equal options; `on_answers` is called with
-    how many more are done.
+    """Answers in the order of `questions`, batched by equal options; `on_answers` is called with
+    the number of new answers.
 
-    Raises InputError for options that this model cannot follow and for visuals that are not images.
+    Raises InputError for options that this model does not support, and for visuals that are not
+    images.
     """
     groups: dict[tuple[int, float], list[int]] = {}
     for index, question in enumerate(questions):
@@ -67,7 +68,7 @@ def answer_questions(
 
 
 def _length_and_temperature(options: Mapping[str, Any]) -> tuple[int, float]:
-    """Longest answer in tokens, and temperature, where 0 is greedy."""
+    """The maximum answer length in tokens, and the temperature; 0 is greedy."""
     if (options.get("num_beams") or 1) != 1:
         raise InputError(
             f"num_beams is {options['num_beams']}, beingvl answers greedily or by "
@@ -83,7 +84,7 @@ def _length_and_temperature(options: Mapping[str, Any]) -> tuple[int, float]:
 
 
 def _prompt(question: Question) -> str:
-    """The text with one placeholder per image; many tasks write none."""
+    """The text with one placeholder per image; many tasks have none."""
     count = len(question.images)
     if question.context.count(IMAGE_PLACEHOLDER) == count:
         return question.context
@@ -101,7 +102,7 @@ def _images(question: Question) -> list[Any] | None:
 
 
 def as_flag(value: bool | str) -> bool:
-    """`raw=True` arrives from lmms-eval's command line as a bool or as text."""
+    """lmms-eval's command line passes `raw=True` as a bool or as text."""
     return str(value).strip().lower() in ("1", "true", "yes")
 
 

@@ -1,4 +1,4 @@
-"""The field's metrics for answers, each as its authors compute it. Pure functions of answers and
+"""Standard metrics for answers, each computed as its authors do. Pure functions of answers and
 references.
 
     exact_match    equal to a reference after stripping and lower-casing
@@ -7,13 +7,13 @@ references.
     pope           POPE (Li et al. 2023): accuracy, precision, recall, F1, share of "yes"
     mme            MME (Fu et al. 2023): accuracy + accuracy of image pairs, summed over
                    perception and cognition tasks
-    scienceqa      ScienceQA (Lu et al. 2022) with the letter found as LLaVA's evaluation finds it
+    scienceqa      ScienceQA (Lu et al. 2022), with LLaVA's rule for finding the letter
     anls           ST-VQA and DocVQA (Biten et al. 2019): normalised Levenshtein similarity,
                    threshold 0.5
     bleu, cider    captions.py: corpus BLEU, 0 … 100, and CIDEr-D, 0 … 10
 
-A metric takes all rows at once and gives numbers for the whole, for its categories, and for every
-row. `problems` says, before the model answers anything, which rows it cannot score.
+A metric takes all rows at once and returns scores for the whole set, for its categories, and for
+every row. `problems` lists, before the model answers anything, the rows that it cannot score.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from beingvl.evaluation.captions import caption_words, cider_d, corpus_bleu
 
 @dataclass(frozen=True)
 class Reference:
-    """What is known of a question: reference answers, its category and the keys of its images."""
+    """A question's reference answers, its category and the keys of its images."""
 
     answers: tuple[str, ...]
     category: str | None = None
@@ -37,8 +37,8 @@ class Reference:
 
 @dataclass(frozen=True)
 class Scores:
-    """`values` of all rows, `standard_errors` of those that are means, `categories`, and one
-    score per row where the metric has one.
+    """`values` over all rows, `standard_errors` of those that are means, `categories`, and one
+    score per row if the metric has one.
     """
 
     values: dict[str, float]
@@ -71,7 +71,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def mean_of_rows(name: str, of_rows: list[float], references: Sequence[Reference]) -> Scores:
-    """Scores of a metric that is a mean over rows, also per category where rows have one."""
+    """Scores of a metric that is a mean over rows; also per category, if rows have one."""
     mean, error = mean_and_error(of_rows)
     categories = {}
     for category, rows in rows_by_category(references).items():
@@ -120,8 +120,8 @@ _NUMBER_OF = {**{word: str(number) for number, word in enumerate(_NUMBERS)}, "no
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-# What people mean when they leave one apostrophe out. Words that are others without it (she'll,
-# were, its) are not among them.
+# Contractions that people write without one apostrophe. Left out are those that become a different
+# word without it (she'll, we're, it's).
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've
     hasn't haven't he'd he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll
@@ -139,18 +139,18 @@ def _without_one_apostrophe(word: str) -> list[str]:
     return [word[:at] + word[at + 1 :] for at, letter in enumerate(word) if letter == "'"]
 
 
-# "somebody'd" loses its apostrophe in the published table, the only word that does.
+# In the published table, "somebody'd" is the only word that loses its apostrophe.
 _CONTRACTION_OF = {
     short: word for word in _CONTRACTIONS.split() for short in _without_one_apostrophe(word)
 } | {"somebody'd": "somebodyd"}
 
 
 def normalise_vqa(text: str) -> str:
-    """An answer as the VQA evaluation compares it.
+    """Normalise an answer as the VQA evaluation does.
 
-    A punctuation mark goes where it stands at a word's edge anywhere in the text (or the text has a
-    number with a comma), else it becomes a space; periods go unless a digit follows; number words
-    become digits, articles go, apostrophes come back.
+    A punctuation mark is removed if it is at a word's edge anywhere in the text (or if the text has
+    a number with a comma), else it becomes a space. Periods are removed unless a digit follows.
+    Number words become digits, articles are removed, apostrophes are restored.
     """
     text = text.replace("\n", " ").replace("\t", " ").strip()
     has_comma_in_number = _COMMA_IN_NUMBER.search(text) is not None
@@ -164,7 +164,7 @@ def normalise_vqa(text: str) -> str:
 
 
 def vqa_accuracy_of(prediction: str, answers: Sequence[str]) -> float:
-    """Accuracy 0 … 1. Where all answers agree, they are compared as they are written."""
+    """Accuracy 0 … 1. If all answers agree, they are compared without normalisation."""
     prediction, *given = (
         text.replace("\n", " ").replace("\t", " ").strip() for text in (prediction, *answers)
     )
@@ -191,7 +191,7 @@ def _not_yes_or_no(references: Sequence[Reference]) -> Problems:
 
 
 def says_yes_pope(prediction: str) -> bool:
-    """POPE takes the first sentence; it is a yes unless it has the word `No`, `no` or `not`."""
+    """POPE's rule: the first sentence is a yes unless it has the word `No`, `no` or `not`."""
     words = prediction.split(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(words)
 
@@ -235,7 +235,7 @@ MME_TASKS = {
     "perception": "existence count position color posters celebrity scene landmark artwork OCR",
     "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning",
 }
-"""Group -> its tasks, which are the categories of the rows."""
+"""Group -> its tasks, which are the rows' categories."""
 
 
 def read_mme(prediction: str) -> str:
@@ -255,7 +255,7 @@ def _mme_pairs(references: Sequence[Reference]) -> dict[str, dict[tuple[str, ...
 
 
 def mme(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
-    """100 x (share of right questions + share of images with both right), at most 200."""
+    """100 x (share of correct answers + share of images with both correct), at most 200."""
     by_row = scored_by_row("accuracy", lambda said, answers: is_correct(read_mme(said), answers))
     scores = by_row(predictions, references)
     assert scores.of_rows is not None
@@ -300,7 +300,7 @@ _ANSWER_IS = re.compile(r"The answer is ([A-Z]).")
 
 
 def find_letter(prediction: str) -> str | None:
-    """The letter of `B`, `B. text` or one sentence `The answer is B.`; None for none or two."""
+    """The letter in `B`, `B. text` or one `The answer is B.`; None if there is none or several."""
     text = prediction.strip()
     if _LETTER_FIRST.match(text):
         return text[0]
@@ -309,7 +309,7 @@ def find_letter(prediction: str) -> str | None:
 
 
 def scienceqa(predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
-    """Accuracy of all rows, and of those with an image."""
+    """Accuracy over all rows, and over those with an image."""
     by_row = scored_by_row("accuracy", lambda said, answers: find_letter(said) == answers[0])
     scores = by_row(predictions, references)
     assert scores.of_rows is not None
@@ -322,7 +322,7 @@ def scienceqa(predictions: Sequence[str], references: Sequence[Reference]) -> Sc
 
 
 def _not_a_letter(references: Sequence[Reference]) -> Problems:
-    expected = f"expected one letter of {LETTERS} or a number into `choices`"
+    expected = f"expected one letter of {LETTERS} or an index into `choices`"
     for row, reference in enumerate(references):
         if len(reference.answers) != 1 or reference.answers[0] not in tuple(LETTERS):
             yield row, f"has the answer {' / '.join(reference.answers)!r}, {expected}"
@@ -334,7 +334,7 @@ ANLS_THRESHOLD = 0.5
 
 
 def levenshtein(one: str, other: str) -> int:
-    """Insertions, deletions and substitutions that turn one text into the other."""
+    """Number of insertions, deletions and substitutions that turn one text into the other."""
     row = list(range(len(other) + 1))
     for i, a in enumerate(one, 1):
         diagonal, row[0] = row[0], i
@@ -344,7 +344,7 @@ def levenshtein(one: str, other: str) -> int:
 
 
 def anls_of(prediction: str, answers: Sequence[str]) -> float:
-    """The best similarity with an answer, 0 below the threshold; case and spaces do not count."""
+    """The best similarity with an answer, 0 below the threshold; ignores case and extra spaces."""
     said = " ".join(prediction.lower().split())
     best = 0.0
     for answer in answers:

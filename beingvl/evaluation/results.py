@@ -1,10 +1,10 @@
-"""What every evaluation has in common: work in parts of rows, and the folder that it leaves.
+"""What all evaluations share: work in parts of rows, and the output folder.
 
-Evaluation          makes parts and joins them; answering.py, held_out_loss.py and
-                    text_parity.py say what is found in some rows, and what all of it says
+Evaluation          computes parts and joins them; answering.py, held_out_loss.py and
+                    text_parity.py define the result of a part, and of all parts together
 scores.json         the scores, their standard errors, and scores of groups of rows
-predictions.jsonl   of answers, samples.jsonl of losses: one line per row
-manifest.json       last, with the request, and the seconds of all ranks together
+predictions.jsonl   answers, one line per row; for losses samples.jsonl
+manifest.json       written last, with the request, and the seconds of all ranks together
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ _PART_FILE = "found.json"
 
 @dataclass(frozen=True)
 class SharedOptions:
-    """The options of `evaluate` that hold for whatever is evaluated. `template` replaces the
-    model's.
-    """
+    """The options of `evaluate` that every evaluation has. `template` overrides the model's."""
 
     model: Path
     output: Path
@@ -64,16 +62,16 @@ class Evaluation(Work):
         self.shared, self.output = shared, shared.output
 
     def options(self) -> Request:
-        """What decides what is found in the rows, and is known without reading images."""
+        """Everything that determines the parts' results and is known without reading images."""
         raise NotImplementedError
 
     def evaluate_rows(self, rows: range, advance: Callable[[int], object]) -> Any:
-        """What is found in some rows, as JSON can hold it."""
+        """The result for a range of rows; must be JSON-serializable."""
         raise NotImplementedError
 
     def combine(self, found: Sequence[Any]) -> tuple[dict[str, Any], Request]:
-        """What is found in all parts, in order -> what scores.json says, and the whole request.
-        Writes the lines of the rows.
+        """Results of all parts, in order -> contents of scores.json, and the whole request. Writes
+        the file with one line per row.
         """
         raise NotImplementedError
 
@@ -114,7 +112,7 @@ class Evaluation(Work):
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A JSON line per row; half a surrogate pair stays the escape that it was in the input."""
+    """One JSON line per row; a lone surrogate stays an escape, as in the input."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     write_atomically(path, printable("".join(lines)))
 
@@ -123,7 +121,7 @@ def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """scores.json of a finished evaluation. Raises InputError when the folder is not one."""
+    """scores.json of a finished evaluation. Raises InputError if the folder is not one."""
     read_manifest(folder, KIND)
     return read_json(folder / SCORES_FILE)
 
@@ -131,13 +129,13 @@ def read_summary(folder: Path) -> dict[str, Any]:
 def read_predictions(folder: Path) -> list[dict[str, Any]]:
     """All lines of a finished evaluation's predictions.jsonl."""
     read_manifest(folder, KIND)
-    # An answer may hold U+2028, at which str.splitlines would break.
+    # An answer may contain U+2028, where str.splitlines would split it.
     with open(folder / PREDICTIONS_FILE, encoding="utf-8") as file:
         return [parse_json(line, file.name) for line in file]
 
 
 def print_scores(scores: Mapping[str, Any]) -> None:
-    """Every score with its standard error, then categories, sources, kinds or questions."""
+    """Print all scores with standard errors, then categories, sources, kinds or questions."""
     variant = f" ({scores['variant']})" if "variant" in scores else ""
     print(f"{scores['name']}: {scores['metric']}, {scores['rows']} rows{variant}")
     for name, value in scores["scores"].items():
@@ -150,13 +148,15 @@ def print_scores(scores: Mapping[str, Any]) -> None:
     if "equal" in scores:
         print(f"  text logits are {'bit-identical' if scores['equal'] else 'not equal'}")
         if scores["equal_is_expected"] and not scores["equal"]:
-            print("DIFFERENT: only new rows were trained, so they should be the base model's")
+            print("DIFFERENT: only visual rows were trained, so text logits must not change")
     if "questions" in scores:
         print_questions(scores)
 
 
 def print_questions(scores: Mapping[str, Any]) -> None:
-    """Accuracy, chance and majority of each question; of many, the most frequent ones."""
+    """Print accuracy, chance and majority of each question; at most MAX_TABLE_ROWS, the most
+    frequent ones.
+    """
     entries = sorted(scores["questions"].items(), key=lambda item: -item[1]["rows"])
     width = max(len(text[:60]) for text, _ in entries)
     print(f"  {'question':<{width}}  accuracy  chance  majority    rows")

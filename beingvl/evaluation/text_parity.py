@@ -1,12 +1,11 @@
-"""Do no harm: a trained model's text logits against those of the base model, on a fixed probe:
-`--text_parity`.
+"""`--text_parity`: compares a trained model's text logits with the base model's, on fixed texts.
 
-After stage 1 only new rows have changed, so the logits of the old ids on a text without images are
-the base model's, bit for bit. After stages 2 and 3 the language model itself has moved: the KL
+Stage 1 changes only visual rows, so on texts without images the logits of the text ids are
+bit-identical to the base model's. Stages 2 and 3 change the language model itself; the KL
 divergence says how far.
 
-    TextParity      both models, one after the other, on PROBE -> what scores.json says
-    expects_equal   whether the stage that made the model trained nothing but new rows
+    TextParity      both models, one after the other, on PROBE -> contents of scores.json
+    expects_equal   whether the stage that made the model trained only visual rows
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from beingvl.model.param_groups import plan_parameters
 from beingvl.stage.stage_config import rules_of
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 
-# Changing a text changes every number that was ever printed: add at the end, or leave it.
+# Changing a text makes all earlier scores incomparable: only add texts at the end.
 PROBE = (
     "The capital of France is Paris, and the capital of Japan is Tokyo.",
     "Water boils at one hundred degrees Celsius at sea level and freezes at zero.",
@@ -76,10 +75,10 @@ class TextParity(Evaluation):
     def evaluate_rows(self, rows: range, advance: Callable[[int], object]) -> dict[str, Any]:
         """The scores:
 
-        max_logit_difference    over all positions and old ids; 0 means bit-identical
-        kl_nats                 mean over positions of KL(base || model), both over the old ids
-        new_id_probability      mean probability that the model gives to ids the base has not
-        same_top_token          share of positions with the same likeliest old id
+        max_logit_difference    over all positions and text ids; 0 means bit-identical
+        kl_nats                 mean over positions of KL(base || model), both over the text ids
+        new_id_probability      mean probability that the model gives to ids the base lacks
+        same_top_token          share of positions with the same most likely text id
         """
         model, dtype, device = self.shared.model, self.shared.dtype, self.shared.device
         layout = VocabLayout.load(model)
@@ -115,7 +114,7 @@ class TextParity(Evaluation):
 
 
 def check_base(model: Path, base: Path) -> str:
-    """Hash of the base model. Raises InputError for another vocabulary, or what is not a model."""
+    """The base model's hash. Raises InputError for a different vocabulary, or if it is no model."""
     layout = VocabLayout.load(model)
     if not base.is_dir():
         raise InputError(
@@ -129,18 +128,18 @@ def check_base(model: Path, base: Path) -> str:
     if opened.num_text < layout.num_text:
         raise InputError(
             f"{base} has {opened.num_text} ids, {model} has {layout.num_text} text ids: it "
-            "has another base model"
+            "has a different base model"
         )
     return manifest.content_hash if is_converted(base) else opened.fingerprint()
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether a model folder has our vocabulary; else it is what one was converted from."""
+    """Whether a model folder has our vocabulary; if not, it is an unconverted base model."""
     return (folder / LAYOUT_FILE).is_file()
 
 
 def expects_equal(model: Path, base: Path) -> bool:
-    """True for a converted model, and for one whose training from `base` moved new rows only."""
+    """Whether it is only converted, or its training from `base` changed only visual rows."""
     identity = read_manifest(model, "model").details.get("identity")
     if identity is None:
         return True
@@ -165,8 +164,8 @@ def probe_logits(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[list[torch.Tensor], list[float]]:
-    """Logits of the old ids `[tokens, num_text]` of every text, and at every position the
-    probability of all other ids.
+    """Logits of the text ids `[tokens, num_text]` for every text, and the probability of all other
+    ids at every position.
     """
     model: Any = read_model(folder, dtype, device)
     new_probability: list[float] = []

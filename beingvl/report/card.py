@@ -1,4 +1,4 @@
-"""The model card with scores: README.md of a model folder, written again from its manifest."""
+"""The model card with scores: rewrites a model folder's README.md from its manifest."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def report_card(model_path: Path | str, *, scores: Sequence[Path | str] = ()) ->
     """Write the card of a model folder, or of a stage folder's `final/`, with the `scores` of
     evaluations; returns its path.
 
-    Raises InputError for an evaluation of another model, and for a card that somebody has changed.
+    Raises InputError for an evaluation of a different model, and for a card that was edited.
     """
     folder = find_start_model(Path(model_path))
     manifest = read_manifest(folder, "model")
     for evaluation in scores:
         if read_manifest(evaluation, KIND).details["request"]["model"] != manifest.content_hash:
-            raise InputError(f"{evaluation} holds scores of another model than {folder}")
+            raise InputError(f"{evaluation} holds scores of a different model than {folder}")
     text = model_card(folder, manifest, [read_summary(Path(one)) for one in scores])
     card = folder / CARD_FILE
     if not write_card(folder, text):
-        raise InputError(f"{card} was changed; move it away to have it written anew")
+        raise InputError(f"{card} was changed; move it away to have a new one written")
     print(f"{card}: scores of {len(scores)} evaluations")
     return card

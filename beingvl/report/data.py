@@ -1,7 +1,7 @@
-"""What shards hold.
+"""A page about the contents of shards.
 
-shard_folders    the folders behind a path
-folder_parts     counts, sources, mixture, lengths, kinds, unused rows, examples of one folder
+shard_folders    the shard folders for a path
+data_section     one folder's counts, sources, mixture, lengths, kinds, unused rows, examples
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ INSTEAD = {
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What a section about shards is made with. `vqgan` has a decoder; merged images need `vbpe`
-    too. The tokenizer of `model_path` shows text.
+    """Inputs of a section about shards. `vqgan` has a decoder; merged images also need `vbpe`. The
+    tokenizer in `model_path` decodes text.
     """
 
     model_path: Path | None = None
@@ -66,12 +66,11 @@ def report_data(
     sequence_length: int = 4096,
     num_examples: int = 6,
 ) -> Path:
-    """Write a page about shard folders, or folders of them; returns its path.
+    """Write a page about shard folders, or folders that contain them; returns its path.
 
     deepspeed_config: a stage's JSON, to show what its mixture draws; `overrides` (KEY=VALUE) change
-    its keys. sequence_length: for the
-    packing without a stage. num_examples: of each folder. Raises InputError for what is not a
-    folder of shards, and for a VQ-GAN or vBPE that the shards were not made with.
+    its keys. sequence_length: for packing without a stage. num_examples: per folder. Raises
+    InputError for anything but shards, and for a VQ-GAN or vBPE that the shards were not made with.
     """
     check_at_least(1, sequence_length=sequence_length, num_examples=num_examples)
     folders = [folder for path in shards for folder in shard_folders(Path(path))]
@@ -98,7 +97,7 @@ def _num_codes(folders: Sequence[Path]) -> int | None:
 
 
 def shard_folders(path: Path) -> list[Path]:
-    """`path`, or the shard folders in it. Raises InputError that says what to give in its place."""
+    """`path`, or the shard folders in it. Raises InputError that says what to give instead."""
     kind = read_manifest(path).kind if is_complete(path) else None
     if kind is None and path.is_file():
         kind = {".jsonl": "jsonl", ".json": "config"}.get(path.suffix)
@@ -118,8 +117,8 @@ def shard_folders(path: Path) -> list[Path]:
 
 
 def data_section(shards: ShardReader, options: DataOptions, level: int = 3) -> Markup:
-    """Everything about one folder, with headings `level` deep. Raises InputError for a VQ-GAN or
-    vBPE that the shards were not made with.
+    """Everything about one folder, with headings of `level`. Raises InputError for a VQ-GAN or vBPE
+    that the shards were not made with.
     """
     used, lengths = count_ids(shards), np.asarray(shards.lengths)
     kinds = shards.layout.token_kinds(np.arange(len(used)))
@@ -160,8 +159,8 @@ def packing(lengths: np.ndarray, sequence_length: int) -> str:
 
 
 def drawn_by_stage(shards: ShardReader, config: StageConfig) -> dict[str, Any]:
-    """What the run of a stage draws, in as many optimizer steps as it takes. Raises InputError
-    when it does not fit the shards.
+    """What a stage's mixture draws over all its optimizer steps. Raises InputError if it does not
+    fit the shards.
     """
     config, note = fit_mixture(config, shards.manifest)
     data = data_of(config, shards)
@@ -175,7 +174,7 @@ def drawn_by_stage(shards: ShardReader, config: StageConfig) -> dict[str, Any]:
 
 
 def coverage(used: np.ndarray, shards: ShardReader) -> dict[str, tuple[int, int, list[str]]]:
-    """Rows of the model -> how many there are, how many never occur, and which."""
+    """Group of vocabulary rows -> their number, how many never occur, and which ones."""
     layout = shards.layout
     ranges = {
         "specials": (layout.num_text, layout.first_image_id),
@@ -191,7 +190,7 @@ def coverage(used: np.ndarray, shards: ShardReader) -> dict[str, tuple[int, int,
 
 
 def ranges_of(ids: np.ndarray) -> list[str]:
-    """Ascending ids in words: 1, 2, 3, 7 become `1 to 3` and `7`."""
+    """Ascending ids as ranges: 1, 2, 3, 7 become `1 to 3` and `7`."""
     runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1) if len(ids) else []
     return [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
 
@@ -220,9 +219,9 @@ def examples(
 
 
 def spread_over_sources(members: Sequence[np.ndarray], count: int) -> list[int]:
-    """At most `count` samples, of every source (`members`) in turn, evenly over its own."""
+    """At most `count` samples, shared out among the sources (`members`), evenly spread in each."""
     shares = [0] * len(members)
-    # The smallest first: what it lacks, the others have.
+    # Smallest first: larger sources make up for what it lacks.
     for source in sorted(range(len(members)), key=lambda source: len(members[source])):
         num_left = sum(
             share == 0 and len(own) > 0 for share, own in zip(shares, members, strict=True)
@@ -237,14 +236,14 @@ def spread_over_sources(members: Sequence[np.ndarray], count: int) -> list[int]:
 
 
 def images_of(ids: np.ndarray, shards: ShardReader) -> list[np.ndarray]:
-    """The ids of every image of a sample: between two images there is always a token."""
+    """The ids of each image in a sample; there is always a non-image token between two images."""
     is_image = shards.layout.is_image_token(ids)
     runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(is_image)) + 1)
     return [shards.layout.token_to_image_ids(ids[run]) for run in runs if is_image[run[0]]]
 
 
 def picture_of(image_ids: np.ndarray, options: DataOptions) -> np.ndarray | None:
-    """The picture of an image's ids `[n]`; None when they are not a grid, or of an unknown vBPE."""
+    """The picture for an image's ids `[n]`; None if they form no grid, or need a vBPE not given."""
     if options.vqgan is None:
         return None
     height, width = options.vqgan.grid
@@ -263,7 +262,7 @@ def picture_of(image_ids: np.ndarray, options: DataOptions) -> np.ndarray | None
 
 
 def text_of(sample: Sample, shards: ShardReader, model_path: Path | None) -> str:
-    """The sample's text; without a tokenizer its first ids."""
+    """The sample's text, or its first ids if there is no tokenizer."""
     ids = sample.input_ids[~shards.layout.is_image_token(sample.input_ids)]
     if model_path is None:
         return " ".join(map(str, ids[:40].tolist()))

@@ -1,8 +1,8 @@
-"""What a stage changed: a hash of every parameter group before and after it, from the weight
-files themselves.
+"""What a stage changed: a hash of every parameter group before and after it, computed from the
+weight files.
 
-Groups are the freezer's rules, kept in `stage-N/final/manifest.json`. A frozen group must have the
-same hash before and after, a trained one another. Each model folder is read once.
+Groups are the freezer's rules, stored in `stage-N/final/manifest.json`. A frozen group must have
+the same hash before and after, a trained one a different one. Each model folder is read once.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from beingvl.vocab import VocabLayout
 
 @dataclass(frozen=True)
 class GroupHashes:
-    """One group of one stage. `before` is None when the stage's start model is not there, `base`
-    when no base model is.
+    """One group of one stage. `before` is None if the stage's start model is missing, `base` if
+    there is no base model.
     """
 
     stage: str
@@ -45,8 +45,8 @@ class GroupHashes:
 
 
 def hash_groups(stages: Mapping[str, Path], base: Path | None) -> list[GroupHashes]:
-    """Rows of all stages (name -> final/ folder, in the order of training). `base` is the model
-    the first one started from.
+    """The groups of all stages (name -> final/ folder, in training order). `base` is the model
+    that the first stage started from.
     """
     folders = [*([base] if base else []), *stages.values()]
     hashes = {folder: hash_parameters(folder) for folder in folders}
@@ -55,12 +55,12 @@ def hash_groups(stages: Mapping[str, Path], base: Path | None) -> list[GroupHash
     for stage, final in stages.items():
         identity = read_manifest(final).details.get("identity", {})
         rules = rules_of(identity.get("trainable", []))
-        if not rules:  # not made by a stage
+        if not rules:  # the model was not made by a stage
             continue
         start = folder_of_content.get(identity.get("start_model", ""))
         plan = plan_parameters({name: shape for name, (shape, _) in hashes[final].items()}, rules)
         for rule in rules:
-            # adapters are merged into the weights beside them
+            # adapters were merged into the weights beside them
             members = [
                 planned
                 for planned in plan
@@ -83,7 +83,7 @@ def hash_groups(stages: Mapping[str, Path], base: Path | None) -> list[GroupHash
 
 
 def hash_parameters(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """The freezer's parameter name -> (shape, hash); embedding and head count as two each."""
+    """Freezer's parameter name -> (shape, hash); embedding and head are split into two each."""
     weights, layout = WeightFolder(folder), VocabLayout.load(folder)
     found = {}
     for stored in progress(list(weights), name=f"hash {folder}", unit="tensor", leave=False):

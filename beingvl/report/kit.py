@@ -1,6 +1,6 @@
-"""What every page is made of: templates (*.html) and their style (kit.css), pictures, charts.
+"""Building blocks of all pages: templates (*.html) and their style (kit.css), pictures, charts.
 
-Whatever is not `Markup` is text, and is escaped.
+Everything that is not `Markup` is text, and is escaped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from beingvl.images.pictures import to_png
 
 INK, GREY, GRID, RIGHT, WRONG = "#1f2328", "#6e7781", "#e5e7eb", "#1a7f37", "#c62828"
 THEME = {RIGHT: "right", WRONG: "wrong", INK: "ink", GREY: "soft", GRID: "line", "#ffffff": "paper"}
-"""Colour in a chart -> name of the page's colour that replaces it."""
+"""Colour in a chart -> name of the page colour that replaces it."""
 SERIES_COLOURS = ("#4a8fd8", "#d97706", "#2fa34a", "#c2519c", "#0e9bb5", "#9370db")
 """Readable on white and on black."""
 
@@ -40,7 +40,7 @@ def render(template: str, **values: Any) -> Markup:
 
 
 def page(title: str, body: Markup, lead: str = "") -> str:
-    """The whole file. It needs no second one."""
+    """The whole page, in one self-contained file."""
     return render("page.html", title=title, body=body, lead=lead)
 
 
@@ -66,8 +66,8 @@ _TEMPLATES.filters |= {"form": _form, "data_url": _data_url}
 
 
 def chart(figure: Figure, name: str) -> Markup:
-    """A figure as a part of a page, in its theme's colours. Every panel is a picture of its own, so
-    that they stand below each other on a narrow screen; `name` keeps their ids apart.
+    """A figure as a part of a page, in the page's colours. Every panel is a separate picture, so
+    that panels wrap on a narrow screen; `name` keeps their ids distinct.
     """
     for text in figure.findobj(Text):
         if text.get_color() == "black":
@@ -75,7 +75,7 @@ def chart(figure: Figure, name: str) -> Markup:
     for axes in figure.axes:
         axes.tick_params(colors=INK)
         axes.spines[:].set_color(GREY)
-    figure.draw_without_rendering()  # places the panels, once
+    figure.draw_without_rendering()  # lay out the panels once
     figure.set_layout_engine("none")
     panels = Markup()
     for number, axes in enumerate(figure.axes):
@@ -111,7 +111,7 @@ def _panel(figure: Figure, axes: Axes, name: str) -> Markup:
 
 
 def chart_png(figure: Figure) -> bytes:
-    """A figure as a file, on white."""
+    """A figure as a PNG file, on white."""
     buffer = io.BytesIO()
     with _unknown_letters():
         figure.savefig(buffer, format="png", dpi=130, facecolor="white")
@@ -120,7 +120,7 @@ def chart_png(figure: Figure) -> bytes:
 
 @contextmanager
 def _unknown_letters() -> Iterator[None]:
-    """An answer in a script that the font lacks is drawn as boxes, without a warning."""
+    """Draw characters that the font lacks as boxes, without a warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield

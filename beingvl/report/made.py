@@ -1,4 +1,4 @@
-"""How a run was made: the command, version and time of every artefact, and the room they take."""
+"""How a run was made: command, version and time of every artefact, and disk usage."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from beingvl.artefact.manifest import MANIFEST_FILE, is_complete, read_manifest
 
 
 class Made(NamedTuple):
-    """One artefact; `finished` is local time, as its manifest's file has it. `version` is that of
-    beingvl, and where weights were trained those of the libraries that did it.
+    """One artefact. `finished`: modification time of its manifest, local time. `version`: of
+    beingvl and, for trained weights, of the libraries.
     """
 
     path: str
@@ -23,7 +23,7 @@ class Made(NamedTuple):
 
 
 def read_made(run: Path, stages: Path) -> list[Made]:
-    """Every finished artefact of a run, in the order in which they were finished."""
+    """Every finished artefact of a run, in the order in which they finished."""
     found = {}
     for folder in (run, stages):
         for pattern in ("*", "*/*"):
@@ -47,7 +47,7 @@ def _finished_at(path: Path) -> float:
 
 
 def bytes_on_disk(folder: Path) -> int:
-    """Of all files in a folder. A file with several names counts once, what links lead to never."""
+    """Size of all files in a folder. Hard links count once; symbolic links are not followed."""
     files = {(status.st_dev, status.st_ino): status.st_size for status in _regular(folder)}
     return sum(files.values())
 

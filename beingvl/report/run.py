@@ -1,6 +1,6 @@
-"""All that a run left, gathered on one page.
+"""Everything that a run produced, on one page.
 
-read_run           what is there                              (run_pieces.py)
+read_run           the pieces that exist                      (run_pieces.py)
 summarize          accuracy, chance, compression, scores, hashes, time, memory -> summary.json
 choose_examples    answers of the last stage                  (run_pieces.py)
 charts             contact_sheet.png, training.png            (run_charts.py)
@@ -40,12 +40,11 @@ def report_run(
     wall_seconds: float | None = None,
     peak_memory_bytes: int | None = None,
 ) -> Path:
-    """Write index.html, summary.json and two PNG files into `output_path`, report/ beside the
-    stages unless given; returns the folder.
+    """Write index.html, summary.json and two PNG files into `output_path`, by default report/
+    beside the stages; returns the folder.
 
-    The other paths say where a piece lies that is not in the run's folder. `wall_seconds` and
-    `peak_memory_bytes` are of the whole run, for the summary. Raises InputError when there is
-    nothing to report.
+    The other paths are for pieces outside the run's folder. `wall_seconds` and `peak_memory_bytes`
+    of the whole run go into the summary. Raises InputError if there is nothing to report.
     """
     paths = RunPaths(run_folder, stages_path, base_path, data, vbpe_path, vq_codes, image_path)
     pieces = read_run(paths)
@@ -78,7 +77,7 @@ def report_run(
 def summarize(
     pieces: Run, wall_seconds: float | None, peak_memory_bytes: int | None
 ) -> dict[str, Any]:
-    """What summary.json holds; accuracies and chance are shares 0 … 1."""
+    """Contents of summary.json; accuracies and chance are from 0 to 1."""
     last = list(pieces.asked_alike.values())[-1] if pieces.asked_alike else {"questions": {}}
     peaks = [row["peak_memory_bytes"] for stage in pieces.stages.values() for row in stage.rows]
     wanted = ("metric", "rows", "scores", "standard_errors", "equal", "equal_is_expected")

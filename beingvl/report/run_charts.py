@@ -19,7 +19,7 @@ from beingvl.report.train import TrainedStage, running_mean, scale_by_range, set
 LINE_STYLES = ("-", "--", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 COLUMNS = 2
-TOKENS_SIDE = 240  # pixels of a picture with borders, in which they are two wide
+TOKENS_SIDE = 240  # pixels of a picture with token borders, which are two pixels wide
 
 # ---- contact sheet ----
 
@@ -47,7 +47,7 @@ def contact_sheet(examples: Sequence[Example]) -> Figure:
 
 
 def pictures_of(example: Example) -> dict[str, np.ndarray]:
-    """What a reader sees of an example's image: title -> `[H, W, 3]` uint8."""
+    """The pictures shown for an example: title -> `[H, W, 3]` uint8."""
     tokens = with_borders(example.reconstruction, example.owners, TOKENS_SIDE, thickness=2)
     return {
         "image": example.image,
@@ -82,7 +82,7 @@ def _show_answer(axes: Axes, example: Example) -> None:
 
 
 def training_curves(stages: Mapping[str, TrainedStage], summary: Mapping[str, Any]) -> Figure:
-    """Left: loss over the steps of all stages. Right: accuracy after each, of a few questions."""
+    """Left: loss over the steps of all stages. Right: accuracy after each, for a few questions."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     if summary["test_accuracy"]:
         losses, scores = figure.subplots(1, 2, width_ratios=[1.2, 1])
@@ -121,7 +121,7 @@ def _draw_accuracy(
     axes: Axes, accuracy: Mapping[str, Mapping[str, float]], chance: Mapping[str, float]
 ) -> None:
     set_title(axes, "Test accuracy after each stage")
-    axes.set_ylabel("share of right answers (%)")
+    axes.set_ylabel("correct answers (%)")
     positions = np.arange(len(accuracy))
     looks = zip((INK, *SERIES_COLOURS[1:]), itertools.cycle(LINE_STYLES), MARKERS)
     for number, ((question, by_chance), (colour, line, marker)) in enumerate(
@@ -133,7 +133,7 @@ def _draw_accuracy(
             color=colour,
             linestyle=line,
             marker=marker,
-            # Of equal curves the one below shows around the markers and between the dashes.
+            # If curves coincide, the lower one shows around the markers and between the dashes.
             markersize=max(10 - 2 * number, 3),
             linewidth=2,
             label=textwrap.shorten(question, 40, placeholder="…"),

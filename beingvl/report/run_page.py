@@ -1,4 +1,4 @@
-"""The page of a run: what each of its pieces says, one part each (run.html)."""
+"""The page of a run, with one part for each of its pieces (run.html)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_page(
     examples: Sequence[Example],
     charts: Mapping[str, Figure],
 ) -> str:
-    """HTML text of a run called `name`; `charts`: training."""
+    """The HTML page of a run called `name`; of `charts` it needs "training"."""
     asked = f"{summary['test_questions']} questions about {summary['test_images']} images"
     body = render(
         "run.html",
@@ -51,7 +51,7 @@ def run_page(
 
 
 def _shown(example: Example) -> dict[str, np.ndarray]:
-    """Its pictures, no larger than they are drawn."""
+    """An example's pictures, no larger than displayed."""
     steps = {title: -(-len(one) // TOKENS_SIDE) for title, one in pictures_of(example).items()}
     return {
         title: one[:: steps[title], :: steps[title]] for title, one in pictures_of(example).items()

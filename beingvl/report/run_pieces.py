@@ -1,4 +1,4 @@
-"""What a run left, as far as it is there, and the example answers drawn from it."""
+"""The pieces of a run, as far as they exist, and example answers chosen from them."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from beingvl.vbpe.visual_bpe import VisualBPE, owners
 
 STAGES = ("stage-1", "stage-2", "stage-3")
 RAW_FOLDER = "raw"
-"""Where a run keeps the stages that it trained on plain codes."""
+"""Folder of the stages that a run trained on plain codes."""
 NUM_EXAMPLES = 10
 MOST_CONFUSED = 12
-"""Answers of a question beyond which a table of them would not be read."""
+"""Questions with more different answers get no table: it would be too large to read."""
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Where the pieces of a run lie; None where they lie in the run's folder."""
+    """Where the pieces of a run are; None means in the run's folder."""
 
     run: Path | str
     stages: Path | str | None = None
@@ -48,11 +48,11 @@ class RunPaths:
 
 @dataclass(frozen=True)
 class Run:
-    """The pieces of a run that are there. `missing` says in words which are not.
+    """The pieces of a run that exist. `missing` describes the others.
 
-    `evaluations` holds scores by name; `asked_alike` are those of the stages that share their
-    questions, in order; `mean_of_variant` is the mean accuracy after the last stage with vBPE and
-    with plain codes, as far as both were trained.
+    `evaluations` holds scores by name; `asked_alike` those of base and stages with the same
+    questions, in order; `mean_of_variant` the mean accuracy after the last stage, with vBPE and
+    with plain codes, for the variants that were trained.
     """
 
     stages: dict[str, TrainedStage]
@@ -72,10 +72,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Example:
-    """One test question with its picture in three forms.
+    """One test question and its picture in three forms.
 
-    `image`, as the encoder saw it, and `reconstruction` are `[H, W, 3]`, `owners` `[h, w]` says
-    which token covers each cell of the code grid.
+    `image`, as the encoder saw it, and `reconstruction` are `[H, W, 3]`; `owners` `[h, w]` is the
+    token that covers each cell of the code grid.
     """
 
     question: str
@@ -89,7 +89,7 @@ class Example:
 
 
 def read_run(paths: RunPaths) -> Run:
-    """Raises InputError without a stage or evaluation, or when a named piece does not exist."""
+    """Raises InputError if there is no stage or evaluation, or if a given path does not exist."""
     folder, stages = Path(paths.run), Path(paths.stages or paths.run)
     if not folder.is_dir():
         raise InputError(
@@ -157,7 +157,7 @@ def _read_stages(folder: Path, missing: list[str]) -> dict[str, TrainedStage]:
 
 
 def _read_evaluations(folder: Path) -> dict[str, dict[str, Any]]:
-    """Scores of every finished evaluation, by folder name: base, the stages, then the others."""
+    """Scores of all finished evaluations, by folder name: base, the stages, then the others."""
     order = ("base", *STAGES)
     found = {
         path.name: read_summary(path)
@@ -168,8 +168,8 @@ def _read_evaluations(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _asked_alike(evaluations: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Evaluations of base and stages that share the questions of the last one; empty where none
-    has scores by question.
+    """Evaluations of base and stages with the same questions as the last one; empty if none has
+    scores per question.
     """
     named = {
         name: scores
@@ -203,7 +203,7 @@ def _read_vqgan(models: Sequence[Path]) -> VQGAN | None:
 def _data_options(
     models: Sequence[Path], vqgan: VQGAN | None, vbpe: VisualBPE | None
 ) -> DataOptions:
-    """For the section about the run's shards; sequences are as long as the last stage's."""
+    """Options for the section about the run's shards, with the last stage's sequence length."""
     decoder = vqgan if vqgan is not None and vqgan.has_decoder else None
     identity = read_manifest(models[0]).details.get("identity", {}) if models else {}
     return DataOptions(
@@ -218,7 +218,7 @@ def _data_options(
 
 
 def choose_examples(pieces: Run) -> list[Example]:
-    """Ten questions evenly over the test images, the questions about them in turn."""
+    """Ten test images, evenly spread, with one question each, in turn."""
     rows_of_image: dict[str, list[dict[str, Any]]] = {}
     for row in pieces.predictions:
         if isinstance(row["image"], str):
@@ -230,7 +230,7 @@ def choose_examples(pieces: Run) -> list[Example]:
 
 
 def choose_wrong(pieces: Run) -> list[Example]:
-    """Ten wrong answers, evenly over all of them."""
+    """Ten wrong answers, evenly spread over all of them."""
     wrong = [row for row in pieces.predictions if isinstance(row["image"], str)]
     wrong = [row for row in wrong if not row["correct"]]
     return _make_examples(pieces, [wrong[number] for number in _spread(len(wrong))])
@@ -241,9 +241,10 @@ def _spread(count: int) -> list[int]:
 
 
 def confusions(predictions: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Counter[str]]]:
-    """Question -> truth -> how often each answer was given; "…" is any that is no question's truth.
+    """Question -> truth -> count of each answer; "…" counts answers that are no truth of the
+    question.
 
-    Of questions with few truths, each a single text.
+    Only for questions with few truths, each a single text.
     """
     found: dict[str, dict[str, Counter[str]]] = {}
     for row in predictions:
@@ -265,7 +266,7 @@ def confusions(predictions: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, 
 
 
 def _make_examples(pieces: Run, rows: list[dict[str, Any]]) -> list[Example]:
-    """Images are encoded here; a VQ-GAN without decoder shows what it was given."""
+    """Encodes the rows' images; without a decoder, the reconstruction is the input."""
     if not rows or pieces.vqgan is None or pieces.images is None:
         return []
     oriented = pieces.vqgan.preprocessing.oriented
@@ -290,7 +291,7 @@ def _make_examples(pieces: Run, rows: list[dict[str, Any]]) -> list[Example]:
 
 
 def _token_owners(pieces: Run, codes: np.ndarray) -> np.ndarray:
-    """Codes `[h, w]` to the position in the stream of the token that covers each cell."""
+    """Codes `[h, w]` -> stream position of the token that covers each cell."""
     if pieces.vbpe is None or list(pieces.asked_alike.values())[-1]["variant"] == "raw":
         return np.arange(codes.size).reshape(codes.shape)
     return owners(pieces.vbpe, pieces.vbpe.encode(codes), *codes.shape)

@@ -1,7 +1,7 @@
 """The page of one training stage: STAGE_FOLDER/report.html. Works while the stage is running.
 
-read_stage      metrics, validation and plan, as far as they are there
-stage_parts     curves, times, skipped steps and spikes, plan
+read_stage      metrics, validation and plan, as far as they exist
+train_section   curves, times, skipped steps and spikes, plan
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from beingvl.train.phases import STEP_PHASES
 
 PHASES = (*STEP_PHASES, "validation", "save")
 LOG_SCALE_FROM = 20
-"""A loss that falls by more than this factor would lie flat on its axis."""
+"""On a linear axis, a loss that falls by more than this factor would look flat."""
 
 
 def report_train(stage_folder: Path | str, *, output_path: Path | str | None = None) -> Path:
-    """Write the page of a stage's output folder, STAGE_FOLDER/report.html unless another is given;
-    returns its path. Raises InputError when the folder holds no step.
+    """Write the page of a stage's output folder, by default STAGE_FOLDER/report.html; returns its
+    path. Raises InputError if the folder has no step.
     """
     stage_folder = Path(stage_folder)
     if not (stage_folder / METRICS_FILE).is_file():
@@ -51,7 +51,7 @@ def report_train(stage_folder: Path | str, *, output_path: Path | str | None = N
 
 @dataclass(frozen=True)
 class TrainedStage:
-    """Lines of the metrics files, the freezer's plan as a table in text, and the stage's JSON."""
+    """The metrics files' records, the freezer's plan as a text table, and the stage's JSON."""
 
     rows: list[dict[str, Any]]
     validation: list[dict[str, Any]]
@@ -60,7 +60,7 @@ class TrainedStage:
 
 
 def read_stage(folder: Path) -> TrainedStage:
-    """What a stage folder holds; empty where there is nothing."""
+    """The contents of a stage folder; empty where a file is missing."""
     rows, validation = (
         read_metrics(folder, name) if (folder / name).is_file() else []
         for name in (METRICS_FILE, VALIDATION_FILE)
@@ -73,7 +73,7 @@ def read_stage(folder: Path) -> TrainedStage:
 
 
 def train_section(stage: TrainedStage, name: str, level: int = 2) -> Markup:
-    """What the page says, with headings `level` deep."""
+    """The page's content, with headings of `level`."""
     rows = stage.rows
     return render(
         "train.html",
@@ -98,7 +98,7 @@ def _median(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 
 def curves(stage: TrainedStage) -> Figure:
-    """Six panels over the optimizer steps; losses thin, and their running means."""
+    """Six panels over the optimizer steps; losses as thin lines, with their running means."""
     rows = stage.rows
     figure = Figure(figsize=(10, 8.5), layout="constrained")
     loss, losses, norm, rate, speed, memory = figure.subplots(3, 2).ravel()
@@ -143,7 +143,7 @@ def set_title(axes: Axes, text: str) -> None:
 
 
 def scale_by_range(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis where the largest value is LOG_SCALE_FROM times the smallest, above 0."""
+    """A logarithmic axis if the largest value exceeds LOG_SCALE_FROM times the smallest (> 0)."""
     finite = np.array(values, float)
     finite = finite[np.isfinite(finite)]
     if len(finite) and finite.max() > LOG_SCALE_FROM * finite.min() > 0:
@@ -156,7 +156,7 @@ def scale_by_range(axes: Axes, values: Sequence[float]) -> None:
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of a twentieth of the curve; shorter at its ends."""
+    """Mean over a centred window of a twentieth of the curve; the window shrinks at the ends."""
     half = len(values) // 40
     windows = (values[max(0, n - half) : n + half + 1] for n in range(len(values)))
     return np.array(

@@ -1,7 +1,7 @@
 """What a vBPE vocabulary learnt: report.html, and its pictures as PNG files.
 
 measure         encode images with it, count ids and merges
-vbpe_parts      facts, compression, examples, most used and largest tokens, sizes, shapes
+vbpe_section    facts, compression, examples, most used and largest tokens, sizes, shapes
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def report_vbpe(
     seed: int = 0,
     output_path: Path | str | None = None,
 ) -> Path:
-    """Write report.html and PNG files into `output_path`, `vbpe_report` beside the file unless
-    given; returns the folder.
+    """Write report.html and PNG files into `output_path`, by default `vbpe_report` beside the file;
+    returns the folder.
 
-    vbpe: vbpe.json, or the folder it lies in. codes: VQ codes to measure on, a sample of
-    `max_images` of them. vq: a VQ-GAN with a decoder, to show pixels instead of colours. Raises
-    InputError for inputs that do not belong together.
+    vbpe: vbpe.json, or its folder. codes: VQ codes to measure on, a sample of `max_images` images.
+    vq: a VQ-GAN with a decoder, to show pixels instead of colours. Raises InputError for inputs
+    that do not belong together.
     """
     vbpe = Path(vbpe)
     vocabulary = load_own_vbpe(vbpe)
@@ -78,7 +78,7 @@ def load_own_vbpe(path: Path) -> VisualBPE:
     if not isinstance(vbpe, VisualBPE):
         raise InputError(
             f"{path} is a published (legacy) vocabulary: its tokens have no fixed shape to show; "
-            "make one with `beingvl train-vbpe`"
+            "train one with `beingvl train-vbpe`"
         )
     return vbpe
 
@@ -94,7 +94,7 @@ def load_decoder(path: Path | str) -> VQGAN:
 
 
 def measure(vbpe: VisualBPE, paths: Sequence[Path], max_images: int, seed: int) -> Sample:
-    """Encode a sample of images of one grid size. Raises InputError for codes of another VQ-GAN."""
+    """Encode a sample of images of one grid size. Raises InputError for codes of a wrong VQ-GAN."""
     check_at_least(1, max_images=max_images)
     codes, names = open_codes(paths, vbpe.num_codes), " and ".join(map(str, paths))
     join_lineages({vbpe.source: vbpe.lineage, names: codes.lineage})
@@ -125,7 +125,7 @@ def vbpe_section(
     charts: Mapping[str, Figure],
     level: int = 2,
 ) -> Markup:
-    """What the page says, with headings `level` deep."""
+    """The page's content, with headings of `level`."""
     drawn = {name: chart(figure, name) for name, figure in charts.items()}
     curves = curves_of(vbpe, sample)
     return render(
@@ -140,7 +140,7 @@ def vbpe_section(
 
 
 def png_files(pictures: Pictures, charts: Mapping[str, Figure]) -> dict[str, bytes]:
-    """Every picture of the page as a file: the tiles of each group on one sheet."""
+    """Every picture of the page as a PNG file; the tiles of each group share one sheet."""
     files = {name: chart_png(figure) for name, figure in charts.items()}
     for group, shown in pictures.items():
         if group == "examples":

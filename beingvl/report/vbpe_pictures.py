@@ -1,5 +1,5 @@
-"""The pictures of a vBPE vocabulary: tokens as tiles, images with the borders of their tokens, and
-charts. Without a VQ-GAN every code has a colour of its own.
+"""The pictures of a vBPE vocabulary: tokens as tiles, images with token borders, and charts.
+Without a VQ-GAN, every code gets its own colour.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Pictures: TypeAlias = dict[str, list[tuple[np.ndarray, str]]]
 
 @dataclass
 class Sample:
-    """Images encoded with the vocabulary. `used` counts every id's part in the final streams,
-    `applied` how often a merge ran.
+    """Images encoded with the vocabulary. `used` counts each id in the final streams, `applied` how
+    often each merge was applied.
     """
 
     grids: np.ndarray  # [N, H, W]
@@ -92,7 +92,7 @@ def draw_pictures(vbpe: VisualBPE, sample: Sample | None, vq: VQGAN | None) -> P
 
 
 def count_shapes(vbpe: VisualBPE) -> Counter[tuple[Cell, ...]]:
-    """How many merges have each polyomino, whatever their codes."""
+    """Number of merges per polyomino, regardless of their codes."""
     shapes: Counter[tuple[Cell, ...]] = Counter()
     for image_id in range(vbpe.num_codes, vbpe.num_ids):
         dy, dx, _ = vbpe.cells(image_id)
@@ -112,8 +112,8 @@ def example_images(sample: Sample) -> list[int]:
 def draw_token(
     vbpe: VisualBPE, image_id: int, sample: Sample | None, vq: VQGAN | None
 ) -> np.ndarray:
-    """A token's polyomino: its codes' colours or, with a decoder, its pixels in an image that has
-    it. `[TILE, TILE, 4]` uint8, as every tile.
+    """A token's polyomino in its codes' colours or, with a decoder, its pixels in an image that
+    contains it. Like every tile, `[TILE, TILE, 4]` uint8.
     """
     dy, dx, codes = vbpe.cells(image_id)
     cells = np.stack([dy, dx], axis=1)
@@ -136,8 +136,8 @@ def draw_shape(shape: tuple[Cell, ...]) -> np.ndarray:
 def find_token(
     vbpe: VisualBPE, image_id: int, sample: Sample | None, grid: tuple[int, int]
 ) -> tuple[np.ndarray, int, int]:
-    """A code grid with the token in it, and its anchor (row, column): a sample image, or the token
-    among its first code.
+    """A code grid that contains the token, and its anchor (row, column): a sample image, or a grid
+    filled with the token's first code.
     """
     if sample is not None and sample.used[image_id]:
         at = np.argmax(sample.ids == image_id)
@@ -167,7 +167,7 @@ def draw_tile(cells: np.ndarray, fills: np.ndarray) -> np.ndarray:
     """
     cells = cells - cells.min(axis=0)
     height, width = cells.max(axis=0) + 1
-    size = max(4, height + 2, width + 2)  # of the tile, in cells: there is room for the border
+    size = max(4, height + 2, width + 2)  # of the tile, in cells, with room for the border
     side = max(1, TILE // size)
     cells += [(size - height) // 2, (size - width) // 2]
     tile = np.zeros((size * side, size * side, 4), np.uint8)
@@ -182,7 +182,7 @@ def draw_tile(cells: np.ndarray, fills: np.ndarray) -> np.ndarray:
             fill = fill[np.ix_(at, at)]
         patch[..., :3], patch[..., 3] = fill, 255
     tile = with_borders(tile, owner, min_side=1, thickness=2)
-    step = -(-len(tile) // TILE)  # above 1 for a token of more than TILE cells in a row
+    step = -(-len(tile) // TILE)  # more than 1 only for a token more than TILE cells wide or high
     tile = tile[::step, ::step]
     before = (TILE - len(tile)) // 2
     after = TILE - len(tile) - before
@@ -218,8 +218,8 @@ def draw_charts(vbpe: VisualBPE, sample: Sample | None) -> dict[str, Figure]:
 
 
 def curves_of(vbpe: VisualBPE, sample: Sample | None) -> dict[str, Compression]:
-    """Compression as it was measured when the vocabulary was learnt, and on the sample. The first
-    has the knee: `auto` has cut the vocabulary there, so another is that of a part.
+    """Compression curves, as measured when the vocabulary was learnt, and on the sample. Only the
+    first shows the knee: `auto` cuts the vocabulary there, so later curves cover only a part.
     """
     curves = {}
     if held_out := vbpe.parameters.get("held_out"):
@@ -232,7 +232,7 @@ def curves_of(vbpe: VisualBPE, sample: Sample | None) -> dict[str, Compression]:
 
 
 def draw_sizes(vbpe: VisualBPE, sample: Sample | None) -> Figure:
-    """How many cells merges have and, with a sample, the tokens in its images."""
+    """Number of cells per merge and, with a sample, per token in its images."""
     largest = int(vbpe.sizes.max())
     bins = np.arange(1, min(largest, LONGEST_BAR) + 1)
     sizes = np.minimum(vbpe.sizes, bins[-1])

@@ -79,7 +79,7 @@ def test_a_touched_text_weight_after_stage_1_is_exit_code_1(
 ) -> None:
     model = trained(base, tmp_path / "final", ROWS_ONLY, tensor)
     assert parity(model, base, tmp_path / "parity") == 1
-    assert "DIFFERENT: only new rows were trained" in capsys.readouterr().out
+    assert "DIFFERENT: only visual rows were trained" in capsys.readouterr().out
     assert parity(model, base, tmp_path / "parity") == 1, "reused, and still different"
 
 
@@ -154,7 +154,7 @@ def test_refusals(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (base, tmp_path / "none", "none: No such file or directory"),
         (base, tmp_path / "empty", "has no config.json"),
         (base, tmp_path / "other", "different vocab"),
-        (base, plain, "it has another base model"),
+        (base, plain, "it has a different base model"),
         (tmp_path / "empty", base, "it is not a Being-VL model folder"),
     ]:
         assert parity(model, against, tmp_path / "parity") == 2, message
