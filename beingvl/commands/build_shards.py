@@ -2,13 +2,13 @@
 
     beingvl build-shards --jsonl_path rows/data_vbpe.jsonl --vbpe vbpe/ --output shards/
 
-The sequence of a row is token_0 + image + token_1, where image is token_image_new when the row has
-it, else token_image. A published file is taken as it is: rows without target_spans are of the
-template being-vl-0.5 and their targets are token_1, rows without an id are named FILE-LINE. A
-file that `beingvl tokenize` wrote brings its vocabulary and lineage in the manifest beside it; for
-any other file --model says which vocabulary its ids belong to. Merged images are decoded, a
-row's first one is compared with its codes, when the vBPE is known: --vbpe, or the vbpe.json in
---model. The result does not depend on workers, ranks or kills.
+The sequence of a token row is token_0 + image + token_1, where image is token_image_new if the row
+has it, else token_image. Published files work unchanged: rows without target_spans have the
+template being-vl-0.5 and token_1 as targets; rows without an id are named FILE-LINE. For a file
+that `beingvl tokenize` wrote, vocabulary and lineage are in the manifest beside it; for any other
+file, --model gives the vocabulary of its ids. If the vBPE is known (--vbpe, or the vbpe.json in
+--model), merged images are decoded, and a row's first one is compared with its codes. The result
+does not depend on workers, ranks or kills.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "positions of image tokens; default: from the manifest beside a file, or the model's"
     )
     add("--image_positions", choices=["running", "anchor"], help=positions)
-    part = "bytes of JSONL that become one shard"
+    part = "bytes of JSONL per shard"
     add("--part_bytes", type=int, default=64 << 20, help=part)
-    workers = "processes that parse; default: one per CPU core; 0 parses in this one"
+    workers = "parsing processes; default: one per CPU core; 0: parse in this process"
     add("--num_workers", type=int, help=workers)
-    twice = "two rows with one id: an error, or two samples"
+    twice = "two rows with the same id: an error, or two samples"
     add("--duplicate_ids", choices=["refuse", "keep"], default="refuse", help=twice)
     add_rank_arguments(parser)
     add("--overwrite", action="store_true", help="replace a finished output of other inputs")

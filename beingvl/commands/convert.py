@@ -1,14 +1,14 @@
-"""[3] Any LLaMA + vocabulary -> Being-VL base/: longer embedding and head, longer tokenizer, the
+"""[3] Any LLaMA + vocabulary -> Being-VL base/: extended embedding, head and tokenizer, with the
 VQ-GAN inside.
 
     beingvl convert --llama_path llama/ --vqgan vqgan/ --vbpe vbpe.json --output base/
     --verify_loading
 
 The checkpoint is never loaded as a model. Weight files without embedding or head are hard-linked
-(or copied), the others are rewritten tensor by tensor. Rows of the text ids keep their bytes; new
-rows start by --init. Tied embeddings are untied. The result is a stock Hugging Face folder:
-unmodified transformers loads it, and its text logits are the base model's. A killed run starts over
-with the same command.
+(or copied); the others are rewritten tensor by tensor. Text rows stay bit-identical; visual rows
+are initialised by --init. Tied embeddings are untied. The result is a stock Hugging Face folder:
+unmodified transformers loads it, and its text logits are the base model's. After a kill, the same
+command starts over.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ HELP = {
     "llama_path": "folder of the base model (any causal LM of transformers)",
     "output_path": "folder to write",
     "being_vq_path": "VQ-GAN folder, copied into the result; without it: 8192 codes",
-    "vbpe": "vbpe.json: decides the number of merges, is copied into the result",
+    "vbpe": "vbpe.json: sets the number of merges, and is copied into the result",
     "being_tokenizer_config_path": "tokenizer with visual tokens; default: the base's, extended",
-    "num_merges": "vBPE ids to make room for; default: from --vbpe, else 8192",
-    "vocab_size": "text ids the base model must have; only checked",
-    "extended_vocab_size": "ids in all, or new ids if less than the text ids; sets --num_merges",
-    "init": "values of new rows; he: normal with std sqrt(2 / hidden size)",
-    "seed": "seed of the new vocabulary rows",
+    "num_merges": "number of vBPE ids; default: from --vbpe, else 8192",
+    "vocab_size": "number of text ids the base model must have; only checked",
+    "extended_vocab_size": "all ids, or new ids if fewer than the text ids; sets --num_merges",
+    "init": "values of the visual rows; he: normal with std sqrt(2 / hidden size)",
+    "seed": "seed of the visual rows",
     "torch_dtype": "dtype of the weights; auto: the base model's",
-    "pad_vocab_multiple": "round the number of rows up to a multiple of this, with zero rows",
-    "overwrite": "replace what another conversion wrote into --output",
+    "pad_vocab_multiple": "pad the vocabulary to a multiple of this, with zero rows",
+    "overwrite": "replace the result of a different conversion in --output",
     "verify_loading": "load the result and compare it with the base; exit code 1 if it differs",
 }
 
@@ -67,6 +67,6 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         convert(**options_of(args))
-    except ConversionDiffersError:  # the table is on the screen
+    except ConversionDiffersError:  # its table was printed
         return 1
     return 0

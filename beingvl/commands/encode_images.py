@@ -1,13 +1,13 @@
-"""[1] Images -> vq_codes/: every image once through the VQ-GAN, one row of codes each.
+"""[1] Images -> vq_codes/: runs every image through the VQ-GAN once.
 
     beingvl encode-images --image_path images/ --vqgan vqgan/ --output vq_codes/
 
 Started by a launcher (`deepspeed --module beingvl encode-images …`, `torchrun -m beingvl
-encode-images …`) or as a Slurm array, every rank makes its share of the parts; killed, it is
-started again with any number of ranks. An unreadable image is rejected with its reason; past
---max_rejected the run fails. When the disk fails, the run ends after a few tries; the same command
-continues it. The result does not depend on ranks, workers or kills. A finished output with the
-same images, by name, size and time (else by content), is reused.
+encode-images …`) or as a Slurm array, every rank does its share of the parts; after a kill, start
+it again with any number of ranks. Unreadable images are rejected with a reason; beyond
+--max_rejected the run fails. If the disk fails, the run ends after a few retries; the same command
+continues it. The result does not depend on ranks, workers or kills. A finished output for the same
+images, by name, size and time (else by content), is reused.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image_path", type=PLACE, nargs="+", help=images)
     add("--vqgan", dest="vq_path", type=FILE, required=True, help="VQ-GAN folder")
     add("--output", dest="output_path", type=Path, required=True, help="folder to write")
-    named = "rows, in any form that tokenize reads: encode only the images they name"
+    named = "dataset rows, in any format that tokenize reads: encode only the images they name"
     add("--json_path", type=PLACE, nargs="+", help=named)
     add_row_format(parser)
     add("--list_path", type=FILE, help="text file, one image per line: encode only these")
     add("--batch_size", type=int, default=64, help="images per forward pass")
     part = "images per part; a kill loses only unfinished parts"
     add("--images_per_part", type=int, default=4096, help=part)
-    add("--num_workers", type=int, default=0, help="processes that read images; 0: this one")
+    add("--num_workers", type=int, default=0, help="image-reading processes; 0: only this one")
     add("--max_rejected", type=share, default=0.01, help="tolerated share of unreadable images")
     add("--exif", choices=["apply", "ignore"], default="apply", help=EXIF)
     add("--device", default="auto", help="torch device; auto is this rank's GPU, else cpu")
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     encoder = "dtype of the encoder; auto is bfloat16 on a GPU, float32 on a CPU"
     add("--dtype", choices=dtypes, default="auto", help=encoder)
     add_rank_arguments(parser)
-    other = "replace codes of other images or of another VQ-GAN"
+    other = "replace codes of different images or of a different VQ-GAN"
     add("--overwrite", action="store_true", help=other)
 
 

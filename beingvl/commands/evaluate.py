@@ -3,30 +3,30 @@ against the base model's.
 
     beingvl evaluate --model stage-3/final --json_path test.json --output eval/
 
-One of three, each into a folder of its own:
+One of three, each with its own output folder:
   --json_path FILE      answer every row's question greedily and score the answers by --metric
   --data SHARDS         loss and perplexity per source and token kind, computed as in training
-  --text_parity BASE    do-no-harm check on a fixed text: after stage 1 the logits of all text ids
-                        are bit-identical to the base model's (a difference is exit code 1); after
-                        stages 2 and 3 the KL divergence is printed; on the cpu by default
+  --text_parity BASE    compare logits on fixed texts: after stage 1 those of all text ids must be
+                        bit-identical to the base model's (otherwise exit code 1); after stages 2
+                        and 3 the KL divergence is printed; on the CPU by default
 
-Rows of --json_path: one question per row. Its reference answer is `answers` (a list
-of texts, or of objects with `answer`), else `answer` (a text, or a number into the list `choices`),
-else the gpt turn. `category` groups scores.
+--json_path needs one question per dataset row. The reference answer is in `answers` (a list of
+texts, or of objects with `answer`), else in `answer` (a text, or an index into the list `choices`),
+else in the gpt turn. `category` groups scores.
   exact_match    equal to a reference after stripping and lower-casing
   vqa_accuracy   VQAv2, VizWiz, TextVQA: ten `answers` per row, official normalisation
   pope           answer yes or no; accuracy, precision, recall, F1, share of yes; `category`
                  random, popular, adversarial
   mme            answer yes or no; `category` is the MME task, two questions per image;
                  perception and cognition score
-  scienceqa      answer is a letter A … E, or a number into `choices`
+  scienceqa      answer is a letter A … E, or an index into `choices`
   anls           DocVQA, ST-VQA: similarity with the best of `answers`, 0 below 0.5
   cider, bleu    captions; bleu needs pip install '.[evaluation]'
 
-OUTPUT_PATH gets scores.json (with standard errors), predictions.jsonl or samples.jsonl, and
-manifest.json last. The work is cut into parts of --rows_per_part: started by a launcher or as a
-Slurm array, every rank makes its share; killed, it is started again with any number of ranks and
-makes what is missing. A finished evaluation with the same inputs is reused.
+The output folder gets scores.json (with standard errors), predictions.jsonl or samples.jsonl, and
+manifest.json last. The work is divided into parts of --rows_per_part: started by a launcher or as a
+Slurm array, every rank does its share; after a kill, start it again with any number of ranks to do
+the rest. A finished evaluation with the same inputs is reused.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    rows = "one question and its reference answer per row, in any form that tokenize reads"
+    rows = "one question and its reference answer per row, in any format that tokenize reads"
     what.add_argument("--json_path", type=PLACE, nargs="+", help=rows)
     shards = "shard folder of build-shards that was not trained on"
     what.add_argument("--data", type=Input("shards"), help=shards)
@@ -62,20 +62,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how the answers to --json_path are scored",
     )
     add_row_format(parser)
-    images = "folder that the rows' image paths start from, or tar files or tables that hold them"
+    images = "root folder of the rows' image paths, or tar files or tables with the images"
     add("--image_path", type=PLACE, nargs="+", help=images)
-    codes = "folder of encode-images; without it the images are encoded now"
+    codes = "folder written by encode-images; without it, images are encoded now"
     add("--codes", dest="vq_codes", type=Input("vq_codes"), help=codes)
     add("--max_new_tokens", type=int, default=16, help="longest answer, in tokens")
     add("--batch_size", type=int, default=128, help="prompts per batch; fewer for a large model")
     targets = "which tokens of --data are targets"
     add("--loss_on", default="response", choices=["response", "text", "all"], help=targets)
-    add("--limit", type=int, help="use only this many rows or samples, the first ones")
+    add("--limit", type=int, help="use only the first rows or samples, this many")
     part = "rows or samples per part; a kill loses only unfinished parts"
     add("--rows_per_part", type=int, default=512, help=part)
     add("--name", help="name in scores.json and the table; default: the output folder's")
     add_rank_arguments(parser)
-    add("--overwrite", action="store_true", help="replace a finished evaluation of other inputs")
+    add("--overwrite", action="store_true", help="replace a finished evaluation with other inputs")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,14 +4,14 @@ published parameter names.
     beingvl export --model base/ --checkpoint stage-1/ --output out/
         the model as it is now, before its stage ends
     beingvl export --model stage-3/final --format being-vl-0.5 --output out/
-        VQ-GAN among the weights, as published; a model with llama3 scaling of its rope needs
-        --rope_scaling none, which changes it
+        published form, with the VQ-GAN among the weights; a model with llama3 RoPE scaling needs
+        --rope_scaling none, which changes the model
     beingvl export --model Being-VL-0.5/ --output base/
-        a published folder back into ours
+        a published folder, converted to ours
 
-A finished stage already has its `final/`. The result loads with unmodified transformers and is a
-start model for the next stage. The probe logits that a checkpoint stored while it was trained are
-compared with those of the written folder; when they differ, the exit code is 1 and the folder stays
+A finished stage already has its `final/`. The result loads with unmodified transformers and can be
+the start model of the next stage. The written folder's logits are compared with the probe logits
+that training stored in the checkpoint; if they differ, the exit code is 1 and the folder stays
 incomplete.
 """
 
@@ -35,11 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", dest="output_path", type=Path, required=True, help="folder to write")
     rope = "none: drop RoPE scaling, which being-vl-0.5 does not support"
     add("--rope_scaling", choices=("none",), help=rope)
-    templates = "what a published folder was trained on; default: as its manifest says"
+    templates = "chat template a published folder was trained on; default: as in its manifest"
     add("--template", choices=("default", "being-vl-0.5"), help=templates)
     no_link = "copy unchanged weight files instead of hard-linking them"
     add("--no_link", dest="link", action="store_false", help=no_link)
-    no_probe = "do not load the result to compare the checkpoint's probe logits"
+    no_probe = "do not load the result to compare its logits with the checkpoint's"
     add("--no_probe", dest="probe", action="store_false", help=no_probe)
     add("--overwrite", action="store_true", help="replace a finished folder")
 

@@ -4,14 +4,14 @@
     beingvl generate --model stage-3/final --image a.png --chat
     beingvl generate --model stage-3/final --draw new.png --seed 1
 
-With several --image options each stands where its `<image>` placeholder is in the prompt. The
-answer appears while it is made. --chat asks for one question after another and remembers the
+With several --image options, each image goes to its `<image>` placeholder in the prompt. The answer
+appears while it is generated. --chat reads one question after another and remembers the
 conversation; an empty line ends it.
 
---draw (experimental) samples the tokens of an image instead of an answer, held to those that fit
-the grid, and saves what the VQ-GAN makes of them. Without --prompt and --image it begins as a
-training sample does; a model trained with the default `loss_on: response` was never taught to
-predict image tokens, so its pictures show little.
+--draw (experimental) samples image tokens instead of an answer, only those that fit the grid, and
+saves the image that the VQ-GAN decodes from them. Without --prompt and --image it starts as a
+training sample does. A model trained with the default `loss_on: response` never learnt to predict
+image tokens, so its pictures show little.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="image file; can be given more than once",
     )
     add("--prompt", help="the question; `<image>` marks an image's place when there are several")
-    add("--chat", action="store_true", help="ask for questions one after another, on the terminal")
+    add("--chat", action="store_true", help="read questions from the terminal, one after another")
     draw = "experimental: draw an image, decode it with the model's VQ-GAN, save it here"
     add("--draw", type=Path, metavar="PNG", help=draw)
     add("--max_new_tokens", type=int, default=128, help="longest answer, in tokens")
-    sample = "draw tokens by their probability; without it the likeliest one is taken"
+    sample = "sample tokens by their probability; default: take the most likely one"
     add("--do_sample", action="store_true", help=sample)
-    temperature = "with --do_sample and --draw: below 1 more predictable, above 1 less"
+    temperature = "for --do_sample and --draw: below 1 more predictable, above 1 less"
     add("--temperature", type=float, default=1.0, help=temperature)
     add("--seed", type=int, default=0, help="seed of --do_sample and --draw")
 

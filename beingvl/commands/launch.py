@@ -3,12 +3,12 @@
     beingvl launch --hostfile hostfiles/hostfile-1 [--dry_run] -- \\
         --config ds_configs/stage1.json --model base/ --data shards/ --output stage-1/
 
-What follows `--` goes to the trainer (`beingvl train --help`). Every host is asked first what
-`beingvl preflight` asks, all but the all-reduce. A hostfile whose only host is localhost needs no
-ssh: its GPUs are counted, and where there is none its slots are CPU ranks.
+Everything after `--` goes to the trainer (`beingvl train --help`). Every host is checked first, as
+by `beingvl preflight` without the all-reduce. A hostfile with localhost as its only host needs no
+ssh: it runs one rank per GPU, or without a GPU one CPU rank per slot.
 
-The first SIGINT, SIGTERM or SIGHUP asks the ranks of this run alone to stop after the running step
-(exit code 85); the second kills them.
+The first SIGINT, SIGTERM or SIGHUP asks only this run's ranks to stop after the running step (exit
+code 85); the second kills them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     hostfile = "NAME slots=NUMBER, one line per host; the first is rank 0's"
     add("--hostfile", type=Path, required=True, help=hostfile)
-    num_ranks = "on this machine alone: ranks, instead of all GPUs or the hostfile's slots"
+    num_ranks = "on this machine alone: number of ranks, instead of all GPUs or the slots"
     add("--num_ranks", type=int, help=num_ranks)
-    address = "rank 0's address (default: the one by which ssh reached the first host)"
+    address = "rank 0's address (default: the one at which ssh reached the first host)"
     add("--master_addr", help=address)
     port = "rank 0's port; each run on a host needs its own"
     add("--master_port", type=int, default=29500, help=port)
-    add("--no_preflight", action="store_true", help="start without asking the hosts first")
+    add("--no_preflight", action="store_true", help="start without checking the hosts first")
     dry_run = "print the command and the ranks' variables; start nothing"
     add("--dry_run", action="store_true", help=dry_run)
     add("trainer", nargs=argparse.REMAINDER, help="-- and the trainer's arguments")

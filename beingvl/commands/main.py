@@ -1,9 +1,9 @@
-"""The console script `beingvl`: each command is a module that is imported when it is called.
+"""The console script `beingvl`: each command is a module, imported only when it is called.
 
 A command module has a docstring (the text of its --help), `add_arguments(parser)` and
-`run(args) -> int | None`; it imports its step inside `run`, so that `--help` is instant. Option
-names accept `--like_this` and `--like-this`. A wrong input ends in one sentence and exit code 2;
-`--debug` shows the traceback.
+`run(args) -> int | None`; it imports its step inside `run`, so that `--help` is instant. Options
+can be written `--like_this` or `--like-this`. Wrong input gives a one-sentence error and exit code
+2; `--debug` shows the traceback.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ COMMANDS = {
     "generate": "[7] answer a prompt about images",
     "serve": "[7] a page on this machine to try a model in the browser, or an API",
     "evaluate": "[7] score a model: answers, held-out loss, text against its base",
-    "report": "[7] pictures and summary of a run",
+    "report": "[7] pages about a run's data, training and answers",
     "export": "[7] start model + training checkpoint -> stock Hugging Face folder",
     "launch": "start a training stage on the hosts of a hostfile, through deepspeed",
-    "preflight": "ask every host of a hostfile whether a run can start there",
-    "plan": "predict memory and time of a stage before it runs",
+    "preflight": "check on every host of a hostfile that a run can start there",
+    "plan": "predict a stage's memory and time before it runs",
     "verify": "re-hash an artefact of any step against its manifest",
 }
 WRONG_PATH = (
@@ -66,9 +66,9 @@ DISK_FAILS = (
     errno.EOPNOTSUPP,
 )
 REMEDIES = {
-    errno.ECONNABORTED: "see to the network",  # of sources/places.py
+    errno.ECONNABORTED: "check the network",  # raised by sources/places.py
     **dict.fromkeys(DISK_IS_FULL, "make room"),
-    **dict.fromkeys(DISK_FAILS, "see to the disk"),
+    **dict.fromkeys(DISK_FAILS, "check the disk"),
     **dict.fromkeys(TOO_MANY_FILES, "allow more open files (`ulimit -n 65536`)"),
 }
 
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complete(os.environ["COMP_LINE"].split()[1:2])
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].startswith("--local_rank="):
-        argv = argv[1:]  # put there by the deepspeed launcher, which also sets LOCAL_RANK
+        argv = argv[1:]  # added by the deepspeed launcher, which also sets LOCAL_RANK
     if argv and argv[0] == "help":  # `beingvl help train` is `beingvl train --help`
         argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help"):
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complete(command: Sequence[str]) -> None:
-    """Answer the shell, which `register-python-argcomplete` has told to ask, and exit."""
+    """Answer a completion request of the shell (`register-python-argcomplete`), and exit."""
     import argcomplete  # an optional extra
 
     parser = Parser(prog="beingvl")
@@ -130,7 +130,7 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
     args = parser.parse_args([_underscored(word) for word in argv])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A path may be any bytes, and a terminal may know few letters.
+            # Paths may hold any bytes, and a terminal's encoding may lack characters.
             stream.reconfigure(errors="backslashreplace")
     try:
         parser.look_at_inputs(args)
@@ -147,8 +147,8 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
             raise
         error = _of_the_system(error)
         if not isinstance(error, OSError) or error.errno not in REMEDIES:
-            return _report_defect(name, error)
-        # A failing write does not say which file it was.
+            return _report_bug(name, error)
+        # A failed write does not name its file.
         output = getattr(args, "output_path", None) or getattr(args, "output", None)
         path = error.filename or output
         where = f" ({path})" if path else ""
@@ -162,7 +162,7 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
 
 
 def _of_the_system(error: Exception) -> Exception:
-    """The OSError that torch reports as a RuntimeError, "…: Too many open files (24)"."""
+    """The OSError behind a RuntimeError of torch such as "…: Too many open files (24)"."""
     number = re.search(r" \((\d+)\)$", str(error))
     if isinstance(error, RuntimeError) and number and int(number[1]) in REMEDIES:
         return OSError(int(number[1]), os.strerror(int(number[1])))
@@ -170,10 +170,10 @@ def _of_the_system(error: Exception) -> Exception:
 
 
 def _sentence(error: Exception, argv: Sequence[str]) -> str:
-    """The message; of a wrong path with the option that it came from."""
+    """The message; for a wrong path, with the option that it came from."""
     if not isinstance(error, OSError) or not error.filename:
         return str(error)
-    path = str(error.filename2 or error.filename)  # of a file that could not get its name, the name
+    path = str(error.filename2 or error.filename)  # for a failed rename, the new name
     for before, word in itertools.pairwise(["", *argv]):
         option, equals, value = word.partition("=")
         if (word == path and before.startswith("--")) or (equals and value == path):
@@ -181,11 +181,11 @@ def _sentence(error: Exception, argv: Sequence[str]) -> str:
     return f"{path}: {error.strerror}"
 
 
-def _report_defect(name: str, error: Exception) -> int:
+def _report_bug(name: str, error: Exception) -> int:
     saved = _save_traceback(name)
     print(
         f"beingvl {name}: unexpected {type(error).__name__}: {error}\n"
-        f"This looks like a defect, not like wrong input; the traceback is in {saved} "
+        f"This looks like a bug, not wrong input; the traceback is in {saved} "
         "(or run with --debug).",
         file=sys.stderr,
         flush=True,
@@ -194,7 +194,7 @@ def _report_defect(name: str, error: Exception) -> int:
 
 
 def _underscored(word: str) -> str:
-    """`--like-this=a-b` -> `--like_this=a-b`; everything that is not an option stays."""
+    """`--like-this=a-b` -> `--like_this=a-b`; anything but an option stays unchanged."""
     if not word.startswith("--") or word == "--":
         return word
     option, equals, value = word.partition("=")
@@ -202,7 +202,7 @@ def _underscored(word: str) -> str:
 
 
 def _save_traceback(name: str) -> Path:
-    # of a new name: in a folder that all share, somebody's link could have one that is foreseen
+    # a random name: in a shared folder, somebody could place a link at a predictable one
     number, path = tempfile.mkstemp(".traceback.txt", f"beingvl-{name}-")
     with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(traceback.format_exc())

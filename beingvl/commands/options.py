@@ -1,4 +1,4 @@
-"""The options of a command as arguments of its step, and those that several commands share."""
+"""Turns a command's options into arguments of its step; options that several commands share."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ NOT_FOR_THE_STEP = ("debug", "kind", "local_rank")
 
 
 def options_of(args: argparse.Namespace, *others: str) -> dict[str, Any]:
-    """Keyword arguments for the step's function, which are named like the options; all but
-    `others`, which the command passes on itself. A rank that is not given is the launcher's.
+    """Keyword arguments for the step's function, named like the options; without `others`, which
+    the command handles itself. The default rank is the launcher's.
     """
     left_out = (*NOT_FOR_THE_STEP, *others)
     options = {name: value for name, value in vars(args).items() if name not in left_out}
@@ -24,21 +24,21 @@ def options_of(args: argparse.Namespace, *others: str) -> dict[str, Any]:
 
 
 def share(text: str) -> float:
-    """A share of all, written as 0.01 or 1%."""
+    """A fraction, written as 0.01 or 1%."""
     return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """For every command that runs a trained model."""
     add = parser.add_argument
-    model = "Being-VL model folder, or a stage folder, whose final/ is taken"
+    model = "Being-VL model folder, or a stage folder, for its final/"
     a_model: dict[str, Any] = {"metavar": "MODEL", "type": Input("model"), "required": True}
     add("--model", dest="model_path", help=model, **a_model)
     vbpe = "vbpe.json; default: the one inside the model folder"
     add("--vbpe", dest="vbpe_path", type=FILE, help=vbpe)
     raw = "plain VQ codes without vBPE, for a model trained on them"
     add("--raw", action="store_true", help=raw)
-    template = "default or being-vl-0.5; without it, the chat template of the model's training"
+    template = "default or being-vl-0.5; without it, the chat template used in training"
     add("--template", help=template)
     dtypes = ["float32", "bfloat16", "float16"]
     dtype = "dtype of the language model; default: the checkpoint's, float32 on a CPU"
@@ -47,14 +47,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_row_format(parser: argparse.ArgumentParser) -> None:
-    """For every command that reads rows."""
+    """For every command that reads dataset rows."""
     dialects = ["llava", "sharegpt", "messages", "texts", "caption", "alpaca"]
-    of_rows = "form of the rows; default: recognised from the first rows"
+    of_rows = "format of the dataset rows; default: recognised from the first ones"
     parser.add_argument("--row_format", choices=dialects, help=of_rows)
 
 
 def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
-    """For every command whose work several processes may share."""
+    """For every command whose work several processes can share."""
     add = parser.add_argument
     rank = "number of this process, below --num_ranks; default: from the launcher or Slurm array"
     add("--rank", type=int, help=rank)

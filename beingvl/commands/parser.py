@@ -1,4 +1,4 @@
-"""How every command reads its options: no abbreviations, and a mistake is one sentence."""
+"""The option parser of all commands: no abbreviations, and errors of one sentence."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ NO_DEFAULT = (None, True, False, argparse.SUPPRESS)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults where there are any, and keeps the description's line breaks."""
+    """Shows defaults if there are any, and keeps the description's line breaks."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         has_none = action.default == [] or any(action.default is none for none in NO_DEFAULT)
         return action.help if has_none else super()._get_help_string(action)
 
 
-# Each thing has one name in every command; its names in Being-VL-0.5 and DeepSpeed are accepted.
+# Each thing has one option name in all commands; Being-VL-0.5's and DeepSpeed's names work, too.
 OTHER_NAMES = {
     "--model_path": "--model",
     "--output_path": "--output",
@@ -41,7 +41,7 @@ OTHER_NAMES = {
 
 @dataclass(frozen=True)
 class Input:
-    """The `type` of an option that names what a step reads: its `form`, and the `kind` of a
+    """The `type` of an option that names an input: its Python type `form`, and the `kind` of
     finished artefact, or "" for any file or folder.
     """
 
@@ -52,7 +52,7 @@ class Input:
         return self.form(text)
 
     def look_at(self, given: Path | str) -> None:
-        """Raises OSError or InputError when it is not there, or is something else."""
+        """Raises OSError or InputError if it is missing, or the wrong kind."""
         if not self.kind:
             if ":/" not in str(given) and not glob.has_magic(str(given)):
                 os.stat(given)
@@ -69,7 +69,7 @@ class Input:
         read_manifest(folder, self.kind)
 
 
-FILE, PLACE = Input(), Input(form=str)  # a path, an address or a pattern
+FILE, PLACE = Input(), Input(form=str)  # a path; a path, a URL or a pattern
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,14 +79,14 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str], namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """A misspelt option is named before the required one that is missing because of it."""
-        if not self._subparsers:  # which do the same for theirs
+        """Report a misspelt option before the required one that is missing because of it."""
+        if not self._subparsers:  # subparsers check their own options
             end = args.index("--") if "--" in args else len(args)
             args = [*map(self._known, args[:end]), *args[end:]]
         return super().parse_known_args(args, namespace)
 
     def look_at_inputs(self, args: argparse.Namespace) -> None:
-        """A wrong path is told before the step's libraries are loaded, which takes seconds."""
+        """Report a wrong path before the step's libraries are loaded, which takes seconds."""
         for action in self._actions:
             given = getattr(args, action.dest, None)
             if isinstance(action, argparse._SubParsersAction):
@@ -96,7 +96,7 @@ class Parser(argparse.ArgumentParser):
                     action.type.look_at(one)
 
     def _known(self, word: str) -> str:
-        """The word with its option's name in this command."""
+        """The word, with its option renamed to this command's name for it."""
         known = self._option_string_actions
         option, equals, value = word.partition("=")
         if not option.startswith("--") or option in known:

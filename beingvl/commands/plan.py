@@ -1,12 +1,12 @@
-"""Predict memory per rank and time per epoch of a stage, and propose what helps.
+"""Predict a stage's memory per rank and time per epoch, and propose settings that fit.
 
   beingvl plan --model llama3.1-8b --gpus 80GB
   beingvl plan --model base --config ds_configs/stage3.json --gpus 8x80GB --nodes 2 --data shards/
 
-Nothing is loaded and no GPU is needed: shapes come from the model's config, or from a name
+It loads no weights and needs no GPU: shapes come from the model's config, or from a name
 (llama3.1-8b, llama3.1-70b, llama3.2-1b, llama3.2-3b, llama2-7b, smollm2-135m, -360m, -1.7b). A run
-prints its own prediction beside what it really used. The time assumes that a GPU reaches --mfu of
-its peak, which is a guess until a run has shown it.
+prints its prediction next to what it really used. The time assumes that a GPU reaches --mfu of its
+peak, which is a guess until you have measured it in a run.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help=model)
     stage = "the stage's JSON, or several (default: ds_configs/stage1.json to stage3.json)"
     add("--config", dest="stage", nargs="+", type=FILE, help=stage)
-    gpus = "GPUs of a node and the memory of each, for example 8x80GB; 80GB: a table"
+    gpus = "GPUs per node and the memory of each, for example 8x80GB; 80GB alone gives a table"
     add("--gpus", default="80GB", metavar="[Nx]MGB", help=gpus)
     add("--nodes", type=int, default=1, help="number of nodes")
     add("--data", type=Input("shards"), help="shard folder, for the time per epoch")
-    add("--gpu", default="H100", help="kind of GPU, for its peak speed")
-    add("--mfu", type=float, default=0.4, help="share of the peak that the model's own FLOPs reach")
+    add("--gpu", default="H100", help="type of GPU, for its peak speed")
+    add("--mfu", type=float, default=0.4, help="assumed model FLOP utilisation")
     add_overrides(parser)
 
 

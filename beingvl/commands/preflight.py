@@ -1,12 +1,12 @@
-"""Ask every host of a hostfile whether a run can start there, before it starts.
+"""Check on every host of a hostfile that a run can start there, before it starts.
 
     beingvl preflight --hostfile hostfiles/hostfile-1 --config ds_configs/stage1.json --model base/
 
-Asks each host over ssh, all at once: is it there; do its versions, code, clock, model and data
-equal the first host's; has it the devices that its slots promise; is there disk space, also where
-the stage offloads to; is rank 0's port free. Then checks the stage's JSON, that its mixture and
-the model's template fit the data, and measures an all-reduce through the real launcher. Prints a
-table; exit code 1 when a row is red.
+Checks all hosts at once over ssh: does it answer; are its versions, code, clock, model and data the
+same as the first host's; does it have as many devices as slots; is there enough disk space, also
+where the stage offloads to; is rank 0's port free. Then checks the stage's JSON, and that its
+mixture and the model's template fit the data, and measures an all-reduce through the real launcher.
+Prints a table; the exit code is 1 if a line is red.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from beingvl.commands.parser import FILE
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--hostfile", type=FILE, required=True, help="NAME slots=NUMBER, one line per host")
-    stage = "the stage's JSON (ds_configs/): it must be accepted, and equal on every host"
+    stage = "the stage's JSON (ds_configs/): it must be valid, and equal on every host"
     add("--config", dest="stage", help=stage)
     add_overrides(parser)
     add("--model", help="start model; every host must see the same")
     add("--data", help="shard folder; every host must see the same")
-    add("--output", help="stage folder that will be written; its disk must have room")
+    add("--output", help="stage folder to write later; its disk must have enough space")
     add("--master_port", type=int, default=29500, help="rank 0's port")
     add("--seconds", type=float, default=5.0, help="seconds to measure the all-reduce; 0 skips it")
 

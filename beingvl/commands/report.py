@@ -1,7 +1,7 @@
-"""[7] Pages about what a run left, each a single file that needs no second one.
+"""[7] Pages about a run's results, each a single self-contained file.
 
 beingvl report run runs/quickstart   data, vBPE, curves, frozen hashes, scores, answers
-beingvl report data shards/ …        what shards hold: lengths, sources, unused rows, examples
+beingvl report data shards/ …        contents of shards: lengths, sources, unused rows, examples
 beingvl report train stage-1         curves, times and events of one stage's training
 beingvl report vbpe vbpe.json …      what a vBPE vocabulary learnt
 beingvl report card stage-3/final …  not a page: the model card, with scores
@@ -14,8 +14,8 @@ import argparse
 from beingvl.commands import report_card, report_data, report_run, report_train, report_vbpe
 
 KINDS = {
-    "run": (report_run, "all that a run left: data, vBPE, curves, hashes, scores, answers"),
-    "data": (report_data, "what shards hold"),
+    "run": (report_run, "everything about a run: data, vBPE, curves, hashes, scores, answers"),
+    "data": (report_data, "the contents of shards"),
     "train": (report_train, "curves, times and events of one stage's training"),
     "vbpe": (report_vbpe, "what a vBPE vocabulary learnt"),
     "card": (report_card, "the model card, with scores"),
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, (kind, description) in KINDS.items():
         sub = kinds.add_parser(name, help=description, description=kind.__doc__)
         kind.add_arguments(sub)
-        # The command's own --debug is known before KIND only; SUPPRESS keeps its value.
+        # The command's own --debug only works before KIND; SUPPRESS keeps its value.
         debug = "show the traceback of an error"
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=debug)
 

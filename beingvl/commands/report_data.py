@@ -1,11 +1,11 @@
-"""What shards hold, as one self-contained HTML page.
+"""The contents of shards, as one self-contained HTML page.
 
     beingvl report data shards/… [--config stage1.json] [--vqgan vqgan --vbpe vbpe]
 
-Counts, lengths, packing efficiency, kinds of tokens, new rows that never occur, and examples. With
-a stage's JSON: what its mixture draws. With a VQ-GAN that has a decoder, and the shards' vBPE: the
-examples' images. A folder that holds folders of shards, as `beingvl tokenize --format arrow`
-writes it, stands for all of them.
+Counts, lengths, packing efficiency, token kinds, visual rows that never occur, and examples. With a
+stage's JSON: what its mixture draws. With a VQ-GAN that has a decoder, and the shards' vBPE: the
+examples' images. A folder of shard folders, as `beingvl tokenize --format arrow` writes, means all
+of them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser)
     length = "tokens per sequence, for the packing efficiency without a stage"
     add("--sequence_length", type=int, default=4096, help=length)
-    examples = "examples per folder, of every source in turn"
+    examples = "examples per folder, from all sources"
     add("--num_examples", type=int, default=6, help=examples)
 
 

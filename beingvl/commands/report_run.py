@@ -1,10 +1,10 @@
-"""All that a run left, gathered on one self-contained HTML page.
+"""Everything about a run, on one self-contained HTML page.
 
     beingvl report run runs/quickstart
 
-Reads what is there of RUN_FOLDER (each piece may lie elsewhere, see the options)
+Reads what exists in RUN_FOLDER (each piece can be elsewhere, see the options)
 
-    stage-N/          metrics, validation, plan; final/ for the hashes of what was frozen
+    stage-N/          metrics, validation, plan; final/ for the hashes of frozen groups
     eval/*/           every finished evaluation: accuracy after each stage, scores, answers
     base/             the model that stage 1 started from
     shards*/          the data report
@@ -14,14 +14,14 @@ Reads what is there of RUN_FOLDER (each piece may lie elsewhere, see the options
 
 and writes
 
-    index.html           all of it, and what was not found, on one page
+    index.html           everything, and what is missing, on one page
     summary.json         accuracy, chance, compression, scores, hashes, time, memory
     contact_sheet.png    ten test images with their token borders, question, answer and truth
-    training.png         loss of each stage, accuracy after it
-    manifest.json        last
+    training.png         loss of each stage, and accuracy after it
+    manifest.json        written last
 
-The examples are answers of the last stage, spread evenly over the test questions; nothing is chosen
-by its answer.
+The examples are answers of the last stage, spread evenly over the test images; they are not chosen
+by their answers.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vbpe", dest="vbpe_path", type=FILE, help="vBPE; default: RUN_FOLDER/vbpe")
     codes = "codes to measure the vBPE on; default: RUN_FOLDER/vq_codes/test"
     add("--codes", dest="vq_codes", type=FILE, help=codes)
-    images = "folder that images of the evaluations start from; default: RUN_FOLDER/data/images"
+    images = "root folder of the evaluations' image paths; default: RUN_FOLDER/data/images"
     add("--image_path", type=FILE, help=images)
     folder = "folder to write; default: report/ beside the stages"
     add("--output", dest="output_path", type=Path, help=folder)
-    add("--wall_seconds", type=float, help="seconds the whole run took, for the summary")
-    memory = "peak memory of the whole run; default: rank 0's largest in the stages' metrics"
+    add("--wall_seconds", type=float, help="seconds that the whole run took, for the summary")
+    memory = "peak memory of the whole run; default: rank 0's maximum in the stages' metrics"
     add("--peak_memory_bytes", type=int, help=memory)
 
 

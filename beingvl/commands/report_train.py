@@ -2,9 +2,9 @@
 
     beingvl report train stage-1/
 
-Loss (with the losses per token kind and source, and of the validation set), gradient norm, learning
-rate, tokens per second, MFU, memory, where the time of a step goes, skipped steps and spikes. Works
-while the stage is still running.
+Loss (also per token kind, per source, and on the validation set), gradient norm, learning rate,
+tokens per second, MFU, memory, where a step spends its time, skipped steps and spikes. Works while
+the stage is still running.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What a vBPE vocabulary learnt, as one self-contained HTML page and the PNG files in it.
+"""What a vBPE vocabulary learnt, as one self-contained HTML page and its pictures as PNG files.
 
     beingvl report vbpe vbpe.json [--codes vq_codes/] [--vqgan vqgan/]
 
-With --codes: compression against number of merges, most used tokens, example images with their
-tokens' borders. With --vqgan as well, tokens and examples are shown as pixels; otherwise every code
-has a colour of its own.
+With --codes: compression against number of merges, most used tokens, example images with token
+borders. With --vqgan, tokens and examples are shown as pixels; otherwise every code has its own
+colour.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from beingvl.commands.parser import FILE
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("vbpe", type=FILE, help="vbpe.json, or the folder it lies in")
-    codes = "VQ codes (folder or .npy) to measure on; best not those it learnt from"
+    add("vbpe", type=FILE, help="vbpe.json, or its folder")
+    codes = "VQ codes (folder or .npy) to measure on; preferably not those it learnt from"
     add("--codes", nargs="+", type=FILE, default=[], help=codes)
     vq = "VQ-GAN folder with a decoder, to show pixels instead of colours"
     add("--vqgan", dest="vq", type=FILE, help=vq)

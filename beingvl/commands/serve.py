@@ -1,5 +1,5 @@
 """A page to try a model: upload a picture, ask, watch the answer appear, see the borders of the
-picture's tokens. Or, with --api, chat completions as OpenAI's clients ask for them.
+picture's tokens. Or, with --api, an OpenAI-compatible chat completions API.
 
     pip install '.[serve]'
     beingvl serve --model stage-3/final --vbpe vbpe.json     then open http://127.0.0.1:7860
@@ -8,8 +8,8 @@ picture's tokens. Or, with --api, chat completions as OpenAI's clients ask for t
     beingvl serve --model stage-3/final --vbpe vbpe.json --api     http://127.0.0.1:7860/v1
 
 Both listen on the loopback address and contact no other machine; pages tell the browser to do the
-same. Uploads lie in a temporary folder, which is removed at the end; Ctrl-C ends it.
-docs/how-to/inference.md says how to ask the API, and how to serve many.
+same. Uploads go into a temporary folder, which is removed at the end; Ctrl-C stops the server.
+docs/how-to/inference.md shows how to call the API, and how to serve many users.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--api", action="store_true", help="serve OpenAI's chat completions instead of the page")
     key = "file that holds the key of --api; default: the variable BEINGVL_API_KEY, else no key"
     add("--api_key", type=Path, metavar="FILE", help=key)
-    backend = "what answers --api: this process, or a server of vLLM or llama.cpp, by token ids"
+    backend = "what answers --api: this process, or a vLLM or llama.cpp server, by token ids"
     choices = ("transformers", "vllm", "llama.cpp")
     add("--backend", choices=choices, default=choices[0], help=backend)
-    add("--backend_url", metavar="URL", help="where that server is; default: its own default port")
-    host = "address to listen on; any other than this machine's own lets others use the model"
+    add("--backend_url", metavar="URL", help="that server's URL; default: its own default port")
+    host = "address to listen on; any but a loopback address lets others use the model"
     add("--host", default="127.0.0.1", help=host)
     add("--port", type=int, default=7860, help="port to listen on; 0 takes a free one")
     upload = "largest picture file, or request to --api, in MB"
     add("--max_upload_megabytes", type=int, default=20, help=upload)
-    add("--max_images", type=int, default=8, help="pictures in one request to --api")
+    add("--max_images", type=int, default=8, help="most pictures in one request to --api")
     add("--max_new_tokens", type=int, default=128, help="longest answer, in tokens")
-    add("--max_seconds", type=int, default=300, help="longest time of one request to --api")
+    add("--max_seconds", type=int, default=300, help="time limit of one request to --api")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -3,13 +3,13 @@
     deepspeed --num_gpus 2 --module beingvl.train.train_stage --config \\
         ds_configs/stage1.json --model base/ --data shards/ --output stage-1/
 
-on every rank, by a launcher, or alone, as a world of one rank, with `beingvl train`.
+A launcher starts it on every rank. `beingvl train` runs a single rank.
 
-Started again with the same arguments it resumes from the newest complete checkpoint; a finished
-stage is left alone. SIGTERM, SIGUSR1 and SIGINT end it after the running step with a checkpoint and
-exit code 85 ("requeue me"); while it starts up or saves there is nothing more to save, and it ends
-before the next step. When training cannot go on (values that are not finite, a lost rank, a full
-disk) the exit code is 1 and the last checkpoint stays valid.
+Started again with the same arguments, it resumes from the newest complete checkpoint; a finished
+stage is left alone. SIGTERM, SIGUSR1 and SIGINT stop it after the running step with a checkpoint
+and exit code 85 ("requeue me"). During start-up or a save there is nothing more to save, and it
+stops before the next step. If training cannot continue (values that are not finite, a lost rank, a
+full disk), the exit code is 1 and the last checkpoint stays valid.
 
 --replay STEP trains nothing: it rebuilds that step's batch, prints its samples and computes its
 loss again.
@@ -39,12 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown = "show this step's samples (steps count from 1) and its loss"
     add("--replay", type=int, metavar="STEP", help=shown)
     add_overrides(parser)
-    # DeepSpeed's launcher passes it
+    # passed by DeepSpeed's launcher
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
-    # Light, but numpy is imported with it: here, so that --help is instant.
+    # It imports numpy; imported here, so that --help is instant.
     from beingvl.train.train_stage import as_a_rank, train
 
     def step(stop_requested: Callable[[], bool]) -> bool:

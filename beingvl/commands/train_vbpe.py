@@ -3,13 +3,13 @@ vbpe.json alone.
 
     beingvl train-vbpe --codes vq_codes/ --output vbpe/ --num_merges 8192
 
---codes takes folders written by `beingvl encode-images`, .npy files, or folders of .npy files,
-of [N, H, W] or [N, H * W] unsigned or signed integers; sizes may differ between files. The learnt
+--codes takes folders written by `beingvl encode-images`, .npy files, or folders of .npy files, with
+[N, H, W] or [N, H * W] unsigned or signed integers; sizes may differ between files. The learnt
 vocabulary is a pure function of codes and options.
 
-With --held_out, or --num_merges auto, it says where more merges stop paying: how many tokens images
-take that it did not learn from, and the knee of that curve (beingvl/vbpe/compression.py). auto
-takes that many.
+With --held_out, or --num_merges auto, it reports where more merges stop paying off: tokens per
+held-out image against merges, and the knee of that curve (beingvl/vbpe/compression.py). auto learns
+as many merges as the knee says.
 
 `--import_pkl vbpe.pkl` converts a published pickled vocabulary instead of learning one.
 """
@@ -28,18 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--codes", dest="data_path", nargs="+", type=Path, help="VQ codes to learn from")
     output = "folder to write vbpe.json in, or FILE.json without a manifest"
     add("--output", dest="output_path", type=Path, required=True, help=output)
-    merges = "merges to learn; auto: as many, up to 8192, as pay on held-out images"
+    merges = "merges to learn; auto: as many as pay off on held-out images, up to 8192"
     add("--num_merges", type=number_or_auto, default=8192, metavar="N|auto", help=merges)
-    held = "VQ codes of other images to measure on (auto without them: every 20th image)"
+    held = "VQ codes of other images to measure on (default for auto: every 20th image)"
     add("--held_out", nargs="+", type=Path, default=[], metavar="CODES", help=held)
     add(
         "--alpha", type=float, default=0.3, help="weight of spatial consistency; 0: frequency alone"
     )
     add("--sigma", type=float, default=1.0, help="tolerated spread of a pair's positions, in cells")
     add("--min_count", type=int, default=2, help="pairs that occur less often are never merged")
-    size = "number of VQ codes (default: as the vq_codes folder says, else largest code + 1)"
+    size = "number of VQ codes (default: from the vq_codes folder, else largest code + 1)"
     add("--init_size", type=int, help=size)
-    pad = "what the files add to each code: they hold code + vocab_pad"
+    pad = "offset that the files add to each code: they hold code + vocab_pad"
     add("--vocab_pad", type=int, default=0, help=pad)
     end = "one past the largest id in the files, i.e. vocab_pad + init_size (checked)"
     add("--vocab_end", type=int, help=end)
@@ -47,9 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grid", nargs=2, type=int, metavar=("H", "W"), help=grid)
     add("--max_images", type=int, help="learn from a sample of this many images")
     add("--seed", type=int, default=0, help="seed of the sample")
-    data = "print what the files hold before learning; checks run always"
+    data = "print the files' contents before learning; checks always run"
     add("--validate_data", action="store_true", help=data)
-    save = "save every MERGES merges (default: 1000); the same command continues from there"
+    save = "save after every MERGES merges (default: 1000); the same command continues from there"
     add("--save_intermediate", nargs="?", type=int, const=1000, metavar="MERGES", help=save)
     published = "published vocabulary (pickle) to convert; nothing is learnt"
     add("--import_pkl", type=Path, help=published)

@@ -2,9 +2,9 @@
 
     beingvl verify vq_codes/ shards/ stage-1/ base/tokenizer.json
 
-Of a stage's folder its finished checkpoints and final/ are taken. A single file is compared with
-the manifest beside it. Only a vbpe.json without one is read: every merge must be possible. All
-paths are looked at; the exit code is 2 when one of them changed or is incomplete.
+For a stage folder, this checks its finished checkpoints and final/. A single file is compared with
+the manifest beside it. For a vbpe.json without a manifest, it checks that every merge is possible.
+All paths are checked; the exit code is 2 if one of them changed or is incomplete.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _verify(path: Path) -> str:
     if path.suffix == ".json" and path.is_file() and not is_complete(path.parent):
-        # Here, as numpy and numba are slow to load.
+        # Imported here: numpy and numba are slow to load.
         from beingvl.vbpe.visual_bpe import VisualBPE
 
         VisualBPE.load(path)
-        return "every merge possible, no hash to compare with"
+        return "every merge is possible; there is no hash to compare with"
     (manifest,) = verify(path).values()
     if path.is_file() and path.name in manifest.files:
-        return f"{path.stat().st_size:,} bytes, the hash that the manifest says"
+        return f"{path.stat().st_size:,} bytes, hash as in the manifest"
     size = sum(int(entry["bytes"]) for entry in manifest.files.values())
     count = f"{len(manifest.files)} files re-hashed, every hash as written"
     return f"{manifest.kind}, {size:,} bytes, {count}"

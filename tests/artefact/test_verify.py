@@ -78,7 +78,7 @@ def test_one_file(tmp_path, capsys) -> None:
     path = tmp_path / "vbpe.json"
     VisualBPE(16, np.array([[0, 1, 0, 1]], np.int32)).save(path)
     assert cli.main(["verify", str(path)]) == 0
-    assert "every merge possible, no hash to compare with" in capsys.readouterr().out
+    assert "every merge is possible; there is no hash to compare with" in capsys.readouterr().out
     text = path.read_text()
     path.write_text(text.replace("0,1,0,1", "0,99,0,1").replace("0, 1, 0, 1", "0, 99, 0, 1"))
     assert path.read_text() != text and cli.main(["verify", str(path)]) == 2
@@ -87,7 +87,7 @@ def test_one_file(tmp_path, capsys) -> None:
     path.write_text(text)
     write_manifest(tmp_path, "vbpe", {}, {})
     assert cli.main(["verify", str(path), str(tmp_path / "manifest.json")]) == 0
-    assert f"{path}: {len(text)} bytes, the hash that the manifest says" in capsys.readouterr().out
+    assert f"{path}: {len(text)} bytes, hash as in the manifest" in capsys.readouterr().out
     VisualBPE(16, np.array([[0, 2, 0, 1]], np.int32)).save(path)
     assert cli.main(["verify", str(path)]) == 2
     assert "vbpe.json does not have the hash that manifest.json says" in capsys.readouterr().err

@@ -199,13 +199,13 @@ def test_a_failing_or_full_disk_is_a_sentence_and_any_other_error_of_the_system_
     tmp_path, capsys, monkeypatch
 ) -> None:
     for number, code, message in (
-        (errno.EBADF, 1, "looks like a defect"),
-        (errno.EIO, 2, "see to the disk"),
+        (errno.EBADF, 1, "looks like a bug"),
+        (errno.EIO, 2, "check the disk"),
         (errno.ENOSPC, 2, "make room"),
-        (errno.EROFS, 2, "see to the disk"),
-        (errno.ENOLCK, 2, "see to the disk"),
-        (errno.ENOSYS, 2, "see to the disk"),
-        (errno.EOPNOTSUPP, 2, "see to the disk"),
+        (errno.EROFS, 2, "check the disk"),
+        (errno.ENOLCK, 2, "check the disk"),
+        (errno.ENOSYS, 2, "check the disk"),
+        (errno.EOPNOTSUPP, 2, "check the disk"),
         (errno.EMFILE, 2, "allow more open files (`ulimit -n 65536`)"),
     ):
 

@@ -189,7 +189,7 @@ def test_a_listing_that_changes(there, quick, tmp_path) -> None:
         ("gs://bucket/rows.jsonl", "pip install 'beingvl[remote]'"),  # which no test installs
         ("nobody://bucket/rows.jsonl", "Protocol not known"),
         ("https://127.0.0.1:1/*.jsonl", "does not list its files"),
-        ("https://127.0.0.1:1/rows.jsonl", "see to the network and start the same command again"),
+        ("https://127.0.0.1:1/rows.jsonl", "check the network and start the same command again"),
     ],
 )
 def test_one_sentence_for(base, store, quick, tmp_path, capsys, address, said) -> None:

@@ -31,5 +31,5 @@ def test_a_read_only_disk_is_named(tmp_path) -> None:
     mounted = 'mount -t tmpfs -o ro none "$1" && shift && exec "$@"'
     refused(
         ["unshare", "--mount", "sh", "-c", mounted, "sh", str(disk), *words],
-        f"Read-only file system ({disk / 'out'}); nothing finished is lost: see to the disk",
+        f"Read-only file system ({disk / 'out'}); nothing finished is lost: check the disk",
     )

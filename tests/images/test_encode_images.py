@@ -279,7 +279,7 @@ def test_a_disk_that_fails_ends_the_run_and_loses_no_image(
     assert encode(image_path, vq_path, tmp_path / "codes", **options) == 2
     message = capsys.readouterr().err
     assert (
-        f"Input/output error ({failing_path}/mem); nothing finished is lost: see to the disk and "
+        f"Input/output error ({failing_path}/mem); nothing finished is lost: check the disk and "
         "start the same" in message
     )
     assert [part.name for part in (tmp_path / "codes").glob("parts.tmp/0*")] == ["00000"]

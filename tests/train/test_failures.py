@@ -77,7 +77,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_named_then_the_run_st
     assert (
         "3 steps in a row" in done.stderr
         and "samples are in metrics.jsonl" in done.stderr
-        and "defect" not in done.stderr
+        and "looks like a bug" not in done.stderr
     )
     (saved,) = complete_checkpoints(output)
     assert step_of(saved) == bad_steps[-1] - 3
