@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# The paper's ablation on this machine: {raw codes, merged codes counted along the sequence, merged codes at their anchors} x
-# {curriculum and progressive unfreezing, each alone, one stage}, equal tokens for all, on the quickstart's data.
+# The paper's ablation on this machine: {raw codes, merged codes at running positions, merged codes at anchor positions} x
+# {curriculum and progressive unfreezing, each alone, a single stage}, the same number of tokens for all, on the quickstart's data.
 #   [RUN=runs/ablation] [SEEDS='0 1 2'] [STEPS=600] bash scripts/ablation.sh [--full_size]
-# STEPS are those of all stages together. Started again it goes on; in the background: nohup bash scripts/ablation.sh > ablation.log &
-# --full_size prints the Slurm jobs that do it at 8B, and runs nothing; it wants SHARDS-raw, SHARDS-running and SHARDS-anchor
+# STEPS is the total over all stages. Started again, it continues; in the background: nohup bash scripts/ablation.sh > ablation.log &
+# --full_size runs nothing but prints the Slurm jobs that do it at 8B; it needs SHARDS-raw, SHARDS-running and SHARDS-anchor
 # (`beingvl build-shards --image_positions`), and BASE_PATH.
 set -euo pipefail
 REGIMES="${REGIMES:-both progressive curriculum single}" CODES="${CODES:-raw running anchor}" SEEDS="${SEEDS:-0 1 2}"
 
-# What a stage of a regime differs in from its JSON: stage 3's rules, its mixture, or the mean mixture of all stages.
-words() { # regime, stage, steps of all stages, JSON files
+# How a regime's stage differs from its JSON: stage 3's rules, its own mixture, or the mean mixture of all stages.
+words() { # regime, stage, steps of all stages, prefix of the JSON files
     local json=$2 steps=$(($3 / 3)) mixture=''
     case "$1" in progressive | single) mixture="$(mixture "$4" 1 2 3)" ;; curriculum) mixture="$(mixture "$4" "$2")" ;; esac
     case "$1" in curriculum | single) json=3 ;; esac
     [ "$1" != single ] || steps=$3
     echo "$4$json.json --set beingvl.max_steps=$steps --set beingvl.epochs=20 ${mixture:+--set beingvl.mixture=$mixture}"
 }
-mixture() { # JSON files, stages
+mixture() { # prefix of the JSON files, stages
     python3 -c "
 import json, sys
 found = [json.load(open(f'{sys.argv[1]}{stage}.json'))['beingvl']['mixture'] for stage in sys.argv[2:]]

@@ -1,4 +1,4 @@
-"""The table of scripts/ablation.sh beside the paper's: every regime with every kind of codes.
+"""The table of scripts/ablation.sh next to the paper's: every regime with every kind of codes.
 
 python scripts/ablation_table.py RUN      reads RUN/seed-*/CODES-REGIME/eval/scores.json,
                                           writes RUN/ablation.md and RUN/index.html
@@ -19,12 +19,12 @@ from beingvl.report.kit import page
 LEAD = (
     "Exact match on perception / reasoning questions in per cent, means over seeds (how many) ± "
     "spread (largest - smallest). The paper's (arXiv 2506.23639) are averages of benchmarks with "
-    "vBPE at 8B, so only the order of the rows can be compared; of codes it says that VQAv2 rises "
-    "from 54.3 without vBPE to 80.2 with 8192 merges."
+    "vBPE at 8B, so only the order of the lines can be compared. About codes, the paper reports "
+    "that VQAv2 rises from 54.3 without vBPE to 80.2 with 8192 merges."
 )
 CODES = {"raw": "raw codes", "running": "vBPE, running", "anchor": "vBPE, anchor"}
 KINDS = ("perception", "reasoning")
-REGIMES = {  # name -> in words, and the paper's perception / reasoning
+REGIMES = {  # name -> description, and the paper's perception / reasoning
     "both": ("curriculum and progressive", "80.3 / 71.1"),
     "progressive": ("progressive only", "74.9 / 65.1"),
     "curriculum": ("curriculum only", "76.8 / 67.5"),
@@ -33,7 +33,7 @@ REGIMES = {  # name -> in words, and the paper's perception / reasoning
 
 
 def cell(run: Path, name: str) -> str:
-    """Of the runs `name` of all seeds that have one."""
+    """The table cell for the runs `name` of all seeds that have one."""
     scores = [read_object(path) for path in sorted(run.glob(f"seed-*/{name}/eval/scores.json"))]
     found = []
     for kind in KINDS if scores else ():

@@ -1,4 +1,4 @@
-"""The VQ-GAN of a Chameleon or Janus checkpoint, as a VQ-GAN folder.
+"""Extract the VQ-GAN of a Chameleon or Janus checkpoint into a VQ-GAN folder.
 
     python scripts/extract_vqgan.py CHECKPOINT VQGAN
 
@@ -40,7 +40,7 @@ def extract(checkpoint: Path, output: Path) -> VQGAN:
                     weights[name.partition(PREFIX)[2]] = tensors.get_tensor(name).float()
     with tempfile.TemporaryDirectory() as folder:
         preprocessing = checkpoint / PREPROCESSOR_FILE
-        if fields["model_type"] == "janus_vqgan":  # its own is of its vision tower
+        if fields["model_type"] == "janus_vqgan":  # the checkpoint's own is for its vision tower
             factor = 2 ** (len(fields["channel_multiplier"]) - 1)
             make_processor(fields["num_patches"] * factor).save_pretrained(folder)
             preprocessing = Path(folder) / PREPROCESSOR_FILE

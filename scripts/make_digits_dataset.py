@@ -2,13 +2,13 @@
 JSON and text lines.
 
     load_digits       1797 scans of 8 x 8 pixels, in the scikit-learn wheel: nothing is downloaded
-    split_by_image    train / validation / test: no scan is in two parts, every digit in the
-                      same proportion
-    render            shift, turn and scale on the way to `image_size` pixels; only training
-                      images are augmented
-    training_rows     honest captions and questions about the digit that is really there, one
-                      row per image and category
-    question_rows     one question per row, for scoring
+    split_by_image    train / validation / test: no scan is in two parts, every digit has the same
+                      share of each
+    render            scales to `image_size` pixels; training images are also shifted, rotated and
+                      rescaled
+    training_rows     true captions and questions about the digit in the image, one dataset row per
+                      image and category
+    question_rows     one question per dataset row, for scoring
     text_lines        the same language without images, for the text tokenizer and the text model
 
     OUTPUT_DIR/  images/{train,validation,test}/*.png   train.json  validation.json  test.json
@@ -61,9 +61,7 @@ def answer(question: str, digit: int) -> str:
 
 
 def split_by_image(digits: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Indices of the scans of each part; every digit has the same share of every part, up to
-    rounding.
-    """
+    """Indices of each part's scans; each digit has the same share of every part, up to rounding."""
     parts: dict[str, list[np.ndarray]] = {"train": [], "validation": [], "test": []}
     for digit in range(10):
         indices = rng.permutation(np.flatnonzero(digits == digit))
@@ -82,11 +80,11 @@ def render(
     scale: float = 1.0,
     shift: tuple[float, float] = (0.0, 0.0),
 ) -> np.ndarray:
-    """A scan `[8, 8]` with values 0 … 16 as an image `[image_size, image_size]` uint8; `shift`
-    in pixels of the scan.
+    """A scan `[8, 8]` with values 0 … 16 as an image `[image_size, image_size]` uint8; `shift` is
+    in scan pixels.
 
-    Bilinear, through one affine map, so that an augmented image is as sharp as the others; around
-    the scan is black.
+    One bilinear affine map, so that augmented images are as sharp as the others; black around the
+    scan.
     """
     from scipy.ndimage import affine_transform
 
@@ -102,8 +100,8 @@ def render(
 
 
 def augmented(scan: np.ndarray, image_size: int, rng: np.random.Generator) -> np.ndarray:
-    """A variant that a human reads as the same digit: up to 10 degrees, 10 % in size, half a
-    scan pixel.
+    """A variant that a human reads as the same digit: rotated by up to 10 degrees, scaled by up to
+    10 %, shifted by up to half a scan pixel.
     """
     shift = tuple(rng.uniform(-0.5, 0.5, size=2))
     return render(scan, image_size, rng.uniform(-10, 10), rng.uniform(0.9, 1.1), shift)
@@ -138,7 +136,7 @@ def write_images(
 
 
 def conversation(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
-    """Turns in LLaVA format; the image placeholder stands in the first question."""
+    """Turns in LLaVA format; the image placeholder is in the first question."""
     out = []
     for number, (question, reply) in enumerate(turns):
         out.append({"from": "human", "value": f"<image>\n{question}" if number == 0 else question})
@@ -147,11 +145,11 @@ def conversation(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def training_rows(key: str, digit: int, rng: np.random.Generator) -> list[dict]:
-    """One row per category for one image: a caption, the name, a yes-or-no question, a
+    """One dataset row per category for one image: a caption, the name, a yes-or-no question, a
     conversation of three turns.
 
-    The conversation names the digit first; its yes-or-no turns can build on that. A reasoning row
-    has only the image to go by.
+    The conversation names the digit first, so its yes-or-no turns can build on that. A reasoning
+    row has only the image.
     """
     request, caption = CAPTIONS[rng.integers(len(CAPTIONS))]
     yes_or_no = [(EVEN, GREATER)[n] for n in rng.permutation(2)]
@@ -176,7 +174,7 @@ def training_rows(key: str, digit: int, rng: np.random.Generator) -> list[dict]:
 
 
 def question_rows(key: str, digit: int) -> list[dict]:
-    """One row per question for one image."""
+    """One dataset row per question for one image."""
     return [
         {
             "id": f"{Path(key).stem}-{number}",
@@ -189,9 +187,7 @@ def question_rows(key: str, digit: int) -> list[dict]:
 
 
 def text_lines() -> list[str]:
-    """All sentence templates with all digit words. They say what words mean, never what an image
-    shows.
-    """
+    """All sentence templates with all digit words. They define words, but never describe images."""
     lines = []
     for digit, word in enumerate(WORDS):
         lines += [f"{request} {caption.format(word=word)}" for request, caption in CAPTIONS]
@@ -237,7 +233,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--seed",
         type=int,
         default=0,
-        help="of the split, the augmentation and the wording (default: 0)",
+        help="seed of the split, the augmentation and the wording (default: 0)",
     )
     parser.add_argument(
         "--overwrite",

@@ -1,11 +1,11 @@
-"""Pre-train a small text-only LLaMA on the lines of a text file: the stand-in for Llama-3.1-8B
-on machines without a GPU.
+"""Pre-train a small text-only LLaMA on the lines of a text file, as a stand-in for Llama-3.1-8B on
+machines without a GPU.
 
     python scripts/make_text_llama.py --texts texts.txt --output_path llama/
 
-The result is a stock Hugging Face folder: a byte-level BPE tokenizer trained on the same lines (so
-any text encodes), with Llama-3's begin and end tokens, and an untied LlamaForCausalLM in float32 of
-about 0.9 million parameters.
+The result is a stock Hugging Face folder: a byte-level BPE tokenizer trained on the same lines (it
+can encode any text), with Llama-3's begin and end tokens, and an untied float32 LlamaForCausalLM
+with about 0.9 million parameters.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--learning_rate", type=float, default=4e-3, help="peak; warm-up, then cosine to a tenth"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the order")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished output folder")
 
 
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The non-empty lines of a UTF-8 text file. Raises InputError when there are none."""
+    """The non-empty lines of a UTF-8 text file. Raises InputError if there are none."""
     if not path.is_file():
         raise InputError(f"{path} is not a file; expected a text file with one example per line")
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -121,8 +121,8 @@ def read_lines(path: Path) -> list[str]:
 
 
 def train_tokenizer(lines: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that, like Llama-3's, puts the begin token first; ids of begin
-    and end come last.
+    """A byte-level BPE tokenizer that, like Llama-3's, starts every text with the begin token; the
+    begin and end tokens have the last ids.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# From nothing to a trained Being-VL on this machine, no GPU needed: installs into .venv, runs the whole pipeline on real images
+# From nothing to a trained Being-VL on this machine, without a GPU: installs into .venv, runs the whole pipeline on real images
 # (scikit-learn's handwritten digits), and shows answers about images the model has never seen.
-#   bash scripts/quickstart.sh [--install_only | --raw | --inputs_only]     --raw feeds VQ codes without vBPE, for comparison;
-#                                                                           --inputs_only ends before the first shards
-# Started again it reuses every finished step. RUN chooses the folder, SEED the seed, NUM_RANKS the number of CPU ranks (1 or 2),
-# MASTER_PORT the port they meet at, STAGE3_STEPS shortens the last stage.
+#   bash scripts/quickstart.sh [--install_only | --raw | --inputs_only]     --raw trains on VQ codes without vBPE, for comparison;
+#                                                                           --inputs_only stops before the first shards
+# Started again, it reuses every finished step. RUN sets the folder, SEED the seed, NUM_RANKS the number of CPU ranks (1 or 2),
+# MASTER_PORT their port; STAGE3_STEPS shortens the last stage.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 case "${1:-}" in
@@ -16,7 +16,7 @@ esac
 
 SEED="${SEED:-0}"
 RUN="${RUN:-runs/quickstart}"
-case "${NUM_RANKS:=2}" in 1 | 2) ;; *) echo "error: NUM_RANKS is '$NUM_RANKS', expected 1 or 2: the batches of the quickstart divide by no more" >&2 && exit 2 ;; esac
+case "${NUM_RANKS:=2}" in 1 | 2) ;; *) echo "error: NUM_RANKS is '$NUM_RANKS', expected 1 or 2: the batches of the quickstart are not divisible by more" >&2 && exit 2 ;; esac
 case "$SEED" in '' | *[!0-9]*) echo "error: SEED is '$SEED', expected a whole number" >&2 && exit 2 ;; esac
 export NUM_RANKS OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
 export DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM_MININTERVAL=1 PYTHONWARNINGS=ignore

@@ -1,11 +1,11 @@
 # Sourced by quickstart.sh and test.sh: makes .venv from requirements.lock, once, and puts it first in PATH.
-# A second start with the same lock file reuses it. PYTHON chooses the interpreter (3.10 to 3.12).
+# A second start with the same lock file reuses it. PYTHON sets the interpreter (3.10 to 3.12).
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
 
-compile_kernels() { # the first call of the vBPE kernels takes half a minute; numba keeps the result on disk
+compile_kernels() { # the first call of the vBPE kernels takes half a minute; numba caches the result on disk
     local folder
     folder="$(mktemp -d)"
     .venv/bin/python -c "import numpy; numpy.save('$folder/codes.npy', numpy.arange(512).reshape(8, 8, 8).astype('uint16') % 5)"
@@ -40,4 +40,4 @@ if [ "$(cat .venv/.beingvl-setup 2>/dev/null)" != "$wanted" ]; then
 fi
 
 export PATH="$PWD/.venv/bin:$PATH"
-PYTHON="$PWD/.venv/bin/python" # the stage scripts read it too, when it was exported to choose the interpreter
+PYTHON="$PWD/.venv/bin/python" # the stage scripts read it, too, if the user exported it to set the interpreter

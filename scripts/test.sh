@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Set-up and all tests: format, lint, types, unit tests, a tiny run of the whole pipeline on two ranks, two hosts, a Slurm cluster.
 #   bash scripts/test.sh [--install_only | --full | --quickstart]
-# --full adds the long storms, the full grids and the quickstart; --quickstart runs that one alone, the learning gate.
-# Root and a Debian are needed for two hosts and Slurm (network namespaces, sshd, slurmd): their programs are installed, or
-# named. Who is not root is told that these tests are left out.
+# --full adds the long storms, the full grids and the quickstart; --quickstart runs only the quickstart, which checks that it learns.
+# Two hosts and Slurm need root and Debian (network namespaces, sshd, slurmd): missing programs are installed, or listed. Without
+# root, these tests are skipped, with a message.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
@@ -25,7 +25,7 @@ install_launchers "$([ "${1:-}" != --full ] || echo with-browser)"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 [ "${1:-}" != "--quickstart" ] || exec pytest --durations=3 tests/test_quickstart.py
 
-chosen='not slow' workers='-n 3 --dist loadfile --no-loadscope-reorder' # hosts and Slurm mostly wait
+chosen='not slow' workers='-n 3 --dist loadfile --no-loadscope-reorder' # tests of hosts and Slurm mostly wait
 [ "${1:-}" != "--full" ] || chosen='slow or not slow' workers=''
 if [ "$(id -u)" != 0 ]; then
     echo "not root: the tests of two hosts, of a Slurm cluster and of mounted disks are left out" >&2

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Stage 1: embedding alignment, new rows only.
+# Stage 1: embedding alignment, trains visual rows only.
 #   bash scripts/train-stage-1.sh <master_node_id> [model] [more arguments for the trainer]
-# <master_node_id> selects hostfiles/hostfile-<id>; 0 is this machine alone. Every path can be set from the environment.
+# <master_node_id> selects hostfiles/hostfile-<id>; 0 is this machine alone. Every path can be set in the environment.
 set -euo pipefail
 
 WORKSPACE="${WORKSPACE:-/path/to/your/workspace}"

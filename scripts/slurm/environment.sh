@@ -1,8 +1,8 @@
-# Sourced by every job script: the paths of the pipeline, overridable from the environment (sbatch exports it), and the program.
-# Slurm runs a copy of the job script, so the repository is the folder that `sbatch` was called in, or REPOSITORY.
+# Sourced by every job script: the pipeline's paths, which the environment can override (sbatch exports it), and `beingvl`.
+# Slurm runs a copy of the job script, so the repository is REPOSITORY, by default the folder in which `sbatch` was called.
 REPOSITORY="${REPOSITORY:-${SLURM_SUBMIT_DIR:-$PWD}}"
 for name in WORKSPACE IMAGE_PATH JSON_PATH JSON_PATH_1 JSON_PATH_2 JSON_PATH_3 LLAMA_PATH VQ_PATH VQ_CODES VBPE_PATH BASE_PATH TOKENIZED SHARDS STAGES; do
-    [ -z "${!name:-}" ] || printf -v "$name" %s "$(realpath -m "${!name}")" # relative to where the user is
+    [ -z "${!name:-}" ] || printf -v "$name" %s "$(realpath -m "${!name}")" # relative to the user's folder, not to the repository
 done
 cd "$REPOSITORY"
 [ ! -f .venv/bin/activate ] || [ -n "${PYTHON:-}" ] || PYTHON="$REPOSITORY/.venv/bin/python"
@@ -24,5 +24,5 @@ NUM_MERGES="${NUM_MERGES:-8192}"
 
 beingvl() { "$PYTHON" -m beingvl "$@"; }
 
-# An array task finds its share of the work in SLURM_ARRAY_TASK_ID and _COUNT; ranks that the submitting shell may hold would add to it.
+# An array task gets its share of the work from SLURM_ARRAY_TASK_ID and _COUNT; ranks set in the submitting shell would interfere.
 unset RANK WORLD_SIZE LOCAL_RANK

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The whole pipeline as Slurm jobs, each waiting for those it needs; prints the job ids. Nothing is submitted before programs and
-# inputs are found to be there.
+# The whole pipeline as Slurm jobs, each waiting for those it needs; prints the job ids. Submits nothing if a program or an input is
+# missing.
 #   WORKSPACE=… bash scripts/slurm/submit-pipeline.sh [sbatch options for the three training stages]
-# Called again it submits only what is neither finished (the file it writes last is there) nor in the queue. Paths: scripts/slurm/environment.sh.
-# JSON_PATH holds the rows of all three stages; JSON_PATH_1, _2 and _3 instead those of each, as the training guide has them.
+# Called again, it submits only jobs that are neither finished (their last file exists) nor in the queue. Paths: scripts/slurm/environment.sh.
+# JSON_PATH holds the dataset rows of all three stages; JSON_PATH_1, _2 and _3 set them per stage, as in the training guide.
 # TRAINER_OPTIONS goes to the trainer of each stage. DS_CONFIG_PREFIX (ds_configs/stage) selects the JSON files; DS_CONFIG_1, _2 and
-# _3 name that of one stage.
+# _3 set that of one stage.
 # ENCODE_TASKS and TOKENIZE_TASKS are the array sizes; SBATCH_OPTIONS goes to every sbatch, DATA_OPTIONS to those of the data steps,
-# ENCODE_OPTIONS to encode-images (--num_workers 8, say), BUILD_OPTIONS to build-shards (--duplicate_ids keep).
+# ENCODE_OPTIONS to encode-images (for example --num_workers 8), BUILD_OPTIONS to build-shards (--duplicate_ids keep).
 set -euo pipefail
 export REPOSITORY="${REPOSITORY:-$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.." && pwd)}"
 source "$REPOSITORY/scripts/slurm/environment.sh"
@@ -16,7 +16,7 @@ export PYTHON PYTHONPATH WORKSPACE IMAGE_PATH JSON_PATH LLAMA_PATH VQ_PATH VQ_CO
 JOBS="$WORKSPACE/slurm"
 
 refuse() { echo "error: $1" >&2; exit 2; }
-needs() { # folder or file, the variable that names it, and the manifest after which it is no longer needed
+needs() { # folder or file, the variable that names it, and the manifest of its result, which makes it unnecessary
     [ -e "$1" ] || [ -f "$3" ] || refuse "$2 is $1, which does not exist; set $2, or WORKSPACE"
 }
 case "$WORKSPACE" in /path/to/*) refuse "WORKSPACE is $WORKSPACE, the example; set WORKSPACE to the folder that holds images, data and models" ;; esac
@@ -24,7 +24,7 @@ for program in sbatch squeue; do
     command -v "$program" > /dev/null || refuse "no program $program; start this on a host of the cluster that submits jobs"
 done
 "$PYTHON" -c 'import beingvl.version' 2> /dev/null || refuse "$PYTHON cannot import beingvl; set PYTHON to the interpreter that has it"
-ROWS=("$JSON_PATH") SETS=('') # one data set for all stages, or one for each
+ROWS=("$JSON_PATH") SETS=('') # one dataset for all stages, or one per stage
 if [ -n "${JSON_PATH_1:-}${JSON_PATH_2:-}${JSON_PATH_3:-}" ]; then
     ROWS=("${JSON_PATH_1:-}" "${JSON_PATH_2:-}" "${JSON_PATH_3:-}") SETS=(-1 -2 -3)
 fi
@@ -40,7 +40,7 @@ for stage in 1 2 3; do
 done
 mkdir -p "$JOBS"
 
-submit() { # name, file that says it is finished, names it waits for (spaces), then sbatch words; the job's id goes to $JOBS/name.job
+submit() { # name, file that marks it finished, names it waits for (spaces), then sbatch arguments; the job id goes to $JOBS/name.job
     local name="$1" marker="$2" after="$3" ids='' id
     shift 3
     if [ -f "$marker" ]; then
@@ -64,7 +64,7 @@ in_queue() { squeue --noheader --jobs="$1" --states=all --format=%T 2> /dev/null
 D="${DATA_OPTIONS:-}"
 S="$REPOSITORY/scripts/slurm"
 JSON_PATH="$(IFS=: && echo "${ROWS[*]}")" submit encode-images "$VQ_CODES/manifest.json" '' $D --array="0-$((${ENCODE_TASKS:-1} - 1))" "$S/encode-images.sbatch" ${ENCODE_OPTIONS:-}
-case "$VBPE_PATH" in *.json) VBPE_MARKER="$VBPE_PATH" ;; *) VBPE_MARKER="$VBPE_PATH/manifest.json" ;; esac # a file has no manifest
+case "$VBPE_PATH" in *.json) VBPE_MARKER="$VBPE_PATH" ;; *) VBPE_MARKER="$VBPE_PATH/manifest.json" ;; esac # a single file has no manifest
 submit train-vbpe "$VBPE_MARKER" 'encode-images' $D "$S/train-vbpe.sbatch"
 submit convert "$BASE_PATH/manifest.json" 'train-vbpe' $D "$S/convert.sbatch"
 for i in "${!SETS[@]}"; do
@@ -72,7 +72,7 @@ for i in "${!SETS[@]}"; do
     rows="$TOKENIZED$set_" shards="$SHARDS$set_" marker=''
     # a folder of token rows may hold several datasets; the manifest must list this one
     ! grep -qsF "\"${DATASET_NAME:-data}_vbpe.jsonl\"" "$rows/manifest.json" || marker="$rows/manifest.json"
-    [ "$set_" = -1 ] && mode=pt || mode=sft # foundation data first, as the guide has it
+    [ "$set_" = -1 ] && mode=pt || mode=sft # foundation data first, as in the training guide
     MODE="${MODE:-$mode}" JSON_PATH="${ROWS[i]}" TOKENIZED="$rows" submit "tokenize$set_" "$marker" 'encode-images train-vbpe convert' $D \
         --array="0-$((${TOKENIZE_TASKS:-1} - 1))" "$S/tokenize.sbatch"
     TOKENIZED="$rows" SHARDS="$shards" submit "build-shards$set_" "$shards/manifest.json" "tokenize$set_" $D "$S/build-shards.sbatch" ${BUILD_OPTIONS:-}
