@@ -266,7 +266,7 @@ def counted_signals() -> Iterator[list[int]]:
         signals.append(number)
         what = "end now"
         if len(signals) == 1:
-            what = "stop after the running step; once more kills them"
+            what = "stop after the running step; a second signal kills them"
         print(f"beingvl launch: the ranks are asked to {what}", file=sys.stderr, flush=True)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

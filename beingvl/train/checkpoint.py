@@ -256,7 +256,7 @@ def _damaged(folder: Path, name: str, found: str) -> InputError:
     older = [other.name for other in finished if other.name < folder.name]
     what = "to start again, since there is no older one"
     if older:
-        what = f"to go on from {older[-1]}, the next older one"
+        what = f"to continue from {older[-1]}, the next older one"
     return InputError(f"{folder / name} is missing or damaged: {found}; remove {folder} {what}")
 
 

@@ -206,7 +206,7 @@ def _train(
 
 def _say(ranks: Ranks, stopped: str) -> None:
     if ranks.rank == 0:
-        print(f"{stopped} again to go on", flush=True)
+        print(f"{stopped} again to continue", flush=True)
 
 
 def _build_or_resume(

@@ -53,7 +53,7 @@ def test_a_run_does_not_go_on_from_damaged_slices(work, stage) -> None:
     done = run_alone(work, stage)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert f"{path} is missing or damaged: it does not have the hash" in done.stderr
-    assert f"remove {newest} to go on from {older.name}" in done.stderr
+    assert f"remove {newest} to continue from {older.name}" in done.stderr
     assert not (stage / "final").exists()
 
 

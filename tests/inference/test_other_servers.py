@@ -152,7 +152,9 @@ def test_refusals_at_the_start(
     with replay([{"error": "unknown token"}], 400) as (url, _):
         command = ["serve", "--backend=llama.cpp", "--port=0", f"--backend_url={url}", "--api"]
         assert main([*command, f"--model={stock}", f"--vbpe_path={run_folder / 'vbpe'}"]) == 2
-        assert "refuses" in capsys.readouterr().err, "it serves the base, which has fewer ids"
+        assert "refused the request" in capsys.readouterr().err, (
+            "it serves the base, which has fewer ids"
+        )
 
 
 def text_of(model: BeingVL, back_end: ServerBackEnd, prompt: list[int]) -> str:

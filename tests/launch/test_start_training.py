@@ -158,7 +158,7 @@ def test_a_second_signal_kills(work, tmp_path) -> None:
         assert launcher.poll() is None
         time.sleep(0.005)
     launcher.send_signal(signal.SIGTERM)
-    while "once more kills them" not in (tmp_path / "log").read_text():
+    while "a second signal kills them" not in (tmp_path / "log").read_text():
         assert launcher.poll() is None
         time.sleep(0.005)
     launcher.send_signal(signal.SIGTERM)

@@ -201,7 +201,7 @@ def test_a_truncated_file_is_named_with_the_older_checkpoint_that_is_whole(tmp_p
     with pytest.raises(InputError, match=rf"{path.name} is missing or damaged: it {found}"):
         StateReader(folder)
     (tmp_path / "checkpoints" / "step-00000002" / "manifest.json").unlink()
-    with pytest.raises(InputError, match="to go on from step-00000001"):
+    with pytest.raises(InputError, match="to continue from step-00000001"):
         StateReader(folder)
 
 

@@ -265,7 +265,7 @@ def test_a_truncated_checkpoint_is_one_sentence_with_what_to_do(work, plain_run)
     (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
     assert (
         f"{path} is missing or damaged" in line
-        and f"remove {newest} to go on from {older.name}" in line
+        and f"remove {newest} to continue from {older.name}" in line
     )
 
 
