@@ -181,8 +181,8 @@ def check_lengths(lengths: np.ndarray, sequence_length: int) -> None:
 
 
 def pack_window(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Best-fit decreasing. Ties: earlier samples go first, into the sequence with a given free
-    space that was filled last. Positions ascend within a sequence.
+    """Best-fit decreasing. Ties: the earlier sample first; among sequences with equal free space,
+    the one that reached it last. Positions ascend within a sequence.
 
     Sequences are scattered by the position of their longest sample.
     """

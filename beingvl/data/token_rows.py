@@ -317,7 +317,7 @@ def check_images(token_row: TokenRow, layout: VocabLayout, vbpe: VisualBPE) -> N
     if token_image is None:
         return
     merged, codes = layout.token_to_image_ids(row.ids[1]), layout.token_to_image_ids(token_image)
-    other = "is it another vBPE?"
+    other = "is it a different vBPE?"
     if codes.size and codes.max() >= vbpe.num_codes:
         raise ValueError(
             f"token_image holds the image id {codes.max()}, the vBPE has {vbpe.num_codes} codes: "

@@ -2,14 +2,14 @@
 
     y = W x + alpha / rank * B (A x)        W [out, in] frozen    A [rank, in]    B [out, rank]
 
-A and B are parameters named as PEFT's: of `….q_proj.weight` they are `….q_proj.lora_A.weight` and
-`….q_proj.lora_B.weight`. A starts as PEFT starts it, uniform within 1 / sqrt(in), from the seed and
-its name alone; B starts at zero, so a stage starts with its start model's logits. Without dropout:
-its random numbers are in no checkpoint.
+A and B have PEFT's names: for `….q_proj.weight` they are `….q_proj.lora_A.weight` and
+`….q_proj.lora_B.weight`. A is initialised as in PEFT, uniform within 1 / sqrt(in), from the seed
+and its name alone. B is initialised with zeros, so a stage starts with its start model's logits.
+There is no dropout, because no checkpoint holds its random numbers.
 
-With `"base": "nf4"` W is kept in 4 bits (Dettmers et al. 2023, arXiv 2305.14314; bitsandbytes):
-blocks of 64 weights share a float32 scale, made from the stored weights on the CPU, so that they
-are the same wherever they are made. Where they are needed they are multiplied out again.
+With `"base": "nf4"`, W is kept in 4 bits (Dettmers et al. 2023, arXiv 2305.14314; bitsandbytes):
+blocks of 64 weights share a float32 scale. Quantisation runs on the CPU from the stored weights, so
+the result is the same everywhere. Weights are dequantised when they are used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from beingvl.stage.stage_config import Lora, Rule
 
 
 class AdaptedLinear(nn.Linear):
-    """A linear layer that got adapters: `attach_adapters` changes the class of one that is there.
+    """A linear layer with adapters: `attach_adapters` changes the class of an existing layer.
 
     `forward`: `[..., in]` -> `[..., out]`.
     """
@@ -35,7 +35,7 @@ class AdaptedLinear(nn.Linear):
     lora_A: nn.Linear  # noqa: N815  PEFT's names
     lora_B: nn.Linear  # noqa: N815
     lora_scale: float
-    blocks: Any = None  # of a weight in 4 bits: scales and shape
+    blocks: Any = None  # for a weight in 4 bits: its scales and shape
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self._base(input) + self.lora_B(self.lora_A(input)) * self.lora_scale
@@ -47,7 +47,7 @@ class AdaptedLinear(nn.Linear):
         return product(input, self.weight.t(), self.blocks, bias=self.bias)
 
     def keep_in_nf4(self, stored: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
-        """Take the weight `[out, in]`, in 4 bits; it is multiplied out in `dtype`."""
+        """Quantise the weight `[out, in]` to 4 bits; `forward` dequantises it to `dtype`."""
         packed, self.blocks = _nf4(stored)
         self.blocks.to(device)
         self.blocks.dtype = dtype
@@ -56,7 +56,7 @@ class AdaptedLinear(nn.Linear):
 
 def _bitsandbytes() -> Any:
     try:
-        import bitsandbytes  # an extra
+        import bitsandbytes  # an optional dependency
     except ImportError as error:
         raise InputError(
             "a rule of beingvl.trainable has the base nf4, which needs bitsandbytes: "
@@ -71,15 +71,15 @@ def _nf4(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
 
 
 def nf4_values(weight: torch.Tensor) -> torch.Tensor:
-    """What is left of a weight in 4 bits, float32."""
+    """A weight after quantisation to 4 bits and back, float32."""
     return _bitsandbytes().functional.dequantize_4bit(*_nf4(weight))
 
 
 def attach_adapters(causal_lm: nn.Module, rules: Sequence[Rule]) -> None:
-    """Give the linear layers that a rule with `lora` decides their adapters, without values yet.
+    """Add adapters, without values yet, to the linear layers that a rule with `lora` applies to.
 
-    Inside `deepspeed.zero.Init` each is partitioned as soon as it is made. Raises InputError for a
-    rule that names anything but linear layers.
+    Inside `deepspeed.zero.Init` each is partitioned as soon as it is made. Raises InputError if
+    such a rule names anything but linear layers.
     """
     if not any(rule.lora for rule in rules):
         return
@@ -103,7 +103,7 @@ def attach_adapters(causal_lm: nn.Module, rules: Sequence[Rule]) -> None:
 
 
 def initial_adapter(name: str, shape: Sequence[int], seed: int) -> torch.Tensor:
-    """What the adapter parameter `name` starts with, float32."""
+    """The initial value of the adapter parameter `name`, float32."""
     if name.endswith(B):
         return torch.zeros(*shape)
     random = np.random.Generator(np.random.PCG64([seed, *name.encode()]))
@@ -114,8 +114,8 @@ def initial_adapter(name: str, shape: Sequence[int], seed: int) -> torch.Tensor:
 def merge(
     weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, lora: Lora
 ) -> torch.Tensor:
-    """W + scale * B A, computed in float32 and rounded once to the dtype of `weight`; W as it was
-    trained with, in 4 bits if so.
+    """W + scale * B A, computed in float32 and rounded once to the dtype of `weight`. If training
+    used W in 4 bits, so does this.
     """
     base = nf4_values(weight) if lora.base else weight.float()
     return torch.addmm(base, lora_b, lora_a, alpha=lora.scale).to(weight.dtype)

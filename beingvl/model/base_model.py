@@ -1,9 +1,8 @@
-"""The language model a conversion starts from: its config, where its embeddings are, how many
-text ids it has.
+"""The language model that a conversion starts from: its config, its embeddings' names, its number
+of text ids.
 
-Nothing is loaded: transformers builds the model on the meta device, which says what the input
-embedding and the output head are called, whatever the architecture; shapes come from the weight
-files' headers.
+No weights are loaded. transformers builds the model on the meta device, which gives the names of
+input embedding and output head for any architecture; shapes come from the weight files' headers.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ class BaseModel:
     """A causal language model on disk.
 
     `input_name` and `output_name` are the tensors with one row per token id; `output_bias_name` is
-    the head's bias where it has one. `stored_output_name` is the tensor that holds the head's
-    values: the input embedding when the two are tied.
+    the head's bias, if any. `stored_output_name` is the tensor that holds the head's values: the
+    input embedding if the two are tied.
     """
 
     folder: Path
@@ -54,7 +53,7 @@ class BaseModel:
 
     @classmethod
     def open(cls, folder: Path | str) -> BaseModel:
-        """Raises InputError for another kind of folder, or weights that do not fit the config."""
+        """Raises InputError for other kinds of folders, or if weights and config do not match."""
         folder = Path(folder)
         config = read_json(folder / "config.json", "a Hugging Face model folder")
         weights = WeightFolder(folder)
@@ -91,7 +90,7 @@ class BaseModel:
         )
 
     def fingerprint(self) -> str:
-        """Hash of what a conversion reads: small files whole, weight files by samples."""
+        """Hash of what a conversion reads: small files as a whole, weight files by samples."""
         hashes = {name: hash_file(self.folder / name) for name in small_files(self.folder)}
         hashes |= {name: _hash_sample(self.folder / name) for name in self.weights.files}
         return hash_bytes(json.dumps(hashes, sort_keys=True).encode())
@@ -103,7 +102,7 @@ class BaseModel:
         return value if isinstance(value, int) else fallback
 
     def special_ids(self, name: str) -> set[int]:
-        """Every id that config.json and generation_config.json give under that name."""
+        """All ids with that name in config.json and generation_config.json."""
         path = self.folder / "generation_config.json"
         generation = read_json(path, "a model folder") if path.is_file() else {}
         ids: list[Any] = []
@@ -115,8 +114,8 @@ class BaseModel:
     def extended_config(
         self, num_rows: int, pad_id: int, dtype: torch.dtype | None
     ) -> dict[str, Any]:
-        """config.json for `num_rows` rows, a pad token of its own and an untied head; every other
-        key survives.
+        """config.json for `num_rows` rows, a separate pad token and an untied head; all other keys
+        are kept.
         """
         config = copy.deepcopy(self.config)
         for fields in (config, _text_config(config)):
@@ -142,10 +141,10 @@ def small_files(folder: Path) -> list[str]:
 
 
 def _hash_sample(path: Path) -> str:
-    """Hash of a file's size and of 64 pieces of 256 KiB, evenly spaced.
+    """Hash of a file's size and of 64 evenly spaced pieces of 256 KiB.
 
-    It only decides whether a finished conversion is of the same base. To read 16 GB for that would
-    take as long as the conversion; in manifests every file has the hash of all its bytes.
+    It only decides whether a finished conversion has the same base; reading 16 GB for that would
+    take as long as the conversion. Manifests hash all bytes of every file.
     """
     size, piece, count = path.stat().st_size, 1 << 18, 64
     digest = blake3(str(size).encode())
@@ -163,7 +162,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def refuse_chameleon(folder: Path, config: dict[str, Any], weights: WeightFolder) -> None:
-    """Raises InputError for a published form with the weights of Chameleon."""
+    """Raises InputError for a model in the published form that has Chameleon's weights."""
     if config.get("model_type") == PUBLISHED_MODEL_TYPE and any(".q_norm." in k for k in weights):
         raise chameleon_error(folder)
 
@@ -171,8 +170,8 @@ def refuse_chameleon(folder: Path, config: dict[str, Any], weights: WeightFolder
 def _refuse_quantised(
     folder: Path, config: dict[str, Any], weights: WeightFolder, known: set[str]
 ) -> None:
-    """Raises InputError for weights that are numbers only together with their scales: these would
-    be ignored. `known` are the names of the model's own tensors.
+    """Raises InputError for weights that need separate scales, because the scales would be ignored.
+    `known` are the names of the model's own tensors.
     """
     found = ""
     for fields in (config, _text_config(config)):
@@ -192,14 +191,14 @@ def _refuse_quantised(
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of config.json that describes the language model: all of it, or `text_config`."""
+    """The part of config.json about the language model: all of it, or `text_config`."""
     text_config = config.get("text_config")
     return text_config if isinstance(text_config, dict) and "vocab_size" not in config else config
 
 
 def _empty_model(folder: Path, num_tensors: int) -> Any:
-    """The model without weights, on the meta device. Raises InputError for a configuration of more
-    layers than there are tensors, which could take for ever.
+    """The model without weights, on the meta device. Raises InputError if the config has more
+    layers than there are tensors, because building such a model could take forever.
     """
     config = open_config(folder)
     num_layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
@@ -211,20 +210,20 @@ def _empty_model(folder: Path, num_tensors: int) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # sizes that do not fit each other fail anywhere in its code
+    except Exception as error:  # contradictory sizes fail anywhere in its code
         raise _not_a_model(folder, error) from error
 
 
 def open_config(path: Path) -> Any:
     """The transformers configuration of a model folder, or of its config.json.
 
-    Raises InputError for a damaged one.
+    Raises InputError if it is damaged.
     """
     file = path / "config.json" if path.is_dir() else path
     read_json(file, "a Hugging Face model folder")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # every configuration class checks its fields in its own way
+    except Exception as error:  # each configuration class checks its fields in its own way
         raise _not_a_model(file.parent, error) from error
 
 
@@ -259,7 +258,7 @@ def _check_shapes(
         name in parameters for name in weights if name.startswith(prefix) and name != input_name
     )
     if not known and not weights.keys() <= parameters.keys():
-        return  # an older checkpoint whose names transformers translates while loading
+        return  # an older checkpoint, whose names transformers translates while loading
     for name, shape in parameters.items():
         if name not in weights and name != output_name:
             raise InputError(

@@ -1,7 +1,7 @@
-"""The card of a model folder: README.md, from manifests alone, so equal models have equal cards.
+"""A model folder's card: README.md, made from manifests alone, so equal models have equal cards.
 
-Every model folder keeps in its manifest what it was made with, and before that its start model
-(`history`); so the last one tells of all stages.
+A model folder's manifest records what the model, and before it its start model (`history`), was
+made with; so the last manifest covers all stages.
 """
 
 from __future__ import annotations
@@ -60,18 +60,18 @@ _SETTINGS = {
 
 
 def history_of(manifest: Manifest) -> list[dict[str, Any]]:
-    """What a model was made with, after that of the models that it was made from."""
+    """What a model was made with, preceded by the same for the models that it was made from."""
     own = {name: value for name, value in manifest.details.items() if name != "history"}
     return [*manifest.details.get("history", []), {"hash": manifest.content_hash, **own}]
 
 
 def data_facts(shards: Manifest) -> dict[str, Any]:
-    """What a card says of a stage's data."""
+    """What a card says about a stage's data."""
     return {"counts": shards.counts, "sources": shards.details.get("sources", {})}
 
 
 def model_card(folder: Path, manifest: Manifest, scores: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The text of a card; `scores` are scores.json of evaluations of this model."""
+    """The card's text; `scores` are the scores.json of this model's evaluations."""
     models = history_of(manifest)
     stages = [model for model in models if model.get("identity")]
     count = f"{len(stages) or 'no'} training {'stage' if len(stages) == 1 else 'stages'}"

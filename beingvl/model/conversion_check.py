@@ -1,6 +1,6 @@
-"""Load a converted model with unmodified transformers and compare it with the one it was made from.
+"""Load a converted model with unmodified transformers and compare it with its base model.
 
-Every check returns what was seen or raises DifferenceError; the table shows all of them.
+Each check returns what it saw or raises DifferenceError; the table shows all checks.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _ROWS = 4096
 
 
 class DifferenceError(Exception):
-    """What a check found to differ, as one clause."""
+    """The difference that a check found, as one clause."""
 
 
 def verify_conversion(base: BaseModel, result: Path, vq_path: Path | None) -> bool:
-    """Print the table of checks; True when nothing differs."""
+    """Print the table of checks; True if nothing differs."""
     layout = VocabLayout.load(result)
     started = time.perf_counter()
     tokenizer = load_tokenizer(result)
@@ -75,7 +75,7 @@ def verify_conversion(base: BaseModel, result: Path, vq_path: Path | None) -> bo
 
 
 def _check_tensors(base: BaseModel, result: Path) -> str:
-    """Every tensor that conversion leaves alone (after the cast, where dtypes differ)."""
+    """Compare all tensors that conversion does not change (cast if dtypes differ)."""
     weights = WeightFolder(result)
     grown = {base.input_name, base.output_name, base.output_bias_name}
     expected, found = {*base.weights, base.output_name}, set(weights)
@@ -135,7 +135,7 @@ def _check_tokenizer(
 
 
 def _check_logits(base: BaseModel, result: Path, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Logits of every text id on fixed prompts, from both models one after the other."""
+    """Compare the logits of all text ids on fixed prompts, one model after the other."""
     prompts = [torch.tensor([tokenizer(prompt)["input_ids"]]) for prompt in PROMPTS]
     ours, dtype = _text_logits(result, prompts, base.num_text, None)
     theirs, _ = _text_logits(base.folder, prompts, base.num_text, dtype)
@@ -162,7 +162,7 @@ def _text_logits(
 
 
 def cut_head(model: Any, num_rows: int) -> None:
-    """Leave only the head's first rows: a product of another width may be rounded otherwise."""
+    """Keep only the head's first rows: a product of a different width may round differently."""
     head = model.get_output_embeddings()
     for name, parameter in list(head.named_parameters()):
         setattr(head, name, torch.nn.Parameter(parameter[:num_rows].clone(), requires_grad=False))
@@ -177,7 +177,7 @@ def _check_generation_config(result: Path, layout: VocabLayout) -> str:
 
 
 def _check_images(result: Path, vq_path: Path | None) -> str:
-    """Take a test picture through both VQ-GANs (or the one inside) and vBPE, and back."""
+    """Send a test picture through both VQ-GANs (or the one inside) and vBPE, and back."""
     if not (result / VQGAN_FOLDER).is_dir() and vq_path is None:
         return NOT_CHECKED
     ours = VQGAN.load(result / VQGAN_FOLDER)

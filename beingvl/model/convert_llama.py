@@ -1,11 +1,12 @@
-"""[3] Any LLaMA + vocabulary -> Being-VL base/: longer embedding and head, longer tokenizer, the
+"""[3] Any LLaMA + vocabulary -> Being-VL base/: extended embedding, head and tokenizer, with the
 VQ-GAN inside.
 
-    plan_conversion    headers, tokenizer, VQ-GAN and vBPE, checked against each other
-    write_base         weights tensor by tensor, configs, tokenizer, VQ-GAN, vBPE, manifest
-    verify_conversion  the result, loaded by stock transformers, against the base model
+    plan_conversion    checks headers, tokenizer, VQ-GAN and vBPE against each other
+    write_base         writes weights tensor by tensor, configs, tokenizer, VQ-GAN, vBPE, manifest
+    verify_conversion  compares the result, loaded by stock transformers, with the base model
 
-The checkpoint is never loaded as a model. Nothing is written before everything was read.
+The checkpoint is never loaded as a model. Everything but the weights is read and checked before
+anything is written.
 """
 
 from __future__ import annotations
@@ -51,12 +52,14 @@ _ROWS = 4096
 
 
 class ConversionDiffersError(Exception):
-    """`verify_loading` found that the result is not the base model; the table says where."""
+    """`verify_loading` found that the result differs from the base model; the table says where."""
 
 
 @contextmanager
 def _collecting_rarely() -> Iterator[None]:
-    """A fifth of the start: transformers and the tokenizer are a million objects, none garbage."""
+    """Saves a fifth of the startup: transformers and the tokenizer make a million objects, none of
+    them garbage.
+    """
     before = gc.get_threshold()
     gc.set_threshold(100_000, 50, 100)
     try:
@@ -84,25 +87,26 @@ def convert(
     overwrite: bool = False,
     verify_loading: bool = False,
 ) -> Manifest:
-    """Write the Being-VL base of a causal language model; a finished one of the same request is
+    """Write the Being-VL base of a causal language model; a finished base of the same request is
     reused.
 
     Args:
         llama_path: folder of any causal LM of transformers.
-        being_vq_path: VQ-GAN folder, copied into the result; without it there are 8192 codes.
-        vbpe: vbpe.json; decides the number of merges, is copied into the result.
-        being_tokenizer_config_path: a tokenizer with the visual tokens; None makes it.
-        num_merges: vBPE ids to make room for; None takes those of `vbpe`, else 8192.
-        vocab_size: text ids the base model must have; only checked.
-        extended_vocab_size: all ids, or new ones if less than the text ids; sets `num_merges`.
-        init: values of new rows, one of `new_rows.METHODS`, from `seed`.
+        being_vq_path: VQ-GAN folder, copied into the result; None means 8192 codes.
+        vbpe: vbpe.json; sets the number of merges and is copied into the result.
+        being_tokenizer_config_path: a tokenizer with the visual tokens; None makes one.
+        num_merges: number of vBPE ids to reserve; None takes those of `vbpe`, else 8192.
+        vocab_size: number of text ids that the base model must have; only checked.
+        extended_vocab_size: number of all ids, or of new ids if less than the text ids; sets
+            `num_merges`.
+        init: how to initialise new rows, one of `new_rows.METHODS`, with `seed`.
         torch_dtype: of the weights; "auto" is the base model's.
-        pad_vocab_multiple: rows are rounded up to a multiple of this with zero rows.
-        link: hard-link unchanged weight files where the file system can.
+        pad_vocab_multiple: zero rows are added up to a multiple of this number.
+        link: hard-link unchanged weight files if the file system can.
         verify_loading: load the result and compare it with the base model.
 
-    Raises InputError for inputs that do not fit together, before anything is written, and
-    ConversionDiffersError when `verify_loading` finds a difference.
+    Raises InputError, before anything is written, for inputs that do not fit together, and
+    ConversionDiffersError if `verify_loading` finds a difference.
     """
     inputs = {
         "--llama_path": llama_path,
@@ -133,7 +137,7 @@ def convert(
 
 
 class NewRows(NamedTuple):
-    """How the new rows begin."""
+    """How new rows are initialised."""
 
     method: str
     seed: int
@@ -141,8 +145,8 @@ class NewRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversion:
-    """Everything a conversion reads, checked against each other. `visual` is what `--init
-    codebook` needs; `request` is what decides the result.
+    """All inputs of a conversion, checked against each other. `visual` is what `--init codebook`
+    needs; `request` is what determines the result.
     """
 
     base: BaseModel
@@ -161,7 +165,7 @@ class Conversion:
 def plan_conversion(
     paths: Mapping[str, Path], sizes: Mapping[str, int | None], new_rows: NewRows, torch_dtype: str
 ) -> Conversion:
-    """Read all inputs but weights. Raises InputError for what does not fit together."""
+    """Read all inputs except weights. Raises InputError if they do not fit together."""
     multiple = sizes["--pad_vocab_multiple"] or 0
     check_at_least(1, pad_vocab_multiple=multiple)
     check_at_least(0, seed=new_rows.seed)
@@ -228,8 +232,8 @@ def _tokenizer_folder(paths: Mapping[str, Path]) -> Path | None:
 
 
 def _preprocessing(paths: Mapping[str, Path]) -> Path | None:
-    """The image processor's settings beside the given tokenizer, where Being-VL-0.5 has them; for
-    a VQ-GAN without its own.
+    """The image processor's settings beside the given tokenizer, which is where Being-VL-0.5 has
+    them; for a VQ-GAN without its own.
     """
     folder = _tokenizer_folder(paths)
     path = folder / PREPROCESSOR_FILE if folder else None
@@ -247,7 +251,7 @@ def _check_vbpe_belongs_to(vbpe: AnyVBPE, vqgan: VQGAN, paths: Mapping[str, Path
 
 
 def _base_tokenizer(paths: Mapping[str, Path], base: BaseModel) -> PreTrainedTokenizerFast | None:
-    """The base model's own tokenizer; None when there is none and a given one takes its place."""
+    """The base model's own tokenizer; None if it has none and the given one takes its place."""
     given = paths.get("--being_tokenizer_config_path")
     if (base.folder / LAYOUT_FILE).is_file():
         raise InputError(
@@ -257,7 +261,7 @@ def _base_tokenizer(paths: Mapping[str, Path], base: BaseModel) -> PreTrainedTok
         return None
     tokenizer = tokenizer_files.load_tokenizer(base.folder, base.num_text)
     tokenizer_files.check_belongs_to(tokenizer, base)
-    if isinstance(tokenizer.chat_template, dict):  # several: the one for plain conversations
+    if isinstance(tokenizer.chat_template, dict):  # of several, the one for plain conversations
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if tokenizer.chat_template:
         kept = f"its own chat template is kept as {BASE_TEMPLATE!r}"
@@ -290,7 +294,7 @@ def _make_layout(
     if (num_merges := sizes["--num_merges"]) is not None:
         wanted["--num_merges"] = num_merges
     if (extended := sizes["--extended_vocab_size"]) is not None:
-        # Being-VL-0.5's commands count new ids only.
+        # Being-VL-0.5's commands count only new ids.
         all_ids = extended + num_text if extended < num_text else extended
         if all_ids < num_base:
             raise InputError(
@@ -311,7 +315,7 @@ def _make_tokenizer(
     own: PreTrainedTokenizerFast | None,
     layout: VocabLayout,
 ) -> PreTrainedTokenizerFast:
-    """The given tokenizer, checked, or the base model's with the new tokens."""
+    """The given tokenizer, checked, or the base model's extended by the new tokens."""
     folder = _tokenizer_folder(paths)
     if folder is None:
         assert own is not None
@@ -319,7 +323,7 @@ def _make_tokenizer(
         tokenizer_files.clear_limits(own, str(base.folder))
         tokenizer_files.check_token_ids(own, layout, str(base.folder))
         return own
-    layout_file = folder / LAYOUT_FILE  # of the vocabulary it was made for
+    layout_file = folder / LAYOUT_FILE  # the vocabulary that it was made for
     if layout_file.is_file() and (found := VocabLayout.read(layout_file)) != layout:
         raise InputError(
             f"{layout_file} is {found.to_dict()}, this conversion makes "
@@ -361,7 +365,7 @@ def write_base(conversion: Conversion, target: Path, link: bool) -> None:
         f"({layout.num_visual} rows, {conversion.new_rows.method})"
     )
     if base.is_tied:
-        print(f"{base.folder} ties head and embedding: the result has both, to be trained apart")
+        print(f"{base.folder} ties head and embedding: the result has both, trained separately")
     hashes = rewrite_weights(base.weights, target, replace, link)
 
     configs = {
@@ -391,8 +395,8 @@ def write_base(conversion: Conversion, target: Path, link: bool) -> None:
 
 
 def _bytes_beside_weights(conversion: Conversion) -> int:
-    """More than tokenizer and configs take: a tokenizer.model becomes JSON of eight times its size,
-    a new token takes 200 bytes.
+    """Upper bound for tokenizer and configs: a tokenizer.model becomes JSON of eight times its
+    size, a new token takes 200 bytes.
     """
     known = small_files(conversion.base.folder)
     num_bytes = sum((conversion.base.folder / name).stat().st_size for name in known)
@@ -400,7 +404,7 @@ def _bytes_beside_weights(conversion: Conversion) -> int:
 
 
 def replaced_tensors(conversion: Conversion) -> dict[str, NewTensor]:
-    """What differs from the base model's: embedding, head, and every tensor that is cast."""
+    """The tensors that differ from the base model's: embedding, head, and all that are cast."""
     base, dtype, weights = conversion.base, conversion.dtype, conversion.base.weights
     replace = {}
     if dtype is not None:
@@ -444,7 +448,9 @@ def _extended_bias(conversion: Conversion, name: str, dtype: torch.dtype) -> tor
 
 
 def generation_config(base: BaseModel, layout: VocabLayout) -> dict[str, Any]:
-    """The base model's, with this vocabulary's pad and with its eos among the stops."""
+    """The base model's generation config, with this vocabulary's pad, and its eos first among the
+    stops.
+    """
     path = base.folder / "generation_config.json"
     config: dict[str, Any] = read_json(path, "a model folder") if path.is_file() else {}
     stops = config.get("eos_token_id")
@@ -456,6 +462,6 @@ def generation_config(base: BaseModel, layout: VocabLayout) -> dict[str, Any]:
 
 
 def _files_below(folder: Path) -> list[str]:
-    """Names of all files of a folder but its manifest."""
+    """Names of all files below a folder, except manifests."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return [path.relative_to(folder).as_posix() for path in paths if path.name != MANIFEST_FILE]

@@ -3,13 +3,13 @@
     token id        0 … num_text-1 | num_text … size-1
     parameter          text_rows   |   visual_rows          (specials, VQ codes, vBPE ids)
 
-What a stage freezes is then a whole parameter: no gradient, no optimizer state, no weight decay,
-the same bytes afterwards. On disk each pair is one matrix again.
+So a stage always freezes whole parameters: no gradient, no optimizer state, no weight decay, and
+bit-identical afterwards. On disk each pair is one matrix again.
 
-The head computes the loss itself, over target positions only, in chunks of rows that are recomputed
-in the backward pass, so that logits of the whole vocabulary never exist for more than one chunk and
-the two weights are never concatenated. The backward pass is written out (`ChunkedCrossEntropy`):
-autograd would make a gradient of the whole head for every chunk and add them up.
+The head computes the loss itself, over target positions only, in chunks that the backward pass
+recomputes. Logits of the whole vocabulary never exist for more than one chunk, and the two weights
+are never concatenated. The backward pass is written by hand (`ChunkedCrossEntropy`): autograd would
+make a gradient of the whole head for each chunk and add them up.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ExtendedEmbedding(nn.Module):
 
     def __init__(self, num_text: int, num_visual: int, hidden_size: int) -> None:
         super().__init__()
-        self.num_text = num_text  # an integer, because a ZeRO-3 partitioned parameter has length 0
+        self.num_text = num_text  # stored, because a parameter partitioned by ZeRO-3 has length 0
         self.text_rows = nn.Parameter(torch.empty(num_text, hidden_size))
         self.visual_rows = nn.Parameter(torch.empty(num_visual, hidden_size))
 
@@ -50,7 +50,7 @@ class ExtendedEmbedding(nn.Module):
 
 
 class ExtendedHead(nn.Module):
-    """The output head over two row blocks. `forward` gives losses, or logits without targets."""
+    """The output head over two row blocks. `forward` gives losses or, without targets, logits."""
 
     def __init__(
         self, num_text: int, num_visual: int, hidden_size: int, loss_chunk_tokens: int
@@ -75,9 +75,9 @@ class ExtendedHead(nn.Module):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Cross entropy of linear logits over two row blocks, `chunk` positions at a time, in float32.
 
-    Of the forward pass only log(sum(exp(logits))) is kept, one number per position; the backward
-    pass makes a chunk's logits again and adds its share to the gradients in place. Logits are the
-    model's dtype before they become float32, as without chunks.
+    The forward pass keeps only log(sum(exp(logits))), one number per position. The backward pass
+    recomputes each chunk's logits and accumulates into the gradients in place. Logits are computed
+    in the model's dtype and then cast to float32, as without chunks.
     """
 
     @staticmethod
@@ -97,7 +97,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             target_logits[rows] = logits.gather(1, target_ids[rows, None]).squeeze(1)
             largest = logits.amax(1)
             normalizers[rows] = logits.sub_(largest[:, None]).exp_().sum(1).log_().add_(largest)
-            del logits  # before the next chunk's
+            del logits  # before the next chunk's are made
         ctx.save_for_backward(hidden, target_ids, text_rows, visual_rows, normalizers)
         ctx.chunk = chunk
         return normalizers - target_logits
@@ -141,11 +141,11 @@ def _chunk_logits(
 
 
 def _logits_buffer(hidden: torch.Tensor, width: int) -> torch.Tensor:
-    """Uninitialised `[n, width]` in the dtype of `hidden` whose rows start at multiples of 128
+    """Uninitialised `[n, width]` in the dtype of `hidden`, with rows that start at multiples of 128
     bytes.
 
-    GPU matrix kernels read and write rows 16 bytes at a time where these are aligned; 144,645
-    columns of 2 bytes are not.
+    GPU matrix kernels access rows 16 bytes at a time if they are aligned; rows of 144,645 columns
+    of 2 bytes are not.
     """
     return hidden.new_empty(len(hidden), -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT)[:, :width]
 
@@ -170,20 +170,20 @@ class PackedCausalLM(nn.Module):
         target_ids: torch.Tensor | None = None,
         longest: int | None = None,
     ) -> torch.Tensor:
-        """Losses `[num_targets]` float32 of one packed row; without `target_ids` the logits
+        """Losses `[num_targets]` float32 of one packed row, or, without `target_ids`, logits
         `[num_targets, vocabulary]`.
 
         Args:
             input_ids, position_ids: `[1, num_tokens]`.
             cu_seqlens: `[num_documents + 1]` int32.
-            target_positions, target_ids: `[num_targets]`; position p predicts its target id.
-            longest: tokens of the longest document; without it a GPU is asked in every layer.
+            target_positions, target_ids: `[num_targets]`; each position predicts its target id.
+            longest: tokens of the longest document; without it, every layer waits for the GPU.
         """
         hidden = self.causal_lm.base_model(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=None,
-            use_cache=False,  # with a cache transformers attends across samples
+            use_cache=False,  # with a cache, transformers attends across samples
             cu_seq_lens_q=cu_seqlens,
             max_length_q=longest,
         ).last_hidden_state
@@ -199,16 +199,15 @@ def build_packed_model(
     activation_checkpointing: bool,
     rules: Sequence[Rule] = (),
 ) -> PackedCausalLM:
-    """Construct `model_class` (a causal LM of transformers) with split rows, the adapters that the
-    freezer's `rules` ask for, and no weights yet.
+    """Construct `model_class` (a causal LM of transformers) with split rows and the adapters of the
+    freezer's `rules`, without weights.
 
-    Works inside `deepspeed.zero.Init`, which rewrites torch's constructors: import the class
-    before.
+    Works inside `deepspeed.zero.Init`, which patches torch's constructors: import the class before.
     """
     small = copy.deepcopy(config)
-    # The stock embedding is replaced at once, so it is built with one row.
+    # The stock embedding is replaced below, so it needs only one row.
     small.vocab_size, small.pad_token_id, small.tie_word_embeddings = 1, None, False
-    # Random numbers of dropout are in no checkpoint, so a resumed run would be another.
+    # No checkpoint holds dropout's random numbers, so a resumed run would differ.
     for name in [name for name in small.to_dict() if name.endswith(("dropout", "_pdrop"))]:
         setattr(small, name, 0.0)
     with no_init_weights():
@@ -219,7 +218,7 @@ def build_packed_model(
     )
     attach_adapters(causal_lm, rules)
     if activation_checkpointing:
-        # transformers gave it this name in 2026; its old one is gone from version 6 on.
+        # transformers renamed it in 2026; version 6 drops the old name.
         enable = getattr(causal_lm, "activation_checkpointing_enable", None)
         enable = enable or causal_lm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
@@ -227,7 +226,7 @@ def build_packed_model(
 
 
 def pack_stock_model(causal_lm: Any, num_text: int, loss_chunk_tokens: int) -> PackedCausalLM:
-    """A stock causal LM with the attention `beingvl_packed` as a packed one, without a copy."""
+    """Wrap a stock causal LM with the attention `beingvl_packed`, without copying its weights."""
     weight = causal_lm.get_output_embeddings().weight
     head = ExtendedHead(0, 0, weight.shape[1], loss_chunk_tokens)
     head.text_rows = nn.Parameter(weight[:num_text], requires_grad=False)
@@ -237,10 +236,10 @@ def pack_stock_model(causal_lm: Any, num_text: int, loss_chunk_tokens: int) -> P
 
 
 def stored_slice(name: str, num_text: int) -> tuple[str, slice]:
-    """Where a parameter lies on disk, as (tensor name, rows).
+    """Where a parameter is stored on disk, as (tensor name, rows).
 
-    `model.embed_tokens.visual_rows` -> `model.embed_tokens.weight`, rows num_text … ; adapters lie
-    in the weight beside them; other names are their own, all rows.
+    `model.embed_tokens.visual_rows` -> `model.embed_tokens.weight`, rows num_text … Adapters are
+    merged into the weight beside them; other parameters have the same name and all rows.
     """
     if is_adapter(name):
         return f"{name.removesuffix(A).removesuffix(B)}.weight", slice(None)

@@ -1,13 +1,12 @@
-"""Initial values of the new embedding and head rows: `--init he | mean | mean_cov | codebook |
-zero`.
+"""Initial values of new embedding and head rows: `--init he | mean | mean_cov | codebook | zero`.
 
-    text rows [num_text, hidden]  ──TextStatistics.measure──>  mean [hidden], spread
-    method, statistics, vocabulary ──make_rows──>  blocks [n, hidden] float64, together num_visual
-    rows in id order
+    text rows [num_text, hidden]   ──TextStatistics.measure──>  mean [hidden], spread
+    method, statistics, vocabulary ──make_rows──>  blocks [n, hidden] float64, num_visual rows in
+                                                   all, in id order
 
-Random numbers are numpy's PCG64 normals in float64, rounded to the model's dtype at the very end:
-the same seed gives the same bytes on every machine with this version of numpy (NEP 19 allows other
-normals in a later one).
+Random numbers are numpy's PCG64 normals in float64, rounded to the model's dtype at the very end.
+The same seed gives the same bytes on every machine with the same numpy version (NEP 19 allows later
+versions to change the normals).
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from beingvl.errors import InputError
 from beingvl.vocab import SPECIAL_TOKENS, VocabLayout
 
 METHODS = ("he", "mean", "mean_cov", "codebook", "zero")
-_BLOCK_ROWS = 128  # a few MB: larger arrays come from the kernel page by page, every time
+_BLOCK_ROWS = 128  # a few MB; the kernel maps larger arrays anew, page by page, each time
 # As in transformers' resize_token_embeddings(mean_resizing=True), to stay close to the mean.
 _COVARIANCE_SCALE = 1e-9
 
 
 @dataclass(frozen=True)
 class TextStatistics:
-    """Mean row `[hidden]` and the spread of single elements around it, both float64."""
+    """Mean row `[hidden]`, and the standard deviation of single elements from it, both float64."""
 
     mean: np.ndarray
     spread: float
@@ -64,8 +63,8 @@ def make_rows(
 
     Args:
         text_rows: `[num_text, hidden]`, any floating dtype; only read, in blocks.
-        stream: 0 for the input embedding, 1 for the output head; they draw different numbers.
-        visual: needed by `codebook` only.
+        stream: 0 for the input embedding, 1 for the output head, which draw different numbers.
+        visual: needed only by `codebook`.
     """
     random = np.random.Generator(np.random.PCG64([seed, stream]))
     num_rows, hidden = layout.num_visual, text_rows.shape[1]
@@ -83,7 +82,7 @@ def make_rows(
 
 
 def check_visual_vocabulary(visual: VisualVocabulary | None, layout: VocabLayout) -> None:
-    """Raises InputError when `codebook` rows cannot be made for this layout."""
+    """Raises InputError if `codebook` rows cannot be made for this layout."""
     if visual is None:
         raise InputError("--init codebook needs --vqgan: rows come from its code vectors")
     if len(visual.merge_codes) != layout.num_merges:
@@ -108,7 +107,7 @@ def _mean_cov_blocks(
         centred = (block - mean).astype(np.float32)
         covariance += centred.T @ centred
     covariance /= len(text_rows)
-    ridge = 1e-6 * np.trace(covariance) / hidden  # fewer rows than columns leave it singular
+    ridge = 1e-6 * np.trace(covariance) / hidden  # it is singular with fewer rows than columns
     factor = np.linalg.cholesky(covariance + (ridge or 1e-30) * np.eye(hidden))
     factor *= np.sqrt(_COVARIANCE_SCALE)
     for start, stop in _ranges(num_rows):
@@ -121,12 +120,12 @@ def _codebook_blocks(
     layout: VocabLayout,
     visual: VisualVocabulary,
 ) -> Iterator[np.ndarray]:
-    """Specials: draws like a text row. Codes: their vectors under one random projection. Merges:
-    the mean of their cells' ones.
+    """Specials: random rows like text rows. Codes: their vectors under one random projection.
+    Merges: the mean of their cells' rows.
 
-    Codes that look alike get rows that look alike, and a merge points where its codes together
-    point. Each of the three is scaled to the text rows' spread around their mean, as a mean of
-    several is shorter than its parts.
+    So similar codes get similar rows, and a merge's row has the mean direction of its codes. Each
+    of the three kinds is scaled to the text rows' spread around their mean, because a mean is
+    shorter than its parts.
     """
     hidden = len(statistics.mean)
     vectors = visual.codebook.astype(np.float64)

@@ -1,16 +1,15 @@
-"""Block-diagonal causal attention over samples laid end to end, registered as transformers
-attention `beingvl_packed`.
+"""Block-diagonal causal attention over samples laid end to end, registered with transformers as
+`beingvl_packed`.
 
-Attention never crosses a sample. The borders arrive as `cu_seq_lens_q`, an int32 tensor of document
-starts with the total at the end, handed through the model's forward as a keyword argument.
-transformers builds no mask for an attention it does not know, so there is nothing that could let
-samples leak into each other.
+Attention never crosses samples. Their borders come as `cu_seq_lens_q`, an int32 tensor of document
+starts followed by the total, passed through the model's forward as a keyword argument. transformers
+builds no mask for an attention that it does not know, so nothing can leak between samples.
 
     CPU  per-document scaled_dot_product_attention (flex_attention has no CPU backward)
     GPU  torch.nn.attention.varlen.varlen_attn (bf16/fp16; torch 2.11 and later), else the CPU path
 
-`max_length_q`, the longest document as an integer, spares every layer a wait for the GPU to find it
-out.
+`max_length_q` is the longest document as an integer; without it every layer would wait for the GPU
+to compute it.
 """
 
 from __future__ import annotations
@@ -46,12 +45,13 @@ def packed_attention(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one packed row.
+    """Attention over one packed row.
 
     Args:
-        query: `[1, num_heads, num_tokens, head_dim]`; key and value: `[1, num_kv_heads, num_tokens,
-        head_dim]`. attention_mask: must be None; the documents come from `cu_seq_lens_q`
-        `[num_documents + 1]` int32.
+        query: `[1, num_heads, num_tokens, head_dim]`.
+        key, value: `[1, num_kv_heads, num_tokens, head_dim]`.
+        attention_mask: must be None.
+        cu_seq_lens_q: `[num_documents + 1]` int32, the documents' borders.
 
     Returns:
         `[1, num_tokens, num_heads, head_dim]` and None for the attention weights.
@@ -83,15 +83,15 @@ def packed_attention(
 
 @cache
 def varlen_kernel() -> Callable[..., torch.Tensor] | None:
-    """torch's causal attention over documents laid end to end, `(query, key, value, starts,
-    starts, longest, longest, scale=…)`; None where this torch has none, so it is imported here.
+    """torch's causal attention over documents laid end to end, `(query, key, value, starts, starts,
+    longest, longest, scale=…)`; None if this torch has none, which is why it is imported here.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
     known = inspect.signature(varlen_attn).parameters
-    if "window_size" not in known:  # torch 2.10: neither this nor, always, a scale
+    if "window_size" not in known:  # torch 2.10 has no window, and not always a scale
         return None
 
     def causal(
@@ -106,7 +106,7 @@ def varlen_kernel() -> Callable[..., torch.Tensor] | None:
             return varlen_attn(
                 query, key, value, *lengths, scale=scale, window_size=(-1, 0), enable_gqa=grouped
             )
-        repeats = query.shape[1] // key.shape[1]  # torch 2.11 wants equal numbers of heads
+        repeats = query.shape[1] // key.shape[1]  # torch 2.11 needs equal numbers of heads
         key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
         return varlen_attn(query, key, value, *lengths, scale=scale, window_size=(-1, 0))
 

@@ -1,14 +1,14 @@
-"""Does packed training train the stock model? A small random model of the class is asked first.
+"""Does packed training compute the same as the stock model? We test a small random model first.
 
-    the start model's config.json   a layer of each kind, few heads, short vocabulary;
-                                    everything else as it is
+    config     the start model's, with one layer of each kind, few heads and a short vocabulary;
+               everything else unchanged
     stock      two documents, one after the other, through transformers' own model
     packed     the same weights with split rows, both documents in one row (model/extended_vocab.py)
 
-Equal logits, or the base is refused: a head that does more than a matrix product, an attention with
-more than scaled dot products, positions that do not come from `position_ids`, layers that carry a
-state from one document to the next, and what nobody here has heard of yet. Takes hundredths of a
-second.
+If the logits differ, the base is refused. This catches heads that do more than a matrix product,
+attention with more than scaled dot products, positions that do not come from `position_ids`, layers
+that carry state from one document to the next, and anything we do not know yet. It takes hundredths
+of a second.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from beingvl.errors import InputError
 from beingvl.model.extended_vocab import build_packed_model, stored_slice
 
 NUM_TEXT, NUM_VISUAL, NUM_HEADS, LONGEST_DOCUMENT = 32, 8, 4, 12
-WEIGHT_SCALE = 0.3  # large enough for soft caps to bend logits
-LARGEST_DIFFERENCE_NATS = 1e-3  # float32 differs by 1e-5, the least of the refused families by 9e-2
+WEIGHT_SCALE = 0.3  # large enough for soft caps to change logits
+LARGEST_DIFFERENCE_NATS = 1e-3  # float32 differs by 1e-5, refused families by at least 9e-2
 
 
 def refuse_unlike_packed(model_class: Any, config: Any) -> None:
-    """Raises InputError for models that give other logits when packed, or cannot be asked."""
+    """Raises InputError for models whose logits differ when packed, or that cannot be tested."""
     try:
         difference = _largest_difference(model_class, small_config(config))
-    except Exception as error:  # any code of any model: what cannot be compared is not trained
+    except Exception as error:  # from any model's code: what we cannot compare, we do not train
         raise InputError(
             f"models of type {config.model_type!r} cannot be packed "
             f"({type(error).__name__}: {error}); use another base"
@@ -44,7 +44,7 @@ def refuse_unlike_packed(model_class: Any, config: Any) -> None:
 
 
 def refuse_short_window(config: Any, longest: int, remedy: str) -> None:
-    """Raises InputError when `longest` exceeds a window, or the length where positions change."""
+    """Raises InputError if `longest` exceeds a window, or the length at which positions change."""
     window = _window(config)
     if window is not None and window < longest:
         raise InputError(
@@ -60,7 +60,7 @@ def refuse_short_window(config: Any, longest: int, remedy: str) -> None:
 
 
 def small_config(config: Any) -> Any:
-    """The same kind of model, smaller: a layer of each kind, four heads as wide as they were."""
+    """The same kind of model, smaller: one layer of each kind, four heads of unchanged width."""
     small = copy.deepcopy(config)
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ["the only one"]))
     num_layers = max(2, len(kinds))
@@ -87,7 +87,7 @@ def small_config(config: Any) -> Any:
 
 @torch.no_grad()
 def _largest_difference(model_class: Any, config: Any) -> float:
-    """Nats between the log-probabilities of both models, at the token where they differ most."""
+    """Largest difference, in nats, between the log-probabilities of both models."""
     with no_init_weights():
         stock = model_class._from_config(config, attn_implementation="eager").eval()
     packed = build_packed_model(model_class, config, NUM_TEXT, NUM_VISUAL, 1, False).eval()
@@ -118,7 +118,7 @@ def _largest_difference(model_class: Any, config: Any) -> float:
 
 
 def _changing_positions(config: Any) -> dict[str, int]:
-    """RoPE types whose frequencies depend on the length read -> tokens up to which they do not."""
+    """RoPE types with frequencies that depend on the length -> tokens up to which they do not."""
     stated = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     limits = {}
     by_kind_of_layer = [each for each in stated.values() if isinstance(each, dict)]

@@ -4,17 +4,17 @@
         {"match": "visual_rows"},                                   new rows of embedding and head
         {"match": "layers[:25%]", "lr_multiplier": 0.5},            the first quarter of the layers
         {"match": "layers[25%:]", "lora": {"rank": 64, "alpha": 128}},      adapters in the others
-        {"match": ".*", "train": false}                             everything else stays
+        {"match": ".*", "train": false}                             everything else is frozen
     ]
 
-The first rule that matches a parameter decides; every parameter must be matched and every rule must
-match something, so neither a forgotten parameter nor a misspelt rule goes unnoticed. Rules name a
-group (`visual_rows`, `text_rows`, `layers[k:l]` with numbers or percentages, `norm`) or are a
-regular expression over the full parameter name.
+The first rule that matches a parameter applies. Every parameter must match a rule and every rule
+must apply to something, so neither a forgotten parameter nor a misspelt rule goes unnoticed. A rule
+names a group (`visual_rows`, `text_rows`, `layers[k:l]` with numbers or percentages, `norm`) or is
+a regular expression that matches the full parameter name.
 
-A rule with `lora` keeps what it decides frozen and trains two adapters beside it
-(model/adapters.py). It names linear layers: a regular expression matches their names, from any dot
-on and without `.weight`, and `layers[k:l]` means the matrices of those layers.
+A rule with `lora` freezes its parameters and trains two adapters beside each (model/adapters.py).
+It names linear layers: a regular expression matches their names from any dot on, without `.weight`,
+and `layers[k:l]` means the matrices of those layers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PlannedParameter:
 
     @property
     def is_in_nf4(self) -> bool:
-        """Frozen, in 4 bits, with adapters beside it."""
+        """Whether it is frozen in 4 bits, with adapters beside it."""
         return bool(self.rule.lora and self.rule.lora.base) and not is_adapter(self.name)
 
 
@@ -57,18 +57,18 @@ def is_adapter(name: str) -> bool:
 
 
 def whole_shape(parameter: Any) -> tuple[int, ...]:
-    """A parameter's shape; one that ZeRO-3 has partitioned says 0 itself."""
+    """A parameter's full shape; if ZeRO-3 has partitioned it, its own shape is 0."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def plan_parameters(
     shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule]
 ) -> list[PlannedParameter]:
-    """Assign every parameter (name -> full shape) the first rule that matches it; adapters follow
-    the weight that they are for.
+    """Assign to each parameter (name -> full shape) the first rule that matches it; adapters follow
+    their weight.
 
-    Raises InputError when a parameter matches no rule, a rule decides nothing, nothing is trained,
-    or adapters cannot be where a rule puts them.
+    Raises InputError if a parameter matches no rule, a rule applies to nothing, nothing is trained,
+    or a rule puts adapters where they cannot be.
     """
     plan = []
     for name, shape, rule in _decide(shapes, rules):
@@ -94,7 +94,7 @@ def plan_parameters(
 def adapters_by_weight(
     shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule]
 ) -> dict[str, Lora]:
-    """Name of a weight -> the adapters beside it."""
+    """Weight name -> the adapters beside it."""
     return {name: rule.lora for name, _, rule in _decide(shapes, rules) if rule and rule.lora}
 
 
@@ -102,7 +102,7 @@ Decision = tuple[str, tuple[int, ...], Rule | None]
 
 
 def _decide(shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule]) -> Iterator[Decision]:
-    """(name, shape, the first rule that matches) of every parameter."""
+    """(name, shape, first matching rule) for each parameter."""
     layer_numbers = [int(found[1]) for name in shapes if (found := _LAYER_NUMBER.search(name))]
     num_layers = max(layer_numbers, default=-1) + 1
     matchers = [(_matcher(rule, num_layers), rule) for rule in rules]

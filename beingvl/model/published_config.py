@@ -1,12 +1,12 @@
-"""config.json and tokenizer files of the published form, and back.
+"""Translate config.json and tokenizer files to the published form, and back.
 
     ours (llama)                          published (chameleon)
     rope_parameters | rope_scaling        rope_theta, rope_scaling: null, linear or dynamic only
     vqgan/config.json                     vq_config
-    tokenizer.json                        the same, its merges named by token id, and vocabulary_map
+    tokenizer.json                        the same, with merges named by token id; vocabulary_map
     vocab_layout.json                     boi_token_id, eoi_token_id, image_token_id
 
-The published class computes as LLaMA does, but knows no llama3 scaling of the rope.
+The published class computes the same as LLaMA, but does not know llama3 RoPE scaling.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SAME_KEYS = (
 )
 _KEPT_KEYS = (
     *("bos_token_id", "eos_token_id", "rope_theta", "rope_scaling", "torch_dtype"),
-    *("rope_parameters", "dtype"),  # in place of the last three where transformers 5 saved them
+    *("rope_parameters", "dtype"),  # transformers 5 saves these in place of the last three
 )
 _PLAIN = ("default", "linear", "dynamic")
 
@@ -45,9 +45,9 @@ _PLAIN = ("default", "linear", "dynamic")
 
 
 def to_llama_config(config: Mapping[str, Any], layout: VocabLayout, source: Path) -> dict[str, Any]:
-    """config.json of the stock LLaMA that a published model's language model is.
+    """config.json of a published model's language model as a stock LLaMA.
 
-    Raises InputError for what a LLaMA does not compute, or the published class does not know.
+    Raises InputError for features that LLaMA or the published class does not have.
     """
     if config.get("swin_norm"):
         raise InputError(
@@ -61,7 +61,7 @@ def to_llama_config(config: Mapping[str, Any], layout: VocabLayout, source: Path
             f"{source} scales its rope by {kind!r}, which the published class does not know, so "
             'the model was trained without it; write "rope_scaling": null'
         )
-    defaults = ChameleonConfig().to_dict()  # what a key means that is not there
+    defaults = ChameleonConfig().to_dict()  # values of absent keys
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -120,8 +120,8 @@ def _what_changes(config: LlamaConfig) -> str:
 
 
 def write_published_tokenizer(source: Path, target: Path, layout: VocabLayout) -> dict[str, int]:
-    """tokenizer.json and its settings as tokenizers 0.19 and transformers 4 read them; returns the
-    vocabulary, token text -> id.
+    """Write tokenizer.json and its settings as tokenizers 0.19 and transformers 4 read them;
+    returns the vocabulary, token text -> id.
     """
     fields = read_json(source / "tokenizer.json", "a model folder")
     for token in fields["added_tokens"]:
@@ -131,7 +131,7 @@ def write_published_tokenizer(source: Path, target: Path, layout: VocabLayout) -
     if spaced := [pair for pair in pairs if len(pair) != 2 or " " in "".join(pair)]:
         raise InputError(
             f"{source / 'tokenizer.json'} merges {spaced[0]}: the published form separates the two "
-            "by a blank, so none may hold one"
+            "by a space, so neither may contain one"
         )
     if pairs:
         fields["model"]["merges"] = [" ".join(pair) for pair in pairs]
@@ -148,7 +148,7 @@ def write_published_tokenizer(source: Path, target: Path, layout: VocabLayout) -
 
 
 def write_processor(vqgan: VQGAN, target: Path, image_token: str) -> None:
-    """preprocessor_config.json and processor_config.json."""
+    """Write preprocessor_config.json and processor_config.json."""
     fields = json.loads(vqgan.processor.to_json_string())
     own: dict[str, Any] = {"processor_class": "ChameleonProcessor"}
     write_atomically(target / PREPROCESSOR_FILE, to_json(fields | own))
@@ -158,8 +158,8 @@ def write_processor(vqgan: VQGAN, target: Path, image_token: str) -> None:
 
 
 def check_ids(config: Mapping[str, Any], expected: Mapping[str, int | None], source: Path) -> None:
-    """Raises InputError that names the first id of config.json, where it has one, that is not as
-    the tokenizer has it.
+    """Raises InputError naming the first id in config.json that differs from the tokenizer's;
+    absent ids are skipped.
     """
     for name, token_id in expected.items():
         found = config.get(name)
@@ -177,10 +177,10 @@ def _as_list(ids: Any) -> list[Any]:
 def layout_of_tokens(
     tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any], num_vq: int, source: Path
 ) -> VocabLayout:
-    """The layout of a published folder, from where its image tokens are.
+    """The layout of a published folder, derived from the ids of its image tokens.
 
-    Raises InputError for a tokenizer without them, with them inside the text, or of another begin
-    or end than the config.
+    Raises InputError if the tokenizer has none, if they are inside the text, or if its bos or eos
+    differs from the config's.
     """
     vocabulary = tokenizer.get_vocab()
     first = vocabulary.get(image_token_text(0))

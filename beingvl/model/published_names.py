@@ -1,5 +1,5 @@
-"""The published Being-VL-0.5 form of a model, and back: one folder whose weights hold language
-model and VQ-GAN.
+"""Translate a model to the published Being-VL-0.5 form, and back: one folder whose weights hold
+language model and VQ-GAN.
 
     Being-VL folder                                   published folder
     model.safetensors…   model.*, lm_head.*           model.safetensors…   model.*, lm_head.*,
@@ -7,7 +7,8 @@ model and VQ-GAN.
     vqgan/model.safetensors   encoder.*, quantize.*   (among the weights)
     config.json, vqgan/, tokenizer.json               see published_config.py
 
-Tensors keep their bytes and dtypes both ways. Everything is checked before anything is written.
+Tensors keep their bytes and dtypes in both directions. Everything is checked before anything is
+written.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ from beingvl.vocab import LAYOUT_FILE, VocabLayout
 PREFIX = "model.vqmodel."
 PUBLISHED_KIND = "published_model"
 VQ_MODEL_TYPE = "chameleon_vqgan"
-# What is the same file in both forms.
+# Files that are the same in both forms.
 _SAME_FILES = ("generation_config.json", VBPE_FILE, *LICENSE_PATTERNS)
-_SMALL_BYTES = 64_000_000  # more than tokenizer and configs take
+_SMALL_BYTES = 64_000_000  # upper bound for tokenizer and configs
 
 
 # ---- ours to published ----
@@ -66,9 +67,11 @@ def write_published(
     config: Mapping[str, Any] | None = None,
     link: bool = True,
 ) -> Manifest:
-    """Write the published form of a Being-VL model folder (a base or a stage's final/), with the
-    `config` that `published_config` gives for it, which also says what is refused; here it is a
-    model whose image tokens stand at anchors, which the published code would read at others.
+    """Write the published form of a Being-VL model folder (a base or a stage's final/). `config` is
+    the result of `published_config`, and None computes it.
+
+    Raises InputError as `published_config` does, and for a model whose image tokens have their
+    anchors' positions, because the published code numbers them differently.
     """
     model_folder, target = Path(model_folder), Path(target)
     config = dict(config or published_config(model_folder))
@@ -110,10 +113,10 @@ def write_published(
 
 
 def published_config(model_folder: Path, leave_rope_scaling_out: bool = False) -> dict[str, Any]:
-    """config.json of the published form, but for its vocabulary and VQ-GAN.
+    """config.json of the published form, without vocabulary and VQ-GAN.
 
     Raises InputError for a folder that is incomplete or has no VQ-GAN inside, and for a model that
-    the published class would compute otherwise.
+    the published class would compute differently.
     """
     read_manifest(model_folder, "model")
     if not (model_folder / VQGAN_FOLDER).is_dir():
@@ -129,7 +132,7 @@ def published_config(model_folder: Path, leave_rope_scaling_out: bool = False) -
 
 @dataclass(frozen=True)
 class _Published:
-    """A published folder, read and checked. `vq_config` has its `model_type`."""
+    """A published folder, read and checked. `vq_config` includes its `model_type`."""
 
     folder: Path
     weights: WeightFolder
@@ -144,11 +147,11 @@ class _Published:
 def read_published(
     folder: Path | str, target: Path | str, link: bool = True, template: str | None = None
 ) -> Manifest:
-    """Write the Being-VL model folder of a published one, ours or from elsewhere.
+    """Convert a published folder, ours or not, to a Being-VL model folder.
 
-    The layout follows from the tokenizer. `template` is what it was trained on; None for what its
-    manifest says, which a folder from elsewhere does not have: that is of the published one. Raises
-    InputError for a folder whose parts are not of one model, before anything is written.
+    The layout follows from the tokenizer. `template` is the chat template of training; None takes
+    the manifest's, or the published one without a manifest. Raises InputError, before anything is
+    written, if the folder's parts are not from one model.
     """
     published, target = _open_published(Path(folder)), Path(target)
     folder, weights, vq_names = published.folder, published.weights, published.vq_names
@@ -208,7 +211,7 @@ def _open_published(folder: Path) -> _Published:
 def _layout_of(
     folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, num_vq: int
 ) -> VocabLayout:
-    """The layout that the folder says, else that of its tokens; held to tokenizer and config."""
+    """The folder's layout file, else its tokens' layout; checked against tokenizer and config."""
     path = folder / LAYOUT_FILE
     if path.is_file():
         layout = VocabLayout.read(path)
@@ -234,11 +237,11 @@ def _layout_of(
 
 
 def _check_weights(folder: Path, weights: WeightFolder, config: Mapping[str, Any]) -> None:
-    """Raises InputError when the language model's tensors are not those of its config."""
+    """Raises InputError if the language model's tensors do not match its config."""
     try:
         with torch.device("meta"):
             model = LlamaForCausalLM(LlamaConfig.from_dict(dict(config)))
-    except Exception as error:  # sizes and ropes that do not exist fail anywhere in its code
+    except Exception as error:  # impossible sizes and unknown RoPE types fail anywhere in its code
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{folder / 'config.json'} is not usable ({reason})") from error
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
@@ -253,7 +256,7 @@ def _check_weights(folder: Path, weights: WeightFolder, config: Mapping[str, Any
 
 
 def _write_vqgan(published: _Published, target: Path) -> None:
-    """The VQ-GAN folder inside the model folder, finished with its own manifest."""
+    """Write the VQ-GAN folder inside the model folder, finished with its own manifest."""
     weights = published.weights
     named = {name.removeprefix(PREFIX): _moved(weights, name) for name in published.vq_names}
     start_folder(target, "vqgan")
@@ -270,5 +273,5 @@ def _copy(source: Path, patterns: Iterable[str], target: Path) -> None:
 
 
 def _moved(weights: WeightFolder, name: str) -> NewTensor:
-    """A tensor of another folder, as it is."""
+    """A tensor from a different folder, unchanged."""
     return NewTensor(weights.shape(name), weights.dtype(name), lambda: weights[name])

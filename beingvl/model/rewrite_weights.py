@@ -1,16 +1,14 @@
-"""Write a weight folder that differs from another in some tensors, tensor by tensor.
+"""Copy a weight folder, tensor by tensor, with some tensors changed.
 
-A file none of whose tensors changes is hard-linked (or copied whole); the others are streamed into
-a new file, so memory holds one changed tensor and a copy buffer, whatever the size of the
-checkpoint:
+A file without changed tensors is hard-linked (or copied whole). The others are streamed into a new
+file, so memory holds one changed tensor and a copy buffer, whatever the checkpoint's size:
 
     source   A: embed, layer 0     B: layer 1, layer 2     C: layer 3, lm_head
     replace  embed                                         lm_head
     target   A: written            B: link to source's B   C: written              + index
 
-Every file appears under its name only when it is whole. `.bin` files become safetensors. Nothing
-here knows about vocabularies or training: conversion, export and the end of a stage call the same
-function.
+A file gets its name only when it is complete. `.bin` files become safetensors. Nothing here knows
+about vocabularies or training: conversion, export and the end of a stage all call this function.
 """
 
 from __future__ import annotations
@@ -45,14 +43,14 @@ from beingvl.model.weight_files import (
     verify_weights,
 )
 
-# Larger blocks fall out of the processor's caches: 16 MB took six times as long to write.
+# Larger blocks do not fit the processor's caches: with 16 MB, writing took six times as long.
 _COPY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to write. `make` is called once, when its bytes are due, and gives the tensor, or
-    blocks of it in row order.
+    """A tensor to write. `make` is called once, when its bytes are needed, and returns the tensor
+    or blocks of it in row order.
     """
 
     shape: tuple[int, ...]
@@ -65,8 +63,8 @@ class NewTensor:
 
 
 Replacements = Mapping[str, NewTensor | Callable[[], torch.Tensor]]
-"""Tensor name -> new tensor. A plain callable keeps the shape and dtype of the source's tensor; a
-NewTensor may have a name that the source does not have (it goes into the last file).
+"""Tensor name -> new tensor. A plain callable keeps the source tensor's shape and dtype; a
+NewTensor may have a new name (it goes into the last file).
 """
 
 
@@ -80,11 +78,11 @@ def rewrite_weights(
     """Write `source`'s weights into the folder `target` with some tensors replaced, added or
     dropped; each replacement is called once, in file order.
 
-    `link` hard-links unchanged files where the file system can. Other weight files in `target` are
+    `link` hard-links unchanged files if the file system can. Other weight files in `target` are
     removed: a single file left there would be loaded instead of the index.
 
-    Returns {file name: hash} of every weight file, for `write_manifest(known_hashes=…)`. Raises
-    InputError before anything is written when `target` is `source`, or for an unknown name.
+    Returns {file name: hash} of all weight files, for `write_manifest(known_hashes=…)`. Raises
+    InputError, before anything is written, if `target` is `source`, or for an unknown name.
     """
     weights = source if isinstance(source, WeightFolder) else WeightFolder(source)
     target = Path(target)
@@ -107,7 +105,7 @@ def rewrite_weights(
         def write(plan: _FilePlan) -> str:
             return _write_file(plan, target, link, progress.update)
 
-        # Unchanged files are linked, copied and hashed beside the others.
+        # Unchanged files are linked, copied and hashed in parallel with the others.
         background = {plan.name: pool.submit(write, plan) for plan in plans if plan.unchanged}
         hashes = {plan.name: write(plan) for plan in plans if not plan.unchanged}
         hashes |= {name: written.result() for name, written in background.items()}
@@ -127,7 +125,7 @@ def bytes_to_write(
     link: bool = True,
     drop: Collection[str] = (),
 ) -> int:
-    """Bytes that `rewrite_weights` with these arguments puts on the disk of `target`."""
+    """Bytes that `rewrite_weights` with these arguments writes to `target`'s disk."""
     disk = _existing_parent(target).stat().st_dev
     plans = _plan_files(weights, replace, drop)
     return sum(
@@ -138,12 +136,12 @@ def bytes_to_write(
 
 
 def check_disk_space(folder: Path, num_bytes: int) -> None:
-    """Raises InputError when the file system of `folder` has less than `num_bytes` free."""
+    """Raises InputError if the file system of `folder` has less than `num_bytes` free."""
     free = shutil.disk_usage(_existing_parent(folder)).free
     if num_bytes > free:
         raise InputError(
             f"{folder}: {_readable(num_bytes)} are to be written, but the disk has "
-            f"{_readable(free)} free; make room or choose a target on another disk"
+            f"{_readable(free)} free; make room or choose a target on a different disk"
         )
 
 
@@ -160,8 +158,8 @@ def _existing_parent(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class _FilePlan:
-    """One target file: what each of its tensors is, in byte order. `unchanged` is the source
-    file it equals, if any.
+    """One target file: its tensors in byte order. `unchanged` is the source file that it equals, if
+    any.
     """
 
     name: str
@@ -213,7 +211,7 @@ def _plan_files(
         unchanged = source.resolve() if is_same and source.suffix == ".safetensors" else None
         tensors = {name: _planned_tensor(weights, name, replace.get(name)) for name in names}
         if not unchanged:
-            # Wide dtypes first keep every tensor aligned, as safetensors itself writes them.
+            # Wide dtypes first, like safetensors itself, so that every tensor is aligned.
             tensors = dict(sorted(tensors.items(), key=lambda item: -_itemsize(item[1])))
         target_name = SINGLE_FILE
         if len(files) > 1:
@@ -267,7 +265,7 @@ def _write_file(plan: _FilePlan, target: Path, link: bool, report: Callable[[int
 
 
 def _try_link(source: Path, path: Path) -> bool:
-    """Hard-link `source` as `path`; False where the file systems cannot."""
+    """Hard-link `source` as `path`; False if the file systems cannot."""
     try:
         os.link(source, path)
     except OSError:
@@ -276,7 +274,7 @@ def _try_link(source: Path, path: Path) -> bool:
 
 
 def _hash_of_source(folder: Path, path: Path) -> str:
-    """The hash of a linked file: what the source folder's manifest lists, else it is read."""
+    """The hash of a linked file, from the source folder's manifest, else computed."""
     listed = read_manifest(folder).files.get(path.name) if is_complete(folder) else None
     if listed and listed["bytes"] == path.stat().st_size:
         return str(listed["hash"])
@@ -284,11 +282,10 @@ def _hash_of_source(folder: Path, path: Path) -> str:
 
 
 class _HashedOutput:
-    """Writes blocks to a file while a second thread hashes them, so that the hash costs no time
-    of its own.
+    """Writes blocks to a file while a second thread hashes them, so that hashing takes no extra
+    time.
 
-    The hash of a block may still run when `write` returns; it is done when the next `write` or
-    `finish` returns.
+    Hashing of a block may go on after `write` returns, until the next `write` or `finish` returns.
     """
 
     def __init__(
@@ -308,7 +305,7 @@ class _HashedOutput:
         self.report(len(block))
 
     def copy(self, path: Path, start: int, num_bytes: int) -> None:
-        """Copy a range of another file: one buffer is read into while the other is hashed."""
+        """Copy a range of a different file: one buffer is filled while the other is hashed."""
         with open(path, "rb", buffering=0) as file:
             file.seek(start)
             while num_bytes:

@@ -1,5 +1,5 @@
-"""Which model folder a path means, and what its config.json says of samples. No torch, so that
-wrong input is told in a second.
+"""Which model folder a path means, and what its config.json says about sample lengths. Does not
+import torch, so that wrong input is reported within a second.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ def find_start_model(path: Path) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises InputError when it is damaged."""
+    """config.json of a model folder. Raises InputError if it is damaged."""
     return read_object(folder / "config.json", "copy the model folder again")
 
 
 def context_of(folder: Path) -> int | None:
-    """Tokens that the model has positions for; None where config.json does not say."""
+    """Number of tokens that the model has positions for; None if config.json does not say."""
     config = read_config(folder)
     return config.get("max_position_embeddings", config.get("n_positions"))
 
 
 def check_context(context: int | None, config: StageConfig, shards: Manifest | None) -> str:
-    """What to know of a stage whose sequences exceed the model's context; "" when none do.
+    """A note for a stage whose sequences exceed the model's context; "" if they do not.
 
-    Positions restart with every sample, so a long sequence of short samples is sound. Raises
-    InputError when the longest sample of the shards, in tokens, exceeds the context; with anchors
-    a merged image takes the positions of all its codes.
+    Positions restart with each sample, so a long sequence of short samples is fine. Raises
+    InputError if the shards' longest sample, in tokens, exceeds the context; with anchors, a merged
+    image takes the positions of all its codes.
     """
     sequence_length = config.beingvl.sequence_length
     longest_sample = int(shards.counts["longest_sample_tokens"]) if shards else 0

@@ -1,12 +1,12 @@
-"""The folder that a model is written into: never an input, never somebody's files, incomplete
-until its manifest is there.
+"""The folder that a model is written into: never an input, never a folder with a user's files, and
+incomplete until it has a manifest.
 
-    check_target(target, inputs, overwrite)    before anything else: refuses what would do harm
+    check_target(target, inputs, overwrite)    first of all: refuses harmful targets
     start_target(target, kind, num_bytes)      from here on it is ours, empty and incomplete
-    finish_target(target, kind, …)             the manifest, then the marker goes
+    finish_target(target, kind, …)             writes the manifest, then removes the marker
 
-While a folder is unfinished it holds a marker, so that the next start knows it as its own. A killed
-conversion starts over: it takes half a minute for 16 GB.
+An unfinished folder contains a marker, by which the next run recognises it as its own. A killed
+conversion starts over: 16 GB take half a minute.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from beingvl.vocab import LAYOUT_FILE, VocabLayout
 VQGAN_FOLDER = "vqgan"
 VBPE_FILE = "vbpe.json"
 PROCESSOR_FILE = "processor_config.json"
-PROCESSOR = "BeingVLProcessor"  # of inference/processor.py; AutoProcessor looks for this name
+PROCESSOR = "BeingVLProcessor"  # in inference/processor.py; AutoProcessor looks for this name
 UNFINISHED_FILE = ".unfinished.tmp"  # the suffix keeps it out of the manifest
 MODEL_PATTERNS = (
     *WEIGHT_PATTERNS,
@@ -54,14 +54,14 @@ MODEL_PATTERNS = (
     VBPE_FILE,
     "*.tmp",
 )
-"""Everything in a model folder that decides what the model is."""
+"""Everything in a model folder that determines the model."""
 
 
 def check_target(target: Path, inputs: Mapping[str, Path], overwrite: bool) -> None:
-    """Refuse a target that lies in an input (option -> path) or holds one, and one with files
-    that no step left unfinished.
+    """Raises InputError if the target is inside an input (option -> path) or contains one, or if it
+    contains files that are not from an unfinished run.
 
-    Links are followed, those of single files too. A finished target is the caller's to judge.
+    Links are followed, including those of single files. Finished targets are left to the caller.
     """
     resolved = target.resolve()
     for option, path in inputs.items():
@@ -86,17 +86,17 @@ def check_target(target: Path, inputs: Mapping[str, Path], overwrite: bool) -> N
 
 
 def start_target(target: Path, kind: str, num_bytes: int) -> None:
-    """Make the target ours, incomplete and free of another model's files.
+    """Make the target ours, incomplete and free of a previous model's files.
 
-    Raises InputError, before anything is changed, when the disk has less than `num_bytes` free, or
-    the target is a finished artefact of another kind.
+    Raises InputError, before anything is changed, if the disk has less than `num_bytes` free, or if
+    the target is a finished artefact of a different kind.
     """
     if is_complete(target):
         refuse_other_kind(target, kind)
     check_disk_space(target, num_bytes)
     target.mkdir(parents=True, exist_ok=True)
     marker = target / UNFINISHED_FILE
-    marker.touch()  # before the first deletion, so that a run killed in between is known
+    marker.touch()  # before the first deletion, so that a run killed in between is recognised
     start_folder(target, kind)
     kept = (marker, target / OWNER)
     for path in [path for pattern in MODEL_PATTERNS for path in target.glob(pattern)]:
@@ -136,5 +136,5 @@ def _write_chat_template(target: Path, template: str) -> None:
     if text := chat_template(target, VocabLayout.load(target), template):
         write_atomically(path, text)
         return
-    path.unlink(missing_ok=True)  # of the stage before
+    path.unlink(missing_ok=True)  # the previous stage's
     print(f"{target}: its tokenizer has no exact chat template, so none is written")

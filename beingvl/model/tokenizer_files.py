@@ -1,10 +1,9 @@
-"""Tokenizers of model folders: load whatever a base model has, add the visual tokens, check the
-ids.
+"""Tokenizers of model folders: load the base model's, add the visual tokens, check the ids.
 
-A base model brings tokenizer.json, a sentencepiece `tokenizer.model` (Llama-2) or a tiktoken
+A base model has tokenizer.json, a sentencepiece `tokenizer.model` (Llama-2) or a tiktoken
 `tokenizer.model` (Llama-3 as first published). The result is always one tokenizer.json that stock
-transformers loads. The new tokens are *added* tokens: written into the vocabulary proper they would
-shift every special id, and one `add_tokens` call costs little at loading (docs/dev/benchmarks.md).
+transformers loads. The new tokens are *added* tokens: in the main vocabulary they would shift all
+special ids, and one `add_tokens` call costs little at loading (docs/dev/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from beingvl.json_file import read_object
 from beingvl.model.base_model import BaseModel, read_json
 from beingvl.vocab import SPECIAL_TOKENS, VocabLayout, name_beside
 
-# Llama 3.1's names for the 256 ids behind the byte-pair ranks; further ones are
+# Llama 3.1's names for the 256 ids after the byte-pair ranks; most are
 # <|reserved_special_token_N|>.
 LLAMA3_SPECIALS = (
     *("<|begin_of_text|>", "<|end_of_text|>"),
@@ -41,10 +40,9 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
     r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# share of rows without a token; models that round their rows up (Qwen2, Phi, DeepSeek) have up to
-# 0.03
+# Share of rows without a token; models that pad their rows (Qwen2, Phi, DeepSeek) have up to 0.03.
 _LARGEST_GAP = 0.1
-# what transformers keeps of a tokenizer.json's truncation and padding
+# What transformers keeps of a tokenizer.json's truncation and padding.
 _BATCH_SETTINGS = (
     *("max_length", "stride", "truncation_side", "truncation_strategy"),
     *("pad_to_multiple_of", "pad_token_type_id", "padding_side"),
@@ -58,7 +56,7 @@ def find_tokenizer_file(folder: Path) -> Path | None:
 
 
 def load_tokenizer(folder: Path | str, num_text: int | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder; `num_text` is its embedding's number of rows."""
+    """A model folder's tokenizer; `num_text` is its embedding's number of rows."""
     folder = Path(folder)
     path = find_tokenizer_file(folder)
     if path is None:
@@ -76,11 +74,13 @@ def load_tokenizer(folder: Path | str, num_text: int | None = None) -> PreTraine
     _refuse_files_outside(path.parent)
     try:
         if is_alone:
-            # The file does not say how text is prepared, and AutoTokenizer would guess otherwise.
+            # The file does not say how to prepare text, and AutoTokenizer would guess wrong.
             tokenizer = LlamaTokenizer.from_pretrained(path.parent, add_bos_token=True)
         else:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise bare ones for damaged files
+    except (
+        Exception
+    ) as error:  # transformers and tokenizers raise plain Exception for damaged files
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
             f"{path} cannot be read as a tokenizer ({reason}); download it "
@@ -93,8 +93,8 @@ def load_tokenizer(folder: Path | str, num_text: int | None = None) -> PreTraine
 
 
 def _refuse_files_outside(folder: Path) -> None:
-    """transformers reads some files that tokenizer_config.json names wherever they are. Names of
-    nothing are common there: they are of the machine that wrote it.
+    """Raises InputError if tokenizer_config.json names existing files outside the folder, which
+    transformers would read. Paths that do not exist are common: they are from another machine.
     """
     path = folder / CONFIG_FILE
     config = read_object(path, "download it again") if path.is_file() else {}
@@ -105,7 +105,7 @@ def _refuse_files_outside(folder: Path) -> None:
 
 
 def read_tiktoken_ranks(path: Path) -> dict[bytes, int]:
-    """Ranks of a tiktoken file (lines `base64 rank`); empty for another format."""
+    """Ranks in a tiktoken file (lines `base64 rank`); empty for other formats."""
     ranks = {}
     try:
         for line in path.read_bytes().splitlines():
@@ -117,7 +117,7 @@ def read_tiktoken_ranks(path: Path) -> dict[bytes, int]:
 
 
 def _from_tiktoken(ranks: dict[bytes, int]) -> PreTrainedTokenizerFast:
-    """Llama-3's fast tokenizer: ranks, its split pattern, its specials, the begin token first."""
+    """Llama-3's fast tokenizer: the ranks, its split pattern, its specials, bos before the text."""
 
     class Converter(TikTokenConverter):
         @staticmethod
@@ -143,8 +143,8 @@ def _from_tiktoken(ranks: dict[bytes, int]) -> PreTrainedTokenizerFast:
 
 
 def check_belongs_to(tokenizer: PreTrainedTokenizerFast, base: BaseModel) -> None:
-    """Raises InputError unless begin and end token are those of the base model's configs, and
-    nearly every row has a token: the file was truncated, or is another model's.
+    """Raises InputError unless bos and eos match the base model's configs and nearly all rows have
+    a token; else the file was truncated, or is a different model's.
     """
     for name in ("bos_token_id", "eos_token_id"):
         found, expected = getattr(tokenizer, name), base.special_ids(name)
@@ -165,33 +165,33 @@ def check_belongs_to(tokenizer: PreTrainedTokenizerFast, base: BaseModel) -> Non
 def save_tokenizer(
     tokenizer: PreTrainedTokenizerFast, folder: Path, base_template: str | None = None
 ) -> None:
-    """Write tokenizer.json and its configs, for transformers 4 too.
+    """Write tokenizer.json and its configs, also for transformers 4.
 
-    No chat template but a base model's, under another name than the default one: its prompts are
-    others than the model is trained on.
+    The only chat template written is the base model's, and not as the default, because the model is
+    trained on different prompts.
     """
     tokenizer.chat_template = {BASE_TEMPLATE: base_template} if base_template else None
     try:
         tokenizer.save_pretrained(folder)
-    except Exception as error:  # tokenizers raises a bare one
+    except Exception as error:  # tokenizers raises a plain Exception
         if "os error 28" in str(error) or "No space left" in str(error):
             full = errno.ENOSPC
             raise OSError(full, os.strerror(full), str(folder / "tokenizer.json")) from error
         raise
     path = folder / CONFIG_FILE
     config = json.loads(path.read_text(encoding="utf-8"))
-    # tokenizer.json alone decides, in every version.
+    # tokenizer.json alone determines the tokenizer, in every version.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.pop("chat_template", None)
-    if isinstance(config.get("extra_special_tokens"), list):  # version 4 wants a mapping there
+    if isinstance(config.get("extra_special_tokens"), list):  # version 4 expects a mapping
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     write_atomically(path, to_json(config))
 
 
 def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, layout: VocabLayout, source: str) -> None:
-    """Add the layout's tokens, in place, behind the text ids.
+    """Add the layout's tokens, in place, after the text ids.
 
-    An embedding with more rows than the tokenizer has tokens (Qwen2) gets named fillers for the
+    If the embedding has more rows than the tokenizer has tokens (Qwen2), named fillers fill the
     gap.
     """
     gap = range(len(tokenizer), layout.num_text)
@@ -212,7 +212,7 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, layout: VocabLayout, so
 
 
 def _free_names(tokens: list[str], known: Mapping[str, int], source: str) -> list[str]:
-    """`tokens` with another name for each that is a token of the base model already; says so."""
+    """`tokens`, renamed if the base model already has a token of that name; prints the renames."""
     taken = {token: name_beside(token) for token in tokens if token in known}
     if taken:
         shown = ", ".join(f"{token} is now {name}" for token, name in list(taken.items())[:5])
@@ -221,15 +221,15 @@ def _free_names(tokens: list[str], known: Mapping[str, int], source: str) -> lis
         if name in known:
             raise InputError(
                 f"{source}: {token!r} and {name!r} are tokens of the base model already; "
-                "take another base model"
+                "use a different base model"
             )
     return [taken.get(token, token) for token in tokens]
 
 
 def clear_limits(tokenizer: PreTrainedTokenizerFast, source: str) -> None:
-    """Clear what tokenizer.json says of truncation and padding, and say so.
+    """Clear tokenizer.json's truncation and padding, and print it.
 
-    Left there by whoever encoded a batch last, it would cut or fill every text of the data.
+    Such leftovers from encoding a batch would truncate or pad every text of the data.
     """
     backend = tokenizer.backend_tokenizer
     settings = {"truncation": backend.truncation, "padding": backend.padding}
@@ -242,15 +242,15 @@ def clear_limits(tokenizer: PreTrainedTokenizerFast, source: str) -> None:
 
 
 def add_missing_merges(tokenizer: PreTrainedTokenizerFast, layout: VocabLayout) -> None:
-    """Give the merges' tokens to a tokenizer that was made before there was a vBPE."""
+    """Add the merges' tokens to a tokenizer that was made before the vBPE."""
     if len(tokenizer) == layout.first_vbpe_id:
         merges = layout.new_tokens()[layout.first_vbpe_id - layout.num_text :]
         tokenizer.add_tokens([AddedToken(token, normalized=False) for token in merges])
 
 
 def check_token_ids(tokenizer: PreTrainedTokenizerFast, layout: VocabLayout, source: str) -> None:
-    """Raises InputError that shows the first new token whose id is not what the layout says."""
-    num_tokens = len(tokenizer)  # counted anew at every call
+    """Raises InputError showing the first new token whose id is not what the layout says."""
+    num_tokens = len(tokenizer)  # each call counts again
     for token_id, token in enumerate(layout.new_tokens(), start=layout.num_text):
         found = tokenizer.convert_ids_to_tokens(token_id) if token_id < num_tokens else None
         if found not in (token, layout.published_name(token_id), name_beside(token)):
@@ -262,8 +262,8 @@ def check_token_ids(tokenizer: PreTrainedTokenizerFast, layout: VocabLayout, sou
 
 
 def check_vocabulary_map(tokenizer: PreTrainedTokenizerFast, config_file: Path) -> None:
-    """Raises InputError that shows the first token whose id in `vocabulary_map` of a published
-    config.json is not the tokenizer's.
+    """Raises InputError showing the first token whose id in a published config.json's
+    `vocabulary_map` differs from the tokenizer's.
     """
     config = read_json(config_file, "a model folder") if config_file.is_file() else {}
     vocabulary, listed = tokenizer.get_vocab(), config.get("vocabulary_map") or {}
@@ -280,7 +280,7 @@ def check_vocabulary_map(tokenizer: PreTrainedTokenizerFast, config_file: Path) 
 def check_same_text_tokens(
     tokenizer: PreTrainedTokenizerFast, base: PreTrainedTokenizerFast, source: str
 ) -> None:
-    """Raises InputError that shows the first id of `base` on which the two differ."""
+    """Raises InputError showing the first id of `base` at which the two differ."""
     for token_id in range(len(base)):
         found = tokenizer.convert_ids_to_tokens(token_id)
         expected = base.convert_ids_to_tokens(token_id)

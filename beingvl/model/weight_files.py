@@ -1,8 +1,8 @@
 """Read any Hugging Face checkpoint lazily.
 
-    weights = WeightFolder("llama/")      headers only; a single file, shards with an index, or
-                                          pytorch_model*.bin
-    weights["model.norm.weight"]          a tensor on the memory map: rows are read when touched
+    weights = WeightFolder("llama/")      reads only headers; a single file, shards with an index,
+                                          or pytorch_model*.bin
+    weights["model.norm.weight"]          a memory-mapped tensor: rows are read when accessed
 
 `rewrite_weights.py` writes such folders.
 """
@@ -28,7 +28,7 @@ from beingvl.json_file import parse_json, read_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# In transformers' own order, so that whoever loads the folder reads the same files.
+# In transformers' order, so that we read the same files.
 _LAYOUTS = (SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
 WEIGHT_PATTERNS = ("*.safetensors", "*.index.json", "pytorch_model*.bin")
 
@@ -46,8 +46,8 @@ _AGAIN = "download it again"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies. `dtype` is the safetensors name (`BF16`); `start` is its first byte
-    in `file` (-1 in a `.bin`).
+    """Where a tensor is stored. `dtype` is safetensors' name (`BF16`); `start` is its first byte in
+    `file` (-1 in a `.bin`).
     """
 
     file: Path
@@ -60,8 +60,8 @@ class StoredTensor:
 class WeightFolder(Mapping[str, torch.Tensor]):
     """The tensors of a Hugging Face weight folder, by name, in file order; opening reads headers.
 
-    Raises InputError for a folder without weights, a missing or truncated file, an index naming
-    what is not there, and a pickle that holds more than tensors.
+    Raises InputError for a folder without weights, a missing or truncated file, an index that does
+    not match the files, and a pickle that holds more than tensors.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -94,7 +94,7 @@ class WeightFolder(Mapping[str, torch.Tensor]):
         }
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """The tensor as a view on the memory map; writing to it does not reach the file."""
+        """The tensor as a view of the memory map; writing to it does not change the file."""
         stored = self.tensors[name]
         if stored.start < 0:
             return self._pickled[stored.file][name]
@@ -104,8 +104,8 @@ class WeightFolder(Mapping[str, torch.Tensor]):
         if not stored.num_bytes:
             return torch.empty(stored.shape, dtype=dtype)
         if stored.file not in self._maps:
-            # Private and unreserved: a write cannot reach the file, and a shard larger than the
-            # memory can be mapped.
+            # Private, so that writes cannot reach the file; unreserved, so that shards larger than
+            # the memory can be mapped.
             flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
             access = mmap.PROT_READ | mmap.PROT_WRITE
             with open(stored.file, "rb") as file:
@@ -128,7 +128,7 @@ class WeightFolder(Mapping[str, torch.Tensor]):
         return DTYPES[self.tensors[name].dtype]
 
     def release(self) -> None:
-        """Give back the memory of rows read so far; they are read again when touched."""
+        """Give back the memory of rows read so far; they are read again when accessed."""
         for mapped in self._maps.values():
             mapped.madvise(mmap.MADV_DONTNEED)
 
@@ -142,7 +142,7 @@ class WeightFolder(Mapping[str, torch.Tensor]):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors together."""
+        """Total bytes of all tensors."""
         return sum(stored.num_bytes for stored in self.tensors.values())
 
 
@@ -151,10 +151,10 @@ def verify_weights(
     names: Iterable[str],
     watch: Callable[[memoryview], object] = lambda block: None,
 ) -> None:
-    """Compare files of weights with the manifest beside them, where there is one; `watch` hears of
-    every block of bytes.
+    """Compare weight files with the manifest beside them, if there is one; `watch` is called with
+    each block of bytes.
 
-    Raises InputError for the first that is not as it was written.
+    Raises InputError for the first file that changed after it was written.
     """
     if is_complete(weights.folder):
         manifest = read_manifest(weights.folder)
@@ -189,7 +189,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Tensors of a safetensors file in the order of their bytes, which must be all of its bytes."""
+    """Tensors of a safetensors file in byte order. They must cover the whole file."""
     file_bytes = path.stat().st_size
     with open(path, "rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
@@ -231,8 +231,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def make_header(tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
-    """A safetensors file's first bytes, for name -> (dtype, shape, bytes) in the order of what
-    follows: length and JSON of the header, padded with spaces to a multiple of 8.
+    """A safetensors file's first bytes: length and JSON of the header, padded with spaces to a
+    multiple of 8. `tensors`: name -> (dtype, shape, bytes), in file order.
     """
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -246,7 +246,7 @@ def make_header(tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """State dict of a `.bin` file, memory-mapped where it can be; no code in it is run."""
+    """State dict of a `.bin` file, memory-mapped if possible; no code in it is run."""
     if path.stat().st_size < _MIN_PICKLE_BYTES:
         raise InputError(f"{path} has {path.stat().st_size} bytes: it was truncated; {_AGAIN}")
     try:

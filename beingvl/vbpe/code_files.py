@@ -1,4 +1,4 @@
-"""Files of VQ codes to learn from, memory-mapped: opened, counted, sampled."""
+"""Open, count and sample memory-mapped files of VQ codes to learn merges from."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from beingvl.errors import InputError, is_out_of_files
 from beingvl.images.vq_codes import CODES_FILE
 from beingvl.vbpe.grids import MAX_CODES, MAX_SIDE
 
-CHUNK = 4096  # images that are looked at at once
+CHUNK = 4096  # images processed at once
 HELD_OUT_EVERY = 20
 
 
 @dataclass
 class Codes:
-    """Opened code files. `arrays` are [N, H, W], memory-mapped, and hold code + `pad`."""
+    """Open code files. `arrays` are [N, H, W], memory-mapped, and hold code + `pad`."""
 
     paths: list[Path]
     arrays: list[np.ndarray]
@@ -43,10 +43,11 @@ def open_codes(
     end: int | None = None,
     grid: Sequence[int] | None = None,
 ) -> Codes:
-    """Open folders of `encode-images`, .npy files and folders of .npy files; no code is read.
+    """Open folders from `encode-images`, .npy files and folders of .npy files, without reading
+    their codes.
 
-    Raises InputError for what is not an array of integers `[N, H, W]` or `[N, H * W]`, and for
-    sizes that contradict each other.
+    Raises InputError unless all are arrays of integers `[N, H, W]` or `[N, H * W]`, and if sizes
+    contradict each other.
     """
     hashes: dict[Path, str] = {}
     lineages: dict[str, dict[str, str]] = {}
@@ -59,7 +60,7 @@ def open_codes(
             manifest = read_manifest(path, "vq_codes")
             hashes[path / CODES_FILE] = str(manifest.files[CODES_FILE]["hash"])
             lineages[str(path)] = {**manifest.lineage}
-            lineages[str(path)].pop("exif", None)  # merges do not depend on which way is up
+            lineages[str(path)].pop("exif", None)  # merges do not depend on the orientation
             sizes[str(path)] = int(manifest.details["num_codes"])
             continue
         found = sorted(path.glob("*.npy")) if path.is_dir() else [path]
@@ -120,7 +121,7 @@ def _open_array(path: Path, grid: Sequence[int] | None) -> np.ndarray:
 
 
 def count_codes(codes: Codes) -> np.ndarray:
-    """How often every code occurs, int64 `[num_codes]`. Raises InputError for unknown codes."""
+    """How often each code occurs, int64 `[num_codes]`. Raises InputError for unknown codes."""
     usage = np.zeros(codes.num_codes, np.int64)
     with show_progress(total=codes.num_images, name="check codes", unit="image") as progress:
         for path, array, expected in zip(codes.paths, codes.arrays, codes.hashes, strict=True):
@@ -154,7 +155,7 @@ def _check_codes(path: Path, start: int, chunk: np.ndarray, codes: Codes) -> Non
 
 
 def sample_images(codes: Codes, max_images: int | None, seed: int) -> list[np.ndarray]:
-    """The arrays to learn from, raw codes: all images, or a sample that the seed decides."""
+    """The arrays of raw codes to learn from: all images, or a sample drawn with the seed."""
     chosen = None
     if max_images is not None and max_images < codes.num_images:
         rng = np.random.default_rng(seed)
@@ -172,8 +173,8 @@ def sample_images(codes: Codes, max_images: int | None, seed: int) -> list[np.nd
 
 
 def hold_out(arrays: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Every 20th image of all arrays together is held out: (the others, those). Raises InputError
-    when there are fewer images than that.
+    """Hold out every 20th image, counted over all arrays: (images to learn from, held-out images).
+    Raises InputError if there are fewer than 20 images.
     """
     others, held = [], []
     first = 0

@@ -1,17 +1,18 @@
-"""How far a vocabulary compresses images, for every number of merges, and where more stop paying.
+"""How well a vocabulary compresses images, for every number of merges, and where more merges stop
+paying off.
 
-    count_used        how often every id stands in the images' streams          int64 [num_ids]
-    count_applied     how often every merge ran                                 int64 [num_merges]
+    count_used        how often each id occurs in the images' streams           int64 [num_ids]
+    count_applied     how often each merge was applied                          int64 [num_merges]
     Compression       mean tokens per image after 0, 1, … merges, and the knee of that curve
 
-A vocabulary of n merges is the beginning of every longer one, and a merge is applied before those
-of higher rank. So one pass of encoding with all merges gives the curve: a merge that ran saved one
-token, whatever came after it.
+The first n merges are a vocabulary themselves, and a merge is applied before those of higher rank.
+So encoding once with all merges gives the whole curve: each application of a merge saved one token,
+whatever came later.
 
 The knee is Kneedle's (Satopaa et al. 2011, "Finding a Kneedle in a Haystack"), without smoothing:
-with both axes from 0 to 1, the point farthest below the line between the curve's ends. Up to there
-a merge saves more than the mean merge of the whole curve, afterwards less; so it depends on where
-the curve ends.
+with both axes scaled to 0 … 1, the point farthest below the line between the curve's ends. Before
+the knee a merge saves more than the average merge, after it less; so the knee depends on where the
+curve ends.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ import numpy as np
 
 from beingvl.vbpe.visual_bpe import VisualBPE
 
-CHUNK = 4096  # images that are encoded at once
-POINTS_KEPT = 64  # of a curve that goes into a file
+CHUNK = 4096  # images encoded at once
+POINTS_KEPT = 64  # points of a curve that are saved
 
 
 def count_used(vbpe: VisualBPE, arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Encode codes `[N, H, W]`, whose sizes may differ."""
+    """Encode arrays of codes `[N, H, W]`, whose sizes may differ."""
     used = np.zeros(vbpe.num_ids, np.int64)
     for array in arrays:
         for start in range(0, len(array), CHUNK):
@@ -38,7 +39,7 @@ def count_used(vbpe: VisualBPE, arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def count_applied(vbpe: VisualBPE, used: np.ndarray) -> np.ndarray:
-    """Each token of the final streams applied all merges that it is made of."""
+    """Each token in the final streams took all the merges that it is made of."""
     total = used.copy()
     for rank in range(vbpe.num_merges - 1, -1, -1):
         a, b = vbpe.merges[rank, :2]
@@ -49,7 +50,7 @@ def count_applied(vbpe: VisualBPE, used: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Compression:
-    """`merges` and `tokens`, mean per image after so many, are the points of a falling curve."""
+    """A falling curve: after `merges` merges, an image has `tokens` tokens on average."""
 
     num_images: int
     merges: np.ndarray  # int64 [P], from 0
@@ -62,13 +63,13 @@ class Compression:
 
     @classmethod
     def measure(cls, vbpe: VisualBPE, arrays: Sequence[np.ndarray]) -> Compression:
-        """Of codes `[N, H, W]`, whose sizes may differ."""
+        """The curve for arrays of codes `[N, H, W]`, whose sizes may differ."""
         applied = count_applied(vbpe, count_used(vbpe, arrays))
         return cls.of(sum(map(len, arrays)), sum(array.size for array in arrays), applied)
 
     @property
     def knee(self) -> int:
-        """Number of merges from which on more stop paying; 0 when none saves anything."""
+        """Number of merges after which more stop paying off; 0 if none saves anything."""
         last, saved = self.merges[-1], self.tokens[0] - self.tokens[-1]
         if not saved:
             return 0
@@ -76,7 +77,7 @@ class Compression:
         return int(self.merges[below.argmax()])
 
     def at(self, num_merges: int) -> float:
-        """Tokens per image after so many merges, which must be a point of the curve."""
+        """Tokens per image after `num_merges`, which must be a point of the curve."""
         return float(self.tokens[np.searchsorted(self.merges, num_merges)])
 
     def describe(self) -> str:
@@ -91,7 +92,7 @@ class Compression:
     # ---- in vbpe.json ----
 
     def to_dict(self) -> dict[str, object]:
-        """About `POINTS_KEPT` points, closer where the curve is steep, and the knee."""
+        """The knee and about `POINTS_KEPT` points, denser where the curve is steep."""
         kept = (np.linspace(0, 1, POINTS_KEPT) ** 2 * (len(self.merges) - 1)).astype(int)
         kept = np.unique([*kept, np.searchsorted(self.merges, self.knee)])
         return {

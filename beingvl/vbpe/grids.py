@@ -1,4 +1,4 @@
-"""Grids of codes: their limits, their checks, and encoding many of them in threads."""
+"""Grids of codes: limits, checks, and encoding many grids in threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from beingvl.errors import InputError
 MAX_CODES = 65_536
 MAX_SIDE = 2047  # of a grid, in cells: dy and dx of a pair then fit 24 bits of its key
 MAX_IDS = 1 << 19  # codes and merges: two ids then fit 39 bits
-MAX_SHAPE_CELLS = 1 << 26  # of all tokens together: merges may double a token's size every time
+MAX_SHAPE_CELLS = 1 << 26  # of all tokens together: each merge may double a token's size
 CHUNK_IMAGES = 256
 
 
@@ -23,7 +23,7 @@ EncodeChunk = Callable[[np.ndarray, np.ndarray, np.ndarray], int]
 def encode_in_chunks(
     encode_chunk: EncodeChunk, grids: np.ndarray, num_threads: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Encode all grids, in `num_threads`, to (image ids flat int32, offsets int64 [N + 1])."""
+    """Encode all grids in `num_threads` threads: (image ids flat int32, offsets int64 [N + 1])."""
 
     def encode(start: int) -> tuple[np.ndarray, np.ndarray]:
         chunk = np.ascontiguousarray(grids[start : start + size], np.int32)

@@ -1,12 +1,12 @@
-"""The fast twin, compiled with numba: shapes of ids, encoding, decoding. Same results as
-`reference.py`, bit for bit; only the data structures differ. `training_kernels.py` builds on this.
+"""The fast twin, compiled with numba: shapes of ids, encoding, decoding. Results are bit-identical
+to `reference.py`; only the data structures differ. `training_kernels.py` builds on this.
 
-**Displacements** are one integer: `step = dy * SPAN + dx`. Sorting steps sorts (dy, dx) in raster
-order, and a pair of tokens is one int64 key `a << 44 | b << 24 | step` whose order is that of (a,
-b, dy, dx).
+**Displacements** are single integers: `step = dy * SPAN + dx`. Sorting steps sorts (dy, dx) in
+raster order. A pair of tokens is one int64 key `a << 44 | b << 24 | step`, which sorts like (a, b,
+dy, dx).
 
-**The board** is one int32 per cell. A cell >= 0 is the anchor of a token and holds its id. A cell <
-0 belongs to a token whose anchor lies that many cells earlier. BORDER cells surround every image,
+**The board** has one int32 per cell. A cell >= 0 is the anchor of a token and holds its id. A cell
+< 0 belongs to a token whose anchor is that many cells earlier. BORDER cells surround every image,
 so no kernel ever compares coordinates with a width:
 
     codes        board (stride 3)            after merging (7, 8, 0, 1) -> 9
@@ -15,8 +15,8 @@ so no kernel ever compares coordinates with a width:
     7 5          7  5  #                     7  5  #
                  #  #  #                     #  #  #
 
-**Shapes.** `cells` of a token are the steps from its anchor, sorted; `edges` are the steps of all
-cells that touch it, sorted.
+**Shapes.** A token's `cells` are the steps from its anchor to its cells, sorted; its `edges` are
+the steps to all cells that touch it, sorted.
 """
 
 from __future__ import annotations
@@ -41,21 +41,23 @@ SHAPES_FINE, SHAPES_OVERLAP, SHAPES_APART = 0, 1, 2
 
 
 def _drop_stale_kernels() -> None:
-    """numba compiles anew when a kernel's own file changes, not when one does that it calls into:
-    after an update a kernel on disk could hold old code. Those older than any source go.
+    """Delete cached kernels that are older than any source. numba recompiles a kernel when its own
+    file changes, but not when a file that it calls into changes, so after an update the cache could
+    hold old code.
     """
     room = Path(__file__).parent
     newest = max(path.stat().st_mtime for path in room.glob("*.py"))
     for index in room.glob("__pycache__/*.nbi"):
-        with contextlib.suppress(OSError):  # another process was first, or the disk is read-only
+        # Another process may delete it first, or the disk is read-only.
+        with contextlib.suppress(OSError):
             if index.stat().st_mtime < newest:
                 index.unlink()
 
 
 def _cache_somewhere() -> None:
-    """numba keeps compiled kernels beside their source or below the user's home. Where it may write
-    in neither (a read-only installation, a container's user), they go to a temporary folder that is
-    only this user's: a kernel on disk is a pickle.
+    """numba caches compiled kernels beside their source or in the user's home. If neither is
+    writable (a read-only installation, a container's user), use a temporary folder that belongs to
+    this user alone, because cached kernels are pickles.
     """
     try:
         numba.njit(cache=True)(_cache_somewhere)
@@ -65,7 +67,7 @@ def _cache_somewhere() -> None:
             folder.mkdir(0o700)
         found = folder.lstat()
         is_ours = found.st_uid == os.getuid() and found.st_mode == stat.S_IFDIR | 0o700
-        # worker processes inherit it
+        # Worker processes inherit it.
         os.environ["NUMBA_CACHE_DIR"] = str(folder) if is_ours else tempfile.mkdtemp()
         numba.config.reload_config()
 
@@ -73,16 +75,16 @@ def _cache_somewhere() -> None:
 _drop_stale_kernels()
 _cache_somewhere()
 kernel = numba.njit(cache=True, nogil=True)
-# For inner loops, where a call that hands over an array would count references, atomically.
+# For inner loops: passing an array to a function would count references atomically.
 inlined = numba.njit(cache=True, nogil=True, inline="always")
 
 
 class Tables(NamedTuple):
-    """What the encoder and decoder need to know of a vocabulary with V ids.
+    """What the encoder and decoder need to know about a vocabulary with V ids.
 
-    Token i covers `cells[cell_start[i]:cell_start[i + 1]]` with `codes[…]` of the same range and
-    touches `edges[edge_start[i]:edge_end[i]]`. `slot_keys`/`slot_ranks` is an open hash table from
-    a pair's key to the merge's rank.
+    Token i covers `cells[cell_start[i]:cell_start[i + 1]]` with `codes[…]` of the same range, and
+    touches `edges[edge_start[i]:edge_end[i]]`. `slot_keys` and `slot_ranks` are a hash table with
+    open addressing, from a pair's key to the merge's rank.
     """
 
     num_codes: int
@@ -131,8 +133,8 @@ def hash_slot(key: int, mask: int) -> int:
 def unite_cells(
     cells: Ints, codes: Ints, starts: Ints, a: int, b: int, step: int, new: int
 ) -> bool:
-    """Write the sorted union of token a's cells and token b's cells moved by `step` as those of
-    `new`; False when they overlap.
+    """Write the cells of `new`: the sorted union of a's cells and b's cells moved by `step`. False
+    if they overlap.
     """
     i, a_end, j, b_end, out = starts[a], starts[a + 1], starts[b], starts[b + 1], starts[new]
     while i < a_end or j < b_end:
@@ -150,10 +152,10 @@ def unite_cells(
 
 @kernel
 def list_edges(cells: Ints, start: int, end: int, edges: Ints, out: int) -> int:
-    """Write the sorted steps of all cells that touch a token at `out`, at most 2 x cells + 2;
-    returns the end.
+    """Write the sorted steps of all cells that touch a token, at most 2 x cells + 2, to
+    `edges[out:]`; returns their end.
 
-    The cells above, left, right and below are four sorted lists, which are merged here.
+    The cells above, left, right and below form four sorted lists, which are merged here.
     """
     above, left, right, below, own = start, start, start, start, start
     beyond = 1 << 40
@@ -177,7 +179,7 @@ def list_edges(cells: Ints, start: int, end: int, edges: Ints, out: int) -> int:
 
 @kernel
 def touches(edges: Ints, cells: Ints, step: int) -> bool:
-    """Whether a token's cells, moved by `step`, meet the (sorted) edges of another."""
+    """Whether a token's cells, moved by `step`, meet another token's (sorted) edges."""
     i = 0
     for cell in cells:
         while i < len(edges) and edges[i] < cell + step:
@@ -189,7 +191,7 @@ def touches(edges: Ints, cells: Ints, step: int) -> bool:
 
 @kernel
 def build_shapes(tables: Tables) -> tuple[int, int]:
-    """Fill the shapes of all ids; returns (status, rank of the first bad merge)."""
+    """Compute the shapes of all ids; returns (status, rank of the first bad merge)."""
     num_codes, starts, cells, edges = (
         tables.num_codes,
         tables.cell_start,
@@ -213,7 +215,7 @@ def build_shapes(tables: Tables) -> tuple[int, int]:
 
 @kernel
 def fill_slots(tables: Tables) -> int:
-    """Insert every merge into the hash table. Returns the rank of a repeated merge, or -1."""
+    """Insert all merges into the hash table. Returns the rank of a repeated merge, or -1."""
     keys, mask = tables.slot_keys, len(tables.slot_keys) - 1
     for rank in range(len(tables.merges)):
         a, b, step = tables.merges[rank]
@@ -256,7 +258,7 @@ def place_images(board: Ints, stride: int, grids: Ints, origins: Ints) -> None:
 def join_tokens(
     board: Ints, anchor: int, other: int, cells: Ints, start: int, end: int, stride: int
 ) -> None:
-    """Hand the cells `cells[start:end]` of the token at `other` to the one at `anchor`."""
+    """Move the cells `cells[start:end]` of the token at `other` to the token at `anchor`."""
     for i in range(start, end):
         cell = other + step_offset(cells[i], stride)
         board[cell] = anchor - cell
@@ -274,11 +276,11 @@ def step_after(column: int, distance: int, stride: int) -> int:
 
 @inlined
 def key_of_neighbours(board: Ints, column: int, anchor: int, neighbour: int, stride: int) -> int:
-    """Key of the pair of two anchors that touch; the first stands in board column `column`."""
+    """Key of the pair of two touching anchors; `anchor` is in board column `column`."""
     if neighbour > anchor:
         step = step_after(column, neighbour - anchor, stride)
         return pair_key(board[anchor], board[neighbour], step)
-    step = step_after(stride - 1 - column, anchor - neighbour, stride)  # the same from the right
+    step = step_after(stride - 1 - column, anchor - neighbour, stride)  # mirrored
     return pair_key(board[neighbour], board[anchor], step)
 
 
@@ -315,15 +317,15 @@ def encode_images(tables: Tables, grids: Ints, ids: Ints, lengths: Ints) -> int:
 def encode_board(
     board: Ints, stride: int, height: int, tables: Tables, heads: Ints, links: Ints, places: Ints
 ) -> bool:
-    """Apply all merges to a board of one image; False, with `heads` empty again, when `links`
-    and `places` are too short.
+    """Apply all merges to a board of one image; False, with `heads` empty again, if `links` and
+    `places` are too short.
 
     Places where a merge may apply wait in one linked list per rank: `heads[rank]` is its last entry
-    (-1: none), `links` leads from an entry to the one before it, `places` holds its anchor. A new
-    token only makes pairs of higher rank, so one walk over the ranks applies every merge to all its
-    places; only a merge of equal tokens, which can overlap itself, needs raster order.
+    (-1: none), `links` points from an entry to the one before it, `places` holds its anchor. A new
+    token only makes pairs of higher rank, so one pass over the ranks applies every merge to all its
+    places. Only a merge of equal tokens, which can overlap itself, needs raster order.
     """
-    # Arrays are unpacked once: reading a field of a tuple counts a reference, atomically.
+    # Arrays are unpacked once, because reading a tuple's field counts a reference atomically.
     merges, cell_start, cells = tables.merges, tables.cell_start, tables.cells
     edge_start, edge_end, edges = tables.edge_start, tables.edge_end, tables.edges
     keys, ranks = tables.slot_keys, tables.slot_ranks
@@ -355,7 +357,7 @@ def encode_board(
                     continue
                 if board[neighbour] < 0:
                     neighbour += board[neighbour]
-                # A neighbour that touches twice is added twice: the second time its token is gone.
+                # A neighbour that touches twice is added twice; the second entry finds it gone.
                 key = key_of_neighbours(board, column, anchor, neighbour, stride)
                 found = find_rank(keys, ranks, key)
                 if found >= 0:
@@ -369,7 +371,7 @@ def encode_board(
 def list_code_pairs(
     board: Ints, stride: int, height: int, tables: Tables, heads: Ints, links: Ints, places: Ints
 ) -> int:
-    """Begin the lists of `encode_board` with the pairs of codes; returns the number of entries."""
+    """Start the lists of `encode_board` with the pairs of codes; returns the number of entries."""
     keys, ranks = tables.slot_keys, tables.slot_ranks
     size = 0
     for cell in range(stride, (height + 1) * stride):
@@ -385,7 +387,7 @@ def list_code_pairs(
 
 @kernel
 def sort_places(entry: int, links: Ints, places: Ints) -> int:
-    """Relink a list by insertion so that its places ascend; returns its first entry."""
+    """Insertion sort of a linked list, so that its places ascend; returns its first entry."""
     first = -1
     while entry >= 0:
         before = links[entry]
@@ -404,7 +406,7 @@ def sort_places(entry: int, links: Ints, places: Ints) -> int:
 def paint_streams(
     board: Ints, stride: int, origins: Ints, size: tuple[int, int], ids: Ints, tables: Tables
 ) -> None:
-    """Turn images of codes, all of `size` (height, width), into the tokens of their streams."""
+    """Replace code images, all of `size` (height, width), by the tokens of their streams."""
     cells, cell_start = tables.cells, tables.cell_start
     at = 0
     for origin in origins:
@@ -426,8 +428,8 @@ STREAM_OVERLAP, STREAM_TOO_LONG, STREAM_TOO_SHORT = 3, 4, 5
 
 @kernel
 def decode_stream(ids: Ints, tables: Tables, grid: Ints, anchors: Ints) -> tuple[int, int]:
-    """Fill `grid` [H, W] int32, which comes in as all -1, and the cell of every id's anchor,
-    `anchors` int64 [one per cell at most]. Returns (status, position in `ids`).
+    """Fill `grid` [H, W] int32, initially all -1, and `anchors` int64, the cell of each id's anchor
+    (at most one per cell). Returns (status, position in `ids`).
     """
     height, width = grid.shape
     flat = grid.ravel()
@@ -442,7 +444,7 @@ def decode_stream(ids: Ints, tables: Tables, grid: Ints, anchors: Ints) -> tuple
         if token < 0 or token >= num_ids:
             return STREAM_UNKNOWN_ID, position
         anchors[position] = cell
-        if token < tables.num_codes:  # as most are
+        if token < tables.num_codes:  # the most frequent case
             flat[cell] = token
             cell += 1
             continue
@@ -463,8 +465,8 @@ def decode_stream(ids: Ints, tables: Tables, grid: Ints, anchors: Ints) -> tuple
 
 @kernel
 def streams_decode_to(ids: Ints, offsets: Ints, sides: Ints, codes: Ints, tables: Tables) -> bool:
-    """Whether every stream n, `ids[offsets[n]:offsets[n + 1]]`, fills a grid of `sides[n]` x
-    `sides[n]`, and the first grids, end to end, are `codes`.
+    """Whether each stream n, `ids[offsets[n]:offsets[n + 1]]`, fills a grid of `sides[n]` x
+    `sides[n]` cells, and the first grids, end to end, equal `codes`.
     """
     largest = 0
     for side in sides:
@@ -491,10 +493,10 @@ def streams_decode_to(ids: Ints, offsets: Ints, sides: Ints, codes: Ints, tables
 
 @kernel
 def anchor_positions(image_ids: Ints, tables: Tables, positions: Ints) -> int:
-    """Fill `positions` int64 [n] of a row: an image token has that of its anchor's cell, and what
-    stands behind an image goes on behind its last cell. `image_ids` int32 [n] is -1 for any other
-    token. Returns where an image begins that fills no square grid, -1 when there is none. An image
-    that the end of the row cuts off has no known width: its tokens are counted one by one.
+    """Fill `positions` int64 [n] of a token row: an image token has the position of its anchor's
+    cell, and tokens after an image continue after its last cell. `image_ids` int32 [n] is -1 for
+    other tokens. Returns the start of an image that does not fill a square grid, or -1. The width
+    of an image that is truncated by the end of the row is unknown: its tokens count one by one.
     """
     at, next_position = 0, 0
     while at < len(image_ids):
@@ -504,10 +506,10 @@ def anchor_positions(image_ids: Ints, tables: Tables, positions: Ints) -> int:
                 return at
             num_cells += tables.cell_start[image_ids[end] + 1] - tables.cell_start[image_ids[end]]
             end += 1
-        if end == at:  # no image
+        if end == at:  # not an image
             end, num_cells = at + 1, 1
         is_placed = False
-        if num_cells > end - at:  # some are merged; else the grid may have any shape
+        if num_cells > end - at:  # without merged tokens, the grid may have any shape
             side = int(np.sqrt(num_cells))
             grid = np.full((side, side), -1, np.int32)
             status, _ = decode_stream(image_ids[at:end], tables, grid, positions[at:end])

@@ -1,9 +1,9 @@
-"""Published Being-VL vocabularies: a pickled list of `((token1, token2), new_token)`, encoded
-exactly as the released code does.
+"""Published Being-VL vocabularies: a pickled list of `((token1, token2), new_token)`, with encoding
+exactly as in the released code.
 
-They are not a `VisualBPE`: their first merge works on the grid and flattens it, every later one
-works on the flat stream. So a token has no fixed shape, and a stream does not give its grid back.
-They are here so that models trained with them keep working.
+They are not a `VisualBPE`: the first merge works on the grid and flattens it, all others work on
+the flat stream. So a token has no fixed shape, and a stream does not determine its grid. We support
+them so that models trained with them keep working.
 
     grid     first merge (7, 8) -> 9: the right neighbour, else the lower one     flat
         second merge (5, 9) -> 10
@@ -11,8 +11,8 @@ They are here so that models trained with them keep working.
     7 6      9 6
     8        #
 
-The released code also knows an L of both neighbours; it never comes to that, because such a cell
-already merged to the right.
+The released code also has a case for an L of both neighbours, which never happens because such a
+cell has already merged to the right.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from beingvl.vbpe.grids import EncodeChunk
 from beingvl.vbpe.kernels import Ints, kernel
 from beingvl.vbpe.vbpe_file import Vocabulary
 
-# Everything that a pickled list of tuples of integers needs, in any protocol; nothing that imports,
-# calls or builds an object.
+# All that a pickled list of tuples of integers needs, in any protocol; nothing that imports, calls
+# or builds an object.
 _HARMLESS_OPCODES = re.compile(
     "PROTO|FRAME|STOP|MARK|EMPTY_LIST|LIST|APPENDS?|EMPTY_TUPLE|TUPLE[123]?|INT|BININT[12]?|LONG1?|"
     "MEMOIZE|(LONG_)?BIN(PUT|GET)|PUT|GET"
 )
 
-PUBLISHED_CODES, PUBLISHED_PAD = 8192, 128256  # --init_size and --vocab_pad of its documents
-NUM_BYTES = 256  # a text vocabulary has no fewer tokens
+PUBLISHED_CODES, PUBLISHED_PAD = 8192, 128256  # --init_size and --vocab_pad in its documentation
+NUM_BYTES = 256  # a text vocabulary has at least this many tokens
 
-MAX_PICKLE_BYTES = 1 << 26  # a thousand times the published one's
+MAX_PICKLE_BYTES = 1 << 26  # a thousand times the published file's size
 
 
 class _Refusing(pickle.Unpickler):
@@ -56,7 +56,7 @@ class _Refusing(pickle.Unpickler):
 def read_published_pickle(path: Path | str) -> list[tuple[int, int, int]]:
     """(token1, token2, new_token) in rank order.
 
-    Raises InputError for anything but lists, tuples and integers, before any of it is executed.
+    Raises InputError, before executing anything, unless there are only lists, tuples and integers.
     """
     path = Path(path)
     if (size := path.stat().st_size) > MAX_PICKLE_BYTES:
@@ -69,7 +69,7 @@ def read_published_pickle(path: Path | str) -> list[tuple[int, int, int]]:
                     f"{path} holds more than lists, tuples and integers (pickle opcode "
                     f"{opcode.name}), so it is not a published vocabulary and was not opened"
                 )
-            # The unpickler would make room for as many objects as the largest number says.
+            # The unpickler would allocate memory for as many objects as the largest index.
             if opcode.name.endswith("PUT") and (argument or 0) > size:
                 raise InputError(f"{path} is not a readable pickle (memo {argument})")
         content = _Refusing(io.BytesIO(data)).load()
@@ -89,14 +89,14 @@ def read_published_pickle(path: Path | str) -> list[tuple[int, int, int]]:
             case ((int() as first, int() as second), int() as new):
                 merges.append((first, second, new))
             case _:
-                found = reprlib.repr(entry)[:60]  # which may be nested without end
+                found = reprlib.repr(entry)[:60]  # reprlib, because nesting may be endless
                 raise InputError(f"{path}: entry {rank} is {found}, expected {expected}")
     return merges
 
 
 @dataclass(eq=False)
 class LegacyVisualBPE(Vocabulary):
-    """A published vocabulary in image ids: `merges` int32 `[R, 2]`."""
+    """A published vocabulary in image ids: `merges` is int32 `[R, 2]`."""
 
     source: str = "legacy vBPE"
 
@@ -107,7 +107,7 @@ class LegacyVisualBPE(Vocabulary):
         return partial(encode_legacy_images, self.num_codes, self.merges)
 
     def decode(self, ids: np.ndarray, height: int, width: int) -> np.ndarray:
-        """Always raises InputError: the first merge makes one id of right and lower neighbours."""
+        """Always raises InputError: the first merge has one id for right and lower neighbours."""
         raise InputError(
             f"{self.source} is a published (legacy) vocabulary, whose streams cannot be decoded; "
             "train one with vBPE"
@@ -123,9 +123,9 @@ class LegacyVisualBPE(Vocabulary):
 def import_published(
     path: Path | str, num_codes: int | None = None, vocab_pad: int | None = None
 ) -> LegacyVisualBPE:
-    """Read a published pickle. Codes are `token - vocab_pad`; see `_sizes` for what is None.
+    """Read a published pickle. Codes are `token - vocab_pad`; `_sizes` determines what is None.
 
-    Raises InputError for tokens that are neither codes nor made by an earlier merge.
+    Raises InputError for tokens that are neither codes nor results of earlier merges.
     """
     entries = read_published_pickle(path)
     num_codes, vocab_pad = _sizes(path, entries, num_codes, vocab_pad)
@@ -162,11 +162,11 @@ def _sizes(
     num_codes: int | None,
     vocab_pad: int | None,
 ) -> tuple[int, int]:
-    """`num_codes` and `vocab_pad`: the first new token stands right behind the codes, so one of
-    them gives the other. Without both, tokens are codes when one is so small that no text stands in
-    front of them, or they are where the published commands put them.
+    """`num_codes` and `vocab_pad`: the first new token comes directly after the codes, so one of
+    them gives the other. Without both, `vocab_pad` is 0 if a token is so small that no text
+    vocabulary fits before it, or else the sizes must be those of the published commands.
 
-    Raises InputError where neither is so.
+    Raises InputError if they are not.
     """
     if not entries:
         if num_codes is None:
@@ -199,7 +199,7 @@ def _sizes(
 def encode_legacy_reference(
     codes: np.ndarray, num_codes: int, merges: Sequence[tuple[int, int]]
 ) -> list[int]:
-    """The readable twin: first merge on the grid `[H, W]`, later ones on the flat stream."""
+    """The readable twin: first merge on the grid `[H, W]`, others on the flat stream."""
     if len(merges) == 0:
         return codes.ravel().tolist()
     height, width = codes.shape
@@ -242,8 +242,8 @@ def encode_legacy_images(
 ) -> int:
     """Encode `grids` [N, H, W] int32 into `ids` and `lengths` [N]; returns the number of ids.
 
-    `present` counts the ids of an image: a merge whose tokens are not there is passed over without
-    reading the stream.
+    `present` counts an image's ids: a merge whose tokens do not occur is skipped without reading
+    the stream.
     """
     num_images, height, width = grids.shape
     present = np.zeros(num_codes + len(merges), np.int64)
@@ -269,7 +269,9 @@ def encode_legacy_images(
 
 @kernel
 def flatten_first(grid: Ints, num_codes: int, merges: Ints, stream: Ints) -> int:
-    """First merge on the grid: right, else lower neighbour; returns the flat stream's length."""
+    """First merge on the grid, with the right, else the lower neighbour; returns the flat stream's
+    length.
+    """
     height, width = grid.shape
     gone = np.zeros((height, width), np.bool_)
     first, second = (merges[0, 0], merges[0, 1]) if len(merges) else (-1, -1)

@@ -1,4 +1,4 @@
-"""The readable twin: short, recounts everything, obviously right. It is the oracle of the tests.
+"""The readable twin: short, recounts everything, obviously correct. It is the tests' oracle.
 
 visual_bpe.py explains merges, anchors and the stream.
 """
@@ -19,8 +19,8 @@ Cell = tuple[int, int]
 
 
 class TokenGrid:
-    """One image while it is being merged: `ids` maps every anchor to its token, `owner` every
-    cell to the anchor of its token.
+    """One image during merging: `ids` maps each anchor to its token, `owner` each cell to its
+    token's anchor.
     """
 
     def __init__(self, codes: np.ndarray) -> None:
@@ -31,7 +31,7 @@ class TokenGrid:
         self.owner: dict[Cell, Cell] = {cell: cell for cell in self.ids}
 
     def pairs(self) -> Iterator[Merge]:
-        """Every pair of tokens that share an edge, as (a, b, dy, dx); a has the earlier anchor."""
+        """All pairs of tokens that share an edge, as (a, b, dy, dx); a has the earlier anchor."""
         touching = set()
         for (y, x), anchor in self.owner.items():
             for neighbour in ((y, x + 1), (y + 1, x)):
@@ -42,8 +42,8 @@ class TokenGrid:
             yield self.ids[a], self.ids[b], b[0] - a[0], b[1] - a[1]
 
     def apply(self, merge: Merge, new_id: int) -> None:
-        """Merge every occurrence, in raster order of a's anchor; an overlapping later one (`a a
-        a`) finds its token gone.
+        """Merge every occurrence, in raster order of a's anchor. Of overlapping occurrences (`a a
+        a`) the later one finds its token gone.
         """
         a, b, dy, dx = merge
         for anchor in sorted(self.ids):
@@ -62,9 +62,9 @@ class TokenGrid:
 def spatial_consistency(counts: dict[Cell, int], sigma: float) -> float:
     """S of a pair of tokens (a, b) from the counts of its offsets u = (dy, dx).
 
-    The mean over all occurrences of exp(-|u - mean u|² / (2 sigma²)): 1 when b always lies at the
-    same place from a, e.g. 0.78 (sigma 1) when it lies to the right half of the time and below
-    otherwise. Rounded to 30 bits, so that the last bit of a machine's exp never decides a tie.
+    The mean over all occurrences of exp(-|u - mean u|² / (2 sigma²)): 1 if b is always at the same
+    offset from a, or 0.78 (sigma 1) if it is half of the time on the right and half of the time
+    below. Rounded to 30 bits, so that the last bit of a machine's exp never decides a tie.
     """
     total = sum(counts.values())
     mean_y = sum(dy * count for (dy, _), count in counts.items()) / total
@@ -77,7 +77,7 @@ def spatial_consistency(counts: dict[Cell, int], sigma: float) -> float:
 
 
 def best_pair(counts: Counter[Merge], alpha: float, sigma: float, min_count: int) -> Merge | None:
-    """The candidate with the highest priority; None when no pair occurs `min_count` times."""
+    """The candidate with the highest priority; None if no pair occurs `min_count` times."""
     candidates = [pair for pair, count in counts.items() if count >= min_count]
     if not candidates:
         return None
@@ -101,10 +101,9 @@ def train_reference(
     sigma: float = 1.0,
     min_count: int = 2,
 ) -> tuple[list[Merge], list[list[int]]]:
-    """Learn merges from code grids `[H, W]` (any mix of sizes), recounting all pairs in every
-    round.
+    """Learn merges from code grids `[H, W]` (sizes may differ), recounting all pairs in each round.
 
-    Returns the merges in rank order and the stream of every image.
+    Returns the merges in rank order and each image's stream.
     """
     grids = [TokenGrid(image) for image in images]
     merges: list[Merge] = []
@@ -120,7 +119,7 @@ def train_reference(
 
 
 def encode_reference(codes: np.ndarray, num_codes: int, merges: Sequence[Merge]) -> list[int]:
-    """Apply every merge in rank order to a code grid `[H, W]`."""
+    """Apply all merges in rank order to a code grid `[H, W]`."""
     grid = TokenGrid(codes)
     for rank, merge in enumerate(merges):
         grid.apply(merge, num_codes + rank)
@@ -128,7 +127,7 @@ def encode_reference(codes: np.ndarray, num_codes: int, merges: Sequence[Merge])
 
 
 def cells_reference(image_id: int, num_codes: int, merges: Sequence[Merge]) -> dict[Cell, int]:
-    """The polyomino of an id: cell relative to the anchor -> code."""
+    """An id's polyomino: cell relative to the anchor -> code."""
     if image_id < num_codes:
         return {(0, 0): image_id}
     a, b, dy, dx = merges[image_id - num_codes]
@@ -141,7 +140,7 @@ def cells_reference(image_id: int, num_codes: int, merges: Sequence[Merge]) -> d
 def decode_reference(
     ids: Sequence[int], height: int, width: int, num_codes: int, merges: Sequence[Merge]
 ) -> np.ndarray:
-    """The code grid `[height, width]`: every token is put at the first cell not yet covered."""
+    """The code grid `[height, width]`: each token goes to the first cell not covered so far."""
     grid = np.full((height, width), -1)
     for image_id in ids:
         y, x = divmod(int(np.argmin(grid.ravel() >= 0)), width)
@@ -155,8 +154,8 @@ def decode_reference(
 def positions_reference(
     image_ids: Sequence[int], num_codes: int, merges: Sequence[Merge]
 ) -> list[int]:
-    """The position of every token of a row, when image tokens stand at their anchors' cells;
-    -1 is any token that is not of an image.
+    """The position of each token in a token row if image tokens are at their anchors' cells. The id
+    -1 is any token outside images.
     """
     positions: list[int] = []
     next_position = 0

@@ -1,11 +1,11 @@
 """[2] VQ codes -> vbpe/: learn which neighbouring codes to merge.
 
     open_codes      folders and files, memory-mapped                      [N, H, W] each
-    count_codes     how often each code occurs; every code is checked     int64 [num_codes]
+    count_codes     how often each code occurs; checks every code         int64 [num_codes]
     sample_images   all images, or --max_images of them
-    Trainer.learn   the merges, in batches between which the bar moves    int32 [R, 4]
-    _judge          on held-out images: where more merges stop paying, which `auto` takes
-    Output          vbpe.json, and its manifest when it has a folder of its own
+    Trainer.learn   the merges, in batches, each followed by progress     int32 [R, 4]
+    _judge          finds on held-out images where more merges stop paying off; `auto` stops there
+    Output          vbpe.json, and its manifest if it has a folder of its own
 
 The vocabulary is a pure function of codes and options.
 """
@@ -51,8 +51,8 @@ from beingvl.vbpe.trainer import Trainer
 from beingvl.vbpe.vbpe_file import VBPE_FILE
 from beingvl.vbpe.visual_bpe import AnyVBPE, VisualBPE
 
-MOST_MERGES = 8192  # that `auto` learns, and the default
-REPORT_FOLDER = "vbpe_report"  # where `beingvl report vbpe` writes by default
+MOST_MERGES = 8192  # the maximum for `auto`, and the default
+REPORT_FOLDER = "vbpe_report"  # default output of `beingvl report vbpe`
 
 
 def train_vbpe(
@@ -80,17 +80,17 @@ def train_vbpe(
     Args:
         data_path: folders written by `encode_images`, .npy files, or folders of .npy files.
         output_path: a folder for vbpe.json and its manifest, or FILE.json without a manifest.
-        num_merges: merges to learn; fewer when no pair occurs `min_count` times any more. "auto":
-            up to 8192, of which those stay that pay on held-out images (compression.py).
-        alpha: weight of spatial consistency against frequency; 0: frequency alone.
-        sigma: how far apart, in cells, offsets of a pair may lie to count as alike.
-        init_size: number of codes (None: as the folder says, else the largest code + 1).
+        num_merges: merges to learn; fewer if no more pairs occur `min_count` times. "auto" learns
+            up to 8192 and keeps those that pay off on held-out images (compression.py).
+        alpha: weight of spatial consistency relative to frequency; 0 means frequency alone.
+        sigma: how far apart, in cells, a pair's offsets may be and still count as similar.
+        init_size: number of codes (None: the folder's, else the largest code + 1).
         vocab_pad, vocab_end: files hold code + vocab_pad, below vocab_end.
         grid: (height, width) of files `[N, H * W]` (None: square).
         max_images, seed: learn from a sample.
-        held_out: codes of other images, to measure on. With "auto" and none given, every 20th image
-            is held out.
-        save_intermediate: merges between two saves, from which the same call continues.
+        held_out: codes of different images, to measure on; "auto" without them holds out every 20th
+            image.
+        save_intermediate: number of merges between saves; the same call continues from the last.
     """
     most = MOST_MERGES if num_merges == "auto" else num_merges
     check_at_least(0, num_merges=most, alpha=alpha, seed=seed, vocab_pad=vocab_pad)
@@ -169,7 +169,7 @@ class Output:
 
     @contextmanager
     def making(self, overwrite: bool) -> Iterator[bool]:
-        """Own the place and give True, or give False when there is nothing to do."""
+        """Own the output and yield True, or yield False if there is nothing to do."""
         if self._is_made(overwrite):
             yield False
             return
@@ -178,7 +178,7 @@ class Output:
             yield not self._is_made(overwrite)  # another process may have finished it just now
 
     def _is_made(self, overwrite: bool) -> bool:
-        """Whether there is nothing to do. Raises InputError where something would be lost."""
+        """Whether there is nothing to do. Raises InputError if something would be overwritten."""
         if self.folder is None:
             if self.file.is_dir() or is_complete(self.file.parent):
                 found = "is a folder" if self.file.is_dir() else "lies in a folder with a manifest"
@@ -201,10 +201,11 @@ class Output:
         return already_made(self.folder, "vbpe", self._request, overwrite)
 
     def prepare(self) -> None:
-        """Make the place ready, once the inputs are known to be good."""
+        """Prepare the output, once the inputs are known to be good."""
         if self.folder:
             start_folder(self.folder, "vbpe")
-            shutil.rmtree(self.folder / REPORT_FOLDER, ignore_errors=True)  # of the one before
+            # It describes the previous vocabulary.
+            shutil.rmtree(self.folder / REPORT_FOLDER, ignore_errors=True)
         else:
             make_folder(self.file.parent)
 
@@ -235,7 +236,7 @@ def _open_held_out(
 def _choose_images(
     codes: Codes, others: Codes | None, options: Mapping[str, Any], holds_out: bool
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """What to learn from, and what to measure on, if anything."""
+    """The images to learn from, and those to measure on, if any."""
     arrays = sample_images(codes, options["max_images"], options["seed"])
     if others:
         count_codes(others)
@@ -246,7 +247,9 @@ def _choose_images(
 def _judge(
     vbpe: VisualBPE, held: Sequence[np.ndarray], arrays: Sequence[np.ndarray], takes_knee: bool
 ) -> VisualBPE:
-    """With what held-out images say of it; up to the knee alone, where that is wanted."""
+    """The vocabulary with its compression of held-out images; with `takes_knee`, only the merges
+    up to the knee.
+    """
     if not held:
         return vbpe
     curve = Compression.measure(vbpe, held)
@@ -270,7 +273,7 @@ def _learn(
     options: dict[str, Any],
     save_intermediate: int | None,
 ) -> VisualBPE:
-    """Learn `num_merges` merges, or as many as there are; continues from an intermediate file."""
+    """Learn `num_merges` merges, or as many as possible; continues from an intermediate file."""
     parameters = options | {"num_images": sum(map(len, arrays)), "codes": codes.hashes}
     learnt = None
     if save_intermediate and output.partial.exists():
@@ -294,7 +297,7 @@ def _learn(
 def _learn_in_batches(
     trainer: Trainer, num_merges: int, save_every: int | None, save: Callable[[], None]
 ) -> None:
-    """Learn with a progress bar, which moves about four times a second."""
+    """Learn with a progress bar that is updated about four times a second."""
     every = save_every or num_merges
     more, batch = True, 64
     with show_progress(

@@ -1,4 +1,4 @@
-"""The trainer as Python sees it: it lays images out on one board and holds the kernels' arrays."""
+"""The trainer's Python side: it places images on one board and owns the kernels' arrays."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from beingvl.vbpe.training_kernels import (
 
 
 def plan_board(sizes: np.ndarray) -> tuple[int, int, np.ndarray]:
-    """Where images of `sizes` [N, 2] stand: (stride, board cells, upper left cells int64 [N]).
+    """Place images of `sizes` [N, 2]: (stride, board cells, upper left cells int64 [N]).
 
-    Images of one size stand below each other; a mixture fills shelves, the highest first.
+    Images of one size are stacked below each other; mixed sizes fill shelves, tallest first.
     """
     heights, widths = sizes[:, 0].astype(np.int64), sizes[:, 1].astype(np.int64)
     if (sizes == sizes[0]).all():
@@ -48,7 +48,7 @@ def plan_board(sizes: np.ndarray) -> tuple[int, int, np.ndarray]:
 class Trainer:
     """Learns merges from `corpora`, code arrays [N, H, W] whose sizes may differ.
 
-    `learnt` are merges to begin with, from an earlier run on the same images.
+    `learnt` are merges to start from, learnt earlier from the same images.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Trainer:
                 first += len(chunk)
         codes = np.arange(num_codes, dtype=np.int32)
         num_learnt = len(learnt.merges) if learnt else 0
-        room = 5 * self.num_cells // 2 + 1024  # pages that are never touched cost nothing
+        room = 5 * self.num_cells // 2 + 1024  # untouched pages cost no memory
         self._state = State(
             stride=stride,
             num_codes=num_codes,
@@ -112,7 +112,7 @@ class Trainer:
         index_board(self._state)
 
     def learn(self, until: int) -> bool:
-        """Learn until there are `until` merges; False when no pair occurs `min_count` times."""
+        """Learn until there are `until` merges; False if no pair occurs `min_count` times."""
         state = self._state
         more = until - len(state.merges)
         if more > 0:
@@ -135,12 +135,12 @@ class Trainer:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the images have now, all together."""
+        """Number of tokens that all images have now."""
         return int(self._state.counters[NUM_TOKENS])
 
     @property
     def best_count(self) -> int:
-        """Largest count of the last round."""
+        """Largest count in the last round."""
         return int(self._state.counters[TOP])
 
     @property
@@ -151,7 +151,7 @@ class Trainer:
         return np.column_stack([a, b, dy, step - dy * SPAN])
 
     def stream(self, image: int) -> np.ndarray:
-        """Image ids of one image as the trainer has it now, int32 [n]."""
+        """One image's ids after the merges learnt so far, int32 [n]."""
         stride, (height, width) = self._state.stride, self.sizes[image]
         rows = self.origins[image] + stride * np.arange(height)[:, None]
         cells = self._state.board[(rows + np.arange(width)).ravel()]
@@ -159,5 +159,5 @@ class Trainer:
 
 
 def _longer(array: np.ndarray, more: int) -> np.ndarray:
-    """A copy with room for `more` entries, filled with zeros."""
+    """A copy with `more` entries of zeros appended."""
     return np.concatenate([array, np.zeros((more, *array.shape[1:]), array.dtype)])

@@ -1,24 +1,24 @@
-"""Learning, compiled with numba; `trainer.py` holds the arrays. Same merges as
-`reference.train_reference`, bit for bit.
+"""Learning, compiled with numba; `trainer.py` owns the arrays. The merges are bit-identical to
+those of `reference.train_reference`.
 
-Every new pair contains the newest token, so once a round is over the counts of its pairs only fall:
+Every new pair contains the newest token, so after a round the counts of its pairs only fall:
 
 - A round writes the occurrences of its pairs once, grouped by pair, at the end of `places`. A
   *record* is one pair and its slice of `places`; nothing is ever inserted later.
-- No count is kept up to date. A record's count is an upper bound. It is exact while neither of its
-  tokens was merged away (`changed`) and is made exact by reading its own slice again (`recount`),
+- No count is kept up to date. A record's count is an upper bound. It is exact until one of its
+  tokens is merged away (`changed`). Reading the record's slice again makes it exact (`settle`),
   which happens only to records that might win.
-- Records wait in one linked list for each count (`heads`, `links`). A recounted one moves down.
-- A pair that occurs less than `min_count` times when it is written can never win and is not kept.
+- Records wait in one linked list per count (`heads`, `links`). A settled record moves down.
+- A pair that occurs fewer than `min_count` times when it is written can never win and is dropped.
 
 One round, on the board of kernels.py (`7 8 / 7 5`, all four pairs with count 1):
 
     choose     the record with the highest priority, here (7,8,0,1)
-    merge      each of its places in raster order: the board becomes `9 -1 / 7 5`, and
+    merge      at each of its places in raster order: the board becomes `9 -1 / 7 5`, and
                changed[7] = changed[8] = this round
     collect    the pairs of every new 9, each neighbour once: (9,7,1,0) (9,5,1,1)
-    write      their records; (7,7,1,0) and (8,5,1,0) are stale now, which is noticed when they
-               come up
+    write      their records; (7,7,1,0) and (8,5,1,0) are stale now, which is noticed when their
+               turn comes
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ NUM_RECORDS, NUM_PLACES, TOP, ROUND, NUM_CELLS, NUM_TOKENS, NUM_COUNTERS = range
 LEARNT, NOTHING_LEFT, SHAPES_FULL = range(3)
 NONE = 0  # record 0 does not exist
 SEEN = 1 << 29  # marks an anchor whose pair with the current token is already collected
-GROUP_BITS = 24  # key >> 24 is the pair of tokens without their offset
+GROUP_BITS = 24  # key >> 24 is the pair of tokens without its offset
 
 
 class State(NamedTuple):
-    """Everything the trainer holds; the kernels change the arrays. B board cells, V ids."""
+    """All of the trainer's state; the kernels modify the arrays. B board cells, V ids."""
 
     stride: int
     num_codes: int
@@ -59,12 +59,12 @@ class State(NamedTuple):
     min_count: int
     board: Ints  # int32 [B]
     places: Ints  # int32: anchors of a, grouped by record
-    keys: Ints  # int64, a record's pair
-    starts: Ints  # int64, where its places start
-    counts: Ints  # int32, how many there are
-    exact_at: Ints  # int32, the round whose board `counts` is exact for
-    links: Ints  # int32, the next record of the same list
-    heads: Ints  # int32 [B]: the first record of each count, or of one that has fallen since
+    keys: Ints  # int64: a record's pair
+    starts: Ints  # int64: start of its places
+    counts: Ints  # int32: number of its places
+    exact_at: Ints  # int32: the round for whose board `counts` is exact
+    links: Ints  # int32: the next record in the same list
+    heads: Ints  # int32 [B]: per count, the first record whose count is or was that
     changed: Ints  # int32 [V]: last round that merged the token away
     cell_start: Ints  # int64 [V + 1]
     cells: Ints  # int32 steps
@@ -87,7 +87,7 @@ def link_record(state: State, record: int) -> None:
 
 @kernel
 def settle(state: State, record: int) -> int:
-    """Make the count of a record exact and return it: places whose tokens are gone are dropped."""
+    """Make a record's count exact and return it: drop the places whose tokens are gone."""
     key, counts = state.keys[record], state.counts
     a, b = key >> 44, (key >> GROUP_BITS) & 0xFFFFF
     if max(state.changed[a], state.changed[b]) <= state.exact_at[record]:
@@ -107,7 +107,7 @@ def settle(state: State, record: int) -> int:
 
 @kernel
 def compact(state: State) -> None:
-    """Settle every record and close the gaps. A record goes when no offset of its pair can win."""
+    """Settle all records and close the gaps. Drop records if no offset of their pair can win."""
     counters, keys = state.counters, state.keys
     num_records = counters[NUM_RECORDS]
     state.heads[: counters[TOP] + 1] = NONE
@@ -137,7 +137,7 @@ def compact(state: State) -> None:
 def choose_by_count(state: State, heap: list) -> int:
     """The record with the highest count (ties: smallest pair), or NONE.
 
-    `heap` orders the records of the highest list by their keys, as (key, record).
+    `heap` holds the records of the highest list as (key, record), ordered by key.
     """
     counters, heads, links = state.counters, state.heads, state.links
     while True:
@@ -162,9 +162,9 @@ def choose_by_count(state: State, heap: list) -> int:
 def choose_by_priority(state: State, pool: list) -> int:
     """The record with the highest P = count / largest + alpha S, or NONE.
 
-    `pool` holds (key, record, count, S), all exact, of every record that might win. S is at most
-    1, so the lists are emptied into it from the highest count down, until count / largest + alpha
-    is less than the best P so far.
+    `pool` holds (key, record, count, S), all exact, for every record that might win. S is at most
+    1, so the lists are moved into the pool from the highest count down, until count / largest +
+    alpha is less than the best P so far.
     """
     largest = leave_pool(state, pool)
     level = state.counters[TOP]
@@ -197,7 +197,9 @@ def choose_by_priority(state: State, pool: list) -> int:
 
 @kernel
 def leave_pool(state: State, pool: list) -> int:
-    """Put records with a token of the last merge back into the lists; returns the largest count."""
+    """Move records with a token of the last merge back into the lists; returns the largest count
+    that stays in the pool.
+    """
     a, b, _ = state.merges[state.counters[ROUND] - 1]
     largest, at = 0, 0
     while at < len(pool):
@@ -215,7 +217,7 @@ def leave_pool(state: State, pool: list) -> int:
 
 @kernel
 def enter_pool(state: State, pool: list, level: int) -> bool:
-    """Empty a list into the pool, except records that have fallen; returns whether one came."""
+    """Move a list into the pool, except records whose count fell; returns whether any moved."""
     size = len(pool)
     record = state.heads[level]
     state.heads[level] = NONE
@@ -232,9 +234,9 @@ def enter_pool(state: State, pool: list, level: int) -> bool:
 
 @kernel
 def measure_consistency(state: State, record: int) -> float:
-    """S of a record's pair of tokens. Records of its other offsets are its neighbours.
+    """S of a record's pair of tokens. The records of the pair's other offsets are adjacent.
 
-    The arithmetic is that of `reference.spatial_consistency`, operation by operation.
+    The arithmetic matches `reference.spatial_consistency` operation by operation.
     """
     keys, counts = state.keys, state.counts
     group = keys[record] >> GROUP_BITS
@@ -268,7 +270,7 @@ def measure_consistency(state: State, record: int) -> float:
 
 
 class Found(NamedTuple):
-    """Scratch for the pairs of one token: a small hash table that numbers and counts them."""
+    """Scratch space for one token's pairs: a small hash table that numbers and counts them."""
 
     slots: Ints  # int32 [power of two]: number of a pair; -1 = free
     keys: Ints  # int64 [pairs]
@@ -288,7 +290,7 @@ def make_found(num_pairs: int) -> Found:
 
 @kernel
 def find_slot(slots: Ints, keys: Ints, key: int) -> int:
-    """Slot of a pair, or the free slot where it belongs."""
+    """A pair's slot, or the free slot where it belongs."""
     mask = len(slots) - 1
     slot = hash_slot(key, mask)
     while slots[slot] >= 0 and keys[slots[slot]] != key:
@@ -300,7 +302,7 @@ def find_slot(slots: Ints, keys: Ints, key: int) -> int:
 def list_neighbours(
     board: Ints, anchor: int, offsets: Ints, start: int, end: int, neighbours: Ints
 ) -> int:
-    """Write the anchors of the tokens at `offsets[start:end]`, each once; returns how many."""
+    """Write the anchors of the tokens at `offsets[start:end]`, each once; returns their number."""
     size = 0
     for i in range(start, end):
         neighbour = anchor + offsets[i]
@@ -323,8 +325,8 @@ def list_neighbours(
 def collect(
     board: Ints, stride: int, anchors: Ints, token: int, offsets: Ints, keys: Ints, places: Ints
 ) -> int:
-    """Write the key and the place of every pair of `token`, which stands at `anchors`; returns how
-    many. A pair of two such tokens is taken from the earlier one.
+    """Write key and place of every pair that contains `token`, which is at `anchors`; returns their
+    number. A pair of two such tokens is written for the earlier one only.
     """
     neighbours = np.empty(len(offsets), np.int64)
     size = 0
@@ -345,7 +347,7 @@ def tally(
 ) -> int:
     """Number the different keys in order of appearance (`pair_of` [len(keys)]) and count them.
 
-    Returns how many there are, or -1, with empty slots, when there is no room for them.
+    Returns the number of different keys, or -1, with empty slots, if they do not fit.
     """
     num_pairs = 0
     for i in range(len(keys)):
@@ -369,8 +371,8 @@ def tally(
 
 @kernel
 def choose_pairs(state: State, found: Found, num_pairs: int) -> Ints:
-    """Keys, ascending, of the pairs that may win one day. With alpha also the rarer offsets of
-    the same two tokens: S counts them.
+    """Keys, ascending, of the pairs that may win later. With alpha > 0 also the rarer offsets of
+    the same two tokens, because S counts them.
     """
     keys, tallies = found.keys, found.tallies
     chosen = np.empty(num_pairs, np.int64)
@@ -393,10 +395,10 @@ def choose_pairs(state: State, found: Found, num_pairs: int) -> Ints:
 
 @kernel
 def write_records(state: State, keys: Ints, places: Ints, found: Found, pair_of: Ints) -> Found:
-    """Make records of the pairs that may win one day, in the order of their keys.
+    """Make records of the pairs that may win later, in key order.
 
-    `found` comes and leaves empty. Meanwhile a tally becomes 1 + where the pair's next place goes,
-    or is negative.
+    `found` is empty before and after. In between, a tally becomes 1 + the index of the pair's next
+    place, or negative if the pair gets no record.
     """
     counters, state_places = state.counters, state.places
     num_pairs = tally(keys, found.slots, found.keys, found.slot_of, found.tallies, pair_of)
@@ -432,7 +434,7 @@ def write_records(state: State, keys: Ints, places: Ints, found: Found, pair_of:
 
 @kernel
 def edge_offsets(state: State, token: int) -> Ints:
-    """Board distances from a token's anchor to all cells that touch it, ascending."""
+    """Board distances from a token's anchor to all cells that touch the token, ascending."""
     start, end = state.cell_start[token], state.cell_start[token + 1]
     edges = np.empty(2 * (end - start) + 2, np.int64)
     edges = edges[: list_edges(state.cells, start, end, edges, 0)]
@@ -445,8 +447,8 @@ def edge_offsets(state: State, token: int) -> Ints:
 def index_board(state: State) -> None:
     """Write the records of all pairs on the board.
 
-    The pairs are dealt out to their first tokens in one walk over the board, so that only this walk
-    reads it; then each token's share is counted by itself, in cache.
+    Only one pass reads the board: it sorts the pairs by their first token. Then each token's pairs
+    are counted separately, in cache.
     """
     board, counters, stride = state.board, state.counters, state.stride
     num_ids = state.num_codes + counters[ROUND]
@@ -455,7 +457,7 @@ def index_board(state: State) -> None:
     for token in range(num_ids):
         end = offset_start[token]
         for offset in edge_offsets(state, token):
-            if offset > 0:  # what touches from before the anchor belongs to an earlier anchor
+            if offset > 0:  # a neighbour before the anchor has an earlier anchor, which lists it
                 offsets[end] = offset
                 end += 1
         offset_start[token + 1] = end
@@ -491,7 +493,7 @@ def index_board(state: State) -> None:
 def merge_places(state: State, record: int, new: int) -> Ints:
     """Merge every occurrence of a record, in raster order; returns the anchors of the new tokens.
 
-    A pair of equal tokens can overlap itself (`a a a`): the later occurrence finds its token gone.
+    A pair of equal tokens can overlap itself (`a a a`); the later occurrence finds its token gone.
     """
     board, stride, places, counters = state.board, state.stride, state.places, state.counters
     key = state.keys[record]
@@ -519,7 +521,7 @@ def merge_places(state: State, record: int, new: int) -> Ints:
 
 @kernel
 def add_shape(state: State, new: int) -> None:
-    """Write the cells of the newest token."""
+    """Write the newest token's cells."""
     a, b, step = state.merges[new - state.num_codes]
     starts = state.cell_start
     unite_cells(state.cells, state.codes, starts, a, b, step, new)
@@ -529,14 +531,14 @@ def add_shape(state: State, new: int) -> None:
 
 @kernel
 def learn(state: State, until: int) -> int:
-    """Learn merges until there are `until`. Returns LEARNT, NOTHING_LEFT, or SHAPES_FULL when
-    `cells` and `codes` have to grow before the next call.
+    """Learn until there are `until` merges. Returns LEARNT, NOTHING_LEFT, or SHAPES_FULL if `cells`
+    and `codes` must grow before the next call.
     """
     counters = state.counters
     found = make_found(1 << 12)
     keys, places, pair_of = np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.int32)
     zero = np.int64(0)
-    heap, pool = [(zero, zero)], [(zero, zero, zero, 0.0)]  # for their types alone
+    heap, pool = [(zero, zero)], [(zero, zero, zero, 0.0)]  # only to give numba their types
     heap.clear()
     pool.clear()
     status = LEARNT

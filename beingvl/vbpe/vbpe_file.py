@@ -1,4 +1,4 @@
-"""What every vocabulary has, and the text of `vbpe.json`: two of them can be compared with diff."""
+"""What all vBPE vocabularies share, and the text of `vbpe.json`, which diff can compare."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ FORMAT_VERSION = 1
 class Vocabulary:
     """Codes 0 … num_codes-1 and, for rank r, the merge that makes id `num_codes + r`.
 
-    `merges` is int32 `[R, columns]`; the first two columns are the ids that merge. `lineage` names
-    what it was made with (`vqgan`: hash), `parameters` how it was trained, `grid` the (height,
-    width) of the images it was trained on when they all had one size. Two vocabularies are equal
-    when their codes and merges are.
+    `merges` is int32 `[R, columns]`; the first two columns are the ids that merge. `lineage`: what
+    it was made with (`vqgan`: hash). `parameters`: how it was trained. `grid`: (height, width) of
+    the training images if they all had the same size. Vocabularies are equal if their codes and
+    merges are.
     """
 
     num_codes: int
@@ -47,7 +47,7 @@ class Vocabulary:
     and_expected: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        """Raises InputError for what no training can have made."""
+        """Raises InputError for a vocabulary that no training can produce."""
         if not 1 <= self.num_codes <= MAX_CODES:
             raise InputError(f"{self.source}: {self.num_codes} codes, expected 1 to {MAX_CODES}")
         try:
@@ -76,12 +76,12 @@ class Vocabulary:
         self.merges = array.astype(np.int32)
 
     def _are_good(self, merges: np.ndarray) -> np.ndarray:
-        """Whether each merge can have been made, bool `[R]`."""
+        """Whether each merge is possible, bool `[R]`."""
         known = self.num_codes + np.arange(len(merges))[:, None]
         return np.all((merges[:, :2] >= 0) & (merges[:, :2] < known), axis=1)
 
     def encode(self, grid: np.ndarray) -> np.ndarray:
-        """Codes `[H, W]` to image ids `[n]` int32. Raises InputError for all but known codes."""
+        """Codes `[H, W]` to image ids `[n]` int32. Raises InputError for unknown codes."""
         return self.encode_batch(np.asarray(grid)[None])[0]
 
     def encode_batch(
@@ -103,11 +103,11 @@ class Vocabulary:
 
     @property
     def num_ids(self) -> int:
-        """Image ids in all: codes and merges."""
+        """Number of image ids: codes and merges."""
         return self.num_codes + self.num_merges
 
     def fingerprint(self) -> str:
-        """Hash of codes and merges: what two artefacts must share to be used together."""
+        """Hash of codes and merges, which two artefacts must share to be used together."""
         content = [self.kind, self.num_codes, self.merges.tolist()]
         text = json.dumps(content, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()

@@ -1,23 +1,23 @@
 """Visual byte-pair encoding (vBPE): byte-pair encoding on a 2-D grid of VQ codes, lossless.
 
-A *merge* `(a, b, dy, dx)` of rank r turns token a and the token b whose anchor lies (dy, dx) from
-a's anchor into one token with image id `num_codes + r`. A token's *anchor* is its first cell in
-raster order, and a is the pair's earlier anchor, so every id is one fixed polyomino of codes. Only
-tokens that share an edge may merge. The stream lists the tokens in raster order of anchors:
+A *merge* `(a, b, dy, dx)` of rank r turns a token a, and a token b whose anchor is (dy, dx) from
+a's anchor, into one token with image id `num_codes + r`. A token's *anchor* is its first cell in
+raster order, and a has the earlier anchor; so every id is one fixed polyomino of codes. Only tokens
+that share an edge may merge. The stream lists the tokens in raster order of anchors:
 
     grid      merge (7, 8, 0, 1) -> 9     merge (9, 7, 1, 0) -> 10     stream
     7 8 7     9 9 7                       10 10 7                      10 7 5 8
     7 5 8     7 5 8                       10  5 8
 
-The stream alone gives the grid back, because the next token's anchor is always the first cell not
-yet covered.
+The stream alone determines the grid, because the next token's anchor is always the first cell that
+is not covered yet.
 
-`reference.py` is the readable twin: short, recounts everything, obviously right. Here the same
-results, bit for bit, come from the compiled `kernels.py`.
+`reference.py` is the readable twin: short, recounts everything, obviously correct. The compiled
+`kernels.py`, used here, gives bit-identical results.
 
-Learning takes, in every round, the candidate with the highest priority `P = F + alpha * S` (arXiv
-2506.23639): F is its count divided by the largest count of the round, S the spatial consistency of
-its two tokens (`spatial_consistency`). Ties: higher count, then smaller (a, b, dy, dx).
+In each round, learning takes the candidate with the highest priority `P = F + alpha * S` (arXiv
+2506.23639): F is its count divided by the round's largest count, S the spatial consistency of its
+two tokens (`spatial_consistency`). Ties: higher count first, then smaller (a, b, dy, dx).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class VisualBPE(Vocabulary):
         return partial(fast.encode_images, self.tables)
 
     def decode(self, ids: np.ndarray, height: int, width: int) -> np.ndarray:
-        """Image ids `[n]` to codes `[height, width]` uint16. Raises InputError with the position
+        """Image ids `[n]` to codes `[height, width]` uint16. Raises InputError naming the position
         of the first wrong id.
         """
         ids = np.asarray(ids)
@@ -65,7 +65,7 @@ class VisualBPE(Vocabulary):
             raise InputError(f"an image stream of {given}, expected integers [n]")
         check_side(height, width, "decode")
         grid = np.full((height, width), -1, np.int32)
-        # Ids beyond int32 become -1, which is as unknown as they are.
+        # Ids beyond int32 become -1, which is also unknown.
         known = np.where((ids >= 0) & (ids < self.num_ids), ids, -1).astype(np.int32)
         anchors = np.empty(height * width, np.int64)
         status, position = fast.decode_stream(known, self.tables, grid, anchors)
@@ -85,35 +85,35 @@ class VisualBPE(Vocabulary):
     def decodes_to(
         self, ids: np.ndarray, offsets: np.ndarray, sides: np.ndarray, codes: np.ndarray
     ) -> bool:
-        """Whether many streams, on square grids, stand for their codes: one call, and no word
-        about what is wrong with which.
+        """Whether many streams on square grids all decode to their codes, in one call that does
+        not say which stream is wrong.
 
-        Stream n is `ids[offsets[n]:offsets[n + 1]]` (int32), its grid has `sides[n]` rows and
-        columns. `codes` are those of the first streams, end to end; the grids of the others need
-        only be filled exactly.
+        Stream n is `ids[offsets[n]:offsets[n + 1]]` (int32); its grid has `sides[n]` rows and
+        columns. `codes` are those of the first streams, end to end; the other streams only need to
+        fill their grids exactly.
         """
         return bool(fast.streams_decode_to(ids, offsets, sides, codes, self.tables))
 
     def positions(self, image_ids: np.ndarray) -> np.ndarray:
-        """Positions `[n]` int64 of a row whose image tokens stand at their anchors' cells, so that
-        merging moves nothing. `image_ids` int32 `[n]` is -1 for every other token.
+        """Positions `[n]` int64 of a token row whose image tokens are at their anchors' cells, so
+        that merging moves nothing. `image_ids` int32 `[n]` is -1 for other tokens.
 
             grid 7 8      row         bos  boi  10   5  eoi
                  7 5      positions    0    1    2   5   6
 
-        Raises InputError for an image that fills no square grid.
+        Raises InputError for an image that does not fill a square grid.
         """
         positions = np.empty(len(image_ids), np.int64)
         wrong = fast.anchor_positions(image_ids, self.tables, positions)
         if wrong >= 0:
             raise InputError(
-                f"the image that begins at token {wrong} fills no square grid, so its tokens have "
-                "no cells to stand at; was it made with another vBPE?"
+                f"the image that starts at token {wrong} does not fill a square grid, so its "
+                "tokens have no positions; was it made with a different vBPE?"
             )
         return positions
 
     def cells(self, image_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The polyomino of an id in raster order: (dy, dx, code) from the anchor, int32 `[n]`."""
+        """An id's polyomino in raster order: (dy, dx, code) from the anchor, int32 `[n]` each."""
         if not 0 <= image_id < self.num_ids:
             raise InputError(f"image id {image_id} is unknown, expected 0 … {self.num_ids - 1}")
         starts, dy, dx, codes = self.shapes
@@ -122,7 +122,7 @@ class VisualBPE(Vocabulary):
 
     @cached_property
     def shapes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Cells of all ids: their starts, int64 `[num_ids + 1]`, then dy, dx and code, int32."""
+        """Cells of all ids: their starts, int64 `[num_ids + 1]`, then their dy, dx, code, int32."""
         tables = self.tables
         dy = (tables.cells + fast.SPAN // 2) // fast.SPAN
         return tables.cell_start, dy, tables.cells - dy * fast.SPAN, tables.codes
@@ -140,11 +140,11 @@ class VisualBPE(Vocabulary):
 
     @staticmethod
     def load(path: Path | str, num_codes: int | None = None) -> AnyVBPE:
-        """Read a `vbpe.json`, the folder it lies in, or a published `.pkl`, whose codes
-        `import_published` finds. Raises InputError for anything else or a damaged one.
+        """Read a `vbpe.json`, a folder that contains one, or a published `.pkl`, whose number of
+        codes `import_published` determines. Raises InputError for anything else, or damaged files.
 
-        Published vocabularies, pickled or imported, come back as `LegacyVisualBPE`: it encodes, but
-        cannot decode.
+        Published vocabularies, pickled or imported, are returned as `LegacyVisualBPE`, which can
+        encode but not decode.
         """
         path = Path(path)
         if path.is_dir():
@@ -166,10 +166,10 @@ def load_for_layout(
     vocab_pad: int | None = None,
     vocab_end: int | None = None,
 ) -> AnyVBPE:
-    """The vocabulary at `path` for a model of this layout. The three sizes, which the published
-    commands give, are only checked; without them a pickle's own first merge says where it begins.
+    """The vocabulary at `path` for a model with this layout. The three sizes, which the published
+    commands pass, are only checked; without them, a pickle's first merge tells its first code.
 
-    Raises InputError when vocabulary, layout and sizes contradict each other.
+    Raises InputError if vocabulary, layout and sizes contradict each other.
     """
     if init_size not in (None, layout.num_vq):
         raise InputError(
@@ -178,14 +178,14 @@ def load_for_layout(
     if vocab_pad is None and vocab_end is not None:
         vocab_pad = vocab_end - layout.num_vq
     if vocab_pad is not None:
-        # A published vocabulary counts from the code 0, behind the text, or as the tokenizer does.
+        # Published vocabularies number codes from 0, from the end of the text, or as token ids.
         starts = (0, layout.num_text, layout.first_image_id)
         end = vocab_pad + layout.num_vq
         if vocab_pad not in starts or vocab_end not in (None, end):
             raise InputError(
                 f"--vbpe_vocab_pad {vocab_pad} and --vbpe_vocab_end {vocab_end} do not fit the "
-                f"model's layout, expected {' or '.join(map(str, starts))} and, after the codes, "
-                f"{layout.num_vq} more"
+                f"model's layout, expected {' or '.join(map(str, starts))}, and {layout.num_vq} "
+                "more as the end"
             )
     path = Path(path)
     is_published = path.suffix == ".pkl" and path.is_file()
@@ -234,7 +234,7 @@ def _from_fields(fields: Any, source: str) -> AnyVBPE:
 
 
 def _build_tables(num_codes: int, merges: np.ndarray, source: str) -> fast.Tables:
-    """Shapes and hash table. Raises InputError for merges whose parts overlap or do not touch."""
+    """Shapes and hash table. Raises InputError if a merge's tokens overlap or do not touch."""
     sizes = [1] * num_codes
     for rank, (a, b, _, _) in enumerate(merges.tolist()):
         sizes.append(sizes[a] + sizes[b])
@@ -275,7 +275,7 @@ def _build_tables(num_codes: int, merges: np.ndarray, source: str) -> fast.Table
 
 
 def owners(vbpe: VisualBPE, ids: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Position in the stream of the token that covers each cell, int `[height, width]`."""
+    """For each cell, its token's position in the stream, int `[height, width]`."""
     owner = np.full((height, width), -1)
     cell = 0
     for position, image_id in enumerate(ids.tolist()):

@@ -72,7 +72,7 @@ def test_a_packed_batch_has_the_positions_of_its_samples(tmp_path) -> None:
             end_of_image = int(np.flatnonzero(ids == LAYOUT.eoi_id)[0])
             assert positions[end_of_image] == (begin_of_text or end_of_image)
             assert (np.diff(positions[end_of_image:]) == 1).all()
-    with pytest.raises(InputError, match="fills no square grid"):
+    with pytest.raises(InputError, match="does not fill a square grid"):
         held_out_batch(
             ShardReader(shards), range(9), "response"
         )  # of no model, as report opens them

@@ -222,7 +222,7 @@ def test_merging_moves_no_token_from_its_cell(corpus, data):
 @pytest.mark.parametrize("image", [[9, 5], [7, 9, 5], [9, 7, 11]])
 def test_an_image_of_no_square_grid_has_no_positions(image):
     """Three cells; a token that reaches outside; an unknown id."""
-    with pytest.raises(InputError, match="begins at token 2 fills no square grid"):
+    with pytest.raises(InputError, match="starts at token 2 does not fill a square grid"):
         EXAMPLE.positions(np.array([-1, -1, *image, -1], np.int32))
 
 
