@@ -1,7 +1,7 @@
 """DeepSpeed-native training of Being-VL: one language model that reads images as tokens.
 
-Every step is a function of this package (docs/reference/python-api.md). `import beingvl` alone
-loads nothing heavy: a name is imported when it is first used.
+Every step is a function of this package (docs/reference/python-api.md). `import beingvl` loads
+nothing heavy: names are imported on first use.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ _HOMES = {
     "tokenize": "beingvl.data.tokenize_dataset",
     "train_vbpe": "beingvl.vbpe.train_vbpe",
 }
-_PUBLISHED = {"vBPE": "VisualBPE"}  # as Being-VL-0.5 calls it
+_PUBLISHED = {"vBPE": "VisualBPE"}  # Being-VL-0.5's name for it
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":  # the package, which has the name of its function and can be called
+    if name == "train":  # the package, which is callable and named like its function
         return importlib.import_module("beingvl.train")
     name = _PUBLISHED.get(name, name)
     if name in _HOMES:

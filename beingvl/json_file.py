@@ -1,4 +1,4 @@
-"""The one way to read JSON that a file or a user gave us. It may be anything."""
+"""The one place that parses untrusted JSON, from files and users."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from beingvl.errors import InputError
 
-MAX_DEPTH = 64  # ours have at most 8; what is deeper ends in Python's stack, here or later
+MAX_DEPTH = 64  # ours has at most 8; deeper nesting overflows Python's stack, here or later
 
 
 def parse_json(
@@ -18,16 +18,17 @@ def parse_json(
     remedy: str = "",
     make_object: Callable[[list[tuple[str, Any]]], Any] | None = None,
 ) -> Any:
-    """The value; `make_object` makes objects of their (key, value) pairs.
+    """The value; `make_object` makes objects from their (key, value) pairs.
 
-    Raises InputError, with `source` and `remedy`, for what is not JSON in UTF-8 or too deep.
+    Raises InputError, with `source` and `remedy`, for anything but JSON in UTF-8, or if it is
+    nested too deeply.
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
         value = json.loads(text, object_pairs_hook=make_object)
         if is_deep(value):
             raise RecursionError
-        if "\\ud" in text.lower():  # half a character, which no file could hold
+        if "\\ud" in text.lower():  # perhaps half a surrogate pair, which UTF-8 cannot encode
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise _not_json(source, f"nested more than {MAX_DEPTH} deep", remedy) from error
@@ -37,7 +38,7 @@ def parse_json(
 
 
 def read_json(path: Path, remedy: str = "") -> Any:
-    """The value in a file; raises InputError as `parse_json`."""
+    """The value in a file; raises InputError as `parse_json` does."""
     return parse_json(path.read_bytes(), path, remedy)
 
 
@@ -50,7 +51,7 @@ def read_object(path: Path, remedy: str = "") -> dict[str, Any]:
 
 
 def is_deep(value: Any) -> bool:
-    """Whether lists and objects lie more than MAX_DEPTH deep."""
+    """Whether lists and objects are nested more than MAX_DEPTH deep."""
     level, depth = [value] if isinstance(value, dict | list) else [], 0
     while level:
         depth += 1

@@ -1,5 +1,5 @@
-"""What tells a model folder in the published form of Being-VL-0.5 from ours and from Chameleon's,
-and what to do with it. model/published_names.py translates the two.
+"""Distinguish model folders in the published form of Being-VL-0.5 from ours and Chameleon's.
+model/published_names.py translates between the forms.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ LAYOUT_FILE = "vocab_layout.json"
 
 
 def is_published(folder: Path | str) -> bool:
-    """Whether the folder's weights are those of a Being-VL and of its VQ-GAN: config.json is a
-    Chameleon's, or, as we wrote it once, a LLaMA's with a VQ-GAN beside our layout.
+    """Whether the folder's weights hold a Being-VL model and its VQ-GAN: config.json is
+    Chameleon's or, as an earlier version of ours wrote it, a LLaMA's with a VQ-GAN, beside our
+    layout file.
 
     Raises InputError for Chameleon itself.
     """
@@ -34,8 +35,8 @@ def is_published(folder: Path | str) -> bool:
 
 
 def _images_stand_last(vocabulary: Any) -> bool:
-    """Whether all tokens behind the first image token are image tokens: Chameleon's stand in front
-    of its text. True of what is no vocabulary, which the import refuses.
+    """Whether all ids after the first image token are image tokens; Chameleon's come before its
+    text. Also True if this is not a vocabulary; the import refuses that.
     """
     if not isinstance(vocabulary, Mapping):
         return True
@@ -45,7 +46,7 @@ def _images_stand_last(vocabulary: Any) -> bool:
 
 
 def chameleon_error(folder: Path | str) -> InputError:
-    """What to say of Chameleon itself, and of what was trained from it."""
+    """The error for Chameleon itself and for models trained from it."""
     return InputError(
         f"{folder} is a Chameleon model: it normalises queries and keys, and its image codes are "
         "ids inside the text vocabulary (4 … 8195), which no stock LLaMA with its image ids "
@@ -54,8 +55,8 @@ def chameleon_error(folder: Path | str) -> InputError:
 
 
 def refuse_published(folder: Path | str, part: str = "") -> None:
-    """Raises InputError that names the command which imports a published folder, and the `part` of
-    the result that is wanted.
+    """Raises InputError naming the command that imports a published folder, and the `part` of its
+    result to use instead.
     """
     if is_published(folder):
         raise InputError(

@@ -1,3 +1,3 @@
-"""The package's version, in a file that anything may import."""
+"""The package's version, in a file that any module may import."""
 
 __version__ = "0.1.0"

@@ -3,14 +3,12 @@
     [ text 0 … num_text-1 | 5 specials | num_vq VQ codes | num_merges vBPE ids ]
       base model's own      \\________ the new "visual" rows ________________/
 
-For Llama-3.1 (128,256 text ids), 8192 codes and 8192 merges that is 144,645 ids, 16,389 of them
-new. A model folder carries its layout in `vocab_layout.json`; every size in the program comes from
-there.
+For Llama-3.1 (128,256 text ids), 8192 codes and 8192 merges, that is 144,645 ids, 16,389 of them
+new. A model folder has its layout in `vocab_layout.json`; all sizes in the program come from there.
 
-Two id spaces exist. *Image ids* are what vBPE speaks: 0 … num_vq-1 are codes, num_vq + r is the
-merge of rank r. *Token ids* are what the language model reads: image id i is token id
-`first_image_id + i`, because codes and merges are adjacent. Only this file converts between the
-two.
+There are two id spaces. vBPE uses *image ids*: 0 … num_vq-1 are codes, num_vq + r is the merge of
+rank r. The language model uses *token ids*: image id i is token id `first_image_id + i`, because
+codes and merges are adjacent. Only this file converts between the two.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ TOKEN_KINDS = ("text", "special", "vq", "vbpe")
 
 @dataclass(frozen=True)
 class VocabLayout:
-    """Sizes and text special ids; everything else follows.
+    """Sizes and the text's bos and eos ids; everything else follows from them.
 
     Llama-3.1: `VocabLayout(num_text=128256, num_vq=8192, num_merges=8192, bos_id=128000,
     eos_id=128001)`.
@@ -61,9 +59,9 @@ class VocabLayout:
 
     @classmethod
     def around_codes(cls, codes: range, num_tokens: int, bos_id: int, eos_id: int) -> VocabLayout:
-        """The layout of `num_tokens` tokens, from the token ids of the VQ codes.
+        """The layout of `num_tokens` tokens, given the token ids of the VQ codes.
 
-        Raises InputError when the ids leave no room for text and specials in front of them.
+        Raises InputError if these leave no room for text and specials before them.
         """
         num_text, num_merges = codes.start - len(SPECIAL_TOKENS), num_tokens - codes.stop
         return cls(num_text, len(codes), num_merges, bos_id, eos_id)
@@ -104,17 +102,17 @@ class VocabLayout:
 
     @property
     def size(self) -> int:
-        """Number of token ids in all, i.e. rows of the embedding matrix."""
+        """Number of token ids, i.e. rows of the embedding matrix."""
         return self.first_vbpe_id + self.num_merges
 
     @property
     def num_visual(self) -> int:
-        """Number of new rows: specials, codes and merges."""
+        """Number of new vocabulary rows: specials, codes and merges."""
         return self.size - self.num_text
 
     # ---- conversions ----
     def image_to_token_ids(self, image_ids: np.ndarray) -> np.ndarray:
-        """Image ids `[n]` to token ids `[n]` int32. Raises InputError outside the layout."""
+        """Image ids `[n]` to token ids `[n]` int32. Raises InputError for ids out of range."""
         image_ids = np.asarray(image_ids)
         end = self.num_vq + self.num_merges
         if image_ids.size and not 0 <= image_ids.min() <= image_ids.max() < end:
@@ -123,7 +121,7 @@ class VocabLayout:
                 f"{self.num_vq} codes and {self.num_merges} merges: the vBPE or VQ-GAN is not the "
                 "one this vocabulary was made for"
             )
-        # Codes come as uint16, which holds no token id of LLaMA-3.
+        # Codes are uint16, which is too small for LLaMA-3's token ids.
         return image_ids.astype(np.int32) + self.first_image_id
 
     def token_to_image_ids(self, token_ids: np.ndarray) -> np.ndarray:
@@ -136,7 +134,7 @@ class VocabLayout:
         return (token_ids - first).astype(np.int32)
 
     def image_ids_in_row(self, token_ids: np.ndarray) -> np.ndarray:
-        """Image ids `[n]` int32 of a row of any tokens; -1 for those that are not of an image."""
+        """Image ids `[n]` int32 of a token row; -1 for tokens that are not image tokens."""
         return np.maximum(token_ids - self.first_image_id, -1).astype(np.int32)
 
     def is_image_token(self, token_ids: np.ndarray) -> np.ndarray:
@@ -144,7 +142,7 @@ class VocabLayout:
         return (token_ids >= self.first_image_id) & (token_ids < self.size)
 
     def token_kinds(self, token_ids: np.ndarray) -> np.ndarray:
-        """Index into TOKEN_KINDS for every token id, uint8 of the same shape."""
+        """Each token id's index into TOKEN_KINDS, uint8 of the same shape."""
         borders = [self.num_text, self.first_image_id, self.first_vbpe_id]
         return np.searchsorted(borders, token_ids, side="right").astype(np.uint8)
 
@@ -155,12 +153,12 @@ class VocabLayout:
         return [*SPECIAL_TOKENS, *codes, *merges]
 
     def published_name(self, token_id: int) -> str | None:
-        """Published text of a merge's token, IMGIMGBDGEFDZ for 136453; None for other tokens."""
+        """Published name of a merge's token, IMGIMGBDGEFDZ for 136453; None for other tokens."""
         return image_token_text(token_id) if token_id >= self.first_vbpe_id else None
 
     # ---- on disk ----
     def fingerprint(self) -> str:
-        """Hash that two artefacts must share to be used together."""
+        """Hash that artefacts must share to be used together."""
         text = json.dumps(asdict(self), sort_keys=True)
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
@@ -183,7 +181,7 @@ class VocabLayout:
 
     @classmethod
     def load(cls, model_folder: Path | str) -> VocabLayout:
-        """Read `vocab_layout.json` of a Being-VL model folder."""
+        """Read the `vocab_layout.json` of a Being-VL model folder."""
         path = Path(model_folder) / LAYOUT_FILE
         if not Path(model_folder).exists():
             made_by = "expected a Being-VL model folder, made with `beingvl convert`"
@@ -200,19 +198,19 @@ class VocabLayout:
 
     @classmethod
     def read(cls, path: Path) -> VocabLayout:
-        """The layout in a file that exists."""
+        """Read the layout from a file that exists."""
         return cls.from_dict(read_json(path, "make the model folder again"), str(path))
 
 
 def image_token_text(number: int) -> str:
-    """Published text of an image token: six digits written A–J, e.g. 10 -> IMGIMGAAAABAZ.
+    """Published name of an image token: six digits written A–J, e.g. 10 -> IMGIMGAAAABAZ.
 
-    `number` is the code of a VQ token, the token id of a merge.
+    `number` is a VQ token's code, or a merge's token id.
     """
     digits = "".join(chr(ord("A") + int(digit)) for digit in f"{number:06d}")
     return f"IMGIMG{digits}Z"
 
 
 def name_beside(token: str) -> str:
-    """Text of a new token whose own name is a token of the base model already."""
+    """Name of a new token if the base model already has a token of its usual name."""
     return f"<|being_{token.strip('<>')}|>"

@@ -1,5 +1,5 @@
-"""README.md of a finished folder: what its manifest says, for people. It stands outside of the
-manifest's hashes, because it is its owner's to edit.
+"""README.md of a finished folder: its manifest for people. The manifest does not hash it, so that
+users may edit it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _END = "<!-- As beingvl wrote it, "
 
 
 def write_card(folder: Path, text: str) -> bool:
-    """Write it, unless somebody has changed the one that is there; whether it was written."""
+    """Write the card unless a user has edited the existing one; returns whether it was written."""
     path = folder / CARD_FILE
     if path.exists():
         there = path.read_text(encoding="utf-8", errors="replace")
@@ -27,12 +27,12 @@ def write_card(folder: Path, text: str) -> bool:
 
 
 def _sealed(text: str) -> str:
-    """The text with its hash, by which a change is seen."""
+    """The text with its hash, which reveals changes."""
     return f"{text}{_END}{hash_bytes(text.encode())}: once changed, it is never overwritten. -->\n"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown."""
+    """A Markdown table."""
 
     def line(cells: Sequence[object]) -> str:
         texts = [" ".join(str(cell).split()).replace("|", "\\|") for cell in cells]

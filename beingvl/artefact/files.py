@@ -1,4 +1,4 @@
-"""Writing files and folders so that a crash leaves the old content or the new one."""
+"""Write files and folders so that a crash leaves either the old or the new content."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from beingvl.errors import InputError
 
 
 def write_atomically(path: Path | str, data: bytes | str, mode: int = 0o666) -> None:
-    """Write to a temporary neighbour, flush it to disk, rename it: a reader never sees a part.
-    `mode` is the file's, less the umask.
+    """Write to a temporary file beside `path`, flush it to disk, rename it: readers never see a
+    partial file. `mode` is the file's, before the umask.
     """
     path = Path(path)
-    # a name of its own: another host may have a process of the same number
+    # The name is unique, because another host may have a process with the same id.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
@@ -31,13 +31,13 @@ def write_atomically(path: Path | str, data: bytes | str, mode: int = 0o666) -> 
 
 
 def sync(path: Path) -> None:
-    """Flush a file that is written already to the disk."""
+    """Flush an already written file to disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def give_usual_mode(path: Path) -> None:
-    """The mode of a file that `open` makes: safetensors makes files that only their owner reads."""
+    """Give a file the mode that `open` would: safetensors makes files that only the owner reads."""
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         new.touch(exist_ok=False)
@@ -47,7 +47,7 @@ def give_usual_mode(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> Path:
-    """Make a folder and its parents. Raises InputError when a file is in the way."""
+    """Make a folder and its parents. Raises InputError if a file is in the way."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -58,11 +58,11 @@ def make_folder(folder: Path) -> Path:
 
 
 def path_inside(folder: Path, name: str) -> Path:
-    """The path in `folder` of a name that a file gave us: manifests, weight indexes, keys.
+    """The path in `folder` of an untrusted name: from manifests, weight indexes, keys.
 
-    A snapshot in the cache of Hugging Face is links into the `blobs` beside it, which count as
-    inside. Raises InputError for a name that is absolute, has `..` or a NUL, is not a file's name,
-    or leads through a symbolic link out of the folder.
+    A snapshot in Hugging Face's cache consists of links into the `blobs` beside it, which count as
+    inside. Raises InputError for a name that is absolute, contains `..` or NUL, is not a file name,
+    or leads out of the folder through a symbolic link.
     """
     refuse_outside(name, folder)
     path, where = folder / name, folder.absolute()
@@ -77,7 +77,7 @@ def path_inside(folder: Path, name: str) -> Path:
 
 
 def copy_inside(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copy files to the same places below another folder. Raises InputError as `path_inside`."""
+    """Copy files to the same relative paths in `target`. Raises InputError like `path_inside`."""
     for name in names:
         copy = path_inside(target, name)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def copy_inside(source: Path, target: Path, names: Iterable[str]) -> None:
 
 
 def refuse_outside(name: str, source: Path) -> None:
-    """Raises InputError, in the name of `source`, for what no file below a folder is called."""
+    """Raises InputError, which names `source`, if `name` cannot be a file below a folder."""
     parts = printable(name).split("/")
     is_name = printable(name) == name and "\0" not in name and name not in ("", ".")
     is_short = len(name) < 1000 and all(len(part.encode()) <= 255 for part in parts)
@@ -101,13 +101,13 @@ def to_json(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    """Replace what UTF-8 cannot write by escapes: names of files may be any bytes."""
+    """Escape what UTF-8 cannot encode: file names may be any bytes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def spellings(name: str) -> list[str]:
-    """A file's name as it is given, then with its accents composed and decomposed (Unicode's NFC
-    and NFD): macOS and others write é differently.
+    """A file name as given, then with composed and decomposed accents (Unicode's NFC and NFD):
+    macOS and other systems write é differently.
     """
     forms = [unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)]
     return list(dict.fromkeys([name, *forms]))

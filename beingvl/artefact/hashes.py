@@ -1,4 +1,4 @@
-"""One hash for everything: BLAKE3, the 32 bytes that `b3sum` prints, with its own threads."""
+"""One hash for everything: BLAKE3, the 32 bytes that `b3sum` prints, multi-threaded."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from blake3 import blake3
 from beingvl.artefact.progress import progress
 
 PREFIX = "blake3:"
-BLOCK_BYTES = 1 << 20  # fits a cache; larger ones were slower
-SHOWN_BYTES = 1 << 28  # less is soon hashed
+BLOCK_BYTES = 1 << 20  # fits into a cache; larger blocks were slower
+SHOWN_BYTES = 1 << 28  # smaller files need no progress bar
 
 
 def hash_bytes(data: bytes) -> str:
@@ -24,10 +24,10 @@ def hash_bytes(data: bytes) -> str:
 
 
 def hash_file(path: Path, watch: Callable[[memoryview], object] = lambda block: None) -> str:
-    """Hash of a file's bytes; `watch` is called with every block of them. Read, not mapped: a
-    disk that fails is an OSError, not a signal.
+    """Hash of a file's bytes; `watch` is called with each block. The file is not mapped, so that a
+    failing disk raises OSError instead of a signal.
     """
-    # one thread in a worker process: a forked one would wait for the threads of its parent for ever
+    # One thread in worker processes: forked ones would wait forever for their parent's threads.
     digest = blake3(max_threads=1 if parent_process() else blake3.AUTO)
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -45,13 +45,13 @@ def hash_file(path: Path, watch: Callable[[memoryview], object] = lambda block: 
 
 
 def hash_files(folder: Path, names: Iterable[str]) -> str:
-    """One hash of files of `folder` and their names."""
+    """One hash of files in `folder` and their names."""
     hashes = {name: hash_file(folder / name) for name in names}
     return hash_bytes(json.dumps(hashes, sort_keys=True).encode())
 
 
 class HashedFile:
-    """Hash what is written to `file`, from its start on. Its owner flushes and closes it."""
+    """Writes to `file`, from its start on, and hashes it. The caller flushes and closes `file`."""
 
     closed = False
 
@@ -66,5 +66,5 @@ class HashedFile:
 
     @property
     def hash(self) -> str:
-        """The `hash_file` of all that was written."""
+        """What `hash_file` returns for everything written so far."""
         return PREFIX + self._digest.hexdigest()

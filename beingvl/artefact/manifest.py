@@ -1,16 +1,16 @@
 """Manifests: the small JSON file that makes a folder an artefact.
 
-Every folder that a step writes carries a `manifest.json`, **written last**. It holds the format
+Every folder that a step writes has a `manifest.json`, **written last**. It holds the format
 version, the beingvl version, the command, counts, a hash of every file, and the *lineage*: the
 fingerprints of what the artefact was made with (`vqgan`, `vbpe`, `vocab`, …), inherited from step
-to step. A folder without a manifest is incomplete and never used. Two inputs whose lineages name
-the same thing with different hashes contradict each other and are refused.
+to step. A folder without a manifest is incomplete and never used. Inputs are refused if their
+lineages have different hashes for the same thing.
 
-    start_folder(folder, kind)          from here on it is incomplete
-    write_manifest(folder, …)           the commit marker
-    read_manifest(folder, kind)         refuses the incomplete, the wrong kind, the newer format
-    already_made(folder, kind, request) a step started again reuses what it finished
-    verify_folder(folder)               re-hashes every file; `verify_file` one
+    start_folder(folder, kind)          the folder is incomplete from here on
+    write_manifest(folder, …)           commits the folder
+    read_manifest(folder, kind)         refuses incomplete folders, wrong kinds, newer formats
+    already_made(folder, kind, request) lets a restarted step reuse what it finished
+    verify_folder(folder)               re-hashes every file; `verify_file` re-hashes one
     join_lineages({name: lineage, …})   refuses inputs that contradict each other
 """
 
@@ -43,9 +43,9 @@ from beingvl.version import __version__
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
-OWN_HASH = "manifest_hash"  # in the file: a hash of all its other fields
+OWN_HASH = "manifest_hash"  # a field in the file: the hash of all other fields
 
-# What makes each kind of artefact, for messages that say what to run (between backticks).
+# The command that makes each kind of artefact, for messages (between backticks).
 MADE_BY = {
     "dataset": "python scripts/make_digits_dataset.py",
     "vqgan": "beingvl train-vq",
@@ -63,7 +63,7 @@ MADE_BY = {
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` holds. `files` maps a relative path to its bytes (count) and hash."""
+    """The content of `manifest.json`. `files`: relative path -> its number of bytes and hash."""
 
     kind: str
     command: str
@@ -76,7 +76,7 @@ class Manifest:
 
     @property
     def content_hash(self) -> str:
-        """Hash of all files' hashes: equal files have it, whenever and wherever they were made."""
+        """Hash of all files' hashes: equal for equal files, whenever and wherever they are made."""
         entries = sorted(self.files.items())
         return hash_bytes("".join(f"{name} {entry['hash']}\n" for name, entry in entries).encode())
 
@@ -85,9 +85,9 @@ class Manifest:
 
 
 def start_folder(folder: Path | str, kind: str) -> Path:
-    """Make `folder` incomplete and remove what its manifest listed; make it when it is not there.
+    """Make `folder` incomplete and remove the files in its manifest; make it if it does not exist.
 
-    Raises InputError when it holds another kind of artefact, such as the input of this step.
+    Raises InputError if it holds a different kind of artefact, such as the input of this step.
     """
     folder = Path(folder)
     if is_complete(folder):
@@ -102,7 +102,7 @@ def start_folder(folder: Path | str, kind: str) -> Path:
 def refuse_other_kind(folder: Path, kind: str) -> Manifest:
     """The manifest of a finished folder that a step may replace.
 
-    Raises InputError when it holds another kind of artefact.
+    Raises InputError if the folder holds a different kind of artefact.
     """
     manifest = read_manifest(folder)
     if manifest.kind != kind:
@@ -124,8 +124,9 @@ def write_manifest(
 ) -> Manifest:
     """Hash every file below `folder` and write the manifest; call it last.
 
-    `known_hashes` (relative path -> hash) spares reading files whose hash the writer computed.
-    Files that do not `belong` (by relative path) are left out: several datasets share a folder.
+    `known_hashes` (relative path -> hash) avoids reading files whose hash the writer computed.
+    Files for which `belongs` (relative path -> bool) is False are left out: several datasets may
+    share a folder.
     """
     folder = Path(folder)
     known = known_hashes or {}
@@ -141,15 +142,15 @@ def write_manifest(
 
 
 def sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest's fields with the hash of all others, which their order does not change."""
+    """A manifest's fields plus their hash, which does not depend on their order."""
     others = {name: value for name, value in fields.items() if name != OWN_HASH}
-    others = json.loads(json.dumps(others))  # as they are read: every key is a text
+    others = json.loads(json.dumps(others))  # as they read back: all keys are strings
     text = json.dumps(others, sort_keys=True)
     return {**others, OWN_HASH: hash_bytes(text.encode())}
 
 
 def _finished_files(folder: Path) -> Iterator[Path]:
-    """Files below `folder`. What ends in .tmp is left out: others make and remove things there."""
+    """Files below `folder`, except what ends in .tmp: other processes make and remove these."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -168,7 +169,7 @@ def is_complete(folder: Path | str) -> bool:
 
 
 class _Fields(dict[str, Any]):
-    """An object in a manifest; asking for a field that a damaged one lacks raises InputError."""
+    """An object in a manifest; reading a missing field, as in a damaged file, raises InputError."""
 
     def __init__(self, pairs: Iterable[tuple[str, Any]], path: Path | str = MANIFEST_FILE) -> None:
         super().__init__(pairs)
@@ -183,7 +184,7 @@ class _Fields(dict[str, Any]):
 def read_manifest(folder: Path | str, kind: str | Iterable[str] | None = None) -> Manifest:
     """The manifest of a finished folder.
 
-    Raises InputError when it is missing, damaged, of another kind or of a newer format.
+    Raises InputError if it is missing, damaged, of a different kind or of a newer format.
     """
     path = Path(folder) / MANIFEST_FILE
     kinds = [kind] if isinstance(kind, str) else list(kind or [])
@@ -245,7 +246,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "format_version": _is(int),
     "beingvl_version": _is(str),
 }
-"""What each field of a manifest may hold."""
+"""Type check for each field of a manifest."""
 
 
 def _hint(kinds: list[str]) -> str:
@@ -256,9 +257,9 @@ def _hint(kinds: list[str]) -> str:
 def already_made(
     folder: Path | str, kind: str, request: Mapping[str, Any], overwrite: bool = False
 ) -> bool:
-    """Whether `folder` was finished by the same request, which its manifest's details hold.
+    """Whether `folder` was finished with the same request, according to its manifest's details.
 
-    Raises InputError when another request made it, unless `overwrite` is given.
+    Raises InputError if it was made with a different request, unless `overwrite` is set.
     """
     if overwrite or not is_complete(folder):
         return False
@@ -275,7 +276,7 @@ def already_made(
 
 
 def verify_folder(folder: Path | str) -> Manifest:
-    """Re-hash every file of a finished folder. Raises InputError for the first one that changed."""
+    """Re-hash all files of a finished folder. Raises InputError for the first that changed."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     for name in progress(manifest.files, name=f"verify {folder}", unit="file", leave=False):
@@ -289,9 +290,9 @@ def verify_file(
     manifest: Manifest,
     watch: Callable[[memoryview], object] = lambda block: None,
 ) -> None:
-    """Re-hash one file that the folder's manifest lists; `watch` hears of every block.
+    """Re-hash one file that the folder's manifest lists; `watch` is called with each block.
 
-    Raises InputError when it changed, or is not listed.
+    Raises InputError if it changed, or is not listed.
     """
     if found := difference_of_file(folder, name, manifest, watch):
         raise InputError(f"{folder / name} {found}; copy it again or make it again")
@@ -303,7 +304,7 @@ def difference_of_file(
     manifest: Manifest,
     watch: Callable[[memoryview], object] = lambda block: None,
 ) -> str | None:
-    """How a file differs from what the manifest says, as the end of a sentence."""
+    """How a file differs from its manifest entry, as the end of a sentence; None if it does not."""
     path, entry = path_inside(folder, name), manifest.files[name]
     size = path.stat().st_size if path.is_file() else None
     if size is None:
@@ -321,7 +322,7 @@ def difference_of_file(
 def join_lineages(lineages: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     """Union of the lineages of several inputs (name of the input -> its lineage).
 
-    Raises InputError that names the two inputs when they were made with different things.
+    Raises InputError naming two inputs that were made with different things.
     """
     joined: dict[str, str] = {}
     origin: dict[str, str] = {}

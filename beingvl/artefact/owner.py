@@ -1,22 +1,23 @@
-"""Whose an output folder is while it is written: one owner at a time, also on a network disk.
+"""Ownership of an output folder while it is written: one owner at a time, also on network disks.
 
     OUTPUT/.owner.tmp/GROUP.MEMBER.json    one file per process of the owner: who, where, since
-                                           when; its time is renewed every few seconds
+                                           when; its modification time is renewed every few seconds
 
-    owned     take the folder, or say who has it; several processes may be one owner, a group
-    wait_for_owner, shared    the other processes of an owner, before and after it told its group
-    making    `owned`, unless what is asked for is finished already
-    in_turn   a moment alone, for which others wait
+    owned     take the folder, or say who has it; several processes can be one owner, a group
+    wait_for_owner, shared    for the owner's other processes, before and after they know its group
+    making    `owned`, unless the requested output is already finished
+    in_turn   be alone for a moment, while others wait
 
-No file locks: not every disk has them. A folder with a file in it is renamed to `.owner.tmp`. That
-works where there is none, or an empty one, so one of many wins, and is there with its file or not
-at all. Whoever finds a dead owner removes that owner's files, by names that no other has, and
-renames its own folder to the empty one. Nobody removes what it has not found dead:
+We use no file locks, because not every disk has them. Instead, a folder with a file in it is
+renamed to `.owner.tmp`. The rename succeeds only if there is no such folder, or an empty one; so
+exactly one process wins, and its folder never appears without its file. Whoever finds a dead owner
+removes that owner's files, which have unique names, and renames its own folder over the empty one.
+Files are removed only if their process was found dead:
 
     on the machine that it ran on      no process has its id and its start time
-    elsewhere                          its time stood still for LEASE_SECONDS
+    elsewhere                          its modification time did not change for LEASE_SECONDS
 
-An owner that was stopped for so long and wakes finds its file gone, and ends.
+An owner that was suspended that long finds its file gone when it wakes up, and ends.
 """
 
 from __future__ import annotations
@@ -42,27 +43,27 @@ from beingvl.errors import InputError
 
 OWNER, TURN = ".owner.tmp", ".turn.tmp"
 BEAT_SECONDS = 5.0
-LEASE_SECONDS = 90.0  # network disks show for up to 60 s what was there before
-PATIENCE_SECONDS = 5.0  # what was killed a moment ago may still be ending
-ENDING_SECONDS = 30.0  # the same, where some processes of the owner have ended already
+LEASE_SECONDS = 90.0  # network disks may show stale content for up to 60 s
+PATIENCE_SECONDS = 5.0  # a process that was just killed may still be ending
+ENDING_SECONDS = 30.0  # the same, if some of the owner's processes have already ended
 POLL_SECONDS = 0.05
 IS_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 IS_GONE = (errno.ENOENT, errno.ESTALE)
 
 
 class OwnedError(InputError):
-    """Another process writes into the folder."""
+    """Another process is writing to the folder."""
 
 
 @contextmanager
 def owned(
     output: Path, group: str | None = None, name: str = OWNER, waits: bool = False
 ) -> Iterator[str]:
-    """Own `output` in this block; gives the group. Processes with the same `group` own it together,
-    without one this process does alone.
+    """Own `output` in this block; yields the group. Processes with the same `group` own it
+    together; without a group, this process owns it alone.
 
-    A folder that was made for this and stays empty is removed again. Raises OwnedError, which names
-    the owner, when there still is another one after a few seconds, unless this one `waits`.
+    If the folder is new and stays empty, it is removed again. Raises OwnedError, naming the owner,
+    if there is still a different one after a few seconds, unless this process `waits`.
     """
     is_new = not output.exists()
     make_folder(output)
@@ -78,8 +79,9 @@ def owned(
 
 
 def wait_for_owner(output: Path, run: str, patience_seconds: float) -> None:
-    """Return when a group whose name begins with `run` owns `output`, or when nobody has for so
-    long: a disk may show it late, or not be the owner's. Raises OwnedError for another owner.
+    """Return when a group whose name starts with `run` owns `output`, or when nobody has owned it
+    for `patience_seconds`: the disk may show it late, or may not be the owner's. Raises OwnedError
+    for a different owner.
     """
     others, deadline = (
         _Others(output / OWNER, PATIENCE_SECONDS),
@@ -96,31 +98,33 @@ def wait_for_owner(output: Path, run: str, patience_seconds: float) -> None:
 
 @contextmanager
 def shared(output: Path, group: str) -> Iterator[None]:
-    """Own `output` together with the process that gave `group`, as soon as it is seen here."""
+    """Own `output` together with the process that made `group`, as soon as its files are visible
+    here.
+    """
     with _Share(output / OWNER, group).kept():
         yield
 
 
 @contextmanager
 def making(output: Path, kind: str, request: Mapping[str, Any], overwrite: bool) -> Iterator[bool]:
-    """Own `output` and give True, or give False when `request` is finished (see `already_made`)."""
+    """Own `output` and yield True, or yield False if `request` is finished (see `already_made`)."""
     if already_made(output, kind, request, overwrite):
         yield False
         return
     with owned(output):
-        # another process may have finished it just now
+        # Another process may have finished it just now.
         yield not already_made(output, kind, request, overwrite)
 
 
 @contextmanager
 def in_turn(output: Path) -> Iterator[None]:
-    """Alone in `output` for a moment; others wait for their turn."""
+    """Own `output` alone for a moment; others wait for their turn."""
     with owned(output, name=TURN, waits=True):
         yield
 
 
 class _Share:
-    """This process's file in the folder of an owner."""
+    """This process's file in the owner's folder."""
 
     def __init__(self, folder: Path, group: str) -> None:
         self.folder, self.group = folder, group
@@ -130,7 +134,7 @@ class _Share:
         self._done = threading.Event()
 
     def take(self, patience_seconds: float) -> None:
-        """Raises OwnedError for another owner that lives."""
+        """Raises OwnedError if a different owner is alive."""
         others = _Others(self.folder, patience_seconds)
         while not self._is_there:
             names = others.look(f"{self.group}.")
@@ -142,12 +146,12 @@ class _Share:
                 time.sleep(POLL_SECONDS)
 
     def _begin(self) -> None:
-        """Take a folder that nobody has."""
+        """Take a folder that nobody owns."""
         prepared = self.folder.with_name(f".{uuid.uuid4().hex}{self.folder.name}")
         prepared.mkdir(parents=True)
         try:
             (prepared / self._path.name).write_text(self._text)
-            with suppress(OSError):  # not every disk renames to an empty folder
+            with suppress(OSError):  # not every disk can rename over an empty folder
                 self.folder.rmdir()
             os.rename(prepared, self.folder)
         except OSError as error:
@@ -155,11 +159,11 @@ class _Share:
                 raise
         finally:
             shutil.rmtree(prepared, ignore_errors=True)
-        # NFS may rename, lose the answer, and say of the second try that it cannot
+        # NFS may rename, lose the answer, and then report that the second attempt failed.
         self._is_there = self._path.exists()
 
     def _join(self) -> None:
-        """Beside the group's other files, unless there is none, or another owner's."""
+        """Add our file to the group's, unless there are none, or there is a different owner's."""
         try:
             with open(self._path, "x") as file:
                 file.write(self._text)
@@ -183,7 +187,7 @@ class _Share:
         finally:
             self._done.set()
             thread.join()
-            for remove in (self._path.unlink, self.folder.rmdir):  # the second by the last one
+            for remove in (self._path.unlink, self.folder.rmdir):  # the last process removes it
                 with suppress(OSError):
                     remove()
 
@@ -194,7 +198,7 @@ class _Share:
                     self._join()
                 else:
                     os.utime(self._path)
-            except OSError as error:  # a disk that fails ends the writing that it breaks
+            except OSError as error:  # other disk failures are left to the code that writes
                 if error.errno in IS_GONE and not self._done.wait(1) and not self._path.exists():
                     found = f"{self._path} is gone: another process has taken {self.folder.parent}"
                     end_process(f"{found}; this one ends")
@@ -203,18 +207,19 @@ class _Share:
 
 
 class _Others:
-    """Who is in the way, as seen since this began to look."""
+    """Other owners of a folder, as observed since this object was made."""
 
     def __init__(self, folder: Path, patience_seconds: float) -> None:
         self._folder = folder
         self._deadline = time.monotonic() + patience_seconds
-        self._seen: dict[str, tuple[int, float]] = {}  # file -> its time, and when that was seen
-        self._ending: set[str] = set()  # groups of which a process is dead
+        # File -> its modification time, and when we first saw that.
+        self._seen: dict[str, tuple[int, float]] = {}
+        self._ending: set[str] = set()  # groups that have a dead process
         self._is_told = False
 
     def look(self, ours: str) -> list[str]:
-        """Remove what is dead; returns the files that are left. Raises OwnedError for one that
-        lives and whose name does not begin with `ours`, when it has been waited for.
+        """Remove the files of dead processes; returns the others. Raises OwnedError, after waiting,
+        for a file of a living process if its name does not start with `ours`.
         """
         left: list[str] = []
         living: list[tuple[str, Process | None]] = []
@@ -247,15 +252,15 @@ class _Others:
             return []
 
     def _look_at(self, name: str) -> tuple[Process | None, bool | None]:
-        """Who it is, and whether it is dead; None while that is unknown."""
+        """The process, and whether it is dead; None while that is unknown."""
         path, process = self._folder / name, None
         try:
-            with open(path) as file:  # opened, so that a network disk asks its server
+            with open(path) as file:  # opening makes a network disk ask its server
                 changed = os.fstat(file.fileno()).st_mtime_ns
                 process = Process(**json.loads(file.read()))
         except FileNotFoundError:
             return None, True
-        except (ValueError, TypeError):  # damaged, or just being written
+        except (ValueError, TypeError):  # damaged, or being written right now
             pass
         is_dead = process.is_dead() if process else None
         if is_dead is None:

@@ -1,18 +1,17 @@
-"""Work in numbered parts: what makes a step resumable, and its result the same on any number of
-ranks.
+"""Work in numbered parts: a step can be resumed, and its result is the same on any number of ranks.
 
-    OUTPUT/parts.tmp/request.json    what is being made; the same for every rank and every start
-    OUTPUT/parts.tmp/00000/ …        finished parts: each is written beside its place and
-                                     renamed, so it is whole or absent
-    OUTPUT/manifest.json             written, last, by the rank that finds all parts finished;
-                                     then parts.tmp/ is removed
+    OUTPUT/parts.tmp/request.json    what is being made; the same for all ranks and starts
+    OUTPUT/parts.tmp/00000/ …        finished parts: each is written under a temporary name and
+                                     renamed, so it is complete or absent
+    OUTPUT/manifest.json             written last, by the rank that finds all parts finished; then
+                                     parts.tmp/ is removed
 
-A part that two processes make at once is the same bytes twice, and the first stays. A process that
-another has overtaken, so that its parts are joined and gone while it still makes one, ends well:
-`writing` raises OvertakenError.
+If two processes make the same part at once, both write the same bytes, and the first stays. If a
+process is overtaken, so that the parts are joined and removed while it still makes one, it ends
+cleanly: `writing` raises OvertakenError.
 
-How the input is cut into parts is a function of the input alone. Rank r of R makes the parts r, r +
-R, r + 2R, … that nobody has finished yet; a run that was killed is started again with any number of
+The input alone determines how it is divided into parts. Rank r of R makes those of the parts r,
+r + R, r + 2R, … that nobody has finished yet. A killed run can be restarted with any number of
 ranks.
 
     4 parts, 2 ranks, rank 1 killed in part 3:      0 1 2 .      (rank 0 made 0 and 2, rank 1
@@ -40,19 +39,19 @@ from beingvl.artefact.request import Request
 from beingvl.errors import InputError
 from beingvl.json_file import read_json, read_object
 
-FOLDER = "parts.tmp"  # manifests leave out what ends in .tmp
-GONE = (errno.ENOENT, errno.ESTALE)  # what a removed folder answers, the second on a network disk
+FOLDER = "parts.tmp"  # manifests omit what ends in .tmp
+GONE = (errno.ENOENT, errno.ESTALE)  # errors for a removed folder, the second on network disks
 
 
 # ---- parts ----
 
 
 class OvertakenError(Exception):
-    """Another process removed the parts, or began anew: nothing is left to do for this one."""
+    """Another process removed the parts, or started over: this one has nothing left to do."""
 
 
 class Parts:
-    """The parts of one output folder; `request` says what is made, others are refused."""
+    """The parts of one output folder. `request` says what is made; others are refused."""
 
     def __init__(self, output: Path, request: Mapping[str, Any], name: str = FOLDER) -> None:
         self.folder = output / name
@@ -71,8 +70,8 @@ class Parts:
         return self.folder / f"{number:05d}"
 
     def finished(self) -> set[int]:
-        """Raises InputError when the parts are gone: who asks has found the output incomplete, in
-        its turn.
+        """Numbers of the finished parts. Raises InputError if the parts are gone, because the
+        caller has just found the output incomplete.
         """
         if not self._are_ours():
             raise self.removed()
@@ -98,10 +97,10 @@ class Parts:
 
     @contextlib.contextmanager
     def writing(self, number: int) -> Iterator[Path]:
-        """A folder to write part `number` into; it gets its name when the block ends without an
+        """A folder to write part `number` to; it gets its final name when the block ends without
         error.
 
-        Raises OvertakenError when the parts were removed before that.
+        Raises OvertakenError if the parts were removed before that.
         """
         temporary = self.folder / f".{number:05d}.{socket.gethostname()}.{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -110,11 +109,10 @@ class Parts:
             yield temporary
             for path in temporary.iterdir():
                 sync(path)
-            if not self._are_ours():  # but of another request, whose parts these files must not be
+            if not self._are_ours():  # our files must not become parts of a different request
                 raise OvertakenError
-            with contextlib.suppress(
-                FileExistsError
-            ):  # another process finished the same part meanwhile: the same bytes
+            # Another process may have finished the same part, with the same bytes.
+            with contextlib.suppress(FileExistsError):
                 _rename_folder(temporary, self.path(number))
         except OSError as error:
             if error.errno not in GONE or self._are_ours():
@@ -124,16 +122,16 @@ class Parts:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def show_life(self) -> None:
-        """In the middle of a long part, for `wait_until_complete` of others."""
-        with contextlib.suppress(FileNotFoundError):  # another run joined and removed the parts
+        """Called within long parts, for other processes in `wait_until_complete`."""
+        with contextlib.suppress(FileNotFoundError):  # another run may have removed the parts
             os.utime(self.folder)
 
     def read_json(self, num_parts: int, file: str) -> list[Any]:
-        """One JSON file of every part, in order."""
+        """The same JSON file from all parts, in order."""
         return [read_json(self.path(number) / file) for number in range(num_parts)]
 
     def join(self, num_parts: int, file: str, target: Path, head: bytes = b"") -> str:
-        """Lay one file of every part end to end in `target`, behind `head`; returns its hash."""
+        """Concatenate `head` and the same file from all parts in `target`; returns its hash."""
         temporary = target.with_name(f"{target.name}.tmp")
         with open(temporary, "wb") as out:
             hashed = HashedFile(out)
@@ -150,11 +148,11 @@ class Parts:
 
 
 def remove_parts(output: Path, name: str = FOLDER) -> None:
-    """Also at the start of a step that is finished: it may have been killed between its manifest
-    and this.
+    """Remove the folder of parts. Finished steps call it, too, because the run may have been killed
+    after writing the manifest.
 
-    The folder goes in one rename. A process that still makes a part of it finds no request there,
-    never half of the folder; nor does a later start, should this one be killed meanwhile.
+    The folder disappears in one rename: a process that still makes a part finds no request, but
+    never half of the folder. The same holds for a later run if this one is killed meanwhile.
     """
     removed = output / f".{name}.removed.tmp"
     shutil.rmtree(removed, ignore_errors=True)
@@ -175,9 +173,9 @@ def _rename_folder(source: Path, target: Path) -> None:
 def wait_until_complete(
     output: Path, patience_seconds: float = 1800, poll_seconds: float = 2
 ) -> None:
-    """Return when the other ranks have finished `output`. Raises InputError when none shows life
-    for so long: a part that is finished, or `Parts.show_life`, changes the time of the parts'
-    folder.
+    """Return when the other ranks have finished `output`. Raises InputError if none shows life for
+    `patience_seconds`: finished parts and `Parts.show_life` change the modification time of the
+    parts' folder.
     """
     seen, since = -1, time.monotonic()
     with progress(name=f"wait for {output}", unit="folder", total=1, leave=False):

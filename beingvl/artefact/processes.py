@@ -1,6 +1,6 @@
-"""Who a process is, for others that ask later whether it still runs.
+"""Identify a process, so that others can check later whether it still runs.
 
-A process id alone says nothing: ids are given out again, and another host or container has its own.
+A process id alone is not enough: ids are reused, and each host or container has its own.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import psutil
 
 from beingvl.artefact.files import printable
 
-LONGEST_COMMAND = 120  # letters that messages show of one
+LONGEST_COMMAND = 120  # characters of a command that messages show
 
 
 @dataclass(frozen=True)
 class Process:
-    """`machine`: where `pid` means this process, "" where that is unknown. `started`: clock ticks
-    from boot to its start.
+    """`machine`: where `pid` is valid, "" if unknown. `started`: clock ticks from boot to the
+    process's start.
     """
 
     host: str
@@ -36,20 +36,20 @@ class Process:
     command: str
 
     def is_dead(self) -> bool | None:
-        """Whether it has ended; None when that cannot be known here."""
+        """Whether it has ended; None if that cannot be determined here."""
         if not self.machine or self.machine != this_machine():
             return None
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except PermissionError:  # somebody else's
+        except PermissionError:  # another user's process
             pass
         found = _read_stat(self.pid)
-        if found is None:  # /proc may hide the processes of others
+        if found is None:  # /proc may hide other users' processes
             return False
         state, num_threads, started = found
-        # a thread of a killed process may still hang in a write
+        # A thread of a killed process may still be blocked in a write.
         return started != self.started or (state in "ZX" and num_threads <= 1)
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ class Process:
 
 
 def end_process(reason: str) -> NoReturn:
-    """End this process with all its threads, also when nobody reads what it says any more."""
+    """End this process with all its threads, even if its stderr is closed."""
     with suppress(OSError):
         print(reason, file=sys.stderr, flush=True)
     os._exit(1)
@@ -72,7 +72,7 @@ def this_process() -> Process:
 
 
 def this_machine() -> str:
-    """Of one boot and one table of process ids; "" where the system does not tell."""
+    """Identifies host, boot and process-id namespace; "" if the system does not tell."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         table = os.stat("/proc/self/ns/pid").st_ino
@@ -82,7 +82,7 @@ def this_machine() -> str:
 
 
 def _read_stat(pid: int) -> tuple[str, int, int] | None:
-    """(state, number of threads, clock ticks from boot to start), as proc(5) says."""
+    """(state, number of threads, clock ticks from boot to start), see proc(5)."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
@@ -96,7 +96,7 @@ def shortened(command: str) -> str:
 
 
 def listener_on(port: int) -> str:
-    """Which process of this machine listens on a port, as far as this user may know."""
+    """The process on this machine that listens on a port, as far as this user may see."""
     try:
         sockets = psutil.net_connections("tcp")
     except (psutil.Error, OSError):

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar in a terminal or a notebook, a line every half minute in a log."""
+"""Progress of long work: a bar in terminals and notebooks, a line every half minute in logs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ FIRST_SECONDS, LOG_SECONDS = 10, 30
 
 
 class _LogLines(tqdm):
-    """Whole lines instead of a bar that is drawn over itself; none for work that is soon done.
+    """Prints whole lines instead of redrawing a bar, and nothing for short work.
 
-    A thread writes them, so that they also come while one item takes long.
+    A thread prints them, so that they also appear while a single item takes long.
     """
 
     monitor_interval = 0  # tqdm's own thread
@@ -48,7 +48,7 @@ class _LogLines(tqdm):
     def display(self, msg: str | None = None, pos: int | None = None) -> None: ...
 
     def set_postfix(self, *args: Any, refresh: bool = True, **values: Any) -> None:
-        super().set_postfix(*args, refresh=False, **values)  # shown with the next line
+        super().set_postfix(*args, refresh=False, **values)  # the next line shows it
 
     def close(self) -> None:
         self._is_closed.set()

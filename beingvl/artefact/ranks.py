@@ -1,4 +1,4 @@
-"""Which rank of how many this process is: what a user says, a launcher, or a Slurm array."""
+"""This process's rank and the number of ranks: from the user, a launcher, or a Slurm array."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def rank_of(
     num_ranks: int | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> RankOf:
-    """What is given, else the launcher's variables times the Slurm array's, else rank 0 of 1.
+    """The given rank, else the launcher's variables combined with the Slurm array's, else 0 of 1.
 
-    Nothing else reads these variables. Raises InputError when they contradict each other.
+    Nothing else reads these variables. Raises InputError if they contradict each other.
     """
     if (rank is None) != (num_ranks is None):
         raise InputError("--rank and --num_ranks belong together: give both or neither")

@@ -1,8 +1,8 @@
-"""What a piece of work was asked for: its options and the hashes of its inputs.
+"""What a piece of work was asked to make: its options and the hashes of its inputs.
 
-Equal requests make equal bytes. So a request is kept wherever the same question comes up later:
-in manifests ("is this folder what I was asked for?"), beside unfinished parts, in checkpoints
-("is this the run that I resume?"), and between ranks ("were we given the same?").
+Equal requests make equal bytes. So requests are stored wherever we compare later: in manifests ("is
+this folder what I was asked for?"), beside unfinished parts, in checkpoints ("is this the run that
+I resume?"), and across ranks ("did we all get the same?").
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from beingvl.artefact.hashes import PREFIX
 
 
 class Request(dict[str, Any]):
-    """Names and values that JSON can hold."""
+    """Names and JSON values."""
 
     def difference(self, found: Mapping[str, Any]) -> str | None:
-        """What differs first in `found`, as "different seed (found 1, asked for 2)"; else None."""
+        """The first difference, as in "different seed (found 1, asked for 2)"; None if equal."""
         return next(iter(self.differences(found)), None)
 
     def differences(self, found: Mapping[str, Any]) -> list[str]:
-        """All that differs, each as above."""
-        asked = json.loads(json.dumps(self))  # as it reads back from a file: tuples are lists
+        """All differences, each as above."""
+        asked = json.loads(json.dumps(self))  # as it reads back from a file: tuples become lists
         return [
             f"different {name} ({_how(found.get(name), asked.get(name))})"
             for name in {**found, **asked}

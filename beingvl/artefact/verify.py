@@ -1,7 +1,7 @@
-"""Re-hash finished artefacts: is every file as its manifest says?
+"""Re-hash finished artefacts: does every file match its manifest?
 
-Content is not read again: what a step has written has passed its checks, and the hash says that
-nothing changed since.
+Content is not checked again: it passed its step's checks, and the hash proves that nothing changed
+since.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from beingvl.errors import InputError
 
 
 def verify(path: Path | str) -> dict[Path, Manifest]:
-    """Re-hash an artefact folder, what is finished in a stage's folder, or one file of a folder.
+    """Re-hash an artefact folder, the finished artefacts in a stage's folder, or a single file.
 
-    Returns the manifest of each folder. Raises InputError that names the first file which is
-    missing or changed, or that there is no manifest.
+    Returns each folder's manifest. Raises InputError naming the first file that is missing or
+    changed, or a folder without a manifest.
     """
     path = Path(path)
     if path.name == MANIFEST_FILE:
@@ -40,7 +40,7 @@ def verify(path: Path | str) -> dict[Path, Manifest]:
 
 
 def artefacts_of(path: Path) -> list[Path]:
-    """`path`, or what is finished in the folder of a training stage, which is not an artefact
+    """`path`, or the finished artefacts in a training stage's folder, which is not an artefact
     itself.
     """
     folders = [*sorted(path.glob("checkpoints/step-*")), path / "final"]

@@ -1,13 +1,13 @@
-"""How a step makes its output in parts: begin, make this rank's parts, join them, be reused.
+"""How a step makes its output in parts: start, make this rank's parts, join them, reuse the result.
 
-A step describes itself as `Work`: what its parts are and how they are joined. `run_in_parts` does
-the rest, once for all steps:
+A step describes itself as `Work`: its parts and how to join them. `run_in_parts` does the rest, for
+all steps:
 
-    1. a finished output of the same request is reused, of another request refused
-    2. this rank makes its parts, here or in worker processes; those that exist already are kept
-    3. the rank that finds all parts finished joins them, and the manifest is written last
+    1. a finished output of the same request is reused, of a different request refused
+    2. this rank makes its parts, here or in worker processes; existing parts are kept
+    3. the rank that finds all parts finished joins them and, last, writes the manifest
 
-Ranks, workers and kills change no byte of the result (parts.py says how).
+The result is bit-identical for any ranks, workers and kills (parts.py says how).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from beingvl.errors import InputError
 class Work:
     """One step's work. Worker processes get a pickled copy and call `prepare` once.
 
-    kind           of the artefact, as in its manifest
-    output         the folder that it fills
+    kind           the artefact's kind, as in its manifest
+    output         the folder to write
     unit           what progress counts: "image", "row", "B"
     parts_folder   name of the folder of parts inside `output`
     """
@@ -49,60 +49,62 @@ class Work:
 
     @property
     def num_parts(self) -> int:
-        """How many parts the input makes; a function of the input alone."""
+        """Number of parts; a function of the input alone."""
         raise NotImplementedError
 
     def size_of_part(self, number: int) -> int:
-        """Of part `number`, in units."""
+        """Size of part `number`, in units."""
         raise NotImplementedError
 
     def request(self) -> Request:
-        """All that decides the result; kept in the manifest's details. May take long."""
+        """Everything that determines the result; stored in the manifest's details. May be slow."""
         raise NotImplementedError
 
     def request_of_parts(self) -> Request:
-        """All that decides the bytes of the parts; cheap. Parts of another one are refused."""
+        """Everything that determines the parts' bytes; must be fast. Parts of a different request
+        are refused.
+        """
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Open what parts need; called once in every process that makes parts."""
+        """Open what the parts need; called once in each process that makes parts."""
 
     def write_part(self, number: int, folder: Path, advance: Callable[[int], object]) -> None:
-        """Write the files of part `number` into `folder`; call `advance` with units done."""
+        """Write the files of part `number` to `folder`; call `advance` with the units done."""
         raise NotImplementedError
 
     def join(self, parts: Parts) -> None:
-        """Lay all parts together in `output` and write its manifest."""
+        """Join all parts in `output` and write its manifest."""
         raise NotImplementedError
 
     def is_finished(self) -> bool:
         return is_complete(self.output)
 
     def check_finished(self) -> None:
-        """Raises InputError when the finished output is not what is asked for."""
+        """Raises InputError if the finished output was made with a different request."""
         already_made(self.output, self.kind, self.request())
 
     def start_over(self) -> None:
-        """Remove what is finished: `--overwrite`."""
+        """Remove the finished output: `--overwrite`."""
         start_folder(self.output, self.kind)
 
 
 def run_in_parts(
     work: Work, rank: RankOf, num_workers: int = 0, overwrite: bool = False, name: str = "parts"
 ) -> None:
-    """Make this rank's share of `work` and, when it is the last one, the whole.
+    """Make this rank's share of `work` and, if it is the last rank, join the whole.
 
-    With `num_workers` processes beside this one, or in this one when it is 0. `name` stands before
-    the progress bar. Raises InputError for an output of another request, OwnedError for one that
-    another process makes something else in.
+    Parts are made in `num_workers` processes, or in this process if that is 0. `name` labels the
+    progress bar. Raises InputError for an output of a different request, and OwnedError if another
+    process is making something else there.
     """
-    if overwrite and rank.num_ranks > 1:  # a late rank would remove what another has made
+    if overwrite and rank.num_ranks > 1:  # a late rank would remove what other ranks have made
         raise InputError(
             f"--overwrite is for one rank, found {rank.num_ranks}; remove {work.output} before "
             "you start them"
         )
     request = work.request_of_parts()
-    # who makes the same may join; who starts again is alone
+    # Processes that make the same may join; one that starts over is alone.
     group = None if overwrite else hash_bytes(to_json(request).encode()).removeprefix(PREFIX)
     with owned(work.output, group, f".{work.parts_folder.removesuffix(FOLDER)}{OWNER[1:]}"):
         _make_together(work, request, rank, num_workers, overwrite, name)
@@ -116,19 +118,19 @@ def _make_together(
             work.start_over()
             remove_parts(work.output, work.parts_folder)
         is_finished = work.is_finished()
-        if is_finished:  # a kill may have come between the manifest and this
+        if is_finished:  # a run may have been killed between writing the manifest and this
             remove_parts(work.output, work.parts_folder)
         else:
             parts = Parts(work.output, request, work.parts_folder)
             mine = [n for n in parts.missing(work.num_parts) if n % rank.num_ranks == rank.rank]
-    if is_finished:  # out of turn: looking at all inputs may take long
+    if is_finished:  # outside our turn, because comparing all inputs may be slow
         work.check_finished()
         return
     with suppress(OvertakenError):
         _make_parts(work, parts, mine, num_workers, name)
     with in_turn(work.output):
         if is_finished := work.is_finished():
-            parts.remove()  # what this rank may have added while another removed them
+            parts.remove()  # this rank may have added one while another removed them
         elif missing := parts.missing(work.num_parts):
             print(
                 f"rank {rank.rank} of {rank.num_ranks} has finished its parts; {len(missing)} of "
@@ -137,7 +139,7 @@ def _make_together(
         else:
             work.join(parts)
             parts.remove()
-    if is_finished:  # by another start, which may have joined the same parts in another way
+    if is_finished:  # by another run, which may have joined the same parts differently
         work.check_finished()
 
 
@@ -169,7 +171,7 @@ def worker_processes(
 ) -> Iterator[ProcessPoolExecutor]:
     """A pool of spawned processes; each calls `prepare(*arguments)` once and dies with its parent.
 
-    Leaving the block with an error cancels what waits.
+    Leaving the block with an error cancels waiting tasks.
     """
     pool = ProcessPoolExecutor(
         num_workers,
@@ -186,7 +188,7 @@ def worker_processes(
 
 
 def killed_worker(found: str) -> InputError:
-    """For a worker process that ended without an exception; `found` is what is known."""
+    """The error for a worker process that ended without an exception; `found` is what we know."""
     return InputError(
         f"a worker process was killed ({found}), most likely by the kernel when memory ran out; "
         "nothing finished is lost: start the same command again with fewer --num_workers, or with "
@@ -198,16 +200,16 @@ def _start_process(prepare: Callable[..., None], arguments: Sequence[object]) ->
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:  # else it would wait for tasks for ever after its parent was killed
+    def follow() -> None:  # without it, a worker waits for tasks forever if its parent is killed
         parent.join()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
     prepare(*arguments)
-    gc.freeze()  # the collector need not walk through all that was imported, again and again
+    gc.freeze()  # so that the collector does not scan all imported objects again and again
 
 
-_work: Work  # of this worker process
+_work: Work  # this worker process's
 _parts: Parts
 
 
@@ -218,7 +220,7 @@ def _prepare(work: Work, parts: Parts) -> None:
 
 
 def _write_in_process(number: int) -> int:
-    """Returns the units that were done."""
+    """Write a part; returns the units done."""
     done = 0
 
     def advance(units: int) -> None:

@@ -78,9 +78,7 @@ def load_tokenizer(folder: Path | str, num_text: int | None = None) -> PreTraine
             tokenizer = LlamaTokenizer.from_pretrained(path.parent, add_bos_token=True)
         else:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False)
-    except (
-        Exception
-    ) as error:  # transformers and tokenizers raise plain Exception for damaged files
+    except Exception as error:  # damaged files raise plain Exception
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
             f"{path} cannot be read as a tokenizer ({reason}); download it "
