@@ -62,8 +62,8 @@ class Parts:
             write_atomically(path, text)
         elif difference := Request(request).difference(read_object(path)):
             raise InputError(
-                f"{output} holds unfinished work of {difference}; give the same inputs and options "
-                "to finish it, choose another folder, or add --overwrite to start again"
+                f"{output} holds unfinished work with {difference}; give the same inputs and "
+                "options to finish it, choose another folder, or add --overwrite to start again"
             )
 
     def path(self, number: int) -> Path:

@@ -150,7 +150,7 @@ def _layout_and_lineages(
             )
     if layout is None:
         raise InputError(
-            f"{paths[0]} is in no manifest beside it: say with --model which "
+            f"{paths[0]} is not listed in a manifest beside it: say with --model which "
             "vocabulary its ids belong to"
         )
     lineages["the vocabulary layout"] = {"vocab": layout.fingerprint()}

@@ -37,8 +37,8 @@ from beingvl.vocab import VocabLayout
 
 IMAGE_PLACEHOLDER = "<image>"
 CUT_CHARACTER = (
-    "holds what is not a character: bytes that are not UTF-8, or half of a surrogate pair, as a "
-    "truncated emoji leaves it"
+    "contains an invalid character: bytes that are not UTF-8, or half of a surrogate pair, as in a "
+    "truncated emoji"
 )
 STOP_TEXTS = {DEFAULT: "", PUBLISHED: "</s>"}
 HUMAN_NAMES = ("human", "user")

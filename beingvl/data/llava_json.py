@@ -165,7 +165,7 @@ def image_keys(row: dict) -> list[str]:
     if not keys and (others := [key for key in row if row[key] and _PICTURES.fullmatch(key)]):
         raise InputError(
             f"the row has no `image`, but {others[0]!r}, which is not read: images belong under "
-            "`image`, a path or a list of paths (videos are not taken)"
+            "`image`, a path or a list of paths (videos are not supported)"
         )
     return keys
 
@@ -194,7 +194,7 @@ def named_images(json_path: Path) -> list[str]:
 
 def _behind_space(text: str, at: int) -> int:
     found = _SPACE.match(text, at)
-    assert found is not None  # no space at all matches too
+    assert found is not None  # the pattern also matches nothing
     return found.end()
 
 
@@ -214,7 +214,7 @@ def _line_values(path: Path, start: Place, open_file: Open) -> Iterator[tuple[Pl
             elif text := (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip():
                 if text == b"{" and number == 1:
                     raise InputError(
-                        f"{path}, line 1: an object goes over several lines; expected a "
+                        f"{path}, line 1: an object spans several lines; expected a "
                         "list of objects ([ … ], with commas between them), or one per line"
                     )
                 yield place, _value_of_line(text, number)

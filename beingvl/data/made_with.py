@@ -44,9 +44,9 @@ class Fact:
         for name, value in known:
             if value != known[0][1]:
                 raise InputError(
-                    f"{known[0][0]} is of the {self.words} {known[0][1]!r}, {name} of {value!r}; a "
+                    f"{known[0][0]} has the {self.words} {known[0][1]!r}, {name} has {value!r}; a "
                     f"stage has one {self.words}: tokenize the rows again with --{self.name}, or "
-                    "train on each apart"
+                    "train on each separately"
                 )
         return known[0][1] if known else otherwise or self.choices[0]
 

@@ -110,7 +110,7 @@ class Mixture:
         }
 
     def _allotment(self, num_blocks: int) -> list[int]:
-        """Draws per source in `num_blocks` blocks; the largest source gets what rounding leaves."""
+        """Draws per source in `num_blocks` blocks; the largest source gets the remainder."""
         draws = self._block * num_blocks
         counts = [share.numerator * draws // share.denominator for share in self._shares]
         counts[self._largest] += draws - sum(counts)

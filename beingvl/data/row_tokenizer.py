@@ -61,7 +61,7 @@ class RowTokenizer:
     ) -> None:
         self._encoder = encoder
         self._layout = layout
-        self._codes: Any = codes  # None where no row may have images
+        self._codes: Any = codes  # None if no row may have images
         self._vbpe = vbpe
         self._template = template
         self._default_category = default_category

@@ -380,7 +380,7 @@ class TarImages:
             if name in self._places:
                 other = self._paths[self._places[name][0]]
                 raise InputError(
-                    f"{path} and {other} both hold {name}: rename one or encode them apart"
+                    f"{path} and {other} both hold {name}: rename one or encode them separately"
                 )
             self._places[name] = (number, member.offset_data, member.size)
             if member.issparse():  # its zeros are not in the tar

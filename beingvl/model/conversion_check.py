@@ -192,7 +192,7 @@ def _check_images(result: Path, vq_path: Path | None) -> str:
     picture = torch.stack([rows, rows.T, waves])[None]
     codes = ours.encode(picture)
     if not np.array_equal(codes, theirs.encode(picture)):
-        raise DifferenceError(f"{result / VQGAN_FOLDER} gives other codes than {theirs.source}")
+        raise DifferenceError(f"{result / VQGAN_FOLDER} and {theirs.source} give different codes")
     seen = f"{codes.shape[1]} x {codes.shape[2]} codes, {len(np.unique(codes))} different"
     if (result / VBPE_FILE).is_file():
         vbpe = VisualBPE.load(result)

@@ -170,7 +170,7 @@ def _find_layout(folder: Path) -> str:
     if config.is_file() and (named := read_object(config, _AGAIN).get("transformers_weights")):
         raise InputError(
             f"{config} says that the weights are in {str(named)[:200]!r} (transformers_weights); "
-            f"call that file {SINGLE_FILE} and remove the key"
+            f"rename that file to {SINGLE_FILE} and remove the key"
         )
     for name in _LAYOUTS:
         if (folder / name).is_file():

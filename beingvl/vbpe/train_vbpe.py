@@ -181,7 +181,7 @@ class Output:
         """Whether there is nothing to do. Raises InputError if something would be overwritten."""
         if self.folder is None:
             if self.file.is_dir() or is_complete(self.file.parent):
-                found = "is a folder" if self.file.is_dir() else "lies in a folder with a manifest"
+                found = "is a folder" if self.file.is_dir() else "is in a folder with a manifest"
                 raise InputError(f"{self.file} {found}; choose another name")
             if self.file.exists() and not overwrite:
                 raise InputError(f"{self.file} exists; choose another name or add --overwrite")

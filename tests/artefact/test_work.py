@@ -100,7 +100,7 @@ def test_the_last_rank_joins_and_ranks_may_change(tmp_path, capsys) -> None:
         run_in_parts(work := Squares(tmp_path), RankOf(rank, 3))
         assert work.made == [rank]
     assert "1 of 3 are still missing" in capsys.readouterr().out
-    with pytest.raises(InputError, match="unfinished work of different count"):
+    with pytest.raises(InputError, match="unfinished work with different count"):
         run_in_parts(Squares(tmp_path, 9), ALONE)
     run_in_parts(work := Squares(tmp_path), ALONE)
     assert work.made == [0] and squares(tmp_path) == "0 1 4 9 16 25 36 49 "

@@ -195,7 +195,7 @@ WRONG = {
     a_cut_parquet: "cut.parquet is not a whole parquet file",
     a_cut_gzip: "cut.jsonl.gz .*truncated",
     csv_with_semicolons: "separated by ','; it seems to be separated by ';'",
-    one_object_over_lines: "line 1: an object goes over several lines; expected a list of objects",
+    one_object_over_lines: "line 1: an object spans several lines; expected a list of objects",
     two_kinds: "are files of two kinds",
     addresses: "'url' holds addresses of images, such as 'https://example.org/a.png', and none",
     nothing: r"holds no file that ends in \.json, \.jsonl, \.ndjson, \.csv, \.tsv, \.parquet, "

@@ -284,7 +284,7 @@ def test_unfinished_work_of_an_input_that_was_mended_is_refused_in_words(
     rows.write_text(rows.read_text().replace('"r7"', '"seven"'))
     assert cli.main(command) == 2
     error = capsys.readouterr().err
-    assert "unfinished work of different json (its content differs)" in error, error
+    assert "unfinished work with different json (its content differs)" in error, error
     assert "or add --overwrite to start again" in error and "blake3" not in error, error
 
 
@@ -296,7 +296,7 @@ def test_unfinished_work_of_other_options_is_refused(inputs, tmp_path, capsys) -
         and (tmp_path / "build-shards" / FOLDER).is_dir()
     )
     assert cli.main([*command, "--part_bytes=5000"]) == 2
-    assert "unfinished work of different part_bytes" in capsys.readouterr().err
+    assert "unfinished work with different part_bytes" in capsys.readouterr().err
     assert cli.main([*command, "--num_workers=2"]) == 0
     assert (
         verify_folder(tmp_path / "build-shards").content_hash

@@ -42,7 +42,7 @@ WRONG = {
     "[]": "non-empty list",
     "": "non-empty list",
     "[7]": "row 1: expected an object",
-    '{\n "a": 1\n}': "line 1: an object goes over several lines",
+    '{\n "a": 1\n}': "line 1: an object spans several lines",
     '{"a": 1}\n\n{': "row 2: line 3 is not valid JSON",
     '[{"a": 1}, {"a" 1}]': r"after element 1 .character 17: Expecting ':' delimiter",
     '{"a": ' + "1" * 5000 + "}": "row 1: line 1 is not valid JSON .*digits",

@@ -199,7 +199,7 @@ def test_parts_of_another_version_are_not_gone_on_with(tmp_path, capsys, monkeyp
         assert build_shards(tmp_path, rows, **options, rank=0, num_ranks=2) == 0
     assert build_shards(tmp_path, rows, **options) == 2
     assert (
-        "unfinished work of different parts_version (found 1, asked for 4)"
+        "unfinished work with different parts_version (found 1, asked for 4)"
         in capsys.readouterr().err
     )
     assert build_shards(tmp_path, rows, **options, overwrite=True) == 0
@@ -355,7 +355,10 @@ def test_a_file_that_the_manifest_beside_it_does_not_list_is_not_of_its_vocabula
     stranger.write_text(json.dumps({**ROW, "id": 8}) + "\n")
     command = ["build-shards", f"--jsonl_path={stranger}", f"--output_path={tmp_path}/shards"]
     assert cli.main(command) == 2
-    assert "mine.jsonl is in no manifest beside it: say with --model" in capsys.readouterr().err
+    assert (
+        "mine.jsonl is not listed in a manifest beside it: say with --model"
+        in capsys.readouterr().err
+    )
     assert cli.main([*command, f"--model_path={write_model(tmp_path / 'base')}"]) == 0
     assert read_manifest(tmp_path / "shards").lineage == {"vocab": LAYOUT.fingerprint()}
 

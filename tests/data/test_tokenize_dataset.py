@@ -535,7 +535,7 @@ def test_parts_made_without_decoding_are_not_passed_off_as_decoded(inputs, capsy
     assert build(inputs, part_bytes=600, rank=0, num_ranks=2) == 0
     assert build(inputs, part_bytes=600, vbpe_path=inputs / "vbpe.json") == 2
     assert (
-        "unfinished work of different decoded (found False, asked for True)"
+        "unfinished work with different decoded (found False, asked for True)"
         in capsys.readouterr().err
     )
 

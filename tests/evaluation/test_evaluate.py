@@ -262,7 +262,7 @@ def test_an_interrupted_evaluation_is_continued_on_other_ranks(
     assert not (tmp_path / "eval" / "manifest.json").exists()
     assert (
         main([*arguments, "--limit=7"]) == 2
-        and "unfinished work of different limit" in capsys.readouterr().err
+        and "unfinished work with different limit" in capsys.readouterr().err
     )
     counted: list[int] = []
     monkeypatch.setattr(

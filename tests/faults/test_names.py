@@ -104,7 +104,9 @@ def test_the_config_of_a_tokenizer_reads_no_file_beside_its_folder(tmp_path, key
 def test_weights_of_a_name_that_only_transformers_knows_are_refused(tmp_path) -> None:
     folder = write_base_model(tmp_path / "llama")
     set_fields(folder / "config.json", transformers_weights="../payload.safetensors")
-    with pytest.raises(InputError, match=r"call that file model.safetensors and remove the key"):
+    with pytest.raises(
+        InputError, match=r"rename that file to model.safetensors and remove the key"
+    ):
         WeightFolder(folder)
 
 

@@ -348,7 +348,7 @@ def test_an_overwrite_removes_no_images(image_path, vq_path, tmp_path):
 
 
 WRONG_JSON = {
-    "line 1: an object goes over several lines": "{",
+    "line 1: an object spans several lines": "{",
     "is not valid JSON after element 1": '[{"image": "a.png"}, {]',
     "row 1: expected an object, found int": "[7]",
     "row 1: expected an object whose": '{"image": 7}',

@@ -63,4 +63,4 @@ def test_a_model_stands_where_its_rows_do(tmp_path, capsys) -> None:
     trainer = launcher.stage_words(tmp_path / "all.json", final, running, tmp_path / "stage-2")
     for words in ([*score, f"--data={running}"], ["train", *map(str, trainer)]):
         assert main(words) == 2
-        assert f"{running} of 'running'; a stage has one kind" in capsys.readouterr().err
+        assert f"{running} has 'running'; a stage has one kind" in capsys.readouterr().err

@@ -105,7 +105,7 @@ def test_rows_of_two_templates_are_one_sentence(work, tmp_path) -> None:
             build_shards(path, tmp_path / name, model_path=work / "base", num_workers=0)
     (tmp_path / "ours.jsonl").write_text(ours)
     both = [tmp_path / "ours.jsonl", work / "data_base.jsonl"]
-    with pytest.raises(InputError, match=r"of the template 'default', .* of 'being-vl-0\.5'"):
+    with pytest.raises(InputError, match=r"has the template 'default', .* has 'being-vl-0\.5'"):
         build_shards(both, tmp_path / "both", model_path=work / "base")
     options = {"model_path": work / "base", "template": "default", "num_workers": 0}
     manifest = build_shards(both, tmp_path / "both", **options)

@@ -43,7 +43,7 @@ def test_a_model_is_of_the_template_of_its_rows(tmp_path, capsys) -> None:
     assert exported.details["template"] == PUBLISHED
 
     ours = write_shards(tmp_path / "ours")  # of before: without a word
-    sentence = f"{final} is of the template 'being-vl-0.5', {ours} of 'default'; a stage has one"
+    sentence = f"{final} has the template 'being-vl-0.5', {ours} has 'default'; a stage has one"
     trainer = launcher.stage_words(tmp_path / "all.json", final, ours, tmp_path / "stage-2")
     assert sentence in refused(capsys, "train", *trainer)
     (tmp_path / "hostfile").write_text("localhost slots=1\n")
@@ -52,7 +52,7 @@ def test_a_model_is_of_the_template_of_its_rows(tmp_path, capsys) -> None:
         tmp_path / "all.json", base, tmp_path / "shards", tmp_path / "stage-2"
     )
     held_out = ["--validation_data", ours, "--set", "beingvl.validation_every_steps=1"]
-    assert "of 'default'; a stage has one" in refused(capsys, "train", *trainer, *held_out)
+    assert "has 'default'; a stage has one" in refused(capsys, "train", *trainer, *held_out)
 
 
 @pytest.mark.parametrize("template", [DEFAULT, PUBLISHED])

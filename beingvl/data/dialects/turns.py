@@ -29,8 +29,8 @@ def refuse_bad_answers(record: Mapping[str, Any]) -> None:
         raise InputError(f"{bad[0]} is false (as in KTO), so the answer is bad")
     if pairs := [name for name in PREFERENCES if record.get(name)]:
         raise InputError(
-            f"the row has {pairs[0]!r}, a preference (DPO), which is not taken: leave the key out, "
-            "and end the turns with the answer to learn"
+            f"the row has {pairs[0]!r}, a preference (DPO), which is not supported: leave the key "
+            "out, and end the turns with the answer to learn"
         )
 
 
@@ -50,7 +50,7 @@ def row_of(
     for a record with audio, video or a preference.
     """
     if others := [name for name in NOT_TAKEN if record.get(name)]:
-        raise InputError(f"the row has {others[0]}, which are not taken")
+        raise InputError(f"the row has {others[0]}, which we do not support")
     refuse_bad_answers(record)
     images = [image for image in images if image is not None]
     answers = {name: record[name] for name in ANSWER_NAMES if record.get(name) is not None}
