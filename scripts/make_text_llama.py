@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import torch
+    from safetensors.torch import save_file
 
     lines = read_lines(args.texts)
     if args.vocab_size < NUM_BYTES + 2:
@@ -98,7 +99,11 @@ def run(args: argparse.Namespace) -> None:
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
     )
-    model.save_pretrained(args.output_path)
+    # model.save_pretrained would load DeepSpeed and draw a bar for the same bytes
+    model.config.architectures, model.config.dtype = [type(model).__name__], "float32"
+    for part in (model.config, model.generation_config):
+        part.save_pretrained(args.output_path)
+    save_file(model.state_dict(), args.output_path / "model.safetensors", {"format": "pt"})
     give_usual_mode(args.output_path / "model.safetensors")
     tokenizer.save_pretrained(args.output_path)
     write_manifest(

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig, JanusVQVAE, JanusVQVAEConfig
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
 
@@ -138,7 +138,11 @@ class VQGAN:
         """Write a stock folder, with `files` beside the weights, and its manifest."""
         assert self._dtype == torch.float32, "another dtype has lost the bits it would save"
         folder = start_folder(folder, "vqgan")
-        self.model.save_pretrained(folder)
+        # the model's own save_pretrained loads DeepSpeed and draws a bar for the same bytes
+        config = self.model.config
+        config.architectures, config.dtype = [type(self.model).__name__], "float32"
+        config.save_pretrained(folder)
+        save_file(self.model.state_dict(), folder / "model.safetensors", {"format": "pt"})
         give_usual_mode(folder / "model.safetensors")
         self.processor.save_pretrained(folder)
         for name, data in (files or {}).items():
