@@ -66,14 +66,17 @@ class Case:
         planned = plan_parameters(self.model.parameters, config.beingvl.trainable)
         return predict_memory(planned, self.model.config, config, self.num_ranks)
 
+    def divides(self) -> bool:
+        return self.config().sequences_per_step % self.num_ranks == 0
+
     def fits(self, memory: dict[str, int]) -> bool:
         return device_bytes(memory) <= USABLE * self.capacity
 
     def __str__(self) -> str:
         config, memory = self.config(), self.memory()
         lines = [
-            f"{self.num_ranks} ranks, ZeRO-{config.zero_stage}, micro-batch "
-            f"{config.micro_batch_size}; predicted memory of one rank:"
+            f"{self.num_ranks} rank{'s' * (self.num_ranks > 1)}, ZeRO-{config.zero_stage}, "
+            f"micro-batch {config.micro_batch_size}; predicted memory of one rank:"
         ]
         for purpose, amount in memory.items():
             place = "  (in CPU memory)" if purpose.startswith("cpu_") else ""
@@ -98,12 +101,15 @@ class Plan:
         for case in self.cases:
             memory, name = case.memory(), case.stage.name
             mark = " " if case.fits(memory) else "*"
+            used = f"{device_bytes(memory) / 1e9:.1f}" if case.divides() else "-"
             rows.setdefault(name, f"{name:<28}")
-            rows[name] += f"{device_bytes(memory) / 1e9:10.1f} {mark}"
+            rows[name] += f"{used:>10} {mark}"
             note = "\n  ".join(filter(None, [propose(case), case.epoch]))
             notes.append(f"{name} on {case.num_ranks}: {note}")
         head = f"{'GB per GPU, GPUs:':<28}" + "".join(f"{number:>10}  " for number in numbers)
         foot = f"* does not fit into {self.cases[0].capacity / 1e9:g} GB"
+        if not all(case.divides() for case in self.cases):
+            foot += "; - the batch is not divisible by so many GPUs"
         return "\n".join([head, *rows.values(), foot, "", *notes])
 
 
@@ -157,10 +163,11 @@ def parse_gpus(text: str, nodes: int = 1) -> tuple[tuple[int, ...], int]:
 
 
 def propose(case: Case) -> str:
-    """The largest micro-batch that fits; if none does, what to set and the memory that gives."""
-    config = case.config()
-    per_rank, rest = divmod(config.sequences_per_step, case.num_ranks)
-    if rest:
+    """Whether it fits, and the largest micro-batch that does; if none, what to set instead."""
+    config, now = case.config(), case.memory()
+    per_rank = config.sequences_per_step // case.num_ranks
+    verdict = f"it {'fits' if case.fits(now) else 'does not fit'}: {_total(now)}"
+    if not case.divides():
         return (
             f"train_batch_size {config.sequences_per_step} is not divisible by {case.num_ranks} "
             f"ranks; {config.batches_beside(case.num_ranks)}"
@@ -168,21 +175,21 @@ def propose(case: Case) -> str:
     for size in range(per_rank, 0, -1):
         memory = case.memory(f"train_micro_batch_size_per_gpu={size}")
         if per_rank % size == 0 and case.fits(memory):
-            return (
-                f"proposal: train_micro_batch_size_per_gpu {size}, accumulation "
-                f"{per_rank // size}, offload unchanged: {_total(memory)}{_small_updates(case)}"
-            )
+            if size != config.micro_batch_size:
+                largest = f"--set train_micro_batch_size_per_gpu={size}: {_total(memory)}"
+                verdict += f"; largest micro-batch that fits: {largest}"
+            return verdict + _small_updates(case)
     chosen: list[str] = []
-    memory = case.memory()
+    memory = now
     for words in REMEDIES:
         smaller = case.memory(*chosen, *words)
         if device_bytes(smaller) < 0.99 * device_bytes(memory):
             chosen, memory = [*chosen, *words], smaller
         if case.fits(memory):
-            return f"proposal: it does not fit; --set {shlex.join(chosen)}: {_total(memory)}"
+            return f"{verdict}; --set {shlex.join(chosen)}: {_total(memory)}"
     return (
-        f"proposal: it does not fit, even with --set {shlex.join(chosen)}: {_total(memory)}; take "
-        "more GPUs or a shorter sequence"
+        f"it does not fit, even with --set {shlex.join(chosen)}: {_total(memory)}; take more GPUs "
+        "or a shorter sequence"
     )
 
 

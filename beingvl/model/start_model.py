@@ -59,4 +59,7 @@ def check_context(context: int | None, config: StageConfig, shards: Manifest | N
             f"the longest sample of the shards takes {longest_sample} positions, {found}; leave "
             f"such samples out with `beingvl tokenize --max_length {context}`, or use another base"
         )
-    return f"beingvl.sequence_length is {sequence_length}, {found}: no sample may be longer"
+    return (
+        f"note: beingvl.sequence_length is {sequence_length}, but {found}; sequences may be packed "
+        f"to {sequence_length} tokens, a single sample may have {context}"
+    )
