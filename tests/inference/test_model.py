@@ -347,6 +347,6 @@ def test_unknown_dtype_and_short_embeddings_are_refused(copied_model: Path) -> N
     longer = LAYOUT.to_dict() | {"num_merges": LAYOUT.num_merges + 1}
     (copied_model / "vocab_layout.json").write_text(json.dumps(longer))
     with pytest.raises(
-        InputError, match=f"has {LAYOUT.size} rows, its vocabulary {LAYOUT.size + 1} ids"
+        InputError, match=f"has {LAYOUT.size} rows, but the vocabulary has {LAYOUT.size + 1} ids"
     ):
         BeingVL(copied_model).load_model(device="cpu")

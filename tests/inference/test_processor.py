@@ -157,7 +157,7 @@ def test_the_cards_code_runs_and_says_whose_scores_it_shows(
     assert "| digits | exact_match | accuracy | 0.75 | 0.09 | 24 |" in card.read_text()
     write_manifest(evaluation, "evaluation", {}, {}, {"request": {"model": "another"}})
     assert main([*command, f"--scores={evaluation}"]) == 2
-    assert "holds scores of another model" in capsys.readouterr().err
+    assert "holds scores of a different model" in capsys.readouterr().err
     assert main(command) == 0 and card.read_text() == first
     card.write_text(own := first.replace("Being-VL model", "Our model"))
     assert main(command) == 2 and "was changed; move it away" in capsys.readouterr().err

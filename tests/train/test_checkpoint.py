@@ -196,7 +196,7 @@ def test_a_truncated_file_is_named_with_the_older_checkpoint_that_is_whole(tmp_p
     path.write_bytes(path.read_bytes()[:-4])
     found = (
         f"has {size - 4} bytes, manifest.json says {size}; remove .*step-00000003 to "
-        "go on from step-00000002"
+        "continue from step-00000002"
     )
     with pytest.raises(InputError, match=rf"{path.name} is missing or damaged: it {found}"):
         StateReader(folder)
