@@ -184,13 +184,18 @@ class VocabLayout:
         """Read the `vocab_layout.json` of a Being-VL model folder."""
         path = Path(model_folder) / LAYOUT_FILE
         if not Path(model_folder).exists():
-            made_by = "expected a Being-VL model folder, made with `beingvl convert`"
-            raise InputError(f"{model_folder} does not exist; {made_by}")
+            expected = "expected a Being-VL model folder, or that of a finished stage"
+            raise InputError(f"{model_folder} does not exist; {expected}")
         refuse_published(model_folder)
         if not path.is_file():
             final = Path(model_folder) / "final"
             is_stage = (final / LAYOUT_FILE).is_file()
             hint = f"give {final}" if is_stage else "make one with `beingvl convert`"
+            if not is_stage and (Path(model_folder) / "checkpoints").is_dir():
+                raise InputError(
+                    f"{model_folder} is a stage that is not finished; start it again, or export a "
+                    "checkpoint of it"
+                )
             raise InputError(
                 f"{model_folder} has no {LAYOUT_FILE}: it is not a Being-VL model folder; {hint}"
             )

@@ -30,7 +30,7 @@ COMMANDS = {
     "train-vq": "train a small VQ-GAN on a folder of images",
     "encode-images": "[1] images -> vq_codes/",
     "train-vbpe": "[2] vq_codes/ -> vbpe/",
-    "convert": "[3] any LLaMA + vocabulary -> Being-VL base/",
+    "convert": "[3] text model + vqgan/ + vbpe/ -> Being-VL base/",
     "tokenize": "[4] LLaVA JSON + images or vq_codes/ + vbpe/ -> token rows",
     "build-shards": "[5] token rows -> memory-mapped Arrow shards/",
     "train": "[6] base/ + shards/ + stage JSON -> checkpoints and final/",

@@ -38,7 +38,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vbpe", dest="vbpe_path", type=FILE, help=vbpe)
     raw = "plain VQ codes without vBPE, for a model trained on them"
     add("--raw", action="store_true", help=raw)
-    template = "default or being-vl-0.5; without it, the chat template used in training"
+    template = "default, being-vl-0.5, or base for the base model's own; default: the model's"
     add("--template", help=template)
     dtypes = ["float32", "bfloat16", "float16"]
     dtype = "dtype of the language model; default: the checkpoint's, float32 on a CPU"

@@ -213,8 +213,8 @@ class EncodeImages(Work):
         return InputError(
             f"{num_rejected} of {len(self.keys)} images rejected so far, --max_rejected is "
             f"{self.max_rejected:g}; the last: {json.loads(last_line)['reason']}; all are in "
-            f"{self.output / REJECTED_FILE}; images that are repaired now are read again with "
-            "--overwrite"
+            f"{self.output / REJECTED_FILE}; repair them and start again with --overwrite, or "
+            "raise --max_rejected"
         )
 
     def join(self, parts: Parts) -> None:
@@ -238,7 +238,7 @@ class EncodeImages(Work):
         if not counts["images"]:
             raise InputError(
                 f"none of the {len(self.keys)} images could be read; the reasons are in "
-                f"{output / REJECTED_FILE}; repaired images are read again with --overwrite"
+                f"{output / REJECTED_FILE}; repair them and start again with --overwrite"
             )
         if counts["rejected"] > self.max_rejected * len(self.keys):
             lines = (output / REJECTED_FILE).read_text(encoding="utf-8").split("\n")

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +83,8 @@ def plan_parameters(
     for rule in rules:
         if not any(planned.rule is rule for planned in plan):
             raise InputError(
-                f"the rule {rule.match!r} of beingvl.trainable applies to no parameter; correct "
-                "or remove it"
+                f"the rule {rule.match!r} of beingvl.trainable applies to no parameter of this "
+                f"model, which has {_num_layers(shapes)} layers; correct or remove it"
             )
     if not any(planned.is_trained for planned in plan):
         raise InputError("the rules of beingvl.trainable train no parameter at all")
@@ -103,9 +103,7 @@ Decision = tuple[str, tuple[int, ...], Rule | None]
 
 def _decide(shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule]) -> Iterator[Decision]:
     """(name, shape, first matching rule) for each parameter."""
-    layer_numbers = [int(found[1]) for name in shapes if (found := _LAYER_NUMBER.search(name))]
-    num_layers = max(layer_numbers, default=-1) + 1
-    matchers = [(_matcher(rule, num_layers), rule) for rule in rules]
+    matchers = [(_matcher(rule, _num_layers(shapes)), rule) for rule in rules]
     for name, shape in shapes.items():
         matching = [rule for matches, rule in matchers if matches(name, shape)]
         first = matching[0] if matching else None
@@ -130,6 +128,11 @@ def _adapters(name: str, shape: Sequence[int], rule: Rule) -> list[PlannedParame
         PlannedParameter(stem + A, (rank, shape[1]), rank * shape[1], rule),
         PlannedParameter(stem + B, (shape[0], rank), rank * shape[0], rule),
     ]
+
+
+def _num_layers(names: Iterable[str]) -> int:
+    numbers = (int(found[1]) for name in names if (found := _LAYER_NUMBER.search(name)))
+    return max(numbers, default=-1) + 1
 
 
 def _matcher(rule: Rule, num_layers: int) -> Callable[[str, Sequence[int]], bool]:

@@ -76,7 +76,7 @@ def run_facts(summary: Mapping[str, Any]) -> dict[str, str]:
         values["peak memory"] = f"{summary['peak_memory_bytes'] / 1e9:.2f} GB"
     values["on disk"] = f"{summary['bytes_on_disk'] / 1e9:.2f} GB"
     if summary["made"]:
-        values["finished"] = summary["made"][-1]["finished"]
+        values["newest artefact"] = summary["made"][-1]["finished"]
     return values
 
 

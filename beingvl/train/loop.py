@@ -49,10 +49,13 @@ class Saver(Protocol):
 
 def num_steps_of(data: TrainingData, config: StageConfig) -> int:
     """Optimizer steps of the run and its schedule. Raises InputError for less than one."""
-    if data.plan.num_sequences < config.sequences_per_step:
+    there, wanted = data.plan.num_sequences, config.sequences_per_step
+    if there < wanted:
+        epochs = math.ceil(config.beingvl.epochs * wanted / there)
         raise InputError(
-            f"{config.source}: train_batch_size is {config.sequences_per_step}, the whole run has "
-            f"{data.plan.num_sequences} sequences; lower it, or raise beingvl.epochs"
+            f"{config.source}: train_batch_size is {wanted}, the whole run has {there} sequences, "
+            f"less than one step; add --set train_batch_size={there} or smaller, or --set "
+            f"beingvl.epochs={epochs} or larger"
         )
     return min(data.num_steps, config.beingvl.max_steps or data.num_steps)
 

@@ -55,8 +55,8 @@ def dialect_of(records: Sequence[Record], source: str) -> str:
         keys = sorted(records[0]) if records else []
         raise InputError(
             f"{source} has rows with the keys {keys}, expected conversations, messages, texts, "
-            "instruction and output, or image and caption; say with --row_format which of "
-            f"{list(DIALECTS)} it is"
+            "instruction and output, or image and caption; rename them, or say with --row_format "
+            f"which of {list(DIALECTS)} it is"
         )
     return names.pop()
 
