@@ -84,15 +84,14 @@ def train(
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if stage.note and rank == 0:
         print(stage.note, flush=True)
-    # Several ranks decide this together, in run_stage.
+    # several ranks decide this together, in run_stage
     if num_ranks == 1 and replay is None and is_finished(stage, rank, lambda found: [found]):
         return output / "final"
     # taken before this run reads a checkpoint or removes an earlier run's heartbeats
     with _owned(stage, rank) if replay is None else nullcontext() as owner:
         is_at_its_end = _take_part(stage, rank, num_ranks, owner, replay, stop_requested)
         if is_at_its_end and rank == 0:
-            # already loaded
-            from beingvl.train.run_stage import write_final
+            from beingvl.train.run_stage import write_final  # already loaded
 
             write_final(stage)
     return output / "final" if is_at_its_end else None
