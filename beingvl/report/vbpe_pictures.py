@@ -77,7 +77,7 @@ def draw_pictures(vbpe: VisualBPE, sample: Sample | None, vq: VQGAN | None) -> P
             caption += f"\nused {sample.used[image_id]} x" if sample else ""
             pictures[group].append((draw_token(vbpe, image_id, sample, vq), caption))
     pictures["shapes"] = [
-        (draw_shape(shape), f"{count} merges")
+        (draw_shape(shape), f"{count} merge{'s' * (count > 1)}")
         for shape, count in count_shapes(vbpe).most_common(TOKENS_SHOWN)
     ]
     if sample is not None:

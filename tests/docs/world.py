@@ -110,7 +110,8 @@ def _write_digits(folder: Path) -> None:
     script = [sys.executable, "scripts/make_digits_dataset.py", "--image_size", "12"]
     run([*script, "--augmentations", "0", "--output_dir", str(folder / "data")], REPOSITORY)
     (folder / "images").symlink_to("data/images")
-    shutil.copy(folder / "images/test/0002-0.png", folder / "images/a.png")
+    for name in ("images/a.png", "new.png"):
+        shutil.copy(folder / "images/test/0002-0.png", folder / name)
     for name in ("train", "test"):
         path = folder / f"data/{name}.json"
         path.write_text(json.dumps(json.loads(path.read_text())[:NUM_IMAGES]))
