@@ -46,7 +46,7 @@ INSTEAD = {
     "TRAIN_WITH_VBPE": "NAME_base.jsonl",
     "SHUFFLE_DATA": "--set beingvl.seed=",
     "FREEZE_TEXT_HEADS": "--set beingvl.trainable=",
-    "INIT_IMAGE_HEADS": "give --init to `beingvl convert`",
+    "INIT_IMAGE_HEADS": "`beingvl convert` initialises the visual rows",
 }
 
 

@@ -184,7 +184,7 @@ def test_the_published_sizes_are_checked_against_the_layout(tmp_path):
         assert load_for_layout(path, layout, *sizes).merges.tolist() == [[3, 4], [10, 5]]
     for sizes, message in (
         ((9,), "--vbpe_init_size is 9, the model's layout has 10 codes"),
-        ((10, 101), "--vbpe_vocab_pad 101 and .* expected 0 or 100 or 105 and"),
+        ((10, 101), "--vbpe_vocab_pad 101 and .* expected 0 or 100 or 105, and"),
         ((10, 100, 111), "--vbpe_vocab_end 111 do not fit the model's layout"),
         ((10, 105, 115), "expected a code 105 … 114 or the new token of an earlier merge"),
     ):
