@@ -107,10 +107,15 @@ class Plan:
             note = "\n  ".join(filter(None, [propose(case), case.epoch]))
             notes.append(f"{name} on {case.num_ranks}: {note}")
         head = f"{'GB per GPU, GPUs:':<28}" + "".join(f"{number:>10}  " for number in numbers)
-        foot = f"* does not fit into {self.cases[0].capacity / 1e9:g} GB"
+        capacity = self.cases[0].capacity / 1e9
+        foot = ""
+        if not all(case.fits(case.memory()) for case in self.cases):
+            foot += (
+                f"* does not fit into {USABLE * capacity:.0f} GB, {USABLE:.0%} of {capacity:g}\n"
+            )
         if not all(case.divides() for case in self.cases):
-            foot += "; - the batch is not divisible by so many GPUs"
-        return "\n".join([head, *rows.values(), foot, "", *notes])
+            foot += "- the batch is not divisible by so many GPUs\n"
+        return "\n".join([head, *rows.values(), foot, *notes])
 
 
 def plan(
@@ -166,7 +171,10 @@ def propose(case: Case) -> str:
     """Whether it fits, and the largest micro-batch that does; if none, what to set instead."""
     config, now = case.config(), case.memory()
     per_rank = config.sequences_per_step // case.num_ranks
-    verdict = f"it {'fits' if case.fits(now) else 'does not fit'}: {_total(now)}"
+    verdict = f"it fits: {_total(now)}"
+    if not case.fits(now):
+        room = f"{USABLE * case.capacity / 1e9:.1f} GB, {USABLE:.0%} of the memory"
+        verdict = f"it does not fit into {room}: {_total(now)}"
     if not case.divides():
         return (
             f"train_batch_size {config.sequences_per_step} is not divisible by {case.num_ranks} "

@@ -288,5 +288,9 @@ def _memory_report(engine: TrainingEngine, before: int) -> str:
     predicted, device = engine.predicted_memory(), engine.ranks.device
     is_cpu, used = device.type == "cpu", peak_memory_bytes(device) - before
     amount = sum(predicted.values()) if is_cpu else device_bytes(predicted)
-    libraries = f", beside {before / 1e9:.2f} GB of libraries" if is_cpu else ""
-    return f"memory of rank 0: predicted {amount / 1e9:.2f} GB, used {used / 1e9:.2f} GB{libraries}"
+    report = f"memory of rank 0: predicted {amount / 1e9:.2f} GB, used {used / 1e9:.2f} GB"
+    if is_cpu:
+        report += (
+            f" (freed blocks that the C library keeps included), libraries {before / 1e9:.2f} GB"
+        )
+    return report

@@ -123,8 +123,8 @@ def train_vbpe(
         vbpe = _learn(arrays, codes, output, most, options, save_intermediate)
         if vbpe.num_merges < most:
             print(
-                f"Stopped before {most} merges: no pair is left that occurs {min_count} times "
-                "(--min_count)"
+                f"{vbpe.num_merges} merges instead of {most}: no other pair occurs {min_count} "
+                "times (--min_count)"
             )
         vbpe = _judge(vbpe, held, arrays, num_merges == "auto")
         output.write(vbpe)

@@ -64,7 +64,7 @@ def test_a_name_or_a_config_json_gives_the_table_of_all_stages(tmp_path, capsys)
     head, *rows = shown.splitlines()[:4]
     assert head.split()[-3:] == ["1", "8", "32"]
     assert [row.split()[0] for row in rows] == ["stage1.json", "stage2.json", "stage3.json"]
-    assert rows[2].split()[2] == "*" and "does not fit into 80 GB" in shown
+    assert rows[2].split()[2] == "*" and "does not fit into 74 GB, 92% of 80" in shown
     assert "stage1.json on 32: train_batch_size 16 is not divisible by 32 ranks; the nea" in shown
     LlamaConfig(**dict(zip(COLUMNS, SHAPES["llama3.1-8b"], strict=True))).save_pretrained(tmp_path)
     assert cli.main(["plan", "--model", str(tmp_path / "config.json")]) == 0
@@ -100,7 +100,7 @@ def test_what_helps_is_proposed_with_its_new_total(capsys) -> None:
     assert cli.main([*words, "1x24GB"]) == 0
     shown = capsys.readouterr().out
     proposed = re.search(
-        r"does not fit: [^;]*; --set (.*): (.*) GB and (.*) GB of CPU memory", shown
+        r"does not fit into [^;]*; --set (.*): (.*) GB and (.*) GB of CPU memory", shown
     )
     assert proposed
     assert cli.main([*words, "1x24GB", "--set", *shlex.split(proposed[1])]) == 0
