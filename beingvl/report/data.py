@@ -168,8 +168,13 @@ def drawn_by_stage(shards: ShardReader, config: StageConfig) -> dict[str, Any]:
     words = (
         f"{steps:,} steps of {config.sequences_per_step:,} sequences of "
         f"{config.beingvl.sequence_length:,} tokens, which are {data.plan.efficiency:.2%} full"
-        f"{note and f'; {note}'}"
     )
+    if data.plan.num_sequences < config.sequences_per_step:
+        words = (
+            f"{data.plan.num_sequences:,} sequences, fewer than the {config.sequences_per_step:,} "
+            "of one step: training would refuse them"
+        )
+    words += note and f"; {note}"
     return {"words": words, "block": config.beingvl, "shares": data.realised_shares(steps)}
 
 
