@@ -76,7 +76,7 @@ for STAGE in 1 2 3; do
 done
 
 say "report"
-[ ! -f scripts/equal_time.json ] || cp scripts/equal_time.json "$RUN/equal_time.json" # of three seeds, too long to be made here
+cp scripts/equal_time.json "$RUN/equal_time.json" # three seeds; too long to be measured here
 beingvl report run "$RUN" --stages_path "$STAGES" --output "$STAGES/report" --wall_seconds "$(wall_seconds)"
 say "ask it yourself"
 echo "source .venv/bin/activate
