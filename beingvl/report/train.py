@@ -131,7 +131,11 @@ def _draw_panel(
             if title.startswith("Loss"):
                 axes.plot(steps, values, linewidth=1, color=colour, alpha=0.25)
                 values = running_mean(values)
-            look = {"linewidth": 1.4, "color": colour, "marker": "o" if len(steps) < 3 else ""}
+            look: dict[str, Any] = {
+                "linewidth": 1.4,
+                "color": colour,
+                "marker": "o" if len(steps) < 3 else "",
+            }
             axes.plot(steps, values, label=key.removeprefix("loss/"), **look)
     set_title(axes, title)
     axes.set(xlabel="optimizer step", ylabel=unit)
