@@ -8,8 +8,10 @@ n weights, some of them trained; b is 2 bytes in bf16, 4 in float32; "cut" is di
     gathered      ZeRO-3 on several ranks, or with offloaded weights: parameters that are whole.
                   From its second step on, DeepSpeed prefetches one bucket per module until
                   max_live_parameters (by default a billion) are whole; the last one fetched may be
-                  the largest. A fetched bucket is held twice, as one flat buffer and as parameters,
-                  until all of them are used. With an nf4 base: its largest weight
+                  the largest of a layer. When a bucket is first used, it is held twice for a
+                  moment, as one flat buffer and as parameters. The vocabulary's rows, the largest
+                  of all, go past the limit when they are fetched, and are held twice when they are
+                  used, but by then as much was released. With an nf4 base: its largest weight
     gradients     trained * b; cut under ZeRO-2 and 3
     optimizer     trained * 12 (float32 master and two moments); cut; on NVMe its buffers, each a
                   sub-group of float32
@@ -61,12 +63,11 @@ def predict_memory(
     """Bytes on one rank's device, by purpose; what is offloaded to CPU memory is named `cpu_…`."""
     stage, width = config.zero_stage, 2 if config.is_bf16 else 4
     total, trained = sum(planned.num_elements for planned in plan), _num_trained(plan)
-    largest = max(planned.num_elements for planned in plan)
     # embedding and head each have all vocabulary rows
     vocabulary = sum(planned.shape[0] for planned in plan if planned.name.endswith("_rows")) // 2
     tokens = config.micro_batch_size * config.beingvl.sequence_length
     in_nf4 = [planned.num_elements for planned in plan if planned.is_in_nf4]
-    gathered = _gathered_elements(config, total, largest, num_ranks) + max(in_nf4, default=0)
+    gathered = _gathered_elements(plan, config, num_ranks) + max(in_nf4, default=0)
 
     def cut(amount: int, first_stage: int) -> int:
         return -(-amount // num_ranks) if stage >= first_stage else amount
@@ -101,7 +102,9 @@ def _activation_bytes(model_config: Any, config: StageConfig, tokens: int, width
     return num_layers * inside
 
 
-def _gathered_elements(config: StageConfig, total: int, largest: int, num_ranks: int) -> int:
+def _gathered_elements(
+    plan: Sequence[PlannedParameter], config: StageConfig, num_ranks: int
+) -> int:
     zero = config.deepspeed["zero_optimization"]
     is_offloaded = (zero.get("offload_param") or {}).get("device", "none") != "none"
     if config.zero_stage < 3 or (num_ranks == 1 and not is_offloaded):
@@ -116,7 +119,12 @@ def _gathered_elements(config: StageConfig, total: int, largest: int, num_ranks:
         whole = max(whole, limit("max_live_parameters", DEFAULT_LEFT_WHOLE))
     if "offload_param" in config.nvme_offloads:  # no prefetching there
         ahead = whole = 0
-    return min(total, whole + largest) + min(total, ahead + largest)
+    total = sum(planned.num_elements for planned in plan)
+    largest = max(planned.num_elements for planned in plan)
+    of_layer = max(
+        (planned.num_elements for planned in plan if not planned.name.endswith("_rows")), default=0
+    )
+    return min(total, max(whole + of_layer, largest)) + min(total, ahead + largest)
 
 
 def _update_bytes(config: StageConfig, trained: int) -> int:

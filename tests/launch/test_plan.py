@@ -209,17 +209,17 @@ def test_zero_cuts_and_offload_moves(work) -> None:
 def test_what_is_gathered_stays_as_long_as_deepspeed_is_allowed_to_keep_it(work) -> None:
     plan_8b, config = llama_plan([{"match": ".*"}])
     zero = config.deepspeed["zero_optimization"]
-    largest = 128256 * 4096  # the text rows
-    twice = largest + 50_000_000 + largest  # the last to be whole; and a bucket, flat
+    largest, of_layer = 128256 * 4096, 14336 * 4096  # the text rows; an MLP's matrix
+    more = of_layer + 50_000_000 + largest  # the last to be whole; and a bucket, flat
     assert predict_memory(plan_8b, Llama8B, config, 1)["gathered"] == 0
     for limits, expected in (
-        ({}, 1_000_000_000 + twice),
+        ({}, 1_000_000_000 + more),
         (
             {
                 "stage3_max_live_parameters": 3_000_000_000,
                 "stage3_max_reuse_distance": 2_000_000_000,
             },
-            3_000_000_000 + twice,
+            3_000_000_000 + more,
         ),
         ({"prefetch_bucket_size": 0, "max_reuse_distance": 0}, 2 * largest),
     ):
