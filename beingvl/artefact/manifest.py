@@ -30,6 +30,7 @@ from beingvl.artefact.files import (
     path_inside,
     printable,
     refuse_outside,
+    sync,
     to_json,
     write_atomically,
 )
@@ -122,7 +123,7 @@ def write_manifest(
     known_hashes: Mapping[str, str] | None = None,
     belongs: Callable[[str], bool] = lambda name: True,
 ) -> Manifest:
-    """Hash every file below `folder` and write the manifest; call it last.
+    """Hash every file below `folder`, flush it to disk, and write the manifest; call it last.
 
     `known_hashes` (relative path -> hash) avoids reading files whose hash the writer computed.
     Files for which `belongs` (relative path -> bool) is False are left out: several datasets may
@@ -134,6 +135,7 @@ def write_manifest(
     for path in sorted(_finished_files(folder)):
         name = path.relative_to(folder).as_posix()
         if path.name != MANIFEST_FILE and belongs(name):
+            sync(path)  # else a crash could leave the manifest of an empty file
             files[name] = {"bytes": path.stat().st_size, "hash": known.get(name) or hash_file(path)}
     command = printable(shlex.join(sys.argv))
     manifest = Manifest(kind, command, dict(counts), dict(lineage), files, dict(details or {}))

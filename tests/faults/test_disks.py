@@ -1,4 +1,4 @@
-"""A disk that is mounted read-only: one sentence, exit code 2."""
+"""Disks that are mounted read-only, or that fail."""
 
 import subprocess
 import sys
@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from beingvl.artefact.files import write_atomically
+from beingvl.artefact.manifest import verify_folder, write_manifest
 from tests.tiny import write_model
+from tests.train.storm import Disk
 
 
 def refused(words: list[str], message: str) -> None:
@@ -33,3 +36,19 @@ def test_a_read_only_disk_is_named(tmp_path) -> None:
         ["unshare", "--mount", "sh", "-c", mounted, "sh", str(disk), *words],
         f"Read-only file system ({disk / 'out'}); nothing finished is lost: check the disk",
     )
+
+
+@pytest.mark.needs_root
+def test_a_finished_folder_is_whole_when_the_disk_fails_the_moment_after(tmp_path) -> None:
+    """As after a power cut: what was not flushed is lost, but the manifest promises all files."""
+    with Disk(tmp_path / "disk") as disk:
+        folder = disk.folder / "model"
+        for name in ("config.json", "more/model.safetensors"):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{" + " " * 100_000 + "}")
+        write_manifest(folder, "model", {}, {})
+        write_atomically(disk.folder / "later", "")  # flushes names, but not what is in files
+        disk.fail()
+        disk.repair()
+        verify_folder(folder)

@@ -144,8 +144,8 @@ def stop(storm: Storm, launcher: subprocess.Popen) -> None:
 
 
 def kill_one_rank(storm: Storm, launcher: subprocess.Popen) -> None:
-    if ranks := list(rank_processes(launcher).values()):
-        with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.NoSuchProcess):  # the run may have ended
+        if ranks := list(rank_processes(launcher).values()):
             storm.moments.choice(ranks).kill()
 
 
