@@ -13,8 +13,9 @@ of plain torch, steps of 8 x 512 tokens, and is scored on 200 validation images,
 
 With --quickstart the codes are that script's, 10 x 10 out of 32, and so are the merges: raw against
 anchor_128. With --cpu_seconds each run ends, and its learning rate with it, after that much
-processor time instead of a number of steps; with --equal_images after as many images as raw codes
-see in so many steps. With --tried anchor_128 is compared with itself trained in other ways:
+processor time instead of a number of steps. With --equal_images every step has as many images as
+one of raw codes, so its sequences are shorter. With --tried anchor_128 is compared with itself
+trained in other ways:
 
     sums_128      rows of merges as sums (row_variants.py)
     split_128     merge dropout: four segmentations of each image, a tenth of the merges undone
@@ -66,6 +67,7 @@ VARIANTS: dict[
 }
 CODES = ["--image_size=16", "--grid=8", "--steps=600"]
 TRIED = dict.fromkeys(("anchor_128", "sums_128", "split_128"), (128, "vbpe", ANCHOR))
+SEQUENCE_LENGTH = 512
 QUICKSTART = ["--image_size=20", "--grid=10", "--num_codes=32", "--steps=300"]
 
 
@@ -94,7 +96,7 @@ def main() -> int:
         VARIANTS.clear()
         VARIANTS.update(TRIED)
     budget = f"{args.cpu_seconds:g}-seconds" if args.cpu_seconds else f"{args.steps}-steps"
-    budget += "-of-raw" if args.equal_images else ""
+    budget += "-of-equal-images" if args.equal_images else ""
     folder = args.folder or Path(tempfile.mkdtemp(prefix="positions-"))
     found: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
     for seed in range(args.seeds):
@@ -103,10 +105,10 @@ def main() -> int:
         for name in VARIANTS:
             kept = inputs / f"{name}-{budget}.json"
             if not kept.is_file():
-                steps = args.steps
+                length = SEQUENCE_LENGTH
                 if args.equal_images:
-                    steps = round(steps * share_of_raw(inputs, name))
-                result = one_run(inputs, name, steps, args.cpu_seconds, seed)
+                    length = round(length * share_of_raw(inputs, name))
+                result = one_run(inputs, name, args.steps, args.cpu_seconds, length, seed)
                 kept.write_text(json.dumps(result))
             found[name].append(json.loads(kept.read_text()))
             print(f"seed {seed}  {name:<12} {found[name][-1]}", flush=True)
@@ -165,9 +167,11 @@ def run(*words: str) -> None:
 
 
 def one_run(
-    folder: Path, name: str, steps: int, seconds: float | None, seed: int
+    folder: Path, name: str, steps: int, seconds: float | None, length: int, seed: int
 ) -> dict[str, float]:
-    """Train one variant; `exact_match` on the validation rows, 0 … 1."""
+    """Train one variant on packed sequences of `length` tokens; `exact_match` on the validation
+    rows, 0 … 1.
+    """
     merges, codes, kind = VARIANTS[name]
     base, shards = folder / f"base-{merges}", folder / f"shards-{merges}"
     of_training = "split" if name == "split_128" else f"train/data_{codes}"
@@ -180,12 +184,13 @@ def one_run(
     if name == "sums_128":
         sum_rows(model.causal_lm.get_input_embeddings(), VisualBPE.load(base / VBPE_FILE))
     began = time.process_time()
-    losses = train_all(model, train, steps, seconds, seed)
+    losses, images = train_all(model, train, steps, seconds, length, seed)
     cpu_seconds = time.process_time() - began
     return {
         "exact_match": exact_match(model.eval(), validation, 600 if steps > 1 else 30),
         "loss_at_end": round(float(np.mean(losses[-max(1, len(losses) // 20) :])), 4),
         "steps": len(losses),
+        "images": images,
         "tokens_per_image": tokens_per_image(train),
         "cpu_seconds": round(cpu_seconds, 1),
     }
@@ -200,12 +205,18 @@ def share_of_raw(folder: Path, name: str) -> float:
 
 
 def train_all(
-    model: PackedCausalLM, shards: ShardReader, steps: int, seconds: float | None, seed: int
-) -> list[float]:
-    """The quickstart's stage 3, everything trained, in one process; the loss of every step. It
-    ends after `steps`, or after processor `seconds`.
+    model: PackedCausalLM,
+    shards: ShardReader,
+    steps: int,
+    seconds: float | None,
+    length: int,
+    seed: int,
+) -> tuple[list[float], int]:
+    """The quickstart's stage 3, everything trained, in one process; the loss of every step, and the
+    images of all. It ends after `steps`, or after processor `seconds`.
     """
     words = [f"beingvl.max_steps={steps}", "beingvl.epochs=8", f"beingvl.seed={seed}"]
+    words.append(f"beingvl.sequence_length={length}")
     config = load_stage_config(STAGE, words)
     settings = config.deepspeed["optimizer"]["params"]
     model.train().requires_grad_(True)
@@ -215,7 +226,7 @@ def train_all(
         eps=settings["eps"],
         weight_decay=settings["weight_decay"],
     )
-    data, losses = data_of(config, shards), []
+    data, losses, images = data_of(config, shards), [], 0
     warmup = math.ceil(steps * config.beingvl.warmup_ratio) / steps
     began = time.process_time()
     while (done := spent(len(losses), steps, began, seconds)) < 1:
@@ -229,7 +240,8 @@ def train_all(
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.deepspeed["gradient_clipping"])
         optimizer.step()
         losses.append(loss.item())
-    return losses
+        images += len(batch.sample_ids)
+    return losses, images
 
 
 def spent(step: int, steps: int, began: float, seconds: float | None) -> float:
