@@ -37,7 +37,13 @@ def lazy_imports(tree: ast.AST) -> int:
 def main() -> None:
     rooms: dict[str, list[int]] = {}
     lengths: list[tuple[int, str]] = []
-    totals = {"characters": 0, "lines": 0, "lazy imports": 0, "Namespace below commands/": 0}
+    totals = {
+        "characters": 0,
+        "non-blank characters": 0,
+        "lines": 0,
+        "lazy imports": 0,
+        "Namespace below commands/": 0,
+    }
     longest_files: list[tuple[int, str]] = []
     for path in files():
         text, name = path.read_text(), path.relative_to(PACKAGE).as_posix()
@@ -48,6 +54,7 @@ def main() -> None:
         for at, value in enumerate((characters, lines, lazy)):
             room[at] += value
         totals["characters"] += characters
+        totals["non-blank characters"] += len("".join(text.split()))
         totals["lines"] += lines
         totals["lazy imports"] += lazy
         if not name.startswith("commands/"):
