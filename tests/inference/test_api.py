@@ -291,9 +291,11 @@ def served(model: BeingVL, limits: Limits) -> Iterator[int]:
         running = uvicorn.Server(uvicorn.Config(build_api(service, None), log_level="error"))
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
         thread.start()
-        yield listener.getsockname()[1]
-        running.should_exit = True
-        thread.join()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            running.should_exit = True
+            thread.join()
 
 
 def test_a_request_takes_no_more_than_its_seconds_and_its_place(
