@@ -1,8 +1,8 @@
 """What a merged token's place is worth: exact match on held-out digits after equally many tokens.
 
     python -m tests.benchmarks.positions [--steps 600 | --cpu_seconds 150] [--seeds 3]
-                                         [--folder DIR] [--quickstart [--tried]]
-                                         [--equal_images]    --tiny takes seconds
+                                         [--folder DIR] [--quickstart] [--equal_images]
+                                         --tiny takes seconds
 
 The quickstart's digits as 8 x 8 codes; each run trains everything from the same base in one process
 of plain torch, steps of 8 x 512 tokens, and is scored on 200 validation images, three questions:
@@ -14,11 +14,7 @@ of plain torch, steps of 8 x 512 tokens, and is scored on 200 validation images,
 With --quickstart the codes are that script's, 10 x 10 out of 32, and so are the merges: raw against
 anchor_128. With --cpu_seconds each run ends, and its learning rate with it, after that much
 processor time instead of a number of steps. With --equal_images every step has as many images as
-one of raw codes, so its sequences are shorter. With --tried anchor_128 is compared with itself
-trained in other ways:
-
-    sums_128      rows of merges as sums (row_variants.py)
-    split_128     merge dropout: four segmentations of each image, a tenth of the merges undone
+one of raw codes, so its sequences are shorter.
 
 `--folder` keeps inputs and finished runs, so that the same command goes on where it was ended. The
 last line is one JSON object: name -> {"mean", "spread" (largest - smallest), "tokens_per_image",
@@ -38,7 +34,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from beingvl.artefact.manifest import is_complete
 from beingvl.commands.main import main as beingvl
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.held_out import held_out_batch, pack_in_order
@@ -49,11 +44,8 @@ from beingvl.data.stage_data import data_of
 from beingvl.evaluation.held_out_loss import load_packed
 from beingvl.model.extended_vocab import PackedCausalLM
 from beingvl.stage.stage_config import load_stage_config
-from beingvl.vbpe.vbpe_file import VBPE_FILE
-from beingvl.vbpe.visual_bpe import VisualBPE
 from scripts.make_digits_dataset import main as make_digits
 from scripts.make_text_llama import main as make_text_llama
-from tests.benchmarks.row_variants import sum_rows, write_segmentations
 
 STAGE = Path(__file__).parents[2] / "ds_configs/quickstart-stage3.json"
 VARIANTS: dict[
@@ -66,7 +58,6 @@ VARIANTS: dict[
     "anchor_128": (128, "vbpe", ANCHOR),
 }
 CODES = ["--image_size=16", "--grid=8", "--steps=600"]
-TRIED = dict.fromkeys(("anchor_128", "sums_128", "split_128"), (128, "vbpe", ANCHOR))
 SEQUENCE_LENGTH = 512
 QUICKSTART = ["--image_size=20", "--grid=10", "--num_codes=32", "--steps=300"]
 
@@ -79,22 +70,18 @@ def main() -> int:
     parser.add_argument("--cpu_seconds", type=float, help="of training, instead of steps")
     parser.add_argument("--quickstart", action="store_true", help="its codes and merges")
     parser.add_argument("--equal_images", action="store_true", help="instead of equal tokens")
-    parser.add_argument("--tried", action="store_true", help="other ways to train merges")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
     parser.add_argument("--folder", type=Path, help="keeps what is finished; default: a new one")
     parser.add_argument("--tiny", action="store_true", help="see that it runs, in seconds")
     args = parser.parse_args()
     if args.tiny:
         args.steps, args.seeds = 1, 1
-        VARIANTS.update({name: (32, *more) for name, (_, *more) in (VARIANTS | TRIED).items()})
+        VARIANTS.update({name: (32, *more) for name, (_, *more) in VARIANTS.items()})
     if args.quickstart:
         CODES[:] = QUICKSTART
         for name in ("running_32", "anchor_32", "running_128"):
             del VARIANTS[name]
         VARIANTS["raw"] = (128, "base", RUNNING)
-    if args.tried:
-        VARIANTS.clear()
-        VARIANTS.update(TRIED)
     budget = f"{args.cpu_seconds:g}-seconds" if args.cpu_seconds else f"{args.steps}-steps"
     budget += "-of-equal-images" if args.equal_images else ""
     folder = args.folder or Path(tempfile.mkdtemp(prefix="positions-"))
@@ -156,10 +143,6 @@ def make_inputs(folder: Path, seed: int, tiny: bool) -> None:
             rows = [f"--json_path={data}/{part}.json", f"--vq_codes={codes}/{part}"]
             rows += [f"--vbpe_path={vbpe}", f"--model_path={base}", "--format=arrow"]
             run("tokenize", *rows, f"--output_dir={folder}/shards-{merges}/{part}")
-        several = folder / f"shards-{merges}/split"
-        if "split_128" in VARIANTS and not is_complete(several):
-            plain = ShardReader(folder / f"shards-{merges}/train/data_vbpe", base)
-            write_segmentations(plain, VisualBPE.load(base / VBPE_FILE), several, 4, 0.1, seed)
 
 
 def run(*words: str) -> None:
@@ -174,15 +157,12 @@ def one_run(
     """
     merges, codes, kind = VARIANTS[name]
     base, shards = folder / f"base-{merges}", folder / f"shards-{merges}"
-    of_training = "split" if name == "split_128" else f"train/data_{codes}"
     train, validation = (
-        ShardReader(shards / part, base) for part in (of_training, f"validation/data_{codes}")
+        ShardReader(shards / part / f"data_{codes}", base) for part in ("train", "validation")
     )
     for reader in (train, validation):
         reader.positions = PositionIds(kind, reader.layout, vbpe_inside(base))
     model = load_packed(base, torch.float32, torch.device("cpu"), int(train.lengths.max()))
-    if name == "sums_128":
-        sum_rows(model.causal_lm.get_input_embeddings(), VisualBPE.load(base / VBPE_FILE))
     began = time.process_time()
     losses, images = train_all(model, train, steps, seconds, length, seed)
     cpu_seconds = time.process_time() - began
