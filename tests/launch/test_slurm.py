@@ -205,6 +205,18 @@ def test_a_stage_without_its_predecessor_says_what_to_run(cluster, work, tmp_pat
     assert "stage-1/final is missing or incomplete; run stage 1 first" in log.read_text()
 
 
+def test_srun_is_told_how_many_cpus_a_task_gets(cluster, work, tmp_path) -> None:
+    """This cluster binds no task to CPUs, so only what srun reads is seen."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho task $RANK: $SRUN_CPUS_PER_TASK CPUs\n")
+    program.chmod(0o755)
+    output = tmp_path / "cpus"
+    job = submit_stage(cluster, work, output, 1, "--cpus-per-task=2", python=str(program))
+    cluster.wait_for(job, "COMPLETED")
+    log = (cluster.folder / f"cpus-{job}.log").read_text()
+    assert {f"task {rank}: 2 CPUs" for rank in (0, 1)} <= set(log.splitlines()), log
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(work) -> list[float]:
     """Losses of 60 steps on one host."""
