@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     twice = "two rows with the same id: an error, or two samples"
     add("--duplicate_ids", choices=["refuse", "keep"], default="refuse", help=twice)
     add_rank_arguments(parser)
-    add("--overwrite", action="store_true", help="replace a finished output of other inputs")
+    add("--overwrite", action="store_true", help="replace a finished output for different inputs")
 
 
 def run(args: argparse.Namespace) -> None:

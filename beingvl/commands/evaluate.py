@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     rows = "one question and its reference answer per row, in any format that tokenize reads"
     what.add_argument("--json_path", type=PLACE, nargs="+", help=rows)
-    shards = "shard folder of build-shards that was not trained on"
+    shards = "shard folder that was not trained on"
     what.add_argument("--data", type=Input("shards"), help=shards)
     base = "the model that training started from, converted or not"
     what.add_argument("--text_parity", type=FILE, metavar="BASE", help=base)

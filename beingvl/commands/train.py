@@ -3,7 +3,8 @@
     deepspeed --num_gpus 2 --module beingvl.train.train_stage --config \\
         ds_configs/stage1.json --model base/ --data shards/ --output stage-1/
 
-A launcher starts it on every rank. `beingvl train` runs a single rank.
+A launcher or `srun` starts it, or `beingvl train`, once per rank; RANK, LOCAL_RANK and WORLD_SIZE
+say which it is. `beingvl train` without them is the only rank.
 
 Started again with the same arguments, it resumes from the newest complete checkpoint; a finished
 stage is left alone. SIGTERM, SIGUSR1 and SIGINT stop it after the running step with a checkpoint
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config = "the stage's JSON (ds_configs/)"
     add("--config", dest="deepspeed_config", type=Path, required=True, help=config)
     add("--model", type=Path, required=True, help="base/, or the previous stage's folder")
-    add("--data", type=Path, required=True, help="shard folder of build-shards")
+    add("--data", type=Path, required=True, help="shard folder")
     add("--output", type=Path, required=True, help="stage folder: checkpoints/, …, final/")
     add("--log_dir", type=Path, help="TensorBoard folder (default: OUTPUT/tensorboard)")
     held_out = "shard folder for beingvl.validation_every_steps; never trained on"

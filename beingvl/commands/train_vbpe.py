@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--save_intermediate", nargs="?", type=int, const=1000, metavar="MERGES", help=save)
     published = "published vocabulary (pickle) to convert; nothing is learnt"
     add("--import_pkl", type=Path, help=published)
-    add("--overwrite", action="store_true", help="replace a finished output of other inputs")
+    add("--overwrite", action="store_true", help="replace a finished output for different inputs")
 
 
 def number_or_auto(text: str) -> int | str:

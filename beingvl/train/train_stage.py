@@ -50,8 +50,8 @@ def train(
 ) -> Path | None:
     """Train a stage to its end, from its newest checkpoint if there is one.
 
-    This process is one rank; RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment say
-    which. Without them it is the only one.
+    This process is one rank; RANK, LOCAL_RANK (its GPU), WORLD_SIZE, MASTER_ADDR and MASTER_PORT in
+    the environment say which. Without them it is the only one.
 
     Args:
         model: start model, or the previous stage's folder.

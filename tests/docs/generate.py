@@ -38,7 +38,8 @@ Generated from the parsers: `python -m tests.docs.generate`.
 version. Options may be written with `_` or `-` and cannot be abbreviated. `--debug`, on every
 command, shows the traceback of an error. [Exit codes](exit-codes.md).
 
-Each thing has one option name. Names of Being-VL-0.5 and DeepSpeed are accepted too:
+Each thing has one option name; "…" after its value means one or more. Commands that have it also
+accept the name in Being-VL-0.5 or DeepSpeed:
 """
 
 
@@ -96,6 +97,8 @@ def _row(action: argparse.Action) -> str:
         value = ""
     elif isinstance(value, tuple):
         value = " ".join(value)
+    if action.nargs in ("+", "*"):
+        value += " …"
     none = action.default == [] or any(action.default is none for none in NO_DEFAULT)
     default = "" if none else _plain(action.default)
     meaning = (action.help or "").replace("%%", "%").replace(" (default: %(default)s)", "")
