@@ -71,7 +71,7 @@ for STAGE in 1 2 3; do
     [ "$STAGE" = 1 ] && export MODEL_PATH="$RUN/base" || unset MODEL_PATH
     DATA_PATH="$RUN/shards-$VARIANT" OUTPUT_DIR="$STAGES/stage-$STAGE" LOG_DIR="$STAGES/logs/stage-$STAGE" OMP_NUM_THREADS='' \
         DS_CONFIG="ds_configs/quickstart-stage$STAGE.json" bash "scripts/train-stage-$STAGE.sh" 0 $([ "$STAGE" != 3 ] || echo ${STAGE3_STEPS:+--set "beingvl.max_steps=$STAGE3_STEPS"})
-    say "evaluate stage $STAGE on images it has never seen$([ "$STAGE" != 1 ] || echo ": 0 is right, it still answers in whole sentences")"
+    say "evaluate stage $STAGE on images it has never seen$([ "$STAGE" != 1 ] || echo ": none is right yet, it still answers in whole sentences")"
     evaluate "$STAGES/stage-$STAGE/final" "$STAGES/eval/stage-$STAGE"
 done
 

@@ -144,10 +144,11 @@ def _compression(pieces: Run) -> float | None:
 def print_summary(summary: dict[str, Any]) -> None:
     if summary["test_accuracy"]:
         print_accuracy(summary)
-    if any(summary["training_loss"].values()):
-        print("\nLoss while training, first and last tenth of the steps (nats per target token)")
-    for name, losses in summary["training_loss"].items():
-        print(f"  {name:<7} " + " -> ".join(f"{loss:.3f}" for loss in losses))
+    losses = {name: found for name, found in summary["training_loss"].items() if found}
+    if losses:
+        print("\nLoss in the first and the last tenth of a stage's steps (nats per target token)")
+    for name, (first, last) in losses.items():
+        print(f"  {name:<7} {first:.3f} -> {last:.3f}")
     if summary["vbpe_compression"]:
         print(f"\nvBPE: {summary['vbpe_compression']:.2f} codes per token on the test images")
     variants = summary["test_accuracy_mean_of_variant"]
@@ -177,10 +178,14 @@ def print_accuracy(summary: dict[str, Any]) -> None:
     )
     print(f"  {'question':<{width}}" + "".join(f"  {name:>7}" for name in columns))
     for question in questions:
-        shown = "".join(f"  {scores[question]:7.3f}" for scores in columns.values())
-        print(f"  {question:<{width}}{shown}")
+        print(f"  {question:<{width}}" + "".join(_score(one[question]) for one in columns.values()))
     means = (sum(scores.values()) / len(questions) for scores in columns.values())
-    print(f"  {'mean':<{width}}" + "".join(f"  {mean:7.3f}" for mean in means))
+    print(f"  {'mean':<{width}}" + "".join(map(_score, means)))
+
+
+def _score(value: float) -> str:
+    """Wide as a column; "none" if no answer was right, as after a stage that trains only rows."""
+    return f"  {value:7.3f}" if value else f"  {'none':>7}"
 
 
 def print_examples(examples: Sequence[Example]) -> None:

@@ -72,7 +72,7 @@ def test_report_of_a_run(
     for name in ("contact_sheet.png", "training.png"):
         assert (output / name).read_bytes().startswith(PNG)
     verify_folder(output)
-    assert "  stage-3 3.000 -> 0.375\n" in printed
+    assert "  stage-3 3.000 -> 0.375\n" in printed and "   none" in printed
     assert (
         "stage-3" in printed
         and sum(line.startswith("  test/") for line in printed.splitlines()) == 10
