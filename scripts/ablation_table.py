@@ -42,6 +42,26 @@ def cell(run: Path, name: str) -> str:
     return " / ".join(found) + f" ({len(scores)})" if scores else "not run"
 
 
+def orders(run: Path) -> list[str]:
+    """For each kind of codes that has all regimes: their order by mean accuracy; the paper's."""
+    of_paper = sorted(REGIMES, key=lambda name: REGIMES[name][1], reverse=True)
+    lines = ["The paper, best first: " + ", ".join(REGIMES[name][0] for name in of_paper) + "."]
+    for codes, words in CODES.items():
+        found = {name: _mean(run, f"{codes}-{name}") for name in REGIMES}
+        if None not in found.values():
+            here = sorted(found, key=lambda name: found[name] or 0.0, reverse=True)
+            same = "the same order" if here == of_paper else "a different order than the paper's"
+            shown = ", ".join(f"{REGIMES[name][0]} {found[name]:.1f}" for name in here)
+            lines.append(f"{words}: {same}: {shown}.")
+    return lines
+
+
+def _mean(run: Path, name: str) -> float | None:
+    scores = [read_object(path) for path in run.glob(f"seed-*/{name}/eval/scores.json")]
+    found = [100 * one["categories"][kind]["accuracy"] for one in scores for kind in KINDS]
+    return float(np.mean(found)) if found else None
+
+
 def table(run: Path) -> list[list[str]]:
     head = ["perception / reasoning (seeds)", *CODES.values(), "the paper, vBPE"]
     rows = [
@@ -55,14 +75,16 @@ def main(run: Path) -> None:
     rows = table(run)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|---" * len(rows[0]) + "|")
-    write_atomically(run / "ablation.md", "\n".join([LEAD, "", *lines, ""]))
+    words = orders(run)
+    write_atomically(run / "ablation.md", "\n".join([LEAD, "", *lines, "", *words, ""]))
     row = Markup("<tr>{}</tr>")
     cells = (Markup("").join(Markup("<td>{}</td>").format(text) for text in row) for row in rows)
-    body = Markup('<div class="wide"><table>{}</table></div>').format(
-        Markup("").join(map(row.format, cells))
+    body = Markup('<div class="wide"><table>{}</table></div>{}').format(
+        Markup("").join(map(row.format, cells)),
+        Markup("").join(map(Markup("<p>{}</p>").format, words)),
     )
     write_atomically(run / "index.html", page("Being-VL: ablation", body, LEAD))
-    print("\n".join(lines), f"\n{run}: ablation.md, index.html")
+    print("\n".join([*lines, *words]), f"\n{run}: ablation.md, index.html")
 
 
 if __name__ == "__main__":

@@ -57,8 +57,24 @@ def test_the_table_has_means_and_spreads(tmp_path, capsys) -> None:
         (folder / "scores.json").write_text(json.dumps({"categories": of_kinds}))
     write_table(tmp_path)
     cells = ["single stage", "not run", "not run", "75.0 ± 10.0 / 75.0 ± 10.0 (2)", "71.2 / 62.3"]
-    assert "| " + " | ".join(cells) + " |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| " + " | ".join(cells) + " |" in printed and "order:" not in printed
     assert f"<tr><td>{'</td><td>'.join(cells)}</td></tr>" in (tmp_path / "index.html").read_text()
+
+
+def test_the_table_says_where_the_order_is_not_the_papers(tmp_path, capsys) -> None:
+    regimes = ("both", "curriculum", "progressive", "single")
+    for codes, accuracies in {"raw": (4, 3, 2, 1), "anchor": (2, 4, 3, 1)}.items():
+        for regime, accuracy in zip(regimes, accuracies, strict=True):
+            folder = tmp_path / f"seed-0/{codes}-{regime}/eval"
+            folder.mkdir(parents=True)
+            of_kinds = {kind: {"accuracy": accuracy / 10} for kind in ("perception", "reasoning")}
+            (folder / "scores.json").write_text(json.dumps({"categories": of_kinds}))
+    write_table(tmp_path)
+    printed = capsys.readouterr().out
+    assert "raw codes: the same order: curriculum and progressive 40.0, curriculum only" in printed
+    assert "vBPE, anchor: a different order than the paper's: curriculum only 40.0" in printed
+    assert "running: " not in printed
 
 
 @pytest.mark.slow
