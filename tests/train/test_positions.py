@@ -4,6 +4,7 @@ positions.
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -41,9 +42,18 @@ def test_a_model_stands_where_its_rows_do(tmp_path, capsys) -> None:
     anchor = write_image_shards(tmp_path / "shards", vbpe, image_positions="anchor")
     running = write_image_shards(tmp_path / "running", vbpe)
     (tmp_path / "all.json").write_text(json.dumps(stage_fields(max_steps=2)))
-    done = launcher.run_alone(tmp_path, tmp_path / "stage-1")
+    every_step = ("--set", "beingvl.checkpoint_every_steps=1")
+    done = launcher.run_alone(tmp_path, tmp_path / "stage-1", *every_step)
     assert done.returncode == 0, done.stderr
     final = tmp_path / "stage-1/final"
+    resumed = tmp_path / "resumed"  # as if it was ended after its first step
+    shutil.copytree(
+        tmp_path / "stage-1/checkpoints/step-00000001", resumed / "checkpoints/step-00000001"
+    )
+    done = launcher.run_alone(tmp_path, resumed, *every_step)
+    assert done.returncode == 0 and "step-00000001" in done.stdout, done.stderr
+    for file in final.glob("*.safetensors"):
+        assert (resumed / "final" / file.name).read_bytes() == file.read_bytes()
     assert read_manifest(final).details["image_positions"] == "anchor"
     replayed = launcher.run_alone(tmp_path, tmp_path / "stage-1", "--replay", "1").stdout
     loss = float(re.search(r"  loss +([\d.]+)", replayed)[1])
