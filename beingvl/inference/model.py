@@ -476,8 +476,9 @@ class BeingVL(metaclass=SaysWhatReplaces):
         """New token ids for every prompt, up to the end of the longest answer; shorter ones are
         padded. `options` are those of transformers' `generate`.
         """
-        is_drawing = "prefix_allowed_tokens_fn" in options
-        eoi_id = None if is_drawing else self.layout.eoi_id
+        # Drawing continues the image itself; beams are copies of the rows, but not of their cache.
+        is_alone = "prefix_allowed_tokens_fn" in options or options.get("num_beams", 1) > 1
+        eoi_id = None if is_alone else self.layout.eoi_id
         pad_id = self.layout.pad_id
         inputs = batch_inputs(self.model, sequences, self.position_ids, pad_id, eoi_id)
         width = inputs["input_ids"].shape[1]

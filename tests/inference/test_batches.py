@@ -58,6 +58,12 @@ def test_images_that_rows_share_are_read_once_and_the_answers_stay(model: BeingV
     assert model.continue_token_sequences(mixed, 8) == longer
 
 
+def test_beams_of_prompts_that_share_images_are_those_of_each_alone(model: BeingVL) -> None:
+    asked = prompts(num_images=1, num_questions=2)
+    alone = model.continue_token_sequences(asked, 6, batch_size=1, num_beams=2)
+    assert model.continue_token_sequences(asked, 6, num_beams=2) == alone
+
+
 def test_those_who_ask_the_server_about_one_image_get_their_own_answers(model: BeingVL) -> None:
     asked = prompts(num_images=2, num_questions=6)
     back_end = TransformersBackEnd(model)
