@@ -95,6 +95,11 @@ def shown(image: Path) -> dict:
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
 
+def attached(image: Path) -> dict:
+    url = shown(image)["image_url"]["url"]
+    return {"type": "file", "file": {"filename": image.name, "file_data": url}}
+
+
 def said(text: str) -> dict:
     return {"type": "text", "text": text}
 
@@ -121,6 +126,7 @@ def test_streamed_and_whole_answers_are_those_of_the_class(
     cases = [
         ([{"role": "user", "content": "hi"}], "hi", None),
         ([user(shown(first), said("what?"))], "what?", first),
+        ([user(attached(second), said("what?"))], "what?", second),
         (
             [user(said("is"), shown(first), said("more than"), shown(second), said("?"))],
             "is<image>more than<image>?",
@@ -210,7 +216,11 @@ def test_errors_are_those_of_openai(server: tuple[int, Path], images: list[Path]
         ([user(one, said("hi"))], {}, "messages", "image 1 is not a data URL") for one in elsewhere
     ]
     damaged = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGFsbG8="}}
+    stored = {"type": "file", "file": {"file_id": "file-1"}}
+    paper = {"type": "file", "file": {"file_data": "data:application/pdf;base64,JVBERi0xLjQK"}}
     bad += [
+        ([user(stored, said("hi"))], {}, "messages", "has a `file_id`, but no files are stored"),
+        ([user(paper, said("hi"))], {}, "messages", "image 1 cannot be read as an image"),
         ([user(damaged, said("hi"))], {}, "messages", "image 1 cannot be read as an image"),
         ([user(*[picture] * 3, said("hi"))], {}, "messages", "3 images in one request, expected"),
         ([], {}, "messages", "messages"),

@@ -4,6 +4,7 @@
     {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": …}]}, …],
      "images": ["a.png"]}
     … {"type": "image", "image": "a.png"} or {"type": "image_url", "image_url": {"url": "a.png"}}
+    … or {"type": "file", "file": {"file_data": "data:image/png;base64,…"}}
 
 An image part without a picture takes the next one of `images`. Some datasets store a part's content
 under `content` or `value`, whatever its type.
@@ -18,7 +19,7 @@ from beingvl.data.dialects.turns import images_of, row_of, turn
 from beingvl.errors import InputError
 
 TEXT_KEYS = ("text", "content", "value")
-IMAGE_KEYS = ("image", "image_url", "url", "path", "content", "value")
+IMAGE_KEYS = ("image", "image_url", "file", "url", "path", "content", "value")
 
 
 def from_messages(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def _text_of(parts: list[Any], where: str, waiting: list[Any], images: list[Any]
         kind, text = part.get("type"), _first_of(part, TEXT_KEYS)
         if kind == "text" and isinstance(text, str):
             texts.append(text)
-        elif kind in ("image", "image_url", "input_image"):
+        elif kind in ("image", "image_url", "input_image", "file"):
             texts.append("<image>")
             images.append(_image_of(part, where, waiting))
         else:
@@ -62,8 +63,10 @@ def _text_of(parts: list[Any], where: str, waiting: list[Any], images: list[Any]
 
 def _image_of(part: Mapping[str, Any], where: str, waiting: list[Any]) -> Any:
     found = _first_of(part, IMAGE_KEYS)
-    if isinstance(found, Mapping) and "url" in found:
-        found = found["url"]
+    if isinstance(found, Mapping) and "file_id" in found:
+        raise InputError(f"{where} has a `file_id`, but no files are stored; give `file_data`")
+    if isinstance(found, Mapping):
+        found = found.get("url", found.get("file_data", found))
     if found is not None:
         return found
     if not waiting:
