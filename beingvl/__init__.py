@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from beingvl.errors import InputError
+from beingvl.inference.auto_processor import register_now_or_later
 from beingvl.version import __version__
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ _HOMES = {
     "train_vbpe": "beingvl.vbpe.train_vbpe",
 }
 _PUBLISHED = {"vBPE": "VisualBPE"}  # Being-VL-0.5's name for it
+register_now_or_later()
 
 
 def __getattr__(name: str) -> Any:

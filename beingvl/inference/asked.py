@@ -1,9 +1,10 @@
-"""Prompts and images in the forms that callers may pass."""
+"""Prompts, images and names of options in the forms that callers may pass."""
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from beingvl.data.conversation import Turn
@@ -47,3 +48,12 @@ def refuse_one_image(images: Any) -> None:
     """Raises InputError for a single path or PIL image where a list is expected."""
     if isinstance(images, (str, os.PathLike)) or hasattr(images, "convert"):
         raise InputError(f"images is one image ({str(images)[:60]}), expected a list of images")
+
+
+def check_names(what: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raises InputError for the first name that is not an option of `what`."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {known}"
+            raise InputError(f"{name!r} is not an option of {what}{hint}")

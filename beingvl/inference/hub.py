@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,17 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 
 from beingvl.errors import InputError
+from beingvl.inference.asked import check_names
+
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
-def fetched(name: Path | str, **options: Any) -> Path:
-    """The local folder `name`, else a snapshot of the repository of that name. `options` are those
-    of `snapshot_download` (revision, token, cache_dir, local_files_only).
+def fetched(name: Path | str, options: Mapping[str, Any], others: Sequence[str] = ()) -> Path:
+    """The local folder `name`, else a snapshot of the repository of that name, with `options` for
+    the Hub. Raises InputError for any other option; `others` are what the caller also takes.
     """
-    if Path(name).is_dir() or options.get("repo_type"):
+    check_names("from_pretrained", options, (*others, *HUB_OPTIONS))
+    if Path(name).is_dir():
         return Path(name)
     with _about(str(name)):
         return Path(snapshot_download(str(name), **options))

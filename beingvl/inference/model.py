@@ -47,6 +47,7 @@ from beingvl.inference.asked import (
     Images,
     Prompt,
     Prompts,
+    check_names,
     images_of_entry,
     is_one_prompt,
     refuse_one_image,
@@ -58,7 +59,7 @@ from beingvl.inference.draw import FittingTokens, OnlyWholeImages
 from beingvl.inference.hub import fetched, push
 from beingvl.inference.published_calls import SaysWhatReplaces, device_of, missing, positional
 from beingvl.inference.reading import dtype_of, own_device, read_model
-from beingvl.inference.sampling import check_sampling
+from beingvl.inference.sampling import SAMPLING
 from beingvl.inference.streaming import EndsRows, StopAtText, TextPieces, TextStreamer, cut_at
 from beingvl.model.start_model import context_of, find_start_model
 from beingvl.vbpe.published import LegacyVisualBPE
@@ -117,13 +118,19 @@ class BeingVL(metaclass=SaysWhatReplaces):
         vbpe_path: Path | str | None = None,
         *,
         template: str | None = None,
+        dtype: str | torch.dtype | None = None,
         torch_dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
+        device_map: Any = None,
         **hub: Any,
     ) -> BeingVL:
-        """A loaded model from a folder or from the Hub (`hub`: revision, token, cache_dir …)."""
-        model = cls(fetched(name, **hub), vbpe_path, template=template)
-        return model.load_model(torch_dtype, device)
+        """A loaded model from a folder or from the Hub (`hub`: HUB_OPTIONS). `dtype` and
+        `torch_dtype` are the same, and a `device_map` names one device.
+        """
+        others = ("vbpe_path", "template", "dtype", "torch_dtype", "device", "device_map")
+        folder = fetched(name, hub, others)
+        model = cls(folder, vbpe_path, template=template, device_map=device_map)
+        return model.load_model(dtype or torch_dtype, device)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, **hub: Any) -> str:
         """Upload the model folder, with the vBPE in use, to the Hub; returns the URL. `hub`: token,
@@ -421,7 +428,7 @@ class BeingVL(metaclass=SaysWhatReplaces):
         `on_batch` is called after each batch with its prompt indices and their new token ids.
         `sampling`: transformers' options, such as `top_p=0.9`; `SAMPLING` lists them.
         """
-        check_sampling(sampling)
+        check_names("generation", sampling, SAMPLING)
         self._check_request(
             sequences, max_new_tokens, temperature=temperature, batch_size=batch_size
         )

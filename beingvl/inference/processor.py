@@ -1,7 +1,7 @@
 """`AutoProcessor` for model folders of beingvl: images and messages in, `input_ids` out, for stock
 `AutoModelForCausalLM.generate`.
 
-    from beingvl import BeingVLProcessor                     # registers it with AutoProcessor
+    import beingvl                                           # makes it known to AutoProcessor
     processor = AutoProcessor.from_pretrained("stage-3/final")
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True,
                                            return_tensors="pt")
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedConfig
+from transformers import AutoTokenizer, BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from beingvl.data.conversation import IMAGE_PLACEHOLDER
@@ -26,7 +26,7 @@ from beingvl.inference.base_prompts import with_images
 from beingvl.inference.hub import fetched
 from beingvl.inference.model import BeingVL
 
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+OF_AUTO = ("_from_auto", "trust_remote_code", "use_fast")  # AutoProcessor passes them on
 
 
 class BeingVLProcessor(ProcessorMixin):
@@ -42,8 +42,8 @@ class BeingVLProcessor(ProcessorMixin):
         cls, name: Path | str, vbpe_path: Path | str | None = None, **options: Any
     ) -> BeingVLProcessor:
         """From a model folder, local or on the Hub. Raises InputError as `BeingVL` does."""
-        asked = {key: options[key] for key in HUB_OPTIONS if options.get(key)}
-        being = BeingVL(fetched(name, **asked), vbpe_path)
+        asked = {key: value for key, value in options.items() if key not in OF_AUTO}
+        being = BeingVL(fetched(name, asked, ["vbpe_path"]), vbpe_path)
         tokenizer = AutoTokenizer.from_pretrained(
             being.model_path, padding_side="left", trust_remote_code=False
         )
@@ -102,12 +102,3 @@ def _images_of(images: Any, num_texts: int, is_one: bool) -> list[list[Any]]:
         list(entry) if isinstance(entry, (list, tuple)) else [] if entry is None else [entry]
         for entry in entries
     ]
-
-
-class _Config(PreTrainedConfig):
-    """AutoProcessor finds a processor by its class name, but registers it under a config class."""
-
-    model_type = "beingvl"
-
-
-AutoProcessor.register(_Config, BeingVLProcessor)

@@ -44,7 +44,7 @@ print(model("What is in the picture?", "picture.png"))
 ```
 
 The weights are stock: `transformers.AutoModelForCausalLM` loads them, and
-`AutoProcessor` makes its inputs once `from beingvl import BeingVLProcessor` has run.
+`AutoProcessor` makes its inputs once `import beingvl` has run.
 """
 _SETTINGS = {
     "optimizer steps": "step",

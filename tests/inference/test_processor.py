@@ -36,6 +36,13 @@ processor = AutoProcessor.from_pretrained(folder)
 assert type(processor) is type(tokenizer) and "beingvl" not in sys.modules
 print(json.dumps([inputs["input_ids"][0].tolist(), out[0].tolist()]))
 """
+REGISTERED = """
+import sys
+{imports}
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+assert type(processor) is beingvl.BeingVLProcessor, type(processor)
+assert processor(text="hi")["input_ids"]
+"""
 
 
 def written(run: Path, folder: Path, **details: str) -> Path:
@@ -82,6 +89,16 @@ def test_a_fresh_process_of_stock_transformers_asks_as_the_class_does(
     assert ids == model.tokenize(chat)
     [answer] = model.continue_token_sequences([ids], 8)
     assert whole[len(ids) :][: len(answer)] == answer
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_importing_the_package_is_all_that_autoprocessor_needs(
+    final: Path, order: tuple[int, int]
+) -> None:
+    lines = ["import beingvl", "from transformers import AutoProcessor"]
+    code = REGISTERED.format(imports="\n".join(lines[number] for number in order))
+    done = subprocess.run([sys.executable, "-c", code, str(final)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -255,3 +272,17 @@ def test_a_model_comes_from_the_hubs_cache(final: Path, tmp_path: Path) -> None:
     ]
     with pytest.raises(InputError, match="me/other is neither a folder here nor reachable"):
         BeingVL.from_pretrained("me/other", **options)
+
+
+def test_options_of_loading_have_transformers_names_and_no_other(final: Path) -> None:
+    model = BeingVL.from_pretrained(final, dtype="bfloat16", device_map={"": "cpu"})
+    assert model.model.dtype == torch.bfloat16 and model.model.device.type == "cpu"
+    for load in (BeingVL.from_pretrained, BeingVLProcessor.from_pretrained):
+        for name, said in (("revison", "did you mean 'revision'"), ("xyz", "expected one of")):
+            with pytest.raises(InputError, match=f"{name!r} is not an option .*{said}"):
+                load(final, **{name: 1})
+    with pytest.raises(InputError, match=r"'dtyp' is not an option .*did you mean 'dtype'"):
+        BeingVL.from_pretrained(final, dtyp="bfloat16")
+    with pytest.raises(InputError, match="runs on one device"):
+        BeingVL.from_pretrained(final, device_map="balanced")
+    AutoProcessor.from_pretrained(final, use_fast=True, trust_remote_code=False, token=None)
