@@ -17,7 +17,7 @@ import argparse
 from pathlib import Path
 
 from beingvl.commands.options import options_of
-from beingvl.commands.parser import FILE
+from beingvl.commands.parser import FILE, VBPE, VQGAN, Input
 
 INIT_METHODS = ("he", "mean", "mean_cov", "codebook", "zero")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -41,11 +41,13 @@ HELP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--llama_path", type=FILE, required=True, help=HELP["llama_path"])
+    base = Input(config_of="a Hugging Face model folder")
+    add("--llama_path", type=base, required=True, help=HELP["llama_path"])
     add("--output", dest="output_path", type=Path, required=True, help=HELP["output_path"])
-    add("--vqgan", dest="being_vq_path", type=FILE, help=HELP["being_vq_path"])
-    for name in ("vbpe", "being_tokenizer_config_path"):
-        add(f"--{name}", type=FILE, help=HELP[name])
+    add("--vqgan", dest="being_vq_path", type=VQGAN, help=HELP["being_vq_path"])
+    add("--vbpe", type=VBPE, help=HELP["vbpe"])
+    name = "being_tokenizer_config_path"
+    add(f"--{name}", type=FILE, help=HELP[name])
     for name in ("num_merges", "vocab_size", "extended_vocab_size"):
         add(f"--{name}", type=int, help=HELP[name])
     for name, default in (("seed", 0), ("pad_vocab_multiple", 1)):

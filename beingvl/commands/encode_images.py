@@ -17,7 +17,7 @@ from pathlib import Path
 
 from beingvl.artefact.ranks import RankOf
 from beingvl.commands.options import EXIF, add_rank_arguments, add_row_format, options_of, share
-from beingvl.commands.parser import FILE, PLACE
+from beingvl.commands.parser import FILE, PLACE, VQGAN
 from beingvl.errors import InputError
 
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     images = "folder of images, searched recursively; or tar files or tables that hold them"
     add("--image_path", type=PLACE, nargs="+", help=images)
-    add("--vqgan", dest="vq_path", type=FILE, required=True, help="VQ-GAN folder")
+    add("--vqgan", dest="vq_path", type=VQGAN, required=True, help="VQ-GAN folder")
     add("--output", dest="output_path", type=Path, required=True, help="folder to write")
     named = "dataset rows, in any format that tokenize reads: encode only the images they name"
     add("--json_path", type=PLACE, nargs="+", help=named)

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from beingvl.artefact.ranks import rank_of
-from beingvl.commands.parser import FILE, Input
+from beingvl.commands.parser import VBPE, Input
 
 EXIF = "EXIF orientation: apply it, as viewers do, or ignore it, as the published data does"
 NOT_FOR_THE_STEP = ("debug", "kind", "local_rank")
@@ -35,7 +35,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     a_model: dict[str, Any] = {"metavar": "MODEL", "type": Input("model"), "required": True}
     add("--model", dest="model_path", help=model, **a_model)
     vbpe = "vbpe.json; default: the one inside the model folder"
-    add("--vbpe", dest="vbpe_path", type=FILE, help=vbpe)
+    add("--vbpe", dest="vbpe_path", type=VBPE, help=vbpe)
     raw = "plain VQ codes without vBPE, for a model trained on them"
     add("--raw", action="store_true", help=raw)
     template = "default, being-vl-0.5, or base for the base model's own; default: the model's"

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from beingvl.errors import InputError
+
 NO_DEFAULT = (None, True, False, argparse.SUPPRESS)
 
 
@@ -42,11 +44,13 @@ OTHER_NAMES = {
 @dataclass(frozen=True)
 class Input:
     """The `type` of an option that names an input: its Python type `form`, and the `kind` of
-    finished artefact, or "" for any file or folder.
+    finished artefact or "vbpe.json", or "" for any file or folder. `config_of`: what a folder is
+    that holds a config.json.
     """
 
     kind: str = ""
     form: type[Path] | type[str] = Path
+    config_of: str = ""
 
     def __call__(self, text: str) -> Path | str:
         return self.form(text)
@@ -56,13 +60,22 @@ class Input:
         if not self.kind:
             if ":/" not in str(given) and not glob.has_magic(str(given)):
                 os.stat(given)
+            if self.config_of and not os.path.isfile(os.path.join(given, "config.json")):
+                raise InputError(f"{given} has no config.json: it is not {self.config_of}")
             return
-        # Here, so that --help is instant.
+        folder = Path(given)
+        # Imported here, so that --help is instant.
+        if self.kind == "vbpe.json":
+            from beingvl.vbpe.visual_bpe import VisualBPE
+
+            os.stat(folder)
+            if folder.suffix != ".pkl":
+                VisualBPE.load(folder)
+            return
         from beingvl.artefact.manifest import read_manifest
         from beingvl.model.start_model import find_start_model
         from beingvl.vocab import VocabLayout
 
-        folder = Path(given)
         if self.kind == "model":
             folder = find_start_model(folder)
             VocabLayout.load(folder)
@@ -70,6 +83,8 @@ class Input:
 
 
 FILE, PLACE = Input(), Input(form=str)  # a path; a path, a URL or a pattern
+VQGAN = Input(config_of="a VQ-GAN folder; make one with `beingvl train-vq` or download one")
+VBPE = Input("vbpe.json")  # a folder that holds one, or a published pickle
 
 
 class Parser(argparse.ArgumentParser):

@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    # torch is imported here, so that --help is instant.
+    # torch is imported here, so that --help is instant, and after a wrong --model was reported.
+    from beingvl.launch.known_shapes import folder_of
+
+    folder_of(args.model)
     from beingvl.launch.plan import SHIPPED, plan
 
     print(plan(stage=args.stage or SHIPPED, **options_of(args, "stage")))

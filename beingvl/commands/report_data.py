@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from beingvl.commands.options import add_overrides, options_of
-from beingvl.commands.parser import FILE, Input
+from beingvl.commands.parser import FILE, VBPE, VQGAN, Input
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", dest="output_path", type=Path, default=Path("data_report.html"), help=page)
     model = "model folder whose tokenizer shows the examples' text"
     add("--model", dest="model_path", type=Input("model"), help=model)
-    add("--vbpe", dest="vbpe_path", type=FILE, help="vbpe.json, to turn merged images into codes")
+    add("--vbpe", dest="vbpe_path", type=VBPE, help="vbpe.json, to turn merged images into codes")
     vq = "VQ-GAN folder with a decoder, to show the examples' images"
-    add("--vqgan", dest="vq_path", type=FILE, help=vq)
+    add("--vqgan", dest="vq_path", type=VQGAN, help=vq)
     stage = "a stage's JSON: shows what its mixture draws from the shards"
     add("--config", dest="deepspeed_config", type=FILE, help=stage)
     add_overrides(parser)

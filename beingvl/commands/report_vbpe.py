@@ -13,16 +13,16 @@ import argparse
 from pathlib import Path
 
 from beingvl.commands.options import options_of
-from beingvl.commands.parser import FILE
+from beingvl.commands.parser import FILE, VBPE, VQGAN
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("vbpe", type=FILE, help="vbpe.json, or its folder")
+    add("vbpe", type=VBPE, help="vbpe.json, or its folder")
     codes = "VQ codes (folder or .npy) to measure on; preferably not those it learnt from"
     add("--codes", nargs="+", type=FILE, default=[], help=codes)
     vq = "VQ-GAN folder with a decoder, to show pixels instead of colours"
-    add("--vqgan", dest="vq", type=FILE, help=vq)
+    add("--vqgan", dest="vq", type=VQGAN, help=vq)
     add("--max_images", type=int, default=2000, help="measure on a sample of this many images")
     add("--seed", type=int, default=0, help="seed of the sample")
     folder = "folder for report.html and the PNG files (default: vbpe_report beside vbpe.json)"

@@ -9,7 +9,7 @@ picture's tokens. Or, with --api, an OpenAI-compatible chat completions API.
 
 Both listen on the loopback address and contact no other machine; pages tell the browser to do the
 same. Uploads go into a temporary folder, which is removed at the end; Ctrl-C stops the server.
-docs/how-to/inference.md shows how to call the API, and how to serve many users.
+docs/how-to/serve.md shows how to call the API, and how to serve many users.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    # torch is imported here, so that --help is instant.
+    # torch is imported here, so that --help is instant, and after a wrong key was reported.
+    from beingvl.inference.api_key import read_key
+
+    if args.api:
+        read_key(args.api_key)
     from beingvl.inference.serve import serve
 
     serve(**options_of(args))

@@ -19,6 +19,7 @@ import argparse
 from pathlib import Path
 
 from beingvl.commands.options import EXIF, add_rank_arguments, add_row_format, options_of, share
+from beingvl.commands.parser import PLACE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json_path", nargs="+", required=True, help=rows)
     add_row_format(parser)
     images = "root folder of the rows' image paths, or tar files or tables with the images"
-    add("--image_path", nargs="+", help=images)
+    add("--image_path", type=PLACE, nargs="+", help=images)
     add("--output", dest="output_path", type=Path, required=True, help="folder to write")
     model = "Being-VL model folder: tokenizer, vocabulary layout, VQ-GAN"
     add("--model", dest="model_path", type=Path, required=True, help=model)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from beingvl.errors import InputError, check_at_least
+from beingvl.inference.api_key import KEY, read_key
 from beingvl.inference.back_end import BackEnd, Sampling, TransformersBackEnd
 from beingvl.inference.conversations import Conversations
 from beingvl.inference.model import BeingVL
@@ -24,7 +25,6 @@ from beingvl.inference.other_servers import ServerBackEnd
 from beingvl.vbpe.visual_bpe import VisualBPE
 
 TRANSFORMERS = "transformers"
-KEY = "BEINGVL_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OWN_NAMES = ["127.0.0.1", "localhost", "[::1]"]  # as in a request's Host header
 FOLDERS = ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE", "MPLCONFIGDIR")
@@ -135,21 +135,6 @@ def run_server(app: Any, host: str, listener: socket.socket) -> None:
     guarded = TrustedHostMiddleware(app, allowed_hosts=names)
     config = uvicorn.Config(guarded, log_level="warning", timeout_graceful_shutdown=2)
     uvicorn.Server(config).run(sockets=[listener])
-
-
-def read_key(path: Path | None) -> str | None:
-    """The key that requests must send, from a file or the variable BEINGVL_API_KEY; never shown.
-    Raises InputError for one that cannot be a key.
-    """
-    try:
-        key = os.environ.get(KEY) if path is None else path.read_text(encoding="ascii").strip()
-    except (OSError, ValueError) as error:  # the argument may be the key itself: do not print it
-        raise InputError("--api_key is not a readable file of ASCII; put the key in one") from error
-    if path is None and not key:
-        return None
-    if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise InputError("the API key is empty, or not printable ASCII without spaces")
-    return key
 
 
 def listen(host: str, port: int) -> socket.socket:

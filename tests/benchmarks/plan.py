@@ -35,7 +35,8 @@ from beingvl.artefact.files import to_json
 from beingvl.artefact.manifest import write_manifest
 from beingvl.data.shard_columns import Sample
 from beingvl.data.shard_writer import ShardWriter
-from beingvl.launch.model_shapes import SHAPES, find_shape, named_shape
+from beingvl.launch.known_shapes import SHAPES
+from beingvl.launch.model_shapes import find_shape, named_shape
 from beingvl.model.param_groups import plan_parameters
 from beingvl.stage.stage_config import load_stage_config
 from beingvl.train.memory import predict_memory

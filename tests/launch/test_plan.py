@@ -9,7 +9,8 @@ from transformers import LlamaConfig
 from beingvl.commands import main as cli
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.errors import InputError
-from beingvl.launch.model_shapes import COLUMNS, NEW_ROWS, SHAPES, named_shape
+from beingvl.launch.known_shapes import COLUMNS, SHAPES
+from beingvl.launch.model_shapes import NEW_ROWS, named_shape
 from beingvl.launch.plan import SHIPPED, parse_gpus
 from beingvl.launch.plan import plan as plan_stages
 from beingvl.stage.stage_config import parse_stage_config
