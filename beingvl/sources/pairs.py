@@ -9,7 +9,7 @@ from typing import Any
 
 from beingvl.errors import InputError
 from beingvl.json_file import parse_json
-from beingvl.sources.tars import members_of
+from beingvl.sources.tars import members_of, readable_tar
 
 TEXTS = (".txt", ".caption")
 MAX_TEXT_BYTES = 1 << 26
@@ -21,6 +21,11 @@ def records_of_pairs(place: str, image_suffixes: frozenset[str]) -> Iterator[dic
 
     Raises InputError for a damaged tar, and for one without texts.
     """
+    with readable_tar(place):
+        yield from _records(place, image_suffixes)
+
+
+def _records(place: str, image_suffixes: frozenset[str]) -> Iterator[dict[str, Any]]:
     name, found = "", False
     record: dict[str, Any] = {}
     for tar, member in members_of(place):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from beingvl.errors import InputError
@@ -39,19 +40,28 @@ class _ForgetfulTarFile(tarfile.TarFile):
 
 
 def members_of(place: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Every member, with the open tar. Raises InputError for a tar that is damaged or cut off."""
+    """Every member, with the open tar. Raises InputError for a tar that is damaged or cut off; who
+    reads a member's content does so inside `readable_tar`, too.
+    """
+    with (
+        readable_tar(place),
+        opened(place) as file,
+        _ForgetfulTarFile.open(fileobj=file, mode="r:", tarinfo=_ShortNotes) as tar,
+    ):
+        while (member := tar.next()) is not None:
+            yield tar, member
+        # tarfile takes any later header that it cannot read for the end, which is zeros
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            found = f"neither a header nor the end of the tar at byte {tar.offset}"
+            raise tarfile.ReadError(found)
+
+
+@contextmanager
+def readable_tar(place: str) -> Iterator[None]:
+    """Raises InputError when a tar turns out to be damaged or cut off."""
     try:
-        with (
-            opened(place) as file,
-            _ForgetfulTarFile.open(fileobj=file, mode="r:", tarinfo=_ShortNotes) as tar,
-        ):
-            while (member := tar.next()) is not None:
-                yield tar, member
-            # tarfile takes any later header that it cannot read for the end, which is zeros
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                found = f"neither a header nor the end of the tar at byte {tar.offset}"
-                raise tarfile.ReadError(found)
+        yield
     except (tarfile.TarError, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # of a disk or a store
             raise
