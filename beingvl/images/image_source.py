@@ -23,6 +23,7 @@ from beingvl.artefact.progress import progress
 from beingvl.errors import InputError
 from beingvl.images.table_images import NO_STAMP, TableImages
 from beingvl.sources.places import (
+    ONE_BY_ONE,
     as_place,
     expand,
     file_name,
@@ -32,6 +33,7 @@ from beingvl.sources.places import (
     read_object,
     stamp,
     stamps_elsewhere,
+    without_notes,
 )
 from beingvl.sources.tables import SUFFIXES as TABLES
 from beingvl.sources.tars import members_of
@@ -147,7 +149,7 @@ def _containers_in(
     if not names:
         return None
     if (image := images.any_key()) is None:
-        return open_images([f"{folder}/{name}" for name in sorted(names)])
+        return open_images([f"{folder}/{name}" for name in without_notes(sorted(names))])
     if tars := sorted(filter(_is_tar, names)):
         raise InputError(
             f"--image_path {folder} holds tar files ({tars[0]}) and images ({image}): "
@@ -379,9 +381,7 @@ class TarImages:
                 continue
             if name in self._places:
                 other = self._paths[self._places[name][0]]
-                raise InputError(
-                    f"{path} and {other} both hold {name}: rename one or encode them separately"
-                )
+                raise InputError(f"{path} and {other} both hold {name}: {ONE_BY_ONE}")
             self._places[name] = (number, member.offset_data, member.size)
             if member.issparse():  # its zeros are not in the tar
                 self._sparse.add(name)

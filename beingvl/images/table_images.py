@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from beingvl.errors import InputError
 from beingvl.sources.places import stamp, stamps_elsewhere
-from beingvl.sources.tables import Table, numbers_of
+from beingvl.sources.tables import Table, numbers_of, refuse_equal_names
 
 NO_STAMP = "none"
 
@@ -15,6 +15,7 @@ class TableImages:
     """An ImageSource. Reading is fastest in key order."""
 
     def __init__(self, places: Sequence[str]) -> None:
+        refuse_equal_names(places)
         self._tables = {table.name: table for table in map(Table, places)}
         self._stamps = {name: stamp(table.place) for name, table in self._tables.items()}
         if not any(table.picture_columns for table in self._tables.values()):

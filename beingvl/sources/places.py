@@ -41,6 +41,9 @@ SILENCE_SECONDS = 20  # of an https server, after which it is asked again
 MAY_CHANGE = (408, 425, 429)  # the 4xx of HTTP that ask for patience
 MARKS = ("ETag", "etag", "md5Hash", "Content-MD5", "blob_id", "mtime")
 TIMES = ("LastModified", "Last-Modified", "last_modified")
+# Names of errors of botocore, google.auth and huggingface_hub, whose settings would not change.
+OF_ACCESS = re.compile("redential|Profile|Config|Region|Token|SSO|Login")
+ONE_BY_ONE = "read them one by one, each with a --dataset_name or --output of its own"
 Question = Callable[[Any, str], Any]  # of fsspec's file system and a path in it
 
 
@@ -90,6 +93,13 @@ def expand(paths: Sequence[Path | str], suffixes: Sequence[str]) -> list[str]:
             )
         found += sorted(matched)
     return list(dict.fromkeys(found))
+
+
+def without_notes(files: Sequence[str]) -> list[str]:
+    """Less what img2dataset writes beside each of its tar files: the same rows, and counts."""
+    stems = {file.removesuffix(".tar") for file in files if file.endswith(".tar")}
+    notes = {f"{stem}{end}" for stem in stems for end in (".parquet", "_stats.json")}
+    return [file for file in files if file not in notes]
 
 
 def _expand_address(place: str, suffixes: Sequence[str]) -> list[str]:
@@ -175,8 +185,8 @@ def _final(error: Exception, place: str) -> OSError | None:
     status = status or getattr(getattr(origin, "response", None), "status_code", None)
     said, number = _said(error), getattr(error, "errno", None)
     is_denied = isinstance(error, PermissionError) or status in (401, 403)
-    if is_denied or "redential" in type(error).__name__ + said:
-        reason = f"access is denied, or credentials are missing ({said})"
+    if is_denied or OF_ACCESS.search(type(error).__name__) or "redential" in said:
+        reason = f"access is denied, or credentials are missing or wrong ({said})"
         return PermissionError(errno.EACCES, reason, bare(place))
     if isinstance(error, FileNotFoundError) and (origin is error or status in (404, 410)):
         reason = error.strerror if error.strerror and number else "it is not there"

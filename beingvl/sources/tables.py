@@ -6,30 +6,35 @@
 A column holds pictures when it is a struct with `bytes` (Hugging Face's `Image`), or bare bytes,
 or a list of either. Of parquet only what is asked for is read: rows without the bytes of their
 pictures, pictures without the rows. A batch of rows is in memory at a time, and one that expands to
-gigabytes ends in a sentence.
+gigabytes ends in a sentence. A row that Python cannot hold is {"unreadable": reason}.
 """
 
 from __future__ import annotations
 
+import os
 import resource
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from beingvl.errors import InputError
-from beingvl.sources.places import bare, file_name, is_address, opened
+from beingvl.sources.places import ONE_BY_ONE, bare, file_name, is_address, opened
 
 SUFFIXES = (".parquet", ".arrow")
 BATCH_BYTES = 1 << 24  # of mean rows
 MAX_ROWS_AT_ONCE = 1000
 READ_BYTES = 1 << 20  # of a column at once; else all of a row group's
 MAX_ROW_BYTES = 1 << 28
+MAX_PICTURES = 10_000  # of a row
 MAX_GROWTH = 2 << 30  # of this process while it reads a batch; pyarrow's allocator takes 1 << 30
 NOT_A_TABLE = (pa.ArrowException, OSError, EOFError)
+NOT_A_ROW = (ValueError, OverflowError, MemoryError)  # no UTF-8, a year 100,000, a bomb
+STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # which pyarrow and `datasets` write on closing
 
 
 def key_of(place: str, row: int, number: int) -> str:
@@ -43,6 +48,15 @@ def numbers_of(place: str) -> tuple[int, int] | None:
     return (int(row), int(number)) if slash and row.isdecimal() and number.isdecimal() else None
 
 
+def refuse_equal_names(places: Sequence[str]) -> None:
+    """Raises InputError for two tables whose pictures would have the same keys."""
+    for name, count in Counter(map(file_name, places)).most_common(1):
+        if count > 1:
+            raise InputError(
+                f"{count} tables are called {name}, as their pictures' keys begin: {ONE_BY_ONE}"
+            )
+
+
 class Table:
     """One file. Raises InputError when it cannot be read, here and later."""
 
@@ -53,6 +67,8 @@ class Table:
             self.schema = self._parquet.schema_arrow if self._parquet else self._reader().schema
         except NOT_A_TABLE as error:
             raise self._damage(error) from error
+        if len(set(self.schema.names)) != len(self.schema.names):
+            raise InputError(f"{bare(place)} has two columns of one name: {self.schema.names}")
         self.picture_columns = [field.name for field in self.schema if _holds_pictures(field.type)]
         self._cursor: _Cursor | None = None
 
@@ -85,26 +101,30 @@ class Table:
         """Rows in their order; where a column holds pictures stands the list of their keys."""
         names = [name for name in self.schema.names if name not in self.picture_columns]
         for first, batch in self._batches(self._leaves_without_bytes(names), 0):
-            rows = batch.select(names).to_pylist()
+            rows = _as_python(batch.select(names))
             for row, keys in zip(rows, self._keys_of_rows(first, batch), strict=True):
                 yield row | keys
 
     def picture_keys(self) -> Iterator[str]:
         """Of all pictures."""
         for first, batch in self._batches(self._leaves_without_bytes([]), 0):
-            for keys in self._keys_of_rows(first, batch):
-                yield from (key for column in keys.values() for key in column)
+            for row, keys in enumerate(self._keys_of_rows(first, batch), first):
+                if "unreadable" in keys:
+                    yield key_of(self.place, row, 0)  # of which reading says why
+                else:
+                    yield from (key for column in keys.values() for key in column)
 
-    def _keys_of_rows(self, first: int, batch: pa.RecordBatch) -> Iterator[dict[str, list[str]]]:
+    def _keys_of_rows(self, first: int, batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
         """Of every row: column -> keys of its pictures, numbered through all columns."""
         columns = [batch.column(name) for name in self.picture_columns]
         for at in range(len(batch)):
-            keys, number = {}, 0
-            for name, column in zip(self.picture_columns, columns, strict=True):
-                end = number + _count(column[at])
-                keys[name] = [key_of(self.place, first + at, n) for n in range(number, end)]
-                number = end
-            yield keys
+            counts = [_count(column[at]) for column in columns]
+            if sum(counts) > MAX_PICTURES:
+                yield {"unreadable": _too_many(sum(counts))}
+                continue
+            keys = (key_of(self.place, first + at, number) for number in range(sum(counts)))
+            named = zip(self.picture_columns, counts, strict=True)
+            yield {name: list(islice(keys, count)) for name, count in named}
 
     def picture(self, row: int, number: int) -> bytes:
         """The N-th picture of a row. Quick when rows are asked for in their order."""
@@ -118,6 +138,8 @@ class Table:
             self._cursor = None  # another row may be readable
             raise
         columns = [batch.column(name).slice(at, 1) for name in self.picture_columns]
+        if (count := sum(_count(column[0]) for column in columns)) > MAX_PICTURES:
+            raise InputError(f"{key_of(self.place, row, number)}: {_too_many(count)}")
         if (size := sum(column.nbytes for column in columns)) > MAX_ROW_BYTES:
             raise InputError(
                 f"{key_of(self.place, row, number)}: pictures of {size:,} bytes in a row, expected "
@@ -137,7 +159,18 @@ class Table:
         return pq.ParquetFile(opened(self.place), pre_buffer=False, buffer_size=READ_BYTES)
 
     def _reader(self) -> pa.RecordBatchStreamReader:
+        """Raises ArrowInvalid for a file that is cut between two batches: pyarrow takes any end."""
         source = opened(self.place) if is_address(self.place) else pa.memory_map(self.place)
+        source.seek(max(source.seek(0, os.SEEK_END) - len(STREAM_END), 0))
+        end = source.read()
+        source.seek(0)
+        if end.endswith(b"ARROW1"):
+            raise InputError(
+                f"{bare(self.place)} has the Arrow file format, expected Arrow's stream format, as "
+                "save_to_disk writes it; write that, or parquet"
+            )
+        if end != STREAM_END:
+            raise pa.ArrowInvalid("the mark at the end of a stream is missing")
         return pa.ipc.open_stream(source, options=pa.ipc.IpcReadOptions(use_threads=False))
 
     def _leaves_without_bytes(self, names: list[str]) -> list[str]:
@@ -221,6 +254,16 @@ def _bounded(
         yield batch
 
 
+def _as_python(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    try:
+        with _memory_bound(MAX_GROWTH):
+            return batch.to_pylist()
+    except NOT_A_ROW as error:
+        if len(batch) == 1:
+            return [{"unreadable": str(error) or "it expands to gigabytes"}]
+    return [row for at in range(len(batch)) for row in _as_python(batch.slice(at, 1))]
+
+
 class _Cursor:
     """A position in the batches of a table, which only moves on."""
 
@@ -235,10 +278,12 @@ class _Cursor:
 
 
 def _holds_pictures(kind: pa.DataType) -> bool:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    types = pa.types
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         kind = kind.value_type
-    is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    return is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    is_struct = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    is_bytes = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+    return is_struct or is_bytes
 
 
 def _count(value: pa.Scalar) -> int:
@@ -247,6 +292,10 @@ def _count(value: pa.Scalar) -> int:
         return 0
     is_list = isinstance(value, pa.ListScalar | pa.LargeListScalar)
     return len(value.values) if is_list and value.values is not None else int(not is_list)
+
+
+def _too_many(count: int) -> str:
+    return f"{count:,} pictures in a row, expected at most {MAX_PICTURES:,}"
 
 
 def _listed(value: Any) -> list[Any]:

@@ -4,6 +4,7 @@ beside rows that stay.
 
 import io
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -49,6 +50,39 @@ def test_a_cell_that_many_rows_share_is_not_expanded(tmp_path: Path, monkeypatch
     assert path.stat().st_size < 100_000
     with pytest.raises(InputError, match=r"shared\.parquet has rows that expand to gigabytes"):
         list(Table(str(path)).records())
+
+
+def nulls(folder: Path, name: str, fields: list[str]) -> str:
+    """A table of three rows, the second with a list of two million empty structs."""
+    count = 2_000_000
+    structs = pa.StructArray.from_arrays([pa.nulls(count + 1, pa.binary())] * len(fields), fields)
+    lists = pa.ListArray.from_arrays(pa.array([0, 0, count, count + 1], pa.int32()), structs)
+    path = folder / "nulls.parquet"
+    pq.write_table(pa.table({name: lists, "caption": ["hi"] * 3}), path, compression="zstd")
+    assert path.stat().st_size < 2000
+    return str(path)
+
+
+def test_a_row_of_very_many_pictures_is_rejected(tmp_path: Path) -> None:
+    table = Table(nulls(tmp_path, "images", ["bytes", "path"]))
+    tracemalloc.start()
+    first, second, third = table.records()
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    assert first["images"] == [] and len(third["images"]) == 1
+    assert second["unreadable"] == "2,000,000 pictures in a row, expected at most 10,000"
+    keys = list(table.picture_keys())
+    assert keys == [key_of(table.place, 1, 0), key_of(table.place, 2, 0)]
+    with pytest.raises(InputError, match=r"nulls\.parquet#000000001/0: 2,000,000 pictures"):
+        table.picture(1, 0)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_a_row_of_very_many_turns_is_rejected(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(tables, "MAX_GROWTH", 1 << 27)
+    first, second, third = Table(nulls(tmp_path, "texts", ["user", "assistant"])).records()
+    assert first["texts"] == [] and len(third["texts"]) == 1
+    assert second == {"unreadable": "it expands to gigabytes"}
 
 
 def test_a_text_that_expands_without_end(tmp_path: Path, monkeypatch) -> None:

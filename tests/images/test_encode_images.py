@@ -473,6 +473,8 @@ def test_a_folder_of_tables_gives_their_pictures(image_path, vq_path, tmp_path):
     for number, key in enumerate(KEYS):
         row = found.row(f"train.parquet#{number:09d}/0")
         assert (found.codes[row] == expected.codes[expected.row(key)]).all()
+    with pytest.raises(InputError, match=r"2 tables are called train\.parquet, .*one by one"):
+        open_images([table, shutil.copy(table, tmp_path)])
     table.rename(image_path / "metadata.parquet")
     assert open_images([image_path]).keys() == sorted(KEYS)
 
