@@ -51,20 +51,28 @@ class OvertakenError(Exception):
 
 
 class Parts:
-    """The parts of one output folder. `request` says what is made; others are refused."""
+    """The parts of one output folder. `request` says what is made; others are refused, or removed
+    if they are `cheap`.
+    """
 
-    def __init__(self, output: Path, request: Mapping[str, Any], name: str = FOLDER) -> None:
+    def __init__(
+        self, output: Path, request: Mapping[str, Any], name: str = FOLDER, cheap: bool = False
+    ) -> None:
         self.folder = output / name
         self._request = text = to_json(dict(request))
         make_folder(self.folder)
         path = self.folder / "request.json"
+        if path.exists() and (difference := Request(request).difference(read_object(path))):
+            if not cheap:
+                raise InputError(
+                    f"{output} holds unfinished work with {difference}; give the same inputs and "
+                    "options to finish it, choose another folder, or add --overwrite to start again"
+                )
+            print(f"{output} starts again: its unfinished work has {difference}")
+            remove_parts(output, name)
+            make_folder(self.folder)
         if not path.exists():
             write_atomically(path, text)
-        elif difference := Request(request).difference(read_object(path)):
-            raise InputError(
-                f"{output} holds unfinished work with {difference}; give the same inputs and "
-                "options to finish it, choose another folder, or add --overwrite to start again"
-            )
 
     def path(self, number: int) -> Path:
         return self.folder / f"{number:05d}"

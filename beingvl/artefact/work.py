@@ -40,12 +40,14 @@ class Work:
     output         the folder to write
     unit           what progress counts: "image", "row", "B"
     parts_folder   name of the folder of parts inside `output`
+    cheap          whether unfinished parts of another request are made again, not refused
     """
 
     kind: str
     output: Path
     unit: str
     parts_folder = FOLDER
+    cheap = False
 
     @property
     def num_parts(self) -> int:
@@ -62,7 +64,7 @@ class Work:
 
     def request_of_parts(self) -> Request:
         """Everything that determines the parts' bytes; must be fast. Parts of a different request
-        are refused.
+        are refused, or removed if they are `cheap`.
         """
         raise NotImplementedError
 
@@ -121,7 +123,7 @@ def _make_together(
         if is_finished:  # a run may have been killed between writing the manifest and this
             remove_parts(work.output, work.parts_folder)
         else:
-            parts = Parts(work.output, request, work.parts_folder)
+            parts = Parts(work.output, request, work.parts_folder, work.cheap)
             mine = [n for n in parts.missing(work.num_parts) if n % rank.num_ranks == rank.rank]
     if is_finished:  # outside our turn, because comparing all inputs may be slow
         work.check_finished()

@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +34,7 @@ from beingvl.errors import InputError
 from beingvl.images.image_source import IMAGE_SUFFIXES
 from beingvl.sources.pairs import records_of_pairs
 from beingvl.sources.places import (
+    ONE_BY_ONE,
     as_place,
     bare,
     expand,
@@ -42,9 +42,10 @@ from beingvl.sources.places import (
     is_address,
     opened,
     stamp,
+    without_notes,
 )
 from beingvl.sources.tables import SUFFIXES as TABLES
-from beingvl.sources.tables import Table
+from beingvl.sources.tables import Table, refuse_equal_names
 from beingvl.sources.text_tables import DELIMITERS, records_of_table
 
 ROWS_FILE = "rows.jsonl"
@@ -77,40 +78,48 @@ def open_rows(
     """The rows of files, folders, patterns and URLs, collected in `folder` if necessary.
 
     Args:
-        row_format: name of the dialect; None looks at the first rows and prints what it found.
+        row_format: name of the dialect; None looks at each file's first rows and prints what it
+            found.
 
     Raises InputError for input that is unreadable, mixes dialects, or changed since an earlier run.
     """
     if row_format not in (None, *DIALECTS):
         raise InputError(f"--row_format is {row_format!r}, expected one of {list(DIALECTS)}")
     named = [sources] if isinstance(sources, str | Path) else list(sources)
-    files = expand(named, SUFFIXES)
+    files = without_notes(expand(named, SUFFIXES))
     if any(file.endswith(".arrow") for file in files):
         files = [file for file in files if file_name(file) not in DATASETS_FILES]
-    _refuse_mixed_kinds(files)
+    _refuse_mixed(files)
     dialect = _seen_dialect(files, row_format)
+    number = "1 file" if len(files) == 1 else f"{len(files)} files"
+    print(f"{bare(as_place(named[0]))}: {number}, rows in the format {dialect!r}")
     containers = [file for file in files if _kind(file) in (*TABLES, ".tar")]
     is_plain = len(files) == 1 and files[0].lower().endswith(JSON) and not is_address(files[0])
     if is_plain and dialect == "llava":
         return Rows(Path(files[0]), [])
-    number = "1 file" if len(files) == 1 else f"{len(files)} files"
-    print(f"{bare(as_place(named[0]))}: {number}, rows in the format {dialect!r}")
-    work = CollectRows(folder, files, dialect)
+    work = CollectRows(folder, files, row_format, dialect)
     run_in_parts(work, rank, overwrite=overwrite, name="collect rows")
     wait_until_complete(folder)
     return Rows(folder / ROWS_FILE, containers)
 
 
-def _refuse_mixed_kinds(files: Sequence[str]) -> None:
+def _refuse_mixed(files: Sequence[str]) -> None:
+    """Raises InputError for files of several kinds, and for containers with equal keys; those that
+    only later members of tar files have are found when their images are read.
+    """
     first: dict[str, str] = {}
     for file in files:
         first.setdefault(_kind(file), file)
     if len(first) > 1:
         one, other = list(first.values())[:2]
         raise InputError(f"{one} and {other} are files of two kinds; give files of one kind")
-    repeated, count = Counter(map(file_name, files)).most_common(1)[0]
-    if count > 1 and _kind(repeated) in TABLES:
-        raise InputError(f"{count} files are called {repeated}: pictures' keys begin with the name")
+    refuse_equal_names([file for file in files if _kind(file) in TABLES])
+    tars = [file for file in files if _kind(file) == ".tar"]
+    holder: dict[str, str] = {}
+    for tar in tars if len(tars) > 1 else []:
+        for key in next(records_of_pairs(tar, IMAGE_SUFFIXES)).get("images", []):
+            if (other := holder.setdefault(key, tar)) != tar:
+                raise InputError(f"{tar} and {other} both hold {key}: {ONE_BY_ONE}")
 
 
 def _kind(file: str) -> str:
@@ -119,8 +128,8 @@ def _kind(file: str) -> str:
     return os.path.splitext(stem)[1] if suffix in COMPRESSED else suffix
 
 
-def _seen_dialect(files: Sequence[str], named: str | None) -> str:
-    """The dialect: `named`, or that of the first readable rows."""
+def _seen_dialect(files: Sequence[str], named: str | None, usual: str | None = None) -> str:
+    """The dialect: `named`, or that of the first readable rows; `usual` if there are none."""
     problem = ""
     for file in files:
         seen = []
@@ -133,9 +142,10 @@ def _seen_dialect(files: Sequence[str], named: str | None) -> str:
             dialect = named or dialect_of(seen, file)
             _refuse_addresses(file, seen, DIALECTS[dialect])
             return dialect
-    if named is None:
-        raise InputError(problem or f"{files[0]} holds no row")
-    return named
+    fallback = named or usual
+    if fallback is None:
+        raise InputError(problem or f"{bare(files[0])} holds no row")
+    return fallback
 
 
 def _refuse_addresses(file: str, records: Sequence[Record], convert: Dialect) -> None:
@@ -148,9 +158,9 @@ def _refuse_addresses(file: str, records: Sequence[Record], convert: Dialect) ->
         if keys and is_address(keys[0]):
             column = next((name for name in record if keys[0] in str(record[name])), "image")
             raise InputError(
-                f"{file}: {column!r} holds addresses of images, such as {keys[0][:80]!r}, and none "
-                "is fetched: download them (img2dataset writes tar files that are read as they "
-                "are), or write paths of local files there"
+                f"{bare(file)}: {column!r} holds addresses of images, such as "
+                f"{bare(keys[0])[:80]!r}, and none is fetched: download them (img2dataset writes "
+                "tar files that are read as they are), or write paths of local files there"
             )
         if keys:
             return
@@ -227,9 +237,11 @@ class CollectRows(Work):
 
     output: Path
     files: list[str]
-    dialect: str
+    row_format: str | None
+    dialect: str  # of the first file
     kind = "rows"
     unit = "row"
+    cheap = True  # beside what the rows' images take
 
     @property
     def num_parts(self) -> int:
@@ -240,18 +252,24 @@ class CollectRows(Work):
 
     def __post_init__(self) -> None:
         self.stamps = self._stamps_now()  # taken before anything is read
+        self.told = {self.dialect}
 
     def _stamps_now(self) -> list[list[str]]:
         """Remote files are identified by their size, and their time or the store's tag."""
         return [[bare(file), stamp(file)] for file in self.files]
 
     def request(self) -> Request:
-        return Request(files=self.stamps, row_format=self.dialect)
+        return Request(files=self.stamps, row_format=self.row_format)
 
     request_of_parts = request
 
     def write_part(self, number: int, folder: Path, advance: Callable[[int], object]) -> None:
-        file, convert = self.files[number], DIALECTS[self.dialect]
+        file = self.files[number]
+        dialect = _seen_dialect([file], self.row_format, self.dialect)
+        if dialect not in self.told:
+            print(f"{bare(file)}: rows in the format {dialect!r}")
+        self.told.add(dialect)
+        convert = DIALECTS[dialect]
         with open(folder / ROWS_FILE, "wb") as out:
             for at, record in enumerate(records_of(file), 1):
                 try:
@@ -271,7 +289,7 @@ class CollectRows(Work):
             if now != before:
                 raise InputError(
                     f"{file} changed while its rows were read ({before}, now {now}); start again "
-                    "with --overwrite when it is complete"
+                    "when it is complete"
                 )
         hashes = {ROWS_FILE: parts.join(self.num_parts, ROWS_FILE, self.output / ROWS_FILE)}
         details = {"request": self.request()}

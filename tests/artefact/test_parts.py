@@ -23,6 +23,7 @@ def test_a_part_is_whole_or_absent(tmp_path) -> None:
     assert parts.missing(2) == [0] and (parts.path(1) / "x").read_text() == "one"
     with pytest.raises(InputError, match=r"different a \(found 1, asked for 2\)"):
         Parts(tmp_path, {"a": 2})
+    assert Parts(tmp_path, {"a": 2}, cheap=True).missing(2) == [0, 1]
 
 
 def test_waiting_for_ranks_that_do_nothing_ends(tmp_path) -> None:

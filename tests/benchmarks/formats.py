@@ -127,8 +127,7 @@ def write_inputs(
     write_pictures(folder / "images", made)
     rows = write_json(folder / "rows", [llava(fact, fact.file) for fact in made])
     yield REFERENCE, (rows, folder / "images")
-    for name, path in every_form(folder / "forms", made):
-        holds_pictures = path.is_dir() or path.suffix in (".parquet", ".tar")
+    for name, path, holds_pictures in every_form(folder / "forms", made):
         if only in name:
             yield name, (path, None if holds_pictures else folder / "images")
 

@@ -8,8 +8,9 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -82,47 +83,34 @@ def write_pictures(folder: Path, facts: Sequence[Fact]) -> None:
         (folder / fact.file).write_bytes(fact.png)
 
 
-def write_json(path: Path, records: Sequence[dict]) -> Path:
-    path = path.with_suffix(".json")
-    path.write_text(json.dumps(records))
+def write_text(path: Path, records: Sequence[dict], kind: str) -> Path:
+    """Rows as `kind` says: a format, and how it is compressed, as "jsonl.gz"."""
+    path = path.with_suffix(f".{kind}")
+    form, _, compressed = kind.partition(".")
+    opener = {"": open, "gz": gzip.open, "zst": _open_zst}[compressed]
+    with opener(path, "wt", newline="") as file:
+        if form == "json":
+            file.write(json.dumps(records))
+        elif form in ("jsonl", "ndjson"):
+            file.writelines(json.dumps(record) + "\n" for record in records)
+        else:
+            delimiter = {"csv": ",", "tsv": "\t"}[form]
+            table = csv.DictWriter(file, list(records[0]), delimiter=delimiter)
+            table.writeheader()
+            table.writerows(records)
     return path
 
 
-def write_jsonl(path: Path, records: Sequence[dict]) -> Path:
-    path = path.with_suffix(".jsonl")
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+def _open_zst(path: Path, _: str, newline: str) -> IO[str]:
+    return io.TextIOWrapper(pa.CompressedOutputStream(str(path), "zstd"), newline=newline)
 
 
-def write_jsonl_gz(path: Path, records: Sequence[dict]) -> Path:
-    path = path.with_suffix(".jsonl.gz")
-    with gzip.open(path, "wt") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    return path
-
-
-def write_json_zst(path: Path, records: Sequence[dict]) -> Path:
-    path = path.with_suffix(".json.zst")
-    with pa.CompressedOutputStream(str(path), "zstd") as file:
-        file.write(json.dumps(records).encode())
-    return path
-
-
-def write_csv(path: Path, records: Sequence[dict]) -> Path:
-    path = path.with_suffix(".csv")
-    with open(path, "w", newline="") as file:
-        table = csv.DictWriter(file, list(records[0]))
-        table.writeheader()
-        table.writerows(records)
-    return path
-
-
-TEXT_CONTAINERS: dict[str, Callable[[Path, Sequence[dict]], Path]] = {
-    "json": write_json,
-    "jsonl": write_jsonl,
-    "jsonl.gz": write_jsonl_gz,
-    "json.zst": write_json_zst,
-}
+write_json = partial(write_text, kind="json")
+write_jsonl = partial(write_text, kind="jsonl")
+write_jsonl_gz = partial(write_text, kind="jsonl.gz")
+write_csv = partial(write_text, kind="csv")
+JSON = ("json", "json.gz", "json.zst", "jsonl", "jsonl.gz", "jsonl.zst", "ndjson")
+DELIMITED = ("csv", "csv.gz", "csv.zst", "tsv")  # for dialects whose fields are texts
 
 
 def write_parquet(path: Path, records: Sequence[dict]) -> Path:
@@ -162,16 +150,30 @@ def write_tar(path: Path, facts: Sequence[Fact], dialect: Callable | None) -> Pa
     return path
 
 
-def every_form(folder: Path, facts: Sequence[Fact]) -> Iterator[tuple[str, Path]]:
-    """(name, path) of the facts in every dialect and container that can hold it."""
+def every_form(folder: Path, facts: Sequence[Fact]) -> Iterator[tuple[str, Path, bool]]:
+    """(name, path or pattern, whether pictures are inside) of the facts in every dialect and
+    container that can hold it.
+    """
     named = {name: [form(fact, fact.file) for fact in facts] for name, form in DIALECTS.items()}
     for name, records in named.items():
-        for container, write in TEXT_CONTAINERS.items():
-            yield f"{name} {container}", write(folder / f"{name}-{container}", records)
-    yield "caption csv", write_csv(folder / "captions", named["caption"])
+        for kind in JSON:
+            yield f"{name} {kind}", write_text(folder / f"{name}-{kind}", records, kind), False
+    flat = [{**row, "image": row["images"][0]} for row in named["alpaca"]]
+    flat = [{key: row[key] for key in ("instruction", "input", "output", "image")} for row in flat]
+    for name, records in (("caption", named["caption"]), ("alpaca", flat)):
+        for kind in DELIMITED:
+            yield f"{name} {kind}", write_text(folder / f"{name}-{kind}", records, kind), False
     for name, form in {**DIALECTS, "messages": messages_of_texts}.items():
         inside = [form(fact, {"bytes": fact.png, "path": fact.file}) for fact in facts]
         for container, write in TABLES.items():
-            yield f"{name} {container}", write(folder / f"{name}-{container}", inside)
-        yield f"{name} tar", write_tar(folder / f"{name}-pairs", facts, form)
-    yield "caption tar of texts", write_tar(folder / "texts-pairs", facts, None)
+            yield f"{name} {container}", write(folder / f"{name}-{container}", inside), True
+        yield f"{name} tar", write_tar(folder / f"{name}-pairs", facts, form), True
+    yield "caption tar of texts", write_tar(folder / "texts-pairs", facts, None), True
+    half = len(facts) // 2
+    (folder / "two").mkdir()
+    write_jsonl(folder / "two" / "0", named["messages"][:half])
+    write_jsonl(folder / "two" / "1", named["caption"][half:])
+    yield "a folder of messages and captions", folder / "two", False
+    for number, part in enumerate((facts[:half], facts[half:])):
+        write_tar(folder / f"{number}-of-2", part, caption)
+    yield "a pattern of tars", folder / "*-of-2.tar", True

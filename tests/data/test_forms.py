@@ -5,22 +5,30 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from beingvl import InputError, tokenize
 from beingvl.data.arrow_shards import ShardReader
+from beingvl.data.collect_rows import records_of
+from beingvl.images.image_source import open_images
 from beingvl.model.convert_llama import convert
+from beingvl.sources.tables import Table
 from tests.data.forms import (
     DIALECTS,
     Fact,
     every_form,
     llava,
+    write_arrow,
     write_csv,
     write_json,
+    write_jsonl,
     write_jsonl_gz,
     write_parquet,
     write_pictures,
+    write_tar,
 )
 from tests.images.test_encode_images import save_vqgan
 from tests.model.small_models import write_base_model
@@ -62,10 +70,94 @@ def content(shards: Path) -> list[tuple]:
 
 def test_every_form_gives_the_same_shards(work: Path, tmp_path: Path) -> None:
     expected = content(work / "out-reference/data_base")
-    for number, (name, path) in enumerate(every_form(tmp_path, FACTS)):
-        has_pictures = path.suffix in (".parquet", ".tar", "") or path.is_dir()
+    for number, (name, path, has_pictures) in enumerate(every_form(tmp_path, FACTS)):
         images = None if has_pictures else work / "images"
         assert content(to_shards(work, path, f"form-{number}", images)) == expected, name
+
+
+def test_each_dialect_is_told_in_a_line(work: Path, tmp_path: Path, capsys) -> None:
+    """Of the first file, then what others differ in."""
+    rows = write_json(tmp_path / "rows", [llava(FACTS[0], FACTS[0].file)])
+    to_shards(work, rows, "told", work / "images")
+    assert f"{rows}: 1 file, rows in the format 'llava'\n" in capsys.readouterr().out
+    (tmp_path / "mixed").mkdir()
+    for number, name in enumerate(("messages", "caption", "messages", "caption")):
+        write_jsonl(tmp_path / "mixed" / str(number), [DIALECTS[name](FACTS[0], FACTS[0].file)])
+    to_shards(work, tmp_path / "mixed", "mixed", work / "images", duplicate_ids="keep")
+    told = [line for line in capsys.readouterr().out.splitlines() if "rows in the format" in line]
+    assert told == [
+        f"{tmp_path}/mixed: 4 files, rows in the format 'messages'",
+        f"{tmp_path}/mixed/1.jsonl: rows in the format 'caption'",
+    ]
+
+
+def inside(facts=FACTS) -> list[dict]:
+    return [DIALECTS["caption"](fact, {"bytes": fact.png}) for fact in facts]
+
+
+def test_a_damaged_file_of_several_is_repaired(work: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "files").mkdir()
+    for number in range(3):
+        path = write_parquet(tmp_path / "files" / str(number), inside(FACTS[number::3]))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    with pytest.raises(InputError, match=r"2\.parquet is not a whole parquet file"):
+        to_shards(work, tmp_path / "files", "repaired")
+    path.write_bytes(whole)
+    capsys.readouterr()
+    assert len(content(to_shards(work, tmp_path / "files", "repaired"))) == len(FACTS)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "starts again" in line]
+    assert "different files (found ['" in line and "2.parquet" in line
+
+
+def test_a_folder_of_img2dataset(work: Path, tmp_path: Path) -> None:
+    """The counts and the table beside a tar say again what is in it."""
+    tar = write_tar(tmp_path / "00000", FACTS, DIALECTS["caption"])
+    write_parquet(tmp_path / "00000", [{"url": "https://example.org/a.png", "caption": "hi"}])
+    (tmp_path / "00000_stats.json").write_text('{"count": 12}')
+    assert content(to_shards(work, tmp_path, "img2dataset")) == content(
+        to_shards(work, tar, "tar-of-img2dataset")
+    )
+    assert open_images([tmp_path]).keys() == [fact.file for fact in FACTS]
+
+
+@pytest.mark.parametrize("make", [write_tar, write_arrow])
+def test_no_cut_loses_rows_silently(make, tmp_path: Path) -> None:
+    if make is write_tar:
+        path = write_tar(tmp_path / "pairs", FACTS, DIALECTS["caption"])
+        end = len(path.read_bytes().rstrip(b"\0"))
+        cuts = range(0, end, 701)  # in headers, pictures and texts
+    else:
+        path = write_arrow(tmp_path / "saved", inside(FACTS * 10)) / "data-00000-of-00001.arrow"
+        data = path.read_bytes()
+        end = len(data)
+        cuts = [at for at in range(0, end, 8) if data[at : at + 4] == b"\xff" * 4]
+        assert len(cuts) == 5  # its schema, three batches, its end
+    whole = path.read_bytes()
+    assert len(list(records_of(str(path)))) > 10
+    for cut in [*cuts, end - 1]:
+        path.write_bytes(whole[:cut])
+        with pytest.raises(InputError, match="copy it again"):
+            list(records_of(str(path)))
+
+
+def test_pictures_of_every_type_of_bytes(tmp_path: Path) -> None:
+    one, two = FACTS[0].png, FACTS[1].png
+    lists = pa.list_(pa.binary(), 2)
+    columns = {"a": pa.array([one]).cast(pa.binary_view()), "b": pa.array([[two, one]], lists)}
+    columns |= {"c": pa.array([two], pa.large_binary()), "d": pa.array([[one]])}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    table = Table(str(tmp_path / "a.parquet"))
+    assert [table.picture(0, number) for number in range(5)] == [one, two, one, two, one]
+    assert list(table.picture_keys()) == [f"a.parquet#000000000/{number}" for number in range(5)]
+
+
+def test_a_row_that_python_cannot_hold_is_unreadable(tmp_path: Path) -> None:
+    texts = pa.array([b"hi", b"\xff\xfe", b"ok"]).view(pa.string())
+    dates = pa.array([0, 0, 10**14], pa.timestamp("s"))
+    pq.write_table(pa.table({"caption": texts, "at": dates}), tmp_path / "a.parquet")
+    first, second, third = Table(str(tmp_path / "a.parquet")).records()
+    assert first["caption"] == "hi" and "utf-8" in second["unreadable"] and third["unreadable"]
 
 
 def test_a_system_turn_is_context_and_several_images_stand_where_they_are_named(
@@ -181,8 +273,35 @@ def one_object_over_lines(folder: Path) -> Path:
 
 
 def addresses(folder: Path) -> Path:
-    at = "https://example.org/a.png"
+    at = "https://example.org/a.png?signature=SECRET"
     return write_csv(folder / "at", [{"url": at, "caption": "hi"}, {"url": at, "caption": "ok"}])
+
+
+def two_columns_of_one_name(folder: Path) -> Path:
+    columns = [pa.array(["a.png"]), pa.array(["b.png"]), pa.array(["hi"])]
+    pq.write_table(
+        pa.Table.from_arrays(columns, ["image", "image", "caption"]), folder / "a.parquet"
+    )
+    return folder / "a.parquet"
+
+
+def arrow_of_the_file_format(folder: Path) -> Path:
+    table = pa.Table.from_pylist([DIALECTS["caption"](fact, fact.file) for fact in FACTS])
+    with pa.ipc.new_file(str(folder / "a.arrow"), table.schema) as out:
+        out.write_table(table)
+    return folder / "a.arrow"
+
+
+def two_splits(folder: Path) -> Path:
+    for name in ("train", "test"):
+        write_arrow(folder / name, [DIALECTS["caption"](FACTS[0], {"bytes": FACTS[0].png})])
+    return folder
+
+
+def two_tars_of_one_name_inside(folder: Path) -> Path:
+    for name in "ab":
+        write_tar(folder / name, FACTS, None)
+    return folder
 
 
 def nothing(folder: Path) -> Path:
@@ -198,6 +317,10 @@ WRONG = {
     one_object_over_lines: "line 1: an object spans several lines; expected a list of objects",
     two_kinds: "are files of two kinds",
     addresses: "'url' holds addresses of images, such as 'https://example.org/a.png', and none",
+    two_columns_of_one_name: r"has two columns of one name: \['image', 'image', 'caption'\]",
+    arrow_of_the_file_format: "Arrow file format, expected Arrow's stream format, as save_to_disk",
+    two_splits: "2 tables are called data-00000-of-00001.arrow, .*one by one.* --dataset_name",
+    two_tars_of_one_name_inside: "both hold 000000.png: read them one by one.* --dataset_name",
     nothing: r"holds no file that ends in \.json, \.jsonl, \.ndjson, \.csv, \.tsv, \.parquet, "
     r"\.arrow, \.tar$",
 }
@@ -205,6 +328,7 @@ WRONG = {
 
 @pytest.mark.parametrize("make", WRONG, ids=lambda make: make.__name__)
 def test_one_sentence_for(make, work: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=WRONG[make]):
+    with pytest.raises(InputError, match=WRONG[make]) as error:
         to_shards(work, make(tmp_path), make.__name__, work / "images")
-    assert not (work / f"out-{make.__name__}").exists()
+    assert "SECRET" not in str(error.value)
+    assert not list(work.glob(f"out-{make.__name__}*/*.jsonl"))

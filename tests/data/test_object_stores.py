@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from beingvl import InputError, tokenize
@@ -120,6 +121,24 @@ def test_evaluate_and_train_vq_read_pictures_there(base, here, there, quick, tmp
     assert written(tmp_path / "vqgan-there") == written(tmp_path / "vqgan-here")
 
 
+def test_rows_of_a_parquet_take_fewer_bytes_than_it_has(store, tmp_path) -> None:
+    pictures = [random.Random(number).randbytes(1 << 17) for number in range(80)]
+    rows = [forms.caption(FACTS[0], {"bytes": picture, "path": None}) for picture in pictures]
+    path = forms.write_parquet(tmp_path / "large", rows)
+    address, before = store.put(path), store.bytes
+    assert len(list(records_of(address))) == 80
+    assert store.bytes - before < path.stat().st_size / 4
+
+
+def test_cut_containers_there(here, store, quick) -> None:
+    for path in (here / "pairs.tar", here / "saved" / "data-00000-of-00001.arrow"):
+        data = path.read_bytes()
+        cut = data.index(b"hi", len(data) // 3) + 1 if path.suffix == ".tar" else -8
+        address = address_of(store, f"cut/{path.name}", data[:cut])
+        with pytest.raises(InputError, match="copy it again"):
+            list(records_of(address))
+
+
 # ---- what changes, vanishes, or is not given ----
 
 
@@ -205,6 +224,20 @@ def test_missing_credentials_are_said(base, there, quick, tmp_path, capsys) -> N
     finally:
         there.always = ""
     assert "credentials are missing" in capsys.readouterr().err
+
+
+def test_a_wrong_profile_is_not_tried_again(store, tmp_path, monkeypatch) -> None:
+    kind = fsspec.get_filesystem_class("s3")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    kind.clear_instance_cache()
+    try:
+        before = store.requests
+        with pytest.raises(PermissionError, match=r"missing or wrong .*\(nobody\) could not be"):
+            opened(f"s3://{BUCKET}/rows.jsonl")
+        assert store.requests == before
+    finally:
+        kind.clear_instance_cache()
 
 
 # ---- https ----
