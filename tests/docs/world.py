@@ -23,7 +23,8 @@ from tests.docs.pages import REPOSITORY
 from tests.launcher import ENVIRONMENT, PYTHON, free_port
 
 MAX_STEPS = 2
-NUM_IMAGES = 300
+NUM_ROWS = 300
+NUM_CAPTIONS = 500
 MADE = ("vqgan", "vq_codes", "vbpe", "base", "stage-1", "stage-3")
 # What pages say, and what is run instead.
 SMALLER = {
@@ -106,20 +107,21 @@ def _small(file: Path) -> dict[str, Any]:
 
 
 def _write_digits(folder: Path) -> None:
-    """data/, images/ and captions.csv, of the first images alone."""
+    """images/, data/ of the first rows alone, and captions.csv of the first images."""
     script = [sys.executable, "scripts/make_digits_dataset.py", "--image_size", "12"]
     run([*script, "--augmentations", "0", "--output_dir", str(folder / "data")], REPOSITORY)
     (folder / "images").symlink_to("data/images")
     for name in ("images/a.png", "new.png"):
         shutil.copy(folder / "images/test/0002-0.png", folder / name)
-    for name in ("train", "test"):
-        path = folder / f"data/{name}.json"
-        path.write_text(json.dumps(json.loads(path.read_text())[:NUM_IMAGES]))
     rows = json.loads((folder / "data/train.json").read_text())
-    captions = {row["image"]: row["conversations"][1]["value"] for row in rows}
-    captions = {image: text for image, text in captions.items() if not isinstance(image, list)}
+    captioned = [row for row in rows if row["category"] == "foundation"][:NUM_CAPTIONS]
+    captions = {row["image"]: row["conversations"][1]["value"] for row in captioned}
+    assert len(captions) == NUM_CAPTIONS
     with open(folder / "captions.csv", "w", newline="") as file:
         csv.writer(file).writerows([("image", "caption"), *captions.items()])
+    for name in ("train", "test"):
+        path = folder / f"data/{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text())[:NUM_ROWS]))
 
 
 def _write_checkpoints(folder: Path) -> None:
