@@ -32,6 +32,7 @@ READ_BYTES = 1 << 20  # of a column at once; else all of a row group's
 MAX_ROW_BYTES = 1 << 28
 MAX_PICTURES = 10_000  # of a row
 MAX_GROWTH = 2 << 30  # of this process while it reads a batch; pyarrow's allocator takes 1 << 30
+MAX_PYTHON = 1 << 29  # of a batch's rows as Python objects
 NOT_A_TABLE = (pa.ArrowException, OSError, EOFError)
 NOT_A_ROW = (ValueError, OverflowError, MemoryError)  # no UTF-8, a year 100,000, a bomb
 STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # which pyarrow and `datasets` write on closing
@@ -256,11 +257,11 @@ def _bounded(
 
 def _as_python(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     try:
-        with _memory_bound(MAX_GROWTH):
+        with _memory_bound(MAX_PYTHON):
             return batch.to_pylist()
     except NOT_A_ROW as error:
         if len(batch) == 1:
-            return [{"unreadable": str(error) or "it expands to gigabytes"}]
+            return [{"unreadable": str(error) or f"it expands to more than {MAX_PYTHON:,} bytes"}]
     return [row for at in range(len(batch)) for row in _as_python(batch.slice(at, 1))]
 
 

@@ -79,10 +79,10 @@ def test_a_row_of_very_many_pictures_is_rejected(tmp_path: Path) -> None:
 
 
 def test_a_row_of_very_many_turns_is_rejected(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(tables, "MAX_GROWTH", 1 << 27)
+    monkeypatch.setattr(tables, "MAX_PYTHON", 1 << 27)
     first, second, third = Table(nulls(tmp_path, "texts", ["user", "assistant"])).records()
     assert first["texts"] == [] and len(third["texts"]) == 1
-    assert second == {"unreadable": "it expands to gigabytes"}
+    assert second == {"unreadable": "it expands to more than 134,217,728 bytes"}
 
 
 def test_a_text_that_expands_without_end(tmp_path: Path, monkeypatch) -> None:
