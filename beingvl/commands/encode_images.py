@@ -16,7 +16,15 @@ import argparse
 from pathlib import Path
 
 from beingvl.artefact.ranks import RankOf
-from beingvl.commands.options import EXIF, add_rank_arguments, add_row_format, options_of, share
+from beingvl.commands.options import (
+    ENCODER,
+    ENCODER_DTYPES,
+    EXIF,
+    add_rank_arguments,
+    add_row_format,
+    options_of,
+    share,
+)
 from beingvl.commands.parser import FILE, PLACE, VQGAN
 from beingvl.errors import InputError
 
@@ -38,9 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_rejected", type=share, default=0.01, help="tolerated share of unreadable images")
     add("--exif", choices=["apply", "ignore"], default="apply", help=EXIF)
     add("--device", default="auto", help="torch device; auto is this rank's GPU, else cpu")
-    dtypes = ["auto", "float32", "bfloat16", "float16"]
-    encoder = "dtype of the encoder; auto is bfloat16 on a GPU, float32 on a CPU"
-    add("--dtype", choices=dtypes, default="auto", help=encoder)
+    add("--dtype", choices=ENCODER_DTYPES, default="auto", help=ENCODER)
     add_rank_arguments(parser)
     other = "replace codes of different images or of a different VQ-GAN"
     add("--overwrite", action="store_true", help=other)

@@ -9,6 +9,8 @@ from beingvl.artefact.ranks import rank_of
 from beingvl.commands.parser import VBPE, Input
 
 EXIF = "EXIF orientation: apply it, as viewers do, or ignore it, as the published data does"
+ENCODER = "dtype of the VQ-GAN's encoder; auto is bfloat16 on a GPU, float32 on a CPU"
+ENCODER_DTYPES = ("auto", "float32", "bfloat16", "float16")
 NOT_FOR_THE_STEP = ("debug", "kind", "local_rank")
 
 

@@ -18,7 +18,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from beingvl.commands.options import EXIF, add_rank_arguments, add_row_format, options_of, share
+from beingvl.commands.options import (
+    ENCODER,
+    ENCODER_DTYPES,
+    EXIF,
+    add_rank_arguments,
+    add_row_format,
+    options_of,
+    share,
+)
 from beingvl.commands.parser import PLACE
 
 
@@ -65,8 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     batch = "images per batch, if images are encoded now"
     add("--batch_size", type=int, default=16, help=batch)
     add("--num_workers", type=int, default=1, help="processes that tokenize, or decode images")
-    dtype, dtypes = "dtype of the VQ-GAN, if images are encoded now", ["float32", "bfloat16"]
-    add("--dtype", dest="torch_dtype", default="float32", choices=dtypes, help=dtype)
+    dtype = f"{ENCODER}, if images are encoded now"
+    add("--dtype", dest="torch_dtype", choices=ENCODER_DTYPES, default="auto", help=dtype)
     add_rank_arguments(parser)
     other = "replace this dataset, finished or not, and the codes made for it"
     add("--overwrite", action="store_true", help=other)

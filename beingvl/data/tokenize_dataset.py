@@ -88,7 +88,7 @@ def tokenize(
     exif: str | None = None,
     batch_size: int = 16,
     num_workers: int = 1,
-    torch_dtype: str = "float32",
+    torch_dtype: str = "auto",
     rank: int = 0,
     num_ranks: int = 1,
     overwrite: bool = False,
@@ -118,7 +118,7 @@ def tokenize(
         max_rejected: tolerated share of rejected rows, 0 … 1.
         exif: for images that are encoded now, as in `encode_images`; None applies it, except for
             the template "being-vl-0.5", whose data ignores it.
-        batch_size, torch_dtype: of the VQ-GAN, if images are encoded now.
+        batch_size, torch_dtype: of the VQ-GAN, as in `encode_images`, if images are encoded now.
         num_workers: processes that tokenize or decode images.
         rank, num_ranks: this process among those that share the work.
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import beingvl
 from beingvl.artefact.manifest import write_manifest
+from beingvl.commands import encode_images, tokenize
 from beingvl.commands import main as cli
-from beingvl.commands import tokenize
 from beingvl.commands.options import NOT_FOR_THE_STEP
 from beingvl.commands.parser import OTHER_NAMES, Parser
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
@@ -130,6 +131,15 @@ def test_every_option_is_an_argument_of_the_commands_step() -> None:
             assert not unknown, f"{path.stem}: {name} does not take {unknown}"
             compared += 1
     assert compared >= 10
+
+
+def test_images_are_encoded_in_the_same_dtype_by_default() -> None:
+    for module, name in ((encode_images, "dtype"), (tokenize, "torch_dtype")):
+        parser = Parser()
+        module.add_arguments(parser)
+        assert parser.get_default(name) == "auto"
+        step = getattr(beingvl, module.__name__.rpartition(".")[2])
+        assert inspect.signature(step).parameters[name].default == "auto"
 
 
 def test_wrong_input_is_one_sentence_and_exit_code_2(tmp_path, capsys) -> None:
