@@ -3,6 +3,7 @@ three entry points of the training guide word for word, the other commands in th
 """
 
 import json
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 from beingvl.artefact.manifest import read_manifest, verify_folder
 from beingvl.stage.stage_config import load_stage_config
 from tests import command as command_line
+from tests.command import argv
 from tests.launcher import ENVIRONMENT, PYTHON, free_port, stage_words
+from tests.programs import run_program
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -180,3 +183,34 @@ def test_7_answers_and_scores(work) -> None:
         "Is it greater than four?",
     }
     beingvl("verify", *[path.parent for path in work.rglob("manifest.json")])
+
+
+def test_8_what_is_finished_already_is_said_without_torch(work) -> None:
+    base, vbpe, rows = work / "models/beingvl/base", work / "vbpe.json", work / "pt"
+    learn = {"codes": work / "vq_codes/train", "output": work / "vbpe", "num_merges": 16}
+    beingvl("train-vbpe", **learn)
+    lines = [
+        argv("train-vbpe", **learn),
+        argv(
+            "tokenize",
+            mode="pt",
+            json_path=work / "train.json",
+            model=base,
+            vbpe=vbpe,
+            codes=work / "vq_codes/train",
+            output=rows,
+            dataset_name="pretrain_data",
+        ),
+        argv("build-shards", jsonl_path=work / "sft/data_vbpe.jsonl", output=work / "shards"),
+        argv(
+            "train",
+            config="ds_configs/quickstart-stage1.json",
+            model=base,
+            data=work / "shards",
+            output=work / "direct",
+            set=["beingvl.epochs=1", "beingvl.max_steps=1"],
+        ),
+    ]
+    done = run_program("light_answers", *map(shlex.join, lines), is_measured=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished already") == 4, done.stdout + done.stderr
