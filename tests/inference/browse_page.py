@@ -8,14 +8,25 @@ python browse_page.py CHROMIUM URL PICTURE NO_PICTURE LARGE_FILE SCREENSHOT     
 import json
 import sys
 
-from playwright.sync_api import Page, Route, sync_playwright
+from playwright.sync_api import Browser, Page, Route, sync_playwright
 
+VISITORS = 20
+DONE = """number => document.querySelectorAll("#chat .bot.message").length == number
+    && !document.querySelector("#status")?.innerText.trim()"""
+STOP_WHEN_BEGUN = """() => {
+    const text = document.querySelector("#chat .bot.message")?.innerText.trim()
+    if (!text || text == "…") return false
+    document.querySelector("#stop").click()
+    return true
+}"""
 REMEMBER = """() => {
-    window.seen = new Set()
+    window.seen = new Set(), window.places = new Set()
     const look = () => document.querySelectorAll("#chat .bot.message").forEach(
         message => window.seen.add(message.innerText.trim()))
+    const told = () => window.places.add(document.querySelector("#status")?.innerText.trim())
     const all = {subtree: true, childList: true, characterData: true}
     new MutationObserver(look).observe(document.querySelector("#chat"), all)
+    new MutationObserver(told).observe(document.body, all)
 }"""
 
 
@@ -64,6 +75,9 @@ def main() -> None:
         page.wait_for_timeout(500)
         found["phone_width"] = page.evaluate("document.documentElement.scrollWidth")
         page.screenshot(path=f"{screenshot}-390.png", full_page=True)
+        found["visitors"], found["places"] = crowd(browser, url)
+        page.reload()
+        found["example"], found["stopped"] = stop_an_example(page)
         browser.close()
     print(json.dumps(found))
 
@@ -85,6 +99,36 @@ def race(page: Page, picture: str) -> list[str]:
     return messages(page)
 
 
+def crowd(browser: Browser, url: str) -> tuple[list[list[str]], list[str]]:
+    """What 20 browsers that ask at the same time are told, and the places in the queue they saw."""
+    pages = [browser.new_context().new_page() for _ in range(VISITORS)]
+    for page in pages:
+        page.set_default_timeout(120_000)
+        page.goto(url)
+        page.wait_for_selector("#question textarea")
+        page.evaluate(REMEMBER)
+    for number, page in enumerate(pages):
+        page.fill("#question textarea", f"question {number}")
+        page.press("#question textarea", "Enter")
+    for page in pages:
+        page.wait_for_function(DONE, arg=1)
+    places = {place for page in pages for place in page.evaluate("[...window.places]")}
+    told = [messages(page) for page in pages]
+    for page in pages:
+        page.context.close()
+    return told, [place for place in places if place and "ahead of yours" in place]
+
+
+def stop_an_example(page: Page) -> tuple[str, str]:
+    """The question after a click on an example, and its answer, stopped when it had begun."""
+    page.click("text=Describe the picture.")
+    question = page.input_value("#question textarea")
+    page.click("#send")
+    page.wait_for_function(STOP_WHEN_BEGUN)
+    page.wait_for_function(DONE, arg=1)
+    return question, messages(page)[-1]
+
+
 def messages(page: Page) -> list[str]:
     return [
         text.strip()
@@ -104,9 +148,7 @@ def toast(page: Page) -> str:
 def ask(page: Page, question: str, number: int) -> str:
     page.fill("#question textarea", question)
     page.press("#question textarea", "Enter")
-    page.wait_for_function(f"document.querySelectorAll('#chat .bot.message').length == {number}")
-    page.wait_for_function("document.querySelector('#question textarea').value == ''")
-    page.wait_for_timeout(1500)
+    page.wait_for_function(DONE, arg=number)
     return page.locator("#chat .bot.message").last.inner_text().strip()
 
 

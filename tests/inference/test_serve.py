@@ -209,6 +209,8 @@ def test_refusals(
 
 # ---- in a browser ----
 
+NEW = 70  # tokens of an answer, so that others wait for it and a click can stop it
+
 
 @pytest.fixture(scope="module")
 def serve_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -227,6 +229,10 @@ def functions_of(url: str) -> tuple[int, int]:
         if entry["backend_fn"]
     }
     return by_sizes[1, 4], by_sizes[3, 4]
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
 
 
 def requested(url: str, function: int, *data: object) -> dict:
@@ -260,7 +266,7 @@ def test_in_a_browser(serve_python: Path, model: BeingVL, run_folder: Path, tmp_
         f"--vbpe_path={run_folder / 'vbpe'}",
         "--device=cpu",
     ]
-    limits = ["--max_new_tokens=30", "--max_upload_megabytes=1", f"--port={port}"]
+    limits = [f"--max_new_tokens={NEW}", "--max_upload_megabytes=1", f"--port={port}"]
     server = subprocess.Popen(
         [serve_python, "-m", "beingvl", "serve", *model_options, *limits],
         env=environment,
@@ -291,7 +297,7 @@ def test_in_a_browser(serve_python: Path, model: BeingVL, run_folder: Path, tmp_
             [serve_python, Path(__file__).with_name("browse_page.py"), *arguments],
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr
         secret = write_images(tmp_path / "secret", 1) and tmp_path / "secret/test/0000.png"
@@ -313,13 +319,11 @@ def test_in_a_browser(serve_python: Path, model: BeingVL, run_folder: Path, tmp_
         server.send_signal(signal.SIGTERM)
         server.wait(30)
     found = json.loads(done.stdout.splitlines()[-1])
-    first = model.generate_with_vbpe(["one"], [image], max_new_tokens=30)[0]
+    first = model.generate_with_vbpe(["one"], [image], max_new_tokens=NEW)[0]
     second = model.generate_with_vbpe(
-        [[("one", first), ("two", None)]], [image], max_new_tokens=30
+        [[("one", first), ("two", None)]], [image], max_new_tokens=NEW
     )[0]
-    assert [" ".join(answer.split()) for answer in found["answers"]] == [
-        " ".join(answer.split()) for answer in (first, second)
-    ]
+    assert list(map(words, found["answers"])) == list(map(words, (first, second)))
     assert len(found["seen"]) > 4, "the answers should have grown before the reader's eyes"
     assert found["words"].startswith("16 codes in") and found["width"] == 512
     for said in ("bad", "bad_words"):
@@ -330,10 +334,17 @@ def test_in_a_browser(serve_python: Path, model: BeingVL, run_folder: Path, tmp_
     assert found["after_empty"] == found["before_empty"] and len(found["after_empty"]) == 4
     assert found["raced"] == ["one", found["answers"][0]]
     assert found["phone_width"] == 390
-    answers = model.generate_with_vbpe(asked, max_new_tokens=30)
+    assert found["places"], "somebody should have seen the place in the queue"
+    assert found["example"] == "Describe the picture."
+    whole = words(model.generate_with_vbpe([found["example"]], max_new_tokens=NEW)[0])
+    assert whole.startswith(words(found["stopped"])) and len(words(found["stopped"])) < len(whole)
+    answers = model.generate_with_vbpe(asked, max_new_tokens=NEW)
     for chat, question, answer in zip(chats, asked, answers, strict=True):
         told = [part["text"] for message in chat["data"][2] for part in message["content"]]
         assert told == [f"(without a picture) {question}", answer or "(nothing)"]
+    for told, question, answer in zip(found["visitors"], asked, answers, strict=True):
+        expected = f"(without a picture) {question}", words(answer) or "(nothing)"
+        assert tuple(map(words, told)) == expected
     assert found["elsewhere"] == []
     time.sleep(1)
     assert not list(temporary.glob("beingvl-serve-*")) and not list(home.rglob("*"))
