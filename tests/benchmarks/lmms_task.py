@@ -34,9 +34,11 @@ def yes_or_no_rows(run: Path, count: int) -> list[dict]:
 
 
 def by_lmms_eval(
-    python: str, processes: int, run: Path, rows: list[dict], folder: Path
+    python: str | Path, processes: int, run: Path, rows: list[dict], folder: Path, api: str = ""
 ) -> tuple[dict, list[str]]:
-    """Scores of lmms-eval, and its answers in the order of the rows."""
+    """Scores of lmms-eval, and its answers in the order of the rows; by the adapter, or by its
+    model of OpenAI's API, with the arguments `api`.
+    """
     documents = [
         {
             "question_id": row["id"],
@@ -51,7 +53,8 @@ def by_lmms_eval(
     accelerate = f"accelerate.commands.launch --cpu --num_processes {processes} -m"
     model = f"pretrained={run / 'stage-3' / 'final'},vbpe_path={run / 'vbpe'},torch_dtype=float32"
     command: list[Any] = [python, "-m", *(accelerate.split() if processes > 1 else [])]
-    command += ["lmms_eval", "--model", "beingvl", "--model_args", model]
+    command += ["lmms_eval", "--model", "openai" if api else "beingvl"]
+    command += ["--model_args", api or model]
     command += ["--tasks", "pope_local", "--include_path", folder, "--output_path", folder / "out"]
     command += ["--batch_size", "64", "--device", "cpu", "--log_samples"]
     subprocess.run(list(map(str, command)), check=True)
