@@ -11,6 +11,7 @@ lineages have different hashes for the same thing.
     read_manifest(folder, kind)         refuses incomplete folders, wrong kinds, newer formats
     already_made(folder, kind, request) lets a restarted step reuse what it finished
     verify_folder(folder)               re-hashes every file; `verify_file` re-hashes one
+    verify_small_files(folder)          re-hashes what is read at once when the folder is opened
     join_lineages({name: lineage, …})   refuses inputs that contradict each other
 """
 
@@ -44,6 +45,7 @@ from beingvl.version import __version__
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
+LARGE_SUFFIXES = (".safetensors", ".bin", ".arrow")  # weights and shards
 OWN_HASH = "manifest_hash"  # a field in the file: the hash of all other fields
 
 # The command that makes each kind of artefact, for messages (between backticks).
@@ -284,6 +286,19 @@ def verify_folder(folder: Path | str) -> Manifest:
     for name in progress(manifest.files, name=f"verify {folder}", unit="file", leave=False):
         verify_file(folder, name, manifest)
     return manifest
+
+
+def verify_small_files(folder: Path | str) -> None:
+    """Re-hash all files of a folder but weights and shards, if it has a manifest: milliseconds.
+
+    Raises InputError for the first that changed.
+    """
+    folder = Path(folder)
+    if is_complete(folder):
+        manifest = read_manifest(folder)
+        for name in manifest.files:
+            if not name.endswith(LARGE_SUFFIXES):
+                verify_file(folder, name, manifest)
 
 
 def verify_file(

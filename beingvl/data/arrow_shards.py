@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from beingvl.artefact.manifest import read_manifest
+from beingvl.artefact.manifest import read_manifest, verify_small_files
 from beingvl.data.made_with import IMAGE_POSITIONS
 from beingvl.data.positions import PositionIds, vbpe_inside
 from beingvl.data.shard_columns import Sample, largest_id, map_batch
@@ -112,6 +112,7 @@ class ShardReader:
         expected = self.manifest.counts["samples"]
         if self._starts[-1] != expected:
             raise _unfit(folder, f"holds {self._starts[-1]} samples, its manifest says {expected}")
+        verify_small_files(folder)
         self._index_maps: list[mmap.mmap] = []
         self.lengths = self._index(LENGTHS_FILE)
         self.source_of = self._index(SOURCE_OF_FILE)

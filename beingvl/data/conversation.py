@@ -31,6 +31,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from beingvl.artefact.files import printable
+from beingvl.artefact.manifest import verify_small_files
 from beingvl.data.made_with import DEFAULT, PUBLISHED, TEMPLATE
 from beingvl.errors import InputError
 from beingvl.vocab import VocabLayout
@@ -70,12 +71,15 @@ class TokenizedSample(NamedTuple):
 
 
 def open_tokenizer(model_folder: Path | str) -> Tokenizer:
-    """A model folder's tokenizer.json. Raises InputError when it is missing or damaged."""
+    """A model folder's tokenizer.json. Raises InputError when it is missing, or when one of the
+    folder's small files is damaged.
+    """
     path = Path(model_folder) / "tokenizer.json"
     if not path.is_file():
         raise InputError(
             f"{model_folder} has no tokenizer.json; make the model folder with `beingvl convert`"
         )
+    verify_small_files(model_folder)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing more specific

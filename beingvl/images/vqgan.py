@@ -32,12 +32,20 @@ from transformers import ChameleonVQVAE, ChameleonVQVAEConfig, JanusVQVAE, Janus
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
 
 from beingvl.artefact.files import give_usual_mode, write_atomically
-from beingvl.artefact.manifest import Manifest, start_folder, write_manifest
+from beingvl.artefact.manifest import (
+    Manifest,
+    is_complete,
+    read_manifest,
+    start_folder,
+    verify_file,
+    write_manifest,
+)
 from beingvl.errors import InputError
 from beingvl.images.decode import picture_of
 from beingvl.images.preprocess import Preprocess
 from beingvl.json_file import read_object
 from beingvl.published_form import refuse_published
+from beingvl.vocab import LAYOUT_FILE
 
 CLASSES = {
     "chameleon_vqgan": (ChameleonVQVAE, ChameleonVQVAEConfig),
@@ -93,10 +101,11 @@ class VQGAN:
         """Read a stock folder, made by `beingvl train-vq` or published.
 
         `preprocessing` is the preprocessor_config.json for a folder without one. Raises InputError
-        if the folder has a different one, or is not a VQ-GAN's.
+        if the folder has a different one, is not a VQ-GAN's, or is damaged.
         """
         folder = Path(folder)
         refuse_published(folder, "/vqgan")
+        _verify_files(folder)
         fields = _read_json(folder / "config.json", "a VQ-GAN folder")
         path = _preprocessor_file(folder, preprocessing)
         options = {"device": device, "dtype": dtype, "exif": exif}
@@ -255,6 +264,17 @@ def make_processor(image_size: int) -> ChameleonImageProcessorPil:
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
+
+
+def _verify_files(folder: Path) -> None:
+    """Compare the files with the folder's manifest, or with that of the model folder around it."""
+    home = folder if is_complete(folder) else folder.parent
+    if is_complete(home) and (home is folder or (home / LAYOUT_FILE).is_file()):
+        manifest = read_manifest(home)
+        for name in FILES:
+            listed = (folder / name).relative_to(home).as_posix()
+            if listed in manifest.files:
+                verify_file(home, listed, manifest)
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from beingvl.artefact.manifest import verify_small_files
 from beingvl.artefact.progress import progress
 from beingvl.errors import InputError
 from beingvl.images.vqgan import usable_device
@@ -47,9 +48,10 @@ def read_model(
 ) -> PreTrainedModel:
     """A stock model, frozen and in evaluation mode; without a progress bar in log files.
 
-    Meanwhile a thread compares the weights with the folder's manifest, if it has one. Raises
-    InputError if they differ.
+    All is compared with the folder's manifest, if it has one; the weights by a thread meanwhile.
+    Raises InputError if a file differs.
     """
+    verify_small_files(folder)
     weights = WeightFolder(folder)  # also checks that the index names no file outside
     was_enabled = logging.is_progress_bar_enabled()
     if not sys.stderr.isatty():

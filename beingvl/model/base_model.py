@@ -18,7 +18,7 @@ from blake3 import blake3
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from beingvl.artefact.hashes import PREFIX, hash_bytes, hash_file
-from beingvl.artefact.manifest import MANIFEST_FILE
+from beingvl.artefact.manifest import MANIFEST_FILE, verify_small_files
 from beingvl.errors import InputError
 from beingvl.json_file import read_object
 from beingvl.model.weight_files import WeightFolder
@@ -55,6 +55,7 @@ class BaseModel:
     def open(cls, folder: Path | str) -> BaseModel:
         """Raises InputError for other kinds of folders, or if weights and config do not match."""
         folder = Path(folder)
+        verify_small_files(folder)
         config = read_json(folder / "config.json", "a Hugging Face model folder")
         weights = WeightFolder(folder)
         refuse_chameleon(folder, config, weights)

@@ -26,7 +26,13 @@ from transformers import PreTrainedTokenizerFast
 
 from beingvl.artefact.files import copy_inside, to_json, write_atomically
 from beingvl.artefact.hashes import hash_files
-from beingvl.artefact.manifest import MANIFEST_FILE, Manifest, join_lineages, read_manifest
+from beingvl.artefact.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    join_lineages,
+    read_manifest,
+    verify_small_files,
+)
 from beingvl.artefact.owner import making
 from beingvl.data.chat_template import BASE_TEMPLATE
 from beingvl.errors import InputError, check_at_least
@@ -329,6 +335,7 @@ def _make_tokenizer(
             f"{layout_file} is {found.to_dict()}, this conversion makes "
             f"{layout.to_dict()}; give the tokenizer made for this vocabulary, or none"
         )
+    verify_small_files(folder)
     tokenizer = tokenizer_files.load_tokenizer(folder)
     tokenizer_files.add_missing_merges(tokenizer, layout)
     source = str(paths["--being_tokenizer_config_path"])

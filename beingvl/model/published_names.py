@@ -28,6 +28,7 @@ from beingvl.artefact.manifest import (
     is_complete,
     read_manifest,
     start_folder,
+    verify_small_files,
     write_manifest,
 )
 from beingvl.data.made_with import ANCHOR, DEFAULT, IMAGE_POSITIONS, PUBLISHED, RUNNING
@@ -46,7 +47,7 @@ from beingvl.model.published_config import (
 )
 from beingvl.model.rewrite_weights import NewTensor, bytes_to_write, rewrite_weights
 from beingvl.model.target_folder import VBPE_FILE, VQGAN_FOLDER, finish_target, start_target
-from beingvl.model.weight_files import WeightFolder
+from beingvl.model.weight_files import WeightFolder, verify_weights
 from beingvl.published_form import PUBLISHED_MODEL_TYPE, VQ_CONFIG_KEY
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 
@@ -82,6 +83,7 @@ def write_published(
             "published code counts positions along the sequence; train on rows of `beingvl "
             f"tokenize --image_positions {RUNNING}`"
         )
+    verify_small_files(model_folder)
     vq_folder = model_folder / VQGAN_FOLDER
     vqgan = VQGAN.load(vq_folder)
     vq_config = read_json(vq_folder / "config.json", "a VQ-GAN folder")
@@ -156,6 +158,7 @@ def read_published(
     published, target = _open_published(Path(folder)), Path(target)
     folder, weights, vq_names = published.folder, published.weights, published.vq_names
     layout = published.layout
+    verify_weights(weights, {weights.tensors[name].file.name for name in vq_names})
     num_bytes = sum(weights.tensors[name].num_bytes for name in vq_names) + _SMALL_BYTES
     start_target(
         target, "model", num_bytes + bytes_to_write(weights, target, {}, link, drop=vq_names)
@@ -188,6 +191,7 @@ def read_published(
 
 
 def _open_published(folder: Path) -> _Published:
+    verify_small_files(folder)
     weights = WeightFolder(folder)
     config = read_json(folder / "config.json", "a model folder")
     refuse_chameleon(folder, config, weights)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from beingvl.artefact.manifest import Manifest, join_lineages, read_manifest
+from beingvl.artefact.manifest import Manifest, join_lineages, read_manifest, verify_small_files
 from beingvl.artefact.request import Request
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import PLAN_VERSION
@@ -69,6 +69,7 @@ def open_stage(
     moments = find_moments(model) if carry_moments else None
     model = find_start_model(model)
     start, shards = read_manifest(model, "model"), ShardReader(data, model)
+    verify_small_files(model)
     config, note = fit_mixture(config, shards.manifest)
     note = "\n".join(
         filter(None, [note, check_context(context_of(model), config, shards.manifest)])

@@ -20,7 +20,7 @@ from beingvl.data.shard_writer import ShardWriter
 from beingvl.errors import InputError
 from beingvl.vocab import TOKEN_KINDS, VocabLayout
 from tests.command import beingvl
-from tests.damage import change_manifest
+from tests.damage import change_manifest, list_anew
 from tests.tiny import LAYOUT, write_model, write_shards
 
 
@@ -451,9 +451,11 @@ def test_an_index_that_does_not_fit(tmp_path) -> None:
     write_shards(tmp_path)
     lengths = np.load(tmp_path / "lengths.npy")
     np.save(tmp_path / "lengths.npy", lengths[:3])
+    list_anew(tmp_path)
     with pytest.raises(InputError, match="holds 3 samples, the manifest 60"):
         ShardReader(tmp_path)
     (tmp_path / "lengths.npy").write_bytes(b"x")
+    list_anew(tmp_path)
     with pytest.raises(InputError, match="damaged"):
         ShardReader(tmp_path)
 
@@ -554,6 +556,7 @@ def test_an_index_that_was_damaged_stops_the_loader(tmp_path, name, value, messa
     array = np.load(tmp_path / name)
     array[7] = value
     np.save(tmp_path / name, array)
+    list_anew(tmp_path)
     shards = ShardReader(tmp_path)
     data = TrainingData(
         shards,
@@ -570,8 +573,8 @@ def test_lengths_that_changed_since_they_were_planned_stop_the_loader(tmp_path) 
     shards = ShardReader(write_shards(tmp_path))
     mixture = Mixture(shards.members, shards.sources, {"foundation": 1}, 0)
     assert TrainingData(shards, mixture, 40, 64, 4).num_steps
-    np.save(tmp_path / "lengths.npy", np.full(60, 60, np.int32))
     shards = ShardReader(tmp_path)
+    np.save(tmp_path / "lengths.npy", np.full(60, 60, np.int32))  # into the map
     with pytest.raises(InputError, match=r"lengths.npy is damaged: it does not match plan-\w+.tmp"):
         TrainingData(shards, mixture, 40, 64, 4).micro_batch(0, 0, 0, 1, 4)
 

@@ -326,7 +326,7 @@ def test_the_join_hashes_no_shard_again(inputs, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(
             "beingvl.artefact.manifest.hash_file",
-            lambda path: hashed.append(path.name) or hash_file(path),
+            lambda path, *watch: hashed.append(path.name) or hash_file(path, *watch),
         )
         assert tokenize(inputs, [row(0)], format="arrow") == 0
     assert hashed and not [name for name in hashed if name.endswith((".arrow", ".npy"))]

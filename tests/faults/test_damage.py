@@ -6,16 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from beingvl.artefact.manifest import write_manifest
 from beingvl.errors import InputError
+from beingvl.images.vqgan import VQGAN
 from beingvl.train.checkpoint import rank_file
 from beingvl.train.checkpoint_folders import complete_checkpoints
 from beingvl.train.hf_folder import write_hf_folder
+from beingvl.train.stage_run import open_stage
 from beingvl.vbpe.train_vbpe import train_vbpe
 from tests.code_folder import write_codes
 from tests.command import beingvl
 from tests.damage import flip_bit
 from tests.launcher import log_of, run, run_alone
+from tests.model.small_models import write_base_model, write_vqgan
 from tests.tiny import LAYOUT, stage_fields, write_inputs, write_model
 
 # ---- training ----
@@ -102,6 +107,80 @@ def test_damaged_weights_neither_answer_nor_are_scored(
     assert not (tmp_path / "scores" / "manifest.json").exists()
 
 
+# ---- small files, and the VQ-GAN ----
+
+
+def flip_in(path: Path, text: bytes) -> None:
+    """In the last byte of the first `text`."""
+    flip_bit(path, path.read_bytes().index(text) + len(text) - 1)
+
+
+CHANGED = "does not have the hash that manifest.json says"
+EPSILON = b'"rms_norm_eps": 1'
+
+
+def test_another_config_neither_answers_nor_is_trained(work, tmp_path, capsys) -> None:
+    model = Path(shutil.copytree(work / "base", tmp_path / "base"))
+    flip_in(model / "config.json", EPSILON)
+    assert beingvl("generate", model=model, prompt="Which?") == 2
+    assert f"{model / 'config.json'} {CHANGED}" in capsys.readouterr().err
+    with pytest.raises(InputError, match=rf"{model / 'config.json'} {CHANGED}"):
+        open_stage(model, work / "shards", tmp_path / "o", work / "all.json", (), None, None, False)
+
+
+def test_samples_of_another_source_are_not_trained(work, tmp_path) -> None:
+    shards = Path(shutil.copytree(work / "shards", tmp_path / "shards"))
+    flip_bit(shards / "source_of.npy", -1)
+    with pytest.raises(InputError, match=rf"{shards / 'source_of.npy'} {CHANGED}"):
+        open_stage(work / "base", shards, tmp_path / "o", work / "all.json", (), None, None, False)
+
+
+def test_another_vocabulary_is_not_converted(tmp_path, capsys) -> None:
+    write_base_model(tmp_path / "llama", "llama")
+    write_manifest(tmp_path / "llama", "model", {}, {})
+    flip_in(tmp_path / "llama" / "tokenizer.json", b'"A": ')
+    assert beingvl("convert", llama_path=tmp_path / "llama", output=tmp_path / "base") == 2
+    assert f"{tmp_path / 'llama' / 'tokenizer.json'} {CHANGED}" in capsys.readouterr().err
+    assert not (tmp_path / "base").exists()
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("config.json", b'"num_res_blocks": 1'),
+        ("model.safetensors", b"\0"),
+        ("preprocessor_config.json", b'"image_mean": [\n    0.5'),
+    ],
+)
+def test_a_damaged_vqgan_neither_encodes_nor_is_converted(tmp_path, capsys, name, text) -> None:
+    write_base_model(tmp_path / "llama", "llama")
+    vqgan, images = write_vqgan(tmp_path / "vqgan"), tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (16, 16)).save(images / "1.png")
+    assert beingvl("encode-images", image_path=images, vqgan=vqgan, output=tmp_path / "good") == 0
+    flip_in(vqgan / name, text)
+    capsys.readouterr()
+    assert beingvl("encode-images", image_path=images, vqgan=vqgan, output=tmp_path / "codes") == 2
+    assert f"{vqgan / name} {CHANGED}" in capsys.readouterr().err
+    llama = tmp_path / "llama"
+    assert beingvl("convert", llama_path=llama, vqgan=vqgan, output=tmp_path / "base") == 2
+    assert f"{vqgan / name} {CHANGED}" in capsys.readouterr().err
+    assert not (tmp_path / "codes" / "manifest.json").exists()
+    assert not (tmp_path / "base").exists()
+
+
+def test_the_damaged_vqgan_inside_a_model_is_not_used(tmp_path) -> None:
+    """Its own folder has no manifest if the converted one had none."""
+    write_base_model(tmp_path / "llama", "llama")
+    (write_vqgan(tmp_path / "vqgan") / "manifest.json").unlink()
+    base = tmp_path / "base"
+    options = {"llama_path": tmp_path / "llama", "vqgan": tmp_path / "vqgan", "num_merges": 4}
+    assert beingvl("convert", output=base, **options) == 0
+    flip_bit(base / "vqgan" / "model.safetensors", -1)
+    with pytest.raises(InputError, match=rf"{base / 'vqgan' / 'model.safetensors'} {CHANGED}"):
+        VQGAN.load(base / "vqgan")
+
+
 # ---- codes, and token rows ----
 
 
@@ -125,6 +204,13 @@ def tokenized(codes: Path) -> int:
     where = {"model_path": codes.parent / "base", "output_dir": codes.parent / "out"}
     rows = {"json_path": codes.parent / "rows.json", "vbpe_path": codes.parent / "vbpe.json"}
     return beingvl("tokenize", **rows, **where, vq_codes=codes)
+
+
+def test_another_vocabulary_does_not_tokenize(codes, capsys) -> None:
+    path = codes.parent / "base" / "tokenizer.json"
+    flip_in(path, b'"A": 3')
+    assert tokenized(codes) == 2
+    assert f"{path} {CHANGED}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["codes.npy", "code_hashes.npy"])

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from beingvl.artefact.hashes import hash_file
 from beingvl.artefact.manifest import (
     MANIFEST_FILE,
     read_manifest,
@@ -40,7 +39,7 @@ from beingvl.vbpe.train_vbpe import train_vbpe
 from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 from tests.code_folder import write_codes
-from tests.damage import change_manifest
+from tests.damage import list_anew
 from tests.fuzz.harness import REFUSED, RETURNED, judged, mutated, mutated_values, nested
 from tests.model.small_models import write_base_model
 from tests.tiny import LAYOUT, stage_fields, write_model, write_shards
@@ -115,9 +114,9 @@ def export_from(folder: Path, good: Path) -> None:
 
 Read = Callable[[Path, Path], object]
 BYTES: dict[str, tuple[str, str, Read, int]] = {
-    "weights": ("model", "model.safetensors", read_weights, 300),
-    "index": ("sharded", INDEX, read_weights, 150),
-    "manifest": ("shards", MANIFEST_FILE, read_shards, 150),
+    "weights": ("model", "model.safetensors", read_weights, 450),
+    "index": ("sharded", INDEX, read_weights, 250),
+    "manifest": ("shards", MANIFEST_FILE, read_shards, 250),
     "slices": ("checkpoint", rank_file(0, 1), export, 150),
     "shard": ("shards", "shard-00000.arrow", read_shards, 150),
     "lengths": ("shards", "lengths.npy", read_shards, 50),
@@ -128,7 +127,7 @@ BYTES: dict[str, tuple[str, str, Read, int]] = {
 }
 """Kind -> folder, file, who reads it, how many."""
 VALUES: dict[str, tuple[str, str, Read, int]] = {
-    "index": ("sharded", INDEX, read_weights, 150),
+    "index": ("sharded", INDEX, read_weights, 250),
     "manifest of shards": ("shards", MANIFEST_FILE, read_shards, 150),
     "manifest of codes": ("codes", MANIFEST_FILE, read_codes, 150),
     "manifest of a model": ("model", MANIFEST_FILE, verify_and_replace, 150),
@@ -140,18 +139,6 @@ VALUES: dict[str, tuple[str, str, Read, int]] = {
     "config": ("sharded", "config.json", lambda folder, good: BaseModel.open(folder), 50),
     "stage": ("stage", "stage.json", lambda at, good: load_stage_config(at / "stage.json"), 100),
 }
-
-
-def list_anew(folder: Path) -> None:
-    """Give every file that the manifest lists the size and hash that it has now."""
-    if not (folder / MANIFEST_FILE).is_file():
-        return
-    names = json.loads((folder / MANIFEST_FILE).read_text())["files"]
-    entries = {
-        name: {"bytes": (folder / name).stat().st_size, "hash": hash_file(folder / name)}
-        for name in names
-    }
-    change_manifest(folder, files=entries)
 
 
 def changed_folders(

@@ -24,6 +24,7 @@ from beingvl.images import decode
 from beingvl.images.decode import read_image
 from beingvl.images.preprocess import Preprocess
 from beingvl.images.vqgan import VQGAN, make_processor
+from tests.damage import list_anew
 from tests.programs import run_program
 from tests.upstream.artefacts import preprocessor_fields
 
@@ -117,6 +118,7 @@ def test_the_fingerprint_follows_each_weight_that_decides_codes(janus, folder, n
     weights = load_file(folder / "model.safetensors")
     weights[name].view(-1)[0] += 1e-6
     save_file(weights, folder / "model.safetensors")
+    list_anew(folder)
     assert VQGAN.load(folder).fingerprint() != janus.fingerprint()
 
 
@@ -124,8 +126,10 @@ def test_the_fingerprint_follows_preprocessing_but_not_the_decoder(janus, folder
     weights = load_file(folder / "model.safetensors")
     weights["decoder.conv_out.bias"] += 1.0
     save_file(weights, folder / "model.safetensors")
+    list_anew(folder)
     assert VQGAN.load(folder).fingerprint() == janus.fingerprint()
     edit(folder / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.4])
+    list_anew(folder)
     assert VQGAN.load(folder).fingerprint() != janus.fingerprint()
 
 
@@ -325,6 +329,7 @@ WRONG_FOLDERS = {
 @pytest.mark.parametrize("message", WRONG_FOLDERS)
 def test_a_wrong_folder_is_refused(folder, message):
     WRONG_FOLDERS[message](folder)
+    list_anew(folder)
     with pytest.raises(InputError, match=message):
         VQGAN.load(folder)
 

@@ -18,6 +18,7 @@ from beingvl.errors import InputError
 from beingvl.inference.model import BeingVL
 from beingvl.inference.streaming import TextPieces, TextStreamer
 from beingvl.vbpe.visual_bpe import VisualBPE
+from tests.damage import list_anew
 from tests.model.small_models import NUM_CODES, write_vqgan
 from tests.tiny import LAYOUT
 
@@ -164,6 +165,7 @@ def test_the_base_models_generation_defaults_do_not_reach_answers(
 ) -> None:
     defaults = {"do_sample": True, "temperature": 9.0, "eos_token_id": 65, "max_length": 3}
     (copied_model / "generation_config.json").write_text(json.dumps(defaults))
+    list_anew(copied_model)
     other = strengthen(BeingVL(copied_model).load_model(device="cpu"))
     prompts = random_prompts(6)
     assert other.continue_token_sequences(prompts, 8) == model.continue_token_sequences(prompts, 8)
@@ -301,6 +303,7 @@ def test_the_vbpe_inside_the_model_folder_is_the_default(
 
 def test_missing_or_other_vqgan_is_refused(copied_model: Path) -> None:
     shutil.rmtree(copied_model / "vqgan")
+    list_anew(copied_model)
     with pytest.raises(InputError, match="has no vqgan/"):
         _ = BeingVL(copied_model).vqgan
     write_vqgan(copied_model / "vqgan", seed=5)
@@ -346,6 +349,7 @@ def test_unknown_dtype_and_short_embeddings_are_refused(copied_model: Path) -> N
         BeingVL(copied_model).load_model("float8")
     longer = LAYOUT.to_dict() | {"num_merges": LAYOUT.num_merges + 1}
     (copied_model / "vocab_layout.json").write_text(json.dumps(longer))
+    list_anew(copied_model)
     with pytest.raises(
         InputError, match=f"has {LAYOUT.size} rows, but the vocabulary has {LAYOUT.size + 1} ids"
     ):

@@ -31,6 +31,7 @@ from beingvl.vbpe.published import LegacyVisualBPE
 from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 from tests.command import argv, beingvl
+from tests.damage import list_anew
 from tests.model.small_models import (
     LLAMA3_ROPE,
     NUM_CODES,
@@ -389,6 +390,7 @@ def test_a_sentencepiece_tokenizer_says_what_to_install(tmp_path, package, monke
 def test_a_given_tokenizer_without_merges_gets_them(tmp_path, llama, vq):
     assert convert(llama, tmp_path / "codes", being_vq_path=vq, num_merges=0) == 0
     (tmp_path / "codes" / LAYOUT_FILE).unlink()
+    list_anew(tmp_path / "codes")
     given = {"being_tokenizer_config_path": tmp_path / "codes" / "tokenizer_config.json"}
     assert convert(llama, tmp_path / "base", being_vq_path=vq, num_merges=8, **given) == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
@@ -525,6 +527,8 @@ def test_a_changed_input_is_not_the_same_request(tmp_path, vq, changed, capsys):
             "generation_config.json" if changed == "generation config" else "tokenizer_config.json"
         )
         path.write_text(json.dumps(json.loads(path.read_text()) | {"top_k": 7}))
+        list_anew(folder)
+    list_anew(own_vq)
     named = {"given tokenizer": "tokenizer", "vq decoder": "vqgan"}.get(changed, "llama")
     refused(capsys, f"is finished, but with different {named}", **request)
     assert convert(**request, overwrite=True) == 0

@@ -18,6 +18,7 @@ from beingvl.model.tokenizer_files import load_tokenizer
 from beingvl.model.weight_files import WeightFolder
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 from tests.command import argv, beingvl
+from tests.damage import list_anew
 from tests.model.small_models import LLAMA3_ROPE, write_base_model, write_vbpe, write_vqgan
 
 
@@ -170,6 +171,7 @@ def test_a_linear_scaling_is_kept(tmp_path, base):
     config = fields(base / "config.json")
     config["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    list_anew(tmp_path / "base")
     write_published(tmp_path / "base", tmp_path / "published")
     scaling = fields(tmp_path / "published" / "config.json")["rope_scaling"]
     assert scaling == {"type": "linear", "factor": 2.0}
@@ -187,6 +189,7 @@ def test_a_folder_exported_before_the_config_was_chameleons(tmp_path, base):
     config = fields(base / "config.json")
     config["vq_config"] = fields(base / "vqgan" / "config.json")
     (old / "config.json").write_text(json.dumps(config))
+    list_anew(old)
     read_published(old, tmp_path / "back")
     assert equal_tensors(tmp_path / "back", base)
     for name in ("config.json", "tokenizer.json"):
