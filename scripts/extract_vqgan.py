@@ -13,31 +13,33 @@ import sys
 import tempfile
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors.torch import save
 from transformers import AutoConfig
 
+from beingvl.artefact.files import to_json
+from beingvl.artefact.hashes import hash_bytes
 from beingvl.errors import InputError
 from beingvl.images.vqgan import PREPROCESSOR_FILE, VQGAN, make_processor
+from beingvl.model.target_folder import new_target
+from beingvl.model.weight_files import WeightFolder
 
 PREFIX = "vqmodel."
 
 
-def extract(checkpoint: Path, output: Path) -> VQGAN:
-    """Write the folder `output`. Raises InputError for a checkpoint without a VQ-GAN."""
+def extract(checkpoint: Path, output: Path, overwrite: bool = False) -> VQGAN:
+    """Write the folder `output`. Raises InputError for a checkpoint without a VQ-GAN, and for an
+    output with other files.
+    """
     if not (checkpoint / "config.json").is_file():
         found = "has no config.json" if checkpoint.is_dir() else "is not a folder"
         raise InputError(f"{checkpoint} {found}; expected a downloaded checkpoint")
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     if not hasattr(config, "vq_config"):
         expected = "a Chameleon or Janus checkpoint in transformers' format"
         raise InputError(f"{checkpoint} is of model_type {config.model_type}, expected {expected}")
     fields = config.vq_config.to_dict()
-    weights = {}
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                if PREFIX in name:
-                    weights[name.partition(PREFIX)[2]] = tensors.get_tensor(name).float()
+    stored = WeightFolder(checkpoint)
+    weights = {name.partition(PREFIX)[2]: stored[name].float() for name in stored if PREFIX in name}
     with tempfile.TemporaryDirectory() as folder:
         preprocessing = checkpoint / PREPROCESSOR_FILE
         if fields["model_type"] == "janus_vqgan":  # the checkpoint's own is for its vision tower
@@ -45,18 +47,22 @@ def extract(checkpoint: Path, output: Path) -> VQGAN:
             make_processor(fields["num_patches"] * factor).save_pretrained(folder)
             preprocessing = Path(folder) / PREPROCESSOR_FILE
         vqgan = VQGAN.build(fields, weights, preprocessing, checkpoint)
-    vqgan.save(output)
+    request = {"config": to_json(fields), "weights": hash_bytes(save(weights))}
+    with new_target(output, "vqgan", request, overwrite) as is_new:
+        if is_new:
+            vqgan.save(output, details={"request": request})
     return vqgan
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkpoint", type=Path, help="folder of the downloaded checkpoint")
     parser.add_argument("output", type=Path, help="VQ-GAN folder to write")
-    args = parser.parse_args()
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished output folder")
+    args = parser.parse_args(argv)
     try:
-        vqgan = extract(args.checkpoint, args.output)
+        vqgan = extract(args.checkpoint, args.output, args.overwrite)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -26,8 +26,10 @@ from pathlib import Path
 import numpy as np
 
 from beingvl.artefact.files import to_json, write_atomically
-from beingvl.artefact.manifest import already_made, start_folder, write_manifest
+from beingvl.artefact.manifest import write_manifest
+from beingvl.artefact.progress import progress
 from beingvl.errors import InputError
+from beingvl.model.target_folder import new_target
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NUM_TRAIN, NUM_VALIDATION = 1200, 200
@@ -112,14 +114,13 @@ def write_images(
 ) -> dict[str, list]:
     """Write all PNG files; returns part -> list of (image key, index of the scan)."""
     from PIL import Image
-    from tqdm import tqdm
 
     rng = np.random.default_rng([args.seed, 1])
     written: dict[str, list] = {}
     for part, indices in parts.items():
         (folder / "images" / part).mkdir(parents=True, exist_ok=True)
         written[part] = []
-        for index in tqdm(indices, desc=f"{part} images", unit="scan", disable=None):
+        for index in progress(indices, name=f"{part} images", unit="scan"):
             variants = [render(scans[index], args.image_size)]
             if part == "train":
                 variants += [
@@ -258,12 +259,18 @@ def make_dataset(args: argparse.Namespace) -> None:
         "augmentations": args.augmentations,
         "seed": args.seed,
     }
-    if already_made(args.output_dir, "dataset", request, args.overwrite):
-        return
+    with new_target(args.output_dir, "dataset", request, args.overwrite) as is_new:
+        if is_new:
+            write_dataset(args, request)
+
+
+def write_dataset(args: argparse.Namespace, request: dict[str, int]) -> None:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    folder = start_folder(args.output_dir, "dataset")
+    folder = args.output_dir
+    for stale in folder.glob("images/*/????-*.png"):  # of a run that was killed
+        stale.unlink()
     parts = split_by_image(bunch.target, np.random.default_rng([args.seed, 0]))
     images = write_images(bunch.images, folder, parts, args)
     rng = np.random.default_rng([args.seed, 2])

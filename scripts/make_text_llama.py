@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from beingvl.artefact.files import give_usual_mode
 from beingvl.artefact.hashes import hash_file
-from beingvl.artefact.manifest import already_made, write_manifest
+from beingvl.artefact.manifest import write_manifest
 from beingvl.artefact.progress import progress as show_progress
 from beingvl.errors import InputError
+from beingvl.model.target_folder import new_target
 
 if TYPE_CHECKING:
     import torch
@@ -57,9 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import torch
-    from safetensors.torch import save_file
-
     lines = read_lines(args.texts)
     if args.vocab_size < NUM_BYTES + 2:
         raise InputError(
@@ -74,9 +71,15 @@ def run(args: argparse.Namespace) -> None:
         if name not in ("texts", "output_path", "overwrite")
     }
     request["texts"] = hash_file(args.texts)
-    if already_made(args.output_path, "model", request, args.overwrite):
-        return
-    shutil.rmtree(args.output_path, ignore_errors=True)
+    with new_target(args.output_path, "model", request, args.overwrite) as is_new:
+        if is_new:
+            write(args, lines, request)
+
+
+def write(args: argparse.Namespace, lines: list[str], request: dict[str, Any]) -> None:
+    """Train tokenizer and model, and write the folder."""
+    import torch
+    from safetensors.torch import save_file
 
     tokenizer = train_tokenizer(lines, args.vocab_size)
     stream = torch.tensor(

@@ -1,5 +1,7 @@
 """The stand-in for Llama-3.1-8B: it learns its lines, loads as stock, and converts."""
 
+import os
+import stat
 import sys
 from pathlib import Path
 
@@ -41,7 +43,8 @@ def llama(tmp_path_factory):
 def test_it_is_a_stock_folder_that_has_learnt_something(llama):
     manifest = verify_folder(llama)
     assert manifest.kind == "model" and manifest.counts["loss"] < 3.0
-    assert len({path.stat().st_mode for path in llama.iterdir()}) == 1  # the umask's
+    os.umask(umask := os.umask(0))
+    assert {stat.S_IMODE(path.stat().st_mode) for path in llama.iterdir()} == {0o666 & ~umask}
     tokenizer = AutoTokenizer.from_pretrained(llama)
     model = AutoModelForCausalLM.from_pretrained(llama)
     assert model.config.vocab_size == len(tokenizer) == 300 and not model.config.tie_word_embeddings

@@ -4,6 +4,7 @@ incomplete until it has a manifest.
     check_target(target, inputs, overwrite)    first of all: refuses harmful targets
     start_target(target, kind, num_bytes)      from here on it is ours, empty and incomplete
     finish_target(target, kind, …)             writes the manifest, then removes the marker
+    new_target(target, kind, …)                the first two and the last, for scripts
 
 An unfinished folder contains a marker, by which the next run recognises it as its own. A killed
 conversion starts over: 16 GB take half a minute.
@@ -12,7 +13,8 @@ conversion starts over: 16 GB take half a minute.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from beingvl.artefact.manifest import (
     start_folder,
     write_manifest,
 )
-from beingvl.artefact.owner import OWNER
+from beingvl.artefact.owner import OWNER, making
 from beingvl.data.chat_template import BASE_TEMPLATES, CHAT_TEMPLATE_FILE, chat_template
 from beingvl.data.made_with import DEFAULT
 from beingvl.errors import InputError
@@ -106,6 +108,21 @@ def start_target(target: Path, kind: str, num_bytes: int) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_target(
+    target: Path, kind: str, request: Mapping[str, Any], overwrite: bool
+) -> Iterator[bool]:
+    """All of this for a script: own `target` and yield True, with the folder ours and empty, or
+    yield False if `request` is finished. The block writes the manifest.
+    """
+    check_target(target, {}, overwrite)
+    with making(target, kind, request, overwrite) as is_new:
+        if is_new:
+            start_target(target, kind, 0)
+        yield is_new
+        (target / UNFINISHED_FILE).unlink(missing_ok=True)
 
 
 def finish_target(

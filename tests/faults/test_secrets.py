@@ -116,7 +116,7 @@ def test_a_traceback_is_written_to_a_file_that_nobody_could_have_made_before(
 def test_code_of_a_model_folder_is_never_trusted() -> None:
     """Without the argument transformers asks a user at a terminal."""
     places = []
-    for path in PACKAGE.rglob("*.py"):
+    for path in [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "scripts").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
@@ -124,7 +124,8 @@ def test_code_of_a_model_folder_is_never_trusted() -> None:
             if owner.startswith("Auto") and node.func.attr in ("from_pretrained", "from_config"):
                 said = {word.arg: ast.unparse(word.value) for word in node.keywords}
                 places.append((path.name, said.get("trust_remote_code")))
-    assert len(places) >= 5 and {said for _, said in places} == {"False"}, places
+    assert len(places) >= 6 and {said for _, said in places} == {"False"}, places
+    assert "extract_vqgan.py" in dict(places)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
