@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from beingvl.artefact.progress import progress
 from beingvl.errors import InputError
 from beingvl.launch.check_hosts import Finding, Wanted, check_hosts, hosts_of
 from beingvl.launch.environment import environment_file
@@ -73,7 +74,8 @@ def measure_all_reduce(run: Run, limit_seconds: float) -> Finding:
             start_new_session=True,
         )
         try:
-            shown, complaints = launcher.communicate(timeout=limit_seconds)
+            with progress(name="all-reduce", unit="measurement", total=1, leave=False):
+                shown, complaints = launcher.communicate(timeout=limit_seconds)
         except subprocess.TimeoutExpired:
             os.killpg(launcher.pid, signal.SIGKILL)
             launcher.communicate()

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from beingvl.artefact.files import write_atomically
 from beingvl.artefact.manifest import is_complete, join_lineages, read_manifest
+from beingvl.artefact.progress import progress
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.conversation import open_tokenizer
 from beingvl.data.packing import PackingPlan
@@ -146,7 +147,8 @@ def data_section(shards: ShardReader, options: DataOptions, level: int = 3) -> M
 def count_ids(shards: ShardReader) -> np.ndarray:
     """`[vocabulary]` int64: how often every id occurs."""
     total = np.zeros(shards.layout.size, np.int64)
-    for ids in shards.all_ids():
+    what: Any = {"unit": "shard", "total": len(shards.manifest.details["rows"])}
+    for ids in progress(shards.all_ids(), name="count ids", **what, leave=False):
         total += np.bincount(ids, minlength=len(total))
     return total
 

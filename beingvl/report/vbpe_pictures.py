@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 
+from beingvl.artefact.progress import progress
 from beingvl.images.pictures import with_borders
 from beingvl.images.vqgan import VQGAN
 from beingvl.report.kit import GRID, SERIES_COLOURS
@@ -72,7 +73,8 @@ def draw_pictures(vbpe: VisualBPE, sample: Sample | None, vq: VQGAN | None) -> P
     pictures: Pictures = {}
     for group, ids in groups.items():
         pictures[group] = []
-        for image_id in ids[:TOKENS_SHOWN].tolist():
+        shown = ids[:TOKENS_SHOWN].tolist()
+        for image_id in progress(shown, name=f"draw {group} tokens", unit="token", leave=False):
             caption = f"id {image_id}\n{vbpe.sizes[image_id]} cells"
             caption += f"\nused {sample.used[image_id]} x" if sample else ""
             pictures[group].append((draw_token(vbpe, image_id, sample, vq), caption))

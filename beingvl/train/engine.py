@@ -33,6 +33,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from beingvl.artefact.processes import listener_on
+from beingvl.artefact.progress import progress
 from beingvl.data.loader import IGNORED, MicroBatch
 from beingvl.errors import InputError
 from beingvl.model.adapters import AdaptedLinear, initial_adapter
@@ -154,7 +155,11 @@ def build_engine(
     }
     plan = plan_parameters(shapes, config.beingvl.trainable)
     in_nf4 = {planned.name for planned in plan if planned.is_in_nf4}
-    for name, stored in _stored_weights(model_folder, weights, shapes, layout):
+    stored_weights: Iterable[Any] = _stored_weights(model_folder, weights, shapes, layout)
+    if ranks.rank == 0:
+        what: Any = {"name": f"load {model_folder}", "unit": "parameter", "total": len(shapes)}
+        stored_weights = progress(stored_weights, **what, leave=False)
+    for name, stored in stored_weights:
         advance()
         if name in in_nf4:
             linear = model.causal_lm.get_submodule(name.removesuffix(".weight"))

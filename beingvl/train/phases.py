@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from beingvl.artefact.processes import end_process
+from beingvl.artefact.progress import LOG_SECONDS
 
 RANKS, REPLAY_RANKS = "ranks", "replay-ranks"
 STEP_PHASES = ("data", "communication", "forward", "backward", "optimizer", "check", "log")
@@ -71,6 +72,7 @@ class Phases:
         self._beat_seconds = min(LONGEST_BEAT_SECONDS, stall_timeout_seconds / 10)
         self._place: tuple[int, str] = (0, "start")
         self._since = self._advanced_at = time.perf_counter()
+        self._step_began = self._said_at = self._since
         self._num_beats = self._num_entered = 0
         self._left_over: dict[int, str] = {}  # rank -> heartbeat left by an earlier run
         self._done = threading.Event()
@@ -79,6 +81,8 @@ class Phases:
     def enter(self, step: int, phase: str) -> None:
         """Enter a phase; the time until now counts for the previous one."""
         self._count_time()
+        if step != self._place[0]:
+            self._step_began = self._said_at = self._since
         self._place, self._advanced_at = (step, phase), self._since
         self._num_entered += 1
 
@@ -136,6 +140,7 @@ class Phases:
         timeout = self.stall_timeout_seconds
         while not self._done.wait(self._beat_seconds):
             own = self._beat()
+            self._say_long_step()
             now = time.perf_counter()
             if self._num_ranks == 1 or own["idle_seconds"] < timeout / 2:
                 seen.clear()
@@ -151,6 +156,15 @@ class Phases:
                 found = f"{self.where()}: no progress for {timeout:g} s: {lost}"
                 # the main thread hangs in a collective that no exception reaches
                 end_process(found)
+
+    def _say_long_step(self) -> None:
+        """Without a terminal, a line every half minute of a step that takes longer."""
+        now, (step, phase) = time.perf_counter(), self._place
+        if self._rank or sys.stderr.isatty() or now - self._said_at < LOG_SECONDS:
+            return
+        self._said_at = now
+        seconds = now - self._step_began
+        print(f"step {step}: phase {phase}, {seconds:.0f} s so far", file=sys.stderr, flush=True)
 
     def _heartbeat(self) -> dict[str, Any]:
         step, phase = self._place

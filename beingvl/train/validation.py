@@ -8,8 +8,9 @@ and without it. `beingvl evaluate --data` uses the same batches (data/held_out.p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from beingvl.artefact.progress import progress
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.held_out import held_out_batch, pack_in_order
 from beingvl.train.engine import TrainingEngine
@@ -34,7 +35,11 @@ def validator(
 
     def validate(step: int) -> None:
         sums = LossSums.zero(shards.layout, shards.sources)
-        for first in range(0, len(sequences), ranks.num_ranks):
+        starts: Iterable[int] = range(0, len(sequences), ranks.num_ranks)
+        if ranks.rank == 0:
+            name = f"validation after step {step}"
+            starts = progress(starts, name=name, unit="round", leave=False)
+        for first in starts:
             # past the end, a batch without targets: every rank must take part
             own = sequences[first + ranks.rank : first + ranks.rank + 1] or [[]]
             batch = held_out_batch(shards, own[0], block.loss_on)

@@ -1,6 +1,7 @@
 """Heartbeats decide who is lost: in processes of their own, because a stall ends the process."""
 
 import json
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from beingvl.report.train import PHASES
+from beingvl.train import phases as phases_module
 from beingvl.train.phases import BETWEEN_STEPS, NO_BEAT, STEP_PHASES, Phases, _describe
 from tests.train.programs import run_program
 
@@ -110,3 +112,12 @@ def test_every_phase_is_one_of_a_step_or_between_steps_and_its_seconds_stay_unti
     first = phases.take_seconds(BETWEEN_STEPS)
     assert list(first) == ["start", "save"] and first["save"] >= 0.02
     assert list(phases.take_seconds(STEP_PHASES)) == []
+
+
+def test_a_long_step_says_where_it_is_now_and_then(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(phases_module, "LOG_SECONDS", 0.3)
+    with Phases(tmp_path, 0, 1, stall_timeout_seconds=1) as phases:
+        for phase in ("data", "forward", "backward", "optimizer"):
+            phases.enter(7, phase)
+            time.sleep(0.2)
+    assert re.search(r"^step 7: phase \w+, [01] s so far$", capsys.readouterr().err, re.M)

@@ -20,7 +20,7 @@ from tests.tiny import stage_fields, write_inputs
 
 @pytest.mark.parametrize("asked_in_batch, num_batches, num_lines", [(2, 2, 0), (None, None, 1)])
 def test_a_rank_that_is_asked_to_stop_ends_the_pass(
-    tmp_path, monkeypatch, asked_in_batch, num_batches, num_lines
+    tmp_path, capsys, monkeypatch, asked_in_batch, num_batches, num_lines
 ) -> None:
     """Two ranks, this one and one that is asked in the batch `asked_in_batch`; the sum over both
     stands for the collective.
@@ -41,9 +41,11 @@ def test_a_rank_that_is_asked_to_stop_ends_the_pass(
         "sum_over_ranks",
         lambda values, device: np.asarray(values) + (len(batches) == asked_in_batch),
     )
+    monkeypatch.setattr("beingvl.artefact.progress.FIRST_SECONDS", 0)
     (tmp_path / "run").mkdir()
     metrics = MetricsWriter(tmp_path / "run", ranks, 1, 9)
     validator(engine, shards, metrics, lambda: False)(5)
     assert len(batches) == (num_batches or per_rank)
     path = tmp_path / "run" / VALIDATION_FILE
     assert (len(path.read_text().splitlines()) if path.is_file() else 0) == num_lines
+    assert f"validation after step 5: 0 of {per_rank} rounds in" in capsys.readouterr().err
