@@ -58,6 +58,13 @@ def encode(images, vq_path, output, **options):
 # ---- formats and decoders ----
 
 
+def test_a_dds_named_png_is_rejected_by_name(images, vq_path, tmp_path):
+    picture().save(images / "photo.dds")
+    (images / "photo.dds").rename(images / "photo.png")
+    found = encode(images, vq_path, tmp_path / "codes")
+    assert "photo.png cannot be read as an image (it is in no known format" in found["photo.png"]
+
+
 def test_postscript_named_png_starts_no_program(images, vq_path, tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/gs").write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/started\nexit 1\n")
