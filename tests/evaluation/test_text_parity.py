@@ -14,6 +14,7 @@ from beingvl.artefact.manifest import read_manifest, write_manifest
 from beingvl.commands.main import main
 from beingvl.evaluation.results import read_summary
 from beingvl.evaluation.text_parity import PROBE, kl_divergence
+from tests.damage import list_anew
 from tests.tiny import LAYOUT, write_model
 
 ROWS_ONLY = [{"match": "visual_rows"}, {"match": ".*", "train": False}]
@@ -149,6 +150,7 @@ def test_refusals(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     write_model(tmp_path / "other", other)
     plain = write_model(tmp_path / "smaller", smaller)
     (plain / "vocab_layout.json").unlink()  # as somebody else's folder
+    list_anew(plain)
     (tmp_path / "empty").mkdir()
     for model, against, message in [
         (base, tmp_path / "none", "none: No such file or directory"),

@@ -19,6 +19,7 @@ from beingvl import BeingVL, BeingVLProcessor, InputError
 from beingvl.artefact.manifest import read_manifest, write_manifest
 from beingvl.commands.main import main
 from beingvl.model.target_folder import finish_target
+from tests.damage import list_anew
 from tests.inference.test_model import strengthen
 
 BASE_TEMPLATE = (
@@ -52,6 +53,7 @@ def written(run: Path, folder: Path, **details: str) -> Path:
     lineage = read_manifest(folder).lineage
     model = strengthen(BeingVL(folder).load_model(device="cpu")).model
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 257, 258
+    (folder / "manifest.json").unlink()
     model.save_pretrained(folder)
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "base.jinja").write_text(BASE_TEMPLATE)
@@ -248,6 +250,7 @@ def test_a_base_is_asked_in_its_own_template(final: Path, images: list[Path], ca
     with pytest.raises(InputError, match="spells a special token"):
         own.tokenize("hi <|end_of_text|>")
     shutil.rmtree(final / "additional_chat_templates")
+    list_anew(final)
     with pytest.raises(InputError, match="its base model had no chat template"):
         BeingVL(final, template="base")
 
