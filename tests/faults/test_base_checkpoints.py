@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from beingvl.data.conversation import TextEncoder, build_sequence, open_tokenizer
 from beingvl.vocab import SPECIAL_TOKENS, VocabLayout
 from tests.command import beingvl
+from tests.damage import list_anew
 from tests.model.small_models import TEXTS, write_base_model, write_vqgan
 
 TRUNCATION = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
@@ -66,6 +67,7 @@ def test_truncation_and_padding_left_in_the_tokenizer(tmp_path, vq, fields, said
     assert [open_tokenizer(base).encode(text).ids for text in TEXTS] == whole
 
     change(base / "tokenizer.json", **fields)  # a folder converted before this was known
+    list_anew(base)
     assert [open_tokenizer(base).encode(text).ids for text in TEXTS] == whole
 
 

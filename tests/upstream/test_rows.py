@@ -12,6 +12,7 @@ from beingvl.data.build_shards import build_shards
 from beingvl.data.conversation import TextEncoder, build_sequence
 from beingvl.data.llava_json import stream_rows
 from beingvl.errors import InputError
+from tests.damage import list_anew
 from tests.tiny import LAYOUT, write_model
 from tests.upstream.artefacts import TINY, tokenizer_text, turns_of, write_rows
 
@@ -36,6 +37,7 @@ def work(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("published")
     write_model(folder / "base", TINY)
     (folder / "base/tokenizer.json").write_text(tokenizer_text(TINY), encoding="utf-8")
+    list_anew(folder / "base")
     grids = [np.random.default_rng(number).integers(0, 16, (4, 4)) for number in range(40)]
     write_rows(folder, "data", rows(40), grids)
     return folder
