@@ -40,7 +40,7 @@ class Work:
     output         the folder to write
     unit           what progress counts: "image", "row", "B"
     parts_folder   name of the folder of parts inside `output`
-    cheap          whether unfinished parts of another request are made again, not refused
+    cheap          whether unfinished parts of a different request are removed, not refused
     """
 
     kind: str

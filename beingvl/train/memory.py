@@ -8,10 +8,10 @@ n weights, some of them trained; b is 2 bytes in bf16, 4 in float32; "cut" is di
     gathered      ZeRO-3 on several ranks, or with offloaded weights: parameters that are whole.
                   From its second step on, DeepSpeed prefetches one bucket per module until
                   max_live_parameters (by default a billion) are whole; the last one fetched may be
-                  the largest of a layer. When a bucket is first used, it is held twice for a
-                  moment, as one flat buffer and as parameters. The vocabulary's rows, the largest
-                  of all, go past the limit when they are fetched, and are held twice when they are
-                  used, but by then as much was released. With an nf4 base: its largest weight
+                  the largest of a layer. A bucket is held twice, flat and as parameters, when it
+                  is first used; the largest may be the vocabulary's rows. These also go past the
+                  limit when they are fetched, but as much is released before they are used. With
+                  an nf4 base: its largest weight
     gradients     trained * b; cut under ZeRO-2 and 3
     optimizer     trained * 12 (float32 master and two moments); cut; on NVMe its buffers, each a
                   sub-group of float32
