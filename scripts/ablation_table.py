@@ -38,28 +38,36 @@ def cell(run: Path, name: str) -> str:
     found = []
     for kind in KINDS if scores else ():
         of_seeds = [100 * one["categories"][kind]["accuracy"] for one in scores]
-        found.append(f"{np.mean(of_seeds):.1f} ± {np.ptp(of_seeds):.1f}")
+        found.append(
+            f"{np.mean(of_seeds):.1f}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{np.ptp(of_seeds):.1f}"
+        )
     return " / ".join(found) + f" ({len(scores)})" if scores else "not run"
 
 
 def orders(run: Path) -> list[str]:
-    """For each kind of codes that has all regimes: their order by mean accuracy; the paper's."""
+    """For each kind of codes: the regimes' order by mean accuracy over those seeds that have all of
+    them, and the paper's order.
+    """
     of_paper = sorted(REGIMES, key=lambda name: REGIMES[name][1], reverse=True)
     lines = ["The paper, best first: " + ", ".join(REGIMES[name][0] for name in of_paper) + "."]
     for codes, words in CODES.items():
-        found = {name: _mean(run, f"{codes}-{name}") for name in REGIMES}
-        if None not in found.values():
-            here = sorted(found, key=lambda name: found[name] or 0.0, reverse=True)
+        seeds = [
+            {name: _accuracy(seed / f"{codes}-{name}/eval/scores.json") for name in REGIMES}
+            for seed in sorted(run.glob("seed-*"))
+            if all((seed / f"{codes}-{name}/eval/scores.json").is_file() for name in REGIMES)
+        ]
+        if seeds:
+            found = {name: float(np.mean([seed[name] for seed in seeds])) for name in REGIMES}
+            here = sorted(found, key=found.__getitem__, reverse=True)
             same = "the same order" if here == of_paper else "a different order than the paper's"
             shown = ", ".join(f"{REGIMES[name][0]} {found[name]:.1f}" for name in here)
-            lines.append(f"{words}: {same}: {shown}.")
+            lines.append(f"{words}: {same} (seeds: {len(seeds)}): {shown}.")
     return lines
 
 
-def _mean(run: Path, name: str) -> float | None:
-    scores = [read_object(path) for path in run.glob(f"seed-*/{name}/eval/scores.json")]
-    found = [100 * one["categories"][kind]["accuracy"] for one in scores for kind in KINDS]
-    return float(np.mean(found)) if found else None
+def _accuracy(path: Path) -> float:
+    categories = read_object(path)["categories"]
+    return 100 * float(np.mean([categories[kind]["accuracy"] for kind in KINDS]))
 
 
 def table(run: Path) -> list[list[str]]:
