@@ -6,8 +6,8 @@ Started by a launcher (`deepspeed --module beingvl encode-images …`, `torchrun
 beingvl encode-images …`) or as a Slurm array, every rank does its share of the parts; after a kill,
 start it again with any number of ranks. Unreadable images are rejected with a reason; beyond
 --max_rejected the run fails. If the disk fails, the run ends after a few retries; the same command
-continues it. The result does not depend on ranks, workers or kills. A finished output for the same
-images, by name, size and time (else by content), is reused.
+continues it. The result does not depend on ranks, workers or kills. A finished output for
+images of equal names, sizes and times (else equal content) is reused.
 """
 
 from __future__ import annotations

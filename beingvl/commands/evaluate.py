@@ -11,8 +11,8 @@ One of three, each with its own output folder:
                         and 3 the KL divergence is printed; on the CPU by default
 
 --json_path needs one question per dataset row. The reference answer is in `answers` (a list of
-texts, or of objects with `answer`), else in `answer` (a text, or an index into the list `choices`),
-else in the gpt turn. `category` groups scores.
+texts, or of objects with `answer`), else in `answer` (a text, or an index into the list `choices`,
+read as its letter), else in the gpt turn. `category` groups scores.
   exact_match    equal to a reference after stripping and lower-casing
   vqa_accuracy   VQAv2, VizWiz, TextVQA: ten `answers` per row, official normalisation
   pope           answer yes or no; accuracy, precision, recall, F1, share of yes; `category`

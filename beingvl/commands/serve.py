@@ -2,13 +2,13 @@
 picture's tokens. Or, with --api, an OpenAI-compatible chat completions API.
 
     pip install '.[serve]'
-    beingvl serve --model stage-3/final --vbpe vbpe.json     then open http://127.0.0.1:7860
+    beingvl serve --model stage-3/final     then open http://127.0.0.1:7860
 
     pip install '.[api]'
-    beingvl serve --model stage-3/final --vbpe vbpe.json --api     http://127.0.0.1:7860/v1
+    beingvl serve --model stage-3/final --api     http://127.0.0.1:7860/v1
 
-Both listen on the loopback address and contact no other machine; pages tell the browser to do the
-same. Uploads go into a temporary folder, which is removed at the end; Ctrl-C stops the server.
+By default both listen on the loopback address. Neither they nor their pages contact other machines.
+Uploads go into a temporary folder, which is removed at the end; Ctrl-C stops the server.
 docs/how-to/serve.md shows how to call the API, and how to serve many users.
 """
 

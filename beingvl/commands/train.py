@@ -3,13 +3,13 @@
     deepspeed --num_gpus 2 --module beingvl.train.train_stage --config \\
         ds_configs/stage1.json --model base/ --data shards/ --output stage-1/
 
-A launcher or `srun` starts it, or `beingvl train`, once per rank; RANK, LOCAL_RANK and WORLD_SIZE
+A launcher or `srun` starts it or `beingvl train` once per rank; RANK, LOCAL_RANK and WORLD_SIZE
 say which it is. `beingvl train` without them is the only rank.
 
 Started again with the same arguments, it resumes from the newest complete checkpoint; a finished
 stage is left alone. SIGTERM, SIGUSR1 and SIGINT stop it after the running step with a checkpoint
-and exit code 85 ("requeue me"). During start-up or a save there is nothing more to save, and it
-stops before the next step. If training cannot continue (values that are not finite, a lost rank, a
+and exit code 85 ("requeue me"). A signal during start-up or a save stops it before the next step,
+with nothing more to save. If training cannot continue (values that are not finite, a lost rank, a
 full disk), the exit code is 1 and the last checkpoint stays valid.
 
 --replay STEP trains nothing: it rebuilds that step's batch, prints its samples and computes its

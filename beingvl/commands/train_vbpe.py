@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="seed of the sample")
     data = "print the files' contents before learning; checks always run"
     add("--validate_data", action="store_true", help=data)
-    save = "save after every MERGES merges (default: 1000); the same command continues from there"
+    save = "save after every MERGES merges (bare: 1000); the same command continues from there"
     add("--save_intermediate", nargs="?", type=int, const=1000, metavar="MERGES", help=save)
     published = "published vocabulary (pickle) to convert; nothing is learnt"
     add("--import_pkl", type=Path, help=published)

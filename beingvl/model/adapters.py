@@ -60,7 +60,7 @@ def _bitsandbytes() -> Any:
     except ImportError as error:
         raise InputError(
             "a rule of beingvl.trainable has the base nf4, which needs bitsandbytes: "
-            "pip install 'beingvl[quantized]'"
+            "pip install '.[quantized]'"
         ) from error
     return bitsandbytes
 

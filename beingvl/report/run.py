@@ -158,7 +158,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     if rows := summary.get("equal_time"):
         raw = rows["raw"]
         print(
-            f"\nSame time, raw codes and vBPE (kept figures: {raw['seeds']} seeds, "
+            f"\nSame time, raw codes and vBPE (stored figures: {raw['seeds']} seeds, "
             f"{raw['cpu_seconds']:.0f} s of training each)"
         )
         for kind, row in rows.items():

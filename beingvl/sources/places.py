@@ -8,7 +8,7 @@
     asked     how a store is asked for any of these: again, after pauses, where that may help
 
 Addresses (`s3://`, `gs://`, `hf://`, `https://`) need a package for their protocol:
-`pip install beingvl[remote]`. Whatever a store ends with is an OSError, never an InputError: an
+`pip install '.[remote]'`. Whatever a store ends with is an OSError, never an InputError: an
 image is not rejected, and no row is lost, because a connection or somebody's credentials were.
 """
 
@@ -145,7 +145,7 @@ def file_system(place: str, forget: bool = True) -> tuple[Any, str]:
             timeout = aiohttp.ClientTimeout(total=None, **quiet)
             files.client_kwargs = {"timeout": timeout, "trust_env": True} | files.client_kwargs
     except ImportError as error:
-        raise InputError(f"{bare(place)}: {error}: pip install 'beingvl[remote]'") from error
+        raise InputError(f"{bare(place)}: {error}: pip install '.[remote]'") from error
     except ValueError as error:
         raise InputError(f"{bare(place)}: {error}") from error
     files.retries = 1  # of s3fs, whose tries would multiply ours in silence

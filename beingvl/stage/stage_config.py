@@ -156,7 +156,7 @@ class BeingVLBlock:
     )
     log_every_steps: int = same_result(
         whole(1),
-        "each line of metrics has its own step's figures, and the seconds of saving and "
+        "steps per line of metrics: its last step's figures, and the seconds of saving and "
         "validation since the previous line",
         1,
     )

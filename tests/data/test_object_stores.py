@@ -205,7 +205,7 @@ def test_a_listing_that_changes(there, quick, tmp_path) -> None:
     ("address", "said"),
     [
         ("s3://bucket/none.jsonl", "is not there, or holds no file"),
-        ("gs://bucket/rows.jsonl", "pip install 'beingvl[remote]'"),  # which no test installs
+        ("gs://bucket/rows.jsonl", "pip install '.[remote]'"),  # which no test installs
         ("nobody://bucket/rows.jsonl", "Protocol not known"),
         ("https://127.0.0.1:1/*.jsonl", "does not list its files"),
         ("https://127.0.0.1:1/rows.jsonl", "check the network and start the same command again"),
