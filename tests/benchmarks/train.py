@@ -31,7 +31,7 @@ import contextlib
 import importlib
 import json
 import os
-import resource
+import re
 import shutil
 import statistics
 import subprocess
@@ -262,11 +262,12 @@ def watch_private_memory(processes: list[subprocess.Popen], imported: list[Path]
 
 
 def private_bytes(process_id: int) -> int:
-    """Resident memory that is not a file's: the kernel keeps the count, so asking does not slow the
-    process as its USS would.
+    """Memory that is not a file's, resident or in swap: the kernel keeps the counts, so asking does
+    not slow the process as its USS would.
     """
-    _, resident, of_files, *_ = Path(f"/proc/{process_id}/statm").read_text().split()
-    return (int(resident) - int(of_files)) * resource.getpagesize()
+    status = Path(f"/proc/{process_id}/status").read_text()
+    kilobytes = dict(re.findall(r"^(RssAnon|VmSwap):\s+(\d+) kB$", status, re.MULTILINE))
+    return 1024 * sum(map(int, kilobytes.values()))
 
 
 # imports torch's compiler; not memory of theirs
