@@ -16,11 +16,10 @@ from pathlib import Path
 from safetensors.torch import save
 from transformers import AutoConfig
 
-from beingvl.artefact.files import to_json
 from beingvl.artefact.hashes import hash_bytes
+from beingvl.artefact.owner import making_alone
 from beingvl.errors import InputError
 from beingvl.images.vqgan import PREPROCESSOR_FILE, VQGAN, make_processor
-from beingvl.model.target_folder import new_target
 from beingvl.model.weight_files import WeightFolder
 
 PREFIX = "vqmodel."
@@ -33,13 +32,16 @@ def extract(checkpoint: Path, output: Path, overwrite: bool = False) -> VQGAN:
     if not (checkpoint / "config.json").is_file():
         found = "has no config.json" if checkpoint.is_dir() else "is not a folder"
         raise InputError(f"{checkpoint} {found}; expected a downloaded checkpoint")
-    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    except ValueError as error:  # of a class that only the checkpoint's own code has
+        raise InputError(f"{checkpoint}/config.json cannot be read: {error}") from error
     if not hasattr(config, "vq_config"):
         expected = "a Chameleon or Janus checkpoint in transformers' format"
         raise InputError(f"{checkpoint} is of model_type {config.model_type}, expected {expected}")
     fields = config.vq_config.to_dict()
-    stored = WeightFolder(checkpoint)
-    weights = {name.partition(PREFIX)[2]: stored[name].float() for name in stored if PREFIX in name}
+    stored = WeightFolder(checkpoint, lambda name: PREFIX in name)
+    weights = {name.partition(PREFIX)[2]: stored[name].float() for name in stored}
     with tempfile.TemporaryDirectory() as folder:
         preprocessing = checkpoint / PREPROCESSOR_FILE
         if fields["model_type"] == "janus_vqgan":  # the checkpoint's own is for its vision tower
@@ -47,8 +49,8 @@ def extract(checkpoint: Path, output: Path, overwrite: bool = False) -> VQGAN:
             make_processor(fields["num_patches"] * factor).save_pretrained(folder)
             preprocessing = Path(folder) / PREPROCESSOR_FILE
         vqgan = VQGAN.build(fields, weights, preprocessing, checkpoint)
-    request = {"config": to_json(fields), "weights": hash_bytes(save(weights))}
-    with new_target(output, "vqgan", request, overwrite) as is_new:
+    request = {"vqgan": vqgan.fingerprint(), "weights": hash_bytes(save(weights))}
+    with making_alone(output, "vqgan", request, overwrite) as is_new:
         if is_new:
             vqgan.save(output, details={"request": request})
     return vqgan

@@ -27,9 +27,9 @@ import numpy as np
 
 from beingvl.artefact.files import to_json, write_atomically
 from beingvl.artefact.manifest import write_manifest
+from beingvl.artefact.owner import making_alone
 from beingvl.artefact.progress import progress
 from beingvl.errors import InputError
-from beingvl.model.target_folder import new_target
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NUM_TRAIN, NUM_VALIDATION = 1200, 200
@@ -259,7 +259,7 @@ def make_dataset(args: argparse.Namespace) -> None:
         "augmentations": args.augmentations,
         "seed": args.seed,
     }
-    with new_target(args.output_dir, "dataset", request, args.overwrite) as is_new:
+    with making_alone(args.output_dir, "dataset", request, args.overwrite) as is_new:
         if is_new:
             write_dataset(args, request)
 
@@ -269,9 +269,10 @@ def write_dataset(args: argparse.Namespace, request: dict[str, int]) -> None:
 
     bunch = load_digits()
     folder = args.output_dir
-    for stale in folder.glob("images/*/????-*.png"):  # of a run that was killed
-        stale.unlink()
     parts = split_by_image(bunch.target, np.random.default_rng([args.seed, 0]))
+    for part in parts:
+        for stale in (folder / "images" / part).glob("????-*.png"):  # of a run that was killed
+            stale.unlink()
     images = write_images(bunch.images, folder, parts, args)
     rng = np.random.default_rng([args.seed, 2])
     counts: dict[str, int] = {}
@@ -284,9 +285,11 @@ def write_dataset(args: argparse.Namespace, request: dict[str, int]) -> None:
         counts |= {f"{part}_images": len(keys), f"{part}_rows": len(rows)}
     lines = text_lines()
     write_atomically(folder / "texts.txt", "\n".join(lines) + "\n")
-    write_manifest(
-        folder, "dataset", {**counts, "text_lines": len(lines)}, {}, {"request": request}
-    )
+    counts["text_lines"] = len(lines)
+    names = {"texts.txt", *(f"{part}.json" for part in parts)}
+    names |= {f"images/{key}" for keys in images.values() for key, _ in keys}
+    details = {"request": request}
+    write_manifest(folder, "dataset", counts, {}, details, belongs=names.__contains__)
     print(
         f"{folder}: "
         + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
@@ -296,7 +299,7 @@ def write_dataset(args: argparse.Namespace, request: dict[str, int]) -> None:
 def main(argv: list[str] | None = None) -> int:
     try:
         make_dataset(parse_arguments(argv))
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"make_digits_dataset: error: {error}", file=sys.stderr)
         return 2
     return 0

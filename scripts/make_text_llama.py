@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from beingvl.artefact.files import give_usual_mode
 from beingvl.artefact.hashes import hash_file
 from beingvl.artefact.manifest import write_manifest
+from beingvl.artefact.owner import making_alone
 from beingvl.artefact.progress import progress as show_progress
 from beingvl.errors import InputError
-from beingvl.model.target_folder import new_target
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         if name not in ("texts", "output_path", "overwrite")
     }
     request["texts"] = hash_file(args.texts)
-    with new_target(args.output_path, "model", request, args.overwrite) as is_new:
+    with making_alone(args.output_path, "model", request, args.overwrite) as is_new:
         if is_new:
             write(args, lines, request)
 
@@ -108,13 +108,16 @@ def write(args: argparse.Namespace, lines: list[str], request: dict[str, Any]) -
         part.save_pretrained(args.output_path)
     save_file(model.state_dict(), args.output_path / "model.safetensors", {"format": "pt"})
     give_usual_mode(args.output_path / "model.safetensors")
-    tokenizer.save_pretrained(args.output_path)
+    tokenizer_files = tokenizer.save_pretrained(args.output_path)
+    names = {"config.json", "generation_config.json", "model.safetensors"}
+    names |= {Path(file).name for file in tokenizer_files}
     write_manifest(
         args.output_path,
         "model",
         {"parameters": num_parameters, "loss": round(loss, 4)},
         {},
         {"request": request},
+        belongs=names.__contains__,
     )
 
 
@@ -122,7 +125,10 @@ def read_lines(path: Path) -> list[str]:
     """The non-empty lines of a UTF-8 text file. Raises InputError if there are none."""
     if not path.is_file():
         raise InputError(f"{path} is not a file; expected a text file with one example per line")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
     if not lines:
         raise InputError(f"{path} holds no text; expected one example per line")
     return lines
@@ -214,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     add_arguments(parser)
     try:
         run(parser.parse_args(argv))
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"make_text_llama: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -289,7 +289,8 @@ def verify_folder(folder: Path | str) -> Manifest:
 
 
 def verify_small_files(folder: Path | str) -> None:
-    """Re-hash all files of a folder but weights and shards, if it has a manifest: milliseconds.
+    """Re-hash all files of a folder but weights and shards, if it has a manifest: milliseconds for
+    a model, 0.06 s per 100 MB of a shard folder's index files.
 
     Raises InputError for the first that changed.
     """

@@ -6,6 +6,7 @@
     owned     take the folder, or say who has it; several processes can be one owner, a group
     wait_for_owner, shared    for the owner's other processes, before and after they know its group
     making    `owned`, unless the requested output is already finished
+    making_alone  the same, for a folder that holds nothing else
     in_turn   be alone for a moment, while others wait
 
 We use no file locks, because not every disk has them. Instead, a folder with a file in it is
@@ -37,11 +38,12 @@ from pathlib import Path
 from typing import Any
 
 from beingvl.artefact.files import make_folder, to_json
-from beingvl.artefact.manifest import already_made
+from beingvl.artefact.manifest import already_made, is_complete, start_folder
 from beingvl.artefact.processes import Process, end_process, this_process
 from beingvl.errors import InputError
 
 OWNER, TURN = ".owner.tmp", ".turn.tmp"
+UNFINISHED_FILE = ".unfinished.tmp"  # the suffix keeps it out of the manifest
 BEAT_SECONDS = 5.0
 LEASE_SECONDS = 90.0  # network disks may show stale content for up to 60 s
 PATIENCE_SECONDS = 5.0  # a process that was just killed may still be ending
@@ -114,6 +116,33 @@ def making(output: Path, kind: str, request: Mapping[str, Any], overwrite: bool)
     with owned(output):
         # Another process may have finished it just now.
         yield not already_made(output, kind, request, overwrite)
+
+
+@contextmanager
+def making_alone(
+    output: Path, kind: str, request: Mapping[str, Any], overwrite: bool
+) -> Iterator[bool]:
+    """`making`, for a folder that holds nothing else: when it yields True, the files of a previous
+    manifest are gone, and a run that is killed in this block can start over.
+    """
+    with making(output, kind, request, overwrite) as is_new:
+        if is_new:
+            refuse_files_of_others(output)
+            (output / UNFINISHED_FILE).touch()
+            start_folder(output, kind)
+        yield is_new
+        if is_new:
+            (output / UNFINISHED_FILE).unlink()
+
+
+def refuse_files_of_others(folder: Path) -> None:
+    """Raises InputError if `folder` has files and is neither finished nor unfinished work of ours,
+    which has `UNFINISHED_FILE`.
+    """
+    if not folder.is_dir() or is_complete(folder) or (folder / UNFINISHED_FILE).is_file():
+        return
+    if any(not path.name.endswith(".tmp") for path in folder.iterdir()):
+        raise InputError(f"{folder} holds files that beingvl did not write; choose another folder")
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Read Arrow token shards: a folder of them (shard_writer.py) is one list of samples.
 
-Opening a folder reads only the manifest; planning reads only the three index files. Everything is
-memory-mapped, and a sample is two views into its shard's map.
+Opening a folder reads the manifest and compares the three index files with it; planning reads only
+these. Shards are memory-mapped, and a sample is two views into its shard's map.
 """
 
 from __future__ import annotations

@@ -21,10 +21,9 @@ from beingvl.artefact.hashes import PREFIX, hash_bytes, hash_file
 from beingvl.artefact.manifest import MANIFEST_FILE, verify_small_files
 from beingvl.errors import InputError
 from beingvl.json_file import read_object
-from beingvl.model.weight_files import WeightFolder
+from beingvl.model.weight_files import LICENSE_PATTERNS, WeightFolder
 from beingvl.published_form import PUBLISHED_MODEL_TYPE, chameleon_error, refuse_published
 
-LICENSE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer*", "original/tokenizer.model")
 
 

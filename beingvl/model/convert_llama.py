@@ -38,7 +38,7 @@ from beingvl.data.chat_template import BASE_TEMPLATE
 from beingvl.errors import InputError, check_at_least
 from beingvl.images.vqgan import PREPROCESSOR_FILE, VQGAN
 from beingvl.model import tokenizer_files
-from beingvl.model.base_model import LICENSE_PATTERNS, BaseModel, read_json, small_files
+from beingvl.model.base_model import BaseModel, read_json, small_files
 from beingvl.model.conversion_check import verify_conversion
 from beingvl.model.new_rows import METHODS, VisualVocabulary, check_visual_vocabulary, make_rows
 from beingvl.model.rewrite_weights import NewTensor, bytes_to_write, rewrite_weights
@@ -49,6 +49,7 @@ from beingvl.model.target_folder import (
     finish_target,
     start_target,
 )
+from beingvl.model.weight_files import LICENSE_PATTERNS
 from beingvl.vbpe.visual_bpe import AnyVBPE, VisualBPE
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 
@@ -122,7 +123,7 @@ def convert(
     }
     paths = {option: Path(path) for option, path in inputs.items() if path is not None}
     output = Path(output_path)
-    check_target(output, paths, overwrite)
+    check_target(output, paths)
     sizes = {
         "--vocab_size": vocab_size,
         "--num_merges": num_merges,

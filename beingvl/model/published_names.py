@@ -36,7 +36,7 @@ from beingvl.data.variant import RAW, variant_of
 from beingvl.errors import InputError
 from beingvl.images.vqgan import PREPROCESSOR_FILE, VQGAN
 from beingvl.model import tokenizer_files
-from beingvl.model.base_model import LICENSE_PATTERNS, read_json, refuse_chameleon
+from beingvl.model.base_model import read_json, refuse_chameleon
 from beingvl.model.published_config import (
     check_ids,
     layout_of_tokens,
@@ -47,7 +47,7 @@ from beingvl.model.published_config import (
 )
 from beingvl.model.rewrite_weights import NewTensor, bytes_to_write, rewrite_weights
 from beingvl.model.target_folder import VBPE_FILE, VQGAN_FOLDER, finish_target, start_target
-from beingvl.model.weight_files import WeightFolder, verify_weights
+from beingvl.model.weight_files import LICENSE_PATTERNS, WeightFolder, verify_weights
 from beingvl.published_form import PUBLISHED_MODEL_TYPE, VQ_CONFIG_KEY
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 

@@ -4,7 +4,6 @@ incomplete until it has a manifest.
     check_target(target, inputs, overwrite)    first of all: refuses harmful targets
     start_target(target, kind, num_bytes)      from here on it is ours, empty and incomplete
     finish_target(target, kind, …)             writes the manifest, then removes the marker
-    new_target(target, kind, …)                the first two and the last, for scripts
 
 An unfinished folder contains a marker, by which the next run recognises it as its own. A killed
 conversion starts over: 16 GB take half a minute.
@@ -13,12 +12,12 @@ conversion starts over: 16 GB take half a minute.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from beingvl.artefact.card import CARD_FILE, write_card
+from beingvl.artefact.card import write_card
 from beingvl.artefact.files import to_json, write_atomically
 from beingvl.artefact.manifest import (
     Manifest,
@@ -27,23 +26,23 @@ from beingvl.artefact.manifest import (
     start_folder,
     write_manifest,
 )
-from beingvl.artefact.owner import OWNER, making
+from beingvl.artefact.owner import OWNER, UNFINISHED_FILE, refuse_files_of_others
 from beingvl.data.chat_template import BASE_TEMPLATES, CHAT_TEMPLATE_FILE, chat_template
 from beingvl.data.made_with import DEFAULT
 from beingvl.errors import InputError
 from beingvl.model.card import model_card
 from beingvl.model.rewrite_weights import check_disk_space
-from beingvl.model.weight_files import WEIGHT_PATTERNS
+from beingvl.model.weight_files import LICENSE_PATTERNS, WEIGHT_PATTERNS
 from beingvl.vocab import LAYOUT_FILE, VocabLayout
 
 VQGAN_FOLDER = "vqgan"
 VBPE_FILE = "vbpe.json"
 PROCESSOR_FILE = "processor_config.json"
 PROCESSOR = "BeingVLProcessor"  # in inference/processor.py; AutoProcessor looks for this name
-UNFINISHED_FILE = ".unfinished.tmp"  # the suffix keeps it out of the manifest
 MODEL_PATTERNS = (
     *WEIGHT_PATTERNS,
     "config.json",
+    "adapter_config.json",
     "generation_config.json",
     "preprocessor_config.json",
     PROCESSOR_FILE,
@@ -59,7 +58,7 @@ MODEL_PATTERNS = (
 """Everything in a model folder that determines the model."""
 
 
-def check_target(target: Path, inputs: Mapping[str, Path], overwrite: bool) -> None:
+def check_target(target: Path, inputs: Mapping[str, Path]) -> None:
     """Raises InputError if the target is inside an input (option -> path) or contains one, or if it
     contains files that are not from an unfinished run.
 
@@ -79,12 +78,7 @@ def check_target(target: Path, inputs: Mapping[str, Path], overwrite: bool) -> N
             )
     if target.exists() and not target.is_dir():
         raise InputError(f"--output {target} is a file, expected a folder")
-    if overwrite or is_complete(target) or (target / UNFINISHED_FILE).is_file():
-        return
-    if target.is_dir() and any(not path.name.endswith(".tmp") for path in target.iterdir()):
-        raise InputError(
-            f"--output {target} exists and holds files; choose another folder or add --overwrite"
-        )
+    refuse_files_of_others(target)
 
 
 def start_target(target: Path, kind: str, num_bytes: int) -> None:
@@ -110,21 +104,6 @@ def start_target(target: Path, kind: str, num_bytes: int) -> None:
             path.unlink(missing_ok=True)
 
 
-@contextmanager
-def new_target(
-    target: Path, kind: str, request: Mapping[str, Any], overwrite: bool
-) -> Iterator[bool]:
-    """All of this for a script: own `target` and yield True, with the folder ours and empty, or
-    yield False if `request` is finished. The block writes the manifest.
-    """
-    check_target(target, {}, overwrite)
-    with making(target, kind, request, overwrite) as is_new:
-        if is_new:
-            start_target(target, kind, 0)
-        yield is_new
-        (target / UNFINISHED_FILE).unlink(missing_ok=True)
-
-
 def finish_target(
     target: Path,
     kind: str,
@@ -134,18 +113,21 @@ def finish_target(
     known_hashes: Mapping[str, str],
 ) -> Manifest:
     """Write a model's chat template, the manifest (see `write_manifest`) and the card, then remove
-    the marker.
+    the marker. A user's files in this folder are never listed, so never removed.
     """
     if kind == "model":
         write_atomically(target / PROCESSOR_FILE, to_json({"processor_class": PROCESSOR}))
         _write_chat_template(target, details.get("template", DEFAULT))
-    manifest = write_manifest(
-        target, kind, counts, lineage, details, known_hashes, lambda name: name != CARD_FILE
-    )
+    manifest = write_manifest(target, kind, counts, lineage, details, known_hashes, _is_of_a_model)
     if kind == "model":
         write_card(target, model_card(target, manifest))
     (target / UNFINISHED_FILE).unlink(missing_ok=True)
     return manifest
+
+
+def _is_of_a_model(name: str) -> bool:
+    first = name.partition("/")[0]
+    return any(fnmatch(first, pattern) for pattern in (*MODEL_PATTERNS, *LICENSE_PATTERNS))
 
 
 def _write_chat_template(target: Path, template: str) -> None:

@@ -31,6 +31,7 @@ INDEX_FILE = "model.safetensors.index.json"
 # In transformers' order, so that we read the same files.
 _LAYOUTS = (SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
 WEIGHT_PATTERNS = ("*.safetensors", "*.index.json", "pytorch_model*.bin")
+LICENSE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -59,12 +60,15 @@ class StoredTensor:
 
 class WeightFolder(Mapping[str, torch.Tensor]):
     """The tensors of a Hugging Face weight folder, by name, in file order; opening reads headers.
+    With `wanted`, only those: files without one need not be there.
 
     Raises InputError for a folder without weights, a missing or truncated file, an index that does
     not match the files, and a pickle that holds more than tensors.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(
+        self, folder: Path | str, wanted: Callable[[str], bool] = lambda name: True
+    ) -> None:
         self.folder = Path(folder)
         self.index_file = _find_layout(self.folder)
         self.tensors: dict[str, StoredTensor] = {}
@@ -72,9 +76,11 @@ class WeightFolder(Mapping[str, torch.Tensor]):
         self._pickled: dict[Path, dict[str, torch.Tensor]] = {}
         index = self.folder / self.index_file
         indexed = _read_index(index) if index.suffix == ".json" else {}
+        indexed = {name: file for name, file in indexed.items() if wanted(name)}
         named = [path_inside(self.folder, name) for name in dict.fromkeys(indexed.values())]
-        for path in named or [index]:
-            self.tensors.update(self._open_file(path))
+        for path in named if index.suffix == ".json" else [index]:
+            opened = self._open_file(path)
+            self.tensors.update({name: value for name, value in opened.items() if wanted(name)})
         for name, file_name in indexed.items():
             if name not in self.tensors or self.tensors[name].file.name != file_name:
                 raise InputError(

@@ -64,7 +64,7 @@ def export(
     inputs = {"--model": model}
     if checkpoint:
         checkpoint = inputs["--checkpoint"] = _find_checkpoint(Path(checkpoint))
-    check_target(output_path, inputs, overwrite)
+    check_target(output_path, inputs)
     with owned(output_path):
         if is_complete(output_path) and not overwrite:
             raise InputError(

@@ -158,9 +158,13 @@ class Phases:
                 end_process(found)
 
     def _say_long_step(self) -> None:
-        """Without a terminal, a line every half minute of a step that takes longer."""
+        """Without a terminal, a line every half minute of a step that takes longer. Validation has
+        its own.
+        """
         now, (step, phase) = time.perf_counter(), self._place
-        if self._rank or sys.stderr.isatty() or now - self._said_at < LOG_SECONDS:
+        if self._rank or sys.stderr.isatty() or phase == "validation":
+            return
+        if now - self._said_at < LOG_SECONDS:
             return
         self._said_at = now
         seconds = now - self._step_began

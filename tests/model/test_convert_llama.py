@@ -468,16 +468,19 @@ def test_targets_that_would_harm_are_refused(tmp_path, capsys):
     refused(capsys, "is a file", base, tmp_path / "file", num_merges=0, overwrite=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    assert convert(base, tmp_path / "full", num_merges=0) == 2
-    shown = capsys.readouterr()
-    assert (
-        "exists and holds files" in shown.err and not shown.out
-    )  # before anything is read or announced
-    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"] and snapshot(
-        base
-    ) == before
-    assert convert(base, tmp_path / "full", num_merges=0, overwrite=True) == 0
-    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+    for overwrite in (False, True):
+        assert convert(base, tmp_path / "full", num_merges=0, overwrite=overwrite) == 2
+        shown = capsys.readouterr()
+        assert "holds files that beingvl did not write" in shown.err
+        assert not shown.out  # before anything is read or announced
+        assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    assert snapshot(base) == before
+    for _ in range(2):
+        assert convert(base, tmp_path / "new", num_merges=0, overwrite=True) == 0
+        assert "mine.txt" not in read_manifest(tmp_path / "new").files
+        (tmp_path / "new" / "mine.txt").write_text("mine")
+    assert convert(base, tmp_path / "new", num_merges=0, overwrite=True) == 0
+    assert (tmp_path / "new" / "mine.txt").read_text() == "mine"
     (tmp_path / "codes").mkdir()
     (tmp_path / "codes" / "codes.npy").write_bytes(b"days of work")
     write_manifest(tmp_path / "codes", "vq_codes", {}, {})

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from beingvl.artefact.hashes import hash_file
 from beingvl.artefact.manifest import is_complete, read_manifest, verify_folder
+from beingvl.artefact.owner import UNFINISHED_FILE
 from beingvl.commands.main import main
 from beingvl.model.weight_files import WeightFolder
 from beingvl.train.checkpoint import CheckpointState, CheckpointWriter, rank_file
@@ -158,9 +159,11 @@ def test_files_of_another_model_are_refused_and_do_not_survive(tmp_path, base, c
     for name in ("model.safetensors", "chat_template.jinja", "vqgan/old.json"):
         (target / name).write_text("stale")
     arguments = ["--model", base, "--checkpoint", checkpoint, "--output_path", target]
-    assert export(*arguments) == 2
-    assert "exists and holds files" in capsys.readouterr().err
-    assert export(*arguments, "--overwrite") == 0
+    for more in ([], ["--overwrite"]):
+        assert export(*arguments, *more) == 2
+        assert "holds files that beingvl did not write" in capsys.readouterr().err
+    (target / UNFINISHED_FILE).touch()  # of a run that was killed
+    assert export(*arguments) == 0
     assert "stale" not in [
         path.read_text()
         for path in target.rglob("*")
