@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 install_launchers() {
     local program missing='' PATH="$PATH:/usr/sbin:/sbin"
-    for program in sshd:openssh-server ssh:openssh-client pdsh:pdsh ip:iproute2 pkill:procps slurmctld:slurm-wlm munged:munge ${1:+chromium:chromium g++:g++}; do
+    for program in sshd:openssh-server ssh:openssh-client pdsh:pdsh ip:iproute2 pkill:procps slurmctld:slurm-wlm munged:munge ${1:+chromium:chromium g++:g++ sshfs:sshfs}; do
         command -v "${program%%:*}" > /dev/null || missing+=" ${program##*:}"
     done
     [ -z "${1:-}" ] || [ -e /usr/include/libaio.h ] || missing+=' libaio-dev' # offload to NVMe

@@ -184,12 +184,18 @@ class _Share:
                 self.folder.rmdir()
             os.rename(prepared, self.folder)
         except OSError as error:
-            if error.errno not in (*IS_TAKEN, *IS_GONE):
+            # sshfs has EPERM for everything
+            if error.errno not in (*IS_TAKEN, *IS_GONE) and not self._is_taken():
                 raise
         finally:
             shutil.rmtree(prepared, ignore_errors=True)
         # NFS may rename, lose the answer, and then report that the second attempt failed.
         self._is_there = self._path.exists()
+
+    def _is_taken(self) -> bool:
+        with suppress(OSError):
+            return any(self.folder.iterdir())
+        return False
 
     def _join(self) -> None:
         """Add our file to the group's, unless there are none, or there is a different owner's."""

@@ -18,6 +18,7 @@ import psutil
 
 PACKAGES = {
     "sshd": "openssh-server",
+    "sshfs": "sshfs",
     "ssh": "openssh-client",
     "pdsh": "pdsh",
     "ip": "iproute2",
