@@ -42,7 +42,6 @@ from beingvl.sources.places import (
     is_address,
     opened,
     stamp,
-    without_notes,
 )
 from beingvl.sources.tables import SUFFIXES as TABLES
 from beingvl.sources.tables import Table, refuse_equal_names
@@ -86,7 +85,7 @@ def open_rows(
     if row_format not in (None, *DIALECTS):
         raise InputError(f"--row_format is {row_format!r}, expected one of {list(DIALECTS)}")
     named = [sources] if isinstance(sources, str | Path) else list(sources)
-    files = without_notes(expand(named, SUFFIXES))
+    files = expand(named, SUFFIXES)
     if any(file.endswith(".arrow") for file in files):
         files = [file for file in files if file_name(file) not in DATASETS_FILES]
     _refuse_mixed(files)

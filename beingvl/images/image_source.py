@@ -23,6 +23,7 @@ from beingvl.artefact.progress import progress
 from beingvl.errors import InputError
 from beingvl.images.table_images import NO_STAMP, TableImages
 from beingvl.sources.places import (
+    COUNTS,
     ONE_BY_ONE,
     as_place,
     expand,
@@ -41,6 +42,7 @@ from beingvl.sources.tars import members_of
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 )
+CONTAINERS = (".tar", *TABLES)
 LOOKED_FOR = ", ".join(sorted(IMAGE_SUFFIXES))
 MAX_FILE_BYTES = 1 << 30
 PAUSES_SECONDS = (0.5, 2, 8)  # between attempts to read
@@ -112,7 +114,7 @@ def open_images(named: Sequence[Path | str]) -> ImageSource:
     paths = [Path(place) for place in places]
     if len(paths) == 1 and paths[0].is_dir():
         folder = FolderImages(paths[0])
-        names = (path.name for path in paths[0].iterdir() if _is_container(path.name))
+        names = (path.name for path in paths[0].iterdir() if _is_looked_at(path.name))
         files = [name for name in names if (paths[0] / name).is_file()]
         return _containers_in(places[0], files, folder) or folder
     for path in paths:
@@ -127,7 +129,7 @@ def open_images(named: Sequence[Path | str]) -> ImageSource:
 
 def _open_folder_elsewhere(folder: str) -> ImageSource:
     images = AddressImages(folder)
-    names = [name for name in images.stamps if "/" not in name and _is_container(name)]
+    names = [name for name in images.stamps if "/" not in name and _is_looked_at(name)]
     return _containers_in(folder, names, images) or images
 
 
@@ -136,20 +138,26 @@ def _is_tar(name: str) -> bool:
 
 
 def _is_container(name: str) -> bool:
-    return name.lower().endswith((".tar", *TABLES))
+    return name.lower().endswith(CONTAINERS)
+
+
+def _is_looked_at(name: str) -> bool:
+    """Whether a name in a folder says something about containers in there."""
+    return name.lower().endswith((*CONTAINERS, COUNTS))
 
 
 def _containers_in(
     folder: str, names: Sequence[str], images: FolderImages | AddressImages
 ) -> ImageSource | None:
-    """The tar files or tables with these names, directly in a folder; None if there are none, or
+    """The tar files or tables among these names, directly in a folder; None if there are none, or
     only tables beside images (such as metadata.parquet). Raises InputError for tar files beside
     images.
     """
-    if not names:
+    if not any(map(_is_container, names)):
         return None
     if (image := images.any_key()) is None:
-        return open_images([f"{folder}/{name}" for name in without_notes(sorted(names))])
+        found = filter(_is_container, without_notes(folder, sorted(names)))
+        return open_images([f"{folder}/{name}" for name in found])
     if tars := sorted(filter(_is_tar, names)):
         raise InputError(
             f"--image_path {folder} holds tar files ({tars[0]}) and images ({image}): "

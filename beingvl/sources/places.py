@@ -44,6 +44,7 @@ TIMES = ("LastModified", "Last-Modified", "last_modified")
 # Names of errors of botocore, google.auth and huggingface_hub, whose settings would not change.
 OF_ACCESS = re.compile("redential|Profile|Config|Region|Token|SSO|Login")
 ONE_BY_ONE = "read them one by one, each with a --dataset_name or --output of its own"
+COUNTS = "_stats.json"  # how the name of img2dataset's counts beside a tar file ends
 Question = Callable[[Any, str], Any]  # of fsspec's file system and a path in it
 
 
@@ -82,6 +83,7 @@ def expand(paths: Sequence[Path | str], suffixes: Sequence[str]) -> list[str]:
             everything = glob.glob("**", root_dir=place, recursive=True)
             matched = [os.path.join(place, name) for name in everything]
             matched = [name for name in matched if name.lower().endswith(tuple(suffixes))]
+            matched = without_notes(place, matched)
         else:
             matched = [place] if os.path.exists(place) else glob.glob(place, recursive=True)
             if not matched and not glob.has_magic(place):
@@ -95,10 +97,18 @@ def expand(paths: Sequence[Path | str], suffixes: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def without_notes(files: Sequence[str]) -> list[str]:
-    """Less what img2dataset writes beside each of its tar files: the same rows, and counts."""
-    stems = {file.removesuffix(".tar") for file in files if file.endswith(".tar")}
-    notes = {f"{stem}{end}" for stem in stems for end in (".parquet", "_stats.json")}
+def without_notes(folder: str, files: Sequence[str]) -> list[str]:
+    """The files of a folder less what img2dataset writes beside each of its tar files: counts, and
+    a table of the same rows. A tar without counts is not img2dataset's. Prints what was left out.
+    """
+    tars = {file.removesuffix(".tar") for file in files if file.endswith(".tar")}
+    counted = {file.removesuffix(COUNTS) for file in files if file.endswith(COUNTS)}
+    notes = {f"{stem}{end}" for stem in tars & counted for end in (".parquet", COUNTS)}
+    if left_out := [file for file in files if file in notes]:
+        print(
+            f"{folder}: left out {len(left_out)} of img2dataset's files, such as "
+            f"{file_name(min(left_out))}; the tar files beside them hold the same rows"
+        )
     return [file for file in files if file not in notes]
 
 
@@ -108,7 +118,7 @@ def _expand_address(place: str, suffixes: Sequence[str]) -> list[str]:
     found = listing(place)
     if place in found or "*" in place:
         return list(found)
-    return [name for name in found if name.lower().endswith(tuple(suffixes))]
+    return without_notes(place, [name for name in found if name.lower().endswith(tuple(suffixes))])
 
 
 def listing(place: str) -> dict[str, str]:

@@ -12,9 +12,10 @@ from PIL import Image
 
 from beingvl import InputError, tokenize
 from beingvl.data.arrow_shards import ShardReader
-from beingvl.data.collect_rows import records_of
+from beingvl.data.collect_rows import SUFFIXES, records_of
 from beingvl.images.image_source import open_images
 from beingvl.model.convert_llama import convert
+from beingvl.sources.places import expand
 from beingvl.sources.tables import Table
 from tests.data.forms import (
     DIALECTS,
@@ -57,7 +58,9 @@ def work(tmp_path_factory) -> Path:
     return folder
 
 
-def to_shards(work: Path, rows: Path, name: str, images: Path | None = None, **more) -> Path:
+def to_shards(
+    work: Path, rows: Path | list[Path], name: str, images: Path | None = None, **more
+) -> Path:
     output = work / f"out-{name}"
     tokenize(rows, work / "base", output, image_path=images, format="arrow", **more)
     return output / "data_base"
@@ -110,7 +113,7 @@ def test_a_damaged_file_of_several_is_repaired(work: Path, tmp_path: Path, capsy
     assert "different files (found ['" in line and "2.parquet" in line
 
 
-def test_a_folder_of_img2dataset(work: Path, tmp_path: Path) -> None:
+def test_a_folder_of_img2dataset(work: Path, tmp_path: Path, capsys) -> None:
     """The counts and the table beside a tar say again what is in it."""
     tar = write_tar(tmp_path / "00000", FACTS, DIALECTS["caption"])
     write_parquet(tmp_path / "00000", [{"url": "https://example.org/a.png", "caption": "hi"}])
@@ -118,7 +121,25 @@ def test_a_folder_of_img2dataset(work: Path, tmp_path: Path) -> None:
     assert content(to_shards(work, tmp_path, "img2dataset")) == content(
         to_shards(work, tar, "tar-of-img2dataset")
     )
+    said = f"{tmp_path}: left out 2 of img2dataset's files, such as 00000.parquet; "
+    assert capsys.readouterr().out.count(said) == 1
     assert open_images([tmp_path]).keys() == [fact.file for fact in FACTS]
+    assert capsys.readouterr().out.count(said) == 1
+    assert expand([tmp_path / "00000.parquet"], SUFFIXES) == [f"{tmp_path}/00000.parquet"]
+
+
+def test_a_table_of_a_tars_name_is_not_left_out_silently(work: Path, tmp_path: Path) -> None:
+    """Without counts they are not img2dataset's; what is named is always taken."""
+    tar = write_tar(tmp_path / "train", FACTS[:1], DIALECTS["caption"])
+    table = write_parquet(tmp_path / "train", inside(FACTS[1:3]))
+    for rows in (tmp_path, [tar, table]):
+        with pytest.raises(InputError, match="are files of two kinds"):
+            to_shards(work, rows, "beside")
+    with pytest.raises(InputError, match=r"train\.parquet is a table and .*train\.tar is not"):
+        open_images([tmp_path])
+    counts = tmp_path / "train_stats.json"
+    counts.write_text("{}")
+    assert expand([tar, table, counts], SUFFIXES) == [str(tar), str(table), str(counts)]
 
 
 @pytest.mark.parametrize("make", [write_tar, write_arrow])

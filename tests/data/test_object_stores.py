@@ -19,13 +19,13 @@ from beingvl import InputError, tokenize
 from beingvl.artefact.manifest import MANIFEST_FILE, is_complete, read_manifest, write_manifest
 from beingvl.artefact.ranks import RankOf
 from beingvl.commands.main import main
-from beingvl.data.collect_rows import open_rows, records_of
+from beingvl.data.collect_rows import SUFFIXES, open_rows, records_of
 from beingvl.evaluation.evaluate import evaluate
 from beingvl.images.encode_images import encode_images
 from beingvl.images.image_source import open_images
 from beingvl.images.train_vq import train_vq
 from beingvl.sources import places
-from beingvl.sources.places import opened
+from beingvl.sources.places import expand, opened
 from beingvl.vocab import VocabLayout
 from tests.data import forms
 from tests.data.forms import Fact
@@ -199,6 +199,16 @@ def test_a_listing_that_changes(there, quick, tmp_path) -> None:
     address_of(there, "growing/1.jsonl", line)
     with pytest.raises(InputError, match=r"different files .*growing/1\.jsonl"):
         open_rows(folder, tmp_path / "rows", rank=RankOf(0, 1))
+
+
+def test_a_folder_of_img2dataset_there(here, there, capsys) -> None:
+    folder = f"s3://{BUCKET}/img2dataset"
+    tar = address_of(there, "img2dataset/0.tar", (here / "pairs.tar").read_bytes())
+    for name in ("0.parquet", "0_stats.json"):
+        address_of(there, f"img2dataset/{name}", b"{}")
+    assert expand([folder], SUFFIXES) == [tar]
+    assert open_images([folder]).keys() == [fact.file for fact in FACTS]
+    assert capsys.readouterr().out.count("left out 2 of img2dataset's files") == 2
 
 
 @pytest.mark.parametrize(
