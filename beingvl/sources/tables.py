@@ -16,7 +16,7 @@ import resource
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -32,7 +32,8 @@ READ_BYTES = 1 << 20  # of a column at once; else all of a row group's
 MAX_ROW_BYTES = 1 << 28
 MAX_PICTURES = 10_000  # of a row
 MAX_GROWTH = 2 << 30  # of this process while it reads a batch; pyarrow's allocator takes 1 << 30
-MAX_PYTHON = 1 << 29  # of a batch's rows as Python objects
+MAX_PYTHON = 1 << 29  # of rows as Python objects, at once
+VALUE_BYTES, CHARACTER_BYTES = 128, 4  # of these, at most
 NOT_A_TABLE = (pa.ArrowException, OSError, EOFError)
 NOT_A_ROW = (ValueError, OverflowError, MemoryError)  # no UTF-8, a year 100,000, a bomb
 STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # which pyarrow and `datasets` write on closing
@@ -255,14 +256,36 @@ def _bounded(
         yield batch
 
 
-def _as_python(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+def _as_python(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    """All rows at once; where Python cannot hold them, one half after the other."""
+    rows: Iterable[dict[str, Any]]
     try:
+        # Before it is tried: pyarrow aborts the process where a small piece of memory is refused.
+        if python_bytes(batch) > MAX_PYTHON:
+            raise MemoryError
         with _memory_bound(MAX_PYTHON):
-            return batch.to_pylist()
+            rows = batch.to_pylist()
     except NOT_A_ROW as error:
-        if len(batch) == 1:
-            return [{"unreadable": str(error) or f"it expands to more than {MAX_PYTHON:,} bytes"}]
-    return [row for at in range(len(batch)) for row in _as_python(batch.slice(at, 1))]
+        half = len(batch) // 2
+        if half:
+            rows = chain.from_iterable(map(_as_python, (batch.slice(0, half), batch.slice(half))))
+        else:
+            rows = [{"unreadable": str(error) or f"it expands to more than {MAX_PYTHON:,} bytes"}]
+    yield from rows
+
+
+def python_bytes(batch: pa.RecordBatch) -> int:
+    """What its rows take as Python objects, at most; cells that rows share count once."""
+    values = _num_values(batch.to_struct_array())
+    return VALUE_BYTES * values + CHARACTER_BYTES * batch.nbytes
+
+
+def _num_values(array: pa.Array) -> int:
+    """With those inside lists, maps and structs."""
+    if pa.types.is_map(array.type):
+        array = pa.ListArray.from_arrays(array.offsets, array.values)
+    inside = array.flatten() if hasattr(array, "flatten") else []
+    return len(array) + sum(map(_num_values, inside if isinstance(inside, list) else [inside]))
 
 
 class _Cursor:

@@ -18,7 +18,7 @@ from beingvl.images.encode_images import encode_images
 from beingvl.images.image_source import MAX_FILE_BYTES, TarImages
 from beingvl.images.vq_codes import REJECTED_FILE
 from beingvl.sources import tables, text_tables
-from beingvl.sources.tables import Table, key_of
+from beingvl.sources.tables import Table, key_of, python_bytes
 from tests.data.forms import write_parquet
 from tests.images.test_encode_images import save_vqgan
 
@@ -83,6 +83,48 @@ def test_a_row_of_very_many_turns_is_rejected(tmp_path: Path, monkeypatch) -> No
     first, second, third = Table(nulls(tmp_path, "texts", ["user", "assistant"])).records()
     assert first["texts"] == [] and len(third["texts"]) == 1
     assert second == {"unreadable": "it expands to more than 134,217,728 bytes"}
+
+
+def test_rows_that_are_large_together_are_made_one_by_one(tmp_path: Path, monkeypatch) -> None:
+    """None of them is too large alone; no more than two are there at a time."""
+    monkeypatch.setattr(tables, "MAX_PYTHON", 1 << 26)
+    count, num_rows = 100_000, 24
+    structs = pa.StructArray.from_arrays([pa.nulls(count * num_rows)] * 2, ["user", "assistant"])
+    lists = pa.ListArray.from_arrays(pa.array(range(0, count * num_rows + 1, count)), structs)
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"texts": lists}), path, compression="zstd")
+    assert path.stat().st_size < 2000
+    tracemalloc.start()
+    assert [len(row["texts"]) for row in Table(str(path)).records()] == [count] * num_rows
+    assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    tracemalloc.stop()
+
+
+VALUES = {
+    "texts": pa.array(["x" * 2000 + "\N{OPEN BOOK}"] * 100),
+    "empty texts": pa.array([""] * 1000),
+    "empty lists": pa.array([[]] * 1000, pa.list_(pa.int8())),
+    "empty structs": pa.array([{}] * 1000, pa.struct([])),
+    "structs": pa.array([{"a": None}] * 1000),
+    "maps": pa.array([[(1, 2)]] * 1000, pa.map_(pa.int32(), pa.int32())),
+    "maps in a list": pa.array([[[(1, 2)]]] * 1000, pa.list_(pa.map_(pa.int32(), pa.int32()))),
+    "fixed lists": pa.array([[1.5, 2.5]] * 1000, pa.list_(pa.float64(), 2)),
+    "times": pa.array([1] * 1000, pa.timestamp("us", "UTC")),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_what_rows_take_in_python_is_known_beforehand(name: str) -> None:
+    """Also of a slice, which shares its memory with the rest."""
+    batch = pa.record_batch([VALUES[name]], names=["a"])
+    half = batch.slice(len(batch) // 2)
+    for rows in (batch, half):
+        tracemalloc.start()
+        made = rows.to_pylist()
+        taken = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert len(made) == len(rows) and taken <= python_bytes(rows) + 5000
+    assert python_bytes(half) < 0.6 * python_bytes(batch)
 
 
 def test_a_text_that_expands_without_end(tmp_path: Path, monkeypatch) -> None:
