@@ -130,9 +130,9 @@ class Table:
 
     def picture(self, row: int, number: int) -> bytes:
         """The N-th picture of a row. Quick when rows are asked for in their order."""
-        if self._cursor is None or row < self._cursor.first:
-            self._cursor = _Cursor(self._batches(self.picture_columns, row))
         try:
+            if self._cursor is None or row < self._cursor.first:
+                self._cursor = _Cursor(self._batches(self.picture_columns, row))
             batch, at = self._cursor.find(row)
         except StopIteration as error:
             raise InputError(f"{self.place} has no row {row}") from error
@@ -140,19 +140,22 @@ class Table:
             self._cursor = None  # another row may be readable
             raise
         columns = [batch.column(name).slice(at, 1) for name in self.picture_columns]
+        key = key_of(self.place, row, number)
         if (count := sum(_count(column[0]) for column in columns)) > MAX_PICTURES:
-            raise InputError(f"{key_of(self.place, row, number)}: {_too_many(count)}")
+            raise InputError(f"{key}: {_too_many(count)}")
         if (size := sum(column.nbytes for column in columns)) > MAX_ROW_BYTES:
             raise InputError(
-                f"{key_of(self.place, row, number)}: pictures of {size:,} bytes in a row, expected "
-                f"at most {MAX_ROW_BYTES:,}"
+                f"{key}: pictures of {size:,} bytes in a row, expected at most {MAX_ROW_BYTES:,}"
             )
-        cells = [column[0].as_py() for column in columns]
+        try:
+            cells = [column[0].as_py() for column in columns]
+        except NOT_A_ROW as error:  # such as a `path` that is not UTF-8
+            raise InputError(f"{key}: the row cannot be read ({error})") from error
         pictures = [picture for cell in cells for picture in _listed(cell)]
         found = pictures[number] if number < len(pictures) else None
         data = found["bytes"] if isinstance(found, dict) else found
         if data is None:
-            raise InputError(f"{key_of(self.place, row, number)}: no picture is there")
+            raise InputError(f"{key}: no picture is there")
         return data
 
     # ---- the two formats ----

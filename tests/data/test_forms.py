@@ -13,7 +13,9 @@ from PIL import Image
 from beingvl import InputError, tokenize
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.collect_rows import SUFFIXES, records_of
+from beingvl.images.encode_images import encode_images
 from beingvl.images.image_source import open_images
+from beingvl.images.vq_codes import REJECTED_FILE
 from beingvl.model.convert_llama import convert
 from beingvl.sources.places import expand
 from beingvl.sources.tables import Table
@@ -179,6 +181,24 @@ def test_a_row_that_python_cannot_hold_is_unreadable(tmp_path: Path) -> None:
     pq.write_table(pa.table({"caption": texts, "at": dates}), tmp_path / "a.parquet")
     first, second, third = Table(str(tmp_path / "a.parquet")).records()
     assert first["caption"] == "hi" and "utf-8" in second["unreadable"] and third["unreadable"]
+
+
+def test_a_picture_beside_a_path_that_is_not_text_is_rejected(work: Path, tmp_path: Path) -> None:
+    paths = pa.array([b"a.png", b"\xff\xfe"]).view(pa.string())
+    pictures = pa.array([fact.png for fact in FACTS[:2]])
+    cells = pa.StructArray.from_arrays([pictures, paths], ["bytes", "path"])
+    pq.write_table(pa.table({"image": cells}), tmp_path / "a.parquet")
+    encode_images(tmp_path / "a.parquet", work / "vqgan", tmp_path / "codes", max_rejected=0.5)
+    (line,) = (tmp_path / "codes" / REJECTED_FILE).read_text().splitlines()
+    assert "a.parquet#000000001/0: the row cannot be read ('utf-8'" in line
+
+
+def test_a_row_that_a_table_does_not_have(tmp_path: Path) -> None:
+    table = Table(str(write_parquet(tmp_path / "a", inside(FACTS[:1]))))
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"a\.parquet has no row 5"):
+            table.picture(5, 0)
+        assert table.picture(0, 0) == FACTS[0].png
 
 
 def test_a_system_turn_is_context_and_several_images_stand_where_they_are_named(
