@@ -15,9 +15,10 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -56,7 +57,8 @@ SUFFIXES = (*PLAIN, *(f"{text}{end}" for text in TEXTS for end in COMPRESSED))
 DATASETS_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")  # of Hugging Face
 # A file is refused only if it expands to more than BOMB_BYTES and by more than MAX_EXPANSION.
 BOMB_BYTES, MAX_EXPANSION = 1 << 30, 200
-ROWS_TO_SEE = 100  # read to recognise the dialect
+ROWS_TO_SEE = 100  # read to recognise the dialect, fewer where they are large
+CHARS_TO_SEE = 1 << 22
 
 
 class Rows(NamedTuple):
@@ -89,7 +91,7 @@ def open_rows(
     if any(file.endswith(".arrow") for file in files):
         files = [file for file in files if file_name(file) not in DATASETS_FILES]
     _refuse_mixed(files)
-    dialect = _seen_dialect(files, row_format)
+    dialect = _first_dialect(files, row_format)
     number = "1 file" if len(files) == 1 else f"{len(files)} files"
     print(f"{bare(as_place(named[0]))}: {number}, rows in the format {dialect!r}")
     containers = [file for file in files if _kind(file) in (*TABLES, ".tar")]
@@ -103,9 +105,7 @@ def open_rows(
 
 
 def _refuse_mixed(files: Sequence[str]) -> None:
-    """Raises InputError for files of several kinds, and for containers with equal keys; those that
-    only later members of tar files have are found when their images are read.
-    """
+    """Raises InputError for files of several kinds, and for tables of one name. Opens none."""
     first: dict[str, str] = {}
     for file in files:
         first.setdefault(_kind(file), file)
@@ -113,12 +113,6 @@ def _refuse_mixed(files: Sequence[str]) -> None:
         one, other = list(first.values())[:2]
         raise InputError(f"{one} and {other} are files of two kinds; give files of one kind")
     refuse_equal_names([file for file in files if _kind(file) in TABLES])
-    tars = [file for file in files if _kind(file) == ".tar"]
-    holder: dict[str, str] = {}
-    for tar in tars if len(tars) > 1 else []:
-        for key in next(records_of_pairs(tar, IMAGE_SUFFIXES)).get("images", []):
-            if (other := holder.setdefault(key, tar)) != tar:
-                raise InputError(f"{tar} and {other} both hold {key}: {ONE_BY_ONE}")
 
 
 def _kind(file: str) -> str:
@@ -127,24 +121,43 @@ def _kind(file: str) -> str:
     return os.path.splitext(stem)[1] if suffix in COMPRESSED else suffix
 
 
-def _seen_dialect(files: Sequence[str], named: str | None, usual: str | None = None) -> str:
-    """The dialect: `named`, or that of the first readable rows; `usual` if there are none."""
+def _first_dialect(files: Sequence[str], named: str | None) -> str:
+    """The dialect of the first file that has readable rows."""
     problem = ""
     for file in files:
-        seen = []
-        for number, record in enumerate(islice(records_of(file), ROWS_TO_SEE), 1):
-            try:
-                seen.append(_readable(record))
-            except InputError as error:
-                problem = problem or f"{file}, row {number}: {error}"
-        if seen:
-            dialect = named or dialect_of(seen, file)
-            _refuse_addresses(file, seen, DIALECTS[dialect])
+        dialect, records = _recognised(file, named)
+        if dialect:
             return dialect
-    fallback = named or usual
-    if fallback is None:
+        try:
+            for record in islice(records, 1):
+                _readable(record)
+        except InputError as error:
+            problem = problem or f"{file}, row 1: {error}"
+    if named is None:
         raise InputError(problem or f"{bare(files[0])} holds no row")
-    return fallback
+    return named
+
+
+def _recognised(file: str, named: str | None) -> tuple[str | None, Iterator[Row]]:
+    """A file's dialect, `named` or told by its first rows, and all its records. None: those rows
+    are unreadable, or there are none.
+    """
+    records = records_of(file)
+    seen: list[Row] = []
+    readable: list[Record] = []
+    num_chars = 0
+    for record in islice(records, ROWS_TO_SEE):
+        seen.append(record)
+        with suppress(InputError):
+            readable.append(_readable(record))
+        num_chars += len(repr(record))
+        if num_chars > CHARS_TO_SEE:
+            break
+    dialect = None
+    if readable:
+        dialect = named or dialect_of(readable, file)
+        _refuse_addresses(file, readable, DIALECTS[dialect])
+    return dialect, chain(seen, records)
 
 
 def _refuse_addresses(file: str, records: Sequence[Record], convert: Dialect) -> None:
@@ -264,13 +277,14 @@ class CollectRows(Work):
 
     def write_part(self, number: int, folder: Path, advance: Callable[[int], object]) -> None:
         file = self.files[number]
-        dialect = _seen_dialect([file], self.row_format, self.dialect)
+        found, records = _recognised(file, self.row_format)
+        dialect = found or self.dialect
         if dialect not in self.told:
             print(f"{bare(file)}: rows in the format {dialect!r}")
         self.told.add(dialect)
         convert = DIALECTS[dialect]
         with open(folder / ROWS_FILE, "wb") as out:
-            for at, record in enumerate(records_of(file), 1):
+            for at, record in enumerate(records, 1):
                 try:
                     row = _readable(record)
                     row = convert(row)
@@ -283,16 +297,39 @@ class CollectRows(Work):
                 advance(1)
 
     def join(self, parts: Parts) -> None:
-        """Raises InputError if a file changed while it was read."""
+        """Raises InputError if a file changed while it was read, or if tar files share a key."""
         for (file, before), (_, now) in zip(self.stamps, self._stamps_now(), strict=True):
             if now != before:
                 raise InputError(
                     f"{file} changed while its rows were read ({before}, now {now}); start again "
                     "when it is complete"
                 )
+        rows = [parts.path(number) / ROWS_FILE for number in range(self.num_parts)]
+        _refuse_equal_keys(self.files, rows)
         hashes = {ROWS_FILE: parts.join(self.num_parts, ROWS_FILE, self.output / ROWS_FILE)}
         details = {"request": self.request()}
         write_manifest(self.output, self.kind, {"files": len(self.files)}, {}, details, hashes)
+
+
+def _refuse_equal_keys(files: Sequence[str], rows: Sequence[Path]) -> None:
+    """Raises InputError for tar files whose first `rows` have images of one name; later ones are
+    found when the images are read.
+    """
+    holder: dict[str, str] = {}
+    for file, path in zip(files, rows, strict=True):
+        for key in _first_images(path) if _kind(file) == ".tar" else []:
+            if (other := holder.setdefault(key, file)) != file:
+                raise InputError(f"{other} and {file} both hold {key}: {ONE_BY_ONE}")
+
+
+def _first_images(rows: Path) -> list[str]:
+    """Those of the first row that names any."""
+    with open(rows, "rb") as file:
+        for row in map(json.loads, islice(file, ROWS_TO_SEE)):
+            with suppress(InputError):
+                if keys := image_keys(row):
+                    return keys
+    return []
 
 
 def _readable(record: Row) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from beingvl import InputError
+from beingvl.artefact.ranks import RankOf
 from beingvl.data import collect_rows
 from beingvl.images.encode_images import encode_images
 from beingvl.images.image_source import MAX_FILE_BYTES, TarImages
@@ -86,7 +87,9 @@ def test_a_row_of_very_many_turns_is_rejected(tmp_path: Path, monkeypatch) -> No
 
 
 def test_rows_that_are_large_together_are_made_one_by_one(tmp_path: Path, monkeypatch) -> None:
-    """None of them is too large alone; no more than two are there at a time."""
+    """None of them is too large alone; no more than two are there at a time, and a few first ones
+    while the dialect is recognised.
+    """
     monkeypatch.setattr(tables, "MAX_PYTHON", 1 << 26)
     count, num_rows = 100_000, 24
     structs = pa.StructArray.from_arrays([pa.nulls(count * num_rows)] * 2, ["user", "assistant"])
@@ -97,6 +100,8 @@ def test_rows_that_are_large_together_are_made_one_by_one(tmp_path: Path, monkey
     tracemalloc.start()
     assert [len(row["texts"]) for row in Table(str(path)).records()] == [count] * num_rows
     assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    collect_rows.open_rows(path, tmp_path / "rows", rank=RankOf(0, 1))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 27
     tracemalloc.stop()
 
 

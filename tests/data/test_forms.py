@@ -11,13 +11,15 @@ import pytest
 from PIL import Image
 
 from beingvl import InputError, tokenize
+from beingvl.artefact.ranks import RankOf
 from beingvl.data.arrow_shards import ShardReader
-from beingvl.data.collect_rows import SUFFIXES, records_of
+from beingvl.data.collect_rows import SUFFIXES, open_rows, records_of
 from beingvl.images.encode_images import encode_images
 from beingvl.images.image_source import open_images
 from beingvl.images.vq_codes import REJECTED_FILE
 from beingvl.model.convert_llama import convert
-from beingvl.sources.places import expand
+from beingvl.sources import tars
+from beingvl.sources.places import expand, opened
 from beingvl.sources.tables import Table
 from tests.data.forms import (
     DIALECTS,
@@ -142,6 +144,19 @@ def test_a_table_of_a_tars_name_is_not_left_out_silently(work: Path, tmp_path: P
     counts = tmp_path / "train_stats.json"
     counts.write_text("{}")
     assert expand([tar, table, counts], SUFFIXES) == [str(tar), str(table), str(counts)]
+
+
+def test_how_often_files_are_opened(tmp_path: Path, monkeypatch) -> None:
+    """Each once, and before that, or when all is finished, the first: to tell its dialect."""
+    (tmp_path / "tars").mkdir()
+    for number in range(5):
+        write_tar(tmp_path / "tars" / str(number), FACTS[number::5], DIALECTS["caption"])
+    places: list[str] = []
+    monkeypatch.setattr(tars, "opened", lambda place: places.append(place) or opened(place))
+    for expected in (6, 1):
+        places.clear()
+        open_rows(tmp_path / "tars", tmp_path / "rows", rank=RankOf(0, 1))
+        assert len(places) == expected
 
 
 @pytest.mark.parametrize("make", [write_tar, write_arrow])
