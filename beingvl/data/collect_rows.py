@@ -24,7 +24,7 @@ from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 
-from beingvl.artefact.manifest import write_manifest
+from beingvl.artefact.manifest import already_made, read_manifest, write_manifest
 from beingvl.artefact.parts import Parts, wait_until_complete
 from beingvl.artefact.ranks import RankOf
 from beingvl.artefact.request import Request
@@ -53,12 +53,14 @@ JSON = (".json", ".jsonl", ".ndjson")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 TEXTS = (*JSON, *DELIMITERS)
 PLAIN = (*TEXTS, *TABLES, ".tar")
+PARTS_VERSION = 2  # format of a part's files
 SUFFIXES = (*PLAIN, *(f"{text}{end}" for text in TEXTS for end in COMPRESSED))
 DATASETS_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")  # of Hugging Face
 # A file is refused only if it expands to more than BOMB_BYTES and by more than MAX_EXPANSION.
 BOMB_BYTES, MAX_EXPANSION = 1 << 30, 200
 ROWS_TO_SEE = 100  # read to recognise the dialect, fewer where they are large
 CHARS_TO_SEE = 1 << 22
+DIALECT_FILE = "dialect.json"  # of a part
 
 
 class Rows(NamedTuple):
@@ -273,12 +275,20 @@ class CollectRows(Work):
     def request(self) -> Request:
         return Request(files=self.stamps, row_format=self.row_format)
 
-    request_of_parts = request
+    def request_of_parts(self) -> Request:
+        return Request(parts_version=PARTS_VERSION, **self.request())
+
+    def check_finished(self) -> None:
+        """Naming the dialect that all files were found to have asks for the same rows."""
+        recognised = read_manifest(self.output, self.kind).details.get("recognised")
+        named = None if recognised == [self.row_format] else self.row_format
+        already_made(self.output, self.kind, Request(files=self.stamps, row_format=named))
 
     def write_part(self, number: int, folder: Path, advance: Callable[[int], object]) -> None:
         file = self.files[number]
         found, records = _recognised(file, self.row_format)
         dialect = found or self.dialect
+        (folder / DIALECT_FILE).write_text(json.dumps(dialect))
         if dialect not in self.told:
             print(f"{bare(file)}: rows in the format {dialect!r}")
         self.told.add(dialect)
@@ -306,8 +316,10 @@ class CollectRows(Work):
                 )
         rows = [parts.path(number) / ROWS_FILE for number in range(self.num_parts)]
         _refuse_equal_keys(self.files, rows)
+        dialects = sorted(set(parts.read_json(self.num_parts, DIALECT_FILE)))
         hashes = {ROWS_FILE: parts.join(self.num_parts, ROWS_FILE, self.output / ROWS_FILE)}
-        details = {"request": self.request()}
+        recognised = [] if self.row_format else dialects
+        details = {"request": self.request(), "recognised": recognised}
         write_manifest(self.output, self.kind, {"files": len(self.files)}, {}, details, hashes)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,26 @@ def test_how_often_files_are_opened(tmp_path: Path, monkeypatch) -> None:
         places.clear()
         open_rows(tmp_path / "tars", tmp_path / "rows", rank=RankOf(0, 1))
         assert len(places) == expected
+
+
+def test_naming_the_recognised_dialect_changes_nothing(tmp_path: Path, capsys) -> None:
+    def collect(row_format: str | None) -> None:
+        open_rows(files, tmp_path / "rows", row_format=row_format, rank=RankOf(0, 1))
+
+    (files := tmp_path / "files").mkdir()
+    for number, name in enumerate(("caption", "caption", "messages")):
+        write_jsonl(files / str(number), [DIALECTS[name](FACTS[number], FACTS[number].file)])
+    collect(None)
+    with pytest.raises(InputError, match="found None, asked for 'caption'"):
+        collect("caption")  # the last file has another
+    (files / "2.jsonl").unlink()
+    shutil.rmtree(tmp_path / "rows")
+    collect(None)
+    for name in ("caption", None):
+        collect(name)
+        assert "is finished already, with the same inputs" in capsys.readouterr().out
+    with pytest.raises(InputError, match="found None, asked for 'texts'"):
+        collect("texts")
 
 
 @pytest.mark.parametrize("make", [write_tar, write_arrow])
