@@ -35,7 +35,6 @@ from beingvl.errors import InputError
 from beingvl.images.image_source import IMAGE_SUFFIXES
 from beingvl.sources.pairs import records_of_pairs
 from beingvl.sources.places import (
-    ONE_BY_ONE,
     as_place,
     bare,
     expand,
@@ -331,7 +330,7 @@ def _refuse_equal_keys(files: Sequence[str], rows: Sequence[Path]) -> None:
     for file, path in zip(files, rows, strict=True):
         for key in _first_images(path) if _kind(file) == ".tar" else []:
             if (other := holder.setdefault(key, file)) != file:
-                raise InputError(f"{other} and {file} both hold {key}: {ONE_BY_ONE}")
+                raise InputError(f"{other} and {file} both hold {key}: rename it in one of them")
 
 
 def _first_images(rows: Path) -> list[str]:

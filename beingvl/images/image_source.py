@@ -24,7 +24,6 @@ from beingvl.errors import InputError
 from beingvl.images.table_images import NO_STAMP, TableImages
 from beingvl.sources.places import (
     COUNTS,
-    ONE_BY_ONE,
     as_place,
     expand,
     file_name,
@@ -362,7 +361,7 @@ class TarImages:
     """Images in uncompressed tar files: found by their headers, read at their offsets."""
 
     def __init__(self, places: Sequence[Path | str]) -> None:
-        self._paths = list(map(as_place, places))
+        self._paths = list(dict.fromkeys(map(as_place, places)))
         self._places: dict[str, tuple[int, int, int]] = {}  # key -> (tar, offset, size), in bytes
         self._sparse: set[str] = set()  # keys
         self._stamps: list[str] = []  # one per tar, taken before it is read
@@ -389,7 +388,9 @@ class TarImages:
                 continue
             if name in self._places:
                 other = self._paths[self._places[name][0]]
-                raise InputError(f"{path} and {other} both hold {name}: {ONE_BY_ONE}")
+                if other == path:
+                    raise InputError(f"{path} holds {name} twice; make the tar again")
+                raise InputError(f"{other} and {path} both hold {name}: rename it in one of them")
             self._places[name] = (number, member.offset_data, member.size)
             if member.issparse():  # its zeros are not in the tar
                 self._sparse.add(name)

@@ -43,7 +43,6 @@ MARKS = ("ETag", "etag", "md5Hash", "Content-MD5", "blob_id", "mtime")
 TIMES = ("LastModified", "Last-Modified", "last_modified")
 # Names of errors of botocore, google.auth and huggingface_hub, whose settings would not change.
 OF_ACCESS = re.compile("redential|Profile|Config|Region|Token|SSO|Login")
-ONE_BY_ONE = "read them one by one, each with a --dataset_name or --output of its own"
 COUNTS = "_stats.json"  # how the name of img2dataset's counts beside a tar file ends
 Question = Callable[[Any, str], Any]  # of fsspec's file system and a path in it
 

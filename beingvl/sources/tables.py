@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from beingvl.errors import InputError
-from beingvl.sources.places import ONE_BY_ONE, bare, file_name, is_address, opened
+from beingvl.sources.places import bare, file_name, is_address, opened
 
 SUFFIXES = (".parquet", ".arrow")
 BATCH_BYTES = 1 << 24  # of mean rows
@@ -55,7 +55,7 @@ def refuse_equal_names(places: Sequence[str]) -> None:
     for name, count in Counter(map(file_name, places)).most_common(1):
         if count > 1:
             raise InputError(
-                f"{count} tables are called {name}, as their pictures' keys begin: {ONE_BY_ONE}"
+                f"{count} tables are called {name}, as their pictures' keys begin: rename one"
             )
 
 

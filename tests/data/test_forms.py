@@ -396,8 +396,8 @@ WRONG = {
     addresses: "'url' holds addresses of images, such as 'https://example.org/a.png', and none",
     two_columns_of_one_name: r"has two columns of one name: \['image', 'image', 'caption'\]",
     arrow_of_the_file_format: "Arrow file format, expected Arrow's stream format, as save_to_disk",
-    two_splits: "2 tables are called data-00000-of-00001.arrow, .*one by one.* --dataset_name",
-    two_tars_of_one_name_inside: "both hold 000000.png: read them one by one.* --dataset_name",
+    two_splits: "2 tables are called data-00000-of-00001.arrow, .* keys begin: rename one$",
+    two_tars_of_one_name_inside: "a.tar and .*b.tar both hold 000000.png: rename it in one of them",
     nothing: r"holds no file that ends in \.json, \.jsonl, \.ndjson, \.csv, \.tsv, \.parquet, "
     r"\.arrow, \.tar$",
 }

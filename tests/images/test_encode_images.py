@@ -473,7 +473,7 @@ def test_a_folder_of_tables_gives_their_pictures(image_path, vq_path, tmp_path):
     for number, key in enumerate(KEYS):
         row = found.row(f"train.parquet#{number:09d}/0")
         assert (found.codes[row] == expected.codes[expected.row(key)]).all()
-    with pytest.raises(InputError, match=r"2 tables are called train\.parquet, .*one by one"):
+    with pytest.raises(InputError, match=r"2 tables are called train\.parquet, .*: rename one"):
         open_images([table, shutil.copy(table, tmp_path)])
     table.rename(image_path / "metadata.parquet")
     assert open_images([image_path]).keys() == sorted(KEYS)
@@ -485,7 +485,14 @@ def test_wrong_tars_and_lists_are_refused(image_path, vq_path, tmp_path, capsys)
         with tarfile.open(tmp_path / name, "w") as tar:
             tar.add(image_path / "a.png", "a.png")
     assert encode(tmp_path / "tars", vq_path, tmp_path / "codes") == 2
-    assert "both hold a.png" in capsys.readouterr().err
+    assert "1.tar both hold a.png: rename it in one of them" in capsys.readouterr().err
+    tar = str(tmp_path / "tars" / "0.tar")
+    assert open_images([tar, tar]).keys() == ["a.png"]
+    with tarfile.open(tmp_path / "dup.tar", "w") as file:
+        for _ in range(2):
+            file.add(image_path / "a.png", "a.png")
+    assert encode(tmp_path / "dup.tar", vq_path, tmp_path / "codes") == 2
+    assert "dup.tar holds a.png twice; make the tar again" in capsys.readouterr().err
     assert encode(image_path, vq_path, tmp_path / "codes") == 2
     assert "holds tar files (stray.tar) and images" in capsys.readouterr().err
     (image_path / "stray.tar").unlink()
