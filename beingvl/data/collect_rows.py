@@ -111,7 +111,7 @@ def _refuse_mixed(files: Sequence[str]) -> None:
     for file in files:
         first.setdefault(_kind(file), file)
     if len(first) > 1:
-        one, other = list(first.values())[:2]
+        one, other = map(bare, list(first.values())[:2])
         raise InputError(f"{one} and {other} are files of two kinds; give files of one kind")
     refuse_equal_names([file for file in files if _kind(file) in TABLES])
 
@@ -133,7 +133,7 @@ def _first_dialect(files: Sequence[str], named: str | None) -> str:
             for record in islice(records, 1):
                 _readable(record)
         except InputError as error:
-            problem = problem or f"{file}, row 1: {error}"
+            problem = problem or f"{bare(file)}, row 1: {error}"
     if named is None:
         raise InputError(problem or f"{bare(files[0])} holds no row")
     return named
@@ -156,7 +156,7 @@ def _recognised(file: str, named: str | None) -> tuple[str | None, Iterator[Row]
             break
     dialect = None
     if readable:
-        dialect = named or dialect_of(readable, file)
+        dialect = named or dialect_of(readable, bare(file))
         _refuse_addresses(file, readable, DIALECTS[dialect])
     return dialect, chain(seen, records)
 
@@ -192,8 +192,9 @@ def records_of(file: str) -> Iterator[Row]:
     if kind in DELIMITERS:
         return _undamaged(file, _records_of_text_table(file, kind))
     if kind not in JSON:
-        raise InputError(f"{file}: expected a name that ends in {', '.join(PLAIN)}")
-    return _undamaged(file, stream_rows_and_broken(Path(file), partial(_decompressed, file)))
+        raise InputError(f"{bare(file)}: expected a name that ends in {', '.join(PLAIN)}")
+    rows = stream_rows_and_broken(Path(bare(file)), partial(_decompressed, file))
+    return _undamaged(file, rows)
 
 
 def _undamaged(file: str, records: Iterator[Row]) -> Iterator[Row]:
@@ -203,7 +204,9 @@ def _undamaged(file: str, records: Iterator[Row]) -> Iterator[Row]:
     except (OSError, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        raise InputError(f"{file} is truncated or damaged ({error}); copy it again") from error
+        raise InputError(
+            f"{bare(file)} is truncated or damaged ({error}); copy it again"
+        ) from error
 
 
 def _decompressed(file: str) -> IO[bytes]:
@@ -212,7 +215,7 @@ def _decompressed(file: str) -> IO[bytes]:
     plain = opened(file)
     if opener is None:
         return plain
-    return io.BufferedReader(_Expanded(file, plain, opener))
+    return io.BufferedReader(_Expanded(bare(file), plain, opener))
 
 
 class _Expanded(io.RawIOBase):
@@ -238,7 +241,7 @@ class _Expanded(io.RawIOBase):
 
 def _records_of_text_table(file: str, kind: str) -> Iterator[Row]:
     with io.TextIOWrapper(_decompressed(file), encoding="utf-8-sig", newline="") as text:
-        yield from records_of_table(text, file, kind)
+        yield from records_of_table(text, bare(file), kind)
 
 
 # ---- the work ----
@@ -330,7 +333,8 @@ def _refuse_equal_keys(files: Sequence[str], rows: Sequence[Path]) -> None:
     for file, path in zip(files, rows, strict=True):
         for key in _first_images(path) if _kind(file) == ".tar" else []:
             if (other := holder.setdefault(key, file)) != file:
-                raise InputError(f"{other} and {file} both hold {key}: rename it in one of them")
+                both = f"{bare(other)} and {bare(file)} both hold"
+                raise InputError(f"{both} {key}: rename it in one of them")
 
 
 def _first_images(rows: Path) -> list[str]:

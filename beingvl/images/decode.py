@@ -25,7 +25,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from beingvl.errors import InputError, is_out_of_files
 from beingvl.images.image_source import MAX_FILE_BYTES, read_file
-from beingvl.sources.places import as_place, fetch, is_address
+from beingvl.sources.places import as_place, bare, fetch, is_address
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # whatever the suffix says
 # Decoded into memory as a whole: 150 MB, and a few copies while the image is resized.
@@ -98,7 +98,7 @@ def picture_of(image: Any, name: str) -> tuple[Image.Image, str]:
     place = as_place(Path(image) if isinstance(image, os.PathLike) else image)
     if not is_address(place):
         return read_image(place), place
-    return decode_image(fetch(place, MAX_FILE_BYTES), place), place
+    return decode_image(fetch(place, MAX_FILE_BYTES), bare(place)), bare(place)
 
 
 def decode_image(data: bytes, name: Path | str) -> Image.Image:

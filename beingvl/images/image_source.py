@@ -25,6 +25,7 @@ from beingvl.images.table_images import NO_STAMP, TableImages
 from beingvl.sources.places import (
     COUNTS,
     as_place,
+    bare,
     expand,
     file_name,
     is_address,
@@ -103,8 +104,8 @@ def open_images(named: Sequence[Path | str]) -> ImageSource:
     if tables:
         other = next(place for place in places if place not in tables)
         raise InputError(
-            f"--image_path: {tables[0]} is a table and {other} is not; give tables or tar files, "
-            "not both"
+            f"--image_path: {bare(tables[0])} is a table and {bare(other)} is not; give tables or "
+            "tar files, not both"
         )
     if any(map(is_address, places)) and all(map(_is_tar, map(file_name, places))):
         return TarImages(expand(places, (".tar",)))
@@ -122,7 +123,8 @@ def open_images(named: Sequence[Path | str]) -> ImageSource:
                 f"--image_path {path} is a folder beside other paths; give one folder, or tar files"
             )
         if not path.is_file():
-            raise InputError(f"--image_path {path} is not a folder and not a tar file")
+            found = bare(as_place(path))
+            raise InputError(f"--image_path {found} is not a folder and not a tar file")
     return TarImages(places)
 
 
@@ -372,7 +374,7 @@ class TarImages:
             self._stamps.append(stamp(path))
             self._add(number, path)
         if not self._places:
-            named = ", ".join(self._paths)
+            named = ", ".join(map(bare, self._paths))
             raise InputError(f"{named}: no images in there (looked for {LOOKED_FOR})")
 
     def _add(self, number: int, path: str) -> None:
@@ -387,16 +389,16 @@ class TarImages:
                 self._left_out[reason] += 1
                 continue
             if name in self._places:
-                other = self._paths[self._places[name][0]]
-                if other == path:
-                    raise InputError(f"{path} holds {name} twice; make the tar again")
-                raise InputError(f"{other} and {path} both hold {name}: rename it in one of them")
+                other, this = bare(self._paths[self._places[name][0]]), bare(path)
+                if number == self._places[name][0]:
+                    raise InputError(f"{this} holds {name} twice; make the tar again")
+                raise InputError(f"{other} and {this} both hold {name}: rename it in one of them")
             self._places[name] = (number, member.offset_data, member.size)
             if member.issparse():  # its zeros are not in the tar
                 self._sparse.add(name)
 
     def keys(self) -> list[str]:
-        where = self._paths[0] if len(self._paths) == 1 else f"{len(self._paths)} tar files"
+        where = bare(self._paths[0]) if len(self._paths) == 1 else f"{len(self._paths)} tar files"
         _say_left_out(where, self._left_out)
         return sorted(self._places)
 
@@ -407,11 +409,12 @@ class TarImages:
         number, offset, size = self._places[name]
         path = self._paths[number]
         if name in self._sparse:
-            raise InputError(f"{key}: {path} holds it as a sparse file; make it without --sparse")
+            found = f"{bare(path)} holds it as a sparse file"
+            raise InputError(f"{key}: {found}; make it without --sparse")
         _refuse_large(key, size)
         data = self._piece(number, offset, size)
         if len(data) != size:
-            raise InputError(f"{key}: {path} is truncated")
+            raise InputError(f"{key}: {bare(path)} is truncated")
         return data
 
     def stamp(self, key: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from beingvl.errors import InputError
-from beingvl.sources.places import stamp, stamps_elsewhere
+from beingvl.sources.places import bare, stamp, stamps_elsewhere
 from beingvl.sources.tables import Table, numbers_of, refuse_equal_names
 
 NO_STAMP = "none"
@@ -20,8 +20,8 @@ class TableImages:
         self._stamps = {name: stamp(table.place) for name, table in self._tables.items()}
         if not any(table.picture_columns for table in self._tables.values()):
             raise InputError(
-                f"{places[0]} has no column of pictures (bytes, or structs with `bytes`); its "
-                f"columns are {next(iter(self._tables.values())).schema.names}"
+                f"{bare(places[0])} has no column of pictures (bytes, or structs with `bytes`); "
+                f"its columns are {next(iter(self._tables.values())).schema.names}"
             )
 
     def keys(self) -> list[str]:

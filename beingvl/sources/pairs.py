@@ -9,6 +9,7 @@ from typing import Any
 
 from beingvl.errors import InputError
 from beingvl.json_file import parse_json
+from beingvl.sources.places import bare
 from beingvl.sources.tars import members_of, readable_tar
 
 TEXTS = (".txt", ".caption")
@@ -49,7 +50,9 @@ def _records(place: str, image_suffixes: frozenset[str]) -> Iterator[dict[str, A
         found = True
         yield record
     if not found:
-        raise InputError(f"{place} holds no .json or .txt beside its images: name the rows' file")
+        raise InputError(
+            f"{bare(place)} holds no .json or .txt beside its images: name the rows' file"
+        )
 
 
 def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:

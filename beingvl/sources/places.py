@@ -233,9 +233,9 @@ def fetch(place: str, max_bytes: int) -> bytes:
         with urlopen(place, timeout=SILENCE_SECONDS) if of_web else opened(place) as file:
             data = file.read(max_bytes + 1)
     except OSError as error:
-        raise InputError(f"{place} cannot be read ({error})") from error
+        raise InputError(f"{bare(place)} cannot be read ({error})") from error
     if len(data) > max_bytes:
-        raise InputError(f"{place} has more than {max_bytes:,} bytes")
+        raise InputError(f"{bare(place)} has more than {max_bytes:,} bytes")
     return data
 
 

@@ -88,8 +88,8 @@ class Table:
     def _damage(self, error: Exception) -> InputError:
         if isinstance(error, MemoryError):
             return InputError(
-                f"{self.place} has rows that expand to gigabytes, as a bomb does: leave them out, "
-                "or write fewer rows per batch"
+                f"{bare(self.place)} has rows that expand to gigabytes, as a bomb does: leave them "
+                "out, or write fewer rows per batch"
             )
         if isinstance(error, OSError) and error.errno:  # of a disk or a store
             raise error
@@ -135,7 +135,7 @@ class Table:
                 self._cursor = _Cursor(self._batches(self.picture_columns, row))
             batch, at = self._cursor.find(row)
         except StopIteration as error:
-            raise InputError(f"{self.place} has no row {row}") from error
+            raise InputError(f"{bare(self.place)} has no row {row}") from error
         except InputError:
             self._cursor = None  # another row may be readable
             raise

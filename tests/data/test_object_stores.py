@@ -1,11 +1,14 @@
 """Rows and pictures at addresses, over a bad connection: the bytes of local files."""
 
+import gzip
+import io
 import json
 import math
 import multiprocessing
 import random
 import signal
 import sys
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,19 +16,25 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from beingvl import InputError, tokenize
 from beingvl.artefact.manifest import MANIFEST_FILE, is_complete, read_manifest, write_manifest
 from beingvl.artefact.ranks import RankOf
 from beingvl.commands.main import main
+from beingvl.data import collect_rows
 from beingvl.data.collect_rows import SUFFIXES, open_rows, records_of
 from beingvl.evaluation.evaluate import evaluate
+from beingvl.images import decode
+from beingvl.images.decode import picture_of
 from beingvl.images.encode_images import encode_images
 from beingvl.images.image_source import open_images
 from beingvl.images.train_vq import train_vq
 from beingvl.sources import places
 from beingvl.sources.places import expand, opened
+from beingvl.sources.tables import Table
 from beingvl.vocab import VocabLayout
 from tests.data import forms
 from tests.data.forms import Fact
@@ -270,6 +279,81 @@ def test_a_web_server(here, there, quick) -> None:
             opened(large).read()
     finally:
         there.always = ""
+
+
+def tar_of(*members: tuple[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return file.getvalue()
+
+
+def parquet_of(**columns: list) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file)
+    return file.getvalue()
+
+
+def collect(addresses: list[str], folder: Path) -> None:
+    open_rows(addresses, folder, rank=RankOf(0, 1))
+
+
+def look(addresses: list[str], folder: Path) -> None:
+    open_images(addresses).keys()
+
+
+def show(addresses: list[str], folder: Path) -> None:
+    picture_of(addresses[0], "")
+
+
+def read_a_sixth_row(addresses: list[str], folder: Path) -> None:
+    Table(addresses[0]).picture(5, 0)
+
+
+CAPTION = b'{"image": "a.png", "caption": "hi"}\n'
+PAIR = tar_of(("a.png", b""), ("a.txt", b"hi"))
+SIGNED = {
+    "are files of two kinds": (collect, {"a.csv": b"", "b.tsv": b""}),
+    "expected a name that ends in": (collect, {"a.doc": b""}),
+    "row 1: line 1 is not valid JSON": (collect, {"a.jsonl": b"nothing"}),
+    "line 1: an object spans several lines": (collect, {"a.json": b"{\n}"}),
+    "holds no row, expected a non-empty list": (collect, {"a.json": b"[]"}),
+    "has rows with the keys": (collect, {"a.jsonl": b'{"a": 1}'}),
+    "mixes rows of caption and texts": (collect, {"a.jsonl": CAPTION + b'{"texts": []}'}),
+    "is truncated or damaged": (collect, {"a.jsonl.gz": gzip.compress(CAPTION)[:-5]}),
+    "expands to more than 200 times": (collect, {"a.csv.gz": gzip.compress(bytes(1 << 20))}),
+    "has one column": (collect, {"a.csv": b"image;caption\n"}),
+    "has two columns of one name: .'a', 'a'": (collect, {"a.csv": b"a,a\n"}),
+    "line 3: unexpected end of data": (collect, {"a.csv": b'image,caption\n"a'}),
+    "holds no .json or .txt": (collect, {"a.tar": tar_of(("a.png", b""))}),
+    "is not a readable, uncompressed tar": (collect, {"a.tar": PAIR[:600]}),
+    "a.tar and .*b.tar both hold a.png": (collect, {"a.tar": PAIR, "b.tar": PAIR}),
+    "a.tar and .*/b.tar both hold a.png": (look, {"a.tar": PAIR, "b.tar": PAIR}),
+    "holds a.png twice": (look, {"a.tar": tar_of(("a.png", b""), ("a.png", b""))}),
+    "no images in there": (look, {"a.tar": tar_of(("a.txt", b""))}),
+    "a.parquet is a table and .*a.tar is not": (look, {"a.parquet": b"", "a.tar": PAIR}),
+    "is not a folder and not a tar file": (look, {"a.tar": PAIR, "a.png": b""}),
+    "has no column of pictures": (look, {"a.parquet": parquet_of(a=[1])}),
+    "is not a whole parquet file": (look, {"a.parquet": b"nothing"}),
+    "has no row 5": (read_a_sixth_row, {"a.parquet": parquet_of(a=[b""])}),
+    "cannot be read as an image": (show, {"a.png": b"nothing"}),
+    "has more than 1,024 bytes": (show, {"a.png": bytes(1025)}),
+}
+
+
+@pytest.mark.parametrize("said", SIGNED)
+def test_no_sentence_shows_a_signature(store, monkeypatch, tmp_path, capsys, said) -> None:
+    monkeypatch.setattr(collect_rows, "BOMB_BYTES", 1)
+    monkeypatch.setattr(decode, "MAX_FILE_BYTES", 1024)
+    call, files = SIGNED[said]
+    stored = [address_of(store, f"signed/{name}", data) for name, data in files.items()]
+    addresses = [f"{address.replace('s3:/', store.url)}?sig=SECRET" for address in stored]
+    with pytest.raises(InputError, match=said) as error:
+        call(addresses, tmp_path / "rows")
+    assert "SECRET" not in f"{error.value}{capsys.readouterr()}"
 
 
 # ---- kills ----
