@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import unicodedata
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from beingvl.errors import InputError
@@ -103,6 +105,19 @@ def to_json(value: object) -> str:
 def printable(text: str) -> str:
     """Escape what UTF-8 cannot encode: file names may be any bytes."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def bare(text: str) -> str:
+    """An address, alone or at the end of an option, less user and password, and of https less what
+    follows its name: `?download=true`, or a signature.
+    """
+    text = re.sub(r"://[^/@]*@", "://", text)
+    return re.sub(r"(https?://[^?]*)[?].*", r"\1", text, flags=re.DOTALL)
+
+
+def command_line(words: Sequence[str]) -> str:
+    """Of a process, without secrets of addresses."""
+    return printable(shlex.join(map(bare, words)))
 
 
 def spellings(name: str) -> list[str]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -27,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from beingvl.artefact.files import (
+    command_line,
     make_folder,
     path_inside,
-    printable,
     refuse_outside,
     sync,
     to_json,
@@ -139,8 +138,9 @@ def write_manifest(
         if path.name != MANIFEST_FILE and belongs(name):
             sync(path)  # else a crash could leave the manifest of an empty file
             files[name] = {"bytes": path.stat().st_size, "hash": known.get(name) or hash_file(path)}
-    command = printable(shlex.join(sys.argv))
-    manifest = Manifest(kind, command, dict(counts), dict(lineage), files, dict(details or {}))
+    manifest = Manifest(
+        kind, command_line(sys.argv), dict(counts), dict(lineage), files, dict(details or {})
+    )
     write_atomically(folder / MANIFEST_FILE, to_json(sealed(asdict(manifest))))
     return manifest
 

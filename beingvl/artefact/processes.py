@@ -6,7 +6,6 @@ A process id alone is not enough: ids are reused, and each host or container has
 from __future__ import annotations
 
 import os
-import shlex
 import socket
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import NoReturn
 
 import psutil
 
-from beingvl.artefact.files import printable
+from beingvl.artefact.files import command_line
 
 LONGEST_COMMAND = 120  # characters of a command that messages show
 
@@ -66,9 +65,10 @@ def end_process(reason: str) -> NoReturn:
 def this_process() -> Process:
     pid = os.getpid()
     started = (_read_stat(pid) or ("", 0, 0))[2]
-    command = printable(shlex.join(sys.argv))
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return Process(socket.gethostname(), this_machine(), pid, started, since, shortened(command))
+    return Process(
+        socket.gethostname(), this_machine(), pid, started, since, shortened(command_line(sys.argv))
+    )
 
 
 def this_machine() -> str:
@@ -105,7 +105,7 @@ def listener_on(port: int) -> str:
         if found.status == psutil.CONN_LISTEN and found.laddr.port == port and found.pid:
             try:
                 process = psutil.Process(found.pid)
-                command = shortened(printable(shlex.join(process.cmdline())))
+                command = shortened(command_line(process.cmdline()))
                 since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(process.create_time()))
             except psutil.Error:
                 break

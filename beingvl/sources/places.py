@@ -31,6 +31,7 @@ from urllib.request import urlopen
 import fsspec
 from fsspec.utils import glob_translate
 
+from beingvl.artefact.files import bare
 from beingvl.errors import InputError
 
 BLOCK_BYTES = 1 << 20  # asked of a store at once, at least
@@ -49,11 +50,6 @@ Question = Callable[[Any, str], Any]  # of fsspec's file system and a path in it
 
 def is_address(place: str) -> bool:
     return "://" in place
-
-
-def bare(place: str) -> str:
-    """An address less what follows its name, as `?download=true` or a signature."""
-    return place.partition("?")[0] if place.startswith("http") else place
 
 
 def file_name(place: Path | str) -> str:

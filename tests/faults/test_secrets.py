@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from beingvl.artefact.manifest import write_manifest
+from beingvl.artefact.owner import OWNER, owned
 from beingvl.commands import main as cli
 from beingvl.errors import InputError
 from beingvl.launch import check_hosts
@@ -98,6 +100,19 @@ def test_the_environment_file_is_its_owners_and_does_not_outlive_a_killed_launch
         other.write_text("A=1\n")
     with environment_file(tmp_path, {}):
         assert not stale.exists() and running.exists() and elsewhere.exists()
+
+
+def test_a_signed_address_is_kept_in_no_file(tmp_path, monkeypatch) -> None:
+    words = ["beingvl", "tokenize", "--json_path=https://me:SECRET@host/a.json?sig=SECRET&x"]
+    words += ["https://host/b.tar?SECRET", "s3://bucket/a?.json"]
+    monkeypatch.setattr("sys.argv", words)
+    with owned(tmp_path / "out"):
+        kept = [path.read_text() for path in (tmp_path / "out" / OWNER).iterdir()]
+        write_manifest(tmp_path / "out", "tokens", {}, {})
+    kept.append((tmp_path / "out" / "manifest.json").read_text())
+    for text in kept:
+        assert "SECRET" not in text
+        assert "--json_path=https://host/a.json https://host/b.tar 's3://bucket/a?.json'" in text
 
 
 def test_a_traceback_is_written_to_a_file_that_nobody_could_have_made_before(
