@@ -23,7 +23,7 @@ from beingvl.data.conversation import IMAGE_PLACEHOLDER
 from beingvl.data.made_with import RUNNING
 from beingvl.errors import InputError
 from beingvl.inference.base_prompts import with_images
-from beingvl.inference.hub import fetched
+from beingvl.inference.hub import HUB_OPTIONS, fetched
 from beingvl.inference.model import BeingVL
 
 OF_AUTO = ("_from_auto", "trust_remote_code", "use_fast")  # AutoProcessor passes them on
@@ -42,7 +42,11 @@ class BeingVLProcessor(ProcessorMixin):
         cls, name: Path | str, vbpe_path: Path | str | None = None, **options: Any
     ) -> BeingVLProcessor:
         """From a model folder, local or on the Hub. Raises InputError as `BeingVL` does."""
-        asked = {key: value for key, value in options.items() if key not in OF_AUTO}
+        # AutoProcessor and pipelines also pass options that are not for a processor.
+        known = HUB_OPTIONS if "_from_auto" in options else options
+        asked = {
+            key: value for key, value in options.items() if key in known and key not in OF_AUTO
+        }
         being = BeingVL(fetched(name, asked, ["vbpe_path"]), vbpe_path)
         tokenizer = AutoTokenizer.from_pretrained(
             being.model_path, padding_side="left", trust_remote_code=False

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoProcessor, pipeline
 
 from beingvl import BeingVL, BeingVLProcessor, InputError
 from beingvl.artefact.manifest import read_manifest, write_manifest
@@ -141,6 +142,15 @@ def test_the_processors_ids_and_stock_answers_are_those_of_the_class(
         assert row[: len(answer)] == answer
     alone = processor(images=Image.open(images[0]), text="Which?")
     assert alone["input_ids"] == [expected[0]]
+
+
+def test_a_pipeline_answers_as_the_class_does(final: Path, model: BeingVL, images) -> None:
+    ask = pipeline("image-text-to-text", model=str(final), device="cpu")
+    part = {"type": "image", "image": Image.open(images[0])}
+    asked = {"role": "user", "content": [part, {"type": "text", "text": "Which?"}]}
+    [found] = ask([asked], max_new_tokens=6, do_sample=False)
+    said = re.sub("<vbpe[0-9]*>", "", found["generated_text"][-1]["content"])
+    assert said == model("Which?", images[0], 6)
 
 
 def test_several_images_and_what_does_not_fit(final: Path, model: BeingVL, images) -> None:
