@@ -18,6 +18,7 @@ import argparse
 from pathlib import Path
 
 from beingvl.commands.options import add_model_arguments, options_of
+from beingvl.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +45,9 @@ def run(args: argparse.Namespace) -> None:
     # torch is imported here, so that --help is instant, and after a wrong key was reported.
     from beingvl.inference.api_key import read_key
 
-    if args.api:
-        read_key(args.api_key)
+    if args.api_key and not args.api:
+        raise InputError("--api_key is for --api; the page has no key")
+    key = read_key(args.api_key) if args.api else None
     from beingvl.inference.serve import serve
 
-    serve(**options_of(args))
+    serve(**{**options_of(args), "api_key": key})

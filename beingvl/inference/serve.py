@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from beingvl.errors import InputError, check_at_least
-from beingvl.inference.api_key import KEY, read_key
+from beingvl.inference.api_key import KEY
 from beingvl.inference.back_end import BackEnd, Sampling, TransformersBackEnd
 from beingvl.inference.conversations import Conversations
 from beingvl.inference.model import BeingVL
@@ -43,7 +43,7 @@ def serve(
     raw: bool = False,
     template: str | None = None,
     api: bool = False,
-    api_key: Path | None = None,
+    api_key: str | None = None,
     backend: str = TRANSFORMERS,
     backend_url: str | None = None,
     host: str = "127.0.0.1",
@@ -57,8 +57,8 @@ def serve(
 ) -> None:
     """Serve a page on `host`, or with `api` OpenAI's chat completions, until interrupted.
 
-    `api_key` is a file that holds the key; default: the variable BEINGVL_API_KEY. `backend`: what
-    computes the answers, this process or, with `api`, a server of that kind at `backend_url`.
+    With `api_key`, only requests with that key are answered. `backend`: what computes the answers,
+    this process or, with `api`, a server of that kind at `backend_url`.
     Raises InputError if an optional extra, gradio or Starlette, is not installed.
     """
     limits = {"images": max_images, "new_tokens": max_new_tokens, "seconds": max_seconds}
@@ -67,8 +67,7 @@ def serve(
         max_upload_megabytes=max_upload_megabytes,
         **{f"max_{name}": value for name, value in limits.items()},
     )
-    key = read_key(api_key) if api else None
-    if api and key is None and host not in LOOPBACK:
+    if api and api_key is None and host not in LOOPBACK:
         raise InputError(f"--host {host} lets others use the model: give --api_key, or {KEY}")
     if backend != TRANSFORMERS and not api:
         raise InputError(f"--backend {backend} is for --api")
@@ -91,12 +90,13 @@ def serve(
         if api:
             bounds = application.Limits(max_bytes, **limits)
             service = application.Service(model, answers, with_vbpe, name, bounds)
-            app = application.build_api(service, key)
+            app = application.build_api(service, api_key)
         else:
             conversations = Conversations(model, answers, with_vbpe, max_new_tokens)
             app = application.build_app(conversations, name, max_bytes)
         path = "/v1" if api else ""
-        print(f"http://{host}:{listener.getsockname()[1]}{path}   (Ctrl-C ends it)", flush=True)
+        shown = f"[{host}]" if ":" in host else host  # IPv6
+        print(f"http://{shown}:{listener.getsockname()[1]}{path}   (Ctrl-C ends it)", flush=True)
         run_server(app, host, listener)
 
 

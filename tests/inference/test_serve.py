@@ -25,6 +25,7 @@ import pytest
 from beingvl.commands.main import main
 from beingvl.errors import InputError
 from beingvl.images.pictures import BORDER, with_borders
+from beingvl.inference import serve as serving
 from beingvl.inference.back_end import TransformersBackEnd
 from beingvl.inference.conversations import (
     Conversations,
@@ -94,6 +95,7 @@ def test_what_cannot_be_asked_is_refused_with_the_classs_sentences(
     for question, message in [
         (" ", "a prompt is empty"),
         ("long " * 200, "do not fit the model's context"),
+        ("long " * 4000, "does not fit the model's context"),
     ]:
         with pytest.raises(InputError, match=message):
             list(page.ask(question, [], None))
@@ -198,6 +200,7 @@ def test_refusals(
             (["--max_new_tokens=0"], "--max_new_tokens is 0"),
             ([f"--port={port}"], f"cannot listen on 127.0.0.1, port {port}"),
             (["--port=99999"], "--port is 99999"),
+            (["--api_key=file"], "--api_key is for --api"),
             (["--host=no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
         ]:
             assert main([*command, *more]) == 2
@@ -205,6 +208,16 @@ def test_refusals(
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(command) == 2
     assert "pip install '.[serve]'" in capsys.readouterr().err
+
+
+def test_an_ipv6_address_is_printed_in_brackets(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "listen", lambda host, port: listen("127.0.0.1", port))
+    monkeypatch.setattr(serving, "run_server", lambda *_: None)
+    final, vbpe = run_folder / "stage-3" / "final", run_folder / "vbpe"
+    serving.serve(final, vbpe_path=vbpe, api=True, host="::1", port=0, device="cpu")
+    assert capsys.readouterr().out.startswith("http://[::1]:")
 
 
 # ---- in a browser ----
