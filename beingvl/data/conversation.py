@@ -23,6 +23,7 @@ The template `being-vl-0.5` reproduces the published pipeline, for files made wi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,6 +99,11 @@ class TextEncoder:
     def __init__(self, model_folder: Path | str, layout: VocabLayout) -> None:
         self._tokenizer = open_tokenizer(model_folder)
         self._layout = layout
+
+    @cached_property
+    def longest_token(self) -> int:
+        """No token stands for more characters of text."""
+        return max(map(len, self._tokenizer.get_vocab()))
 
     def plain(self, text: str) -> list[int]:
         """Ids of plain text. Raises InputError if it spells a token such as `IMGIMGAAAAAAZ`."""

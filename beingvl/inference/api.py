@@ -80,7 +80,7 @@ class Service:
         self.model, self.back_end, self.name, self.limits = model, back_end, name, limits
         self.started = int(time.time())
         self._with_vbpe = with_vbpe
-        self._looking = threading.Lock()
+        self._reading = threading.Lock()
 
     def read(self, body: bytes) -> tuple[ChatRequest, list[int]]:
         """The parsed request, and its prompt as token ids. Raises ApiError for an invalid one."""
@@ -90,10 +90,10 @@ class Service:
                 raise InputError("the body is not a JSON object")
             self.check_name(fields.get("model"))
             asked = read_chat_request(fields, self.limits.new_tokens)
-            with self._looking:  # one request at a time: pictures are large
+            with self._reading:  # one request at a time: pictures and texts take memory
                 images = open_images(asked.image_urls, self.limits.images)
                 tokens = self.model.img2tok(images, self._with_vbpe) if images else []
-            prompt_ids = self.model.tokenize_with_tokens(asked.turns, tokens)
+                prompt_ids = self.model.tokenize_with_tokens(asked.turns, tokens)
             self.model.check_length(prompt_ids, asked.max_new_tokens)
         except InputError as error:
             field = error.field if isinstance(error, RequestError) else None

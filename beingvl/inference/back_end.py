@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from beingvl.inference.model import BeingVL
+from beingvl.inference.sampling import sampling_options
 from beingvl.inference.streaming import EndsRows, TextPieces
 
 MAX_BATCH = 16
@@ -36,14 +37,7 @@ class Sampling:
 
     def options(self) -> dict[str, Any]:
         """The arguments for transformers' `generate`."""
-        if not self.temperature:
-            return {"do_sample": False}
-        return {
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": 0,
-        }
+        return sampling_options(self.temperature, top_p=self.top_p)
 
 
 class BackEnd(Protocol):

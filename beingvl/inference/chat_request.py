@@ -17,6 +17,7 @@ from beingvl.data.dialects.messages import from_messages
 from beingvl.errors import InputError
 from beingvl.images.decode import decode_image
 from beingvl.inference.back_end import Sampling
+from beingvl.inference.sampling import GREEDY_BELOW
 
 MAX_STOPS = 4
 MAX_TOKENS = ("max_tokens", "max_completion_tokens")
@@ -88,13 +89,15 @@ def _turns_and_images(messages: Any) -> tuple[list[Turn], list[Any]]:
 
 
 def _sampling(body: Mapping[str, Any]) -> Sampling:
-    temperature = _number(body, "temperature", 0, 2)
+    temperature = float(_number(body, "temperature", 0, 2) or 0)
     top_p = _number(body, "top_p", 0, 1)
     seed = _number(body, "seed", -(2**63), 2**63 - 1, whole=True)
     if top_p == 0:
         raise RequestError("top_p", "top_p is 0, expected more than 0; temperature 0 is greedy")
     return Sampling(
-        temperature or 0.0, 1.0 if top_p is None else top_p, None if seed is None else int(seed)
+        0.0 if temperature < GREEDY_BELOW else temperature,
+        1.0 if top_p is None else float(top_p),
+        None if seed is None else int(seed),
     )
 
 

@@ -116,7 +116,8 @@ class Conversations:
         self._stopped.discard(visitor)
         try:
             images = [self.token_ids(path)] if path else []
-            prompt_ids = self._model.tokenize_with_tokens([*turns, (question, None)], images)
+            with self._looking:  # long texts take memory
+                prompt_ids = self._model.tokenize_with_tokens([*turns, (question, None)], images)
             self._model.check_length(prompt_ids, self._max_new_tokens)
             answer, text = Answer(self._model, self._max_new_tokens), ""
             for piece in answer.pieces(self._back_end, prompt_ids, Sampling()):

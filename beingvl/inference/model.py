@@ -59,7 +59,7 @@ from beingvl.inference.draw import FittingTokens, OnlyWholeImages
 from beingvl.inference.hub import fetched, push
 from beingvl.inference.published_calls import SaysWhatReplaces, device_of, missing, positional
 from beingvl.inference.reading import dtype_of, own_device, read_model
-from beingvl.inference.sampling import SAMPLING
+from beingvl.inference.sampling import SAMPLING, sampling_options
 from beingvl.inference.streaming import EndsRows, StopAtText, TextPieces, TextStreamer, cut_at
 from beingvl.model.start_model import context_of, find_start_model
 from beingvl.vbpe.published import LegacyVisualBPE
@@ -314,6 +314,12 @@ class BeingVL(metaclass=SaysWhatReplaces):
             raise InputError("a prompt is empty; write a question")
         if turns[-1][1] is not None or any(answer is None for _, answer in turns[:-1]):
             raise InputError("a chat must have an answer to every question but the last")
+        num_characters = sum(map(len, questions)) + sum(len(answer or "") for _, answer in turns)
+        if self.context and num_characters > self.context * self.encoder.longest_token:
+            raise InputError(  # now, because tokenizing takes 200 times the text's memory
+                f"a prompt of {num_characters:,} characters does not fit the model's context of "
+                f"{self.context} tokens; shorten it"
+            )
         if self._base:
             return self._base.ids(turns, images)
         return build_sequence(turns, images, self.encoder, self.layout, self.template).input_ids
@@ -432,7 +438,7 @@ class BeingVL(metaclass=SaysWhatReplaces):
         self._check_request(
             sequences, max_new_tokens, temperature=temperature, batch_size=batch_size
         )
-        default = _sampling(temperature) if do_sample else {"do_sample": False}
+        default = sampling_options(temperature) if do_sample else {"do_sample": False}
         options = {"streamer": streamer, **default, **sampling}
         spells = [StopAtText(self.decode_text, text) for text in self.stop_texts]
         answers: list[list[int]] = [[]] * len(sequences)
@@ -562,7 +568,7 @@ class BeingVL(metaclass=SaysWhatReplaces):
         self._check_request(sequences, max_new_tokens, temperature=temperature)
         tokens = FittingTokens(vbpe, self.vqgan.grid)
         rule = OnlyWholeImages(tokens, self.layout, len(sequences))
-        options = {"prefix_allowed_tokens_fn": rule, **_sampling(temperature)}
+        options = {"prefix_allowed_tokens_fn": rule, **sampling_options(temperature)}
         placed: Any = nullcontext()
         if self.image_positions == ANCHOR:
             placed = self.model.register_forward_pre_hook(rule.put_at_anchors, with_kwargs=True)
@@ -581,10 +587,6 @@ class BeingVL(metaclass=SaysWhatReplaces):
     @cached_property
     def _tokenizer(self) -> Any:
         return Tokenizer.from_file(str(self.model_path / "tokenizer.json"))
-
-
-def _sampling(temperature: float) -> dict[str, Any]:
-    return {"do_sample": True, "temperature": temperature, "top_k": 0}
 
 
 def _until(token_ids: list[int], stop_ids: Sequence[int]) -> list[int]:

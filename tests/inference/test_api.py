@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -60,18 +61,22 @@ def server(
 ) -> Iterator[tuple[int, Path]]:
     """The port of `beingvl serve --api` in a process of its own, and what it prints."""
     folder, port = tmp_path_factory.mktemp("api"), free_port()
-    (folder / "key").write_text(f"{KEY}\n")
+    key, writable = os.pipe()  # can be read only once
+    os.write(writable, f"{KEY}\n".encode())
+    os.close(writable)
     words = ["serve", "--api", f"--model={run_folder / 'stage-3' / 'final'}", f"--port={port}"]
-    words += [f"--vbpe_path={run_folder / 'vbpe'}", "--device=cpu", f"--api_key={folder / 'key'}"]
+    words += [f"--vbpe_path={run_folder / 'vbpe'}", "--device=cpu", "--api_key=/dev/stdin"]
     words += ["--max_images=2", "--max_upload_megabytes=1", "--max_new_tokens=30"]
     with open(folder / "log", "w") as log:
         started = subprocess.Popen(
             [*PYTHON, "-m", "beingvl", *words],
             env=ENVIRONMENT,
+            stdin=key,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
         )
+    os.close(key)
     assert started.stdout is not None
     line = started.stdout.readline()
     assert f"http://127.0.0.1:{port}/v1 " in line, (folder / "log").read_text()
@@ -191,6 +196,8 @@ def test_stops_and_lengths(server: tuple[int, Path]) -> None:
         assert done.choices[0].finish_reason == "length" and done.usage.completion_tokens == 3
     drawn = {ask(port, messages, temperature=1.5, top_p=0.9, seed=3) for _ in range(3)}
     assert len(drawn) == 1 and drawn != {whole}
+    drawn = {ask(port, messages, temperature=number, seed=3) for number in (2, 2.0)}
+    assert len(drawn) == 1 and ask(port, messages, temperature=1e-40) == whole
 
 
 def test_errors_are_those_of_openai(server: tuple[int, Path], images: list[Path]) -> None:

@@ -160,6 +160,17 @@ def test_sampling_is_a_function_of_the_seed(model: BeingVL) -> None:
     assert answers[0] == answers[1] != answers[2]
 
 
+def test_whole_and_tiny_temperatures(model: BeingVL) -> None:
+    prompts = random_prompts(4)
+
+    def answers(**options: object) -> list[list[int]]:
+        torch.manual_seed(1)
+        return model.continue_token_sequences(prompts, 8, **options)
+
+    assert answers(do_sample=True, temperature=2) == answers(do_sample=True, temperature=2.0)
+    assert answers(do_sample=True, temperature=1e-40) == answers()
+
+
 def test_the_base_models_generation_defaults_do_not_reach_answers(
     copied_model: Path, model: BeingVL
 ) -> None:
@@ -332,6 +343,7 @@ def test_what_cannot_be_asked_is_refused(
         ((["<image> hi"],), "more <image> placeholders than images"),
         ((["IMGIMGAAAAAAZ"],), "spells the reserved token"),
         ((["long " * 200],), "do not fit the model's context of 512"),
+        ((["long " * 4000],), "19,999 characters does not fit the model's context of 512 tokens"),
         ((["hi"], None, 0), "max_new_tokens is 0"),
     ]:
         with pytest.raises(InputError, match=message):
