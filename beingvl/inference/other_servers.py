@@ -7,9 +7,10 @@ stream token ids back.
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import Any
 from urllib.parse import urlsplit
@@ -87,29 +88,43 @@ class ServerBackEnd:
             )
         self._words, self._model = SERVERS[name], model
         self._url = (url or self._words.url).rstrip("/")
-        parts = urlsplit(self._url)
-        if parts.scheme != "http" or not parts.hostname:
-            raise InputError(f"--backend_url is {self._url}, expected http://HOST:PORT")
-        self._address, self._prefix = parts.netloc, parts.path
-        with closing(self._connect()) as connection:
-            models = json.load(self._ask(connection, "GET", "/v1/models"))
-        self.served = str(models["data"][0]["id"])
-        """The name of the server's model."""
+        if "@" in self._url or "?" in self._url:  # perhaps a password: do not print it
+            raise InputError("--backend_url has a user or a query, expected http://HOST:PORT")
+        try:
+            parts = urlsplit(self._url)
+            if parts.scheme != "http" or not parts.hostname:
+                raise InputError(f"--backend_url is {self._url}, expected http://HOST:PORT")
+            self._address, self._prefix = parts.netloc, parts.path
+            with closing(self._connect()) as connection:
+                models = json.load(self._ask(connection, "GET", "/v1/models"))
+            self.served = str(models["data"][0]["id"])
+            """The name of the server's model."""
+        except InputError:
+            raise
+        except (ValueError, LookupError, TypeError, OSError, HTTPException) as error:
+            raise InputError(
+                f"--backend_url is {self._url}, where /v1/models names no model "
+                f"({type(error).__name__}: {error}); expected http://HOST:PORT of {name}"
+            ) from error
 
     def answer(
         self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling
     ) -> Generator[list[int] | int, None, None]:
         """As `BackEnd.answer`; the length of the server's queue is unknown, so it yields 0."""
-        row = Row(prompt_ids, max_new_tokens, sampling)
-        threading.Thread(target=self._hand_out, args=[row], daemon=True).start()
+        row, connection = Row(prompt_ids, max_new_tokens, sampling), self._connect()
+        link = connection.sock
+        link.settimeout(None)  # a request may wait in the queue for long
+        threading.Thread(target=self._hand_out, args=[row, connection], daemon=True).start()
         try:
             yield from row.pieces(lambda: 0)
         finally:
             row.is_over = True
+            with suppress(OSError):  # closed already; else this wakes the thread
+                link.shutdown(socket.SHUT_RDWR)
 
-    def _hand_out(self, row: Row) -> None:
+    def _hand_out(self, row: Row, connection: HTTPConnection) -> None:
         try:
-            with closing(self._connect()) as connection:  # closing it ends the work on the server
+            with closing(connection):  # closing it ends the work on the server
                 events = self._events(connection, row)
                 for new_ids in self._words.new_ids(events, self._model):
                     for token in new_ids:
@@ -153,7 +168,6 @@ class ServerBackEnd:
             raise InputError(
                 f"{self._url} does not answer ({error}); is the server running?"
             ) from error
-        connection.sock.settimeout(None)  # a request may wait in the queue for long
         return connection
 
     def _ask(
@@ -164,7 +178,7 @@ class ServerBackEnd:
             connection.request(method, self._prefix + path, body, head)
             response = connection.getresponse()
         except (OSError, HTTPException) as error:
-            raise InputError(f"{self._url} closed the connection ({error})") from error
+            raise InputError(f"{self._url} broke the connection off ({error})") from error
         if response.status != 200:
             refusal = response.read(300).decode(errors="replace")
             raise InputError(f"{self._url} refused the request: {refusal}")

@@ -5,10 +5,11 @@ what goes wrong. llama.cpp's server itself is slow to install.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -21,9 +22,11 @@ import pytest
 from beingvl.artefact.manifest import MANIFEST_FILE, read_manifest, write_manifest
 from beingvl.commands.main import main
 from beingvl.errors import InputError
+from beingvl.inference import other_servers
 from beingvl.inference.back_end import Answer, Sampling
 from beingvl.inference.model import BeingVL
 from beingvl.inference.other_servers import ServerBackEnd
+from beingvl.inference.serve import listen
 from tests.environments import own_environment
 from tests.inference.published_template import taught_to_say
 from tests.launcher import free_port
@@ -38,29 +41,37 @@ def model(run_folder: Path) -> BeingVL:
 
 
 @contextmanager
-def replay(events: list[Any], status: int = 200, is_whole: bool = True) -> Iterator[tuple]:
-    """A server that says these events to everybody, and what it was asked."""
+def replay(
+    events: list[Any],
+    status: int = 200,
+    is_whole: bool = True,
+    models: bytes = b'{"data": [{"id": "theirs"}]}',
+    before: Callable[[], object] = int,
+) -> Iterator[tuple]:
+    """A server that says these events to everybody, after `before`, and what it was asked."""
     asked: Asked = []
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self._say(200, [{"data": [{"id": "theirs"}]}], True, b"%s")
+            self._say(200, [models], True, b"%s")
 
         def do_POST(self) -> None:
             asked.append({"path": self.path, **json.loads(self.rfile.read(self._length()))})
-            self._say(status, events, is_whole, b"data: %s\n\n")
+            before()
+            told = [json.dumps(event).encode() for event in events]
+            self._say(status, told, is_whole, b"data: %s\n\n")
 
         def _length(self) -> int:
             return int(self.headers["Content-Length"])
 
-        def _say(self, status: int, parts: list[Any], is_whole: bool, form: bytes) -> None:
+        def _say(self, status: int, parts: list[bytes], is_whole: bool, form: bytes) -> None:
             self.send_response(status)
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
             for part in parts:
-                data = form % json.dumps(part).encode()
+                data = form % part
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
             if is_whole:
                 self.wfile.write(b"e\r\ndata: [DONE]\n\n\r\n" * form.startswith(b"data"))
@@ -129,6 +140,59 @@ def test_what_goes_wrong_there_is_said(model: BeingVL) -> None:
                 new_ids(back_end, Sampling())
     with pytest.raises(InputError, match=r"closed the connection|does not answer"):
         new_ids(back_end, Sampling())
+
+
+@pytest.mark.parametrize("models", [b"<html>", b"{}", b'{"data": []}', b"[1]", b"null"])
+def test_a_server_of_another_kind_is_said(model: BeingVL, models: bytes) -> None:
+    with (
+        replay([], models=models) as (url, _),
+        pytest.raises(InputError, match=f"--backend_url is {url}, where /v1/models names no model"),
+    ):
+        ServerBackEnd("vllm", url, model, True)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:abc", "http://[::1"])
+def test_an_address_that_is_none_is_said(model: BeingVL, url: str) -> None:
+    with pytest.raises(InputError, match=f"--backend_url is {re.escape(url)}, "):
+        ServerBackEnd("vllm", url, model, True)
+
+
+@pytest.mark.parametrize("url", ["http://me:secret@host", "ftp://secret@host", "http://h?k=secret"])
+def test_no_password_of_an_address_is_printed(model: BeingVL, url: str) -> None:
+    with pytest.raises(InputError, match="has a user or a query, expected") as error:
+        ServerBackEnd("vllm", url, model, True)
+    assert "secret" not in str(error.value)
+
+
+def test_a_server_that_accepts_and_is_silent_is_not_waited_for(
+    model: BeingVL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(other_servers, "CONNECT_SECONDS", 0.2)
+    with (
+        listen("127.0.0.1", 0) as silent,
+        pytest.raises(InputError, match=r"broke the connection off \(timed out\)"),
+    ):
+        ServerBackEnd("vllm", f"http://127.0.0.1:{silent.getsockname()[1]}", model, True)
+
+
+def test_nothing_stays_of_a_reader_who_left_before_the_first_token(model: BeingVL) -> None:
+    is_asked, may_answer = threading.Event(), threading.Event()
+
+    def before() -> None:
+        is_asked.set()
+        may_answer.wait(30)
+
+    def readers() -> set[threading.Thread]:
+        return {one for one in threading.enumerate() if "_hand_out" in one.name}
+
+    with replay([by_vllm(1)], before=before) as (url, _):
+        pieces = ServerBackEnd("vllm", url, model, True).answer([256], 9, Sampling())
+        assert next(pieces) == 0 and is_asked.wait(10)
+        [reader] = readers()
+        pieces.close()
+        reader.join(10)
+        assert not reader.is_alive()
+        may_answer.set()
 
 
 def test_refusals_at_the_start(
