@@ -13,6 +13,7 @@ from beingvl.errors import InputError
 from beingvl.inference.asked import check_names
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+PUSH_OPTIONS = ("token", "revision", "commit_message", "commit_description", "create_pr")
 
 
 def fetched(name: Path | str, options: Mapping[str, Any], others: Sequence[str] = ()) -> Path:
@@ -22,16 +23,19 @@ def fetched(name: Path | str, options: Mapping[str, Any], others: Sequence[str] 
     check_names("from_pretrained", options, (*others, *HUB_OPTIONS))
     if Path(name).is_dir():
         return Path(name)
-    with _about(str(name)):
+    with _about(f"{name} is neither a folder here nor reachable on the Hub"):
         return Path(snapshot_download(str(name), **options))
 
 
 def push(
     folder: Path, repo_id: str, extra: Path | None, private: bool | None, **options: Any
 ) -> str:
-    """Upload a finished folder, and the file `extra` beside it; returns the URL."""
+    """Upload a finished folder, and the file `extra` beside it; returns the URL. Raises InputError
+    for an option that is not in PUSH_OPTIONS.
+    """
+    check_names("push_to_hub", options, PUSH_OPTIONS)
     api = HfApi(token=options.pop("token", None))
-    with _about(repo_id):
+    with _about(f"{folder} cannot be uploaded to {repo_id}"):
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=["*.tmp"], **options)
         if extra:
@@ -42,11 +46,9 @@ def push(
 
 
 @contextmanager
-def _about(name: str) -> Iterator[None]:
+def _about(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # also those of its HTTP library
         reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"{name} is neither a folder here nor reachable on the Hub ({reason})"
-        ) from error
+        raise InputError(f"{what} ({reason})") from error

@@ -87,9 +87,9 @@ def test_a_model_is_pushed_with_its_vbpe(
     expected = {path.relative_to(final).as_posix(): path.read_bytes() for path in files}
     expected["vbpe.json"] = (run_folder / "vbpe" / "vbpe.json").read_bytes()
     assert hub.files == expected and hub.tokens == {"Bearer hf_secret"}
-    with pytest.raises(
-        InputError, match="he/large is neither a folder here nor reachable"
-    ) as error:
+    with pytest.raises(InputError, match="final cannot be uploaded to he/large") as error:
         model.push_to_hub("he/large", token="hf_secret")
+    with pytest.raises(InputError, match=r"'commit_mesage' is not an option .*'commit_message'"):
+        model.push_to_hub("me/small", commit_mesage="hi")
     said = capsys.readouterr()
     assert "hf_secret" not in str(error.value) + said.out + said.err
