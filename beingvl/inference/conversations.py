@@ -51,7 +51,7 @@ class Conversations:
         self._looking = threading.Lock()
         self._token_ids: OrderedDict[str, np.ndarray] = OrderedDict()
         self._num_asked = 0
-        self._stopped: set[str] = set()
+        self._is_stopped: dict[str, bool] = {}  # of the visitors with a growing answer
 
     def facts(self) -> str:
         """The model's properties, in one line."""
@@ -113,7 +113,7 @@ class Conversations:
         if self._num_asked >= MAX_WAITING:
             raise InputError("too many questions are waiting; ask again in a moment")
         self._num_asked += 1
-        self._stopped.discard(visitor)
+        self._is_stopped[visitor] = False
         try:
             images = [self.token_ids(path)] if path else []
             with self._looking:  # long texts take memory
@@ -121,7 +121,7 @@ class Conversations:
             self._model.check_length(prompt_ids, self._max_new_tokens)
             answer, text = Answer(self._model, self._max_new_tokens), ""
             for piece in answer.pieces(self._back_end, prompt_ids, Sampling()):
-                if visitor in self._stopped:
+                if self._is_stopped.get(visitor):
                     break
                 if isinstance(piece, int):
                     yield Progress(text, piece)
@@ -130,10 +130,12 @@ class Conversations:
                     yield Progress(text)
         finally:
             self._num_asked -= 1
+            self._is_stopped.pop(visitor, None)
 
     def stop(self, visitor: str) -> None:
         """End the answer that a visitor is waiting for."""
-        self._stopped.add(visitor)
+        if visitor in self._is_stopped:
+            self._is_stopped[visitor] = True
 
 
 def refuse_other_files(data: Any, uploads: Path) -> None:

@@ -120,6 +120,10 @@ def test_a_visitor_waits_is_told_his_place_and_may_stop(
     monkeypatch.setattr("beingvl.inference.conversations.MAX_WAITING", 2)
     with pytest.raises(InputError, match="too many questions are waiting"):
         list(page.ask("hi", [], None))
+    page.stop("nobody")
+    for other in others:
+        other.close()
+    assert not page._is_stopped
 
 
 def test_a_published_vbpe_shows_no_borders(run_folder: Path) -> None:
