@@ -16,12 +16,13 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 import anyio
+import numpy as np
 from anyio.to_thread import run_sync
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -91,14 +92,21 @@ class Service:
             self.check_name(fields.get("model"))
             asked = read_chat_request(fields, self.limits.new_tokens)
             with self._reading:  # one request at a time: pictures and texts take memory
-                images = open_images(asked.image_urls, self.limits.images)
-                tokens = self.model.img2tok(images, self._with_vbpe) if images else []
+                tokens = self._image_tokens(asked.image_urls)
                 prompt_ids = self.model.tokenize_with_tokens(asked.turns, tokens)
             self.model.check_length(prompt_ids, asked.max_new_tokens)
         except InputError as error:
             field = error.field if isinstance(error, RequestError) else None
             raise ApiError(400, str(error), "invalid_value", field) from error
         return asked, prompt_ids
+
+    def _image_tokens(self, image_urls: Sequence[Any]) -> list[np.ndarray]:
+        vqgan = self.model.vqgan
+        cropped = open_images(image_urls, self.limits.images, vqgan.preprocessing)
+        if not cropped:
+            return []
+        codes = vqgan.encode(vqgan.preprocessing.to_pixels(cropped))
+        return self.model.codes2tok(codes, self._with_vbpe)
 
     def check_name(self, name: Any) -> None:
         """Raises ApiError for a different model name."""

@@ -6,16 +6,18 @@ Pictures come inside the request, as `data:` URLs. No address is fetched and no 
 from __future__ import annotations
 
 import base64
-import binascii
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from beingvl.data.conversation import Turn, parse_conversation
 from beingvl.data.dialects.messages import from_messages
 from beingvl.errors import InputError
 from beingvl.images.decode import decode_image
+from beingvl.images.preprocess import Preprocess
 from beingvl.inference.back_end import Sampling
 from beingvl.inference.sampling import GREEDY_BELOW
 
@@ -80,12 +82,23 @@ def read_chat_request(body: Mapping[str, Any], max_new_tokens: int) -> ChatReque
 def _turns_and_images(messages: Any) -> tuple[list[Turn], list[Any]]:
     try:
         row = from_messages({"messages": messages})
+        _check_roles(messages, [entry["from"] for entry in row["conversations"]])
         waiting = {"from": "gpt", "value": "the answer"}
         *turns, (question, _) = parse_conversation([*row["conversations"], waiting])
     except InputError as error:
         raise RequestError("messages", str(error).replace("conversations", "messages")) from error
     images = row["image"] if isinstance(row["image"], list) else [row["image"]]
     return [*turns, (question, None)], [image for image in images if image is not None]
+
+
+def _check_roles(messages: Sequence[Mapping[str, Any]], roles: list[str]) -> None:
+    asked = roles[1:] if roles[:1] == ["system"] else roles
+    if asked != ["human", *["gpt", "human"] * (len(asked) // 2)]:
+        found = ", ".join(message["role"] for message in messages)[:100] or "nobody"
+        raise InputError(
+            f"messages are from {found}; expected user, assistant, …, user, after at most one from "
+            "system"
+        )
 
 
 def _sampling(body: Mapping[str, Any]) -> Sampling:
@@ -121,17 +134,23 @@ def _stops(stop: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def open_images(image_urls: Sequence[Any], max_images: int) -> list[Any]:
-    """The decoded pictures. Raises RequestError for too many, for addresses and paths, and for data
-    that is not a picture.
+def open_images(
+    image_urls: Sequence[Any], max_images: int, preprocessing: Preprocess
+) -> list[np.ndarray]:
+    """The pictures, each decoded and cropped, so that only one is large at a time: `[3, H, W]`
+    uint8. Raises RequestError for too many, for addresses and paths, and for data that is not a
+    picture.
     """
     if len(image_urls) > max_images:
         found = f"{len(image_urls)} images in one request, expected at most {max_images}"
         raise RequestError("messages", found)
-    return [_open_image(url, f"image {number}") for number, url in enumerate(image_urls, 1)]
+    return [
+        _open_image(url, f"image {number}", preprocessing)
+        for number, url in enumerate(image_urls, 1)
+    ]
 
 
-def _open_image(url: Any, name: str) -> Any:
+def _open_image(url: Any, name: str, preprocessing: Preprocess) -> np.ndarray:
     head, comma, data = url.partition(",") if isinstance(url, str) else ("", "", "")
     if not (head.startswith("data:") and head.endswith(";base64") and comma):
         raise RequestError(
@@ -140,8 +159,8 @@ def _open_image(url: Any, name: str) -> Any:
             "paths are not opened",
         )
     try:
-        return decode_image(base64.b64decode(data, validate=True), name)
-    except binascii.Error as error:
-        raise RequestError("messages", f"{name} is not base64 ({error})") from error
+        return preprocessing.crop(decode_image(base64.b64decode(data, validate=True), name), name)
     except InputError as error:
         raise RequestError("messages", str(error)) from error
+    except ValueError as error:  # from b64decode
+        raise RequestError("messages", f"{name} is not base64 ({error})") from error

@@ -293,6 +293,10 @@ MALFORMED = {
     "sharegpt of DPO": (ANSWERED | {"rejected": ANSWERED["conversations"][1]}, "'rejected', a pre"),
     "alpaca": ({"instruction": "hi", "output": ["ok"]}, "output has no text"),
     "messages": ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "'audio'"),
+    "messages of one picture less": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}] * 2}], "images": ["a.png"]},
+        "messages[0] has an image part without a picture, in it or left in `images`",
+    ),
     "texts": ({"texts": [{"user": "hi", "assistant": "ok"}], "videos": ["a.mp4"]}, "has videos"),
     "caption": ({"caption": "no picture"}, "expected image and caption"),
 }

@@ -5,12 +5,14 @@ keeps to its limits, its key and this machine.
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ import openai
 import psutil
 import pytest
 import uvicorn
+from PIL import Image
 
 from beingvl.commands.main import main
 from beingvl.data.conversation import TextEncoder, build_sequence
@@ -102,7 +105,7 @@ def shown(image: Path) -> dict:
 
 def attached(image: Path) -> dict:
     url = shown(image)["image_url"]["url"]
-    return {"type": "file", "file": {"filename": image.name, "file_data": url}}
+    return {"type": "file", "file": {"filename": image.name, "file_id": None, "file_data": url}}
 
 
 def said(text: str) -> dict:
@@ -225,13 +228,26 @@ def test_errors_are_those_of_openai(server: tuple[int, Path], images: list[Path]
     damaged = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGFsbG8="}}
     stored = {"type": "file", "file": {"file_id": "file-1"}}
     paper = {"type": "file", "file": {"file_data": "data:application/pdf;base64,JVBERi0xLjQK"}}
+    strange = {"type": "image_url", "image_url": {"url": "data:image/png;base64,\N{EURO SIGN}"}}
+    nowhere = {"type": "image_url", "image_url": {"url": None}}
+    hi, ho = user(said("hi")), {"role": "assistant", "content": "ho"}
+    system = {"role": "system", "content": "Be brief."}
+    for messages, found in [
+        ([], "nobody"),
+        ([hi, ho], "user, assistant"),
+        ([system], "system"),
+        ([hi, hi], "user, user"),
+        ([hi, system, hi], "user, system, user"),
+    ]:
+        bad.append((messages, {}, "messages", f"messages are from {found}; expected user, assist"))
     bad += [
         ([user(stored, said("hi"))], {}, "messages", "has a `file_id`, but no files are stored"),
         ([user(paper, said("hi"))], {}, "messages", "image 1 cannot be read as an image"),
         ([user(damaged, said("hi"))], {}, "messages", "image 1 cannot be read as an image"),
         ([user(*[picture] * 3, said("hi"))], {}, "messages", "3 images in one request, expected"),
-        ([], {}, "messages", "messages"),
-        ([user(said("hi")), user(said("ho"))], {}, "messages", "expected pairs of|expected 'gpt'"),
+        ([user(strange, said("hi"))], {}, "messages", "image 1 is not base64"),
+        ([user({"type": "image"})], {}, "messages", r"messages\[0\] has an image part without a p"),
+        ([user(nowhere)], {}, "messages", r"messages\[0\] has an image part without a picture, in"),
         ([user(said("hi"))], {"n": 2}, "n", "n is 2, which is not supported"),
         ([user(said("hi"))], {"temperature": 3}, "temperature", "expected a number from 0 to 2"),
         ([user(said("hi"))], {"max_tokens": 0}, "max_tokens", "expected an integer at least 1"),
@@ -390,6 +406,28 @@ def test_a_model_of_the_published_template_is_asked_and_stops_in_it(
     assert whole.choices[0].message.content == "yep" and whole.choices[0].finish_reason == "stop"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "yep"
     assert whole.usage == last.usage and whole.usage.completion_tokens == len("yep</s>")
+
+
+def test_one_picture_is_large_at_a_time(model: BeingVL) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (99, 99)).save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    picture = {"type": "image_url", "image_url": {"url": url}}
+    body = json.dumps({"model": NAME, "messages": [user(*[picture, said("hi")] * 3)]}).encode()
+    open_: list[weakref.ref] = []
+
+    def crop(image: Image.Image, name: str) -> Any:
+        assert not any(earlier() for earlier in open_), "an earlier picture is still there"
+        open_.append(weakref.ref(image))
+        return real(image, name)
+
+    service = Service(model, TransformersBackEnd(model), True, NAME, Limits())
+    preprocessing = model.vqgan.preprocessing
+    real = preprocessing.crop
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocessing, "crop", crop)
+        service.read(body)
+    assert len(open_) == 3
 
 
 def test_a_failure_reaches_the_reader_and_the_next_one_is_answered(model: BeingVL) -> None:

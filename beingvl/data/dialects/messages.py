@@ -4,7 +4,7 @@
     {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": …}]}, …],
      "images": ["a.png"]}
     … {"type": "image", "image": "a.png"} or {"type": "image_url", "image_url": {"url": "a.png"}}
-    … or {"type": "file", "file": {"file_data": "data:image/png;base64,…"}}
+    … or, in requests to the API, {"type": "file", "file": {"file_data": "data:image/png;base64,…"}}
 
 An image part without a picture takes the next one of `images`. Some datasets store a part's content
 under `content` or `value`, whatever its type.
@@ -63,14 +63,14 @@ def _text_of(parts: list[Any], where: str, waiting: list[Any], images: list[Any]
 
 def _image_of(part: Mapping[str, Any], where: str, waiting: list[Any]) -> Any:
     found = _first_of(part, IMAGE_KEYS)
-    if isinstance(found, Mapping) and "file_id" in found:
-        raise InputError(f"{where} has a `file_id`, but no files are stored; give `file_data`")
     if isinstance(found, Mapping):
+        if found.get("file_id") is not None:
+            raise InputError(f"{where} has a `file_id`, but no files are stored; give the picture")
         found = found.get("url", found.get("file_data", found))
     if found is not None:
         return found
     if not waiting:
-        raise InputError(f"{where} has more images than the row's `images`")
+        raise InputError(f"{where} has an image part without a picture, in it or left in `images`")
     return waiting.pop(0)
 
 
