@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from beingvl.data.conversation import Turn
 from beingvl.errors import InputError
 
 Prompt = str | Sequence[Turn]
+"""A question, or a chat: (question, answer) pairs whose last answer is None."""
 Prompts = Sequence[Prompt]
 Images = Sequence[Any] | None
-"""A question, or a chat: (question, answer) pairs whose last answer is None."""
 
 
 def turns_of(prompt: Prompt) -> list[Turn]:
@@ -44,10 +45,47 @@ def images_of_entry(entry: Any) -> list[Any]:
     return [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
 
 
+def pairs_of(prompts: Prompts, images: Images) -> list[tuple[Prompt, list[Any]]]:
+    """Every prompt with its images. Raises InputError for a single prompt or image where a list is
+    expected, and for lists of different lengths.
+    """
+    if isinstance(prompts, str):
+        raise InputError("prompts is one string, expected a list of prompts")
+    refuse_one_image(images)
+    entries = [None] * len(prompts) if images is None else images
+    if len(entries) != len(prompts):
+        found = f"{len(prompts)} prompts and {len(entries)} images"
+        raise InputError(f"{found}; expected one entry (or None) per prompt")
+    return list(zip(prompts, map(images_of_entry, entries), strict=True))
+
+
 def refuse_one_image(images: Any) -> None:
     """Raises InputError for a single path or PIL image where a list is expected."""
     if isinstance(images, (str, os.PathLike)) or hasattr(images, "convert"):
         raise InputError(f"images is one image ({str(images)[:60]}), expected a list of images")
+
+
+def one_of(**same: Any) -> Any:
+    """The value of options that mean the same, or None. Raises InputError if they contradict each
+    other.
+    """
+    given = {name: value for name, value in same.items() if value is not None}
+    if len({str(value).removeprefix("torch.") for value in given.values()}) > 1:
+        found = " and ".join(f"{name} is {value}" for name, value in given.items())
+        raise InputError(f"{found}, but they mean the same; give one of them")
+    return next(iter(given.values()), None)
+
+
+def check_positive(**values: Any) -> None:
+    """Raises InputError for a value that is not a number above 0, which only `temperature` need
+    not be whole.
+    """
+    for name, value in values.items():
+        is_real = name == "temperature"
+        is_number = isinstance(value, Real if is_real else Integral) and not isinstance(value, bool)
+        if not is_number or not value > 0:
+            expected = "a number" if is_real else "an integer"
+            raise InputError(f"{name} is {value!r}, expected {expected} above 0")
 
 
 def check_names(what: str, given: Iterable[str], known: Sequence[str]) -> None:

@@ -48,8 +48,11 @@ from beingvl.inference.asked import (
     Prompt,
     Prompts,
     check_names,
+    check_positive,
     images_of_entry,
     is_one_prompt,
+    one_of,
+    pairs_of,
     refuse_one_image,
     turns_of,
 )
@@ -128,9 +131,11 @@ class BeingVL(metaclass=SaysWhatReplaces):
         `torch_dtype` are the same, and a `device_map` names one device.
         """
         others = ("vbpe_path", "template", "dtype", "torch_dtype", "device", "device_map")
+        dtype = one_of(dtype=dtype, torch_dtype=torch_dtype)
+        device = one_of(device=device, device_map=device_of(device_map))
         folder = fetched(name, hub, others)
         model = cls(folder, vbpe_path, template=template, device_map=device_map)
-        return model.load_model(dtype or torch_dtype, device)
+        return model.load_model(dtype, device)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, **hub: Any) -> str:
         """Upload the model folder, with the vBPE in use, to the Hub; returns the URL. `hub`: token,
@@ -380,19 +385,12 @@ class BeingVL(metaclass=SaysWhatReplaces):
         self, prompts: Prompts, images: Images, with_vbpe: bool | None
     ) -> list[list[int]]:
         """The ids of every prompt; all images are encoded together."""
-        if isinstance(prompts, str):
-            raise InputError("prompts is one string, expected a list of prompts")
-        refuse_one_image(images)
-        images = [None] * len(prompts) if images is None else images
-        if len(images) != len(prompts):
-            found = f"{len(prompts)} prompts and {len(images)} images"
-            raise InputError(f"{found}; expected one entry (or None) per prompt")
-        images_of = [images_of_entry(entry) for entry in images]
-        together = [image for entry in images_of for image in entry]
+        pairs = pairs_of(prompts, images)
+        together = [image for _, own in pairs for image in own]
         tokens = iter(self.img2tok(together, with_vbpe) if together else [])
         return [
-            self.tokenize_with_tokens(prompt, list(itertools.islice(tokens, len(entry))))
-            for prompt, entry in zip(prompts, images_of, strict=True)
+            self.tokenize_with_tokens(prompt, list(itertools.islice(tokens, len(own))))
+            for prompt, own in pairs
         ]
 
     def answer_token_sequences(
@@ -435,9 +433,9 @@ class BeingVL(metaclass=SaysWhatReplaces):
         `sampling`: transformers' options, such as `top_p=0.9`; `SAMPLING` lists them.
         """
         check_names("generation", sampling, SAMPLING)
-        self._check_request(
-            sequences, max_new_tokens, temperature=temperature, batch_size=batch_size
-        )
+        num_beams = sampling.get("num_beams", 1)
+        check_positive(temperature=temperature, batch_size=batch_size, num_beams=num_beams)
+        self._check_lengths(sequences, max_new_tokens)
         default = sampling_options(temperature) if do_sample else {"do_sample": False}
         options = {"streamer": streamer, **default, **sampling}
         spells = [StopAtText(self.decode_text, text) for text in self.stop_texts]
@@ -458,13 +456,11 @@ class BeingVL(metaclass=SaysWhatReplaces):
                 on_batch(batch, [answers[index] for index in batch])
         return answers
 
-    def _check_request(
-        self, sequences: Sequence[Sequence[int]], max_new_tokens: int, **sizes: float
-    ) -> None:
-        for name, value in {"max_new_tokens": max_new_tokens, **sizes}.items():
-            if not value > 0:
-                raise InputError(f"{name} is {value}, expected more than 0")
+    def _check_lengths(self, sequences: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        check_positive(max_new_tokens=max_new_tokens)
         for sequence in sequences:
+            if not len(sequence):
+                raise InputError("a prompt has no token ids, expected at least one")
             self.check_length(sequence, max_new_tokens)
 
     def check_length(self, token_ids: Sequence[int], max_new_tokens: int) -> None:
@@ -544,8 +540,8 @@ class BeingVL(metaclass=SaysWhatReplaces):
 
     def draw(
         self,
-        prompts: Sequence[str] = ("",),
-        images: Sequence[Any] | None = None,
+        prompts: Prompts = ("",),
+        images: Images = None,
         with_vbpe: bool | None = None,
         temperature: float = 1.0,
     ) -> list[np.ndarray]:
@@ -559,13 +555,11 @@ class BeingVL(metaclass=SaysWhatReplaces):
         vbpe = self._given_vbpe() if with_vbpe else self._without_merges
         if not isinstance(vbpe, VisualBPE):
             raise InputError(f"{vbpe.source} is published: its tokens have no fixed shape to draw")
-        images = [None] * len(prompts) if images is None else images
-        sequences = [
-            self._before_drawing(*pair, with_vbpe) for pair in zip(prompts, images, strict=True)
-        ]
+        sequences = [self._before_drawing(*pair, with_vbpe) for pair in pairs_of(prompts, images)]
         height, width = self.vqgan.grid
         max_new_tokens = height * width + 1  # one token per cell, and the end
-        self._check_request(sequences, max_new_tokens, temperature=temperature)
+        check_positive(temperature=temperature)
+        self._check_lengths(sequences, max_new_tokens)
         tokens = FittingTokens(vbpe, self.vqgan.grid)
         rule = OnlyWholeImages(tokens, self.layout, len(sequences))
         options = {"prefix_allowed_tokens_fn": rule, **sampling_options(temperature)}
@@ -576,10 +570,10 @@ class BeingVL(metaclass=SaysWhatReplaces):
             rows = self.continue_batch(sequences, max_new_tokens, [self.layout.eoi_id], options)
         return [np.array(_until(row, [self.layout.eoi_id]), np.int32) for row in rows]
 
-    def _before_drawing(self, prompt: str, image: Any, with_vbpe: bool) -> list[int]:
-        if not prompt.strip() and image is None:
+    def _before_drawing(self, prompt: Prompt, images: list[Any], with_vbpe: bool) -> list[int]:
+        if isinstance(prompt, str) and not prompt.strip() and not images:
             return [self.layout.bos_id, self.layout.boi_id]
-        ids = self.tokenize(prompt, image, with_vbpe)
+        ids = self.tokenize(prompt, images, with_vbpe)
         if ids[-1] == self.layout.sep_id:  # begin-of-image replaces it
             ids.pop()
         return [*ids, self.layout.boi_id]

@@ -22,11 +22,13 @@ from transformers.processing_utils import ProcessorMixin
 from beingvl.data.conversation import IMAGE_PLACEHOLDER
 from beingvl.data.made_with import RUNNING
 from beingvl.errors import InputError
+from beingvl.inference.asked import check_names
 from beingvl.inference.base_prompts import with_images
 from beingvl.inference.hub import HUB_OPTIONS, fetched
 from beingvl.inference.model import BeingVL
 
 OF_AUTO = ("_from_auto", "trust_remote_code", "use_fast")  # AutoProcessor passes them on
+ALWAYS = ("padding", "add_special_tokens")  # apply_chat_template's; always padded, never added
 
 
 class BeingVLProcessor(ProcessorMixin):
@@ -67,7 +69,10 @@ class BeingVLProcessor(ProcessorMixin):
 
         `text`: output of the chat template, or questions. `images`: for one text its images, for
         several texts a list for each. Raises InputError if images and placeholders do not match.
+        `options` that are in ALWAYS are ignored, others refused.
         """
+        given = [name for name, value in options.items() if value is not None]
+        check_names("the processor", given, ("images", "text", "return_tensors", *ALWAYS))
         texts = [text] if isinstance(text, str) else list(text or [])
         images_of = _images_of(images, len(texts), isinstance(text, str))
         tokens = iter(self.being.img2tok([image for own in images_of for image in own]))
@@ -78,7 +83,7 @@ class BeingVLProcessor(ProcessorMixin):
             rows.append(with_images(ids, [next(tokens) for _ in own], self.being.layout))
         padded = self.tokenizer.pad({"input_ids": rows})
         if self.being.image_positions != RUNNING:  # stock models count along the sequence
-            width = len(padded["input_ids"][0])
+            width = max(map(len, rows), default=0)
             padded["position_ids"] = [
                 [0] * (width - len(ids)) + self.being.position_ids(ids).tolist() for ids in rows
             ]

@@ -60,10 +60,10 @@ def test_a_drawing_is_a_function_of_the_seed_and_may_follow_images(
 def test_an_empty_prompt_begins_as_a_training_sample_does(model: BeingVL, run_folder: Path) -> None:
     image = run_folder / "data" / "images" / "test" / "0000.png"
     sample = model.tokenize("hi", image)
-    assert model._before_drawing("", None, True) == sample[:2]
+    assert model._before_drawing("", [], True) == sample[:2]
     two = model.tokenize("<image>hi<image>", [image, image])
     first = len(model.img2tok([image])[0]) + 3
-    assert model._before_drawing("hi", image, True) == [*two[: first + 2], LAYOUT.boi_id]
+    assert model._before_drawing("hi", [image], True) == [*two[: first + 2], LAYOUT.boi_id]
 
 
 @settings(max_examples=60, deadline=None)
@@ -134,5 +134,13 @@ def test_refusals(
     without.vbpe = LegacyVisualBPE(16, np.array([[1, 2]]))
     with pytest.raises(InputError, match="no fixed shape"):
         without.draw()
-    with pytest.raises(InputError, match="do not fit the model's context"):
-        model.draw(["long " * 200])
+    for arguments, message in [
+        ((["long " * 200],), "do not fit the model's context"),
+        ((["a"], [None, None]), "1 prompts and 2 images"),
+        (([None],), "a prompt is 'None'"),
+        ((["a"], "a.png"), "images is one image"),
+        (("ab",), "prompts is one string"),
+        ((["a"], None, None, None), "temperature is None, expected a number above 0"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            model.draw(*arguments)

@@ -350,8 +350,18 @@ def test_what_cannot_be_asked_is_refused(
             model.generate_with_vbpe(*arguments)
     with pytest.raises(InputError, match="images is one image"):
         model.img2tok(Image.open(images[0]))
-    with pytest.raises(InputError, match="temperature is 0"):
-        model.generate(["hi"], do_sample=True, temperature=0)
+    for name, value in [
+        ("temperature", 0),
+        ("temperature", None),
+        ("num_beams", None),
+        ("num_beams", "2"),
+        ("batch_size", 2.5),
+        ("batch_size", True),
+    ]:
+        with pytest.raises(InputError, match=f"{name} is {value!r}, expected an? .* above 0"):
+            model.generate(["hi"], do_sample=True, **{name: value})
+    with pytest.raises(InputError, match="a prompt has no token ids"):
+        model.continue_token_sequences([[]], 4)
     with pytest.raises(InputError, match="streams one answer, found 2"):
         model.generate(["hi", "ho"], on_text=print)
 

@@ -141,14 +141,14 @@ def test_the_processors_ids_and_stock_answers_are_those_of_the_class(
     for row, answer in zip(out[:, inputs["input_ids"].shape[1] :].tolist(), answers, strict=True):
         assert row[: len(answer)] == answer
     alone = processor(images=Image.open(images[0]), text="Which?")
-    assert alone["input_ids"] == [expected[0]]
+    assert alone["input_ids"] == [expected[0]] and processor(text=[])["input_ids"] == []
 
 
 def test_a_pipeline_answers_as_the_class_does(final: Path, model: BeingVL, images) -> None:
     ask = pipeline("image-text-to-text", model=str(final), device="cpu")
     part = {"type": "image", "image": Image.open(images[0])}
     asked = {"role": "user", "content": [part, {"type": "text", "text": "Which?"}]}
-    [found] = ask([asked], max_new_tokens=6, do_sample=False)
+    [found] = ask([asked], max_new_tokens=6)
     said = re.sub("<vbpe[0-9]*>", "", found["generated_text"][-1]["content"])
     assert said == model("Which?", images[0], 6)
 
@@ -162,6 +162,9 @@ def test_several_images_and_what_does_not_fit(final: Path, model: BeingVL, image
     for given, text in ((pair, "same?"), (None, question), ([pair], ["a", "b"])):
         with pytest.raises(InputError, match="images"):
             processor(images=given, text=text)
+    for name in ("truncation", "retrun_tensors", "videos"):
+        with pytest.raises(InputError, match=f"'{name}' is not an option of the processor"):
+            processor(text="hi", **{name: True})
 
 
 def test_the_cards_code_runs_and_says_whose_scores_it_shows(
@@ -298,4 +301,11 @@ def test_options_of_loading_have_transformers_names_and_no_other(final: Path) ->
         BeingVL.from_pretrained(final, dtyp="bfloat16")
     with pytest.raises(InputError, match="runs on one device"):
         BeingVL.from_pretrained(final, device_map="balanced")
+    for options, said in [
+        ({"dtype": "float32", "torch_dtype": torch.bfloat16}, "torch_dtype is torch.bfloat16"),
+        ({"device": "cpu", "device_map": 0}, "device_map is cuda:0"),
+    ]:
+        with pytest.raises(InputError, match=f" and {said}, but they mean the same"):
+            BeingVL.from_pretrained(final, **options)
+    BeingVL.from_pretrained(final, dtype="float32", torch_dtype=torch.float32, device="cpu")
     AutoProcessor.from_pretrained(final, use_fast=True, trust_remote_code=False, token=None)
