@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
@@ -126,12 +127,13 @@ def _given_answers(row: Mapping[str, Any]) -> list[str]:
         return []
     answer, choices = row["answer"], row.get("choices")
     if isinstance(answer, int) and choices is not None:
-        if not isinstance(choices, list) or not 0 <= answer < len(choices):
+        letters = ascii_uppercase[: len(choices)] if isinstance(choices, list) else ""
+        if isinstance(answer, bool) or not 0 <= answer < len(letters):
             raise InputError(
                 f"`answer` is {answer}, but `choices` is {str(choices)[:60]!r}; expected an "
-                "index into that list"
+                "index into the first 26 of that list"
             )
-        return [chr(ord("A") + answer)]
+        return [letters[answer]]
     if not isinstance(answer, (str, int)):
         raise InputError(
             f"`answer` is {str(answer)[:60]!r}, expected text, or an index into `choices`"

@@ -19,7 +19,7 @@ from beingvl.errors import InputError, check_at_least
 from beingvl.evaluation.answering import Answering, AnswerOptions
 from beingvl.evaluation.held_out_loss import HeldOutLoss
 from beingvl.evaluation.metrics import METRICS
-from beingvl.evaluation.results import Evaluation, SharedOptions, print_scores, read_summary
+from beingvl.evaluation.results import Evaluation, SharedOptions, named_summary, print_scores
 from beingvl.evaluation.text_parity import TextParity
 from beingvl.inference.reading import dtype_of, own_device
 from beingvl.model.start_model import find_start_model
@@ -57,10 +57,11 @@ def evaluate(
     describes the options.
 
     Returns the contents of scores.json, or None while other ranks are still working. A finished
-    evaluation of the same request is reused. Raises InputError for wrong input before any model
-    runs.
+    evaluation of the same request is reused, under the new `name`. Raises InputError for wrong
+    input before any model runs.
     """
     check_at_least(1, limit=limit, rows_per_part=rows_per_part)
+    check_at_least(1, batch_size=batch_size, max_new_tokens=max_new_tokens)
     answers = AnswerOptions(
         metric, image_path, vq_codes, vbpe_path, raw, max_new_tokens, batch_size
     )
@@ -99,7 +100,7 @@ def evaluate(
     run_in_parts(work, here, overwrite=overwrite, name="evaluate")
     if not is_complete(output):
         return None
-    scores = read_summary(output)
+    scores = named_summary(output, name)
     print_scores(scores)
     return scores
 

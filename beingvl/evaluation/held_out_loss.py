@@ -176,7 +176,7 @@ def summarize_losses(sums: LossSums, samples: Sequence[dict[str, Any]]) -> dict[
         _, _, key = name.partition("/")
         if key:
             group, _, label = key.partition("/")
-            groups[f"{group}s"][label] = {"loss": loss, "perplexity": math.exp(loss)}
+            groups[f"{group}s"][label] = {"loss": loss, "perplexity": perplexity(loss)}
     for source, entry in groups["sources"].items():
         own = [sample for sample in samples if sample["source"] == source]
         entry["standard_error"] = standard_error(own)
@@ -186,10 +186,15 @@ def summarize_losses(sums: LossSums, samples: Sequence[dict[str, Any]]) -> dict[
         "metric": "loss",
         "rows": len(samples),
         "target_tokens": sum(sample["target_tokens"] for sample in samples),
-        "scores": {"loss": means["loss"], "perplexity": math.exp(means["loss"])},
+        "scores": {"loss": means["loss"], "perplexity": perplexity(means["loss"])},
         "standard_errors": {"loss": standard_error(samples)},
         **groups,
     }
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), or infinity for a loss so large that this is not a float."""
+    return math.inf if loss > 709 else math.exp(loss)
 
 
 def standard_error(samples: Sequence[dict[str, Any]]) -> float:

@@ -126,6 +126,17 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return read_json(folder / SCORES_FILE)
 
 
+def named_summary(folder: Path, name: str | None) -> dict[str, Any]:
+    """As `read_summary`, after giving the evaluation another name, if one is given."""
+    scores = read_summary(folder)
+    if name in (None, scores["name"]):
+        return scores
+    scores["name"], manifest = name, read_manifest(folder, KIND)
+    write_atomically(folder / SCORES_FILE, to_json(scores))
+    write_manifest(folder, KIND, manifest.counts, manifest.lineage, manifest.details)
+    return scores
+
+
 def read_predictions(folder: Path) -> list[dict[str, Any]]:
     """All lines of a finished evaluation's predictions.jsonl."""
     read_manifest(folder, KIND)

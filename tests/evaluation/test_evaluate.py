@@ -230,6 +230,11 @@ def test_a_finished_evaluation_is_reused_and_another_request_refused(
     out = capsys.readouterr().out
     assert "reused" in out and "mean over questions" in out
     assert (output / "manifest.json").stat().st_mtime_ns == written
+    assert main(command(run_folder, output, codes(run_folder), "--limit=4", "--name=B")) == 0
+    assert "B: exact_match, 4 rows" in capsys.readouterr().out
+    assert read_summary(output)["name"] == "B" and verify_folder(output)
+    assert main(command(run_folder, output, codes(run_folder), "--limit=4")) == 0
+    assert "B: exact_match, 4 rows" in capsys.readouterr().out
     assert main(command(run_folder, output, codes(run_folder), "--limit=6")) == 2
     assert "different limit" in capsys.readouterr().err
     assert main(command(run_folder, output, codes(run_folder), "--limit=6", "--overwrite")) == 0
@@ -422,6 +427,16 @@ def test_refusals(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
             "`answer` is 2, but `choices` is",
         ),
         (
+            {"conversations": asked(), "answer": 30, "choices": ["a"] * 40},
+            [],
+            "`answer` is 30, but `choices` is",
+        ),
+        (
+            {"conversations": asked(), "answer": True, "choices": ["a", "b"]},
+            [],
+            "`answer` is True, but `choices` is",
+        ),
+        (
             {"conversations": turns},
             ["--metric=pope"],
             "row 0 (id None) has the answer 'ho', expected yes or no; correct it",
@@ -446,6 +461,8 @@ def test_refusals(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         ({"conversations": turns}, ["--loss_on=all"], "--loss_on has no effect on --json_path"),
         ({"conversations": turns}, ["--device=foo"], "device 'foo' cannot be used"),
         ({"conversations": turns}, ["--limit=0"], "--limit is 0"),
+        ({"conversations": turns}, ["--batch_size=0"], "--batch_size is 0"),
+        ({"conversations": turns}, ["--max_new_tokens=-3"], "--max_new_tokens is -3"),
         ({"conversations": turns}, ["--rows_per_part=0"], "--rows_per_part is 0"),
     ]:
         (tmp_path / "rows.json").write_text(json.dumps([row]))

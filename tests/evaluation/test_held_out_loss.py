@@ -15,7 +15,7 @@ from beingvl.commands.main import main
 from beingvl.data.arrow_shards import ShardReader
 from beingvl.data.loader import shifted_targets
 from beingvl.errors import InputError
-from beingvl.evaluation.held_out_loss import load_packed, standard_error
+from beingvl.evaluation.held_out_loss import load_packed, perplexity, standard_error
 from beingvl.evaluation.results import read_summary
 from tests.model.small_models import family_config
 from tests.tiny import LAYOUT, write_model, write_shards
@@ -101,6 +101,10 @@ def test_ranks_share_the_work_and_add_up_the_same(
     assert (
         evaluate(work, tmp_path / "two", "--limit=30") == 0 and "reused" in capsys.readouterr().out
     )
+
+
+def test_the_perplexity_of_a_huge_loss_is_infinite() -> None:
+    assert perplexity(800.0) == math.inf and perplexity(2.0) == math.exp(2)
 
 
 def test_the_standard_error_treats_a_sample_as_one_draw() -> None:
