@@ -58,8 +58,9 @@ def orders(run: Path) -> list[str]:
         ]
         if seeds:
             found = {name: float(np.mean([seed[name] for seed in seeds])) for name in REGIMES}
-            here = sorted(found, key=found.__getitem__, reverse=True)
+            here = sorted(of_paper, key=found.__getitem__, reverse=True)  # ties: as in the paper
             same = "the same order" if here == of_paper else "a different order than the paper's"
+            same = same if len({*found.values()}) > 1 else "no difference"
             shown = ", ".join(f"{REGIMES[name][0]} {found[name]:.1f}" for name in here)
             lines.append(f"{words}: {same} (seeds: {len(seeds)}): {shown}.")
     return lines

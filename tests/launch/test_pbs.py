@@ -11,6 +11,8 @@ REPOSITORY = Path(__file__).parents[2]
 MPIEXEC = """#!/bin/bash
 # runs one rank, and passes USR1 on
 while [ "$1" != bash ]; do shift; done
+read -r _ _ _ SCRIPT _ < /proc/$PPID/stat # the parent of `timeout`
+[ -z "$DELETED" ] || kill "$SCRIPT" # as qdel does
 OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_LOCAL_RANK=0 "$@" &
 trap "kill -USR1 $!" USR1
 while CODE=0 && { wait $! || CODE=$?; } && kill -0 $! 2> /dev/null; do :; done
@@ -59,10 +61,13 @@ def run(folder: Path, walltime: str, **variables: str) -> tuple[str, int, bool]:
     return done.stdout + done.stderr, done.returncode, (folder / "bin/qsub.log").exists()
 
 
-def test_before_the_walltime_the_trainer_is_stopped_and_the_job_submitted_again(tmp_path) -> None:
-    output, code, again = run(tmp_path, "00:08:01", LEAD_SECONDS="480")
+@pytest.mark.parametrize("deleted", ["", "yes"])
+def test_before_the_walltime_a_job_that_is_not_deleted_is_submitted_again(
+    tmp_path, deleted
+) -> None:
+    output, code, again = run(tmp_path, "00:08:01", LEAD_SECONDS="480", DELETED=deleted)
     assert "rank 0 of 2" in output and "stopped by USR1" in output
-    assert code == 85 and again
+    assert code == 85 and again == (not deleted)
 
 
 @pytest.mark.parametrize("walltime", ["00:08:01", ""])
