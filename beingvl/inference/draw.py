@@ -16,13 +16,22 @@ When the grid is full, only `<eoss>`, the end of the image, may follow. The stre
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from beingvl.data.made_with import ANCHOR
+from beingvl.inference.asked import Prompt
+from beingvl.inference.sampling import sampling_options
 from beingvl.vbpe.visual_bpe import VisualBPE
 from beingvl.vocab import VocabLayout
+
+if TYPE_CHECKING:
+    from beingvl.inference.model import BeingVL
 
 
 class FittingTokens:
@@ -96,3 +105,33 @@ class OnlyWholeImages:
             cells = [int(np.argmin(np.append(grid, False))) for grid in self._covered]
             kwargs["position_ids"] = self._first_position + position_ids.new_tensor(cells)[:, None]
         return args, kwargs
+
+
+def before_drawing(being: BeingVL, prompt: Prompt, images: list[Any], with_vbpe: bool) -> list[int]:
+    """Token ids that a picture continues."""
+    if isinstance(prompt, str) and not prompt.strip() and not images:
+        return [being.layout.bos_id, being.layout.boi_id]
+    ids = being.tokenize(prompt, images, with_vbpe)
+    if ids[-1] == being.layout.sep_id:  # begin-of-image replaces it
+        ids.pop()
+    return [*ids, being.layout.boi_id]
+
+
+def draw_pictures(
+    being: BeingVL,
+    sequences: Sequence[Sequence[int]],
+    vbpe: VisualBPE,
+    max_new_tokens: int,
+    temperature: float,
+) -> list[np.ndarray]:
+    """A sampled picture's token ids `[n]` int32 for each."""
+    rule = OnlyWholeImages(FittingTokens(vbpe, being.vqgan.grid), being.layout, len(sequences))
+    options = {"prefix_allowed_tokens_fn": rule, **sampling_options(temperature)}
+    placed: Any = nullcontext()
+    if being.image_positions == ANCHOR:
+        placed = being.model.register_forward_pre_hook(rule.put_at_anchors, with_kwargs=True)
+    eoi_id = being.layout.eoi_id
+    with placed:
+        rows = being.continue_batch(sequences, max_new_tokens, [eoi_id], options)
+    pictures = (itertools.takewhile(lambda token: token != eoi_id, row) for row in rows)
+    return [np.array(list(picture), np.int32) for picture in pictures]

@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,7 +36,7 @@ from beingvl.data.conversation import (
     TextEncoder,
     build_sequence,
 )
-from beingvl.data.made_with import ANCHOR, DEFAULT, IMAGE_POSITIONS, RUNNING, TEMPLATE
+from beingvl.data.made_with import DEFAULT, IMAGE_POSITIONS, RUNNING, TEMPLATE
 from beingvl.data.positions import PositionIds
 from beingvl.data.variant import MERGED, RAW, variant_of
 from beingvl.errors import InputError
@@ -57,11 +56,12 @@ from beingvl.inference.asked import (
     turns_of,
 )
 from beingvl.inference.base_prompts import BasePrompts
-from beingvl.inference.batches import batch_inputs, reading_order
-from beingvl.inference.draw import FittingTokens, OnlyWholeImages
+from beingvl.inference.batches import Ids, batch_inputs, reading_order
+from beingvl.inference.draw import before_drawing, draw_pictures
 from beingvl.inference.hub import fetched, push
 from beingvl.inference.published_calls import SaysWhatReplaces, device_of, missing, positional
 from beingvl.inference.reading import dtype_of, own_device, read_model
+from beingvl.inference.running_batch import RunningBatch, continue_in_turn
 from beingvl.inference.sampling import SAMPLING, sampling_options
 from beingvl.inference.streaming import EndsRows, StopAtText, TextPieces, TextStreamer, cut_at
 from beingvl.model.start_model import context_of, find_start_model
@@ -428,8 +428,9 @@ class BeingVL(metaclass=SaysWhatReplaces):
         """New token ids for every prompt, up to eos (left out), the template's stop text
         (included), or `max_new_tokens`.
 
-        Prompts of similar length share a batch, which ends when all its answers have ended.
-        `on_batch` is called after each batch with its prompt indices and their new token ids.
+        Prompts of similar length share a batch. Where an answer ends, the next prompt takes its
+        place; sampled answers and beams wait for the longest of their batch. `on_batch` is called
+        with the indices of prompts whose answers have ended and their new token ids.
         `sampling`: transformers' options, such as `top_p=0.9`; `SAMPLING` lists them.
         """
         check_names("generation", sampling, SAMPLING)
@@ -438,23 +439,42 @@ class BeingVL(metaclass=SaysWhatReplaces):
         self._check_lengths(sequences, max_new_tokens)
         default = sampling_options(temperature) if do_sample else {"do_sample": False}
         options = {"streamer": streamer, **default, **sampling}
-        spells = [StopAtText(self.decode_text, text) for text in self.stop_texts]
-        answers: list[list[int]] = [[]] * len(sequences)
         order = reading_order(sequences, self.layout.eoi_id)
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        if streamer or do_sample or sampling or getattr(self.model.config, "sliding_window", None):
+            ended = self._in_batches(sequences, order, batch_size, max_new_tokens, **options)
+        else:
+            ended = self._in_turn(sequences, order, batch_size, max_new_tokens)
+        answers: dict[int, list[int]] = {}
+        for some in ended:
+            answers |= some
+            if on_batch and some:
+                on_batch(list(some), list(some.values()))
+        return [answers[index] for index in range(len(sequences))]
+
+    def _in_batches(
+        self, sequences: Sequence[Ids], order: list[int], size: int, limit: int, **options: Any
+    ) -> Iterator[dict[int, list[int]]]:
+        """Answers by index, batch after batch; each ends when all its answers have ended."""
+        spells = [StopAtText(self.decode_text, text) for text in self.stop_texts]
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
             prompts = [sequences[index] for index in batch]
             try:
-                rows = self.continue_batch(prompts, max_new_tokens, self.stop_ids, options, spells)
+                rows = self.continue_batch(prompts, limit, self.stop_ids, options, spells)
             except (ValueError, TypeError, ArithmeticError) as error:
-                if not sampling:
+                given = {name: value for name, value in options.items() if name in SAMPLING}
+                if not given:
                     raise
-                raise InputError(f"transformers refused {sampling}: {error}") from error
-            for index, row in zip(batch, rows, strict=True):
-                answers[index] = self._without_end(row)
-            if on_batch:
-                on_batch(batch, [answers[index] for index in batch])
-        return answers
+                raise InputError(f"transformers refused {given}: {error}") from error
+            yield {index: row[: self.end_of(row)] for index, row in zip(batch, rows, strict=True)}
+
+    def _in_turn(
+        self, sequences: Sequence[Ids], order: list[int], size: int, limit: int
+    ) -> Iterator[dict[int, list[int]]]:
+        """Greedy answers by index, as they end."""
+        words = {"do_sample": False, **self._words(self.stop_ids)}
+        batch = RunningBatch(partial(self.model.generate, **words), self.end_of, limit)
+        return continue_in_turn(batch, sequences, order, size, self.inputs_of)
 
     def _check_lengths(self, sequences: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         check_positive(max_new_tokens=max_new_tokens)
@@ -487,25 +507,31 @@ class BeingVL(metaclass=SaysWhatReplaces):
         """
         # Drawing continues the image itself; beams are copies of the rows, but not of their cache.
         is_alone = "prefix_allowed_tokens_fn" in options or options.get("num_beams", 1) > 1
-        eoi_id = None if is_alone else self.layout.eoi_id
-        pad_id = self.layout.pad_id
-        inputs = batch_inputs(self.model, sequences, self.position_ids, pad_id, eoi_id)
+        inputs = self.inputs_of(sequences, is_alone)
         width = inputs["input_ids"].shape[1]
         for criterion in criteria:
             criterion.width = width
-        # A padded vocabulary has rows without a token; never sample them.
-        num_rows = self.model.get_input_embeddings().num_embeddings
-        padding_rows = list(range(self.layout.size, num_rows))
         out = self.model.generate(
             **inputs,
+            **self._words(stop_ids),
             max_new_tokens=max_new_tokens,
-            eos_token_id=list(stop_ids),
-            pad_token_id=pad_id,
-            suppress_tokens=padding_rows or None,
             stopping_criteria=StoppingCriteriaList(criteria),
             **options,
         )
         return out[:, width:].tolist()
+
+    def inputs_of(self, sequences: Sequence[Ids], is_alone: bool = False) -> dict[str, Any]:
+        """Those of `generate` for prompts in one batch; `is_alone`: nothing is shared."""
+        eoi_id = None if is_alone else self.layout.eoi_id
+        return batch_inputs(self.model, sequences, self.position_ids, self.layout.pad_id, eoi_id)
+
+    def _words(self, stop_ids: Sequence[int]) -> dict[str, Any]:
+        """What every call of `generate` gets."""
+        # A padded vocabulary has rows without a token; never sample them.
+        num_rows = self.model.get_input_embeddings().num_embeddings
+        padding_rows = list(range(self.layout.size, num_rows))
+        words = {"eos_token_id": list(stop_ids), "pad_token_id": self.layout.pad_id}
+        return {**words, "suppress_tokens": padding_rows or None}
 
     def decode_answer(self, token_ids: Sequence[int]) -> str:
         """The text of an answer's ids, up to the template's stop text, without image tokens and
@@ -529,12 +555,18 @@ class BeingVL(metaclass=SaysWhatReplaces):
         """Ids that end an answer: eos and, with the base model's template, its own stop tokens."""
         return [self.layout.eos_id, *(self._base.stop_ids if self._base else [])]
 
-    def _without_end(self, token_ids: list[int]) -> list[int]:
-        """An answer's ids without eos, and without the padding after a stop text."""
-        ids = _until(token_ids, self.stop_ids)
-        while self.stop_texts and ids and ids[-1] == self.layout.pad_id:
-            ids.pop()
-        return ids
+    def end_of(self, ids: list[int], seen: int = 0) -> int | None:
+        """The length of an answer that has ended, without eos or with the template's stop text; the
+        first `seen` ids did not end it.
+        """
+        stop_ids, stop_texts = self.stop_ids, self.stop_texts
+        for number in range(seen, len(ids)):
+            if ids[number] in stop_ids:
+                return number
+            for text in stop_texts:  # each token spells at least one byte
+                if text in self.decode_text(ids[max(0, number + 1 - len(text)) : number + 1]):
+                    return number + 1
+        return None
 
     # ---- drawing ----
 
@@ -555,33 +587,13 @@ class BeingVL(metaclass=SaysWhatReplaces):
         vbpe = self._given_vbpe() if with_vbpe else self._without_merges
         if not isinstance(vbpe, VisualBPE):
             raise InputError(f"{vbpe.source} is published: its tokens have no fixed shape to draw")
-        sequences = [self._before_drawing(*pair, with_vbpe) for pair in pairs_of(prompts, images)]
+        sequences = [before_drawing(self, *pair, with_vbpe) for pair in pairs_of(prompts, images)]
         height, width = self.vqgan.grid
         max_new_tokens = height * width + 1  # one token per cell, and the end
         check_positive(temperature=temperature)
         self._check_lengths(sequences, max_new_tokens)
-        tokens = FittingTokens(vbpe, self.vqgan.grid)
-        rule = OnlyWholeImages(tokens, self.layout, len(sequences))
-        options = {"prefix_allowed_tokens_fn": rule, **sampling_options(temperature)}
-        placed: Any = nullcontext()
-        if self.image_positions == ANCHOR:
-            placed = self.model.register_forward_pre_hook(rule.put_at_anchors, with_kwargs=True)
-        with placed:
-            rows = self.continue_batch(sequences, max_new_tokens, [self.layout.eoi_id], options)
-        return [np.array(_until(row, [self.layout.eoi_id]), np.int32) for row in rows]
-
-    def _before_drawing(self, prompt: Prompt, images: list[Any], with_vbpe: bool) -> list[int]:
-        if isinstance(prompt, str) and not prompt.strip() and not images:
-            return [self.layout.bos_id, self.layout.boi_id]
-        ids = self.tokenize(prompt, images, with_vbpe)
-        if ids[-1] == self.layout.sep_id:  # begin-of-image replaces it
-            ids.pop()
-        return [*ids, self.layout.boi_id]
+        return draw_pictures(self, sequences, vbpe, max_new_tokens, temperature)
 
     @cached_property
     def _tokenizer(self) -> Any:
         return Tokenizer.from_file(str(self.model_path / "tokenizer.json"))
-
-
-def _until(token_ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    return list(itertools.takewhile(lambda token: token not in stop_ids, token_ids))

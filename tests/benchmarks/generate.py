@@ -6,8 +6,9 @@ model; one JSON line last.
 Both get the same prompts in the same order and the same batch size; plain transformers pads each
 batch on the left as its documentation says. `generation_ratio` is ours / plain (above 1: ours is
 faster), the median over repeats taken in turn; `generation_ratio_sorted` the same when plain
-transformers is given the prompts sorted by length, as our class sorts them itself;
-`shared_image_ratio` the latter for prompts of three questions about each image, a row of
+transformers is given the prompts sorted by length, as our class sorts them itself. Answers have 1
+to 64 tokens, `mean_tokens` on average. `equal_lengths_ratio`: sorted, and all answers have 16.
+`shared_image_ratio`: sorted, three questions about each image, a row of
 `--image_tokens`, with answers of four tokens. Times are the process's CPU seconds. `batch_equal`
 says whether batched and single answers are the same tokens. The model's weights are made larger,
 because freshly initialised ones hardly attend, and `batch_equal` would say little.
@@ -30,7 +31,8 @@ from beingvl.vocab import VocabLayout
 from tests.tiny import write_model
 
 LAYOUT = VocabLayout(num_text=512, num_vq=64, num_merges=128, bos_id=256, eos_id=257)
-MAX_NEW_TOKENS, BATCH_SIZE = 16, 64
+MAX_NEW_TOKENS, BATCH_SIZE = 64, 64
+ENDS = 3.0  # larger weights of eos, so that answers end
 
 
 def make_prompts(count: int) -> list[list[int]]:
@@ -123,16 +125,20 @@ def main() -> None:
             if parameter.dim() == 2:
                 parameter.data *= 8
         first = prompts[:BATCH_SIZE]
-        batched = model.continue_token_sequences(first, MAX_NEW_TOKENS, batch_size=BATCH_SIZE)
-        found = [measure(model, prompts) for _ in range(args.repeats)]
+        equal = [measure(model, prompts, 16)[1] for _ in range(args.repeats)]
         asked = make_image_prompts(args.prompts, args.image_tokens)
         shared = [measure(model, asked, 4)[1] for _ in range(args.repeats)]
+        model.model.lm_head.weight.data[LAYOUT.eos_id] *= ENDS
+        found = [measure(model, prompts) for _ in range(args.repeats)]
+        batched = model.continue_token_sequences(first, MAX_NEW_TOKENS, batch_size=BATCH_SIZE)
         single = model.continue_token_sequences(first, MAX_NEW_TOKENS, batch_size=1)
     ratio, sorted_ratio = (
         round(statistics.median(values), 3) for values in zip(*found, strict=True)
     )
     result = {"generation_ratio": ratio, "generation_ratio_sorted": sorted_ratio}
+    result["equal_lengths_ratio"] = round(statistics.median(equal), 3)
     result["shared_image_ratio"] = round(statistics.median(shared), 3)
+    result["mean_tokens"] = round(statistics.mean(map(len, batched)), 1)
     print(json.dumps({**result, "batch_equal": single == batched}))
 
 

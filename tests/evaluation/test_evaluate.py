@@ -253,16 +253,18 @@ def test_an_interrupted_evaluation_is_continued_on_other_ranks(
     nothing twice, the same bytes.
     """
     arguments = command(run_folder, tmp_path / "eval", codes(run_folder), "--rows_per_part=5")
-    answer_batch = BeingVL.continue_batch
+    answer = BeingVL.continue_token_sequences
     sizes: list[int] = []
 
-    def interrupted(self: BeingVL, sequences: list[list[int]], *more: Any) -> list[list[int]]:
+    def interrupted(
+        self: BeingVL, sequences: list[list[int]], *more: Any, **options: Any
+    ) -> list[list[int]]:
         if len(sizes) == 2:
             raise KeyboardInterrupt
         sizes.append(len(sequences))
-        return answer_batch(self, sequences, *more)
+        return answer(self, sequences, *more, **options)
 
-    monkeypatch.setattr(BeingVL, "continue_batch", interrupted)
+    monkeypatch.setattr(BeingVL, "continue_token_sequences", interrupted)
     assert main(arguments) == 130
     assert not (tmp_path / "eval" / "manifest.json").exists()
     assert (
@@ -272,8 +274,11 @@ def test_an_interrupted_evaluation_is_continued_on_other_ranks(
     counted: list[int] = []
     monkeypatch.setattr(
         BeingVL,
-        "continue_batch",
-        lambda self, s, *more: (counted.append(len(s)), answer_batch(self, s, *more))[1],
+        "continue_token_sequences",
+        lambda self, s, *more, **options: (
+            counted.append(len(s)),
+            answer(self, s, *more, **options),
+        )[1],
     )
     assert main([*arguments, "--rank=1", "--num_ranks=2"]) == 0
     assert "2 of 5 are still missing" in capsys.readouterr().out

@@ -67,11 +67,11 @@ def taught_to_say(run: Path, folder: Path, tokens: list[str]) -> Path:
 def batches_of(model: BeingVL, monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Sequence[int]]]:
     """The prompts of every batch that the model will continue."""
     batches: list[Sequence[Sequence[int]]] = []
-    continue_batch = model.continue_batch
+    inputs_of = model.inputs_of
 
-    def noted(prompts: Sequence[Sequence[int]], *more: Any) -> list[list[int]]:
+    def noted(prompts: Sequence[Sequence[int]], *more: Any) -> dict[str, Any]:
         batches.append(prompts)
-        return continue_batch(prompts, *more)
+        return inputs_of(prompts, *more)
 
-    monkeypatch.setattr(model, "continue_batch", noted)
+    monkeypatch.setattr(model, "inputs_of", noted)
     return batches

@@ -58,6 +58,55 @@ def test_images_that_rows_share_are_read_once_and_the_answers_stay(model: BeingV
     assert model.continue_token_sequences(mixed, 8) == longer
 
 
+@pytest.mark.parametrize("cells", [1, 2], ids=["running", "two cells per image token"])
+@pytest.mark.parametrize("stop_text", ["", "hi"])
+def test_the_next_prompt_takes_the_place_of_an_answer_that_has_ended(
+    model: BeingVL, monkeypatch: pytest.MonkeyPatch, cells: int, stop_text: str
+) -> None:
+    """The same tokens as alone, computed for fewer rows than a batch that waits for its longest."""
+
+    def positions(ids: list[int]) -> np.ndarray:
+        is_image = np.array(ids) >= LAYOUT.first_image_id
+        return np.cumsum(np.where(is_image, cells, 1)) - 1
+
+    monkeypatch.setattr(model, "position_ids", positions)
+    if stop_text:
+        monkeypatch.setattr(BeingVL, "stop_texts", (stop_text,))
+        monkeypatch.setattr(model, "decode_text", lambda ids: " ".join(spelt(ids)))
+    head = model.model.lm_head.weight.data
+    original = head[LAYOUT.eos_id].clone()
+    head[LAYOUT.eos_id] *= 2  # ends answers at different lengths
+    rows: list[int] = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, given: rows.append(len(given["input_ids"])), with_kwargs=True
+    )
+    asked = prompts(num_images=6, num_questions=5)
+    asked = [*asked, *[ids[-6:] for ids in asked]]
+    ended: list[int] = []
+
+    def on_batch(indices: list[int], answers: list[list[int]]) -> None:
+        ended.extend(indices)
+
+    alone = [model.continue_token_sequences([ids], 40)[0] for ids in asked]
+    rows.clear()
+    found = model.continue_token_sequences(asked, 40, batch_size=12, on_batch=on_batch)
+    lengths = sorted(map(len, alone))
+    assert found == alone and sorted(ended) == list(range(len(asked)))
+    assert lengths[0] < 8 < lengths[-1]
+    order = reading_order(asked, LAYOUT.eoi_id)
+    waits = sum(
+        12 * max(len(alone[index]) for index in order[start : start + 12])
+        for start in range(0, len(order), 12)
+    )
+    assert sum(rows) < 0.8 * waits
+    hook.remove()
+    head[LAYOUT.eos_id] = original
+
+
+def spelt(ids: list[int]) -> list[str]:
+    return ["hi" if token % 16 == 0 else "." for token in ids]
+
+
 def test_beams_of_prompts_that_share_images_are_those_of_each_alone(model: BeingVL) -> None:
     asked = prompts(num_images=1, num_questions=2)
     alone = model.continue_token_sequences(asked, 6, batch_size=1, num_beams=2)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from beingvl.commands.main import main
 from beingvl.errors import InputError
-from beingvl.inference.draw import FittingTokens
+from beingvl.inference.draw import FittingTokens, before_drawing
 from beingvl.inference.model import BeingVL
 from beingvl.vbpe.published import LegacyVisualBPE
 from beingvl.vbpe.reference import cells_reference, decode_reference, train_reference
@@ -60,10 +60,10 @@ def test_a_drawing_is_a_function_of_the_seed_and_may_follow_images(
 def test_an_empty_prompt_begins_as_a_training_sample_does(model: BeingVL, run_folder: Path) -> None:
     image = run_folder / "data" / "images" / "test" / "0000.png"
     sample = model.tokenize("hi", image)
-    assert model._before_drawing("", [], True) == sample[:2]
+    assert before_drawing(model, "", [], True) == sample[:2]
     two = model.tokenize("<image>hi<image>", [image, image])
     first = len(model.img2tok([image])[0]) + 3
-    assert model._before_drawing("hi", [image], True) == [*two[: first + 2], LAYOUT.boi_id]
+    assert before_drawing(model, "hi", [image], True) == [*two[: first + 2], LAYOUT.boi_id]
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,6 +11,7 @@ import torch
 
 from beingvl.artefact.manifest import MANIFEST_FILE, read_manifest, write_manifest
 from beingvl.errors import InputError
+from beingvl.inference.draw import before_drawing
 from beingvl.inference.model import BeingVL
 from beingvl.vbpe.published import LegacyVisualBPE
 from beingvl.vbpe.reference import positions_reference
@@ -72,7 +73,7 @@ def test_what_is_drawn_stands_where_it_would_be_trained(model: BeingVL) -> None:
     torch.manual_seed(0)
     with hook:
         first, second = model.draw(["", "a seven"])
-    prompt = model._before_drawing("a seven", None, True)
+    prompt = before_drawing(model, "a seven", [], True)
     row = twin(model, [*prompt, *second.tolist(), model.layout.eoi_id])
     found = torch.cat(seen, 1)[1].tolist()
     assert found[: len(row) - 1] == row[:-1]
