@@ -73,6 +73,7 @@ class Phases:
         self._place: tuple[int, str] = (0, "start")
         self._since = self._advanced_at = time.perf_counter()
         self._step_began = self._said_at = self._since
+        self._last_step_seconds = 0.0
         self._num_beats = self._num_entered = 0
         self._left_over: dict[int, str] = {}  # rank -> heartbeat left by an earlier run
         self._done = threading.Event()
@@ -82,6 +83,8 @@ class Phases:
         """Enter a phase; the time until now counts for the previous one."""
         self._count_time()
         if step != self._place[0]:
+            if self._place[0]:
+                self._last_step_seconds = self._since - self._step_began
             self._step_began = self._said_at = self._since
         self._place, self._advanced_at = (step, phase), self._since
         self._num_entered += 1
@@ -167,8 +170,10 @@ class Phases:
         if now - self._said_at < LOG_SECONDS:
             return
         self._said_at = now
-        seconds = now - self._step_began
-        print(f"step {step}: phase {phase}, {seconds:.0f} s so far", file=sys.stderr, flush=True)
+        line = f"step {step}: phase {phase}, {now - self._step_began:.0f} s so far"
+        if self._last_step_seconds:
+            line += f"; the step before took {self._last_step_seconds:.0f} s"
+        print(line, file=sys.stderr, flush=True)
 
     def _heartbeat(self) -> dict[str, Any]:
         step, phase = self._place

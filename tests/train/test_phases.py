@@ -117,7 +117,11 @@ def test_every_phase_is_one_of_a_step_or_between_steps_and_its_seconds_stay_unti
 def test_a_long_step_says_where_it_is_now_and_then(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(phases_module, "LOG_SECONDS", 0.3)
     with Phases(tmp_path, 0, 1, stall_timeout_seconds=1) as phases:
-        for phase in ("data", "forward", "backward", "optimizer"):
-            phases.enter(7, phase)
-            time.sleep(0.2)
-    assert re.search(r"^step 7: phase \w+, [01] s so far$", capsys.readouterr().err, re.M)
+        for step in (7, 8):
+            for phase in ("data", "forward", "backward", "optimizer", "validation"):
+                phases.enter(step, phase)
+                time.sleep(0.2)
+    said = capsys.readouterr().err
+    assert re.search(r"^step 7: phase \w+, [01] s so far$", said, re.M)
+    assert re.search(r"^step 8: phase \w+, [01] s so far; the step before took 1 s$", said, re.M)
+    assert "validation" not in said  # which has lines of its own
