@@ -111,8 +111,8 @@ def bare(text: str) -> str:
     """An address, alone or at the end of an option, less user and password, and of https less what
     follows its name: `?download=true`, or a signature.
     """
-    text = re.sub(r"://[^/@]*@", "://", text)
-    return re.sub(r"(https?://[^?]*)[?].*", r"\1", text, flags=re.DOTALL)
+    text = re.sub(r"(https?://[^?]*)[?].*", r"\1", text, flags=re.DOTALL | re.IGNORECASE)
+    return re.sub(r"://[^/]*@", "://", text)
 
 
 def command_line(words: Sequence[str]) -> str:

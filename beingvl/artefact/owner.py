@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from beingvl.artefact.files import make_folder, to_json
-from beingvl.artefact.manifest import already_made, is_complete, start_folder
+from beingvl.artefact.manifest import already_made, is_complete, refuse_other_kind, start_folder
 from beingvl.artefact.processes import Process, end_process, this_process
 from beingvl.errors import InputError
 
@@ -128,6 +128,8 @@ def making_alone(
     with making(output, kind, request, overwrite) as is_new:
         if is_new:
             refuse_files_of_others(output)
+            if is_complete(output):
+                refuse_other_kind(output, kind)
             (output / UNFINISHED_FILE).touch()
             start_folder(output, kind)
         yield is_new

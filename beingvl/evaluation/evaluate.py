@@ -57,7 +57,7 @@ def evaluate(
     describes the options.
 
     Returns the contents of scores.json, or None while other ranks are still working. A finished
-    evaluation of the same request is reused, under the new `name`. Raises InputError for wrong
+    evaluation of the same request and `name` is reused. Raises InputError for wrong
     input before any model runs.
     """
     check_at_least(1, limit=limit, rows_per_part=rows_per_part)

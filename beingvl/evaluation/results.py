@@ -23,6 +23,7 @@ from beingvl.artefact.manifest import read_manifest, write_manifest
 from beingvl.artefact.parts import Parts
 from beingvl.artefact.request import Request
 from beingvl.artefact.work import Work
+from beingvl.errors import InputError
 from beingvl.json_file import parse_json, read_json
 
 KIND = "evaluation"
@@ -127,13 +128,13 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def named_summary(folder: Path, name: str | None) -> dict[str, Any]:
-    """As `read_summary`, after giving the evaluation another name, if one is given."""
+    """As `read_summary`. Raises InputError if the evaluation has a different name than `name`."""
     scores = read_summary(folder)
-    if name in (None, scores["name"]):
-        return scores
-    scores["name"], manifest = name, read_manifest(folder, KIND)
-    write_atomically(folder / SCORES_FILE, to_json(scores))
-    write_manifest(folder, KIND, manifest.counts, manifest.lineage, manifest.details)
+    if name not in (None, scores["name"]):
+        raise InputError(
+            f"{folder} is finished with the name {scores['name']!r}, asked for {name!r}; choose "
+            "another folder or add --overwrite"
+        )
     return scores
 
 

@@ -70,7 +70,8 @@ def one_of(**same: Any) -> Any:
     other.
     """
     given = {name: value for name, value in same.items() if value is not None}
-    if len({str(value).removeprefix("torch.") for value in given.values()}) > 1:
+    spelt = {str(value).removeprefix("torch.").removesuffix(":0") for value in given.values()}
+    if len(spelt) > 1:
         found = " and ".join(f"{name} is {value}" for name, value in given.items())
         raise InputError(f"{found}, but they mean the same; give one of them")
     return next(iter(given.values()), None)

@@ -101,7 +101,15 @@ class ServerBackEnd:
             """The name of the server's model."""
         except InputError:
             raise
-        except (ValueError, LookupError, TypeError, OSError, HTTPException) as error:
+        except (
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            TypeError,
+            RecursionError,
+            OSError,
+            HTTPException,
+        ) as error:
             raise InputError(
                 f"--backend_url is {self._url}, where /v1/models names no model "
                 f"({type(error).__name__}: {error}); expected http://HOST:PORT of {name}"

@@ -1,7 +1,7 @@
 """The folder that a model is written into: never an input, never a folder with a user's files, and
 incomplete until it has a manifest.
 
-    check_target(target, inputs, overwrite)    first of all: refuses harmful targets
+    check_target(target, inputs)               first of all: refuses harmful targets
     start_target(target, kind, num_bytes)      from here on it is ours, empty and incomplete
     finish_target(target, kind, …)             writes the manifest, then removes the marker
 

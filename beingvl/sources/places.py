@@ -80,7 +80,9 @@ def expand(paths: Sequence[Path | str], suffixes: Sequence[str]) -> list[str]:
             matched = [name for name in matched if name.lower().endswith(tuple(suffixes))]
             matched = without_notes(place, matched)
         else:
-            matched = [place] if os.path.exists(place) else glob.glob(place, recursive=True)
+            matched = [place]
+            if not os.path.exists(place):
+                matched = without_notes(place, glob.glob(place, recursive=True))
             if not matched and not glob.has_magic(place):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), place)
         if not matched:
@@ -111,8 +113,10 @@ def _expand_address(place: str, suffixes: Sequence[str]) -> list[str]:
     if place.startswith("http") and "*" not in place:
         return [place]
     found = listing(place)
-    if place in found or "*" in place:
+    if place in found:
         return list(found)
+    if "*" in place:
+        return without_notes(place, list(found))
     return without_notes(place, [name for name in found if name.lower().endswith(tuple(suffixes))])
 
 

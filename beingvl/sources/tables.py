@@ -19,7 +19,9 @@ from contextlib import contextmanager
 from itertools import accumulate, chain, islice, pairwise
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from beingvl.errors import InputError
@@ -33,7 +35,7 @@ MAX_ROW_BYTES = 1 << 28
 MAX_PICTURES = 10_000  # of a row
 MAX_GROWTH = 2 << 30  # of this process while it reads a batch; pyarrow's allocator takes 1 << 30
 MAX_PYTHON = 1 << 29  # of rows as Python objects, at once
-VALUE_BYTES, CHARACTER_BYTES = 128, 4  # of these, at most
+VALUE_BYTES, CHARACTER_BYTES = 160, 4  # of these, at most
 NOT_A_TABLE = (pa.ArrowException, OSError, EOFError)
 NOT_A_ROW = (ValueError, OverflowError, MemoryError)  # no UTF-8, a year 100,000, a bomb
 STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # which pyarrow and `datasets` write on closing
@@ -278,17 +280,36 @@ def _as_python(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 
 def python_bytes(batch: pa.RecordBatch) -> int:
-    """What its rows take as Python objects, at most; cells that rows share count once."""
-    values = _num_values(batch.to_struct_array())
-    return VALUE_BYTES * values + CHARACTER_BYTES * batch.nbytes
+    """What its rows take as Python objects, at most."""
+    return _python_bytes(batch.to_struct_array())
 
 
-def _num_values(array: pa.Array) -> int:
-    """With those inside lists, maps and structs."""
+def _python_bytes(array: pa.Array) -> int:
+    """With what is inside lists, maps and structs."""
     if pa.types.is_map(array.type):
         array = pa.ListArray.from_arrays(array.offsets, array.values)
     inside = array.flatten() if hasattr(array, "flatten") else []
-    return len(array) + sum(map(_num_values, inside if isinstance(inside, list) else [inside]))
+    parts = inside if isinstance(inside, list) else [inside]
+    if pa.types.is_dictionary(array.type):
+        own = _cell_bytes(array.dictionary)[array.indices.drop_null().to_numpy()]
+    else:
+        own = _cell_bytes(array)
+    return VALUE_BYTES * len(array) + int(own.sum()) + sum(map(_python_bytes, parts))
+
+
+def _cell_bytes(array: pa.Array) -> np.ndarray:
+    """`[n]` int64: bytes of each text or binary as a Python object, at most; 0 of other cells."""
+    types, kind = pa.types, array.type
+    is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    if types.is_string_view(kind) or types.is_binary_view(kind):  # each begins with its length
+        views = np.frombuffer(array.buffers()[1], np.int32).reshape(-1, 4)
+        sizes = views[array.offset : array.offset + len(array), 0]
+        sizes = sizes * array.is_valid().to_numpy(zero_copy_only=False)
+    elif is_text or types.is_binary(kind) or types.is_large_binary(kind):
+        sizes = pc.binary_length(array).fill_null(0).to_numpy(zero_copy_only=False)
+    else:
+        return np.zeros(len(array), np.int64)
+    return sizes.astype(np.int64) * (CHARACTER_BYTES if is_text else 1)
 
 
 class _Cursor:

@@ -107,6 +107,10 @@ def test_rows_that_are_large_together_are_made_one_by_one(tmp_path: Path, monkey
 
 VALUES = {
     "texts": pa.array(["x" * 2000 + "\N{OPEN BOOK}"] * 100),
+    "texts by view": pa.array(["x" * 2000, None] * 100).cast(pa.string_view()),
+    "cells that share a text": pa.array(["x" * 2000, None] * 100).dictionary_encode(),
+    "bytes": pa.array([b"x" * 2000] * 100),
+    "bytes by view": pa.array([b"x" * 2000] * 100).cast(pa.binary_view()),
     "empty texts": pa.array([""] * 1000),
     "empty lists": pa.array([[]] * 1000, pa.list_(pa.int8())),
     "empty structs": pa.array([{}] * 1000, pa.struct([])),
@@ -116,6 +120,21 @@ VALUES = {
     "fixed lists": pa.array([[1.5, 2.5]] * 1000, pa.list_(pa.float64(), 2)),
     "times": pa.array([1] * 1000, pa.timestamp("us", "UTC")),
 }
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_large_cells_that_lie_in_one_buffer_are_read(tmp_path: Path, monkeypatch, kind) -> None:
+    """Whose slices say that they are as large as all."""
+    monkeypatch.setattr(tables, "MAX_PYTHON", 1 << 22)
+    texts = [f"{number:05d}" * 40_000 for number in range(10)]
+    batch = pa.record_batch([pa.array(texts).cast(kind)], names=["caption"])
+    with (
+        pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, batch.schema) as out,
+    ):
+        out.write_batch(batch)
+    rows = list(Table(str(tmp_path / "a.arrow")).records())
+    assert [row["caption"] for row in rows] == texts
 
 
 @pytest.mark.parametrize("name", VALUES)

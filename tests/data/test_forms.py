@@ -131,6 +131,7 @@ def test_a_folder_of_img2dataset(work: Path, tmp_path: Path, capsys) -> None:
     assert open_images([tmp_path]).keys() == [fact.file for fact in FACTS]
     assert capsys.readouterr().out.count(said) == 1
     assert expand([tmp_path / "00000.parquet"], SUFFIXES) == [f"{tmp_path}/00000.parquet"]
+    assert expand([f"{tmp_path}/0*"], SUFFIXES) == [str(tar)]
 
 
 def test_a_table_of_a_tars_name_is_not_left_out_silently(work: Path, tmp_path: Path) -> None:

@@ -230,11 +230,8 @@ def test_a_finished_evaluation_is_reused_and_another_request_refused(
     out = capsys.readouterr().out
     assert "reused" in out and "mean over questions" in out
     assert (output / "manifest.json").stat().st_mtime_ns == written
-    assert main(command(run_folder, output, codes(run_folder), "--limit=4", "--name=B")) == 0
-    assert "B: exact_match, 4 rows" in capsys.readouterr().out
-    assert read_summary(output)["name"] == "B" and verify_folder(output)
-    assert main(command(run_folder, output, codes(run_folder), "--limit=4")) == 0
-    assert "B: exact_match, 4 rows" in capsys.readouterr().out
+    assert main(command(run_folder, output, codes(run_folder), "--limit=4", "--name=B")) == 2
+    assert "is finished with the name" in capsys.readouterr().err
     assert main(command(run_folder, output, codes(run_folder), "--limit=6")) == 2
     assert "different limit" in capsys.readouterr().err
     assert main(command(run_folder, output, codes(run_folder), "--limit=6", "--overwrite")) == 0

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import ChameleonConfig, ChameleonVQVAE, ChameleonVQVAEConfig, JanusConfig
 
-from beingvl.artefact.manifest import MANIFEST_FILE, read_manifest, verify_folder
+from beingvl.artefact.manifest import MANIFEST_FILE, read_manifest, verify_folder, write_manifest
 from beingvl.artefact.owner import owned
 from beingvl.images.vqgan import VQGAN
 from tests.images.test_vqgan import SIZES
@@ -143,6 +143,14 @@ def test_other_preprocessing_is_a_different_vqgan(tmp_path, capsys) -> None:
     (given / "preprocessor_config.json").write_text(json.dumps(fields))
     assert extract_vqgan.main([str(given), str(tmp_path / "out")]) == 2
     assert "with different vqgan" in capsys.readouterr().err
+
+
+def test_the_finished_folder_of_another_step_gets_no_file(script, tmp_path, capsys) -> None:
+    (tmp_path / "shards").mkdir()
+    write_manifest(tmp_path / "shards", "shards", {}, {})
+    assert script(tmp_path / "shards", "--overwrite") == 2
+    assert "holds 'shards'" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == [MANIFEST_FILE]
 
 
 def test_one_writes_at_a_time(script, tmp_path, monkeypatch, capsys) -> None:

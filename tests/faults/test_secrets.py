@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from beingvl.artefact.files import bare
 from beingvl.artefact.manifest import write_manifest
 from beingvl.artefact.owner import OWNER, owned
 from beingvl.commands import main as cli
@@ -100,6 +101,19 @@ def test_the_environment_file_is_its_owners_and_does_not_outlive_a_killed_launch
         other.write_text("A=1\n")
     with environment_file(tmp_path, {}):
         assert not stale.exists() and running.exists() and elsewhere.exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://user:p@ss@host/x", "https://host/x"),
+        ("https://h?token=a@b", "https://h"),
+        ("HTTPS://h/x?sig=1", "HTTPS://h/x"),
+        ("s3://bucket/a@b?.json", "s3://bucket/a@b?.json"),
+    ],
+)
+def test_an_address_is_shown_without_its_secrets(address: str, shown: str) -> None:
+    assert bare(address) == shown
 
 
 def test_a_signed_address_is_kept_in_no_file(tmp_path, monkeypatch) -> None:

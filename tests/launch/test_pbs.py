@@ -51,7 +51,8 @@ def run(folder: Path, walltime: str, **variables: str) -> tuple[str, int, bool]:
         "STAGE": "1",
     }
     done = subprocess.run(
-        ["bash", "scripts/pbs/train.pbs"],
+        # a rank that ran in this process before may have left TERM ignored, for children too
+        ["env", "--default-signal=TERM", "bash", "scripts/pbs/train.pbs"],
         cwd=REPOSITORY,
         env={**ENVIRONMENT, **own, **variables},
         capture_output=True,
