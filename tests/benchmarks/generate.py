@@ -110,10 +110,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prompts", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--image_tokens", type=int, default=256)
-    parser.add_argument("--tiny", action="store_true", help="see that it runs, in seconds")
+    add = parser.add_argument
+    add("--prompts", type=int, default=512)
+    add("--repeats", type=int, default=3)
+    add("--image_tokens", type=int, default=256)
+    add("--tiny", action="store_true", help="see that it runs, in seconds")
     args = parser.parse_args()
     if args.tiny:
         args.prompts, args.repeats = 8, 1
