@@ -118,7 +118,8 @@ class Parser(argparse.ArgumentParser):
             return word
         if OTHER_NAMES.get(option) in known:
             return OTHER_NAMES[option] + equals + value
-        near = difflib.get_close_matches(option, [*known, *OTHER_NAMES], n=1)
+        others = [name for name, renamed in OTHER_NAMES.items() if renamed in known]
+        near = difflib.get_close_matches(option, [*known, *others], n=1, cutoff=0.75)
         hint = f"; did you mean {OTHER_NAMES.get(near[0], near[0])}?" if near else ""
         self.error(f"no option {option}{hint}")
 

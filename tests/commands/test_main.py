@@ -51,6 +51,7 @@ def test_overview_and_version(capsys) -> None:
     ("words", "found"),
     [
         ("train --modle base", "beingvl train: error: no option --modle; did you mean --model?"),
+        ("tokenize --vqgan v", "beingvl tokenize: error: no option --vqgan (`beingvl tokenize"),
         ("report data --exmples=3", "beingvl report data: error: no option --exmples; did you"),
         ("train --mod base", "beingvl train: error: no option --mod;"),  # no abbreviations
         ("launch --hostfile h -- --dta d", "beingvl train: error: no option --dta; did you mean"),
