@@ -128,13 +128,21 @@ def making_alone(
     with making(output, kind, request, overwrite) as is_new:
         if is_new:
             refuse_files_of_others(output)
-            if is_complete(output):
-                refuse_other_kind(output, kind)
-            (output / UNFINISHED_FILE).touch()
-            start_folder(output, kind)
+            start_alone(output, kind)
         yield is_new
         if is_new:
             (output / UNFINISHED_FILE).unlink()
+
+
+def start_alone(folder: Path, kind: str) -> None:
+    """`start_folder`, and `UNFINISHED_FILE` before the first deletion: a run that is killed in
+    between is recognised. Raises InputError, before anything is changed, for a different kind.
+    """
+    if is_complete(folder):
+        refuse_other_kind(folder, kind)
+    make_folder(folder)
+    (folder / UNFINISHED_FILE).touch()
+    start_folder(folder, kind)
 
 
 def refuse_files_of_others(folder: Path) -> None:

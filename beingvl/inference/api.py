@@ -101,10 +101,10 @@ class Service:
         return asked, prompt_ids
 
     def _image_tokens(self, image_urls: Sequence[Any]) -> list[np.ndarray]:
+        if not image_urls:  # a model without a VQ-GAN answers texts
+            return []
         vqgan = self.model.vqgan
         cropped = open_images(image_urls, self.limits.images, vqgan.preprocessing)
-        if not cropped:
-            return []
         codes = vqgan.encode(vqgan.preprocessing.to_pixels(cropped))
         return self.model.codes2tok(codes, self._with_vbpe)
 

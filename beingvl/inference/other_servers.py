@@ -186,7 +186,7 @@ class ServerBackEnd:
             connection.request(method, self._prefix + path, body, head)
             response = connection.getresponse()
         except (OSError, HTTPException) as error:
-            raise InputError(f"{self._url} broke the connection off ({error})") from error
+            raise InputError(f"{self._url} dropped the connection ({error})") from error
         if response.status != 200:
             refusal = response.read(300).decode(errors="replace")
             raise InputError(f"{self._url} refused the request: {refusal}")

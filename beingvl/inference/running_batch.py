@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from beingvl.inference.batches import Ids
@@ -38,13 +39,10 @@ class Rows:
     def join(self, others: Rows) -> None:
         width = max(rows.inputs["input_ids"].shape[1] for rows in (self, others))
         for name, values in self.inputs.items():
-            pair = (_wider(values, width, 1), _wider(others.inputs[name], width, 1))
-            self.inputs[name] = torch.cat(pair)
+            self.inputs[name] = _stacked(values, others.inputs[name], width, 1)
         for layer, other in zip(self.cache.layers, others.cache.layers, strict=True):
-            pair = (_wider(layer.keys, width - 1, 2), _wider(other.keys, width - 1, 2))
-            layer.keys = torch.cat(pair)
-            pair = (_wider(layer.values, width - 1, 2), _wider(other.values, width - 1, 2))
-            layer.values = torch.cat(pair)
+            layer.keys = _stacked(layer.keys, other.keys, width - 1, 2)
+            layer.values = _stacked(layer.values, other.values, width - 1, 2)
         self.indices += others.indices
 
     def keep(self, numbers: Sequence[int]) -> None:
@@ -60,11 +58,11 @@ class Rows:
             layer.keys, layer.values = layer.keys[:, :, start:], layer.values[:, :, start:]
 
 
-def _wider(values: torch.Tensor, width: int, dim: int) -> torch.Tensor:
-    """Zeros on the left of a dimension."""
-    shape = list(values.shape)
-    shape[dim] = width - shape[dim]
-    return torch.cat([values.new_zeros(shape), values], dim) if shape[dim] else values
+def _stacked(above: torch.Tensor, below: torch.Tensor, width: int, dim: int) -> torch.Tensor:
+    """Rows of two batches, each with zeros on the left of `dim` up to `width`."""
+    after = [0, 0] * (above.dim() - 1 - dim)  # `pad` counts from the last dimension
+    pair = (pad(values, [*after, width - values.shape[dim], 0]) for values in (above, below))
+    return torch.cat(list(pair))
 
 
 class RunningBatch:

@@ -23,10 +23,9 @@ from beingvl.artefact.manifest import (
     Manifest,
     is_complete,
     refuse_other_kind,
-    start_folder,
     write_manifest,
 )
-from beingvl.artefact.owner import OWNER, UNFINISHED_FILE, refuse_files_of_others
+from beingvl.artefact.owner import OWNER, UNFINISHED_FILE, refuse_files_of_others, start_alone
 from beingvl.data.chat_template import BASE_TEMPLATES, CHAT_TEMPLATE_FILE, chat_template
 from beingvl.data.made_with import DEFAULT
 from beingvl.errors import InputError
@@ -88,13 +87,10 @@ def start_target(target: Path, kind: str, num_bytes: int) -> None:
     the target is a finished artefact of a different kind.
     """
     if is_complete(target):
-        refuse_other_kind(target, kind)
+        refuse_other_kind(target, kind)  # before the disk's space, which would be the wrong cause
     check_disk_space(target, num_bytes)
-    target.mkdir(parents=True, exist_ok=True)
-    marker = target / UNFINISHED_FILE
-    marker.touch()  # before the first deletion, so that a run killed in between is recognised
-    start_folder(target, kind)
-    kept = (marker, target / OWNER)
+    start_alone(target, kind)
+    kept = (target / UNFINISHED_FILE, target / OWNER)
     for path in [path for pattern in MODEL_PATTERNS for path in target.glob(pattern)]:
         if path in kept:
             continue

@@ -1,10 +1,11 @@
 """The scripts that make inputs: one at a time in a folder, and never in a folder of others."""
 
-import errno
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -97,15 +98,18 @@ def test_the_files_of_others_stay(script, tmp_path, capsys, more) -> None:
     assert mine.read_text() == "mine"
 
 
-def test_a_finished_folder_on_a_disk_that_only_reads(script, tmp_path, monkeypatch) -> None:
-    assert script(tmp_path / "out") == 0
-
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(Path, "touch", refuse)
-    monkeypatch.setattr(Path, "unlink", refuse)
-    assert script(tmp_path / "out") == 0
+@pytest.mark.needs_root
+def test_a_finished_folder_on_a_disk_that_only_reads(script, tmp_path, capsys) -> None:
+    output = tmp_path / "out"
+    assert script(output) == 0
+    with ExitStack() as stack:
+        for options in (["--bind", output, output], ["-o", "remount,ro,bind", output]):
+            subprocess.run(["mount", *options], check=True)
+        stack.callback(subprocess.run, ["umount", output], check=True)
+        with pytest.raises(OSError, match="Read-only file system"):
+            (output / "new").touch()
+        assert script(output) == 0
+    assert "is finished already" in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_no_output_and_is_read_where_its_vqgan_is(checkpoint, tmp_path, capsys):

@@ -430,6 +430,15 @@ def test_one_picture_is_large_at_a_time(model: BeingVL) -> None:
     assert len(open_) == 3
 
 
+def test_a_model_without_a_vqgan_answers_texts(
+    model: BeingVL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "vqgan", None)
+    service = Service(model, TransformersBackEnd(model), True, NAME, Limits())
+    body = {"model": NAME, "messages": [{"role": "user", "content": "hi"}]}
+    assert service.read(json.dumps(body).encode())[1]
+
+
 def test_a_failure_reaches_the_reader_and_the_next_one_is_answered(model: BeingVL) -> None:
     back_end = TransformersBackEnd(model)
     with pytest.raises(IndexError):

@@ -170,7 +170,7 @@ def test_a_server_that_accepts_and_is_silent_is_not_waited_for(
     monkeypatch.setattr(other_servers, "CONNECT_SECONDS", 0.2)
     with (
         listen("127.0.0.1", 0) as silent,
-        pytest.raises(InputError, match=r"broke the connection off \(timed out\)"),
+        pytest.raises(InputError, match=r"dropped the connection \(timed out\)"),
     ):
         ServerBackEnd("vllm", f"http://127.0.0.1:{silent.getsockname()[1]}", model, True)
 

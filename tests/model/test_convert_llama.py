@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from beingvl.artefact import owner
 from beingvl.artefact.hashes import hash_file
 from beingvl.artefact.manifest import read_manifest, verify_folder, write_manifest
 from beingvl.images.vqgan import VQGAN
@@ -757,7 +758,7 @@ def test_killed_around_the_marker_the_same_command_goes_on(tmp_path, llama, monk
     before = new_row_bytes(target)
     # Killed when the older base is no longer finished, but its files are there.
     changed = {**request, "seed": 5}
-    interrupt(monkeypatch, target_folder, "start_folder", **changed, overwrite=True)
+    interrupt(monkeypatch, owner, "start_folder", **changed, overwrite=True)
     (target / "manifest.json").unlink()
     assert (target / "model.safetensors.index.json").is_file()
     assert convert(**changed) == 0
