@@ -116,7 +116,7 @@ def bare(text: str) -> str:
 
 
 def command_line(words: Sequence[str]) -> str:
-    """Of a process, without secrets of addresses."""
+    """A process's words as a shell reads them, without the secrets in addresses."""
     return printable(shlex.join(map(bare, words)))
 
 

@@ -78,8 +78,8 @@ def one_of(**same: Any) -> Any:
 
 
 def check_positive(**values: Any) -> None:
-    """Raises InputError for a value that is not a number above 0, which only `temperature` need
-    not be whole.
+    """Raises InputError for a value that is not an integer above 0; `temperature` may be any number
+    above 0.
     """
     for name, value in values.items():
         is_real = name == "temperature"

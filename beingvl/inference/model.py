@@ -521,7 +521,7 @@ class BeingVL(metaclass=SaysWhatReplaces):
         return out[:, width:].tolist()
 
     def inputs_of(self, sequences: Sequence[Ids], is_alone: bool = False) -> dict[str, Any]:
-        """Those of `generate` for prompts in one batch; `is_alone`: nothing is shared."""
+        """The inputs of `generate` for one batch; with `is_alone` no images are shared."""
         eoi_id = None if is_alone else self.layout.eoi_id
         return batch_inputs(self.model, sequences, self.position_ids, self.layout.pad_id, eoi_id)
 

@@ -28,8 +28,8 @@ Inputs = dict[str, torch.Tensor]
 
 @dataclass
 class Rows:
-    """Prompts in work, by index. `inputs`: what `generate` gets, `[rows, width]` each; the cache
-    has all but the last column.
+    """Prompts that are being answered, by index. `inputs`: what `generate` gets, `[rows, width]`
+    each; the cache has all but the last column.
     """
 
     indices: list[int]
@@ -66,8 +66,8 @@ def _stacked(above: torch.Tensor, below: torch.Tensor, width: int, dim: int) -> 
 
 
 class RunningBatch:
-    """Prompts in work. `add` and `advance` compute a round each and return the answers that ended
-    in it, by their prompts' indices.
+    """Prompts that are being answered. `add` and `advance` each compute a round, and return the
+    answers that ended in it by prompt index.
     """
 
     def __init__(
